@@ -1,0 +1,368 @@
+"""The configuration: typed, frozen and strict. Free of torch.
+
+Every field carries its unit in its name or in its comment. Unknown keys and impossible combinations are errors
+that say what to change. A file is YAML; `section.key=value` arguments override it, parsed as YAML too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be honoured; the message says what to change."""
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values never change after reading."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class RunConfig(Section):
+    name: str = "run"
+    """Folder of the run under out_dir."""
+    out_dir: Path = Path("runs")
+    seed: int = 0
+    max_s: PositiveFloat = 3600.0
+    """The run ends after this many seconds even when the load or the rounds are not through."""
+    linger_s: Annotated[float, Field(ge=0)] = 60.0
+    """How long a round that is under way when the load ends may still take, seconds."""
+    status: Literal["auto", "live", "plain", "off"] = "auto"
+    """Progress on rank 0: a live table on a terminal, plain lines elsewhere, off under CI (auto)."""
+    resume: bool = False
+    """Continue from the checkpoints in the run's folder."""
+
+
+class LayoutConfig(Section):
+    replicas: Positive | None = None
+    """Number of replicas; by default all ranks divided by tp_size."""
+    tp_size: Positive = 1
+    """Ranks that hold one copy of the model together."""
+    replica_gpus: tuple[tuple[int, ...], ...] | None = None
+    """Explicit form: the ranks of each replica, e.g. [[0, 1], [2, 3]]."""
+
+
+class DistConfig(Section):
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    timeout_s: PositiveFloat = 120.0
+    """A collective that takes longer is an error."""
+    threads_per_rank: Positive | None = None
+    """CPU threads of a rank; by default the host's cores divided by its ranks."""
+    control_host: str | None = None
+    """Address to which the control process binds; by default loopback on one host, else rank 0's address."""
+
+
+class ModelConfig(Section):
+    path: str
+    """A hub name, a local folder, a .gguf file, or random:<folder or config.json> for random weights."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 on a GPU; on a CPU whichever of bfloat16 and float32 a short measurement finds faster."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_context: Positive = 2048
+    """Longest prompt plus answer, tokens."""
+
+
+class AdapterConfig(Section):
+    r: Positive = 8
+    lora_alpha: PositiveFloat = 16.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """As in peft.LoraConfig: "all-linear" or the last part of module names."""
+    serving_slots: Annotated[int, Field(ge=2)] = 3
+    """Versions that can answer at the same time: one active, the others retiring."""
+
+
+class EngineConfig(Section):
+    max_batch: Positive = 16
+    """Requests that run at the same time in a replica."""
+    kv_tokens: Positive = 8192
+    """Size of a replica's KV cache, tokens."""
+    block_size: Positive = 16
+    """Tokens per KV block."""
+    max_prefill_tokens: Positive = 512
+    """Prompt tokens computed in one tick at most; longer prompts go in chunks."""
+    layers_per_slice: Positive = 5
+    """Layers of a training forward or backward between two chances to serve."""
+
+    @model_validator(mode="after")
+    def _blocks(self) -> EngineConfig:
+        if self.kv_tokens % self.block_size:
+            raise ValueError(
+                f"engine.kv_tokens {self.kv_tokens} is not a multiple of engine.block_size {self.block_size}"
+            )
+        return self
+
+
+class SloConfig(Section):
+    ttft_ms: PositiveFloat = 1000.0
+    tpot_ms: PositiveFloat = 200.0
+    deadline_ms: PositiveFloat | None = None
+    """End to end; None: no deadline."""
+    margin: Share = 0.3
+    """Share of the token gap that training may never spend."""
+    late: Literal["serve", "reject"] = "serve"
+    """What happens to a request whose deadline no replica can meet: served all the same, or rejected."""
+
+
+class DataConfig(Section):
+    path: Path | None = None
+    """JSON lines: instruction/input/output, messages, or prompt/completion rows."""
+    train_split: str = "train"
+    heldout_split: str = "test"
+    """Rows of these values in the field "split"."""
+    heldout_rows: Positive | None = None
+    """Held-out rows that are used, all replicas together; None: all."""
+    shard: Literal["round_robin", "client"] = "round_robin"
+    """How training rows are shared among replicas: in turn, or by the field "client"."""
+    max_sample_tokens: Positive = 512
+    """A longer sample is rejected with a reason."""
+
+
+class TrainConfig(Section):
+    enabled: bool = True
+    lr: PositiveFloat = 2e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 5
+    clip_norm: PositiveFloat = 1.0
+    micro_batch: Positive = 4
+    """Samples packed into one forward; the coordinator may choose less or more, up to max_micro_batch."""
+    max_micro_batch: Positive = 8
+    accumulation: Positive = 1
+    """Micro-batches per optimizer step."""
+
+    @model_validator(mode="after")
+    def _micro(self) -> TrainConfig:
+        if self.micro_batch > self.max_micro_batch:
+            raise ValueError(
+                f"train.micro_batch {self.micro_batch} exceeds train.max_micro_batch {self.max_micro_batch}: raise the latter"
+            )
+        return self
+
+
+class FederationConfig(Section):
+    rounds: Annotated[int, Field(ge=0)] | None = None
+    """Rounds to complete before the run may end; None: as many as fit while load lasts."""
+    local_steps: Positive = 20
+    """Optimizer steps of a member in one round."""
+    min_members: Positive = 1
+    round_timeout_s: PositiveFloat = 120.0
+    """Local steps are cut off after this time; members are weighted by the samples they did."""
+    settle_timeout_s: PositiveFloat = 120.0
+    """A round whose aggregation and votes take longer is discarded."""
+    tolerance: Annotated[float, Field(ge=0)] = 0.0
+    """A candidate is promoted if its held-out loss is at most active * (1 + tolerance)."""
+    strategy: Literal["fedavg"] = "fedavg"
+
+
+class ControlConfig(Section):
+    period_s: PositiveFloat = 0.25
+    """Slow loop: states, pressure, batch sizes, rounds."""
+    report_s: PositiveFloat = 0.1
+    """How often a replica reports."""
+    lost_after_s: PositiveFloat = 20.0
+    """A replica that is silent for longer is FAILED."""
+    idle_below: Share = 0.6
+    """Smoothed utilisation under which a replica has slack."""
+    serving_above: Share = 0.9
+    """Smoothed utilisation above which it has none. Between the two nothing changes (hysteresis)."""
+    hold_s: Annotated[float, Field(ge=0)] = 1.0
+    """Slack, or its lack, must last this long before the state changes."""
+    smoothing_s: PositiveFloat = 2.0
+    """Time constant of the utilisation average."""
+    window_s: PositiveFloat = 10.0
+    """Requests finished in this window tell the service pressure."""
+    medium_share: Share = 0.5
+    """Part of the idle replicas that may train under medium pressure, rounded up."""
+    high_below: Share = 0.8
+    """SLO attainment in the window under which pressure is high."""
+    medium_below: Share = 0.95
+    """SLO attainment in the window under which pressure is medium."""
+    reference_batch: Positive = 8
+    """M0 of the coordinator's objective, samples."""
+
+    @model_validator(mode="after")
+    def _order(self) -> ControlConfig:
+        if self.idle_below >= self.serving_above:
+            raise ValueError(
+                f"control.idle_below {self.idle_below} must be under control.serving_above {self.serving_above}"
+            )
+        if self.high_below > self.medium_below:
+            raise ValueError(
+                f"control.high_below {self.high_below} must not exceed control.medium_below {self.medium_below}"
+            )
+        return self
+
+
+class TraceConfig(Section):
+    path: Path
+    format: Literal["azure", "burstgpt", "mooncake"] = "azure"
+    speed: PositiveFloat = 1.0
+    """2 replays twice as fast."""
+    start_s: Annotated[float, Field(ge=0)] = 0.0
+    """Offset into the trace, seconds of trace time."""
+    lengths: Literal["trace", "data"] = "data"
+    """trace: prompt and answer lengths of the trace (end-of-text ignored); data: those of the data set's rows."""
+
+
+class LoadConfig(Section):
+    kind: Literal["none", "constant", "poisson", "gamma", "trace"] = "none"
+    rate_rps: PositiveFloat = 1.0
+    cv: PositiveFloat = 3.0
+    """Coefficient of variation of the gaps of gamma load: 1 is Poisson, more is burstier."""
+    duration_s: PositiveFloat = 60.0
+    max_requests: Positive | None = None
+    split: str = "train"
+    """Split of data.path from which prompts are drawn."""
+    max_tokens: Positive = 64
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    ignore_eos: bool = False
+    trace: TraceConfig | None = None
+
+    @model_validator(mode="after")
+    def _trace(self) -> LoadConfig:
+        if (self.kind == "trace") != (self.trace is not None):
+            raise ValueError('load.kind "trace" and the section load.trace need each other: give both or neither')
+        return self
+
+
+class QualityConfig(Section):
+    exact_match_rows: Annotated[int, Field(ge=0)] = 0
+    """Held-out rows whose answers are generated and compared before and after the run; 0: none."""
+    max_tokens: Positive = 64
+
+
+class MetricsConfig(Section):
+    flush_s: PositiveFloat = 1.0
+    flush_rows: Positive = 2000
+    device_s: PositiveFloat = 1.0
+    """Interval of device samples."""
+
+
+class Config(Section):
+    """All of a run. Read it with load_config."""
+
+    run: RunConfig = RunConfig()
+    layout: LayoutConfig = LayoutConfig()
+    dist: DistConfig = DistConfig()
+    model: ModelConfig
+    adapter: AdapterConfig = AdapterConfig()
+    engine: EngineConfig = EngineConfig()
+    slo: SloConfig = SloConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    federation: FederationConfig = FederationConfig()
+    control: ControlConfig = ControlConfig()
+    load: LoadConfig = LoadConfig()
+    quality: QualityConfig = QualityConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+    @model_validator(mode="after")
+    def _together(self) -> Config:
+        needs_data = [
+            name
+            for name, wanted in (
+                ("train.enabled", self.train.enabled),
+                ("load.kind", self.load.kind != "none"),
+                ("quality.exact_match_rows", self.quality.exact_match_rows > 0),
+            )
+            if wanted
+        ]
+        if self.data.path is None and needs_data:
+            raise ValueError(f"{', '.join(needs_data)} need instruction data: set data.path")
+        if self.data.path is not None and not self.data.path.is_file():
+            raise ValueError(f"data.path {self.data.path} does not exist: {_get_it(self.data.path)}")
+        if self.load.trace is not None and not self.load.trace.path.is_file():
+            raise ValueError(f"load.trace.path {self.load.trace.path} does not exist: correct it")
+        if not self.train.enabled and self.federation.rounds:
+            raise ValueError("federation.rounds asks for rounds but train.enabled is false: change one of them")
+        if self.model.max_context > self.engine.kv_tokens:
+            raise ValueError(
+                f"model.max_context {self.model.max_context} does not fit engine.kv_tokens {self.engine.kv_tokens}: "
+                "one request of full length must fit the KV cache"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return self.run.out_dir / self.run.name
+
+
+def _get_it(path: Path) -> str:
+    return "run `clif fetch`" if path.parts[:1] == ("assets",) else "correct it"
+
+
+def load_config(path: Path | str, overrides: tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply `a.b=value` overrides and validate.
+
+    Raises ConfigError with one sentence per mistake.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must be a mapping of sections, not a {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    return config_from_tree(tree)
+
+
+def config_from_tree(tree: dict[str, Any]) -> Config:
+    """Validate a tree of plain values. Raises ConfigError."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_sentence(dict(e)) for e in error.errors())) from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f'"{override}" is not an override: write section.key=value')
+    node = tree
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f'"{override}": {part} is a value, not a section')
+        node = child
+    try:
+        node[parts[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f'"{override}": the value is not valid YAML') from error
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {where}: remove it or correct its spelling ({_known(error['loc'])})"
+    if error["type"] == "missing":
+        return f"{where} is required: add it"
+    message = error["msg"].removeprefix("Value error, ")
+    given = error.get("input")
+    shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool, type(None))) else ""
+    return f"{where}: {message}{shown}" if where and error["type"] != "value_error" else message
+
+
+def _known(loc: tuple[Any, ...]) -> str:
+    model: Any = Config
+    for part in loc[:-1]:
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        model = field.annotation if field is not None else None
+        if not hasattr(model, "model_fields"):
+            return "see clif/config.py"
+    return "known: " + ", ".join(model.model_fields)

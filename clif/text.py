@@ -1,0 +1,107 @@
+"""Text to token ids and back, the same in the control process and in the replicas. Free of torch.
+
+The model's own tokenizer (a tokenizers.Tokenizer) and chat template travel as one small folder, written by
+rank 0 from the Hugging Face tokenizer, so that the control process needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import tokenizers
+
+Message = dict[str, str]
+TOKENIZER_FILE = "tokenizer.json"
+CHAT_FILE = "chat.json"
+
+
+class ChatTokenizer:
+    """A tokenizer with its chat template and end-of-text ids.
+
+    template: Jinja text, or None for a base model: then the contents are joined by newlines.
+    eos_ids: any of them ends an answer; the first one is appended to training answers.
+    special: names of the special tokens that templates use, e.g. bos_token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        template: str | None,
+        eos_ids: Sequence[int],
+        special: dict[str, str] | None = None,
+    ) -> None:
+        if not eos_ids:
+            raise ValueError("the model names no end-of-text token: set eos_token in its tokenizer_config.json")
+        self.tokenizer = tokenizer
+        self.template = template
+        self.eos_ids = tuple(dict.fromkeys(eos_ids))
+        self.special = special or {}
+
+    @classmethod
+    def load(cls, folder: Path) -> ChatTokenizer:
+        chat = json.loads((folder / CHAT_FILE).read_text())
+        tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+        return cls(tokenizer, chat["template"], chat["eos_ids"], chat["special"])
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save(str(folder / TOKENIZER_FILE))
+        chat = {"template": self.template, "eos_ids": list(self.eos_ids), "special": self.special}
+        (folder / CHAT_FILE).write_text(json.dumps(chat, indent=1))
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a conversation up to where the assistant answers."""
+        if self._compiled is None:
+            text = "\n".join(m["content"] for m in messages) + "\n"
+            return list(self.tokenizer.encode(text).ids)
+        text = self._compiled.render(messages=list(messages), add_generation_prompt=True, **self.special)
+        # The template writes the special tokens itself: adding them again would double the first one.
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Ids of an answer with the end-of-text token that closes it."""
+        return [*self.tokenizer.encode(text, add_special_tokens=False).ids, self.eos_ids[0]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    @cached_property
+    def _compiled(self) -> jinja2.Template | None:
+        """The template in the environment that transformers documents for chat templates."""
+        if self.template is None:
+            return None
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = lambda fmt: datetime.datetime.now().strftime(fmt)
+        return environment.from_string(self.template)
+
+
+def from_transformers(tokenizer: Any, eos_ids: Sequence[int]) -> ChatTokenizer:
+    """Take over a Hugging Face tokenizer. Raises ValueError if it has no fast (Rust) backend."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no fast tokenizer: add a tokenizer.json to the model's folder"
+        )
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    # The answer's own end token comes first: generation configs may list others before it.
+    ids = [i for i in (tokenizer.eos_token_id, *eos_ids) if i is not None]
+    return ChatTokenizer(backend, template, ids, special)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)

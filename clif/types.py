@@ -1,0 +1,158 @@
+"""The nouns of CLIF: plain, frozen records that cross module and process borders. Free of torch.
+
+Times are seconds. A stamp is comparable only with stamps of the same process (time.monotonic).
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+
+class FinishReason(str, enum.Enum):
+    """How a request ended. Every accepted request gets exactly one of these."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    REJECTED = "rejected"
+    FAILED = "failed"
+
+
+class Purpose(str, enum.Enum):
+    """Whom a request serves: a user, or a probe by which CLIF measures the quality of its own answers."""
+
+    USER = "user"
+    PROBE = "probe"
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How to choose tokens. temperature 0 is greedy; top_k 0 and top_p 1 switch the filters off."""
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}: ask for at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}: it must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}: it must be in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}: it must be 0 (off) or more")
+
+
+class Slo(msgspec.Struct, frozen=True, kw_only=True):
+    """Latency promise of a request, in seconds. None: not promised."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    deadline_s: float | None = None
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """A tokenised request. prompt holds token ids; reference is the known answer of a probe or data-set row."""
+
+    id: int
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    slo: Slo = Slo()
+    purpose: Purpose = Purpose.USER
+
+
+class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """New tokens of a request, all computed by adapter `version`; finish is set on the last event only."""
+
+    request_id: int
+    tokens: tuple[int, ...] = ()
+    version: int = 0
+    finish: FinishReason | None = None
+    detail: str = ""
+    text: str | None = None
+    """Final text when a stop string cut it; otherwise the receiver decodes the tokens."""
+
+
+class TrainSample(msgspec.Struct, frozen=True, kw_only=True):
+    """One tokenised training sample. Tokens from target_start on carry loss; `id` is its row in the data set."""
+
+    id: int
+    ids: tuple[int, ...]
+    target_start: int
+
+    @property
+    def targets(self) -> int:
+        """Number of tokens that carry loss."""
+        return len(self.ids) - self.target_start
+
+
+class AdapterVersion(msgspec.Struct, frozen=True, kw_only=True):
+    """A promoted adapter. Version 0 is the base model; numbers only grow; weights never change afterwards."""
+
+    number: int
+    round_id: int
+    heldout_loss: float
+
+
+class RoundPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What the members of a federated round are asked to do.
+
+    members: replica ids, sorted; group_id names the process group made for exactly this member set.
+    local_steps: optimizer steps per member; each takes micro_batch x accumulation samples.
+    """
+
+    round_id: int
+    members: tuple[int, ...]
+    local_steps: int
+    micro_batch: int
+    accumulation: int
+    base_version: int
+
+    @property
+    def group_id(self) -> str:
+        return "combined-" + "-".join(map(str, self.members))
+
+
+class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What one member did in its local steps. samples is its FedAvg weight; noise_scale is in samples (or None)."""
+
+    round_id: int
+    replica: int
+    samples: int
+    tokens: int
+    steps: int
+    loss: float
+    finite: bool
+    noise_scale: float | None = None
+    seconds: float = 0.0
+
+
+class Vote(msgspec.Struct, frozen=True, kw_only=True):
+    """A member's judgement of the averaged adapter on its part of the held-out rows.
+
+    Losses are sums over answer tokens, in nats, so that the parts of all members can be pooled.
+    product_error: relative size of sum_i w_i (B_i - Bbar)(A_i - Abar), what FedAvg of the factors gets wrong.
+    """
+
+    round_id: int
+    replica: int
+    finite: bool
+    candidate_loss: float
+    active_loss: float
+    tokens: int
+    product_error: float | None = None
+
+
+class HeldoutLoss(msgspec.Struct, frozen=True, kw_only=True):
+    """Held-out loss of the active version on this replica's part: sum over `tokens` answer tokens, in nats."""
+
+    replica: int
+    version: int
+    loss: float
+    tokens: int

@@ -1,0 +1,100 @@
+"""Channels for the messages: ZeroMQ sockets and MessagePack (msgspec). Free of torch; no pickle.
+
+The control process binds one ROUTER; each leader connects one DEALER. ZeroMQ keeps the order of a sender's
+messages, reconnects, and never blocks a sender here: high-water marks are off, because a lost token event
+would be a lost request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+import zmq
+
+from clif.wire.messages import Down, Up
+
+DRAIN_MS = 5000
+
+
+class ControlChannel:
+    """The control process's end: receives Up from all leaders, sends Down to one by its replica id."""
+
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.set_hwm(0)
+        # An unknown peer is an error for the caller, not a silent drop.
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        port = self._socket.bind_to_random_port(f"tcp://{host}")
+        self.address = f"tcp://{host}:{port}"
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(Up)
+
+    def receive(self, timeout_s: float) -> Iterator[Up]:
+        """Yield every message at hand, waiting up to timeout_s for the first."""
+        if not self._socket.poll(max(0, int(timeout_s * 1000))):
+            return
+        while True:
+            try:
+                _, payload = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            yield self._decoder.decode(payload)
+
+    def send(self, replica: int, message: Down) -> bool:
+        """Send to a replica's leader. False when it is not connected (any more)."""
+        try:
+            self._socket.send_multipart([leader_name(replica), self._encoder.encode(message)])
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                return False
+            raise
+        return True
+
+    def close(self) -> None:
+        self._socket.close(linger=DRAIN_MS)
+        self._context.term()
+
+
+class LeaderChannel:
+    """A replica leader's end."""
+
+    def __init__(self, address: str, replica: int) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set_hwm(0)
+        self._socket.setsockopt(zmq.IDENTITY, leader_name(replica))
+        self._socket.connect(address)
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def receive(self, timeout_s: float) -> list[bytes]:
+        """Every encoded message at hand, waiting up to timeout_s for the first. Bytes, to be passed to TP peers."""
+        if not self._socket.poll(max(0, int(timeout_s * 1000))):
+            return []
+        received: list[bytes] = []
+        while True:
+            try:
+                received.append(self._socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return received
+
+    def send(self, message: Up) -> None:
+        self._socket.send(self._encoder.encode(message))
+
+    def close(self) -> None:
+        self._socket.close(linger=DRAIN_MS)
+        self._context.term()
+
+
+def leader_name(replica: int) -> bytes:
+    """ZeroMQ identity of a replica's leader."""
+    return f"replica-{replica}".encode()
+
+
+_DOWN = msgspec.msgpack.Decoder(Down)
+
+
+def decode_down(payload: bytes) -> Down:
+    """Decode a control-to-leader message. Raises msgspec.DecodeError on anything else."""
+    return _DOWN.decode(payload)

@@ -1,0 +1,179 @@
+"""Every message between the control process and the replica leaders. Free of torch.
+
+Down = control to leader, Up = leader to control. Both are tagged unions: the tag is the class name.
+Messages of one sender arrive in the order in which they were sent.
+"""
+
+from __future__ import annotations
+
+from typing import Union
+
+import msgspec
+
+from clif.states import ReplicaState
+from clif.types import HeldoutLoss, Request, RoundPlan, RoundResult, TokenEvent, Vote
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of all messages."""
+
+
+# --- control to leader ---------------------------------------------------------------------------
+
+
+class Submit(Message, frozen=True):
+    request: Request
+
+
+class Cancel(Message, frozen=True):
+    request_id: int
+
+
+class SetState(Message, frozen=True):
+    state: ReplicaState
+
+
+class Limits(Message, frozen=True):
+    """Batch bounds chosen by the coordinator: running requests at most, and samples per micro-batch."""
+
+    max_batch: int
+    micro_batch: int
+
+
+class BeginRound(Message, frozen=True):
+    plan: RoundPlan
+
+
+class FinishSteps(Message, frozen=True):
+    """Stop local steps after the current optimizer step and report: the round's time is up."""
+
+    round_id: int
+
+
+class Aggregate(Message, frozen=True):
+    round_id: int
+
+
+class Settle(Message, frozen=True):
+    """End of a round. commit: make the averaged shadow version `version`; publisher sends it back."""
+
+    round_id: int
+    commit: bool
+    version: int
+    publish: bool = False
+
+
+class Install(Message, frozen=True):
+    """A promoted adapter for a replica that was not in the round. weights: safetensors bytes in PEFT naming."""
+
+    version: int
+    weights: bytes
+
+
+class Evaluate(Message, frozen=True):
+    """Report the held-out loss of the active version."""
+
+
+class Stop(Message, frozen=True):
+    """Finish: close files and leave. Sent when no request is outstanding."""
+
+
+# --- leader to control ---------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True):
+    """First message of a leader. Token and KV capacities are in tokens."""
+
+    replica: int
+    rank: int
+    host: str
+    pid: int
+    secret: str
+    max_batch: int
+    kv_tokens: int
+    max_context: int
+    heldout_rows: int
+    dtype: str
+    load_s: float
+
+
+class Tokens(Message, frozen=True):
+    replica: int
+    events: tuple[TokenEvent, ...]
+
+
+class Report(Message, frozen=True):
+    """How the replica is doing, sent a few times a second; also its sign of life.
+
+    busy: share of the interval since the last report in which serving work ran (0 to 1).
+    serve_samples / train_samples: (running requests, micro-batch in progress or 0, seconds) of ticks and
+    (micro-batch, running requests, seconds of training work) of micro-batches, to fit latency models.
+    """
+
+    replica: int
+    running: int
+    waiting: int
+    kv_used: int
+    busy: float
+    version: int
+    training_steps: int
+    training_loss: float | None
+    serve_samples: tuple[tuple[float, float, float], ...] = ()
+    train_samples: tuple[tuple[float, float, float], ...] = ()
+
+
+class StepsDone(Message, frozen=True):
+    result: RoundResult
+
+
+class Voted(Message, frozen=True):
+    vote: Vote
+
+
+class RoundFailed(Message, frozen=True):
+    """A member cannot go on with the round (say: the all-reduce failed); its own serving goes on."""
+
+    round_id: int
+    replica: int
+    error: str
+
+
+class Published(Message, frozen=True):
+    """The promoted adapter, sent by the round's publisher: PEFT adapter_config.json and safetensors bytes."""
+
+    version: int
+    round_id: int
+    config_json: str
+    weights: bytes
+
+
+class Settled(Message, frozen=True):
+    """The replica answers new requests with `version` from engine tick `tick` on."""
+
+    replica: int
+    round_id: int
+    version: int
+    tick: int
+
+
+class Evaluated(Message, frozen=True):
+    result: HeldoutLoss
+
+
+class Trouble(Message, frozen=True):
+    """The replica met an error that it cannot serve through; it leaves."""
+
+    replica: int
+    error: str
+
+
+class Goodbye(Message, frozen=True):
+    """Last message of a leader: its files are closed."""
+
+    replica: int
+
+
+Down = Union[Submit, Cancel, SetState, Limits, BeginRound, FinishSteps, Aggregate, Settle, Install, Evaluate, Stop]
+Up = Union[
+    Hello, Tokens, Report, StepsDone, Voted, RoundFailed, Published, Settled, Evaluated, Trouble, Goodbye
+]

@@ -1,0 +1,1 @@
+# Nothing is imported here on purpose: transformers looks for a package named "kernels" on sys.path and executes it.

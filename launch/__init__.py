@@ -1,0 +1,1 @@
+"""Entry points that start ranks; installed as clif.launch and started by path."""
