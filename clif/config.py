@@ -50,6 +50,13 @@ class LayoutConfig(Section):
     replica_gpus: tuple[tuple[int, ...], ...] | None = None
     """Explicit form: the ranks of each replica, e.g. [[0, 1], [2, 3]]."""
 
+    @property
+    def ranks(self) -> int:
+        """Ranks that this section asks for when no launcher says how many there are."""
+        if self.replica_gpus is not None:
+            return sum(map(len, self.replica_gpus))
+        return (self.replicas or 1) * self.tp_size
+
 
 class DistConfig(Section):
     backend: Literal["auto", "nccl", "gloo"] = "auto"

@@ -1,1 +1,1 @@
-
+"""Base models: loading, and taking them apart into resumable pieces."""

@@ -1,0 +1,90 @@
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, in both directions."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import peft
+import safetensors
+import safetensors.torch
+import torch
+
+from clif.adapters.bank import AdapterBank, State
+
+PREFIX = "base_model.model."
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+class AdapterError(ValueError):
+    """An adapter does not fit the model, or holds values that must not be served."""
+
+
+def config_json(bank: AdapterBank, base: str) -> str:
+    """adapter_config.json of the bank's adapters, made by peft itself. base: name or path of the base model."""
+    made = peft.LoraConfig(
+        r=bank.config.r,
+        lora_alpha=bank.config.lora_alpha,  # type: ignore[arg-type]
+        target_modules=_target_names(bank),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        made.save_pretrained(folder)
+        return (Path(folder) / CONFIG_FILE).read_text()
+
+
+def _target_names(bank: AdapterBank) -> list[str]:
+    """Last name parts where "all-linear" made them safe; full names otherwise: a suffix could match too much."""
+    if bank.config.target_modules == "all-linear":
+        return sorted({name.rsplit(".", 1)[-1] for name in bank.layers})
+    return sorted(bank.layers)
+
+
+def write_weights(state: State) -> bytes:
+    """safetensors bytes of an adapter, float32, with PEFT's key names."""
+    return safetensors.torch.save({PREFIX + k: v.float().cpu().contiguous() for k, v in state.items()})
+
+
+def read_weights(bank: AdapterBank, weights: bytes) -> State:
+    """Decode and check an adapter: PEFT's loader lets missing keys pass, so everything is checked here.
+
+    Raises AdapterError on missing or unknown keys, other shapes, or non-finite values.
+    """
+    try:
+        given = safetensors.torch.load(weights)
+    except safetensors.SafetensorError as error:
+        raise AdapterError(f"the adapter is not a safetensors file: {error}") from error
+    expected = bank.shadow_state()
+    state = {k.removeprefix(PREFIX): v for k, v in given.items()}
+    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or unknown:
+        raise AdapterError(
+            f"the adapter does not fit: {len(missing)} keys missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise AdapterError(f"{name} has shape {list(tensor.shape)}, not {list(expected[name].shape)}")
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"{name} holds values that are not finite")
+    return state
+
+
+def read_folder(bank: AdapterBank, folder: Path) -> State:
+    """An adapter from a PEFT folder. Raises AdapterError also when its r, alpha or extras differ from ours."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        weights = (folder / WEIGHTS_FILE).read_bytes()
+    except OSError as error:
+        raise AdapterError(f"{folder} is not a PEFT adapter folder: {error.strerror} ({error.filename})") from error
+    for key, ours in (("r", bank.config.r), ("lora_alpha", bank.config.lora_alpha)):
+        if config.get(key) != ours:
+            raise AdapterError(f"{folder} has {key}={config.get(key)}, the run has {ours}: change adapter.{key}")
+    for key in ("modules_to_save", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
+        if config.get(key):
+            raise AdapterError(f"{folder} uses {key}, which cannot be served: export it without")
+    return read_weights(bank, weights)

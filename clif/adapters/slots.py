@@ -1,0 +1,68 @@
+"""Which adapter version sits in which serving slot, and who still reads it. Free of torch.
+
+Invariants: exactly one version is active; a slot is free only when it holds no version; a version with readers
+is never overwritten; readers keep the version they started on (promise 2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+BASE_SLOT: int | None = None
+"""Slot of version 0, the base model: its rows take no adapter at all."""
+
+
+@dataclass
+class _Version:
+    slot: int | None
+    readers: int = 0
+
+
+@dataclass
+class SlotTable:
+    """slots: number of serving slots. The table starts with version 0, the base, active."""
+
+    slots: int
+    active: int = 0
+    _versions: dict[int, _Version] = field(default_factory=lambda: {0: _Version(BASE_SLOT)})
+
+    def acquire(self) -> int:
+        """A new reader of the active version; returns the version."""
+        self._versions[self.active].readers += 1
+        return self.active
+
+    def release(self, version: int) -> None:
+        """A reader is done. A retiring version without readers gives its slot back."""
+        entry = self._versions[version]
+        if entry.readers == 0:
+            raise RuntimeError(f"adapter version {version} has no reader to release")
+        entry.readers -= 1
+        self._collect(version)
+
+    def slot_of(self, version: int) -> int | None:
+        """Slot of a version that is active or retiring; None is the base."""
+        return self._versions[version].slot
+
+    def free_slot(self) -> int | None:
+        """A slot that nobody reads, or None: then the promotion waits, requests do not."""
+        used = {entry.slot for entry in self._versions.values()}
+        return next((slot for slot in range(self.slots) if slot not in used), None)
+
+    def promote(self, version: int, slot: int) -> None:
+        """Make `version`, whose weights are in the free `slot`, active; the former one retires."""
+        if version <= self.active:
+            raise RuntimeError(f"adapter version {version} is not newer than the active {self.active}")
+        if slot in {entry.slot for entry in self._versions.values()}:
+            raise RuntimeError(f"slot {slot} is still read: it cannot take version {version}")
+        former, self.active = self.active, version
+        self._versions[version] = _Version(slot)
+        self._collect(former)
+
+    @property
+    def retiring(self) -> tuple[int, ...]:
+        """Versions that are no longer active but still read."""
+        return tuple(v for v in self._versions if v != self.active)
+
+    def _collect(self, version: int) -> None:
+        if version != self.active and self._versions[version].readers == 0:
+            del self._versions[version]

@@ -1,0 +1,79 @@
+"""The only caller of torch.distributed collectives. Each names its group; none uses the default group.
+
+Rule: all ranks of the group call the same function in the same order, from the same thread.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+
+class WeightedMean:
+    """A weighted average of vectors over a group, under way while the caller does other things.
+
+    The sum of the weights travels in the vector's last place, so the divisor is what was really sent. A rank
+    whose vector must not count sends zeros with weight 0: multiplying by 0 would not do (0 x NaN is NaN).
+    """
+
+    def __init__(self, vector: torch.Tensor, weight: float, group: dist.ProcessGroup) -> None:
+        self._buffer = torch.empty(vector.numel() + 1, dtype=torch.float32, device=vector.device)
+        if weight > 0:
+            torch.mul(vector, weight, out=self._buffer[:-1])
+            self._buffer[-1] = weight
+        else:
+            self._buffer.zero_()
+        self._work = dist.all_reduce(self._buffer, group=group, async_op=True)
+
+    def done(self) -> bool:
+        """True when the result is there. Raises RuntimeError when the collective failed."""
+        if self._work is None:
+            return True
+        if not self._work.is_completed():
+            return False
+        self._work.wait()
+        self._work = None
+        return True
+
+    def result(self) -> tuple[torch.Tensor, float]:
+        """(mean [n], sum of weights). The mean is undefined when the sum is 0."""
+        total = float(self._buffer[-1])
+        return self._buffer[:-1] / max(total, torch.finfo(torch.float32).tiny), total
+
+
+def sum_scalars(values: list[float], group: dist.ProcessGroup, device: torch.device) -> list[float]:
+    """Sum a few numbers over a group (float64 on a CPU)."""
+    kind = torch.float64 if device.type == "cpu" else torch.float32
+    tensor = torch.tensor(values, dtype=kind, device=device)
+    dist.all_reduce(tensor, group=group)
+    return [float(v) for v in tensor]
+
+
+def share_inbox(messages: list[bytes] | None, group: dist.ProcessGroup, leader: int, device: torch.device) -> list[bytes]:
+    """Give the leader's encoded messages to its tensor-parallel peers, so that all act on them at the same tick.
+
+    messages: the leader's; None on the others. leader: global rank. One size broadcast, and a second one with the
+    bytes only when there are any.
+    """
+    if dist.get_world_size(group) == 1:
+        return messages or []
+    sizes = torch.zeros(1, dtype=torch.int64, device=device)
+    packed = b"".join(len(m).to_bytes(8, "little") + m for m in messages or ())
+    sizes[0] = len(packed)
+    dist.broadcast(sizes, src=leader, group=group)
+    if not int(sizes[0]):
+        return []
+    data = torch.empty(int(sizes[0]), dtype=torch.uint8, device=device)
+    if messages is not None:
+        data.copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
+    dist.broadcast(data, src=leader, group=group)
+    return _unpack(bytes(data.cpu().numpy()))
+
+
+def _unpack(packed: bytes) -> list[bytes]:
+    messages, at = [], 0
+    while at < len(packed):
+        size = int.from_bytes(packed[at : at + 8], "little")
+        messages.append(packed[at + 8 : at + 8 + size])
+        at += 8 + size
+    return messages

@@ -1,0 +1,240 @@
+"""The dispatcher: admits, queues, hands out and follows requests.
+
+Invariant (promise 1): every request that submit() took gets exactly one terminal event, through _finish();
+whatever comes for it afterwards is counted and ignored.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from clif.config import Config
+from clif.control.routing import Reject, choose_replica, tokens_of
+from clif.control.view import ClusterView
+from clif.states import RequestState, advance
+from clif.types import FinishReason, Purpose, Request, Slo, TokenEvent
+from clif.wire.messages import Cancel, Down, Submit
+
+log = logging.getLogger(__name__)
+Send = Callable[[int, Down], bool]
+
+
+@dataclass
+class RequestRecord:
+    """A request's life; stamps are seconds of the control process's clock, intervals are None if they never were."""
+
+    request: Request
+    arrival_s: float
+    state: RequestState = RequestState.QUEUED
+    replica: int | None = None
+    dispatched_s: float | None = None
+    finished_s: float | None = None
+    version: int | None = None
+    token_times: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    finish: FinishReason | None = None
+    detail: str = ""
+    text: str | None = None
+    at_the_door: bool = False
+    """Rejected because it can never be served: no sign of pressure."""
+
+    @property
+    def first_token_s(self) -> float | None:
+        return self.token_times[0] if self.token_times else None
+
+    @property
+    def ttft_s(self) -> float | None:
+        return self.token_times[0] - self.arrival_s if self.token_times else None
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time per output token after the first; None for less than two tokens."""
+        times = self.token_times
+        return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """Times between tokens; tokens that came in one event have gaps of 0."""
+        return [b - a for a, b in zip(self.token_times, self.token_times[1:], strict=False)]
+
+    @property
+    def e2e_s(self) -> float | None:
+        return None if self.finished_s is None else self.finished_s - self.arrival_s
+
+    @property
+    def slo_met(self) -> bool:
+        """Whether it was answered, and within all that was promised."""
+        slo: Slo = self.request.slo
+        pairs = ((self.ttft_s, slo.ttft_s), (self.tpot_s, slo.tpot_s), (self.e2e_s, slo.deadline_s))
+        answered = self.finish in (FinishReason.STOP, FinishReason.LENGTH)
+        return answered and all(took is None or promised is None or took <= promised for took, promised in pairs)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the dispatcher tells: each end of a request, and each hand-over (record, predicted seconds, reason)."""
+
+    finished: Callable[[RequestRecord], None]
+    dispatched: Callable[[RequestRecord, float, str], None]
+
+
+class Dispatcher:
+    """Holds all requests that have not ended. The time is an argument of every call."""
+
+    def __init__(self, config: Config, send: Send, hooks: Hooks) -> None:
+        self.context_limit = min(config.model.max_context, config.engine.kv_tokens)
+        self.ignored_events = 0
+        self.ended: dict[FinishReason, int] = dict.fromkeys(FinishReason, 0)
+        self._config = config
+        self._send = send
+        self._hooks = hooks
+        self._records: dict[int, RequestRecord] = {}
+        self._queue: deque[RequestRecord] = deque()
+        self._held: dict[int, dict[int, RequestRecord]] = {}
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that have not ended."""
+        return len(self._records)
+
+    @property
+    def queued(self) -> int:
+        return len(self._queue)
+
+    def load_of(self, replica: int) -> tuple[int, int]:
+        """(requests at the replica that have not ended, tokens that they may fill in its KV cache)."""
+        held = self._held.get(replica, {})
+        return len(held), sum(tokens_of(r.request) for r in held.values())
+
+    def oldest_wait_s(self, now: float) -> float:
+        """Age of the oldest user request without a first token; 0 if there is none."""
+        waiting = (
+            r.arrival_s for r in self._records.values() if not r.token_times and r.request.purpose is Purpose.USER
+        )
+        return max(0.0, now - min(waiting, default=now))
+
+    def submit(self, now: float, request: Request, arrival_s: float | None = None) -> None:
+        """Accept a request: it waits for a replica, or is rejected at once if it can never be served.
+
+        arrival_s: when it arrived, if that was before now. Raises ValueError for an id that is still in use.
+        """
+        if request.id in self._records:
+            raise ValueError(f"request id {request.id} is in use: ids must be unique")
+        record = RequestRecord(request, now if arrival_s is None else arrival_s)
+        self._records[request.id] = record
+        refusal = self._refusal(request)
+        if refusal:
+            record.at_the_door = True
+            self._finish(now, record, FinishReason.REJECTED, refusal)
+        else:
+            self._queue.append(record)
+
+    def dispatch(self, now: float, view: ClusterView) -> None:
+        """Hand out queued requests, first come first served, until the first one has to wait."""
+        while self._queue:
+            record = self._queue[0]
+            route, reason = choose_replica(now, record.request, record.arrival_s, view, self._config)
+            if route is None:
+                return
+            if isinstance(route, Reject):
+                self._queue.popleft()
+                self._finish(now, record, FinishReason.REJECTED, reason)
+                continue
+            if not self._send(route.replica, Submit(request=record.request)):
+                # The sender is told to count the replica as lost; the request keeps its place.
+                return
+            self._queue.popleft()
+            self._hand_over(now, record, route.replica)
+            self._hooks.dispatched(record, route.predicted_s, reason)
+            view = view.with_dispatched(route.replica, tokens_of(record.request))
+
+    def on_event(self, now: float, replica: int, event: TokenEvent) -> None:
+        """Take tokens or the end of a request from the replica that holds it."""
+        record = self._held.get(replica, {}).get(event.request_id)
+        if record is None:
+            # Of a request that ended here before (cancelled, or moved away from a lost replica), or a second end.
+            self.ignored_events += 1
+            log.debug("event for request %d of replica %d ignored", event.request_id, replica)
+            return
+        if event.tokens:
+            if record.version is None:
+                record.version = event.version
+                record.state = advance(record.state, RequestState.RUNNING)
+            if event.version != record.version:
+                self._break_off(now, record, f"version changed from {record.version} to {event.version}")
+                return
+            record.tokens.extend(event.tokens)
+            record.token_times.extend([now] * len(event.tokens))
+        if event.finish is not None:
+            record.text = event.text
+            self._finish(now, record, event.finish, event.detail)
+
+    def cancel(self, now: float, request_id: int, detail: str = "") -> None:
+        """End a request by request; its replica is told to drop it. Does nothing if it ended already."""
+        record = self._records.get(request_id)
+        if record is None:
+            return
+        self._tell_cancel(record)
+        self._finish(now, record, FinishReason.CANCELLED, detail)
+
+    def cancel_all(self, now: float, detail: str) -> int:
+        """Cancel everything that has not ended; returns how many that were."""
+        ids = list(self._records)
+        for request_id in ids:
+            self.cancel(now, request_id, detail)
+        return len(ids)
+
+    def lose(self, now: float, replica: int, reason: str) -> None:
+        """A replica is gone: what has no token yet goes back to the front of the queue, the rest failed."""
+        held = list(self._held.pop(replica, {}).values())
+        for record in sorted(held, key=lambda r: r.arrival_s, reverse=True):
+            if record.token_times:
+                detail = f"replica {replica} was lost after {len(record.tokens)} tokens: {reason}"
+                self._finish(now, record, FinishReason.FAILED, detail)
+            else:
+                record.state = advance(record.state, RequestState.QUEUED)
+                record.replica = record.dispatched_s = None
+                self._queue.appendleft(record)
+
+    def fail_all(self, now: float, reason: str) -> None:
+        """End everything that has not ended as failed, with the reason."""
+        for record in list(self._records.values()):
+            self._finish(now, record, FinishReason.FAILED, reason)
+
+    def _refusal(self, request: Request) -> str:
+        if not request.prompt:
+            return "the prompt is empty: give at least one token"
+        if tokens_of(request) > self.context_limit:
+            return (
+                f"prompt {len(request.prompt)} + max_tokens {request.sampling.max_tokens} exceed {self.context_limit} "
+                "tokens: shorten the prompt, lower max_tokens, or raise model.max_context and engine.kv_tokens"
+            )
+        return ""
+
+    def _hand_over(self, now: float, record: RequestRecord, replica: int) -> None:
+        record.state = advance(record.state, RequestState.DISPATCHED)
+        record.replica, record.dispatched_s = replica, now
+        self._held.setdefault(replica, {})[record.request.id] = record
+
+    def _break_off(self, now: float, record: RequestRecord, detail: str) -> None:
+        log.error("request %d: %s; its tokens are no answer of one adapter", record.request.id, detail)
+        self._tell_cancel(record)
+        self._finish(now, record, FinishReason.FAILED, detail)
+
+    def _tell_cancel(self, record: RequestRecord) -> None:
+        if record.replica is not None:
+            self._send(record.replica, Cancel(request_id=record.request.id))
+
+    def _finish(self, now: float, record: RequestRecord, finish: FinishReason, detail: str) -> None:
+        if record.state is RequestState.QUEUED and record in self._queue:
+            self._queue.remove(record)
+        record.state = advance(record.state, RequestState.FINISHED)
+        record.finish, record.detail, record.finished_s = finish, detail, now
+        del self._records[record.request.id]
+        if record.replica is not None:
+            self._held.get(record.replica, {}).pop(record.request.id, None)
+        self.ended[finish] += 1
+        self._hooks.finished(record)

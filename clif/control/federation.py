@@ -1,0 +1,155 @@
+"""The rounds of a run, one at a time: starts them, carries their messages, stores and installs what they promote."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from clif.config import Config
+from clif.control.dispatcher import Send
+from clif.control.fleet import Fleet
+from clif.control.launcher import History
+from clif.control.policy import state_after_round
+from clif.control.rounds import Outgoing, Round
+from clif.control.store import AdapterStore
+from clif.states import ReplicaState, RoundState
+from clif.types import AdapterVersion, RoundPlan
+from clif.wire.messages import Install, Published, RoundFailed, Settled, StepsDone, Voted
+
+log = logging.getLogger(__name__)
+
+
+class Federation:
+    """Owner of the round under way and of the history of rounds.
+
+    on_round: told once per round, when it is over. on_adapter: told of each promoted version and its folder.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        fleet: Fleet,
+        send: Send,
+        on_round: Callable[[Round], None],
+        on_adapter: Callable[[AdapterVersion, Path, Round], None],
+    ) -> None:
+        self.store = AdapterStore(config.run_dir)
+        self.current: Round | None = None
+        self.history = History()
+        self.noise_scale: float | None = None
+        self._config = config
+        self._fleet = fleet
+        self._send = send
+        self._on_round = on_round
+        self._on_adapter = on_adapter
+        self._last_version = 0
+        self._installing: dict[int, int] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether a round is under way or a replica has not installed the last promotion yet."""
+        return self.current is not None or bool(self._installing)
+
+    def resume(self) -> None:
+        """Continue after the last promoted version on disk, if there is one."""
+        found = self.store.current()
+        if found is not None:
+            self.history = replace(self.history, version=found.number, last_round=found.round_id)
+            self._last_version = found.number
+
+    def start(self, now: float, plan: RoundPlan, reason: str) -> None:
+        """Begin a planned round: members become COMBINED first, then they get the plan."""
+        if self.current is not None:
+            raise RuntimeError(f"round {self.current.plan.round_id} is still under way")
+        self.current = Round(plan, self._last_version + 1, now, self._config.federation)
+        self.history = replace(self.history, last_round=plan.round_id)
+        for member in plan.members:
+            self._fleet.set_state(now, member, ReplicaState.COMBINED, f"round {plan.round_id}: {reason}")
+        self._send_all(self.current.begin())
+
+    def on_steps(self, now: float, message: StepsDone) -> None:
+        if self.current is not None:
+            self._step(now, self.current.steps_done(now, message.result))
+
+    def on_vote(self, now: float, message: Voted) -> None:
+        if self.current is not None:
+            self._step(now, self.current.voted(now, message.vote))
+
+    def on_failure(self, now: float, message: RoundFailed) -> None:
+        if self.current is not None and message.round_id == self.current.plan.round_id:
+            self._step(now, self.current.failed(now, message.replica, message.error))
+
+    def on_settled(self, now: float, message: Settled) -> None:
+        """A member or a replica that installs serves a version."""
+        self._fleet.installed(message.replica, message.version)
+        if message.version >= self._installing.get(message.replica, math.inf):
+            del self._installing[message.replica]
+        if self.current is not None and message.round_id == self.current.plan.round_id:
+            self.current.settled(now, message.replica)
+            self._step(now, [])
+
+    def on_published(self, now: float, message: Published) -> None:
+        """Store the promoted adapter, and only then give it to the replicas that were not in the round."""
+        current = self.current
+        if current is None or not current.publication(now, message):
+            log.info("version %d was published again or by nobody asked: ignored", message.version)
+            return
+        loss = current.promotion.candidate_loss if current.promotion else math.nan
+        version = AdapterVersion(number=message.version, round_id=message.round_id, heldout_loss=loss)
+        folder = self.store.write(version, message.config_json, message.weights)
+        self._last_version = version.number
+        self.history = replace(self.history, version=version.number)
+        self._on_adapter(version, folder, current)
+        for replica in sorted(set(self._fleet.alive) - set(current.plan.members)):
+            self._installing[replica] = version.number
+            self._send(replica, Install(version=version.number, weights=message.weights))
+        self._step(now, [])
+
+    def on_lost(self, now: float, replica: int, why: str) -> None:
+        self._installing.pop(replica, None)
+        if self.current is not None:
+            self._step(now, self.current.lost(now, replica, why))
+
+    def tick(self, now: float) -> None:
+        if self.current is not None:
+            self._step(now, self.current.tick(now))
+
+    def abandon(self, now: float, reason: str) -> None:
+        """Discard the round under way unless it is decided already."""
+        if self.current is not None:
+            self._step(now, self.current.discard(now, reason))
+
+    def _step(self, now: float, messages: Outgoing) -> None:
+        self._send_all(messages)
+        current = self.current
+        if current is not None and current.over:
+            self.current = None
+            self._close(now, current)
+
+    def _close(self, now: float, ended: Round) -> None:
+        committed = ended.state is RoundState.COMMITTED
+        # A number once given out is never given to other weights, not even when nobody could publish them.
+        self._last_version = max(self._last_version, ended.version)
+        self.history = replace(
+            self.history,
+            completed=self.history.completed + committed,
+            discarded=self.history.discarded + (not committed),
+            discarded_in_a_row=0 if committed else self.history.discarded_in_a_row + 1,
+            last_end_s=now,
+        )
+        scales = [r.noise_scale for r in ended.results.values() if r.noise_scale is not None]
+        self.noise_scale = sum(scales) / len(scales) if scales else self.noise_scale
+        self._on_round(ended)
+        for member in ended.members:
+            view = self._fleet.view_of(member)
+            self._fleet.set_limits(member)
+            self._fleet.set_state(
+                now, member, state_after_round(view, self._config), f"round {ended.plan.round_id} is over"
+            )
+
+    def _send_all(self, messages: Outgoing) -> None:
+        for replica, message in messages:
+            self._send(replica, message)

@@ -1,0 +1,106 @@
+"""All replicas as the control process knows them, and the only place where their states change."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from clif.config import Config
+from clif.control.dispatcher import Send
+from clif.control.view import ClusterView, ReplicaTracker, ReplicaView
+from clif.states import ReplicaState, advance
+from clif.wire.messages import Hello, Limits, Report, SetState
+
+log = logging.getLogger(__name__)
+OnTransition = Callable[[int, ReplicaState, ReplicaState, str], None]
+LoadOf = Callable[[int], tuple[int, int]]
+
+
+class Fleet:
+    """Trackers by replica id. load_of: the dispatcher's (requests, tokens) at a replica."""
+
+    def __init__(
+        self, config: Config, replicas: int, secret: str, send: Send, load_of: LoadOf, on_transition: OnTransition
+    ) -> None:
+        self._config = config
+        self._secret = secret
+        self._send = send
+        self._load_of = load_of
+        self._on_transition = on_transition
+        self._expected = replicas
+        self._trackers: dict[int, ReplicaTracker] = {}
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Replicas that have not said Hello."""
+        return tuple(r for r in range(self._expected) if r not in self._trackers)
+
+    @property
+    def alive(self) -> tuple[int, ...]:
+        return tuple(r for r in sorted(self._trackers) if self.is_alive(r))
+
+    @property
+    def hellos(self) -> tuple[Hello, ...]:
+        return tuple(self._trackers[r].hello for r in sorted(self._trackers))
+
+    def is_alive(self, replica: int) -> bool:
+        tracker = self._trackers.get(replica)
+        return tracker is not None and tracker.state is not ReplicaState.FAILED
+
+    def join(self, now: float, hello: Hello) -> bool:
+        """Take a leader in. A wrong secret, an unknown number or a second Hello is logged and ignored."""
+        if hello.secret != self._secret:
+            log.warning("a leader from %s (pid %d) gave a wrong secret: ignored", hello.host, hello.pid)
+            return False
+        if not 0 <= hello.replica < self._expected:
+            log.warning("replica %d is not one of %d: ignored", hello.replica, self._expected)
+            return False
+        if hello.replica in self._trackers:
+            log.warning("replica %d said Hello again: ignored, a lost replica cannot come back yet", hello.replica)
+            return False
+        self._trackers[hello.replica] = ReplicaTracker(now, hello, self._config)
+        self._on_transition(hello.replica, ReplicaState.SERVING, ReplicaState.SERVING, "joined")
+        return True
+
+    def heard(self, now: float, replica: int) -> None:
+        """Any message is a sign of life."""
+        self._trackers[replica].last_seen = now
+
+    def report(self, now: float, report: Report) -> None:
+        self._trackers[report.replica].observe(now, report, self._load_of(report.replica)[0])
+
+    def installed(self, replica: int, version: int) -> None:
+        """The replica answers new requests with this version from now on."""
+        self._trackers[replica].version = version
+
+    def set_state(self, now: float, replica: int, state: ReplicaState, reason: str) -> None:
+        """Change a state and tell the replica. Raises IllegalTransition for what the table does not list."""
+        tracker = self._trackers[replica]
+        before, tracker.state = tracker.state, advance(tracker.state, state)
+        tracker.state_since = now
+        if state is ReplicaState.COMBINED:
+            tracker.joined += 1
+        self._on_transition(replica, before, state, reason)
+        if state is not ReplicaState.FAILED:
+            self._send(replica, SetState(state=state))
+
+    def set_limits(self, replica: int, max_batch: int | None = None, micro_batch: int | None = None) -> bool:
+        """Set the batch bounds (None: as configured) and tell the replica; False if they were so already."""
+        tracker = self._trackers[replica]
+        wanted = (max_batch or tracker.hello.max_batch, micro_batch or self._config.train.micro_batch)
+        if wanted == (tracker.max_batch, tracker.micro_batch):
+            return False
+        tracker.max_batch, tracker.micro_batch = wanted
+        self._send(replica, Limits(max_batch=wanted[0], micro_batch=wanted[1]))
+        return True
+
+    def refit(self) -> None:
+        for tracker in self._trackers.values():
+            tracker.refit()
+
+    def view_of(self, replica: int) -> ReplicaView:
+        return self._trackers[replica].view(*self._load_of(replica))
+
+    def view(self, queued: int) -> ClusterView:
+        """Everything at this moment; all replicas must have joined."""
+        return ClusterView(tuple(self.view_of(r) for r in range(self._expected)), queued)

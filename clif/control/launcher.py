@@ -1,0 +1,91 @@
+"""The fine-tuning launcher: decides who enters a federated round, and when."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from clif.config import Config
+from clif.control.pressure import Pressure
+from clif.control.view import ClusterView, ReplicaView
+from clif.states import ReplicaState
+from clif.types import RoundPlan
+
+GIVE_UP_FACTOR = 2
+"""The launcher gives up after this many times federation.rounds discarded rounds in a row (at least MIN_GIVE_UP)."""
+MIN_GIVE_UP = 4
+MAX_PAUSES = 10
+
+
+@dataclass(frozen=True)
+class History:
+    """What came of the rounds so far. version: the active adapter version of the run."""
+
+    last_round: int = 0
+    completed: int = 0
+    discarded: int = 0
+    discarded_in_a_row: int = 0
+    version: int = 0
+    last_end_s: float = -math.inf
+
+
+def plan_round(
+    now: float, view: ClusterView, pressure: Pressure, history: History, config: Config
+) -> tuple[RoundPlan | None, str]:
+    """Plan the next round, or say why there is none now. The caller sees to it that no round is under way.
+
+    High pressure admits none, medium ceil(medium_share * idle), low all idle replicas; always at least
+    federation.min_members or no round. Those that trained least go first, so that every replica's data count.
+    """
+    over, reason = target_reached(history, config)
+    if over:
+        return None, reason
+    if pressure is Pressure.HIGH:
+        return None, "service pressure is high"
+    pause = config.control.hold_s * min(history.discarded_in_a_row, MAX_PAUSES)
+    if now - history.last_end_s < pause:
+        return None, f"pausing {pause:.1f} s after {history.discarded_in_a_row} discarded rounds in a row"
+    # A replica that does not serve the active version yet would train from another base.
+    idle = [r for r in view.in_state(ReplicaState.IDLE) if r.version == history.version]
+    if not idle:
+        return None, "no replica is idle"
+    if _worth_waiting(now, view, idle, config):
+        return None, "more replicas are about to become idle"
+    admitted = len(idle) if pressure is Pressure.LOW else max(1, math.ceil(config.control.medium_share * len(idle)))
+    if admitted < config.federation.min_members:
+        return None, f"{admitted} of {len(idle)} idle replicas admitted, {config.federation.min_members} needed"
+    chosen = sorted(idle, key=lambda r: (r.joined, r.utilisation, r.replica))[:admitted]
+    plan = RoundPlan(
+        round_id=history.last_round + 1,
+        members=tuple(sorted(r.replica for r in chosen)),
+        local_steps=config.federation.local_steps,
+        micro_batch=config.train.micro_batch,
+        accumulation=config.train.accumulation,
+        base_version=history.version,
+    )
+    return plan, f"pressure is {pressure.value}: {admitted} of {len(idle)} idle replicas"
+
+
+def target_reached(history: History, config: Config) -> tuple[bool, str]:
+    """Whether no further round will ever be planned: training is off, done, or given up."""
+    if not config.train.enabled:
+        return True, "train.enabled is false"
+    target = config.federation.rounds
+    if target is None:
+        return False, "rounds go on while load lasts"
+    if history.completed >= target:
+        return True, f"{history.completed} of {target} rounds completed"
+    limit = max(MIN_GIVE_UP, GIVE_UP_FACTOR * target)
+    if history.discarded_in_a_row >= limit:
+        return True, f"gave up: {history.discarded_in_a_row} rounds in a row were discarded"
+    return False, f"{history.completed} of {target} rounds completed"
+
+
+def _worth_waiting(now: float, view: ClusterView, idle: list[ReplicaView], config: Config) -> bool:
+    """Whether others have slack already and become IDLE within hold_s.
+
+    The wait is bounded by the idle replica that waits longest: one that flickers must not starve training.
+    """
+    hold = config.control.hold_s
+    soon = any(r.slack_since is not None for r in view.in_state(ReplicaState.SERVING))
+    return soon and now - min(r.state_since for r in idle) < 2 * hold

@@ -1,0 +1,98 @@
+"""The phases of a run, as data, and the pure decision when one is through."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from clif.config import Config
+
+GATHER_S = 900.0
+"""Longest wait for all replicas to load their model and say Hello, seconds."""
+STOPPING_S = 15.0
+"""Longest wait for the replicas' Goodbye, seconds."""
+
+
+class Phase(str, enum.Enum):
+    """GATHER: replicas load. BASELINE / CLOSING: quality before / after. OPEN: load. LINGER: what is under way ends."""
+
+    GATHER = "gather"
+    BASELINE = "baseline"
+    OPEN = "open"
+    LINGER = "linger"
+    CLOSING = "closing"
+    STOPPING = "stopping"
+    DONE = "done"
+
+
+ORDER: dict[Phase, Phase] = {
+    Phase.GATHER: Phase.BASELINE,
+    Phase.BASELINE: Phase.OPEN,
+    Phase.OPEN: Phase.LINGER,
+    Phase.LINGER: Phase.CLOSING,
+    Phase.CLOSING: Phase.STOPPING,
+    Phase.STOPPING: Phase.DONE,
+}
+ROUNDS_MAY_START = (Phase.OPEN, Phase.LINGER)
+
+
+class ControlError(RuntimeError):
+    """The run cannot go on; the message says why."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the phase decision needs. entered_s: start of the phase; started_s: of the run; seconds of the clock.
+
+    wants_rounds: federation.rounds asks for more, and the launcher has not given up.
+    """
+
+    phase: Phase
+    entered_s: float
+    started_s: float
+    missing: tuple[int, ...] = ()
+    alive: int = 1
+    measuring: bool = False
+    load_left: int = 0
+    outstanding: int = 0
+    federating: bool = False
+    wants_rounds: bool = False
+    saying_goodbye: tuple[int, ...] = ()
+
+
+def next_phase(now: float, facts: Facts, config: Config) -> tuple[Phase | None, str]:
+    """The phase that begins now, or None to stay. Raises ControlError when the run cannot go on."""
+    phase, waited = facts.phase, now - facts.entered_s
+    if phase in (Phase.STOPPING, Phase.DONE):
+        if phase is Phase.DONE or (facts.saying_goodbye and waited < STOPPING_S):
+            return None, f"waiting for goodbyes of replicas {list(facts.saying_goodbye)}"
+        return Phase.DONE, "all replicas left" if not facts.saying_goodbye else f"no goodbye in {STOPPING_S:g} s"
+    if phase is Phase.GATHER:
+        if facts.missing and waited > GATHER_S:
+            raise ControlError(f"replicas {list(facts.missing)} did not report within {GATHER_S:g} s: see their logs")
+    elif not facts.alive:
+        raise ControlError("no replica is left")
+    if now - facts.started_s > config.run.max_s:
+        if phase in (Phase.GATHER, Phase.BASELINE):
+            raise ControlError(f"run.max_s {config.run.max_s:g} passed before the load could start: raise it")
+        return Phase.STOPPING, f"run.max_s {config.run.max_s:g} is over"
+    reason = _unfinished(waited, facts, config)
+    if reason:
+        return None, reason
+    return ORDER[phase], f"{phase.value} is through"
+
+
+def _unfinished(waited: float, facts: Facts, config: Config) -> str:
+    """Why the phase is not through yet; empty if it is."""
+    if facts.phase is Phase.GATHER and facts.missing:
+        return f"waiting for replicas {list(facts.missing)}"
+    if facts.phase in (Phase.BASELINE, Phase.CLOSING) and (facts.measuring or facts.outstanding):
+        return "measuring quality"
+    if facts.phase is Phase.OPEN and facts.load_left:
+        return f"{facts.load_left} requests to come"
+    if facts.phase is Phase.LINGER:
+        if facts.outstanding:
+            return f"{facts.outstanding} requests outstanding"
+        if (facts.federating or facts.wants_rounds) and waited < config.run.linger_s:
+            return "a round is under way" if facts.federating else "more rounds are wanted"
+    return ""

@@ -1,0 +1,87 @@
+"""Quality of the answers before and after a run: pooled held-out loss, and exact match of probe answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from clif.config import Config
+from clif.control.dispatcher import RequestRecord
+from clif.data.instruct import Row, split_rows
+from clif.text import ChatTokenizer
+from clif.types import HeldoutLoss, Purpose, Request, Sampling
+
+FIRST_PROBE_ID = 1_000_000
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One measurement. heldout_loss: nats per answer token; exact_match: share of probes. NaN: not measured."""
+
+    heldout_loss: float
+    heldout_tokens: int
+    exact_match: float
+    probes: int
+    version: int
+
+
+class QualityCheck:
+    """Collects one measurement at a time from the replicas' evaluations and the probes' answers."""
+
+    def __init__(self, config: Config, rows: Sequence[Row], tokenizer: ChatTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._sampling = Sampling(max_tokens=config.quality.max_tokens)
+        count = config.quality.exact_match_rows
+        self._rows = split_rows(rows, config.data.heldout_split)[:count] if count else []
+        self._next_id = FIRST_PROBE_ID
+        self._evaluating: set[int] = set()
+        self._losses: list[HeldoutLoss] = []
+        self._answers: dict[int, str] = {}
+        self._matches: list[bool] = []
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._evaluating or self._answers)
+
+    @property
+    def result(self) -> Quality:
+        tokens = sum(x.tokens for x in self._losses)
+        return Quality(
+            heldout_loss=sum(x.loss for x in self._losses) / tokens if tokens > 0 else math.nan,
+            heldout_tokens=tokens,
+            exact_match=sum(self._matches) / len(self._matches) if self._matches else math.nan,
+            probes=len(self._matches),
+            version=max((x.version for x in self._losses), default=0),
+        )
+
+    def begin(self, replicas: Iterable[int]) -> list[Request]:
+        """Start over: these replicas evaluate, and the returned probes are to be submitted."""
+        self._evaluating = set(replicas)
+        self._losses, self._matches = [], []
+        first = self._next_id
+        self._next_id += len(self._rows)
+        self._answers = {first + i: row.answer for i, row in enumerate(self._rows)}
+        return [self._probe(first + i, row) for i, row in enumerate(self._rows)]
+
+    def on_evaluated(self, result: HeldoutLoss) -> None:
+        if result.replica in self._evaluating:
+            self._evaluating.discard(result.replica)
+            self._losses.append(result)
+
+    def on_lost(self, replica: int) -> None:
+        """Its part of the held-out rows is missing from the pool."""
+        self._evaluating.discard(replica)
+
+    def on_probe(self, record: RequestRecord) -> bool | None:
+        """Judge a probe that ended: whether the answer is the known one. None: not a probe of this measurement."""
+        answer = self._answers.pop(record.request.id, None)
+        if answer is None:
+            return None
+        text = record.text if record.text is not None else self._tokenizer.decode(record.tokens)
+        self._matches.append(text.strip() == answer.strip())
+        return self._matches[-1]
+
+    def _probe(self, request_id: int, row: Row) -> Request:
+        prompt = tuple(self._tokenizer.encode_chat(row.messages))
+        return Request(id=request_id, prompt=prompt, sampling=self._sampling, purpose=Purpose.PROBE)

@@ -1,0 +1,220 @@
+"""One federated round: local steps -> aggregate -> vote -> commit or discard. Driven by messages and time.
+
+Every method takes the time and returns the messages to send, so that a round runs the same live and in tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from clif.config import FederationConfig
+from clif.states import RoundState, advance
+from clif.types import RoundPlan, RoundResult, Vote
+from clif.wire.messages import Aggregate, BeginRound, Down, FinishSteps, Published, Settle
+
+Outgoing = list[tuple[int, Down]]
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """The verdict of a vote that passed; losses in nats per answer token, pooled over the members."""
+
+    candidate_loss: float
+    active_loss: float
+
+
+def pooled_losses(votes: Sequence[Vote]) -> tuple[float, float]:
+    """(candidate, active) held-out loss in nats per token over all votes; NaN when no token was judged."""
+    tokens = sum(v.tokens for v in votes)
+    if tokens <= 0:
+        return math.nan, math.nan
+    return sum(v.candidate_loss for v in votes) / tokens, sum(v.active_loss for v in votes) / tokens
+
+
+def decide_promotion(votes: Sequence[Vote], config: FederationConfig) -> tuple[Promotion | None, str]:
+    """Commit iff all is finite and pooled candidate loss <= pooled active loss * (1 + tolerance)."""
+    if not votes:
+        return None, "nobody voted"
+    bad = [v.replica for v in votes if not v.finite or not math.isfinite(v.candidate_loss + v.active_loss)]
+    if bad:
+        return None, f"not finite on replicas {bad}"
+    if min(v.tokens for v in votes) < 0 or not sum(v.tokens for v in votes):
+        return None, "no held-out token was judged"
+    candidate, active = pooled_losses(votes)
+    if not candidate <= active * (1.0 + config.tolerance):
+        return None, f"held-out loss {candidate:.4f} is worse than {active:.4f}"
+    return Promotion(candidate, active), f"held-out loss {active:.4f} -> {candidate:.4f}"
+
+
+class Round:
+    """A round under way. Over when its state is COMMITTED or DISCARDED and nobody's Settled is awaited.
+
+    Once commit is decided it stands: losing members afterwards changes only who publishes.
+    """
+
+    def __init__(self, plan: RoundPlan, next_version: int, now: float, config: FederationConfig) -> None:
+        self.plan = plan
+        self.state = RoundState.TRAINING
+        self.reason = ""
+        self.began_s = now
+        self.over_s: float | None = None
+        self.results: dict[int, RoundResult] = {}
+        self.votes: dict[int, Vote] = {}
+        self.promotion: Promotion | None = None
+        self.version = plan.base_version
+        self.published = False
+        self._config = config
+        self._next_version = next_version
+        self._members = set(plan.members)
+        self._awaited: set[int] = set()
+        self._publisher: int | None = None
+        self._due_s = now + config.round_timeout_s
+        self._asked_to_finish = False
+
+    @property
+    def decided(self) -> bool:
+        return self.state in (RoundState.SETTLING, RoundState.COMMITTED, RoundState.DISCARDED)
+
+    @property
+    def over(self) -> bool:
+        return self.state in (RoundState.COMMITTED, RoundState.DISCARDED) and not self._awaited
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Members that are still there."""
+        return tuple(sorted(self._members))
+
+    def begin(self) -> Outgoing:
+        return [(m, BeginRound(plan=self.plan)) for m in self.members]
+
+    def steps_done(self, now: float, result: RoundResult) -> Outgoing:
+        """A member's local steps are done; when all are, they average."""
+        if self.state is not RoundState.TRAINING or not self._is_member(result.replica, result.round_id):
+            return []
+        self.results[result.replica] = result
+        if set(self.results) != self._members:
+            return []
+        if not any(r.finite and r.samples > 0 for r in self.results.values()):
+            return self.discard(now, "no member has a finite result from any sample")
+        self.state = advance(self.state, RoundState.AGGREGATING)
+        self._due_s = now + self._config.settle_timeout_s
+        return [(m, Aggregate(round_id=self.plan.round_id)) for m in self.members]
+
+    def voted(self, now: float, vote: Vote) -> Outgoing:
+        """A member judged the average; when all did, the round is decided."""
+        if self.state is not RoundState.AGGREGATING or not self._is_member(vote.replica, vote.round_id):
+            return []
+        self.votes[vote.replica] = vote
+        if set(self.votes) != self._members:
+            return []
+        self.promotion, reason = decide_promotion([self.votes[m] for m in self.members], self._config)
+        if self.promotion is None:
+            return self.discard(now, reason)
+        return self._commit(now, reason)
+
+    def settled(self, now: float, replica: int) -> None:
+        """A member serves what the round decided."""
+        self._awaited.discard(replica)
+        self._maybe_over(now)
+
+    def publication(self, now: float, message: Published) -> bool:
+        """Whether these are the promoted weights, to be stored and installed."""
+        expected = (self.plan.round_id, self.version)
+        if self.state is not RoundState.SETTLING or self.published or (message.round_id, message.version) != expected:
+            return False
+        self.published = True
+        self._maybe_over(now)
+        return True
+
+    def failed(self, now: float, replica: int, error: str) -> Outgoing:
+        """A member cannot go on with the round; it stays and serves."""
+        if self.decided or replica not in self._members:
+            return []
+        return self.discard(now, f"replica {replica} failed in the round: {error}")
+
+    def lost(self, now: float, replica: int, why: str) -> Outgoing:
+        """A member is gone. Before the decision that ends the round; afterwards another one publishes."""
+        if replica not in self._members:
+            return []
+        self._members.discard(replica)
+        self._awaited.discard(replica)
+        if not self.decided:
+            return self.discard(now, f"replica {replica} was lost: {why}")
+        sent = self._replace_publisher(now, f"replica {replica} was lost") if replica == self._publisher else []
+        self._maybe_over(now)
+        return sent
+
+    def tick(self, now: float) -> Outgoing:
+        """Let time pass: cut off slow local steps, give up on aggregation, votes or answers that never come."""
+        if self.over or now < self._due_s:
+            return []
+        if self.state is RoundState.TRAINING and not self._asked_to_finish:
+            self._asked_to_finish = True
+            self._due_s = now + self._config.settle_timeout_s
+            slow = [m for m in self.members if m not in self.results]
+            return [(m, FinishSteps(round_id=self.plan.round_id)) for m in slow]
+        if self.state is RoundState.TRAINING:
+            missing = [m for m in self.members if m not in self.results]
+            return self.discard(now, f"no result from replicas {missing} after their time was up")
+        if self.state is RoundState.AGGREGATING:
+            missing = [m for m in self.members if m not in self.votes]
+            return self.discard(now, f"no vote from replicas {missing} in {self._config.settle_timeout_s:g} s")
+        if self.state is RoundState.SETTLING and not self.published:
+            return self._replace_publisher(now, f"replica {self._publisher} did not publish")
+        # Whoever has not settled by now still will, or is lost: the decision does not wait for it any longer.
+        self.reason += f"; replicas {sorted(self._awaited)} have not settled yet"
+        self._awaited.clear()
+        self._maybe_over(now)
+        return []
+
+    def discard(self, now: float, reason: str) -> Outgoing:
+        """End the round without a promotion; the members drop the candidate and stay on the base version.
+
+        Does nothing once the round is decided.
+        """
+        if self.decided:
+            return []
+        self.reason = reason
+        self.state = advance(self.state, RoundState.DISCARDED)
+        self._awaited = set(self._members)
+        self._due_s = now + self._config.settle_timeout_s
+        settle = Settle(round_id=self.plan.round_id, commit=False, version=self.plan.base_version)
+        self._maybe_over(now)
+        return [(m, settle) for m in self.members]
+
+    def _commit(self, now: float, reason: str) -> Outgoing:
+        self.reason = reason
+        self.state = advance(self.state, RoundState.SETTLING)
+        self.version = self._next_version
+        self._awaited = set(self._members)
+        self._publisher = self.members[0]
+        self._due_s = now + self._config.settle_timeout_s
+        return [(m, self._settle(m == self._publisher)) for m in self.members]
+
+    def _settle(self, publish: bool) -> Settle:
+        return Settle(round_id=self.plan.round_id, commit=True, version=self.version, publish=publish)
+
+    def _replace_publisher(self, now: float, why: str) -> Outgoing:
+        """Ask the next member for the weights: all members hold the same average."""
+        if self.published:
+            return []
+        later = [m for m in self.members if self._publisher is None or m > self._publisher]
+        if not later:
+            self.reason = f"{why}, and nobody else can publish version {self.version}"
+            self.state = advance(self.state, RoundState.DISCARDED)
+            self._maybe_over(now)
+            return []
+        self._publisher = later[0]
+        self._due_s = now + self._config.settle_timeout_s
+        return [(self._publisher, self._settle(publish=True))]
+
+    def _maybe_over(self, now: float) -> None:
+        if self.state is RoundState.SETTLING and self.published and not self._awaited:
+            self.state = advance(self.state, RoundState.COMMITTED)
+        if self.over and self.over_s is None:
+            self.over_s = now
+
+    def _is_member(self, replica: int, round_id: int) -> bool:
+        return replica in self._members and round_id == self.plan.round_id

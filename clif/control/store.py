@@ -1,0 +1,64 @@
+"""Promoted adapters on disk: RUN/adapters/vNNNN (a PEFT folder) and RUN/adapters/current.json, both atomic."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from clif.types import AdapterVersion
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+CURRENT_FILE = "current.json"
+
+
+class AdapterStore:
+    """Writes and finds the promoted adapters of a run."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.folder = run_dir / "adapters"
+
+    def write(self, version: AdapterVersion, config_json: str, weights: bytes) -> Path:
+        """Store a version and make it the current one; a crash leaves the old or the new, never a part."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        final = self.folder / f"v{version.number:04d}"
+        temporary = self.folder / f".{final.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        _write(temporary / CONFIG_FILE, config_json.encode())
+        _write(temporary / WEIGHTS_FILE, weights)
+        # Left over from a crash between the two renames: it was never current, so nobody reads it.
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(temporary, final)
+        current = {"version": version.number, "round_id": version.round_id, "heldout_loss": version.heldout_loss}
+        write_atomic(self.folder / CURRENT_FILE, json.dumps(current).encode())
+        return final
+
+    def current(self) -> AdapterVersion | None:
+        """The last promoted version, or None. Raises ValueError if current.json is damaged."""
+        path = self.folder / CURRENT_FILE
+        if not path.exists():
+            return None
+        try:
+            tree = json.loads(path.read_text())
+            return AdapterVersion(
+                number=int(tree["version"]), round_id=int(tree["round_id"]), heldout_loss=float(tree["heldout_loss"])
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}): restore it or start a new run") from error
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace a file as a whole: readers see the old or the new content."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    _write(temporary, content)
+    os.replace(temporary, path)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,99 @@
+"""Which training sample comes next: shuffled anew in each epoch, and safe to resume from a checkpoint.
+
+Samples are claimed when a step takes them, committed when its optimizer step is done, and released if the step
+was rolled back. Every epoch commits each of the n samples once, whatever was released or interrupted.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class SampleCursor:
+    """Hands out the positions 0..n-1 of n samples, epoch after epoch, in an order fixed by the seed.
+
+    committed: samples committed so far, over all epochs.
+    """
+
+    def __init__(self, n: int, seed: int) -> None:
+        """Raises ValueError if there is no sample to hand out."""
+        if n < 1:
+            raise ValueError("there is no training sample: give this replica at least one usable row")
+        self.n, self.seed, self.epoch, self.committed = n, seed, 0, 0
+        self._next = 0
+        self._order = self._shuffled()
+        self._released: deque[int] = deque()
+        # A list, not a set: a claim that crosses an epoch may hold the same sample twice.
+        self._claimed: list[int] = []
+
+    @property
+    def claimed(self) -> tuple[int, ...]:
+        """Samples that are claimed and neither committed nor released yet."""
+        return tuple(self._claimed)
+
+    def claim(self, k: int) -> list[int]:
+        """The next k samples: released ones first, then on through the epochs. Raises ValueError if k < 0."""
+        if k < 0:
+            raise ValueError(f"cannot claim {k} samples: ask for 0 or more")
+        ids = [self._released.popleft() if self._released else self._advance() for _ in range(k)]
+        self._claimed += ids
+        return ids
+
+    def commit(self, ids: Iterable[int]) -> None:
+        """The optimizer step that used ids is done. Raises ValueError, and changes nothing, if one is not claimed."""
+        self.committed += len(self._settle(ids))
+
+    def release(self, ids: Iterable[int]) -> None:
+        """The step that used ids was rolled back: they are claimed again first. Raises ValueError like commit."""
+        self._released.extendleft(reversed(self._settle(ids)))
+
+    def state(self) -> dict[str, Any]:
+        """All of it as JSON values. What is claimed now counts as released: a resumed run has no step in flight."""
+        return {
+            "n": self.n,
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "next": self._next,
+            "committed": self.committed,
+            "released": [*self._claimed, *self._released],
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], n: int | None = None) -> SampleCursor:
+        """Continue from state(). Raises ValueError if n is given and the checkpoint was made for another number."""
+        if n is not None and n != state["n"]:
+            raise ValueError(
+                f"the checkpoint was made with {state['n']} training samples but there are {n} now: "
+                "resume with the same data and replicas, or start a new run"
+            )
+        cursor = cls(state["n"], state["seed"])
+        cursor.epoch, cursor.committed, cursor._next = state["epoch"], state["committed"], state["next"]
+        cursor._order = cursor._shuffled()
+        cursor._released = deque(state["released"])
+        return cursor
+
+    def _advance(self) -> int:
+        if self._next == self.n:
+            self.epoch, self._next = self.epoch + 1, 0
+            self._order = self._shuffled()
+        self._next += 1
+        return self._order[self._next - 1]
+
+    def _shuffled(self) -> list[int]:
+        """The order of this epoch depends on seed and epoch alone, so a checkpoint needs no generator state."""
+        order = list(range(self.n))
+        random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        return order
+
+    def _settle(self, ids: Iterable[int]) -> list[int]:
+        """Take ids out of the claims."""
+        given = list(ids)
+        unclaimed = Counter(given) - Counter(self._claimed)
+        if unclaimed:
+            raise ValueError(f"samples {sorted(unclaimed)} are not claimed: commit or release a claim once")
+        for i in given:
+            self._claimed.remove(i)
+        return given

@@ -1,0 +1,196 @@
+"""Instruction data: JSON lines to rows, rows to shards and to tokenised training samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from clif.text import ChatTokenizer, Message
+from clif.types import TrainSample
+
+ACCEPTED = "instruction[/input]/output, messages, or prompt/completion"
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message names the place and says what to change."""
+
+
+class SampleRejected(DataError):
+    """This one row cannot be a training sample; others may."""
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One example: the prompt's messages and the answer. id counts the rows of the file from 0."""
+
+    id: int
+    messages: tuple[Message, ...]
+    answer: str
+    split: str | None = None
+    client: str | None = None
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read alpaca, chat or prompt/completion rows, one JSON object a line; blank lines are skipped.
+
+    Raises DataError naming file and line.
+    """
+    rows: list[Row] = []
+    for number, line in read_lines(path, DataError):
+        try:
+            rows.append(_row(len(rows), _object(line)))
+        except DataError as error:
+            raise DataError(f"{path}, line {number}: {error}") from error
+    if not rows:
+        raise DataError(f"{path} holds no rows: put one JSON object on each line")
+    return rows
+
+
+def read_lines(path: Path, error: type[ValueError]) -> Iterator[tuple[int, str]]:
+    """Line numbers (from 1) and lines of a UTF-8 file, blank ones left out. Raises `error` if it is not UTF-8."""
+    # Not splitlines(): it also splits at U+2028 and its like, which JSON allows inside strings.
+    with path.open(encoding="utf-8-sig") as lines:
+        try:
+            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        except UnicodeDecodeError as cause:
+            raise error(f"{path} is not UTF-8 text: convert it") from cause
+
+
+def split_rows(rows: Sequence[Row], split: str) -> list[Row]:
+    """Rows of one split. Raises DataError, listing the splits there are, if none."""
+    chosen = [row for row in rows if row.split == split]
+    if not chosen:
+        present = ", ".join(sorted({"(none)" if row.split is None else row.split for row in rows}))
+        raise DataError(f'no row has the split "{split}": choose one that the data has ({present})')
+    return chosen
+
+
+def shard_rows(rows: Sequence[Row], how: Literal["round_robin", "client"], replica: int, replicas: int) -> list[Row]:
+    """This replica's part of rows: every row in turn, or every client (sorted by name) in turn.
+
+    Raises DataError if a replica would be left without rows, or if "client" is asked of rows without clients.
+    """
+    if not 0 <= replica < replicas:
+        raise DataError(f"there is no replica {replica} among {replicas}: they count from 0")
+    if how == "round_robin":
+        if len(rows) < replicas:
+            raise DataError(f"{len(rows)} training rows cannot be shared by {replicas} replicas: give more rows")
+        return list(rows[replica::replicas])
+    orphan = next((row for row in rows if row.client is None), None)
+    if orphan is not None:
+        raise DataError(f'row {orphan.id} has no "client": add the field, or set data.shard to round_robin')
+    clients = sorted({row.client for row in rows if row.client is not None})
+    if len(clients) < replicas:
+        raise DataError(
+            f"{len(clients)} clients cannot be shared by {replicas} replicas: "
+            "use fewer replicas, or set data.shard to round_robin"
+        )
+    mine = set(clients[replica::replicas])
+    return [row for row in rows if row.client in mine]
+
+
+def encode_sample(row: Row, tokenizer: ChatTokenizer, max_tokens: int) -> TrainSample:
+    """Prompt and answer as token ids, loss on the answer (and its end-of-text token) only; never truncated.
+
+    Raises SampleRejected if it is longer than max_tokens or if no token of the answer is left to learn.
+    """
+    prompt = tokenizer.encode_chat(row.messages)
+    answer = tokenizer.encode_answer(row.answer)
+    # The end-of-text token alone teaches only silence, and a first token has nothing that predicts it.
+    if len(answer) < 2 or not prompt:
+        raise SampleRejected(f"row {row.id}: no target token: its prompt or its answer encodes to nothing")
+    ids = (*prompt, *answer)
+    if len(ids) > max_tokens:
+        raise SampleRejected(
+            f"row {row.id}: {len(ids)} tokens exceed data.max_sample_tokens {max_tokens}: raise it or shorten the row"
+        )
+    return TrainSample(id=row.id, ids=ids, target_start=len(prompt))
+
+
+def encode_samples(
+    rows: Sequence[Row], tokenizer: ChatTokenizer, max_tokens: int
+) -> tuple[list[TrainSample], list[str]]:
+    """The samples that fit, and the reasons why the others were rejected."""
+    samples: list[TrainSample] = []
+    reasons: list[str] = []
+    for row in rows:
+        try:
+            samples.append(encode_sample(row, tokenizer, max_tokens))
+        except SampleRejected as rejected:
+            reasons.append(str(rejected))
+    return samples, reasons
+
+
+def _object(line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"not valid JSON ({error.msg} at column {error.colno}): write one object a line") from error
+    if not isinstance(value, dict):
+        raise DataError(f"a {type(value).__name__} instead of an object: write {ACCEPTED}")
+    return value
+
+
+def _row(number: int, value: dict[str, Any]) -> Row:
+    kinds = [read for keys, read in _KINDS.items() if value.keys() >= set(keys)]
+    if len(kinds) != 1:
+        found = ", ".join(value) or "none"
+        problem = "row of more than one kind" if kinds else "unknown kind of row"
+        raise DataError(f"{problem} (keys found: {found}): write {ACCEPTED}")
+    messages, answer = kinds[0](value)
+    if not answer.strip():
+        raise DataError("row without an answer: add it or remove the row")
+    client = value.get("client")
+    if type(client) is int:  # many data sets number their clients
+        value = {**value, "client": str(client)}
+    return Row(
+        id=number, messages=messages, answer=answer, split=_optional(value, "split"), client=_optional(value, "client")
+    )
+
+
+def _alpaca(value: dict[str, Any]) -> tuple[tuple[Message, ...], str]:
+    instruction, more = _text(value, "instruction"), _optional(value, "input")
+    return _user(f"{instruction}\n\n{more}" if more else instruction), _text(value, "output")
+
+
+def _completion(value: dict[str, Any]) -> tuple[tuple[Message, ...], str]:
+    return _user(_text(value, "prompt")), _text(value, "completion")
+
+
+def _chat(value: dict[str, Any]) -> tuple[tuple[Message, ...], str]:
+    turns = value["messages"]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise DataError('"messages" must be a list of {"role": ..., "content": ...}')
+    messages = [{"role": _text(turn, "role"), "content": _text(turn, "content")} for turn in turns]
+    if not messages or messages[-1]["role"] != "assistant":
+        raise DataError('row without an answer: the last of "messages" must have the role assistant')
+    if len(messages) == 1:
+        raise DataError('row without a prompt: put a user message before the answer in "messages"')
+    return tuple(messages[:-1]), messages[-1]["content"]
+
+
+def _user(content: str) -> tuple[Message, ...]:
+    if not content.strip():
+        raise DataError("row without a prompt: add it or remove the row")
+    return ({"role": "user", "content": content},)
+
+
+def _text(value: dict[str, Any], key: str) -> str:
+    text = value.get(key)
+    if not isinstance(text, str):
+        raise DataError(f'"{key}" must be text, not {"missing" if key not in value else type(text).__name__}')
+    return text
+
+
+def _optional(value: dict[str, Any], key: str) -> str | None:
+    return None if value.get(key) is None else _text(value, key)
+
+
+_KINDS: dict[tuple[str, ...], Callable[[dict[str, Any]], tuple[tuple[Message, ...], str]]] = {
+    ("instruction", "output"): _alpaca,
+    ("messages",): _chat,
+    ("prompt", "completion"): _completion,
+}

@@ -1,0 +1,151 @@
+"""The load of a run: when each request comes, what it asks and what it was promised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from clif.config import Config, LoadConfig, SloConfig
+from clif.data.instruct import DataError, Row, split_rows
+from clif.data.traces import Arrival, read_trace
+from clif.text import ChatTokenizer
+from clif.types import Request, Sampling, Slo
+
+
+class LoadError(ValueError):
+    """The configured load cannot be made; the message says what to change."""
+
+
+class ScheduledRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request and when it arrives, seconds from the start of the load."""
+
+    at_s: float
+    request: Request
+
+
+def make_load(config: Config, rows: Sequence[Row], tokenizer: ChatTokenizer) -> list[ScheduledRequest]:
+    """All requests of a run in order of arrival, ids 0..n-1; the same for the same configuration and rows.
+
+    Nothing is dropped here: a request that exceeds model.max_context is rejected, with a reason, by the dispatcher.
+    Raises LoadError, TraceError or DataError.
+    """
+    load = config.load
+    arrivals = _arrivals(load, config.run.seed)
+    if not arrivals:
+        return []
+    pool = split_rows(rows, load.split)
+    rng = np.random.default_rng([config.run.seed, 1])
+    picks = rng.integers(len(pool), size=len(arrivals))
+    seeds = rng.integers(2**31, size=len(arrivals))
+    exact = load.trace is not None and load.trace.lengths == "trace"
+    slo = _slo(config.slo)
+
+    @cache
+    def prompt(index: int) -> tuple[int, ...]:
+        return _prompt(pool[index], tokenizer)
+
+    def request(number: int, arrival: Arrival) -> Request:
+        ids, sampling = prompt(int(picks[number])), _sampling(load, int(seeds[number]))
+        if exact:
+            ids, sampling = _resize(ids, arrival.prompt_tokens), _fixed_length(sampling, arrival.answer_tokens)
+        return Request(id=number, prompt=ids, sampling=sampling, slo=slo)
+
+    return [ScheduledRequest(at_s=a.at_s, request=request(number, a)) for number, a in enumerate(arrivals)]
+
+
+def generate_arrivals(
+    kind: Literal["constant", "poisson", "gamma"],
+    rate_rps: float,
+    duration_s: float,
+    seed: int,
+    cv: float = 1.0,
+    max_requests: int | None = None,
+) -> list[Arrival]:
+    """Arrivals in [0, duration_s): evenly spaced, or with random gaps of mean 1 / rate_rps seconds.
+
+    cv: coefficient of variation of gamma gaps. Raises LoadError if no request falls into the time.
+    """
+    if kind == "constant":
+        # The small number keeps rounding, as in 0.1 * 30 > 3, from adding a request at the very end.
+        number = math.ceil(rate_rps * duration_s - 1e-9)
+        times = [k / rate_rps for k in range(number)]
+    else:
+        times = _random_times(_gaps(kind, rate_rps, cv, seed), duration_s, max_requests)
+    if not times:
+        raise LoadError(
+            f"no request comes in {duration_s:g} s at {rate_rps:g} requests/s: raise load.duration_s or load.rate_rps"
+        )
+    return [Arrival(at_s=time) for time in times[:max_requests]]
+
+
+def _arrivals(load: LoadConfig, seed: int) -> list[Arrival]:
+    if load.kind == "none":
+        return []
+    if load.kind != "trace":
+        return generate_arrivals(load.kind, load.rate_rps, load.duration_s, seed, load.cv, load.max_requests)
+    trace = load.trace
+    if trace is None:
+        raise LoadError('load.kind is "trace" but the section load.trace is missing: add it')
+    return read_trace(trace.path, trace.format, trace.speed, trace.start_s, load.duration_s, load.max_requests)
+
+
+def _gaps(kind: Literal["poisson", "gamma"], rate_rps: float, cv: float, seed: int) -> Callable[[], float]:
+    rng = np.random.default_rng([seed, 0])
+    if kind == "poisson":
+        return lambda: float(rng.exponential(1 / rate_rps))
+    shape = 1 / cv**2
+    return lambda: float(rng.gamma(shape, 1 / (rate_rps * shape)))
+
+
+def _random_times(gap: Callable[[], float], duration_s: float, max_requests: int | None) -> list[float]:
+    times: list[float] = []
+    time = gap()
+    while time < duration_s and (max_requests is None or len(times) < max_requests):
+        times.append(time)
+        time += gap()
+    return times
+
+
+def _prompt(row: Row, tokenizer: ChatTokenizer) -> tuple[int, ...]:
+    ids = tuple(tokenizer.encode_chat(row.messages))
+    if not ids:
+        raise DataError(f"row {row.id}: its prompt encodes to no token: remove the row")
+    return ids
+
+
+def _resize(ids: tuple[int, ...], length: int | None) -> tuple[int, ...]:
+    """ids cut or repeated to length. A trace may log 0 tokens; a model needs one to start from."""
+    length = max(1, _known(length))
+    return (ids * (length // len(ids) + 1))[:length]
+
+
+def _fixed_length(sampling: Sampling, length: int | None) -> Sampling:
+    """Exactly length tokens; 0 in a trace is a request that failed there, and asks for one token here."""
+    return msgspec.structs.replace(sampling, max_tokens=max(1, _known(length)), ignore_eos=True)
+
+
+def _known(length: int | None) -> int:
+    if length is None:
+        raise LoadError('the trace has no token numbers: set load.trace.lengths to "data"')
+    return length
+
+
+def _sampling(load: LoadConfig, seed: int) -> Sampling:
+    return Sampling(
+        max_tokens=load.max_tokens,
+        temperature=load.temperature,
+        top_p=load.top_p,
+        top_k=load.top_k,
+        seed=seed if load.temperature > 0 else None,
+        ignore_eos=load.ignore_eos,
+    )
+
+
+def _slo(slo: SloConfig) -> Slo:
+    deadline_s = None if slo.deadline_ms is None else slo.deadline_ms / 1000
+    return Slo(ttft_s=slo.ttft_ms / 1000, tpot_s=slo.tpot_ms / 1000, deadline_s=deadline_s)

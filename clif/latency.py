@@ -1,0 +1,136 @@
+"""Online latency models: how long an iteration takes, given its own work and the other work beside it.
+
+T = a * own + b * other + c, in seconds, with a, b, c >= 0. For serving, own is running requests and other the
+samples of the micro-batch under way; for training it is the reverse. Free of torch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+WINDOW = 256
+HALF_LIFE = 64.0
+REFIT_EVERY = 16
+PRIOR_SAMPLES = 1.0
+TRUSTED_SAMPLES = 8.0
+HUBER = 2.0
+"""Residuals beyond this many robust standard deviations count less (their pull stays constant)."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One state of a model: seconds per unit of own work (a), of other work (b), and fixed seconds (c).
+
+    confidence: 0 (only the prior) to 1 (many samples, small residuals).
+    """
+
+    a: float
+    b: float
+    c: float
+    confidence: float = 0.0
+
+    def predict(self, x_own: float, x_other: float = 0.0) -> float:
+        """Predicted seconds."""
+        return self.a * x_own + self.b * x_other + self.c
+
+
+class LatencyModel:
+    """Windowed, forgetting, robust least squares with non-negative coefficients and a prior.
+
+    The prior acts like PRIOR_SAMPLES observations: it decides alone at first, and later only what the data
+    leave open (say, the effect of training when nothing trained yet).
+    """
+
+    def __init__(self, prior: Fit = Fit(0.002, 0.002, 0.02), half_life: float = HALF_LIFE) -> None:
+        self.prior = prior
+        self.fit = Fit(prior.a, prior.b, prior.c)
+        self._samples: deque[tuple[float, float, float]] = deque(maxlen=WINDOW)
+        self._forget = 0.5 ** (1.0 / half_life)
+        self._fresh = 0
+
+    @property
+    def confidence(self) -> float:
+        return self.fit.confidence
+
+    def predict(self, x_own: float, x_other: float = 0.0) -> float:
+        """Predicted seconds, by the latest fit."""
+        return self.fit.predict(x_own, x_other)
+
+    def observe(self, x_own: float, x_other: float, seconds: float) -> None:
+        """Take one measurement; refits now and then. Measurements that are not finite or negative are no data."""
+        if not np.isfinite((x_own, x_other, seconds)).all() or min(x_own, x_other, seconds) < 0:
+            return
+        self._samples.append((x_own, x_other, seconds))
+        self._fresh += 1
+        if self._fresh >= min(REFIT_EVERY, len(self._samples)):
+            self.refit()
+
+    def observe_all(self, samples: Iterable[tuple[float, float, float]]) -> None:
+        for x_own, x_other, seconds in samples:
+            self.observe(x_own, x_other, seconds)
+
+    def refit(self) -> Fit:
+        """Fit to the window. Costs well under a millisecond; does nothing when there is nothing new."""
+        if not self._fresh:
+            return self.fit
+        self._fresh = 0
+        data = np.asarray(self._samples, dtype=np.float64)
+        features, seconds = np.column_stack([data[:, :2], np.ones(len(data))]), data[:, 2]
+        age = self._forget ** np.arange(len(data) - 1, -1, -1, dtype=np.float64)
+        theta = self._robust(features, seconds, age)
+        residual = np.abs(seconds - features @ theta)
+        noise = _weighted_median(residual, age) / max(_weighted_median(seconds, age), 1e-9)
+        count = float(age.sum())
+        confidence = count / (count + TRUSTED_SAMPLES) / (1.0 + noise)
+        self.fit = Fit(float(theta[0]), float(theta[1]), float(theta[2]), confidence)
+        return self.fit
+
+    def _robust(self, features: Floats, seconds: Floats, age: Floats) -> Floats:
+        """Huber's estimate by iteratively reweighted least squares, started from a clipped first pass."""
+        prior = np.array([self.prior.a, self.prior.b, self.prior.c])
+        scale = np.maximum(np.sqrt((features**2).mean(axis=0)), 1.0)
+        ridge = PRIOR_SAMPLES * scale**2
+        # A stall hundreds of times as long as a tick would tilt even the first pass, from which the weights come.
+        clipped = np.minimum(seconds, 4.0 * np.quantile(seconds, 0.75))
+        theta = _nonnegative(features, clipped, age, ridge, prior)
+        for _ in range(4):
+            residual = np.abs(seconds - features @ theta)
+            sigma = max(1.4826 * _weighted_median(residual, age), 1e-9)
+            weight = age * np.minimum(1.0, HUBER * sigma / np.maximum(residual, 1e-12))
+            theta = _nonnegative(features, seconds, weight, ridge, prior)
+        return theta
+
+
+def _nonnegative(features: Floats, seconds: Floats, weight: Floats, ridge: Floats, prior: Floats) -> Floats:
+    """argmin over theta >= 0 of sum w (y - theta x)^2 + sum ridge (theta - prior)^2.
+
+    The problem is strictly convex, so its solution is the best of the feasible solutions over all supports;
+    with three coefficients there are eight of them.
+    """
+    gram = (features * weight[:, None]).T @ features + np.diag(ridge)
+    right = (features * weight[:, None]).T @ seconds + ridge * prior
+    best, least = np.zeros(3), 0.0
+    for size in (1, 2, 3):
+        for support in combinations(range(3), size):
+            index = np.array(support)
+            part = np.linalg.solve(gram[np.ix_(index, index)], right[index])
+            # At the solution of a support the objective is -right.part (up to a constant).
+            value = -float(right[index] @ part)
+            if (part >= 0).all() and value < least:
+                least, best = value, np.zeros(3)
+                best[index] = part
+    return best
+
+
+def _weighted_median(values: Floats, weight: Floats) -> float:
+    order = np.argsort(values)
+    total = np.cumsum(weight[order])
+    return float(values[order][np.searchsorted(total, 0.5 * total[-1])])

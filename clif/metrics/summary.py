@@ -1,0 +1,192 @@
+"""The figures of a run, from RUN/run.h5. Free of torch.
+
+Stamps of different files are never subtracted: durations are taken within one control file and added up over restarts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from clif.metrics.collect import collect, sources
+from clif.states import ReplicaState
+from clif.types import FinishReason
+
+Rows = np.ndarray[Any, Any]
+
+ANSWERED = (FinishReason.STOP.value, FinishReason.LENGTH.value)
+PERCENTILES = (50, 90, 99)
+
+
+def summarize(run_h5: Path) -> dict[str, Any]:
+    """Figures of a merged file; null where nothing was measured. Only requests of users count.
+
+    requests: submitted counts what the load generator submitted or what ended, whichever tells of it; unfinished had
+    no terminal event; duplicate_ends counts terminal events beyond the first of a request (there should be none).
+    slo: attainment is the share of requests with a terminal event that were answered (stop, length) and met all
+    their promises, so that rejected, failed and cancelled ones count as missed; goodput_rps is their number over
+    duration_s, first arrival to last terminal event. Percentiles of ttft, tpot and itl take every request that has
+    the figure, those of e2e the answered ones. Milliseconds.
+    training: samples and tokens are those of committed rounds; optimizer_steps counts every step done, also in
+    discarded rounds; tokens_per_s is tokens over span_s, start of the first round to end of the last.
+    states: seconds in each state from a replica's first transition to the end of the run, states_end_s.
+    """
+    with h5py.File(run_h5, "r") as run:
+        tables = {name: data[:] for name, data in run.items() if isinstance(data, h5py.Dataset)}
+        files = {name: dict(group.attrs) for name, group in run["sources"].items()}
+        unreadable = [str(problem) for problem in run.attrs["unreadable"]]
+    users = tables["requests"][tables["requests"]["purpose"] == b"user"]
+    ends = {name: _end(name, attributes, tables) for name, attributes in files.items()}
+    control_s = sum(end for name, end in ends.items() if name.startswith("control"))
+    summary = {
+        "run": {"duration_s": control_s, "sources": sorted(files), "unreadable": unreadable},
+        "requests": _requests(users, tables["load"]),
+        "slo": _slo(users, tables["gaps"]),
+        "training": _training(tables["rounds"], tables["train_steps"]),
+        "quality": _quality(tables["quality"]),
+        "adapters": _adapters(users, tables["rounds"]),
+        "states": _states(tables["transitions"], ends),
+        "states_end_s": control_s,
+    }
+    plain: dict[str, Any] = _plain(summary)
+    return plain
+
+
+def write_summary(run_dir: Path) -> dict[str, Any]:
+    """Summarize a run into RUN/summary.json; collects first if run.h5 is missing or older than its sources.
+
+    Raises CollectError when there is nothing to collect.
+    """
+    run_h5 = run_dir / "run.h5"
+    newest = max((source.path.stat().st_mtime_ns for source in sources(run_dir)), default=0)
+    if not run_h5.exists() or run_h5.stat().st_mtime_ns <= newest:
+        collect(run_dir)
+    summary = summarize(run_h5)
+    temporary = run_dir / "summary.json.tmp"
+    temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    os.replace(temporary, run_dir / "summary.json")
+    return summary
+
+
+def _end(name: str, attributes: dict[str, Any], tables: dict[str, Rows]) -> float:
+    """Length of a process's file in seconds; that of a killed one by its last row."""
+    end = float(attributes.get("end_s", math.nan))
+    if math.isfinite(end):
+        return end
+    stamps = [rows["t"][rows["source"] == name.encode()] for rows in tables.values()]
+    return max((float(t.max()) for t in stamps if len(t)), default=0.0)
+
+
+def _by_source(rows: Rows) -> Iterator[tuple[str, Rows]]:
+    for source in np.unique(rows["source"]):
+        yield source.decode(), rows[rows["source"] == source]
+
+
+def _ids(rows: Rows, column: str) -> set[tuple[bytes, int]]:
+    """Request ids start anew after a restart, so a request is known by its file and id."""
+    return set(zip(rows["source"].tolist(), rows[column].tolist()))
+
+
+def _requests(users: Rows, load: Rows) -> dict[str, Any]:
+    ended = _ids(users, "id")
+    submitted = ended | _ids(load, "request")
+    counts = Counter(users["finish"].tolist())
+    finished = {reason.value: counts[reason.value.encode()] for reason in FinishReason}
+    return {
+        "submitted": len(submitted),
+        "accepted": len(submitted) - finished["rejected"],
+        "finished": finished,
+        "unfinished": len(submitted - ended),
+        "duplicate_ends": len(users) - len(ended),
+    }
+
+
+def _answered(users: Rows) -> Rows:
+    return np.isin(users["finish"], [reason.encode() for reason in ANSWERED])
+
+
+def _slo(users: Rows, gaps: Rows) -> dict[str, Any]:
+    met = int((users["slo_met"] & _answered(users)).sum())
+    duration = sum(float(rows["finished_s"].max() - rows["arrival_s"].min()) for _, rows in _by_source(users))
+    return {
+        "attainment": met / len(users) if len(users) else None,
+        "goodput_rps": met / duration if duration > 0 else None,
+        "duration_s": duration,
+        "ttft_ms": _percentiles(users["ttft_s"]),
+        "tpot_ms": _percentiles(users["tpot_s"]),
+        "itl_ms": _percentiles(gaps["itl_s"]),
+        "e2e_ms": _percentiles(users["e2e_s"][_answered(users)]),
+    }
+
+
+def _percentiles(seconds: Rows) -> dict[str, float | None]:
+    known = seconds[np.isfinite(seconds)] * 1000
+    return {f"p{p}": float(np.percentile(known, p)) if len(known) else None for p in PERCENTILES}
+
+
+def _training(rounds: Rows, steps: Rows) -> dict[str, Any]:
+    committed = rounds[rounds["state"] == b"committed"]
+    span = sum(float(rows["ended_s"].max() - rows["started_s"].min()) for _, rows in _by_source(rounds))
+    tokens = int(committed["tokens"].sum())
+    return {
+        "tokens": tokens,
+        "tokens_per_s": tokens / span if span > 0 else None,
+        "span_s": span,
+        "samples": int(committed["samples"].sum()),
+        "optimizer_steps": len(steps),
+        "rounds_completed": len(committed),
+        "rounds_discarded": int((rounds["state"] == b"discarded").sum()),
+    }
+
+
+def _quality(rows: Rows) -> dict[str, float | None]:
+    """The first figure of "before" and the last of "after": a resumed run compares with its very beginning."""
+    result: dict[str, float | None] = {}
+    for figure in ("heldout_loss", "exact_match"):
+        for phase, position in (("before", 0), ("after", -1)):
+            known = rows[figure][(rows["phase"] == phase.encode()) & np.isfinite(rows[figure])]
+            result[f"{figure}_{phase}"] = float(known[position]) if len(known) else None
+    return result
+
+
+def _adapters(users: Rows, rounds: Rows) -> dict[str, Any]:
+    served = Counter(users["version"][users["output_tokens"] > 0].tolist())
+    promotions = [
+        {
+            "version": int(row["version"]),
+            "round_id": int(row["round_id"]),
+            "running_requests": int(row["running_requests"]),
+            "heldout_loss": float(row["heldout_candidate"]),
+        }
+        for row in rounds[rounds["state"] == b"committed"]
+    ]
+    return {"versions_served": {str(v): served[v] for v in sorted(served)}, "promotions": promotions}
+
+
+def _states(transitions: Rows, ends: dict[str, float]) -> dict[str, dict[str, float]]:
+    seconds: dict[str, dict[str, float]] = {}
+    for source, rows in _by_source(transitions):
+        for replica in np.unique(rows["replica"]).tolist():
+            mine = rows[rows["replica"] == replica]
+            total = seconds.setdefault(str(replica), {state.value: 0.0 for state in ReplicaState})
+            # Rows of one file are in the order of time: each state lasts until the next row, the last until the end.
+            for state, start, stop in zip(mine["to_state"], mine["t"], [*mine["t"][1:], ends[source]]):
+                total[state.decode()] += float(stop - start)
+    return seconds
+
+
+def _plain(value: Any) -> Any:
+    """The same with null for what is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

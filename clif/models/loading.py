@@ -1,0 +1,123 @@
+"""Loading a frozen base model and its tokenizer: hub name, folder, GGUF file or random weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from clif.config import ConfigError, ModelConfig
+from clif.models.bytes_tokenizer import byte_tokenizer
+from clif.text import ChatTokenizer, from_transformers
+
+log = logging.getLogger(__name__)
+RANDOM = "random:"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A frozen causal language model in eval mode, on its device, and what belongs to it."""
+
+    model: transformers.PreTrainedModel
+    tokenizer: ChatTokenizer
+    device: torch.device
+    dtype: torch.dtype
+    dtype_reason: str
+
+
+def load_model(config: ModelConfig, device: torch.device, seed: int = 0) -> LoadedModel:
+    """Load what config.path names. Raises ConfigError when it cannot be had or does not fit the context wanted."""
+    dtype, reason = choose_dtype(config.dtype, device)
+    if config.path.startswith(RANDOM):
+        model, tokenizer = _random(config.path.removeprefix(RANDOM), dtype, seed)
+    else:
+        model, tokenizer = _pretrained(config.path, dtype)
+    model.eval().requires_grad_(False).to(device)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and config.max_context > limit:
+        raise ConfigError(f"model.max_context {config.max_context} exceeds the model's own {limit}: lower it")
+    return LoadedModel(model, tokenizer, device, dtype, reason)
+
+
+def _pretrained(path: str, dtype: torch.dtype) -> tuple[Any, ChatTokenizer]:
+    source: dict[str, Any] = {"pretrained_model_name_or_path": path}
+    if path.endswith(".gguf"):
+        file = Path(path)
+        if not file.is_file():
+            hint = "run `clif fetch`" if file.parts[:1] == ("assets",) else "correct it"
+            raise ConfigError(f"model.path {path} does not exist: {hint}")
+        source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    elif path.startswith((".", "/")) and not Path(path).is_dir():
+        raise ConfigError(f"model.path {path} is not a folder: correct it")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            **source, **_dense_gguf(path), dtype=dtype, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return model, from_transformers(tokenizer, _eos_ids(model))
+
+
+def _dense_gguf(path: str) -> dict[str, Any]:
+    """transformers since 5.2x keeps GGUF blocks packed unless told otherwise; LoRA and bf16 GEMMs need them dense."""
+    if path.endswith(".gguf") and hasattr(transformers, "GgufConfig"):
+        return {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    return {}
+
+
+def _random(path: str, dtype: torch.dtype, seed: int) -> tuple[Any, ChatTokenizer]:
+    """Random weights of a given shape, for benchmarks; the same on every rank for the same seed."""
+    place = Path(path)
+    file = place / "config.json" if place.is_dir() else place
+    if not file.is_file():
+        raise ConfigError(f"model.path {RANDOM}{path}: there is no {file}; name a config.json or a folder with one")
+    fields = json.loads(file.read_text())
+    shape = transformers.AutoConfig.for_model(**fields)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="sdpa")
+    if (file.parent / "tokenizer.json").is_file():
+        return model, from_transformers(transformers.AutoTokenizer.from_pretrained(str(file.parent)), _eos_ids(model))
+    return model, byte_tokenizer(shape.vocab_size)
+
+
+def _eos_ids(model: Any) -> list[int]:
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]
+
+
+def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of the base weights and why. On a CPU, auto is decided by a short measurement.
+
+    Raises ConfigError for a dtype that the device cannot compute in.
+    """
+    if wanted == "float16" and device.type == "cpu":
+        raise ConfigError("model.dtype float16 is for GPUs: use bfloat16, float32 or auto on a CPU")
+    if wanted != "auto":
+        return DTYPES[wanted], "asked for"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported():
+            return torch.bfloat16, "the GPU computes in bfloat16"
+        return torch.float16, "the GPU has no bfloat16"
+    seconds = {name: _matmul_seconds(DTYPES[name]) for name in ("float32", "bfloat16")}
+    best = min(seconds, key=lambda name: seconds[name])
+    rates = ", ".join(f"{name} {2 * 256 * 1024**2 / s / 1e9:.0f} GFLOP/s" for name, s in seconds.items())
+    return DTYPES[best], f"measured {rates}"
+
+
+def _matmul_seconds(dtype: torch.dtype, repeats: int = 5) -> float:
+    """Best time of one 256x1024x1024 product: the best, because ranks measure at the same moment on shared cores."""
+    x, w = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        best = min(best, time.perf_counter() - start)
+    return best

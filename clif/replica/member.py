@@ -1,0 +1,171 @@
+"""A replica's part in a federated round, as one resumable job that reads from top to bottom.
+
+Invariants: the shadow that a round leaves behind is either the committed average or what it was before the
+round; samples of a discarded round are released; nothing is promoted into a slot that somebody reads.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from clif.adapters.layers import SHADOW
+from clif.adapters.peft_io import config_json, read_weights, write_weights
+from clif.adapters.slots import SlotTable
+from clif.collectives import WeightedMean
+from clif.replica.heldout import Heldout
+from clif.replica.runner import WAIT, Slices
+from clif.replica.trainer import ShadowTrainer, StepResult
+from clif.topology import Topology
+from clif.types import HeldoutLoss, RoundPlan, RoundResult, Vote
+from clif.wire.messages import Evaluated, Install, Published, Settle, Settled, StepsDone, Up, Voted
+
+
+@dataclass
+class RoundOrders:
+    """What the control process has said about the round so far."""
+
+    plan: RoundPlan
+    finish_steps: bool = False
+    aggregate: bool = False
+    settle: Settle | None = None
+
+
+@dataclass
+class Member:
+    """Takes part in rounds. tell sends a message up; on_step sees every optimizer step, on_version every promotion."""
+
+    topology: Topology
+    trainer: ShadowTrainer
+    heldout: Heldout
+    slots: SlotTable
+    base: str
+    tell: Callable[[Up], None]
+    on_step: Callable[[RoundPlan, StepResult], None]
+    on_version: Callable[[int, int], None]
+    tick: Callable[[], int]
+    orders: RoundOrders | None = None
+    micro_batch: int = 1
+    """Samples per forward; the coordinator may change it within a round."""
+    _snapshot: dict[str, Any] | None = None
+
+    def take_part(self, orders: RoundOrders) -> Slices[None]:
+        """One round: local steps, average, vote, promote. Discarding is done by discard(), from outside."""
+        self.orders, plan, self.micro_batch = orders, orders.plan, orders.plan.micro_batch
+        yield WAIT
+        self._snapshot = self.trainer.snapshot()
+        # Made now and not when it is needed: the members have just been told, so nobody waits long for the others.
+        self.topology.combined_group(plan.members)
+        _, active_loss = yield from self.heldout.active_loss(self.slots)
+        result = yield from self._local_steps(orders)
+        self.tell(StepsDone(result=result))
+        while not orders.aggregate:
+            yield WAIT
+        error = yield from self._average(plan, result)
+        candidate = yield from self.heldout.loss(SHADOW)
+        self.tell(Voted(vote=self._vote(plan, active_loss, candidate, error)))
+        while orders.settle is None:
+            yield WAIT
+        yield from self._promote(orders.settle, candidate)
+        self.orders = self._snapshot = None
+
+    def _local_steps(self, orders: RoundOrders) -> Slices[RoundResult]:
+        plan, started = orders.plan, time.monotonic()
+        results: list[StepResult] = []
+        while len(results) < plan.local_steps and not orders.finish_steps:
+            results.append((yield from self.trainer.step(self.micro_batch, plan.accumulation)))
+            self.on_step(plan, results[-1])
+            if not results[-1].finite:
+                break
+        finite = all(r.finite for r in results) and bool(results)
+        return RoundResult(
+            round_id=plan.round_id,
+            replica=self.topology.replica,
+            samples=sum(r.samples for r in results if r.finite),
+            tokens=sum(r.tokens for r in results if r.finite),
+            steps=sum(r.finite for r in results),
+            loss=results[-1].loss if results else math.nan,
+            finite=finite,
+            noise_scale=results[-1].noise_scale if results else None,
+            seconds=time.monotonic() - started,
+        )
+
+    def _average(self, plan: RoundPlan, result: RoundResult) -> Slices[float | None]:
+        """FedAvg over the members, weighted by samples; leaves the mean in the shadow.
+
+        Returns |(B_i - Bbar)(A_i - Abar)| / |Bbar Abar| of this member: averaged with the members' weights it
+        bounds the relative error of averaging A and B apart (exact for two members of equal weight).
+        """
+        bank = self.trainer.bank
+        mine = bank.shadow.detach().clone()
+        mean = WeightedMean(mine, result.samples if result.finite else 0, self.topology.combined_group(plan.members))
+        while not mean.done():
+            yield WAIT
+        average, weight = mean.result()
+        if weight == 0:
+            average.fill_(math.nan)
+        bank.shadow.data.copy_(average)
+        if not result.finite:
+            return None
+        error, total = bank.product_error(average, mine)
+        return math.sqrt(error / total) if total > 0 else None
+
+    def _vote(self, plan: RoundPlan, active: float, candidate: float, error: float | None) -> Vote:
+        return Vote(
+            round_id=plan.round_id,
+            replica=self.topology.replica,
+            finite=bool(self.trainer.bank.shadow.isfinite().all()) and math.isfinite(candidate),
+            candidate_loss=candidate,
+            active_loss=active,
+            tokens=self.heldout.tokens,
+            product_error=error,
+        )
+
+    def _promote(self, settle: Settle, candidate: float) -> Slices[None]:
+        yield from self._activate(settle.version, settle.round_id)
+        self.heldout.remember(settle.version, candidate)
+        self.trainer.commit()
+        self.on_version(settle.version, settle.round_id)
+        if settle.publish:
+            bank = self.trainer.bank
+            self.tell(
+                Published(
+                    version=settle.version,
+                    round_id=settle.round_id,
+                    config_json=config_json(bank, self.base),
+                    weights=write_weights(bank.shadow_state()),
+                )
+            )
+
+    def _activate(self, version: int, round_id: int) -> Slices[None]:
+        """Copy the shadow into a slot that nobody reads and make it active; running requests keep theirs."""
+        while (slot := self.slots.free_slot()) is None:
+            yield WAIT
+        self.trainer.bank.fill_slot(slot, self.trainer.bank.shadow_state())
+        self.slots.promote(version, slot)
+        self.tell(Settled(replica=self.topology.replica, round_id=round_id, version=version, tick=self.tick()))
+
+    def evaluate(self) -> Slices[None]:
+        """Report the held-out loss of the active version."""
+        version, loss = yield from self.heldout.active_loss(self.slots)
+        result = HeldoutLoss(replica=self.topology.replica, version=version, loss=loss, tokens=self.heldout.tokens)
+        self.tell(Evaluated(result=result))
+
+    def discard(self) -> None:
+        """The round came to nothing: the shadow is again what it was, and what was active stays active."""
+        if self.orders is None:
+            return
+        if self._snapshot is not None:
+            self.trainer.rollback(self._snapshot)
+        round_id, self.orders, self._snapshot = self.orders.plan.round_id, None, None
+        self.tell(Settled(replica=self.topology.replica, round_id=round_id, version=self.slots.active, tick=self.tick()))
+
+    def install(self, message: Install, round_id: int = -1) -> Slices[None]:
+        """A version that others trained: the shadow goes on from it, too. Raises AdapterError if it does not fit."""
+        yield WAIT
+        self.trainer.bank.set_shadow(read_weights(self.trainer.bank, message.weights))
+        yield from self._activate(message.version, round_id)
+        self.on_version(message.version, round_id)

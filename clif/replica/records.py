@@ -1,0 +1,77 @@
+"""What a rank writes down: its file's tables and their columns, in one place."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from clif.config import MetricsConfig
+from clif.metrics.device import DeviceMonitor
+from clif.metrics.writer import TableWriter, next_path
+from clif.replica.engine import TickRecord
+from clif.replica.scheduler import Scheduler
+from clif.replica.trainer import StepResult
+from clif.types import RoundPlan
+
+TABLES = ("ticks", "train_steps", "versions", "device")
+
+
+class RankRecords:
+    """The HDF5 file of one rank. Rows are buffered; files are flushed when serving has a pause, or by time."""
+
+    def __init__(self, run_dir: Path, rank: int, config: MetricsConfig, attributes: dict[str, Any]) -> None:
+        self._writer = TableWriter(
+            next_path(run_dir, f"rank-{rank:05d}"), TABLES, attributes, flush_s=config.flush_s, flush_rows=config.flush_rows
+        )
+        self._device, self._device_s, self._sampled = DeviceMonitor(), config.device_s, -math.inf
+        self._step_s = 0.0
+        self.last_step: StepResult | None = None
+
+    def tick(self, tick: int, record: TickRecord, scheduler: Scheduler) -> None:
+        """A turn in which something was done; idle turns leave no row."""
+        if not record.serve_s and not record.train_s:
+            return
+        self._step_s += record.train_s
+        self._writer.row(
+            "ticks",
+            tick=tick,
+            seconds=record.serve_s,
+            decode_rows=record.decode_rows,
+            prefill_tokens=record.prefill_tokens,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_used=scheduler.pool.used_tokens,
+            train_kind=record.train_kind,
+            train_s=record.train_s,
+        )
+
+    def step(self, plan: RoundPlan, result: StepResult) -> None:
+        self.last_step = result
+        seconds, self._step_s = self._step_s, 0.0
+        self._writer.row(
+            "train_steps",
+            step=result.step,
+            round_id=plan.round_id,
+            samples=result.samples,
+            tokens=result.tokens,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=result.lr,
+            seconds=seconds,
+            noise_scale=math.nan if result.noise_scale is None else result.noise_scale,
+        )
+
+    def version(self, version: int, round_id: int, tick: int, slot: int) -> None:
+        self._writer.row("versions", version=version, round_id=round_id, tick=tick, slot=slot)
+
+    def maybe_flush(self) -> None:
+        now = time.monotonic()
+        if now - self._sampled >= self._device_s:
+            self._sampled = now
+            self._writer.row("device", **self._device.sample())
+        self._writer.maybe_flush()
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,161 @@
+"""One replica as seen by one of its ranks: it obeys the control process, serves, learns and reports.
+
+Invariant: all ranks of a replica get the same inbox at the same tick, so they admit, promote and stop together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from clif.config import Config
+from clif.replica.engine import Engine
+from clif.replica.jobs import Job
+from clif.replica.member import Member, RoundOrders
+from clif.replica.records import RankRecords
+from clif.states import ReplicaState
+from clif.types import TokenEvent
+from clif.wire import messages as m
+
+ROUND = "round"
+
+
+class Replica:
+    """The turn of a replica. tell sends a message to the control process (nothing on ranks that do not lead).
+
+    close waits for what is still being written.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        replica: int,
+        engine: Engine,
+        member: Member,
+        records: RankRecords,
+        tell: Callable[[m.Up], None],
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.config, self.id, self.engine, self.member = config, replica, engine, member
+        self.records, self.tell, self.close = records, tell, close
+        self.state = ReplicaState.SERVING
+        self.stopping = False
+        self.ticks = 0
+        self._reported, self._busy_s = time.monotonic(), 0.0
+        self._serve_samples: list[tuple[float, float, float]] = []
+        self._train_samples: list[tuple[float, float, float]] = []
+        self._train_work = 0.0
+        self._orders: dict[type, Callable[[Any], None]] = {
+            m.Submit: lambda o: engine.scheduler.add(o.request, engine.clock()),
+            m.Cancel: self._cancel,
+            m.SetState: self._set_state,
+            m.Limits: self._limits,
+            m.BeginRound: self._begin_round,
+            m.FinishSteps: self._finish_steps,
+            m.Aggregate: self._aggregate,
+            m.Settle: self._settle,
+            m.Install: lambda o: engine.jobs.append(Job("install", member.install(o))),
+            m.Evaluate: lambda o: engine.jobs.append(Job("evaluate", member.evaluate())),
+            m.Stop: self._stop,
+        }
+
+    def tick(self, inbox: list[m.Down]) -> None:
+        """One turn: obey, serve, learn, settle. All ranks of a replica get the same inbox and stay in step."""
+        for order in inbox:
+            self._orders[type(order)](order)
+        events = self.engine.serve()
+        self._send(events)
+        self.engine.learn()
+        self._account()
+
+    def wait_s(self) -> float:
+        """How long the next turn may wait for messages: not at all while there is work."""
+        if self.engine.busy:
+            return 0.0
+        # A job that waits for others (an all-reduce, a free slot) is looked at often; else only reports are due.
+        return 0.002 if self.engine.jobs else self.config.control.report_s / 2
+
+    def _send(self, events: list[TokenEvent]) -> None:
+        if events:
+            self.tell(m.Tokens(replica=self.id, events=tuple(events)))
+
+    def _account(self) -> None:
+        self.ticks += 1
+        record, scheduler, now = self.engine.record, self.engine.scheduler, time.monotonic()
+        self._busy_s += record.serve_s
+        if record.serve_s and not record.prefill_tokens:
+            training = float(self.member.micro_batch) if record.train_s else 0.0
+            self._serve_samples.append((float(record.decode_rows), training, record.serve_s))
+        self._train_work += record.train_s
+        if record.train_kind == "optimizer":
+            accumulation = self.config.train.accumulation
+            self._train_samples.append(
+                (float(self.member.micro_batch), float(len(scheduler.running)), self._train_work / accumulation)
+            )
+            self._train_work = 0.0
+        self.records.tick(self.ticks, record, scheduler)
+        if now - self._reported >= self.config.control.report_s:
+            self._report(now)
+        self.records.maybe_flush()
+
+    def _report(self, now: float) -> None:
+        scheduler, last = self.engine.scheduler, self.records.last_step
+        self.tell(
+            m.Report(
+                replica=self.id,
+                running=len(scheduler.running),
+                waiting=len(scheduler.waiting),
+                kv_used=scheduler.pool.used_tokens,
+                busy=min(1.0, self._busy_s / (now - self._reported)),
+                version=scheduler.slots.active,
+                training_steps=self.member.trainer.steps,
+                training_loss=last.loss if last else None,
+                serve_samples=tuple(self._serve_samples),
+                train_samples=tuple(self._train_samples),
+            )
+        )
+        self._reported, self._busy_s = now, 0.0
+        self._serve_samples, self._train_samples = [], []
+
+    def _cancel(self, order: m.Cancel) -> None:
+        event = self.engine.scheduler.cancel(order.request_id)
+        if event is not None:
+            self._send([event])
+
+    def _set_state(self, order: m.SetState) -> None:
+        self.state = order.state
+
+    def _limits(self, order: m.Limits) -> None:
+        self.engine.scheduler.max_batch = order.max_batch
+        self.member.micro_batch = order.micro_batch
+
+    def _begin_round(self, order: m.BeginRound) -> None:
+        orders = RoundOrders(order.plan)
+        self.engine.jobs.append(Job(ROUND, self.member.take_part(orders)))
+
+    def _finish_steps(self, order: m.FinishSteps) -> None:
+        if self._in_round(order.round_id):
+            self.member.orders.finish_steps = True  # type: ignore[union-attr]
+
+    def _aggregate(self, order: m.Aggregate) -> None:
+        if self._in_round(order.round_id):
+            self.member.orders.aggregate = True  # type: ignore[union-attr]
+
+    def _settle(self, order: m.Settle) -> None:
+        if not self._in_round(order.round_id):
+            return
+        if order.commit:
+            self.member.orders.settle = order  # type: ignore[union-attr]
+            return
+        for job in [job for job in self.engine.jobs if job.name == ROUND]:
+            job.close()
+            self.engine.jobs.remove(job)
+        self.member.discard()
+
+    def _in_round(self, round_id: int) -> bool:
+        orders = self.member.orders
+        return orders is not None and orders.plan.round_id == round_id
+
+    def _stop(self, order: m.Stop) -> None:
+        self.stopping = True

@@ -1,0 +1,41 @@
+"""Choosing the next token of each sequence from its logits."""
+
+from __future__ import annotations
+
+import torch
+
+from clif.types import Request, Sampling
+
+
+def make_rng(request: Request, device: torch.device) -> torch.Generator | None:
+    """A request's own random numbers, so that its answer does not depend on its neighbours; None when greedy."""
+    if request.sampling.temperature == 0:
+        return None
+    seed = request.sampling.seed if request.sampling.seed is not None else request.id
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def sample(logits: torch.Tensor, params: list[Sampling], rngs: list[torch.Generator | None]) -> list[int]:
+    """logits: [sequences, vocabulary]. Returns one token id per sequence."""
+    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    for i, (p, rng) in enumerate(zip(params, rngs, strict=True)):
+        if rng is not None:
+            probabilities = distribution(logits[i].float(), p)
+            tokens[i] = int(torch.multinomial(probabilities, 1, generator=rng))
+    return tokens
+
+
+def distribution(logits: torch.Tensor, params: Sampling) -> torch.Tensor:
+    """Probabilities [vocabulary] after temperature, then top_k, then top_p (the order of transformers)."""
+    logits = logits / params.temperature
+    if 0 < params.top_k < logits.numel():
+        smallest = logits.topk(params.top_k).values[-1]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    probabilities = logits.softmax(dim=-1)
+    if params.top_p < 1:
+        ordered, index = probabilities.sort(descending=True)
+        # A token stays if those before it do not yet reach top_p: the one that crosses the line stays too.
+        outside = ordered.cumsum(0) - ordered >= params.top_p
+        probabilities = probabilities.index_fill(0, index[outside], 0.0)
+        probabilities = probabilities / probabilities.sum()
+    return probabilities

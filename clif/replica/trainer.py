@@ -1,0 +1,122 @@
+"""The shadow's training step: AdamW on the flat float32 master, in slices, with samples that are never lost.
+
+Samples are claimed when a step begins, and committed or released when the round that holds the step is settled.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from clif.adapters.bank import AdapterBank
+from clif.adapters.noise import NoiseScale
+from clif.config import TrainConfig
+from clif.data.cursor import SampleCursor
+from clif.replica.runner import ModelRunner, Slice, Slices
+from clif.types import TrainSample
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step. loss: nats per target token; finite False: nothing was changed."""
+
+    step: int
+    samples: int
+    tokens: int
+    loss: float
+    grad_norm: float
+    lr: float
+    finite: bool
+    noise_scale: float | None
+
+
+class ShadowTrainer:
+    """Trains the bank's shadow on this replica's samples."""
+
+    def __init__(
+        self, runner: ModelRunner, bank: AdapterBank, samples: list[TrainSample], config: TrainConfig, seed: int = 0
+    ) -> None:
+        """Raises ValueError when training is enabled and there is no sample."""
+        self.runner, self.bank, self.samples, self.config = runner, bank, samples, config
+        self.cursor = SampleCursor(len(samples), seed) if config.enabled else None
+        self.steps = 0
+        self.noise = NoiseScale()
+        self._claimed: list[int] = []
+        self._optimizer = torch.optim.AdamW(
+            [bank.shadow], lr=config.lr, weight_decay=config.weight_decay, foreach=False, fused=True
+        )
+
+    def step(self, micro_batch: int, accumulation: int) -> Slices[StepResult]:
+        """One optimizer step over micro_batch x accumulation samples; the loss is the mean over all target tokens."""
+        assert self.cursor is not None, "train.enabled is false: no round may begin"
+        claimed = self.cursor.claim(micro_batch * accumulation)
+        self._claimed += claimed
+        chosen = [self.samples[i] for i in claimed]
+        targets = sum(s.targets for s in chosen)
+        gradient = self.bank.gradient
+        gradient.zero_()
+        total, norms2, before = 0.0, [], None
+        for start in range(0, len(chosen), micro_batch):
+            part = chosen[start : start + micro_batch]
+            if accumulation > 1:
+                before = gradient.clone()
+            total += yield from self.runner.loss_and_gradients(self.runner.pack(part), targets)
+            if before is not None:
+                share = targets / sum(s.targets for s in part)
+                norms2.append(self._norm2(gradient - before) * share * share)
+        yield Slice("optimizer", 1, 1)
+        self.noise.observe(norms2, self._norm2(gradient), micro_batch)
+        return self._update(total / targets, chosen)
+
+    def _update(self, loss: float, chosen: list[TrainSample]) -> StepResult:
+        lr = self.config.lr * min(1.0, (self.steps + 1) / max(1, self.config.warmup_steps))
+        norm = float(torch.nn.utils.clip_grad_norm_([self.bank.shadow], self.config.clip_norm))
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            self._optimizer.param_groups[0]["lr"] = lr
+            self._optimizer.step()
+            self.steps += 1
+        tokens = sum(len(s.ids) for s in chosen)
+        return StepResult(self.steps, len(chosen), tokens, loss, norm, lr, finite, self.noise.samples)
+
+    def _norm2(self, gradient: torch.Tensor) -> float:
+        """Squared norm as Adam sees it: divided by its running root mean square once there is one."""
+        moments = self._optimizer.state.get(self.bank.shadow)
+        if moments:
+            gradient = gradient / (moments["exp_avg_sq"].sqrt() + 1e-8)
+        return float(gradient.square().sum())
+
+    def commit(self) -> None:
+        """The steps since the last settlement count."""
+        if self.cursor is not None:
+            self.cursor.commit(self._claimed)
+        self._claimed = []
+
+    def rollback(self, snapshot: dict[str, Any]) -> None:
+        """Undo the steps since `snapshot`: shadow, moments and counters; their samples will come again."""
+        self.restore(snapshot)
+        if self.cursor is not None:
+            self.cursor.release(self._claimed)
+        self._claimed = []
+
+    def cursor_state(self) -> dict[str, Any]:
+        """Where the samples stand, as JSON values; empty when there is no training."""
+        return self.cursor.state() if self.cursor is not None else {}
+
+    def snapshot(self) -> dict[str, Any]:
+        """Copies of everything that a step changes: shadow [n], moments [n] and the step counters."""
+        moments = self._optimizer.state.get(self.bank.shadow) or {}
+        return {
+            "shadow": self.bank.shadow.detach().clone(),
+            "moments": {name: value.clone() for name, value in moments.items()},
+            "steps": self.steps,
+        }
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        with torch.no_grad():
+            self.bank.shadow.copy_(snapshot["shadow"])
+        self._optimizer.state[self.bank.shadow] = {name: value.clone() for name, value in snapshot["moments"].items()}
+        self.steps = snapshot["steps"]

@@ -1,0 +1,133 @@
+"""Process groups: what make_layout computed, made real. Groups are cached; nobody uses the default group."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from clif.config import Config, ConfigError
+from clif.layout import Layout, make_layout
+
+
+@dataclass(frozen=True)
+class RankEnv:
+    """What the launcher says about this process."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @classmethod
+    def read(cls) -> RankEnv:
+        """From torchrun's (and deepspeed's) environment; a single process when there is none."""
+        get = os.environ.get
+        world = int(get("WORLD_SIZE", "1"))
+        return cls(int(get("RANK", "0")), world, int(get("LOCAL_RANK", "0")), int(get("LOCAL_WORLD_SIZE", str(world))))
+
+    @property
+    def one_host(self) -> bool:
+        return self.local_world_size == self.world_size
+
+
+@dataclass
+class Topology:
+    """Where this rank stands, and the groups that it belongs to."""
+
+    env: RankEnv
+    layout: Layout
+    device: torch.device
+    timeout: datetime.timedelta
+    store: dist.Store
+    tp_group: dist.ProcessGroup
+    _combined: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
+
+    @property
+    def replica(self) -> int:
+        return self.layout.replica_of(self.env.rank)
+
+    @property
+    def tp_rank(self) -> int:
+        return self.layout.tp_rank_of(self.env.rank)
+
+    @property
+    def is_leader(self) -> bool:
+        return self.tp_rank == 0
+
+    @property
+    def leader_rank(self) -> int:
+        return self.layout.leader(self.replica)
+
+    def combined_group(self, members: tuple[int, ...]) -> dist.ProcessGroup:
+        """The group that averages this rank's shard over the member replicas; all of them must ask for it.
+
+        Made by its members alone, so that non-members go on serving, and once per member set.
+        """
+        if members not in self._combined:
+            ranks = list(self.layout.peers(members, self.tp_rank))
+            self._combined[members] = _group(ranks, self.timeout, f"combined tp{self.tp_rank} {ranks}")
+        return self._combined[members]
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """Raises ConfigError when a GPU is asked for and this rank has none."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU ({torch.cuda.device_count()} on this host): "
+            "start fewer ranks or set model.device=cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def choose_backend(wanted: str, device: torch.device) -> str:
+    """Raises ConfigError for NCCL without GPUs."""
+    if wanted == "nccl" and device.type != "cuda":
+        raise ConfigError("dist.backend nccl needs GPUs: use gloo or auto")
+    if wanted == "auto":
+        return "nccl" if device.type == "cuda" else "gloo"
+    return wanted
+
+
+def make_topology(config: Config, env: RankEnv, store: dist.Store | None = None) -> Topology:
+    """Start torch.distributed and make the tensor-parallel groups. Collective over all ranks.
+
+    Raises LayoutError or ConfigError before anything is started.
+    """
+    wanted = config.layout
+    layout = make_layout(env.world_size, wanted.tp_size, wanted.replicas, wanted.replica_gpus)
+    if any(len(ranks) > 1 for ranks in layout.replicas):
+        raise ConfigError(
+            "replicas of more than one rank (layout.tp_size > 1) are laid out but not sharded yet: set layout.tp_size=1"
+        )
+    device = choose_device(config.model.device, env.local_rank)
+    timeout = datetime.timedelta(seconds=config.dist.timeout_s)
+    if store is None:
+        store = _store(env, timeout)
+    dist.init_process_group(
+        choose_backend(config.dist.backend, device),
+        rank=env.rank,
+        world_size=env.world_size,
+        timeout=timeout,
+        store=dist.PrefixStore("torch", store),
+    )
+    mine = list(layout.replicas[layout.replica_of(env.rank)])
+    return Topology(env, layout, device, timeout, store, _group(mine, timeout, f"tp {mine}"))
+
+
+def _store(env: RankEnv, timeout: datetime.timedelta) -> dist.Store:
+    """The launcher's key-value store, shared by all ranks; one of our own when there is a single process."""
+    if env.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    return store
+
+
+def _group(ranks: list[int], timeout: datetime.timedelta, name: str) -> dist.ProcessGroup:
+    return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True, group_desc=name)

@@ -1,0 +1,163 @@
+"""The life of a rank: join, load, loop, leave. Rank 0 also starts the control process and answers for its end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from clif.collectives import share_inbox
+from clif.config import Config
+from clif.metrics.provenance import provenance
+from clif.models.loading import LoadedModel, load_model
+from clif.replica.build import build_replica
+from clif.replica.records import RankRecords
+from clif.replica.replica import Replica
+from clif.text import ChatTokenizer
+from clif.topology import RankEnv, Topology, make_topology
+from clif.wire.channels import LeaderChannel, decode_down
+from clif.wire.messages import Goodbye, Hello, Trouble, Up
+
+log = logging.getLogger(__name__)
+ADDRESS_FILE = "control.address"
+SECRET = "CLIF_SECRET"
+
+
+def run_rank(config: Config) -> int:
+    """Everything that one rank does; returns its exit code. Raises ConfigError and LayoutError before any work."""
+    env = RankEnv.read()
+    torch.set_num_threads(config.dist.threads_per_rank or max(1, (os.cpu_count() or 1) // env.local_world_size))
+    topology = make_topology(config, env)
+    run_dir = _agree_on_run_dir(config, topology)
+    started = time.monotonic()
+    loaded = load_model(config.model, topology.device, config.run.seed)
+    load_s = time.monotonic() - started
+    log.info("rank %d: %s in %s (%s), %.1f s", env.rank, config.model.path, loaded.dtype, loaded.dtype_reason, load_s)
+    with _control_process(config, topology, run_dir, loaded.tokenizer) as control:
+        _serve(config, topology, run_dir, loaded, load_s)
+        code = 0 if control is None else control.wait()
+    dist.destroy_process_group()
+    return code
+
+
+def _serve(config: Config, topology: Topology, run_dir: Path, loaded: LoadedModel, load_s: float) -> None:
+    channel = _connect(topology) if topology.is_leader else None
+
+    def tell(message: Up) -> None:
+        if channel is not None:
+            channel.send(message)
+
+    records = RankRecords(run_dir, topology.env.rank, config.metrics, provenance(config))
+    replica = build_replica(config, topology, loaded, run_dir, records, tell)
+    # The group of all replicas is the one that most rounds need: made while nobody is being served.
+    topology.combined_group(tuple(range(len(topology.layout.replicas))))
+    tell(_hello(config, topology, replica, loaded, load_s))
+    try:
+        _loop(replica, topology, channel)
+    except Exception as error:
+        tell(Trouble(replica=replica.id, error=f"{type(error).__name__}: {error}"))
+        raise
+    finally:
+        replica.close()
+        records.close()
+        tell(Goodbye(replica=replica.id))
+        if channel is not None:
+            channel.close()
+
+
+def _loop(replica: Replica, topology: Topology, channel: LeaderChannel | None) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: setattr(replica, "stopping", True))
+    while not replica.stopping:
+        payloads = channel.receive(replica.wait_s()) if channel is not None else None
+        inbox = share_inbox(payloads, topology.tp_group, topology.leader_rank, topology.device)
+        replica.tick([decode_down(payload) for payload in inbox])
+
+
+def _hello(config: Config, topology: Topology, replica: Replica, loaded: LoadedModel, load_s: float) -> Hello:
+    return Hello(
+        replica=replica.id,
+        rank=topology.env.rank,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        secret=topology.store.get("clif/secret").decode(),
+        max_batch=config.engine.max_batch,
+        kv_tokens=config.engine.kv_tokens,
+        max_context=config.model.max_context,
+        heldout_rows=replica.member.heldout.rows,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        load_s=load_s,
+    )
+
+
+def _agree_on_run_dir(config: Config, topology: Topology) -> Path:
+    """Rank 0 makes a folder that no former run used; the others learn its name."""
+    if topology.env.rank == 0:
+        folder = config.run_dir
+        for n in range(2, 10_000):
+            if not folder.exists():
+                break
+            folder = config.run_dir.with_name(f"{config.run_dir.name}-{n}")
+        folder.mkdir(parents=True)
+        topology.store.set("clif/run_dir", str(folder))
+    folder = Path(topology.store.get("clif/run_dir").decode())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _connect(topology: Topology) -> LeaderChannel:
+    return LeaderChannel(topology.store.get("clif/control").decode(), topology.replica)
+
+
+@contextmanager
+def _control_process(
+    config: Config, topology: Topology, run_dir: Path, tokenizer: ChatTokenizer
+) -> Iterator[subprocess.Popen[bytes] | None]:
+    """On rank 0: start the control process and tell the others its address; when it dies, so does this rank.
+
+    A process of its own, so that Python's lock never makes replica 0 the slow one.
+    """
+    if topology.env.rank != 0:
+        yield None
+        return
+    tokenizer.save(run_dir / "tokenizer")
+    (run_dir / "config.json").write_text(config.model_dump_json(indent=1))
+    secret = secrets.token_hex(16)
+    topology.store.set("clif/secret", secret)
+    command = [sys.executable, "-P", "-m", "clif.control", "--run-dir", str(run_dir)]
+    command += ["--replicas", str(len(topology.layout.replicas)), "--host", _host(config, topology)]
+    process = subprocess.Popen(command, env={**os.environ, SECRET: secret})
+    try:
+        topology.store.set("clif/control", _address(run_dir / ADDRESS_FILE, process, config.dist.timeout_s))
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(timeout=20)
+
+
+def _host(config: Config, topology: Topology) -> str:
+    if config.dist.control_host is not None:
+        return config.dist.control_host
+    return "127.0.0.1" if topology.env.one_host else socket.gethostbyname(socket.gethostname())
+
+
+def _address(file: Path, process: subprocess.Popen[bytes], timeout_s: float) -> str:
+    deadline = time.monotonic() + timeout_s
+    while not file.exists():
+        if process.poll() is not None:
+            raise RuntimeError(f"the control process ended with code {process.returncode} before it could be reached")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the control process gave no address within {timeout_s:.0f} s")
+        time.sleep(0.02)
+    return file.read_text()

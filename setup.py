@@ -1,0 +1,65 @@
+"""Packaging of CLIF. Tool settings are in pyproject.toml; what is needed, and why, is here."""
+
+from setuptools import setup
+
+REQUIRES = [
+    # Runs the model. Any recent torch is accepted: a machine with GPUs keeps the one it has.
+    "torch>=2.9",
+    "transformers>=5.10,<6",  # modelling code, attention interface, GGUF reading
+    "peft>=0.18,<1",  # adapter_config.json as PEFT itself writes it
+    "safetensors>=0.6",  # adapters and checkpoints without pickle
+    "gguf>=0.17",  # read by transformers for .gguf files
+    "accelerate>=1.10",  # needed by transformers to load GGUF
+    "tokenizers>=0.22",  # the control process tokenises without torch
+    "jinja2>=3.1",  # chat templates
+    "numpy>=1.26",
+    "pydantic>=2.10,<3",  # typed, strict configuration
+    "PyYAML>=6",
+    "msgspec>=0.19,<1",  # typed messages without pickle
+    "pyzmq>=26,<28",  # channels between the control process and the replicas
+    "typer>=0.15,<1",
+    "rich>=13",
+    "h5py>=3.12,<4",  # metrics
+    "psutil>=6",  # device samples of the host
+    "nvidia-ml-py>=12.560",  # device samples of NVIDIA GPUs; module pynvml
+    # Launchers for clusters; imported only where used (mpi4py raises RuntimeError where no MPI is installed).
+    "mpi4py>=4,<5",
+    "deepspeed>=0.16",
+]
+
+DEV = [
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
+    "ruff>=0.12",
+    "mypy>=1.15",
+    "types-PyYAML",
+    "types-psutil",
+    "pre-commit>=4",
+]
+
+setup(
+    name="clif",
+    version="0.1.0",
+    description="Serve a language model and fine-tune it, federated, in the slack of its replicas",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # kernels/ and launch/ stand at the top for the reader, and are installed inside clif: a top-level package
+    # "kernels" on sys.path would be taken for Hugging Face's by transformers.
+    packages=[
+        "clif",
+        "clif.adapters",
+        "clif.control",
+        "clif.data",
+        "clif.metrics",
+        "clif.models",
+        "clif.replica",
+        "clif.wire",
+        "clif.kernels",
+        "clif.launch",
+    ],
+    package_dir={"clif": "clif", "clif.kernels": "kernels", "clif.launch": "launch"},
+    install_requires=REQUIRES,
+    extras_require={"dev": DEV},
+    entry_points={"console_scripts": ["clif = clif.cli:main"]},
+)

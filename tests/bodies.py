@@ -1,0 +1,175 @@
+"""What ranks do in the distributed tests. Importable by name, as processes of their own need it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import answer, request
+
+from clif.collectives import WeightedMean, share_inbox, sum_scalars
+from clif.config import config_from_tree
+from clif.models.loading import load_model
+from clif.replica.build import build_replica
+from clif.replica.records import RankRecords
+from clif.replica.replica import Replica
+from clif.states import ReplicaState
+from clif.topology import Topology
+from clif.types import RoundPlan, TokenEvent
+from clif.wire import messages as m
+
+
+def mean_over_members(topology: Topology, members: tuple[int, ...], nan_member: int | None) -> list[float] | None:
+    """Members average rank + 1 with weight rank + 1; non-members do nothing at all."""
+    if topology.replica not in members:
+        return None
+    group = topology.combined_group(members)
+    assert topology.combined_group(members) is group, "made once per member set"
+    value = float("nan") if topology.replica == nan_member else float(topology.replica + 1)
+    weight = 0 if topology.replica == nan_member else topology.replica + 1
+    mean = WeightedMean(torch.full((5,), value), weight, group)
+    while not mean.done():
+        time.sleep(0.001)
+    average, total = mean.result()
+    return [*average.tolist(), total]
+
+
+def two_sets_at_once(topology: Topology) -> list[float]:
+    """Disjoint member sets average at the same time."""
+    members = (0, 2) if topology.replica in (0, 2) else (1, 3)
+    return mean_over_members(topology, members, None)  # type: ignore[return-value]
+
+
+def absent_everywhere(topology: Topology) -> float:
+    mean = WeightedMean(torch.full((3,), float("inf")), 0, topology.combined_group((0, 1)))
+    while not mean.done():
+        time.sleep(0.001)
+    return mean.result()[1]
+
+
+def inbox_and_sums(topology: Topology) -> tuple[list[bytes], list[bytes], list[float]]:
+    """The leader's messages reach its peers, whole and in order; so does an empty inbox."""
+    messages = [b"first", b"", b"third" * 1000] if topology.env.rank == 0 else None
+    device = torch.device("cpu")
+    got = share_inbox(messages, topology.combined_group((0, 1)), 0, device) if topology.env.rank < 2 else []
+    empty = share_inbox([] if topology.is_leader else None, topology.tp_group, topology.leader_rank, device)
+    return got, empty, sum_scalars([1.0, topology.env.rank], topology.combined_group((0, 1)), device)
+
+
+class Driver:
+    """A replica without a control process: the test gives the orders and reads what the replica says."""
+
+    def __init__(self, topology: Topology, model: str, data: str, run_dir: str, **sections: Any) -> None:
+        tree = {
+            "model": {"path": model, "dtype": "float32", "max_context": 200, "device": "cpu"},
+            "engine": {"kv_tokens": 1024, "max_batch": 8, "layers_per_slice": 2},
+            "data": {"path": data},
+            "train": {"lr": 0.02, "micro_batch": 4, "warmup_steps": 0},
+            **sections,
+        }
+        self.topology, self.said = topology, []
+        config = config_from_tree(tree)
+        self.loaded = load_model(config.model, topology.device, seed=3)
+        records = RankRecords(Path(run_dir), topology.env.rank, config.metrics, {})
+        self.replica: Replica = build_replica(config, topology, self.loaded, Path(run_dir), records, self.said.append)
+
+    def tick(self, *orders: m.Down) -> None:
+        self.replica.tick(list(orders))
+
+    def until(self, done: Callable[[], bool], limit_s: float = 40.0) -> None:
+        end = time.monotonic() + limit_s
+        while not done():
+            assert time.monotonic() < end, f"nothing came of it; said {[type(x).__name__ for x in self.said[-5:]]}"
+            self.tick()
+
+    def last(self, kind: type) -> Any:
+        found = [x for x in self.said if isinstance(x, kind)]
+        return found[-1] if found else None
+
+    def wait_for(self, kind: type) -> Any:
+        self.until(lambda: self.last(kind) is not None)
+        return self.last(kind)
+
+    def events(self, request_id: int) -> list[TokenEvent]:
+        return [e for x in self.said if isinstance(x, m.Tokens) for e in x.events if e.request_id == request_id]
+
+    def begin(self, members: tuple[int, ...], steps: int, round_id: int = 1) -> None:
+        plan = RoundPlan(
+            round_id=round_id, members=members, local_steps=steps, micro_batch=4, accumulation=1, base_version=0
+        )
+        self.tick(m.SetState(state=ReplicaState.COMBINED), m.BeginRound(plan=plan))
+
+
+def serve_alone(driver: Driver, id: int) -> list[int]:
+    driver.tick(m.Submit(request=request(id, [5, 6, 7], max_tokens=12, ignore_eos=True)))
+    driver.until(lambda: bool(driver.events(id)) and driver.events(id)[-1].finish is not None)
+    return answer(driver.events(id))
+
+
+def whole_round(topology: Topology, model: str, data: str, run_dir: str) -> dict[str, Any]:
+    """Replicas 0 and 1 do a round under a long request; replica 2 only serves and gets the adapter by message."""
+    driver = Driver(topology, model, data, run_dir)
+    before = serve_alone(driver, 1)
+    driver.tick(m.Submit(request=request(2, [9, 8], max_tokens=150, ignore_eos=True)))
+    store = topology.store
+    if topology.replica < 2:
+        driver.begin((0, 1), steps=6)
+        result = driver.wait_for(m.StepsDone).result
+        driver.tick(m.Aggregate(round_id=1))
+        vote = driver.wait_for(m.Voted).vote
+        driver.tick(m.Settle(round_id=1, commit=True, version=1, publish=topology.replica == 0))
+        if topology.replica == 0:
+            store.set("weights", driver.wait_for(m.Published).weights)
+    else:
+        result = vote = None
+        driver.tick(m.Install(version=1, weights=store.get("weights")))
+    settled = driver.wait_for(m.Settled)
+    driver.until(lambda: driver.events(2)[-1].finish is not None)
+    after = serve_alone(driver, 3)
+    driver.replica.close()
+    return {
+        "before": before,
+        "after": after,
+        "long": {e.version for e in driver.events(2)},
+        "result": result,
+        "vote": vote,
+        "settled": settled.version,
+        "shadow": driver.replica.member.trainer.bank.shadow.detach().clone(),
+        "committed": driver.replica.member.trainer.cursor_state()["committed"],
+    }
+
+
+def round_with_a_broken_member(topology: Topology, model: str, data: str, run_dir: str) -> dict[str, Any]:
+    """Replica 1's shadow turns NaN during its steps; the average must not."""
+    driver = Driver(topology, model, data, run_dir)
+    bank = driver.replica.member.trainer.bank
+    driver.begin((0, 1), steps=3)
+    if topology.replica == 1:
+        bank.shadow.data[5] = float("nan")
+    result = driver.wait_for(m.StepsDone).result
+    mine = bank.shadow.detach().clone()
+    driver.tick(m.Aggregate(round_id=1))
+    vote = driver.wait_for(m.Voted).vote
+    average = bank.shadow.detach().clone()
+    driver.tick(m.Settle(round_id=1, commit=False, version=0))
+    driver.wait_for(m.Settled)
+    return {"result": result, "mine": mine, "average": average, "vote": vote, "after": bank.shadow.detach().clone()}
+
+
+def discard_in_the_middle(topology: Topology, model: str, data: str, run_dir: str) -> dict[str, Any]:
+    """The round is called off between two slices of a backward; the next round works as if nothing had been."""
+    driver = Driver(topology, model, data, run_dir)
+    member = driver.replica.member
+    before = member.trainer.bank.shadow.detach().clone()
+    driver.begin((0,), steps=50)
+    driver.until(lambda: member.trainer.steps == 3)
+    driver.until(lambda: driver.replica.engine.jobs[0].upcoming.kind == "backward")
+    driver.tick(m.Settle(round_id=1, commit=False, version=0))
+    settled = driver.wait_for(m.Settled)
+    undone = torch.equal(before, member.trainer.bank.shadow.data) and member.trainer.cursor_state()["committed"] == 0
+    driver.begin((0,), steps=2, round_id=2)
+    result = driver.wait_for(m.StepsDone).result
+    return {"settled": settled.version, "undone": undone, "result": result}

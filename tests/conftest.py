@@ -1,0 +1,42 @@
+"""Shared fixtures: a tiny random Llama that is always there, and the real 260K one where ../shared is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": True,
+    "eos_token_id": 256,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """config.json of a small Llama with grouped heads; load it as random:<path>."""
+    file = tmp_path_factory.mktemp("tiny") / "config.json"
+    file.write_text(json.dumps(TINY))
+    return file
+
+
+@pytest.fixture(scope="session")
+def stories() -> str:
+    """Folder of a real trained 260K Llama, or a skip where the material is not there."""
+    folder = SHARED / "weights" / "stories260K-hf"
+    if not folder.is_dir():
+        pytest.skip("the real 260K model of ../shared is not here")
+    return str(folder)

@@ -1,0 +1,37 @@
+"""FedAvg over subgroups, on real gloo ranks."""
+
+from __future__ import annotations
+
+import bodies
+import pytest
+from ranks import run_ranks
+
+
+def test_average_is_over_exactly_the_combined_replicas():
+    results = run_ranks(4, bodies.mean_over_members, (0, 2, 3), None)
+    mean = (1 * 1 + 3 * 3 + 4 * 4) / (1 + 3 + 4)
+    assert results[1] is None, "a replica outside the round issues no collective"
+    for replica in (0, 2, 3):
+        assert results[replica] == pytest.approx([mean] * 5 + [8.0])
+
+
+def test_member_with_nan_never_poisons_an_average():
+    """Promise 8: absent replicas send zeros and weight 0; the divisor is the sum of the weights actually sent."""
+    results = run_ranks(3, bodies.mean_over_members, (0, 1, 2), 1)
+    assert results == [pytest.approx([(1 + 9) / 4] * 5 + [4.0])] * 3
+
+
+def test_disjoint_rounds_do_not_disturb_each_other():
+    results = run_ranks(4, bodies.two_sets_at_once)
+    assert results[0] == results[2] == pytest.approx([(1 + 9) / 4] * 5 + [4.0])
+    assert results[1] == results[3] == pytest.approx([(4 + 16) / 6] * 5 + [6.0])
+
+
+def test_round_without_any_weight_says_so():
+    assert run_ranks(2, bodies.absent_everywhere) == [0.0, 0.0]
+
+
+def test_inbox_of_the_leader_reaches_its_peers_in_order():
+    results = run_ranks(2, bodies.inbox_and_sums)
+    assert results[0][1] == results[1][1] == []
+    assert results[0][2] == results[1][2] == [2.0, 1.0]

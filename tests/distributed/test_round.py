@@ -1,0 +1,57 @@
+"""A federated round from a member's side, on real gloo ranks with a small real engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import bodies
+import pytest
+import torch
+from ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [
+        {"instruction": f"Say {word} twice", "output": f"{word} {word}", "split": "test" if i % 5 == 0 else "train"}
+        for i, word in enumerate(f"w{n}" for n in range(60))
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.fixture
+def model(tiny_config: Path) -> str:
+    return f"random:{tiny_config}"
+
+
+def test_round_is_averaged_promoted_and_reaches_replicas_outside_it(model, data, tmp_path):
+    results = run_ranks(3, bodies.whole_round, model, data, str(tmp_path))
+    assert [r["settled"] for r in results] == [1, 1, 1]
+    assert all(r["long"] == {0} for r in results), "promise 2: the long request ran through the promotion"
+    assert results[0]["after"] == results[1]["after"] == results[2]["after"] != results[0]["before"]
+    assert torch.equal(results[0]["shadow"], results[1]["shadow"])
+    assert torch.equal(results[0]["shadow"], results[2]["shadow"]), "replicas outside go on from the same shadow"
+    assert [r["committed"] for r in results] == [24, 24, 0], "samples count once, when their round is settled"
+    vote = results[0]["vote"]
+    assert vote.finite and vote.candidate_loss < vote.active_loss
+    assert results[0]["result"].samples == 24 and 0 < vote.product_error < 10
+    assert len(list((tmp_path / "checkpoints").glob("*.safetensors"))) == 3
+
+
+def test_broken_member_neither_poisons_the_average_nor_keeps_its_own(model, data, tmp_path):
+    broken, whole = run_ranks(2, bodies.round_with_a_broken_member, model, data, str(tmp_path))[::-1]
+    assert not broken["result"].finite and broken["result"].samples == 0
+    assert whole["result"].finite and whole["result"].samples == 12
+    assert torch.equal(whole["average"], broken["average"])
+    assert torch.allclose(whole["average"], whole["mine"]), "only the whole member's weight was sent"
+    assert whole["vote"].finite
+    assert torch.equal(broken["after"][6:], whole["after"][6:]), "discarding gives both the shadow of before the round"
+
+
+def test_discarded_round_leaves_no_trace(model, data, tmp_path):
+    (result,) = run_ranks(1, bodies.discard_in_the_middle, model, data, str(tmp_path))
+    assert result["settled"] == 0 and result["undone"]
+    assert result["result"].steps == 2

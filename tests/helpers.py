@@ -1,0 +1,81 @@
+"""What several tests build: an engine around a model, and ways to run it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from clif.adapters.bank import AdapterBank
+from clif.adapters.slots import SlotTable
+from clif.config import Config, config_from_tree
+from clif.models.loading import LoadedModel, load_model
+from clif.replica.engine import Engine
+from clif.replica.runner import ModelRunner, build_runner
+from clif.replica.scheduler import Scheduler
+from clif.types import Request, Sampling, TokenEvent
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Rig:
+    """An engine and its parts."""
+
+    config: Config
+    loaded: LoadedModel
+    runner: ModelRunner
+    bank: AdapterBank
+    slots: SlotTable
+    engine: Engine
+
+    def run(self, requests: list[Request], arrive: dict[int, int] | None = None, ticks: int = 2000) -> dict[int, list[TokenEvent]]:
+        """Serve requests to their ends; arrive: request id -> tick of its arrival."""
+        events: dict[int, list[TokenEvent]] = {r.id: [] for r in requests}
+        left = list(requests)
+        for tick in range(ticks):
+            for request in [r for r in left if (arrive or {}).get(r.id, 0) <= tick]:
+                left.remove(request)
+                self.engine.scheduler.add(request, self.engine.clock())
+            for event in self.engine.serve():
+                events[event.request_id].append(event)
+            if not left and not self.engine.serving:
+                return events
+        raise AssertionError(f"requests still running after {ticks} ticks")
+
+    def fill(self, version: int, seed: int) -> None:
+        """Promote a random adapter of non-trivial size."""
+        slot = self.slots.free_slot()
+        assert slot is not None
+        self.bank.fill_slot(slot, random_state(self.bank, seed))
+        self.slots.promote(version, slot)
+
+
+def random_state(bank: AdapterBank, seed: int) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    return {k: torch.randn(v.shape, generator=rng) * 0.2 for k, v in bank.shadow_state().items()}
+
+
+def make_rig(model_path: str, model: LoadedModel | None = None, engine: dict | None = None, adapter: dict | None = None) -> Rig:
+    tree = {
+        "model": {"path": model_path, "dtype": "float32", "max_context": 256, "device": "cpu"},
+        "engine": {"kv_tokens": 1024, "block_size": 4, "max_batch": 8, "max_prefill_tokens": 24, **(engine or {})},
+        "adapter": {"r": 4, "lora_alpha": 8, **(adapter or {})},
+        "train": {"enabled": False},
+    }
+    config = config_from_tree(tree)
+    loaded = model or load_model(config.model, CPU, seed=3)
+    runner, bank = build_runner(config, loaded)
+    slots = SlotTable(config.adapter.serving_slots)
+    scheduler = Scheduler(config.engine, slots, loaded.tokenizer.eos_ids, loaded.tokenizer.decode)
+    return Rig(config, loaded, runner, bank, slots, Engine(runner, scheduler, config.slo))
+
+
+def request(id: int, prompt: list[int], **sampling: object) -> Request:
+    return Request(id=id, prompt=tuple(prompt), sampling=Sampling(**sampling))  # type: ignore[arg-type]
+
+
+def answer(events: list[TokenEvent]) -> list[int]:
+    return [token for event in events for token in event.tokens]
+
+

@@ -1,0 +1,64 @@
+"""Starts ranks on gloo in one machine, in tenths of a second: forkserver with torch preloaded, FileStore."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from clif.config import config_from_tree
+from clif.topology import RankEnv, make_topology
+
+TIMEOUT_S = 60
+
+
+def run_ranks(world: int, body: Callable[..., Any], *args: Any, layout: dict | None = None) -> list[Any]:
+    """Run body(topology, *args) on every rank; returns their results. body must be importable by name.
+
+    A rank's exception is raised here with its traceback; a rank that hangs is an error, too.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "clif.topology", "ranks"])
+    with tempfile.TemporaryDirectory() as folder:
+        queue = context.Queue()
+        processes = [
+            context.Process(target=_rank, args=(rank, world, folder, queue, body, args, layout), daemon=True)
+            for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            results = dict(queue.get(timeout=TIMEOUT_S) for _ in range(world))
+        finally:
+            for process in processes:
+                process.join(5)
+                process.kill()
+    failed = {rank: out[1] for rank, out in results.items() if out[0] == "error"}
+    assert not failed, "\n".join(f"rank {rank}:\n{text}" for rank, text in failed.items())
+    return [results[rank][1] for rank in range(world)]
+
+
+def _rank(rank: int, world: int, folder: str, queue: Any, body: Callable, args: tuple, layout: dict | None) -> None:
+    torch.set_num_threads(1)
+    tree = {"model": {"path": "none", "device": "cpu"}, "train": {"enabled": False}, "layout": layout or {}}
+    tree["dist"] = {"backend": "gloo", "timeout_s": 30}
+    try:
+        store = dist.FileStore(str(Path(folder) / "store"), world)
+        topology = make_topology(config_from_tree(tree), RankEnv(rank, world, rank, world), store)
+        queue.put((rank, ("ok", body(topology, *args))))
+        # Nobody leaves while others may still talk to it.
+        store.add("left", 1)
+        while store.add("left", 0) < world:
+            pass
+        dist.destroy_process_group()
+    except BaseException:
+        queue.put((rank, ("error", traceback.format_exc())))
+        raise
+
+

@@ -1,0 +1,93 @@
+"""The sample cursor: whatever is rolled back or interrupted, no sample is counted twice or lost."""
+
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clif.data.cursor import SampleCursor
+
+STEPS = st.lists(st.tuples(st.sampled_from(("commit", "release", "keep", "crash")), st.integers(0, 7)), max_size=40)
+
+
+def resumed(cursor: SampleCursor) -> SampleCursor:
+    return SampleCursor.from_state(json.loads(json.dumps(cursor.state())), cursor.n)
+
+
+@given(st.integers(1, 9), st.integers(0, 2**32), STEPS)
+def test_every_epoch_commits_each_sample_once_through_rollbacks_and_crashes(n, seed, steps):
+    cursor, done, kept = SampleCursor(n, seed), Counter(), []
+    for action, k in steps:
+        if action == "crash":
+            cursor, kept = resumed(cursor), []
+            continue
+        ids = cursor.claim(k)
+        assert len(ids) == k
+        if action == "commit":
+            cursor.commit(ids)
+            done.update(ids)
+        elif action == "release":
+            cursor.release(ids)
+        else:
+            kept += ids
+        assert Counter(cursor.claimed) == Counter(kept)
+    assert cursor.committed == done.total()
+    # Finish what is open, up to the end of the epoch: every sample was then done once per epoch.
+    cursor.commit(kept)
+    done.update(kept)
+    rest = cursor.claim((cursor.epoch + 1) * n - done.total())
+    cursor.commit(rest)
+    done.update(rest)
+    assert done == Counter({i: cursor.epoch + 1 for i in range(n)})
+
+
+@given(st.integers(1, 9), st.integers(0, 9), st.integers(0, 9))
+def test_a_released_claim_is_claimed_again_first(n, k, more):
+    cursor = SampleCursor(n, 0)
+    first = cursor.claim(k)
+    cursor.release(first)
+    assert cursor.claim(k + more)[:k] == first
+
+
+@given(st.integers(1, 9), st.integers(0, 30), st.integers(0, 9), st.integers(0, 30))
+def test_a_resumed_cursor_goes_on_where_the_checkpoint_was(n, committed, in_flight, then):
+    cursor = SampleCursor(n, 3)
+    cursor.commit(cursor.claim(committed))
+    lost = cursor.claim(in_flight)
+    copy = resumed(cursor)
+    cursor.release(lost)
+    assert copy.committed == committed
+    assert copy.claim(then) == cursor.claim(then)
+
+
+def test_order_depends_on_seed_and_epoch():
+    def epochs(seed: int) -> list[list[int]]:
+        cursor = SampleCursor(50, seed)
+        return [cursor.claim(50), cursor.claim(50)]
+
+    one, two = epochs(1)
+    assert sorted(one) == sorted(two) == list(range(50))
+    assert one != two
+    assert epochs(1) == [one, two]
+    assert epochs(2) != [one, two]
+
+
+def test_settling_what_is_not_claimed_is_an_error_and_changes_nothing():
+    cursor = SampleCursor(4, 0)
+    a, b = cursor.claim(2)
+    for settle in (cursor.commit, cursor.release):
+        with pytest.raises(ValueError, match=rf"samples \[{a}\] are not claimed"):
+            settle([a, b, a])
+    assert cursor.claimed == (a, b)
+    assert cursor.committed == 0
+    with pytest.raises(ValueError, match="cannot claim -1"):
+        cursor.claim(-1)
+
+
+def test_a_cursor_needs_samples_and_resumes_only_with_the_same_number():
+    with pytest.raises(ValueError, match="no training sample"):
+        SampleCursor(0, 0)
+    with pytest.raises(ValueError, match="made with 4 training samples but there are 5"):
+        SampleCursor.from_state(SampleCursor(4, 0).state(), 5)

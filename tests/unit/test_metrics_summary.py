@@ -1,0 +1,167 @@
+"""Summary figures on hand-made data, against values worked out by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from clif.metrics.collect import collect
+from clif.metrics.schema import CONTROL_TABLES, RANK_TABLES
+from clif.metrics.show import print_summary
+from clif.metrics.summary import summarize, write_summary
+from clif.metrics.writer import TableWriter, next_path
+
+
+class Clock:
+    """Monotonic seconds that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def request(writer: TableWriter, number: int, finish: str, **values: Any) -> None:
+    row = {
+        "purpose": "user", "replica": 0, "version": 0, "prompt_tokens": 3, "output_tokens": 2,
+        "arrival_s": 1.0, "finished_s": 2.0, "slo_met": True,
+    }  # fmt: skip
+    writer.row("requests", id=number, finish=finish, **(row | values))
+
+
+def round_(writer: TableWriter, number: int, state: str, **values: Any) -> None:
+    row = {"members": "0,1", "version": number, "samples": 10, "tokens": 400, "steps": 4, "reason": "test"}
+    writer.row("rounds", round_id=number, state=state, **(row | values))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    clock = Clock()
+    with TableWriter(tmp_path / "control.h5", CONTROL_TABLES, {}, clock) as writer:
+        for number in range(1, 8):
+            writer.row("load", request=number, at_s=float(number), prompt_tokens=3, max_tokens=8)
+        for number, ttft in ((1, 0.1), (2, 0.2), (3, 0.3)):
+            request(writer, number, "stop", ttft_s=ttft, tpot_s=0.01, e2e_s=1.0, slo_met=number != 3)
+        request(writer, 4, "failed", ttft_s=0.4, e2e_s=9.0, version=1, finished_s=11.0)
+        request(writer, 5, "rejected", output_tokens=0)
+        request(writer, 6, "cancelled", version=1)
+        request(writer, 100, "stop", purpose="probe", ttft_s=77.0, e2e_s=77.0, slo_met=False, finished_s=90.0)
+        for gap in (0.01, 0.02, 0.03):
+            writer.row("gaps", request=1, itl_s=gap)
+        transition = [(0, 0, "serving", "serving"), (1, 1, "serving", "serving"), (4, 0, "serving", "idle"),
+                      (10, 0, "idle", "combined"), (15, 0, "combined", "serving"), (16, 1, "serving", "failed")]  # fmt: skip
+        for now, replica, before, after in transition:
+            clock.now = 1000.0 + now
+            writer.row("transitions", replica=replica, from_state=before, to_state=after, reason="test")
+        round_(writer, 1, "committed", started_s=2.0, ended_s=6.0, running_requests=3, heldout_candidate=0.5)
+        round_(writer, 2, "discarded", started_s=7.0, ended_s=12.0)
+        for phase, loss in (("before", 3.5), ("after", 0.5)):
+            writer.row("quality", phase=phase, heldout_loss=loss, heldout_tokens=100)
+        writer.row("quality", phase="after", exact_match=0.25, exact_match_rows=8)
+        clock.now = 1020.0
+    for rank in range(2):
+        with TableWriter(tmp_path / f"rank-0000{rank}.h5", RANK_TABLES, {}) as writer:
+            for step in range(3):
+                writer.row("train_steps", step=step, round_id=1, samples=4, tokens=50, loss=1.0, lr=1e-3, seconds=0.1)
+    return tmp_path
+
+
+def test_promise_1_each_submitted_request_is_counted_by_its_one_terminal_event(run_dir: Path) -> None:
+    assert write_summary(run_dir)["requests"] == {
+        "submitted": 7, "accepted": 6, "unfinished": 1, "duplicate_ends": 0,
+        "finished": {"stop": 3, "length": 0, "cancelled": 1, "rejected": 1, "failed": 1},
+    }  # fmt: skip
+
+
+def test_slo_attainment_counts_failed_rejected_and_cancelled_as_missed(run_dir: Path) -> None:
+    slo = write_summary(run_dir)["slo"]
+    assert slo["attainment"] == pytest.approx(2 / 6)
+    assert slo["duration_s"] == pytest.approx(10.0)
+    assert slo["goodput_rps"] == pytest.approx(0.2)
+
+
+def test_percentiles_are_milliseconds_of_users_only(run_dir: Path) -> None:
+    slo = write_summary(run_dir)["slo"]
+    assert slo["ttft_ms"] == pytest.approx({"p50": 250.0, "p90": 370.0, "p99": 397.0})
+    assert slo["itl_ms"] == pytest.approx({"p50": 20.0, "p90": 28.0, "p99": 29.8})
+    assert slo["tpot_ms"]["p99"] == pytest.approx(10.0)
+    assert slo["e2e_ms"] == pytest.approx({"p50": 1000.0, "p90": 1000.0, "p99": 1000.0})
+
+
+def test_training_counts_committed_rounds_and_all_steps(run_dir: Path) -> None:
+    assert write_summary(run_dir)["training"] == pytest.approx(
+        {
+            "tokens": 400, "tokens_per_s": 40.0, "span_s": 10.0, "samples": 10, "optimizer_steps": 6,
+            "rounds_completed": 1, "rounds_discarded": 1,
+        }  # fmt: skip
+    )
+
+
+def test_states_add_up_to_the_end_of_the_run(run_dir: Path) -> None:
+    summary = write_summary(run_dir)
+    assert summary["states_end_s"] == pytest.approx(20.0)
+    assert summary["states"] == {
+        "0": pytest.approx({"serving": 9.0, "idle": 6.0, "combined": 5.0, "failed": 0.0}),
+        "1": pytest.approx({"serving": 15.0, "idle": 0.0, "combined": 0.0, "failed": 4.0}),
+    }
+
+
+def test_quality_and_adapters(run_dir: Path) -> None:
+    summary = write_summary(run_dir)
+    assert summary["quality"] == {
+        "heldout_loss_before": 3.5, "heldout_loss_after": 0.5,
+        "exact_match_before": None, "exact_match_after": 0.25,
+    }  # fmt: skip
+    assert summary["adapters"] == {
+        "versions_served": {"0": 3, "1": 2},
+        "promotions": [{"version": 1, "round_id": 1, "running_requests": 3, "heldout_loss": 0.5}],
+    }
+
+
+def test_restart_adds_up_and_never_subtracts_across_processes(run_dir: Path) -> None:
+    clock = Clock()
+    with TableWriter(next_path(run_dir, "control"), CONTROL_TABLES, {}, clock) as writer:
+        writer.row("load", request=1, at_s=0.0, prompt_tokens=3, max_tokens=8)
+        request(writer, 1, "stop", arrival_s=500.0, finished_s=505.0)
+        writer.row("transitions", replica=0, from_state="serving", to_state="serving", reason="test")
+        clock.now += 7.0
+    summary = write_summary(run_dir)
+    assert summary["requests"]["submitted"] == 8 and summary["requests"]["duplicate_ends"] == 0
+    assert summary["slo"]["duration_s"] == pytest.approx(15.0)
+    assert summary["states"]["0"]["serving"] == pytest.approx(16.0)
+    assert summary["run"]["duration_s"] == pytest.approx(27.0)
+
+
+def test_summary_json_is_strict_and_follows_newer_files(run_dir: Path) -> None:
+    run_h5 = collect(run_dir)
+    first = write_summary(run_dir)
+    before = run_h5.stat().st_mtime_ns
+    write_summary(run_dir)
+    assert run_h5.stat().st_mtime_ns == before
+    os.utime(run_dir / "control.h5")
+    write_summary(run_dir)
+    assert run_h5.stat().st_mtime_ns > before
+    text = (run_dir / "summary.json").read_text()
+    assert "NaN" not in text and json.loads(text) == first
+
+
+def test_run_without_events_gives_nulls_and_prints(tmp_path: Path) -> None:
+    with TableWriter(tmp_path / "control.h5", CONTROL_TABLES, {}):
+        pass
+    summary = summarize(collect(tmp_path))
+    assert summary["slo"]["attainment"] is None and summary["slo"]["itl_ms"]["p50"] is None
+    assert summary["training"]["tokens_per_s"] is None and summary["states"] == {}
+    print_summary(summary, Console(file=io.StringIO()))
+
+
+def test_printed_summary_is_plain_ascii(run_dir: Path) -> None:
+    out = io.StringIO()
+    print_summary(write_summary(run_dir), Console(file=out, width=100))
+    assert out.getvalue().isascii() and "attainment" in out.getvalue() and "rejected 1" in out.getvalue()

@@ -1,0 +1,162 @@
+"""Promises of training: the gradients of a plain PEFT step, in slices, with serving in between, and undoable."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from helpers import answer, make_rig, random_state, request
+
+from clif.adapters import peft_io
+from clif.adapters.noise import NoiseScale
+from clif.config import TrainConfig
+from clif.models.loading import load_model
+from clif.replica.heldout import Heldout
+from clif.replica.jobs import Job
+from clif.replica.runner import WAIT
+from clif.replica.trainer import ShadowTrainer
+from clif.types import TrainSample
+
+SAMPLES = [
+    TrainSample(id=0, ids=tuple(range(5, 25)), target_start=11),
+    TrainSample(id=1, ids=tuple(range(40, 49)), target_start=3),
+    TrainSample(id=2, ids=tuple(range(90, 140)), target_start=30),
+    TrainSample(id=3, ids=(7, 8, 9), target_start=2),
+]
+
+
+@pytest.fixture
+def rig(tiny_config):
+    rig = make_rig(f"random:{tiny_config}", engine={"layers_per_slice": 3})
+    rig.bank.set_shadow(random_state(rig.bank, 5))
+    return rig
+
+
+def run(work):
+    """A job from beginning to end; returns its result."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+
+
+def trainer_for(rig, **config) -> ShadowTrainer:
+    return ShadowTrainer(rig.runner, rig.bank, SAMPLES, TrainConfig(warmup_steps=0, **config))
+
+
+def peft_gradients(rig) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of a plain PEFT step over all samples, one by one, without packing."""
+    model = load_model(rig.config.model, torch.device("cpu"), seed=3).model
+    config = rig.config.adapter
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=config.r, lora_alpha=config.lora_alpha, target_modules="all-linear"))
+    state = {peft_io.PREFIX + k: v.clone() for k, v in rig.bank.shadow_state().items()}
+    peft.set_peft_model_state_dict(wrapped, state)
+    total = 0.0
+    count = sum(s.targets for s in SAMPLES)
+    for sample in SAMPLES:
+        ids = torch.tensor([sample.ids])
+        labels = ids.clone()
+        labels[0, : sample.target_start] = -100
+        loss = wrapped(ids, labels=labels).loss * sample.targets / count
+        loss.backward()
+        total += loss.item()
+    gradients = {n: p.grad for n, p in wrapped.named_parameters() if p.requires_grad}
+    return total, {n.removeprefix(peft_io.PREFIX).replace(".default", ""): g for n, g in gradients.items()}
+
+
+@pytest.mark.parametrize(("micro_batch", "accumulation"), [(4, 1), (2, 2), (1, 4)])
+def test_gradients_equal_a_plain_peft_step(rig, micro_batch, accumulation):
+    loss, expected = peft_gradients(rig)
+    trainer = trainer_for(rig, clip_norm=1e9)
+    result = run(trainer.step(micro_batch, accumulation))
+    assert result.loss == pytest.approx(loss, rel=1e-5)
+    for name, layer in rig.bank.layers.items():
+        for key, factor in (("A", layer.shadow_a), ("B", layer.shadow_b)):
+            reference = expected[f"{name}.lora_{key}.weight"]
+            assert (factor.grad - reference).norm() <= 1e-5 * reference.norm(), name
+
+
+def test_serving_between_slices_changes_neither_answers_nor_gradients(rig):
+    rig.fill(1, seed=8)
+    quiet = answer(rig.run([request(0, [4, 5, 6], max_tokens=25, ignore_eos=True)])[0])
+    trainer = trainer_for(rig)
+    run(trainer.step(4, 1))
+    expected = rig.bank.gradient.clone()
+    rig.bank.set_shadow(random_state(rig.bank, 5))
+    rig.engine.scheduler.add(request(1, [4, 5, 6], max_tokens=25, ignore_eos=True), 0.0)
+    job, got = Job("step", trainer_for(rig).step(4, 1)), []
+    while job.upcoming is not None or rig.engine.serving:
+        got += [t for event in rig.engine.serve() for t in event.tokens]
+        if job.upcoming is not None:
+            job.run()
+    assert got == quiet
+    assert torch.equal(rig.bank.gradient, expected)
+
+
+def test_training_never_touches_what_requests_read(rig):
+    rig.fill(1, seed=8)
+    before = [t.clone() for layer in rig.bank.layers.values() for t in (layer.weight, layer.serving_a, layer.serving_b)]
+    trainer = trainer_for(rig)
+    run(trainer.step(2, 1))
+    after = [t for layer in rig.bank.layers.values() for t in (layer.weight, layer.serving_a, layer.serving_b)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_steps_learn_and_rollback_undoes_them_exactly(rig):
+    trainer = trainer_for(rig, lr=5e-3)
+    heldout = Heldout(rig.runner, SAMPLES, max_tokens=64)
+    run(trainer.step(2, 1))
+    trainer.commit()
+    snapshot = trainer.snapshot()
+    before = run(heldout.loss(-1))
+    first = [run(trainer.step(4, 1)) for _ in range(6)]
+    assert run(heldout.loss(-1)) < before
+    claimed = trainer.cursor.claimed
+    trainer.rollback(snapshot)
+    assert trainer.cursor.claimed == () and trainer.cursor.committed == 2
+    assert torch.equal(rig.bank.shadow.data, snapshot["shadow"])
+    second = [run(trainer.step(4, 1)) for _ in range(6)]
+    assert [r.loss for r in second] == [r.loss for r in first], "moments and samples came back too"
+    assert trainer.cursor.claimed == claimed
+
+
+def test_non_finite_step_changes_nothing(rig):
+    trainer = trainer_for(rig)
+    snapshot = trainer.snapshot()
+    next(iter(rig.bank.layers.values())).shadow_b.data[0, 0] = float("nan")
+    result = run(trainer.step(2, 1))
+    assert not result.finite and trainer.steps == 0
+    trainer.rollback(snapshot)
+    assert rig.bank.shadow.isfinite().all()
+
+
+def test_no_slice_has_more_layers_than_asked_for(rig):
+    trainer = trainer_for(rig)
+    slices = list(trainer.step(2, 2))
+    assert {s.kind for s in slices} == {"forward", "head", "backward", "optimizer"}
+    assert max(s.layers for s in slices) == 3
+    assert WAIT not in slices
+
+
+def test_heldout_loss_is_the_mean_over_answer_tokens_of_the_model_itself(rig):
+    loss, _ = peft_gradients(rig)
+    heldout = Heldout(rig.runner, SAMPLES, max_tokens=40)
+    assert run(heldout.loss(-1)) / heldout.tokens == pytest.approx(loss, rel=1e-5)
+
+
+def test_noise_scale_recovers_a_known_one():
+    """Gradients drawn around a known mean with known noise: phi = tr(Sigma) / |G|^2."""
+    rng = torch.Generator().manual_seed(0)
+    mean, sigma, batch, n = torch.full((200,), 0.1), 0.5, 4, 8
+    noise = NoiseScale(smoothing=0.01)
+    for _ in range(800):
+        micro = mean + sigma / batch**0.5 * torch.randn(n, 200, generator=rng)
+        noise.observe(micro.square().sum(1).tolist(), float(micro.mean(0).square().sum()), batch)
+    assert noise.samples == pytest.approx(200 * sigma**2 / 2.0, rel=0.1)
+
+
+def test_one_micro_batch_says_nothing_about_noise():
+    noise = NoiseScale()
+    noise.observe([1.0], 1.0, 4)
+    assert noise.samples is None
