@@ -12,6 +12,8 @@ from clif.states import ReplicaState
 
 MIN_CONFIDENCE = 0.5
 """Below this the latency models only guess, and the configured sizes stay."""
+WORTH_CHANGING = 1.1
+"""The best micro-batch replaces the present one only if it is better by this factor: models waver a little."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,13 @@ def choose_batches(
         return None, "latency models know too little"
     demand = min(replica.batch_cap, max(1, replica.outstanding, math.ceil(replica.demand)))
     budget = token_budget_s(config)
-    feasible = [
-        x1 for x1 in range(1, config.train.max_micro_batch + 1) if replica.serve.predict(demand, x1) <= budget
-    ]
+    feasible = [x1 for x1 in range(1, config.train.max_micro_batch + 1) if replica.serve.predict(demand, x1) <= budget]
     if not feasible:
         return None, f"{demand} requests beside any training need more than {budget * 1000:.0f} ms"
     rates = {x1: objective(x1, demand, replica.train, members, noise_scale, config) for x1 in feasible}
     micro_batch = max(feasible, key=lambda x1: (rates[x1], -x1))
+    if rates[micro_batch] < WORTH_CHANGING * rates.get(replica.micro_batch, 0.0):
+        micro_batch = replica.micro_batch
     max_batch = max(x2 for x2 in range(demand, replica.batch_cap + 1) if _fits(replica.serve, x2, micro_batch, budget))
     batches = Batches(micro_batch, max_batch, rates[micro_batch])
     return batches, f"{batches.rate:.2f} effective samples/s beside {demand} requests"

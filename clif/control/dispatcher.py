@@ -104,6 +104,11 @@ class Dispatcher:
     def queued(self) -> int:
         return len(self._queue)
 
+    @property
+    def running(self) -> int:
+        """Requests that have a first token and not yet their last."""
+        return sum(r.state is RequestState.RUNNING for r in self._records.values())
+
     def load_of(self, replica: int) -> tuple[int, int]:
         """(requests at the replica that have not ended, tokens that they may fill in its KV cache)."""
         held = self._held.get(replica, {})

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from clif.config import Config
 from clif.control.dispatcher import Send
@@ -25,24 +24,28 @@ log = logging.getLogger(__name__)
 class Federation:
     """Owner of the round under way and of the history of rounds.
 
-    on_round: told once per round, when it is over. on_adapter: told of each promoted version and its folder.
+    running: number of requests that have a first but not yet a last token.
+    on_round: told once per round, when it is over. on_adapter: told of each promoted version, once it is on disk.
     """
 
     def __init__(
         self,
         config: Config,
         fleet: Fleet,
+        store: AdapterStore,
         send: Send,
+        running: Callable[[], int],
         on_round: Callable[[Round], None],
-        on_adapter: Callable[[AdapterVersion, Path, Round], None],
+        on_adapter: Callable[[AdapterVersion], None],
     ) -> None:
-        self.store = AdapterStore(config.run_dir)
+        self.store = store
         self.current: Round | None = None
         self.history = History()
         self.noise_scale: float | None = None
         self._config = config
         self._fleet = fleet
         self._send = send
+        self._running = running
         self._on_round = on_round
         self._on_adapter = on_adapter
         self._last_version = 0
@@ -75,8 +78,12 @@ class Federation:
             self._step(now, self.current.steps_done(now, message.result))
 
     def on_vote(self, now: float, message: Voted) -> None:
-        if self.current is not None:
-            self._step(now, self.current.voted(now, message.vote))
+        if self.current is None:
+            return
+        messages = self.current.voted(now, message.vote)
+        if self.current.decided:
+            self.current.running_requests = self._running()
+        self._step(now, messages)
 
     def on_failure(self, now: float, message: RoundFailed) -> None:
         if self.current is not None and message.round_id == self.current.plan.round_id:
@@ -99,10 +106,10 @@ class Federation:
             return
         loss = current.promotion.candidate_loss if current.promotion else math.nan
         version = AdapterVersion(number=message.version, round_id=message.round_id, heldout_loss=loss)
-        folder = self.store.write(version, message.config_json, message.weights)
+        self.store.write(version, message.config_json, message.weights)
         self._last_version = version.number
         self.history = replace(self.history, version=version.number)
-        self._on_adapter(version, folder, current)
+        self._on_adapter(version)
         for replica in sorted(set(self._fleet.alive) - set(current.plan.members)):
             self._installing[replica] = version.number
             self._send(replica, Install(version=version.number, weights=message.weights))
@@ -121,6 +128,11 @@ class Federation:
         """Discard the round under way unless it is decided already."""
         if self.current is not None:
             self._step(now, self.current.discard(now, reason))
+
+    def finish(self, now: float, reason: str) -> None:
+        """Close the round under way, whatever its members still owe: the run is over."""
+        if self.current is not None:
+            self._step(now, self.current.finish(now, reason))
 
     def _step(self, now: float, messages: Outgoing) -> None:
         self._send_all(messages)

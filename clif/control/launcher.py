@@ -82,10 +82,11 @@ def target_reached(history: History, config: Config) -> tuple[bool, str]:
 
 
 def _worth_waiting(now: float, view: ClusterView, idle: list[ReplicaView], config: Config) -> bool:
-    """Whether others have slack already and become IDLE within hold_s.
+    """Whether others have slack already and become IDLE within hold_s, or are installing the active version.
 
     The wait is bounded by the idle replica that waits longest: one that flickers must not starve training.
     """
     hold = config.control.hold_s
     soon = any(r.slack_since is not None for r in view.in_state(ReplicaState.SERVING))
+    soon = soon or len(idle) < len(view.in_state(ReplicaState.IDLE))
     return soon and now - min(r.state_since for r in idle) < 2 * hold

@@ -33,7 +33,6 @@ ORDER: dict[Phase, Phase] = {
     Phase.CLOSING: Phase.STOPPING,
     Phase.STOPPING: Phase.DONE,
 }
-ROUNDS_MAY_START = (Phase.OPEN, Phase.LINGER)
 
 
 class ControlError(RuntimeError):
@@ -82,6 +81,13 @@ def next_phase(now: float, facts: Facts, config: Config) -> tuple[Phase | None, 
     return ORDER[phase], f"{phase.value} is through"
 
 
+def rounds_may_start(now: float, facts: Facts, config: Config) -> bool:
+    """While load comes; after it only as long as federation.rounds asks for more and run.linger_s lasts."""
+    if facts.phase is Phase.OPEN:
+        return True
+    return facts.phase is Phase.LINGER and facts.wants_rounds and now - facts.entered_s < config.run.linger_s
+
+
 def _unfinished(waited: float, facts: Facts, config: Config) -> str:
     """Why the phase is not through yet; empty if it is."""
     if facts.phase is Phase.GATHER and facts.missing:
@@ -93,6 +99,9 @@ def _unfinished(waited: float, facts: Facts, config: Config) -> str:
     if facts.phase is Phase.LINGER:
         if facts.outstanding:
             return f"{facts.outstanding} requests outstanding"
-        if (facts.federating or facts.wants_rounds) and waited < config.run.linger_s:
-            return "a round is under way" if facts.federating else "more rounds are wanted"
+        # When linger_s is over the server discards the round, which takes its members a moment to settle.
+        if facts.federating and waited < config.run.linger_s + config.federation.settle_timeout_s:
+            return "a round is under way"
+        if facts.wants_rounds and waited < config.run.linger_s:
+            return "more rounds are wanted"
     return ""

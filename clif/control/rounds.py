@@ -51,6 +51,8 @@ def decide_promotion(votes: Sequence[Vote], config: FederationConfig) -> tuple[P
 class Round:
     """A round under way. Over when its state is COMMITTED or DISCARDED and nobody's Settled is awaited.
 
+    Stamps (_s) are seconds of the caller's clock; running_requests: at the decision, filled in by the owner.
+
     Once commit is decided it stands: losing members afterwards changes only who publishes.
     """
 
@@ -59,7 +61,10 @@ class Round:
         self.state = RoundState.TRAINING
         self.reason = ""
         self.began_s = now
+        self.trained_s: float | None = None
+        self.voted_s: float | None = None
         self.over_s: float | None = None
+        self.running_requests = 0
         self.results: dict[int, RoundResult] = {}
         self.votes: dict[int, Vote] = {}
         self.promotion: Promotion | None = None
@@ -96,6 +101,7 @@ class Round:
         self.results[result.replica] = result
         if set(self.results) != self._members:
             return []
+        self.trained_s = now
         if not any(r.finite and r.samples > 0 for r in self.results.values()):
             return self.discard(now, "no member has a finite result from any sample")
         self.state = advance(self.state, RoundState.AGGREGATING)
@@ -109,6 +115,7 @@ class Round:
         self.votes[vote.replica] = vote
         if set(self.votes) != self._members:
             return []
+        self.voted_s = now
         self.promotion, reason = decide_promotion([self.votes[m] for m in self.members], self._config)
         if self.promotion is None:
             return self.discard(now, reason)
@@ -183,6 +190,16 @@ class Round:
         settle = Settle(round_id=self.plan.round_id, commit=False, version=self.plan.base_version)
         self._maybe_over(now)
         return [(m, settle) for m in self.members]
+
+    def finish(self, now: float, reason: str) -> Outgoing:
+        """End at once, without waiting for any answer. Promoted weights that are not stored yet are given up."""
+        messages = self.discard(now, reason)
+        if self.state is RoundState.SETTLING and not self.published:
+            self.reason += f"; not published: {reason}"
+            self.state = advance(self.state, RoundState.DISCARDED)
+        self._awaited.clear()
+        self._maybe_over(now)
+        return messages
 
     def _commit(self, now: float, reason: str) -> Outgoing:
         self.reason = reason

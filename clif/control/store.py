@@ -29,7 +29,7 @@ class AdapterStore:
         temporary.mkdir()
         _write(temporary / CONFIG_FILE, config_json.encode())
         _write(temporary / WEIGHTS_FILE, weights)
-        # Left over from a crash between the two renames: it was never current, so nobody reads it.
+        # Left over from a crash before current.json named it, so nobody reads it.
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
         current = {"version": version.number, "round_id": version.round_id, "heldout_loss": version.heldout_loss}

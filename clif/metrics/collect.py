@@ -63,7 +63,9 @@ def collect(run_dir: Path) -> Path:
     """
     found = sources(run_dir)
     if not found:
-        raise CollectError(f"no metrics in {run_dir}: looked for control.h5 and rank-00000.h5 (and .r1.h5 … of restarts)")
+        raise CollectError(
+            f"no metrics in {run_dir}: looked for control.h5, rank-00000.h5 and restarts (rank-00000.r1.h5)"
+        )
     temporary = run_dir / "run.h5.tmp"
     unreadable: list[str] = []
     try:
@@ -88,7 +90,7 @@ def _take(source: Source, run: h5py.File) -> list[str]:
     """Append a file's rows; returns what could not be read."""
     problems: list[str] = []
     # A copy stands still: the process may be writing, and HDF5 refuses a file that is open for writing.
-    with tempfile.TemporaryDirectory(prefix=".collect-", dir=run.filename.rpartition("/")[0] or ".") as folder:
+    with tempfile.TemporaryDirectory(prefix=".collect-", dir=source.path.parent) as folder:
         try:
             copy = shutil.copy(source.path, folder)
             with h5py.File(copy, "r") as file:

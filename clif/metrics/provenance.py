@@ -8,7 +8,6 @@ import shlex
 import socket
 import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 
@@ -23,7 +22,7 @@ PACKAGES = ("torch", "transformers", "peft", "triton", "deepspeed", "mpi4py", "n
 def provenance(config: Config | None = None) -> dict[str, str | float]:
     """Attributes of a metrics file. Versions come from package metadata, so that nothing heavy is imported.
 
-    What cannot be found out is an empty string. start_unix is wall time, for orientation only.
+    What cannot be found out is an empty string. The wall time of the start comes from the writer (start_unix).
     """
     versions = {f"version.{name}": _version(name) for name in PACKAGES}
     return {
@@ -38,7 +37,6 @@ def provenance(config: Config | None = None) -> dict[str, str | float]:
         "gpus": ", ".join(gpu_names()),
         "git_commit": git_commit(),
         "command_line": shlex.join(sys.argv),
-        "start_unix": time.time(),
     }
 
 

@@ -15,6 +15,9 @@ from typing import Any
 
 import h5py
 import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from clif.metrics.collect import collect, sources
 from clif.states import ReplicaState
@@ -92,7 +95,7 @@ def _by_source(rows: Rows) -> Iterator[tuple[str, Rows]]:
 
 def _ids(rows: Rows, column: str) -> set[tuple[bytes, int]]:
     """Request ids start anew after a restart, so a request is known by its file and id."""
-    return set(zip(rows["source"].tolist(), rows[column].tolist()))
+    return set(zip(rows["source"].tolist(), rows[column].tolist(), strict=True))
 
 
 def _requests(users: Rows, load: Rows) -> dict[str, Any]:
@@ -178,7 +181,8 @@ def _states(transitions: Rows, ends: dict[str, float]) -> dict[str, dict[str, fl
             mine = rows[rows["replica"] == replica]
             total = seconds.setdefault(str(replica), {state.value: 0.0 for state in ReplicaState})
             # Rows of one file are in the order of time: each state lasts until the next row, the last until the end.
-            for state, start, stop in zip(mine["to_state"], mine["t"], [*mine["t"][1:], ends[source]]):
+            stops = [*mine["t"][1:], ends[source]]
+            for state, start, stop in zip(mine["to_state"], mine["t"], stops, strict=True):
                 total[state.decode()] += float(stop - start)
     return seconds
 
@@ -190,3 +194,48 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_summary(summary: dict[str, Any], console: Console | None = None) -> None:
+    """Print what summarize() returned, readable in a plain log too; console defaults to standard output."""
+    console = console or Console(highlight=False)
+    for title, rows in _sections(summary):
+        table = Table("", "", title=title, title_justify="left", show_header=False, box=box.ASCII)
+        table.columns[0].min_width = 22
+        for name, text in rows:
+            table.add_row(name, text)
+        console.print(table)
+
+
+def _sections(summary: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    requests, slo, training, adapters = (summary[key] for key in ("requests", "slo", "training", "adapters"))
+    latencies = [(name.replace("_ms", " ms"), _pairs(slo[name])) for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")]
+    states = [(f"replica {replica}", _pairs(seconds)) for replica, seconds in summary["states"].items()]
+    promotions = [(f"promotion of {p['version']}", _pairs(p)) for p in adapters["promotions"]]
+    return [
+        ("Run", [(key, _text(value)) for key, value in summary["run"].items()]),
+        (
+            "Requests",
+            [(k, _text(requests[k])) for k in ("submitted", "accepted", "unfinished", "duplicate_ends")]
+            + [("finished", _pairs(requests["finished"]))],
+        ),
+        ("SLO", [(k, _text(slo[k])) for k in ("attainment", "goodput_rps", "duration_s")] + latencies),
+        ("Training", [(key, _text(value)) for key, value in training.items()]),
+        ("Quality", [(key, _text(value)) for key, value in summary["quality"].items()]),
+        ("Adapters (requests by version)", [("served", _pairs(adapters["versions_served"])), *promotions]),
+        ("Replica states, seconds", states),
+    ]
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {_text(value)}" for key, value in values.items()) or "-"
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value)

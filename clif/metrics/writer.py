@@ -35,7 +35,8 @@ def next_path(run_dir: Path, stem: str) -> Path:
 class TableWriter:
     """Buffers rows and appends them to the tables of one file. Not thread-safe.
 
-    clock: monotonic seconds; its value at construction is the file's time 0. Raises MetricsError for an unknown
+    clock: monotonic seconds; its value at construction is the file's time 0, whose wall time is the attribute
+    start_unix (for orientation only). end_s stays NaN if the process is killed. Raises MetricsError for an unknown
     table and for a file that exists.
     """
 
@@ -59,9 +60,9 @@ class TableWriter:
             raise MetricsError(f"{path} exists: ask next_path() for a new name") from error
         self.path = path
         self.start = clock()
+        self._file.attrs.update(attributes)
         self._file.attrs["start_unix"] = time.time()
         self._file.attrs["end_s"] = np.nan
-        self._file.attrs.update(attributes)
         self._tables = {name: _Buffer(TABLES[name], create(self._file, TABLES[name])) for name in tables}
         self._pending = 0
         self._file.flush()

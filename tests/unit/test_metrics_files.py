@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
+import pynvml
 import pytest
 
 from clif.metrics.collect import CollectError, collect
@@ -38,9 +40,7 @@ while True:
 
 
 def tick(writer: TableWriter, number: int) -> None:
-    writer.row(
-        "ticks", tick=number, seconds=0.1, decode_rows=1, prefill_tokens=0, running=1, waiting=0, kv_used=16
-    )
+    writer.row("ticks", tick=number, seconds=0.1, decode_rows=1, prefill_tokens=0, running=1, waiting=0, kv_used=16)
 
 
 def killed(path: Path, after_s: float) -> int:
@@ -129,9 +129,7 @@ def test_collect_reads_a_run_that_goes_on(tmp_path: Path) -> None:
             assert run["ticks"]["tick"].tolist() == [1]
 
 
-def test_unreadable_file_is_named_and_the_others_are_merged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unreadable_file_is_named_and_the_others_are_merged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "rank-00000.h5").write_bytes(b"not HDF5")
     with TableWriter(tmp_path / "rank-00001.h5", RANK_TABLES, {}) as writer:
         tick(writer, 1)
@@ -160,7 +158,7 @@ def test_column_of_an_older_file_that_is_missing_is_filled(tmp_path: Path) -> No
 
 
 def test_nothing_to_collect_is_an_error_that_says_what_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(CollectError, match="control.h5"):
+    with pytest.raises(CollectError, match=r"control\.h5"):
         collect(tmp_path)
     (tmp_path / "control.h5").write_bytes(b"broken")
     with pytest.raises(CollectError, match="none of the metrics files"):
@@ -205,3 +203,24 @@ def test_device_monitor_without_gpu_gives_nan_and_says_why(tmp_path: Path) -> No
         with TableWriter(next_path(tmp_path, "rank-00000"), RANK_TABLES, {}) as writer:
             writer.row("device", **sample)
         monitor.close()
+
+
+def test_device_monitor_reports_bytes_and_watts_and_nan_for_what_a_gpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacks(handle: object) -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    for name, answer in {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetHandleByUUID": lambda uuid: uuid,
+        "nvmlDeviceGetUtilizationRates": lacks,
+        "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(used=2**30 if handle == "GPU-abc" else 0),
+        "nvmlDeviceGetPowerUsage": lambda handle: 250_000,
+    }.items():
+        monkeypatch.setattr(pynvml, name, answer)
+    monitor = DeviceMonitor("abc")
+    sample = monitor.sample()
+    assert monitor.note == "" and sample["gpu_mem_bytes"] == 2**30 and sample["gpu_power_w"] == 250.0
+    assert np.isnan(sample["gpu_util"])
+    monitor.close()
+    assert np.isnan(monitor.sample()["gpu_power_w"])

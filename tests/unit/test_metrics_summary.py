@@ -13,8 +13,7 @@ from rich.console import Console
 
 from clif.metrics.collect import collect
 from clif.metrics.schema import CONTROL_TABLES, RANK_TABLES
-from clif.metrics.show import print_summary
-from clif.metrics.summary import summarize, write_summary
+from clif.metrics.summary import print_summary, summarize, write_summary
 from clif.metrics.writer import TableWriter, next_path
 
 
@@ -55,8 +54,9 @@ def run_dir(tmp_path: Path) -> Path:
         request(writer, 100, "stop", purpose="probe", ttft_s=77.0, e2e_s=77.0, slo_met=False, finished_s=90.0)
         for gap in (0.01, 0.02, 0.03):
             writer.row("gaps", request=1, itl_s=gap)
-        transition = [(0, 0, "serving", "serving"), (1, 1, "serving", "serving"), (4, 0, "serving", "idle"),
-                      (10, 0, "idle", "combined"), (15, 0, "combined", "serving"), (16, 1, "serving", "failed")]  # fmt: skip
+        transition = [(0, 0, "serving", "serving"), (1, 1, "serving", "serving"),
+                      (4, 0, "serving", "idle"), (10, 0, "idle", "combined"),
+                      (15, 0, "combined", "serving"), (16, 1, "serving", "failed")]  # fmt: skip
         for now, replica, before, after in transition:
             clock.now = 1000.0 + now
             writer.row("transitions", replica=replica, from_state=before, to_state=after, reason="test")
@@ -98,9 +98,14 @@ def test_percentiles_are_milliseconds_of_users_only(run_dir: Path) -> None:
 def test_training_counts_committed_rounds_and_all_steps(run_dir: Path) -> None:
     assert write_summary(run_dir)["training"] == pytest.approx(
         {
-            "tokens": 400, "tokens_per_s": 40.0, "span_s": 10.0, "samples": 10, "optimizer_steps": 6,
-            "rounds_completed": 1, "rounds_discarded": 1,
-        }  # fmt: skip
+            "tokens": 400,
+            "tokens_per_s": 40.0,
+            "span_s": 10.0,
+            "samples": 10,
+            "optimizer_steps": 6,
+            "rounds_completed": 1,
+            "rounds_discarded": 1,
+        }
     )
 
 

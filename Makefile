@@ -1,0 +1,46 @@
+# CLIF: the commands that people use. Everything runs in .venv, which is made when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ASSETS := assets/smollm2-135m-instruct.gguf assets/smart_home.jsonl
+RANKS ?= 2
+
+.PHONY: demo test test-all test-gpu check format clean help
+
+help:  ## This list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+# A machine that has a torch keeps it; a bare one gets the CPU build that CLIF is tested with.
+$(READY): setup.py pyproject.toml
+	@if $(PYTHON) -c "import torch" 2>/dev/null; then \
+		echo "using the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+		$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet torch==2.13.0; \
+	fi
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $(READY)
+
+$(ASSETS): | $(READY)
+	$(BIN)/clif fetch
+
+demo: $(READY) $(ASSETS)  ## Serve and fine-tune SmolLM2-135M on 2 ranks; ends by itself
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) launch/run.py --config configs/demo.yaml
+
+test: $(READY)  ## Everything that runs in minutes without a GPU
+	$(BIN)/python -P -m pytest -m "not gpu and not slow"
+
+test-all: $(READY) $(ASSETS)  ## With the slow tests
+	$(BIN)/python -P -m pytest -m "not gpu"
+
+test-gpu: $(READY)  ## Tests that need an NVIDIA GPU
+	$(BIN)/python -P -m pytest -m gpu
+
+check: $(READY)  ## Lint and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: $(READY)  ## Let ruff mend what it can
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+clean:  ## Remove the virtual environment and what runs left
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

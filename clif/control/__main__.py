@@ -1,0 +1,125 @@
+"""The control process: python -P -m clif.control --run-dir RUN --replicas N --secret S. Started by rank 0.
+
+Reads RUN/config.json and RUN/tokenizer, writes its address to RUN/control.address and runs until the run is through.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from clif.config import Config
+from clif.control.phases import ControlError
+from clif.control.quality import QualityCheck
+from clif.control.records import Records
+from clif.control.server import ControlServer
+from clif.control.status import Status, StatusHandler
+from clif.control.store import AdapterStore, write_atomic
+from clif.data.instruct import read_rows
+from clif.data.load import make_load
+from clif.text import ChatTokenizer
+from clif.wire.channels import ControlChannel
+
+ADDRESS_FILE = "control.address"
+
+
+class Outside:
+    """Watches for signals and for the death of the parent process (rank 0). Calling it says why to end, or ""."""
+
+    def __init__(self) -> None:
+        self._parent = os.getppid()
+        self._signal = ""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def __call__(self) -> str:
+        if os.getppid() != self._parent:
+            return "rank 0 died"
+        return self._signal
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self._signal = f"got {signal.Signals(number).name}"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -P -m clif.control", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--run-dir", type=Path, required=True, help="folder of the run: config.json, tokenizer/")
+    parser.add_argument("--replicas", type=int, required=True, help="number of replicas that will report")
+    parser.add_argument("--secret", required=True, help="what a leader must say in its Hello")
+    parser.add_argument("--host", help="address to bind (default: dist.control_host, else loopback)")
+    return parser.parse_args(arguments)
+
+
+def run(arguments: argparse.Namespace, status: Status, config: Config, outside: Outside) -> None:
+    """Everything between reading the configuration and the summary. Raises ControlError, ValueError or OSError."""
+    run_dir: Path = arguments.run_dir
+    tokenizer = ChatTokenizer.load(run_dir / "tokenizer")
+    rows = read_rows(config.data.path) if config.data.path is not None else []
+    load = make_load(config, rows, tokenizer)
+    quality = QualityCheck(config, rows, tokenizer)
+    records = Records(run_dir, config, time.monotonic)
+    channel = ControlChannel(arguments.host or config.dist.control_host or "127.0.0.1")
+    try:
+        server = ControlServer(
+            config,
+            channel,
+            time.monotonic,
+            replicas=arguments.replicas,
+            secret=arguments.secret,
+            load=load,
+            quality=quality,
+            store=AdapterStore(run_dir),
+            records=records,
+            status=status,
+            stop_reason=outside,
+        )
+        # The address comes last: a leader that finds it is heard at once.
+        write_atomic(run_dir / ADDRESS_FILE, channel.address.encode())
+        server.run()
+    finally:
+        records.close()
+        channel.close()
+
+
+def summarise(run_dir: Path) -> None:
+    """Merge the files of all ranks, write RUN/summary.json and print it."""
+    from clif.metrics.summary import print_summary, write_summary
+
+    print_summary(write_summary(run_dir))
+
+
+def main() -> int:
+    """0 only if the run went through; otherwise the last line on stderr says why it did not."""
+    arguments = parse()
+    outside = Outside()
+    try:
+        config = Config.model_validate_json((arguments.run_dir / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        print(f"clif: cannot read the run's configuration: {error}", file=sys.stderr)
+        return 2
+    status = Status(config.run.status)
+    logging.basicConfig(handlers=[StatusHandler(status)], level=logging.INFO, format="%(message)s")
+    problem = ""
+    try:
+        run(arguments, status, config, outside)
+    except (ControlError, ValueError, OSError) as error:
+        problem = f"the run did not go through: {error}"
+    finally:
+        status.close()
+    if not problem:
+        try:
+            summarise(arguments.run_dir)
+        except (RuntimeError, ValueError, OSError) as error:
+            problem = f"the run went through, but its files could not be summarised: {error}"
+    if problem:
+        print(f"clif: {problem}", file=sys.stderr)
+    return 1 if problem else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""What the control process writes down: the one place that names the tables and columns of control.h5."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from clif.config import Config
+from clif.control.coordinator import Batches
+from clif.control.dispatcher import RequestRecord
+from clif.control.pressure import Pressure, ServiceWindow
+from clif.control.quality import Quality
+from clif.control.rounds import Round, pooled_losses
+from clif.data.load import ScheduledRequest
+from clif.metrics.provenance import provenance
+from clif.metrics.schema import CONTROL_TABLES
+from clif.metrics.writer import TableWriter, next_path
+from clif.states import ReplicaState
+from clif.types import AdapterVersion, FinishReason, Purpose, RoundResult, Vote
+
+
+class Records:
+    """Rows of control.h5. Stamps are given in seconds of the clock and stored from the start of the file."""
+
+    def __init__(self, run_dir: Path, config: Config, clock: Callable[[], float]) -> None:
+        metrics = config.metrics
+        path = next_path(run_dir, "control")
+        self._writer = TableWriter(
+            path, CONTROL_TABLES, {**provenance(config)}, clock, metrics.flush_s, metrics.flush_rows
+        )
+
+    def request(self, record: RequestRecord, exact_match: bool | None) -> None:
+        gaps = record.gaps_s
+        self._writer.row(
+            "requests",
+            id=record.request.id,
+            purpose=record.request.purpose.value,
+            replica=-1 if record.replica is None else record.replica,
+            version=-1 if record.version is None else record.version,
+            prompt_tokens=len(record.request.prompt),
+            output_tokens=len(record.tokens),
+            arrival_s=self._stamp(record.arrival_s),
+            dispatched_s=self._stamp(record.dispatched_s),
+            first_token_s=self._stamp(record.first_token_s),
+            finished_s=self._stamp(record.finished_s),
+            ttft_s=record.ttft_s,
+            tpot_s=record.tpot_s,
+            max_itl_s=max(gaps, default=None),
+            e2e_s=record.e2e_s,
+            finish=(record.finish or FinishReason.FAILED).value,
+            detail=record.detail,
+            slo_met=record.slo_met,
+            exact_match=-1 if exact_match is None else int(exact_match),
+        )
+        if record.request.purpose is Purpose.USER:
+            for gap in gaps:
+                self._writer.row("gaps", request=record.request.id, itl_s=gap)
+
+    def dispatch(self, record: RequestRecord, predicted_s: float, reason: str) -> None:
+        replica = -1 if record.replica is None else record.replica
+        self._writer.row(
+            "dispatches", request=record.request.id, replica=replica, predicted_s=predicted_s, reason=reason
+        )
+
+    def transition(self, replica: int, before: ReplicaState, after: ReplicaState, reason: str) -> None:
+        self._writer.row("transitions", replica=replica, from_state=before.value, to_state=after.value, reason=reason)
+
+    def round(self, ended: Round) -> None:
+        """A round that is over."""
+        results: list[RoundResult] = list(ended.results.values())
+        votes: list[Vote] = list(ended.votes.values())
+        candidate, active = pooled_losses(votes)
+        samples = sum(r.samples for r in results)
+        self._writer.row(
+            "rounds",
+            round_id=ended.plan.round_id,
+            state=ended.state.value,
+            members=",".join(map(str, ended.plan.members)),
+            version=ended.version,
+            samples=samples,
+            tokens=sum(r.tokens for r in results),
+            steps=sum(r.steps for r in results),
+            train_loss=train_loss(results),
+            heldout_candidate=candidate,
+            heldout_active=active,
+            product_error=_mean([v.product_error for v in votes]),
+            noise_scale=_mean([r.noise_scale for r in results]),
+            started_s=self._stamp(ended.began_s),
+            trained_s=self._stamp(ended.trained_s),
+            aggregated_s=self._stamp(ended.voted_s),
+            ended_s=self._stamp(ended.over_s),
+            running_requests=ended.running_requests,
+            reason=ended.reason,
+        )
+
+    def load(self, scheduled: ScheduledRequest) -> None:
+        request = scheduled.request
+        self._writer.row(
+            "load",
+            request=request.id,
+            at_s=scheduled.at_s,
+            prompt_tokens=len(request.prompt),
+            max_tokens=request.sampling.max_tokens,
+        )
+
+    def pressure(self, pressure: Pressure, window: ServiceWindow, reason: str) -> None:
+        attainment = window.met / window.finished if window.finished else None
+        self._writer.row("pressure", level=pressure.value, attainment=attainment, backlog=window.queued, reason=reason)
+
+    def adapter(self, version: AdapterVersion) -> None:
+        self._writer.row(
+            "adapters", version=version.number, round_id=version.round_id, heldout_loss=version.heldout_loss
+        )
+
+    def batches(self, replica: int, batches: Batches, reason: str) -> None:
+        self._writer.row(
+            "batches",
+            replica=replica,
+            max_batch=batches.max_batch,
+            micro_batch=batches.micro_batch,
+            reason=reason,
+        )
+
+    def quality(self, phase: str, quality: Quality) -> None:
+        self._writer.row(
+            "quality",
+            phase=phase,
+            heldout_loss=quality.heldout_loss,
+            heldout_tokens=quality.heldout_tokens,
+            exact_match=quality.exact_match,
+            exact_match_rows=quality.probes,
+            version=quality.version,
+        )
+
+    def maybe_flush(self) -> None:
+        self._writer.maybe_flush()
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _stamp(self, stamp: float | None) -> float | None:
+        return None if stamp is None else self._writer.since_start(stamp)
+
+
+def train_loss(results: list[RoundResult]) -> float | None:
+    """Mean training loss of the members, nats per token, weighted by what they trained; None if nothing finite."""
+    finite = [r for r in results if r.samples > 0 and math.isfinite(r.loss)]
+    samples = sum(r.samples for r in finite)
+    return sum(r.loss * r.samples for r in finite) / samples if samples else None
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,339 @@
+"""The control process's main loop: hear, submit, dispatch, and every control.period_s decide.
+
+Everything runs in one thread. The decisions are pure functions elsewhere; this file carries them out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from clif.config import Config
+from clif.control.dispatcher import Dispatcher, Hooks, RequestRecord
+from clif.control.federation import Federation
+from clif.control.fleet import Fleet
+from clif.control.launcher import target_reached
+from clif.control.phases import ControlError, Facts, Phase, next_phase, rounds_may_start
+from clif.control.quality import QualityCheck
+from clif.control.records import Records, train_loss
+from clif.control.rounds import Round
+from clif.control.slow import SlowLoop
+from clif.control.status import Recent, Snapshot, Status, count_states
+from clif.control.store import AdapterStore
+from clif.control.view import ClusterView
+from clif.data.load import ScheduledRequest
+from clif.states import ReplicaState
+from clif.types import AdapterVersion, FinishReason, Purpose
+from clif.wire import messages as wire
+from clif.wire.channels import ControlChannel
+
+log = logging.getLogger(__name__)
+POLL_S = 0.01
+
+
+class ControlServer:
+    """Runs one run from the first Hello to the last Goodbye. clock: monotonic seconds; load: in order of at_s.
+
+    stop_reason: says why the run must end now (a signal, a dead parent); empty as long as it need not.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        channel: ControlChannel,
+        clock: Callable[[], float],
+        *,
+        replicas: int,
+        secret: str,
+        load: Sequence[ScheduledRequest],
+        quality: QualityCheck,
+        store: AdapterStore,
+        records: Records,
+        status: Status,
+        stop_reason: Callable[[], str] = lambda: "",
+    ) -> None:
+        self.config = config
+        self.phase = Phase.GATHER
+        self._channel, self._clock, self._stop_reason = channel, clock, stop_reason
+        self._load = deque(load)
+        self._quality, self._records, self._status = quality, records, status
+        hooks = Hooks(finished=self._on_finished, dispatched=records.dispatch)
+        self.dispatcher = Dispatcher(config, self._send, hooks)
+        load_of, transition = self.dispatcher.load_of, records.transition
+        self.fleet = Fleet(config, replicas, secret, self._send, load_of, transition)
+        self.federation = Federation(
+            config, self.fleet, store, self._send, self._running, self._on_round, self._on_adapter
+        )
+        if config.run.resume:
+            self.federation.resume()
+        self._slow = SlowLoop(config, self.fleet, self.dispatcher, self.federation, records, self._lose)
+        self._recent = Recent()
+        self._last_loss: float | None = None
+        self._steps: dict[int, int] = {}
+        self._unreachable: set[int] = set()
+        self._goodbyes: set[int] = set()
+        self._sent_away: set[int] = set()
+        self._started_s = self._entered_s = self._opened_s = clock()
+        self._next_slow_s = 0.0
+        self._handlers: dict[type[wire.Message], Callable[[float, Any], None]] = {
+            wire.Tokens: self._on_tokens,
+            wire.Report: self._on_report,
+            wire.StepsDone: self.federation.on_steps,
+            wire.Voted: self.federation.on_vote,
+            wire.RoundFailed: self.federation.on_failure,
+            wire.Published: self.federation.on_published,
+            wire.Settled: self.federation.on_settled,
+            wire.Evaluated: lambda _, message: self._quality.on_evaluated(message.result),
+            wire.Trouble: lambda now, message: self._lose(now, message.replica, message.error),
+            wire.Goodbye: self._on_goodbye,
+        }
+
+    def run(self) -> None:
+        """Go through all phases. Whatever ends it early, every request gets its terminal event and files close.
+
+        Raises ControlError when the run did not go through.
+        """
+        try:
+            while self.phase is not Phase.DONE:
+                reason = self._stop_reason()
+                if reason:
+                    raise ControlError(reason)
+                self.step()
+        except BaseException as error:
+            self._close_out(str(error) or type(error).__name__)
+            raise
+        self.federation.finish(self._clock(), "the run ended")
+        self._records.close()
+
+    def step(self) -> None:
+        """One turn of the loop."""
+        self._receive(self._patience_s())
+        now = self._clock()
+        self._submit_due(now)
+        self.federation.tick(now)
+        if self.phase is not Phase.GATHER:
+            self.dispatcher.dispatch(now, self._view())
+            if now >= self._next_slow_s:
+                self._next_slow_s = now + self.config.control.period_s
+                started = self._slow.turn(now, rounds_may_start(now, self._facts(), self.config))
+                if started:
+                    self._status.note(started)
+        self._bury_unreachable(now)
+        self._maybe_next_phase(now)
+        self._records.maybe_flush()
+        if self._status.due(now):
+            self._status.show(now, self._snapshot(now))
+
+    # --- messages ------------------------------------------------------------------------------------
+
+    def _receive(self, timeout_s: float) -> None:
+        try:
+            for message in self._channel.receive(timeout_s):
+                self._handle(self._clock(), message)
+        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            log.warning("a message that nobody here understands was dropped: %s", error)
+
+    def _handle(self, now: float, message: Any) -> None:
+        if isinstance(message, wire.Hello):
+            self.fleet.join(now, message)
+            return
+        replica = sender_of(message)
+        if self.phase is Phase.GATHER and isinstance(message, wire.Trouble):
+            raise ControlError(f"replica {message.replica} could not start: {message.error}")
+        if replica is not None:
+            if not self.fleet.is_alive(replica):
+                self._send_away(replica)
+                return
+            self.fleet.heard(now, replica)
+        self._handlers[type(message)](now, message)
+
+    def _on_tokens(self, now: float, message: wire.Tokens) -> None:
+        for event in message.events:
+            self.dispatcher.on_event(now, message.replica, event)
+
+    def _on_report(self, now: float, message: wire.Report) -> None:
+        self.fleet.report(now, message)
+        self._steps[message.replica] = message.training_steps
+        if message.training_loss is not None:
+            self._last_loss = message.training_loss
+
+    def _on_goodbye(self, now: float, message: wire.Goodbye) -> None:
+        if self.phase is Phase.STOPPING:
+            self._goodbyes.add(message.replica)
+        else:
+            self._lose(now, message.replica, "it left")
+
+    def _send(self, replica: int, message: wire.Down) -> bool:
+        sent = self._channel.send(replica, message)
+        # Counted as lost at the end of the turn, not here: the caller is in the middle of something.
+        if not sent and self.fleet.is_alive(replica):
+            self._unreachable.add(replica)
+        return sent
+
+    def _send_away(self, replica: int) -> None:
+        """A replica that was counted as lost speaks again: its requests live elsewhere now, so it must leave."""
+        if replica not in self._sent_away:
+            self._sent_away.add(replica)
+            log.warning("replica %d speaks but is not (or no longer) part of the run: told to stop", replica)
+            self._channel.send(replica, wire.Stop())
+
+    # --- load and losses -----------------------------------------------------------------------------
+
+    def _patience_s(self) -> float:
+        if self.phase is Phase.OPEN and self._load:
+            return min(POLL_S, max(0.0, self._opened_s + self._load[0].at_s - self._clock()))
+        return POLL_S
+
+    def _submit_due(self, now: float) -> None:
+        while self.phase is Phase.OPEN and self._load and self._opened_s + self._load[0].at_s <= now:
+            due = self._load.popleft()
+            self._records.load(due)
+            # The planned time counts as arrival, so that a late loop cannot flatter the latencies.
+            self.dispatcher.submit(now, due.request, self._opened_s + due.at_s)
+
+    def _bury_unreachable(self, now: float) -> None:
+        while self._unreachable:
+            self._lose(now, self._unreachable.pop(), "not connected any more")
+
+    def _lose(self, now: float, replica: int, reason: str) -> None:
+        """Count a replica as lost: first its state, so that nothing is sent to it by what follows."""
+        if not self.fleet.is_alive(replica):
+            return
+        log.error("replica %d is lost: %s", replica, reason)
+        self.fleet.set_state(now, replica, ReplicaState.FAILED, reason)
+        self.dispatcher.lose(now, replica, reason)
+        self.federation.on_lost(now, replica, reason)
+        self._quality.on_lost(replica)
+
+    # --- phases --------------------------------------------------------------------------------------
+
+    def _facts(self) -> Facts:
+        rounds = self.config.federation.rounds
+        return Facts(
+            phase=self.phase,
+            entered_s=self._entered_s,
+            started_s=self._started_s,
+            missing=self.fleet.missing,
+            alive=len(self.fleet.alive),
+            measuring=self._quality.pending,
+            load_left=len(self._load),
+            outstanding=self.dispatcher.outstanding,
+            federating=self.federation.busy,
+            wants_rounds=rounds is not None and not target_reached(self.federation.history, self.config)[0],
+            saying_goodbye=tuple(r for r in self.fleet.alive if r not in self._goodbyes),
+        )
+
+    def _maybe_next_phase(self, now: float) -> None:
+        lingered = self.phase is Phase.LINGER and now - self._entered_s >= self.config.run.linger_s
+        if lingered and self.federation.current is not None:
+            self.federation.abandon(now, f"run.linger_s {self.config.run.linger_s:g} is over")
+        phase, reason = next_phase(now, self._facts(), self.config)
+        if phase is not None:
+            self._enter(now, phase, reason)
+
+    def _enter(self, now: float, phase: Phase, reason: str) -> None:
+        left, self.phase, self._entered_s = self.phase, phase, now
+        self._status.note(f"{phase.value}: {reason}")
+        if left in (Phase.BASELINE, Phase.CLOSING) and not self._quality.pending:
+            self._records.quality("before" if left is Phase.BASELINE else "after", self._quality.result)
+        if phase in (Phase.BASELINE, Phase.CLOSING):
+            self._measure(now)
+        elif phase is Phase.OPEN:
+            self._opened_s = now
+        elif phase is Phase.STOPPING:
+            self._stop(now, reason)
+
+    def _measure(self, now: float) -> None:
+        hellos = self.fleet.hellos
+        limits = [min(h.max_context, h.kv_tokens) for h in hellos]
+        self.dispatcher.context_limit = min(self.dispatcher.context_limit, *limits)
+        has_rows = self.config.data.path is not None
+        judges = [h.replica for h in hellos if has_rows and h.heldout_rows > 0 and self.fleet.is_alive(h.replica)]
+        probes = self._quality.begin(judges)
+        for replica in judges:
+            self._send(replica, wire.Evaluate())
+        for probe in probes:
+            self.dispatcher.submit(now, probe)
+
+    def _stop(self, now: float, reason: str) -> None:
+        cancelled = self.dispatcher.cancel_all(now, reason)
+        if cancelled or self._load:
+            log.warning("%d requests cancelled, %d never submitted: %s", cancelled, len(self._load), reason)
+        self.federation.abandon(now, reason)
+        for replica in self.fleet.alive:
+            self._send(replica, wire.Stop())
+
+    def _close_out(self, reason: str) -> None:
+        """Promise 1, whatever dies: end every request, keep every row, and let the replicas go."""
+        now = self._clock()
+        try:
+            self.dispatcher.fail_all(now, f"the control process ended: {reason}")
+            self.federation.finish(now, reason)
+            for replica in self.fleet.alive:
+                self._channel.send(replica, wire.Stop())
+        finally:
+            self._records.close()
+
+    # --- what is told and shown ----------------------------------------------------------------------
+
+    def _on_finished(self, record: RequestRecord) -> None:
+        match = self._quality.on_probe(record)
+        self._records.request(record, match)
+        if record.request.purpose is not Purpose.USER:
+            return
+        self._recent.add(record.ttft_s, record.gaps_s)
+        if record.finish is not FinishReason.CANCELLED and not record.at_the_door and record.finished_s is not None:
+            self._slow.outcomes.add(record.finished_s, record.slo_met)
+
+    def _on_round(self, ended: Round) -> None:
+        self._records.round(ended)
+        loss = train_loss(list(ended.results.values()))
+        trained = "" if loss is None else f", training loss {loss:.3f}"
+        version = f" as version {ended.version}" if ended.promotion else ""
+        self._status.note(f"round {ended.plan.round_id} {ended.state.value}{version}: {ended.reason}{trained}")
+
+    def _on_adapter(self, version: AdapterVersion) -> None:
+        self._records.adapter(version)
+        # A promotion is what a reader waits for, and what a crash must not take: not left to the next flush.
+        self._records.flush()
+
+    def _running(self) -> int:
+        return self.dispatcher.running
+
+    def _view(self) -> ClusterView:
+        return self.fleet.view(self.dispatcher.queued)
+
+    def _snapshot(self, now: float) -> Snapshot:
+        current = self.federation.current
+        alive = [self.fleet.view_of(r).state.value for r in self.fleet.alive]
+        ended = self.dispatcher.ended
+        return Snapshot(
+            seconds=now - self._started_s,
+            phase=self.phase.value,
+            pressure=self._slow.pressure.value,
+            states=count_states(alive),
+            running=self.dispatcher.running,
+            queued=self.dispatcher.queued,
+            load_left=len(self._load),
+            finished=sum(ended.values()),
+            failed=ended[FinishReason.FAILED] + ended[FinishReason.REJECTED],
+            ttft_s=self._recent.ttft_s,
+            itl_s=self._recent.itl_s,
+            train_loss=self._last_loss,
+            training_steps=sum(self._steps.values()),
+            version=self.federation.history.version,
+            round=f"{current.plan.round_id} {current.state.value}" if current else self._slow.round_reason or "-",
+        )
+
+
+def sender_of(message: Any) -> int | None:
+    """Replica that sent a message; None for Published, which names its round instead."""
+    if isinstance(message, wire.StepsDone | wire.Evaluated):
+        return message.result.replica
+    if isinstance(message, wire.Voted):
+        return message.vote.replica
+    return None if isinstance(message, wire.Published) else int(message.replica)

@@ -1,0 +1,88 @@
+"""The slow loop, every control.period_s: latency models, states, pressure, rounds and batch sizes.
+
+It only carries out what the pure functions decide, in the order in which each needs what the one before changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from clif.config import Config
+from clif.control.coordinator import Batches, choose_batches
+from clif.control.dispatcher import Dispatcher
+from clif.control.federation import Federation
+from clif.control.fleet import Fleet
+from clif.control.launcher import plan_round
+from clif.control.policy import next_state
+from clif.control.pressure import OutcomeWindow, Pressure, ServiceWindow, service_pressure
+from clif.control.records import Records
+from clif.control.view import ClusterView
+from clif.states import ReplicaState
+
+
+class SlowLoop:
+    """lose: called as (now, replica, reason) for a replica that fell silent."""
+
+    def __init__(
+        self,
+        config: Config,
+        fleet: Fleet,
+        dispatcher: Dispatcher,
+        federation: Federation,
+        records: Records,
+        lose: Callable[[float, int, str], None],
+    ) -> None:
+        self.outcomes = OutcomeWindow(config.control.window_s)
+        self.pressure = Pressure.LOW
+        self.round_reason = ""
+        self._config, self._fleet, self._dispatcher = config, fleet, dispatcher
+        self._federation, self._records, self._lose = federation, records, lose
+        self._written: Pressure | None = None
+
+    def turn(self, now: float, rounds_may_start: bool) -> str:
+        """One turn. Returns a line about a round that it started, or an empty one."""
+        self._fleet.refit()
+        self._update_states(now)
+        view = self._fleet.view(self._dispatcher.queued)
+        self._update_pressure(now, view)
+        line = self._maybe_round(now, view) if rounds_may_start else ""
+        self._coordinate(now)
+        return line
+
+    def _update_states(self, now: float) -> None:
+        for replica in self._fleet.view(self._dispatcher.queued).alive:
+            state, reason = next_state(now, replica, self._config)
+            if state is ReplicaState.FAILED:
+                self._lose(now, replica.replica, reason)
+            elif state is not None:
+                self._fleet.set_state(now, replica.replica, state, reason)
+
+    def _update_pressure(self, now: float, view: ClusterView) -> None:
+        finished, met = self.outcomes.count(now)
+        places = sum(r.max_batch for r in view.alive)
+        window = ServiceWindow(finished, met, self._dispatcher.oldest_wait_s(now), self._dispatcher.queued, places)
+        self.pressure, reason = service_pressure(now, window, self._config)
+        if self.pressure is not self._written:
+            self._written = self.pressure
+            self._records.pressure(self.pressure, window, reason)
+
+    def _maybe_round(self, now: float, view: ClusterView) -> str:
+        if self._federation.current is not None:
+            return ""
+        plan, self.round_reason = plan_round(now, view, self.pressure, self._federation.history, self._config)
+        if plan is None:
+            return ""
+        self._federation.start(now, plan, self.round_reason)
+        return f"round {plan.round_id}: replicas {list(plan.members)} train ({self.round_reason})"
+
+    def _coordinate(self, now: float) -> None:
+        current = self._federation.current
+        if current is None or current.decided:
+            return
+        for member in current.members:
+            view = self._fleet.view_of(member)
+            noise = self._federation.noise_scale
+            batches, reason = choose_batches(now, view, len(current.members), noise, self._config)
+            wanted = batches or Batches(self._config.train.micro_batch, view.batch_cap)
+            if self._fleet.set_limits(member, wanted.max_batch, wanted.micro_batch):
+                self._records.batches(member, wanted, reason)
