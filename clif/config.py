@@ -98,6 +98,10 @@ class EngineConfig(Section):
     """Prompt tokens computed in one tick at most; longer prompts go in chunks."""
     layers_per_slice: Positive = 5
     """Layers of a training forward or backward between two chances to serve."""
+    head_rows_per_slice: Positive = 64
+    """Target tokens whose logits and loss are computed between two chances to serve."""
+    eval_tokens: Positive = 256
+    """Tokens of one held-out forward."""
 
     @model_validator(mode="after")
     def _blocks(self) -> EngineConfig:

@@ -19,8 +19,10 @@ Floats = NDArray[np.float64]
 WINDOW = 256
 HALF_LIFE = 64.0
 REFIT_EVERY = 16
-PRIOR_SAMPLES = 1.0
+PRIOR_SAMPLES = 0.2
 TRUSTED_SAMPLES = 8.0
+MIN_NOISE = 0.02
+"""Relative noise that is always granted to measurements."""
 HUBER = 2.0
 """Residuals beyond this many robust standard deviations count less (their pull stays constant)."""
 
@@ -101,9 +103,11 @@ class LatencyModel:
         # A stall hundreds of times as long as a tick would tilt even the first pass, from which the weights come.
         clipped = np.minimum(seconds, 4.0 * np.quantile(seconds, 0.75))
         theta = _nonnegative(features, clipped, age, ridge, prior)
+        # Without a floor, data that fit perfectly would count less than the prior wherever the two disagree.
+        floor = MIN_NOISE * max(_weighted_median(seconds, age), 1e-9)
         for _ in range(4):
             residual = np.abs(seconds - features @ theta)
-            sigma = max(1.4826 * _weighted_median(residual, age), 1e-9)
+            sigma = max(1.4826 * _weighted_median(residual, age), floor)
             weight = age * np.minimum(1.0, HUBER * sigma / np.maximum(residual, 1e-12))
             theta = _nonnegative(features, seconds, weight, ridge, prior)
         return theta

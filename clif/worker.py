@@ -32,6 +32,8 @@ from clif.wire.messages import Goodbye, Hello, Trouble, Up
 log = logging.getLogger(__name__)
 ADDRESS_FILE = "control.address"
 SECRET = "CLIF_SECRET"
+CONTROL_LEAVES_S = 20.0
+"""Less than the 30 s after which torchrun kills."""
 
 
 def run_rank(config: Config) -> int:
@@ -136,6 +138,7 @@ def _control_process(
     topology.store.set("clif/secret", secret)
     command = [sys.executable, "-P", "-m", "clif.control", "--run-dir", str(run_dir)]
     command += ["--replicas", str(len(topology.layout.replicas)), "--host", _host(config, topology)]
+    command += ["--parent", str(os.getpid())]
     process = subprocess.Popen(command, env={**os.environ, SECRET: secret})
     try:
         topology.store.set("clif/control", _address(run_dir / ADDRESS_FILE, process, config.dist.timeout_s))
@@ -143,7 +146,15 @@ def _control_process(
     finally:
         if process.poll() is None:
             process.terminate()
-            process.wait(timeout=20)
+            _wait(process, CONTROL_LEAVES_S)
+
+
+def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> None:
+    """Give the control process time to end all requests and close its files; it also ends when this rank is gone."""
+    try:
+        process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        log.warning("the control process has not ended after %.0f s; it will when it is through", timeout_s)
 
 
 def _host(config: Config, topology: Topology) -> str:

@@ -1,4 +1,4 @@
-"""The control process: python -P -m clif.control --run-dir RUN --replicas N --secret S. Started by rank 0.
+"""The control process: python -P -m clif.control --run-dir RUN --replicas N. Started by rank 0.
 
 Reads RUN/config.json and RUN/tokenizer, writes its address to RUN/control.address and runs until the run is through.
 """
@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+import zmq
+
 from clif.config import Config
 from clif.control.phases import ControlError
 from clif.control.quality import QualityCheck
@@ -26,13 +28,15 @@ from clif.text import ChatTokenizer
 from clif.wire.channels import ControlChannel
 
 ADDRESS_FILE = "control.address"
+SECRET = "CLIF_SECRET"
+"""Environment variable with what a leader must say in its Hello; arguments could be read by other users."""
 
 
 class Outside:
     """Watches for signals and for the death of the parent process (rank 0). Calling it says why to end, or ""."""
 
-    def __init__(self) -> None:
-        self._parent = os.getppid()
+    def __init__(self, parent: int | None) -> None:
+        self._parent = os.getppid() if parent is None else parent
         self._signal = ""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
@@ -50,7 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -P -m clif.control", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run-dir", type=Path, required=True, help="folder of the run: config.json, tokenizer/")
     parser.add_argument("--replicas", type=int, required=True, help="number of replicas that will report")
-    parser.add_argument("--secret", required=True, help="what a leader must say in its Hello")
+    parser.add_argument("--parent", type=int, help="process id of rank 0 (default: the parent process)")
     parser.add_argument("--host", help="address to bind (default: dist.control_host, else loopback)")
     return parser.parse_args(arguments)
 
@@ -62,15 +66,15 @@ def run(arguments: argparse.Namespace, status: Status, config: Config, outside: 
     rows = read_rows(config.data.path) if config.data.path is not None else []
     load = make_load(config, rows, tokenizer)
     quality = QualityCheck(config, rows, tokenizer)
+    channel = open_channel(arguments.host or config.dist.control_host or "127.0.0.1")
     records = Records(run_dir, config, time.monotonic)
-    channel = ControlChannel(arguments.host or config.dist.control_host or "127.0.0.1")
     try:
         server = ControlServer(
             config,
             channel,
             time.monotonic,
             replicas=arguments.replicas,
-            secret=arguments.secret,
+            secret=os.environ.get(SECRET, ""),
             load=load,
             quality=quality,
             store=AdapterStore(run_dir),
@@ -86,6 +90,13 @@ def run(arguments: argparse.Namespace, status: Status, config: Config, outside: 
         channel.close()
 
 
+def open_channel(host: str) -> ControlChannel:
+    try:
+        return ControlChannel(host)
+    except zmq.ZMQError as error:
+        raise ControlError(f"cannot listen on {host} ({error}): set dist.control_host to an own address") from error
+
+
 def summarise(run_dir: Path) -> None:
     """Merge the files of all ranks, write RUN/summary.json and print it."""
     from clif.metrics.summary import print_summary, write_summary
@@ -96,7 +107,7 @@ def summarise(run_dir: Path) -> None:
 def main() -> int:
     """0 only if the run went through; otherwise the last line on stderr says why it did not."""
     arguments = parse()
-    outside = Outside()
+    outside = Outside(arguments.parent)
     try:
         config = Config.model_validate_json((arguments.run_dir / "config.json").read_text())
     except (OSError, ValueError) as error:

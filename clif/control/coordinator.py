@@ -33,7 +33,8 @@ def choose_batches(
     Objective: (x1 g / T_train(x1, x2)) * (phi + M0) / (phi + M), M = x1 g members, g = accumulation; subject to
     T_infer(x2, x1) <= budget. T_train grows with x2, so the literal maximum over both is always x2 = 1, which
     starves serving. Hence x1 is chosen at the x2 that requests ask for now, and then x2 is raised as far as the
-    budget allows. Infeasible pairs are left out, never clamped.
+    budget allows. Infeasible pairs are left out, never clamped. As long as phi (noise_scale) is unknown, nobody can
+    tell what a larger batch is worth, and train.micro_batch is the upper bound instead of max_micro_batch.
     """
     if replica.state is not ReplicaState.COMBINED:
         return None, "not combined"
@@ -41,7 +42,8 @@ def choose_batches(
         return None, "latency models know too little"
     demand = min(replica.batch_cap, max(1, replica.outstanding, math.ceil(replica.demand)))
     budget = token_budget_s(config)
-    feasible = [x1 for x1 in range(1, config.train.max_micro_batch + 1) if replica.serve.predict(demand, x1) <= budget]
+    largest = config.train.micro_batch if noise_scale is None else config.train.max_micro_batch
+    feasible = [x1 for x1 in range(1, largest + 1) if _fits(replica.serve, demand, x1, budget)]
     if not feasible:
         return None, f"{demand} requests beside any training need more than {budget * 1000:.0f} ms"
     rates = {x1: objective(x1, demand, replica.train, members, noise_scale, config) for x1 in feasible}

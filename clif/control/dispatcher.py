@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 Send = Callable[[int, Down], bool]
 
 
-@dataclass
+@dataclass(eq=False)
 class RequestRecord:
     """A request's life; stamps are seconds of the control process's clock, intervals are None if they never were."""
 

@@ -47,6 +47,10 @@ class Fleet:
         tracker = self._trackers.get(replica)
         return tracker is not None and tracker.state is not ReplicaState.FAILED
 
+    def was_here(self, replica: int) -> bool:
+        """Whether it joined at some time, alive or not by now."""
+        return replica in self._trackers
+
     def join(self, now: float, hello: Hello) -> bool:
         """Take a leader in. A wrong secret, an unknown number or a second Hello is logged and ignored."""
         if hello.secret != self._secret:

@@ -24,7 +24,6 @@ from clif.control.rounds import Round
 from clif.control.slow import SlowLoop
 from clif.control.status import Recent, Snapshot, Status, count_states
 from clif.control.store import AdapterStore
-from clif.control.view import ClusterView
 from clif.data.load import ScheduledRequest
 from clif.states import ReplicaState
 from clif.types import AdapterVersion, FinishReason, Purpose
@@ -100,7 +99,8 @@ class ControlServer:
         try:
             while self.phase is not Phase.DONE:
                 reason = self._stop_reason()
-                if reason:
+                # While all leave, rank 0 may be the first: nothing is lost by that any more.
+                if reason and self.phase is not Phase.STOPPING:
                     raise ControlError(reason)
                 self.step()
         except BaseException as error:
@@ -116,7 +116,8 @@ class ControlServer:
         self._submit_due(now)
         self.federation.tick(now)
         if self.phase is not Phase.GATHER:
-            self.dispatcher.dispatch(now, self._view())
+            if self.dispatcher.queued:
+                self.dispatcher.dispatch(now, self.fleet.view(self.dispatcher.queued))
             if now >= self._next_slow_s:
                 self._next_slow_s = now + self.config.control.period_s
                 started = self._slow.turn(now, rounds_may_start(now, self._facts(), self.config))
@@ -176,10 +177,14 @@ class ControlServer:
 
     def _send_away(self, replica: int) -> None:
         """A replica that was counted as lost speaks again: its requests live elsewhere now, so it must leave."""
-        if replica not in self._sent_away:
-            self._sent_away.add(replica)
-            log.warning("replica %d speaks but is not (or no longer) part of the run: told to stop", replica)
+        if replica in self._sent_away:
+            return
+        self._sent_away.add(replica)
+        if self.fleet.was_here(replica):
+            log.warning("replica %d speaks again after it was lost: told to stop", replica)
             self._channel.send(replica, wire.Stop())
+        else:
+            log.warning("replica %d speaks without a valid Hello: ignored", replica)
 
     # --- load and losses -----------------------------------------------------------------------------
 
@@ -303,9 +308,6 @@ class ControlServer:
 
     def _running(self) -> int:
         return self.dispatcher.running
-
-    def _view(self) -> ClusterView:
-        return self.fleet.view(self.dispatcher.queued)
 
     def _snapshot(self, now: float) -> Snapshot:
         current = self.federation.current

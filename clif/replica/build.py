@@ -77,7 +77,7 @@ def build_replica(
     member = Member(
         topology=topology,
         trainer=trainer,
-        heldout=Heldout(runner, data.heldout, config.engine.max_prefill_tokens),
+        heldout=Heldout(runner, data.heldout, config.engine.eval_tokens),
         slots=slots,
         base=config.model.path,
         tell=tell,

@@ -130,15 +130,18 @@ class Member:
         self.trainer.commit()
         self.on_version(settle.version, settle.round_id)
         if settle.publish:
-            bank = self.trainer.bank
-            self.tell(
-                Published(
-                    version=settle.version,
-                    round_id=settle.round_id,
-                    config_json=config_json(bank, self.base),
-                    weights=write_weights(bank.shadow_state()),
-                )
-            )
+            self.publish(settle)
+
+    def publish(self, settle: Settle) -> None:
+        """Send the promoted adapter, which the shadow still equals: a new round would have to begin to change it."""
+        bank = self.trainer.bank
+        published = Published(
+            version=settle.version,
+            round_id=settle.round_id,
+            config_json=config_json(bank, self.base),
+            weights=write_weights(bank.shadow_state()),
+        )
+        self.tell(published)
 
     def _activate(self, version: int, round_id: int) -> Slices[None]:
         """Copy the shadow into a slot that nobody reads and make it active; running requests keep theirs."""

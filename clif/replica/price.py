@@ -15,22 +15,42 @@ from clif.types import Purpose
 
 
 @dataclass
+class Rate:
+    """Running mean and mean absolute deviation of a rate. smoothing: weight of the newest observation."""
+
+    mean: float = 0.0
+    deviation: float = 0.0
+    smoothing: float = 0.1
+    seen: int = 0
+
+    def observe(self, rate: float) -> None:
+        self.seen += 1
+        weight = max(self.smoothing, 1 / self.seen)
+        self.deviation += weight * (abs(rate - self.mean) - self.deviation) if self.seen > 1 else 0.0
+        self.mean += weight * (rate - self.mean)
+
+    @property
+    def high(self) -> float:
+        """What is rarely exceeded: the mean itself would be, half the time."""
+        return self.mean + 2 * self.deviation
+
+
+@dataclass
 class Prices:
     """Predicted seconds of serving ticks and of training slices."""
 
     ticks: LatencyModel = field(default_factory=LatencyModel)
     """Seconds of a tick from its rows and from the cached tokens that they read, in thousands."""
-    slices: dict[str, float] = field(default_factory=dict)
-    """Seconds per token and layer, by kind of slice: the slowest of late, decaying, since a mean is exceeded half the time."""
+    slices: dict[str, Rate] = field(default_factory=dict)
+    """Seconds per token and layer, by kind of slice."""
 
     def observe_slice(self, kind: str, work: float, seconds: float) -> None:
-        rate = seconds / max(work, 1.0)
-        known = self.slices.get(kind, 0.0)
-        self.slices[kind] = rate if rate > known else known + 0.1 * (rate - known)
+        self.slices.setdefault(kind, Rate()).observe(seconds / max(work, 1.0))
 
     def slice_s(self, kind: str, work: float) -> float:
         """0 for a kind that was never run: the first one has to be tried."""
-        return self.slices.get(kind, 0.0) * max(work, 1.0)
+        rate = self.slices.get(kind)
+        return 0.0 if rate is None else rate.high * max(work, 1.0)
 
     def observe_tick(self, rows: float, context: float, seconds: float) -> None:
         self.ticks.observe(rows, context / 1000, seconds)

@@ -86,7 +86,8 @@ class Replica:
         self._busy_s += record.serve_s
         if record.serve_s and not record.prefill_tokens:
             training = float(self.member.micro_batch) if record.train_s else 0.0
-            self._serve_samples.append((float(record.decode_rows), training, record.serve_s))
+            # The slice that shared the turn is part of the gap between two tokens.
+            self._serve_samples.append((float(record.decode_rows), training, record.serve_s + record.train_s))
         self._train_work += record.train_s
         if record.train_kind == "optimizer":
             accumulation = self.config.train.accumulation
@@ -144,6 +145,9 @@ class Replica:
 
     def _settle(self, order: m.Settle) -> None:
         if not self._in_round(order.round_id):
+            # The first publisher was lost after this replica had settled: somebody has to send the adapter.
+            if order.commit and order.publish and order.version == self.engine.scheduler.slots.active:
+                self.member.publish(order)
             return
         if order.commit:
             self.member.orders.settle = order  # type: ignore[union-attr]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -100,17 +100,19 @@ class ModelRunner:
             entry = hidden.detach().requires_grad_(i > 0)
             hidden = self._layers(start, stop, entry, rope, plan, SHADOW)
             cuts.append((entry, hidden))
-        yield Slice("head", len(batch.targets), 1)
-        top = hidden.detach().requires_grad_()
-        loss = cross_entropy(self.stack.logits(top, batch.rows).float(), batch.targets, reduction="sum")
-        (loss / divisor).backward()
+        top, total = hidden.detach().requires_grad_(), 0.0
+        for rows, targets in self._head_parts(batch):
+            yield Slice("head", len(rows), 1)
+            loss = cross_entropy(self.stack.logits(top, rows).float(), targets, reduction="sum")
+            (loss / divisor).backward()
+            total += loss.item()
         gradient = top.grad
         for start, stop in reversed(borders):
             yield Slice("backward", tokens, stop - start)
             entry, hidden = cuts.pop()
             hidden.backward(gradient)
             gradient = entry.grad
-        return loss.item()
+        return total
 
     def loss(self, batch: Packed, slot: int | None) -> Slices[float]:
         """Summed cross-entropy in nats under an adapter slot (SHADOW, a serving slot, None: the base)."""
@@ -121,10 +123,12 @@ class ModelRunner:
             yield Slice("evaluate", len(batch.ids), stop - start)
             with torch.no_grad():
                 hidden = self._layers(start, stop, hidden, rope, plan, slot)
-        yield Slice("evaluate_head", len(batch.targets), 1)
-        with torch.no_grad():
-            logits = self.stack.logits(hidden, batch.rows).float()
-            return cross_entropy(logits, batch.targets, reduction="sum").item()
+        total = 0.0
+        for rows, targets in self._head_parts(batch):
+            yield Slice("evaluate_head", len(rows), 1)
+            with torch.no_grad():
+                total += cross_entropy(self.stack.logits(hidden, rows).float(), targets, reduction="sum").item()
+        return total
 
     def _layers(
         self, start: int, stop: int, hidden: torch.Tensor, rope: tuple, plan: PackedRows, slot: int | None
@@ -132,6 +136,11 @@ class ModelRunner:
         # Set anew in every slice: a serving tick in between has left its own segments.
         self.bank.rows.segments = () if slot is None else (Segment(0, hidden.shape[1], slot),)
         return self.stack.layers(start, stop, hidden, rope, plan)
+
+    def _head_parts(self, batch: Packed) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Rows and targets of each slice of the head: a large vocabulary makes it dearer than several layers."""
+        size = self.config.head_rows_per_slice
+        return zip(batch.rows.split(size), batch.targets.split(size), strict=True)
 
     def _borders(self) -> list[tuple[int, int]]:
         step, n = self.config.layers_per_slice, self.stack.num_layers

@@ -18,6 +18,11 @@ from clif.data.cursor import SampleCursor
 from clif.replica.runner import ModelRunner, Slice, Slices
 from clif.types import TrainSample
 
+NOISE_STRIDE = 8
+"""The noise scale, a ratio of two sums over coordinates, is estimated on every eighth: a step must stay short."""
+NOISE_AFTER_STEPS = 5
+NOISE_FLOOR = 0.01
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -58,17 +63,15 @@ class ShadowTrainer:
         targets = sum(s.targets for s in chosen)
         gradient = self.bank.gradient
         gradient.zero_()
-        total, norms2, before = 0.0, [], None
+        total, parts = 0.0, []
         for start in range(0, len(chosen), micro_batch):
             part = chosen[start : start + micro_batch]
-            if accumulation > 1:
-                before = gradient.clone()
+            before = gradient[::NOISE_STRIDE].clone()
             total += yield from self.runner.loss_and_gradients(self.runner.pack(part), targets)
-            if before is not None:
-                share = targets / sum(s.targets for s in part)
-                norms2.append(self._norm2(gradient - before) * share * share)
+            # The part's own mean gradient: what it added, as if its targets had been all there are.
+            parts.append((gradient[::NOISE_STRIDE] - before) * (targets / sum(s.targets for s in part)))
         yield Slice("optimizer", 1, 1)
-        self.noise.observe(norms2, self._norm2(gradient), micro_batch)
+        self._observe_noise(parts, micro_batch)
         return self._update(total / targets, chosen)
 
     def _update(self, loss: float, chosen: list[TrainSample]) -> StepResult:
@@ -82,12 +85,19 @@ class ShadowTrainer:
         tokens = sum(len(s.ids) for s in chosen)
         return StepResult(self.steps, len(chosen), tokens, loss, norm, lr, finite, self.noise.samples)
 
-    def _norm2(self, gradient: torch.Tensor) -> float:
-        """Squared norm as Adam sees it: divided by its running root mean square once there is one."""
-        moments = self._optimizer.state.get(self.bank.shadow)
-        if moments:
-            gradient = gradient / (moments["exp_avg_sq"].sqrt() + 1e-8)
-        return float(gradient.square().sum())
+    def _observe_noise(self, parts: list[torch.Tensor], micro_batch: int) -> None:
+        """Norms as Adam sees them: gradients divided by the root of its second moment, once that has settled.
+
+        The moment is that of the steps before: one that holds the gradient itself would bias the ratio. Its floor
+        keeps coordinates that hardly ever move from drowning all others.
+        """
+        if len(parts) < 2 or self.steps < NOISE_AFTER_STEPS:
+            return
+        moment = self._optimizer.state[self.bank.shadow]["exp_avg_sq"][::NOISE_STRIDE]
+        scale = (moment + NOISE_FLOOR * moment.mean()).rsqrt_()
+        seen = [part * scale for part in parts]
+        mean = torch.stack(seen).mean(0)
+        self.noise.observe([float(g.dot(g)) for g in seen], float(mean.dot(mean)), micro_batch)
 
     def commit(self) -> None:
         """The steps since the last settlement count."""

@@ -1,0 +1,163 @@
+"""Phases as data, the status display, and what the control plane may import."""
+
+import io
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import clif
+from clif.config import Config, config_from_tree
+from clif.control.phases import GATHER_S, ControlError, Facts, Phase, next_phase, rounds_may_start
+from clif.control.status import Snapshot, Status, StatusHandler, choose_mode
+
+CONFIG: Config = config_from_tree(
+    {"model": {"path": "m"}, "train": {"enabled": False}, "run": {"max_s": 1000.0, "linger_s": 10.0}}
+)
+
+
+def facts(phase: Phase, **values: Any) -> Facts:
+    return Facts(phase, entered_s=0.0, started_s=0.0, **values)
+
+
+@pytest.mark.parametrize(
+    ("now", "given", "expected"),
+    [
+        (1.0, facts(Phase.GATHER, missing=(1,)), None),
+        (1.0, facts(Phase.GATHER), Phase.BASELINE),
+        (1.0, facts(Phase.BASELINE, measuring=True), None),
+        (1.0, facts(Phase.BASELINE), Phase.OPEN),
+        (1.0, facts(Phase.OPEN, load_left=1), None),
+        (1.0, facts(Phase.OPEN, outstanding=5), Phase.LINGER),
+        (50.0, facts(Phase.LINGER, outstanding=1), None),
+        (5.0, facts(Phase.LINGER, federating=True), None),
+        (5.0, facts(Phase.LINGER, wants_rounds=True), None),
+        (11.0, facts(Phase.LINGER, wants_rounds=True), Phase.CLOSING),
+        (11.0, facts(Phase.LINGER, federating=True), None),
+        (999.0, facts(Phase.LINGER, federating=True), Phase.CLOSING),
+        (5.0, facts(Phase.LINGER), Phase.CLOSING),
+        (5.0, facts(Phase.CLOSING, outstanding=1), None),
+        (5.0, facts(Phase.CLOSING), Phase.STOPPING),
+        (1001.0, facts(Phase.OPEN, load_left=5, outstanding=5), Phase.STOPPING),
+        (1.0, facts(Phase.STOPPING, saying_goodbye=(0,)), None),
+        (60.0, facts(Phase.STOPPING, saying_goodbye=(0,)), Phase.DONE),
+        (1.0, facts(Phase.STOPPING), Phase.DONE),
+        (1.0, facts(Phase.DONE), None),
+    ],
+)
+def test_a_phase_ends_when_its_work_is_done(now: float, given: Facts, expected: Phase | None) -> None:
+    phase, reason = next_phase(now, given, CONFIG)
+    assert phase is expected and reason
+
+
+@pytest.mark.parametrize(
+    ("now", "given", "word"),
+    [
+        (GATHER_S + 1, facts(Phase.GATHER, missing=(3,)), "3"),
+        (1.0, facts(Phase.OPEN, alive=0, load_left=1), "no replica"),
+        (1001.0, facts(Phase.BASELINE, measuring=True), "run.max_s"),
+    ],
+)
+def test_a_run_that_cannot_go_on_says_why(now: float, given: Facts, word: str) -> None:
+    patient = CONFIG if word != "3" else CONFIG.model_copy(update={"run": CONFIG.run.model_copy(update={"max_s": 1e9})})
+    with pytest.raises(ControlError, match=word):
+        next_phase(now, given, patient)
+
+
+def test_rounds_start_while_load_comes_and_later_only_if_wanted() -> None:
+    assert rounds_may_start(1.0, facts(Phase.OPEN), CONFIG)
+    assert not rounds_may_start(1.0, facts(Phase.LINGER), CONFIG)
+    assert rounds_may_start(1.0, facts(Phase.LINGER, wants_rounds=True), CONFIG)
+    assert not rounds_may_start(11.0, facts(Phase.LINGER, wants_rounds=True), CONFIG)
+    for phase in (Phase.GATHER, Phase.BASELINE, Phase.CLOSING, Phase.STOPPING):
+        assert not rounds_may_start(1.0, facts(phase, wants_rounds=True), CONFIG)
+
+
+# --- display -------------------------------------------------------------------------------------
+
+SNAPSHOT = Snapshot(
+    seconds=3.0, phase="open", pressure="low", states={"idle": 2}, running=1, queued=0, load_left=9, finished=4,
+    failed=0, ttft_s=[0.1, 0.2], itl_s=[0.01], train_loss=1.5, training_steps=7, version=1, round="2 training",
+)  # fmt: skip
+
+
+def test_progress_is_live_on_a_terminal_plain_elsewhere_and_off_under_ci() -> None:
+    assert choose_mode("auto", True, {}) == "live"
+    assert choose_mode("auto", False, {}) == "plain"
+    assert choose_mode("auto", True, {"CI": "true"}) == "off"
+    assert choose_mode("plain", True, {"CI": "true"}) == "plain"
+
+
+def test_plain_progress_is_one_line_with_what_matters() -> None:
+    stream = io.StringIO()
+    status = Status("plain", stream)
+    assert status.due(0.0)
+    status.show(0.0, SNAPSHOT)
+    assert not status.due(1.0) and status.due(10.0)
+    (line,) = stream.getvalue().splitlines()
+    for word in ("1 running", "9 to come", "2 idle", "loss 1.500", "2 training", "v1", "10/10 ms"):
+        assert word in line
+    status.note("round 2 [committed]")
+    assert "round 2 [committed]" in stream.getvalue()
+
+
+def test_live_progress_ends_cleanly() -> None:
+    stream = io.StringIO()
+    status = Status("live", stream)
+    status.show(0.0, SNAPSHOT)
+    status.note("a line")
+    status.close()
+    status.close()
+    assert "a line" in stream.getvalue()
+
+
+def test_off_is_silent_but_for_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    status = Status("off", stream)
+    handler = StatusHandler(status)
+    status.note("nothing")
+    handler.emit(logging.LogRecord("n", logging.INFO, "f", 1, "info", (), None))
+    handler.emit(logging.LogRecord("n", logging.ERROR, "f", 1, "replica lost", (), None))
+    assert not status.due(0.0) and stream.getvalue() == ""
+    assert "replica lost" in capsys.readouterr().err
+
+
+# --- imports -------------------------------------------------------------------------------------
+
+
+def fresh_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(clif.__file__).parents[1])}
+    return subprocess.run(
+        [sys.executable, "-P", *arguments], env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_control_imports_no_torch_and_nothing_of_the_replica() -> None:
+    code = """
+import importlib, pkgutil, sys
+sys.modules["torch"] = sys.modules["transformers"] = None  # importing them would raise
+import clif.control
+for module in pkgutil.iter_modules(clif.control.__path__):
+    importlib.import_module("clif.control." + module.name)
+import clif.latency, clif.metrics.summary
+print([m for m in sys.modules if m.startswith(("clif.replica", "clif.adapters", "clif.models"))])
+"""
+    done = fresh_python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_control_help_works_without_torch() -> None:
+    code = """
+import runpy, sys
+sys.modules["torch"] = None
+sys.argv = ["control", "--help"]
+runpy.run_module("clif.control", run_name="__main__")
+"""
+    done = fresh_python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "--run-dir" in done.stdout

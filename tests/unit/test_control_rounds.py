@@ -1,0 +1,265 @@
+"""Rounds: who may be promoted (promise 3), and how a round ends whatever happens to its members."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clif.config import FederationConfig
+from clif.control.rounds import Outgoing, Round, decide_promotion
+from clif.control.store import AdapterStore
+from clif.states import RoundState
+from clif.types import AdapterVersion, RoundPlan, RoundResult, Vote
+from clif.wire.messages import Aggregate, BeginRound, FinishSteps, Published, Settle
+
+CONFIG = FederationConfig(round_timeout_s=10.0, settle_timeout_s=5.0)
+
+
+def vote(replica: int = 0, candidate: float = 1.0, active: float = 2.0, tokens: int = 10, finite: bool = True) -> Vote:
+    return Vote(round_id=1, replica=replica, finite=finite, candidate_loss=candidate, active_loss=active, tokens=tokens)
+
+
+def result(replica: int, samples: int = 8, finite: bool = True) -> RoundResult:
+    return RoundResult(round_id=1, replica=replica, samples=samples, tokens=80, steps=2, loss=1.0, finite=finite)
+
+
+def make_round(members: tuple[int, ...] = (0, 1)) -> Round:
+    plan = RoundPlan(round_id=1, members=members, local_steps=2, micro_batch=4, accumulation=1, base_version=3)
+    return Round(plan, next_version=4, now=0.0, config=CONFIG)
+
+
+def published(version: int = 4, round_id: int = 1) -> Published:
+    return Published(version=version, round_id=round_id, config_json="{}", weights=b"w")
+
+
+def targets(messages: Outgoing, kind: type[Any]) -> list[int]:
+    return [replica for replica, message in messages if isinstance(message, kind)]
+
+
+# --- promotion -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "votes",
+    [
+        [],
+        [vote(finite=False)],
+        [vote(0), vote(1, candidate=math.nan)],
+        [vote(0), vote(1, candidate=math.inf)],
+        [vote(0), vote(1, active=math.nan)],
+        [vote(candidate=2.1)],
+        [vote(0, candidate=1.0), vote(1, candidate=9.0)],
+        [vote(tokens=0, candidate=0.0, active=0.0)],
+    ],
+    ids=["nobody", "not-finite", "nan", "diverged", "nan-active", "worse", "worse-pooled", "zero-weight"],
+)
+def test_promise_3_a_non_finite_diverged_or_worse_adapter_is_never_promoted(votes: list[Vote]) -> None:
+    verdict, reason = decide_promotion(votes, CONFIG)
+    assert verdict is None and reason
+
+
+def test_votes_are_pooled_by_tokens() -> None:
+    verdict, _ = decide_promotion([vote(0, 30.0, 20.0, 10), vote(1, 50.0, 100.0, 50)], CONFIG)
+    assert verdict is not None
+    assert verdict.candidate_loss == pytest.approx(80 / 60) and verdict.active_loss == pytest.approx(2.0)
+
+
+def test_tolerance_admits_a_little_worse() -> None:
+    tolerant = FederationConfig(tolerance=0.1)
+    assert decide_promotion([vote(candidate=2.19)], tolerant)[0] is not None
+    assert decide_promotion([vote(candidate=2.21)], tolerant)[0] is None
+
+
+number = st.floats(allow_nan=True, allow_infinity=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(number, number, st.integers(0, 100), st.booleans()), min_size=1, max_size=4))
+def test_promise_3_holds_for_any_votes(values: list[tuple[float, float, int, bool]]) -> None:
+    votes = [vote(i, c, a, t, f) for i, (c, a, t, f) in enumerate(values)]
+    verdict, _ = decide_promotion(votes, CONFIG)
+    if verdict is not None:
+        assert all(v.finite and math.isfinite(v.candidate_loss) for v in votes)
+        assert verdict.candidate_loss <= verdict.active_loss
+
+
+# --- a round's life ------------------------------------------------------------------------------
+
+
+def to_votes(current: Round) -> None:
+    for member in current.plan.members:
+        current.steps_done(1.0, result(member))
+
+
+def to_settling(current: Round) -> Outgoing:
+    to_votes(current)
+    return [m for member in current.plan.members for m in current.voted(2.0, vote(member))]
+
+
+def test_a_round_goes_from_steps_to_votes_to_commit() -> None:
+    current = make_round()
+    assert targets(current.begin(), BeginRound) == [0, 1]
+    assert current.steps_done(1.0, result(0)) == []
+    assert targets(current.steps_done(1.0, result(1)), Aggregate) == [0, 1]
+    current.voted(2.0, vote(0))
+    settle = current.voted(2.0, vote(1))
+    assert [(r, m.commit, m.version, m.publish) for r, m in settle if isinstance(m, Settle)] == [
+        (0, True, 4, True),
+        (1, True, 4, False),
+    ]
+    current.settled(3.0, 0)
+    assert current.publication(3.0, published()) and not current.over
+    current.settled(3.0, 1)
+    assert current.over and current.state is RoundState.COMMITTED
+
+
+def test_a_worse_average_is_discarded_and_all_members_settle_first() -> None:
+    current = make_round()
+    to_votes(current)
+    current.voted(2.0, vote(0, candidate=5.0))
+    settle = current.voted(2.0, vote(1, candidate=5.0))
+    assert [(m.commit, m.version) for _, m in settle if isinstance(m, Settle)] == [(False, 3), (False, 3)]
+    assert current.state is RoundState.DISCARDED and not current.over
+    current.settled(3.0, 0)
+    current.settled(3.0, 1)
+    assert current.over
+
+
+def test_slow_members_are_cut_off_and_silent_ones_discard_the_round() -> None:
+    current = make_round()
+    current.steps_done(1.0, result(0))
+    assert current.tick(9.0) == []
+    assert targets(current.tick(10.0), FinishSteps) == [1]
+    assert current.tick(14.0) == []
+    assert targets(current.tick(15.0), Settle) == [0, 1]
+    assert current.state is RoundState.DISCARDED and "[1]" in current.reason
+
+
+def test_missing_votes_discard_the_round() -> None:
+    current = make_round()
+    to_votes(current)
+    current.voted(2.0, vote(0))
+    assert targets(current.tick(6.0), Settle) == [0, 1]
+    assert current.state is RoundState.DISCARDED
+
+
+def test_promise_8_a_member_without_finite_samples_does_not_end_the_round_but_only_such_members_do() -> None:
+    current = make_round()
+    current.steps_done(1.0, result(0, finite=False))
+    assert targets(current.steps_done(1.0, result(1)), Aggregate) == [0, 1]
+    hopeless = make_round()
+    hopeless.steps_done(1.0, result(0, finite=False))
+    hopeless.steps_done(1.0, result(1, samples=0))
+    assert hopeless.state is RoundState.DISCARDED
+
+
+@pytest.mark.parametrize("stage", ["training", "aggregating"])
+def test_a_member_lost_before_the_decision_discards_the_round(stage: str) -> None:
+    current = make_round((0, 1, 2))
+    if stage == "aggregating":
+        to_votes(current)
+    assert targets(current.lost(3.0, 1, "gone"), Settle) == [0, 2]
+    assert current.state is RoundState.DISCARDED
+    current.settled(4.0, 0)
+    current.settled(4.0, 2)
+    assert current.over
+
+
+def test_a_member_lost_after_the_decision_changes_only_who_publishes() -> None:
+    current = make_round()
+    to_settling(current)
+    again = current.lost(3.0, 0, "gone")
+    assert [(r, m.publish, m.version) for r, m in again if isinstance(m, Settle)] == [(1, True, 4)]
+    assert current.publication(4.0, published())
+    current.settled(4.0, 1)
+    assert current.state is RoundState.COMMITTED
+
+
+def test_when_nobody_can_publish_the_round_is_discarded() -> None:
+    current = make_round()
+    to_settling(current)
+    current.lost(3.0, 0, "gone")
+    current.lost(3.0, 1, "gone")
+    assert current.over and current.state is RoundState.DISCARDED
+
+
+def test_a_round_failed_in_one_member_is_discarded_but_that_member_stays() -> None:
+    current = make_round()
+    to_votes(current)
+    assert targets(current.failed(2.0, 1, "all-reduce timed out"), Settle) == [0, 1]
+    assert "all-reduce" in current.reason
+
+
+def test_messages_of_other_rounds_are_ignored() -> None:
+    current = make_round()
+    old = RoundResult(round_id=0, replica=0, samples=1, tokens=1, steps=1, loss=1.0, finite=True)
+    assert current.steps_done(1.0, old) == [] and not current.results
+    to_settling(current)
+    assert not current.publication(3.0, published(round_id=9)) and not current.publication(3.0, published(version=9))
+    assert current.publication(3.0, published()) and not current.publication(3.0, published())
+
+
+def test_a_committed_round_does_not_wait_for_ever() -> None:
+    current = make_round()
+    to_settling(current)
+    current.publication(3.0, published())
+    current.tick(7.0)
+    assert current.over and current.state is RoundState.COMMITTED and "not settled" in current.reason
+
+
+steps = st.sampled_from(["steps", "vote", "bad", "fail", "lose", "settle", "publish", "tick", "discard"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(steps, st.integers(0, 2)), max_size=30))
+def test_every_round_comes_to_an_end_whatever_happens(events: list[tuple[str, int]]) -> None:
+    current, now = make_round((0, 1, 2)), 0.0
+    for kind, member in events:
+        now += 1.0
+        calls = {
+            "steps": lambda m=member, t=now: current.steps_done(t, result(m)),
+            "vote": lambda m=member, t=now: current.voted(t, vote(m)),
+            "bad": lambda m=member, t=now: current.voted(t, vote(m, candidate=math.nan)),
+            "fail": lambda m=member, t=now: current.failed(t, m, "x"),
+            "lose": lambda m=member, t=now: current.lost(t, m, "x"),
+            "settle": lambda m=member, t=now: current.settled(t, m),
+            "publish": lambda t=now: current.publication(t, published()),
+            "tick": lambda t=now: current.tick(t),
+            "discard": lambda t=now: current.discard(t, "x"),
+        }
+        calls[kind]()
+    for _ in range(8):
+        now += 100.0
+        current.tick(now)
+    assert current.over and current.reason
+    if current.state is RoundState.COMMITTED:
+        assert current.published and current.promotion is not None
+
+
+# --- on disk -------------------------------------------------------------------------------------
+
+
+def test_promise_6_a_version_is_stored_whole_and_becomes_current(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path)
+    assert store.current() is None
+    version = AdapterVersion(number=1, round_id=5, heldout_loss=0.5)
+    # What a crash may leave behind is in nobody's way.
+    (tmp_path / "adapters" / ".v0001.tmp").mkdir(parents=True)
+    (tmp_path / "adapters" / "v0001").mkdir()
+    folder = store.write(version, '{"r": 8}', b"weights")
+    assert json.loads((folder / "adapter_config.json").read_text()) == {"r": 8}
+    assert (folder / "adapter_model.safetensors").read_bytes() == b"weights"
+    assert store.current() == version
+    assert sorted(p.name for p in store.folder.iterdir()) == ["current.json", "v0001"]
+
+
+def test_a_damaged_current_file_is_named(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path)
+    store.folder.mkdir()
+    (store.folder / "current.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        store.current()

@@ -1,0 +1,383 @@
+"""The control server with fake leaders: real channels over loopback, scripted replicas, real files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+import tokenizers
+
+import clif
+from clif.config import Config, config_from_tree
+from clif.control.phases import ControlError, Phase
+from clif.control.quality import QualityCheck
+from clif.control.records import Records
+from clif.control.server import ControlServer
+from clif.control.status import Status
+from clif.control.store import AdapterStore
+from clif.data.instruct import read_rows
+from clif.data.load import make_load
+from clif.text import ChatTokenizer
+from clif.types import FinishReason, HeldoutLoss, Request, RoundPlan, RoundResult, TokenEvent, Vote
+from clif.wire import messages as wire
+from clif.wire.channels import ControlChannel, LeaderChannel, decode_down
+
+ANSWER = "yes please"
+HELDOUT_TOKENS = 10
+
+
+def make_tokenizer() -> ChatTokenizer:
+    words = {w: i for i, w in enumerate(["</s>", "<unk>", "ask", "no", *ANSWER.split(), "now"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["</s>"])
+    return ChatTokenizer(tokenizer, None, [0])
+
+
+def make_config(tmp_path: Path, **sections: dict[str, Any]) -> Config:
+    data = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "ask now", "completion": ANSWER, "split": s} for s in ("train", "train", "test", "test")]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    tree: dict[str, Any] = {
+        "run": {"name": "run", "out_dir": str(tmp_path), "linger_s": 30.0, "max_s": 60.0, "status": "plain"},
+        "model": {"path": "fake"},
+        "data": {"path": str(data)},
+        "slo": {"ttft_ms": 60000.0, "tpot_ms": 60000.0},
+        "federation": {"rounds": 1, "local_steps": 2, "min_members": 2},
+        "control": {"period_s": 0.05, "report_s": 0.02, "hold_s": 0.1, "smoothing_s": 0.1, "lost_after_s": 20.0},
+        "load": {"kind": "constant", "rate_rps": 20.0, "duration_s": 0.6, "max_tokens": 8},
+        "quality": {"exact_match_rows": 2, "max_tokens": 8},
+    }
+    for name, values in sections.items():
+        tree.setdefault(name, {}).update(values)
+    return config_from_tree(tree)
+
+
+class FakeLeader(threading.Thread):
+    """A scripted replica: answers one token per turn and knows the right answer from version 1 on."""
+
+    def __init__(self, address: str, replica: int, secret: str = "s", silent_after: int | None = None) -> None:
+        super().__init__(daemon=True)
+        self.address, self.replica, self.secret = address, replica, secret
+        self.silent_after = silent_after
+        self.version = 0
+        self.pretends_to_run = 0
+        self.fell_silent = threading.Event()
+        self.serves_after: threading.Event | None = None
+        self.states: list[str] = []
+        self.installed: list[int] = []
+        self.running: dict[int, tuple[Request, int, int]] = {}
+        self.plan: RoundPlan | None = None
+        self.submitted = 0
+        self.tokenizer = make_tokenizer()
+        self.end = threading.Event()
+
+    def run(self) -> None:
+        self.channel = LeaderChannel(self.address, self.replica)
+        self.channel.send(self.hello())
+        reported = 0.0
+        while not self.end.is_set():
+            for payload in self.channel.receive(0.002):
+                self.obey(decode_down(payload))
+            if self.silent_after is not None and self.submitted >= self.silent_after:
+                self.serve()
+                self.fell_silent.set()
+                self.end.wait(30)
+                break
+            if self.serves_after is None or self.serves_after.is_set():
+                self.serve()
+            if time.monotonic() - reported > 0.02:
+                reported = time.monotonic()
+                self.channel.send(self.report())
+        self.channel.close()
+
+    def hello(self) -> wire.Hello:
+        return wire.Hello(
+            replica=self.replica, rank=self.replica, host="h", pid=1, secret=self.secret, max_batch=4, kv_tokens=8192,
+            max_context=2048, heldout_rows=1, dtype="float32", load_s=0.0,
+        )  # fmt: skip
+
+    def report(self) -> wire.Report:
+        return wire.Report(
+            replica=self.replica, running=self.pretends_to_run or len(self.running), waiting=0, kv_used=0, busy=0.1,
+            version=self.version, training_steps=0, training_loss=1.0, serve_samples=((1.0, 0.0, 0.01),),
+            train_samples=((4.0, 1.0, 0.1),),
+        )  # fmt: skip
+
+    def serve(self) -> None:
+        events = []
+        for number, (request, version, count) in list(self.running.items()):
+            answer = self.tokenizer.encode_answer(ANSWER if version else "no")
+            last = count + 1 == min(len(answer), request.sampling.max_tokens)
+            finish = FinishReason.STOP if last else None
+            events.append(TokenEvent(request_id=number, tokens=(answer[count],), version=version, finish=finish))
+            if last:
+                del self.running[number]
+            else:
+                self.running[number] = (request, version, count + 1)
+        if events:
+            self.channel.send(wire.Tokens(replica=self.replica, events=tuple(events)))
+
+    def obey(self, message: wire.Down) -> None:
+        me = self.replica
+        if isinstance(message, wire.Submit):
+            self.submitted += 1
+            self.running[message.request.id] = (message.request, self.version, 0)
+        elif isinstance(message, wire.Cancel):
+            self.running.pop(message.request_id, None)
+        elif isinstance(message, wire.SetState):
+            self.states.append(message.state.value)
+        elif isinstance(message, wire.BeginRound):
+            self.plan = message.plan
+            done = RoundResult(
+                round_id=self.plan.round_id, replica=me, samples=8, tokens=80, steps=2, loss=1.0, finite=True
+            )
+            self.channel.send(wire.StepsDone(result=done))
+        elif isinstance(message, wire.Aggregate):
+            vote = Vote(
+                round_id=message.round_id, replica=me, finite=True, candidate_loss=1.0, active_loss=20.0,
+                tokens=HELDOUT_TOKENS, product_error=0.1,
+            )  # fmt: skip
+            self.channel.send(wire.Voted(vote=vote))
+        elif isinstance(message, wire.Settle):
+            self.settle(message)
+        elif isinstance(message, wire.Install):
+            self.version = message.version
+            self.installed.append(message.version)
+            self.channel.send(wire.Settled(replica=me, round_id=0, version=self.version, tick=1))
+        elif isinstance(message, wire.Evaluate):
+            loss = 1.0 if self.version else 20.0
+            result = HeldoutLoss(replica=me, version=self.version, loss=loss, tokens=HELDOUT_TOKENS)
+            self.channel.send(wire.Evaluated(result=result))
+        elif isinstance(message, wire.Stop):
+            self.channel.send(wire.Goodbye(replica=me))
+            self.end.set()
+
+    def settle(self, message: wire.Settle) -> None:
+        if message.commit:
+            self.version = message.version
+        if message.publish:
+            published = wire.Published(
+                version=message.version, round_id=message.round_id, config_json="{}", weights=b"weights"
+            )
+            self.channel.send(published)
+        settled = wire.Settled(replica=self.replica, round_id=message.round_id, version=self.version, tick=1)
+        self.channel.send(settled)
+
+
+class Run:
+    """A server with its fake leaders."""
+
+    def __init__(self, config: Config, leaders: int = 2, **options: Any) -> None:
+        self.config = config
+        tokenizer = make_tokenizer()
+        path = config.data.path
+        assert path is not None
+        rows = read_rows(path)
+        self.load = make_load(config, rows, tokenizer)
+        self.channel = ControlChannel()
+        config.run_dir.mkdir()
+        self.server = ControlServer(
+            config,
+            self.channel,
+            time.monotonic,
+            replicas=leaders,
+            secret="s",
+            load=self.load,
+            quality=QualityCheck(config, rows, tokenizer),
+            store=AdapterStore(config.run_dir),
+            records=Records(config.run_dir, config, time.monotonic),
+            status=Status("plain"),
+            stop_reason=options.pop("stop_reason", lambda: ""),
+        )
+        silent = options.pop("silent", {})
+        self.leaders = [FakeLeader(self.channel.address, i, silent_after=silent.get(i)) for i in range(leaders)]
+
+    def go(self) -> None:
+        for leader in self.leaders:
+            leader.start()
+        try:
+            self.server.run()
+        finally:
+            for leader in self.leaders:
+                leader.end.set()
+            for leader in self.leaders:
+                leader.join(10)
+            self.channel.close()
+
+    def table(self, name: str) -> list[dict[str, Any]]:
+        with h5py.File(self.config.run_dir / "control.h5", "r") as file:
+            rows = file[name][:]
+        return [
+            {k: row[k].decode() if isinstance(row[k], bytes) else row[k].item() for k in rows.dtype.names}
+            for row in rows
+        ]
+
+    def assert_promise_1(self) -> None:
+        ends = Counter(row["id"] for row in self.table("requests") if row["purpose"] == "user")
+        assert ends == Counter(row["request"] for row in self.table("load"))
+
+
+def test_a_run_goes_through_all_phases_and_commits_a_round(tmp_path: Path) -> None:
+    run = Run(make_config(tmp_path))
+    run.go()
+    assert run.server.phase is Phase.DONE
+    run.assert_promise_1()
+    requests = run.table("requests")
+    assert len(requests) == len(run.load) + 4
+    assert {row["finish"] for row in requests} == {"stop"}
+    (ended,) = run.table("rounds")
+    assert (ended["state"], ended["members"], ended["version"], ended["samples"]) == ("committed", "0,1", 1, 16)
+    assert ended["heldout_candidate"] == pytest.approx(0.1) and ended["heldout_active"] == pytest.approx(2.0)
+    before, after = run.table("quality")
+    assert (before["phase"], before["heldout_loss"], before["exact_match"]) == ("before", 2.0, 0.0)
+    assert (after["phase"], after["heldout_loss"], after["exact_match"]) == ("after", pytest.approx(0.1), 1.0)
+    assert json.loads((run.config.run_dir / "adapters" / "current.json").read_text())["version"] == 1
+    first = [row for row in run.table("transitions") if row["from_state"] == row["to_state"]]
+    assert sorted((row["replica"], row["to_state"]) for row in first) == [(0, "serving"), (1, "serving")]
+    assert all("combined" in leader.states for leader in run.leaders)
+
+
+def test_a_replica_outside_the_round_gets_the_new_adapter(tmp_path: Path) -> None:
+    run = Run(make_config(tmp_path, federation={"min_members": 1}))
+    run.leaders[1].pretends_to_run = 4
+    run.go()
+    (ended,) = run.table("rounds")
+    assert ended["members"] == "0"
+    assert run.leaders[1].installed == [1] and run.leaders[1].states == []
+    assert [leader.version for leader in run.leaders] == [1, 1]
+    # It was installed before the closing measurement, which is of one version only.
+    assert run.table("quality")[1]["heldout_loss"] == pytest.approx(0.1)
+
+
+def test_promise_1_every_request_ends_when_a_replica_falls_silent(tmp_path: Path) -> None:
+    config = make_config(
+        tmp_path,
+        control={"lost_after_s": 2.0},
+        train={"enabled": False},
+        federation={"rounds": None},
+        quality={"exact_match_rows": 0},
+    )
+    run = Run(config, silent={1: 3})
+    # Until then replica 0 only fills up, so that replica 1 gets its share for certain.
+    run.leaders[0].serves_after = run.leaders[1].fell_silent
+    run.go()
+    assert run.server.phase is Phase.DONE
+    run.assert_promise_1()
+    ends = Counter(row["finish"] for row in run.table("requests"))
+    assert ends["failed"] >= 1 and ends["stop"] >= len(run.load) - 3
+    assert all("silent" in row["detail"] for row in run.table("requests") if row["finish"] == "failed")
+    assert [row["to_state"] for row in run.table("transitions") if row["replica"] == 1][-1] == "failed"
+
+
+def test_promise_1_when_the_run_is_stopped_every_request_ends_as_failed_with_the_reason(tmp_path: Path) -> None:
+    def busy(server: ControlServer) -> bool:
+        return server.phase is Phase.OPEN and server.dispatcher.outstanding > 0
+
+    config = make_config(tmp_path, load={"rate_rps": 1000.0, "max_requests": 20})
+    run = Run(config, stop_reason=lambda: "rank 0 died" if busy(run.server) else "")
+    with pytest.raises(ControlError, match="rank 0 died"):
+        run.go()
+    run.assert_promise_1()
+    failed = [row for row in run.table("requests") if row["finish"] == "failed"]
+    assert failed and all("rank 0 died" in row["detail"] for row in failed)
+
+
+def test_a_leader_with_a_wrong_secret_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def both_spoke() -> bool:
+        return run.server.fleet.missing == (1,) and "wrong secret" in caplog.text
+
+    run = Run(make_config(tmp_path), stop_reason=lambda: "enough" if both_spoke() else "")
+    run.leaders[1].secret = "wrong"
+    with pytest.raises(ControlError, match="enough"):
+        run.go()
+    assert run.server.phase is Phase.GATHER
+
+
+def test_a_replica_that_cannot_start_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+    run = Run(make_config(tmp_path), leaders=1)
+
+    def fail(leader: FakeLeader = run.leaders[0]) -> None:
+        channel = LeaderChannel(leader.address, 0)
+        channel.send(wire.Trouble(replica=0, error="model file is missing"))
+        channel.close()
+
+    run.leaders[0].run = fail  # type: ignore[method-assign]
+    with pytest.raises(ControlError, match="model file is missing"):
+        run.go()
+
+
+# --- the process ---------------------------------------------------------------------------------
+
+
+def prepare(tmp_path: Path) -> tuple[Config, list[str], dict[str, str]]:
+    config = make_config(tmp_path)
+    config.run_dir.mkdir()
+    (config.run_dir / "config.json").write_text(config.model_dump_json())
+    make_tokenizer().save(config.run_dir / "tokenizer")
+    command = [sys.executable, "-P", "-m", "clif.control", "--run-dir", str(config.run_dir)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(clif.__file__).parents[1])}
+    return config, [*command, "--replicas", "1", "--secret", "s"], environment
+
+
+def wait_for(path: Path, text: str = "") -> None:
+    deadline = time.monotonic() + 60
+    while not (path.exists() and text in path.read_text()):
+        assert time.monotonic() < deadline, f"{path} does not say {text!r}"
+        time.sleep(0.05)
+
+
+def test_the_process_runs_to_the_end_with_exit_code_0_and_a_summary(tmp_path: Path) -> None:
+    config, command, environment = prepare(tmp_path)
+    config_json = config.model_copy(update={"federation": config.federation.model_copy(update={"min_members": 1})})
+    (config.run_dir / "config.json").write_text(config_json.model_dump_json())
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(config.run_dir / "control.address", "tcp://")
+        leader = FakeLeader((config.run_dir / "control.address").read_text(), 0)
+        leader.start()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    summary = json.loads((config.run_dir / "summary.json").read_text())
+    assert summary["requests"]["submitted"] == 12 and summary["training"]["rounds_completed"] == 1
+    leader.join(10)
+
+
+def test_sigterm_ends_the_process_with_a_clear_last_line(tmp_path: Path) -> None:
+    config, command, environment = prepare(tmp_path)
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(config.run_dir / "control.address", "tcp://")
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.strip().splitlines()[-1] == "clif: the run did not go through: got SIGTERM"
+
+
+def test_an_address_that_is_not_ours_is_named(tmp_path: Path) -> None:
+    _, command, environment = prepare(tmp_path)
+    done = subprocess.run(
+        [*command, "--host", "192.0.2.1"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "dist.control_host" in done.stderr.strip().splitlines()[-1]
+
+
+def test_the_process_ends_when_its_parent_dies(tmp_path: Path) -> None:
+    config, command, environment = prepare(tmp_path)
+    told, address = tmp_path / "stderr", config.run_dir / "control.address"
+    code = f"""
+import os, subprocess, time
+subprocess.Popen({command!r}, stderr=open({str(told)!r}, "w"))
+while not os.path.exists({str(address)!r}):
+    time.sleep(0.05)
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=True)
+    wait_for(told, "rank 0 died")
