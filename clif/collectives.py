@@ -49,7 +49,9 @@ def sum_scalars(values: list[float], group: dist.ProcessGroup, device: torch.dev
     return [float(v) for v in tensor]
 
 
-def share_inbox(messages: list[bytes] | None, group: dist.ProcessGroup, leader: int, device: torch.device) -> list[bytes]:
+def share_inbox(
+    messages: list[bytes] | None, group: dist.ProcessGroup, leader: int, device: torch.device
+) -> list[bytes]:
     """Give the leader's encoded messages to its tensor-parallel peers, so that all act on them at the same tick.
 
     messages: the leader's; None on the others. leader: global rank. One size broadcast, and a second one with the

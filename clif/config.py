@@ -153,7 +153,8 @@ class TrainConfig(Section):
     def _micro(self) -> TrainConfig:
         if self.micro_batch > self.max_micro_batch:
             raise ValueError(
-                f"train.micro_batch {self.micro_batch} exceeds train.max_micro_batch {self.max_micro_batch}: raise the latter"
+                f"train.micro_batch {self.micro_batch} exceeds train.max_micro_batch "
+                f"{self.max_micro_batch}: raise the latter"
             )
         return self
 

@@ -72,9 +72,7 @@ def make_layout(
     return Layout(tuple(tuple(range(i * tp_size, (i + 1) * tp_size)) for i in range(count)))
 
 
-def _explicit(
-    world_size: int, tp_size: int, replicas: int | None, replica_gpus: tuple[tuple[int, ...], ...]
-) -> Layout:
+def _explicit(world_size: int, tp_size: int, replicas: int | None, replica_gpus: tuple[tuple[int, ...], ...]) -> Layout:
     ranks = [rank for group in replica_gpus for rank in group]
     if sorted(ranks) != list(range(world_size)):
         raise LayoutError(
@@ -83,7 +81,8 @@ def _explicit(
         )
     if replicas is not None and replicas != len(replica_gpus):
         raise LayoutError(
-            f"layout.replicas is {replicas} but layout.replica_gpus lists {len(replica_gpus)} replicas: drop one of them"
+            f"layout.replicas is {replicas} but layout.replica_gpus lists {len(replica_gpus)} replicas: "
+            "drop one of them"
         )
     sizes = {len(group) for group in replica_gpus}
     if tp_size != 1 and sizes != {tp_size}:

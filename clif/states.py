@@ -65,7 +65,5 @@ def advance(current: S, target: S) -> S:
     """Return target if current may become it; raise IllegalTransition otherwise."""
     if target not in TRANSITIONS[current]:
         allowed = ", ".join(sorted(t.value for t in TRANSITIONS[current])) or "nothing"
-        raise IllegalTransition(
-            f"{type(current).__name__} {current.value} may become {allowed}, not {target.value}"
-        )
+        raise IllegalTransition(f"{type(current).__name__} {current.value} may become {allowed}, not {target.value}")
     return target

@@ -103,14 +103,16 @@ def _hello(config: Config, topology: Topology, replica: Replica, loaded: LoadedM
 
 
 def _agree_on_run_dir(config: Config, topology: Topology) -> Path:
-    """Rank 0 makes a folder that no former run used; the others learn its name."""
+    """Rank 0 makes a folder that no former run used, or takes the one to resume; the others learn its name."""
     if topology.env.rank == 0:
         folder = config.run_dir
         for n in range(2, 10_000):
-            if not folder.exists():
+            if config.run.resume or not folder.exists():
                 break
             folder = config.run_dir.with_name(f"{config.run_dir.name}-{n}")
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=config.run.resume)
+        # Left by the run that is resumed: its address must not be taken for the new one's.
+        (folder / ADDRESS_FILE).unlink(missing_ok=True)
         topology.store.set("clif/run_dir", str(folder))
     folder = Path(topology.store.get("clif/run_dir").decode())
     folder.mkdir(parents=True, exist_ok=True)

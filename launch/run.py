@@ -17,7 +17,9 @@ from clif.layout import LayoutError, make_layout
 def main(
     config: Annotated[Path, typer.Option(help="YAML file, see configs/.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. load.rate_rps=3")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the configuration, print the layout, start nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the configuration, print the layout, start nothing.")
+    ] = False,
     local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
 ) -> None:
     """Serve a model and fine-tune it in the replicas' slack. Start it with torchrun or deepspeed, once per rank."""

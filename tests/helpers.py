@@ -29,7 +29,9 @@ class Rig:
     slots: SlotTable
     engine: Engine
 
-    def run(self, requests: list[Request], arrive: dict[int, int] | None = None, ticks: int = 2000) -> dict[int, list[TokenEvent]]:
+    def run(
+        self, requests: list[Request], arrive: dict[int, int] | None = None, ticks: int = 2000
+    ) -> dict[int, list[TokenEvent]]:
         """Serve requests to their ends; arrive: request id -> tick of its arrival."""
         events: dict[int, list[TokenEvent]] = {r.id: [] for r in requests}
         left = list(requests)
@@ -56,7 +58,9 @@ def random_state(bank: AdapterBank, seed: int) -> dict[str, torch.Tensor]:
     return {k: torch.randn(v.shape, generator=rng) * 0.2 for k, v in bank.shadow_state().items()}
 
 
-def make_rig(model_path: str, model: LoadedModel | None = None, engine: dict | None = None, adapter: dict | None = None) -> Rig:
+def make_rig(
+    model_path: str, model: LoadedModel | None = None, engine: dict | None = None, adapter: dict | None = None
+) -> Rig:
     tree = {
         "model": {"path": model_path, "dtype": "float32", "max_context": 256, "device": "cpu"},
         "engine": {"kv_tokens": 1024, "block_size": 4, "max_batch": 8, "max_prefill_tokens": 24, **(engine or {})},
@@ -77,5 +81,3 @@ def request(id: int, prompt: list[int], **sampling: object) -> Request:
 
 def answer(events: list[TokenEvent]) -> list[int]:
     return [token for event in events for token in event.tokens]
-
-

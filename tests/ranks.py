@@ -60,5 +60,3 @@ def _rank(rank: int, world: int, folder: str, queue: Any, body: Callable, args: 
     except BaseException:
         queue.put((rank, ("error", traceback.format_exc())))
         raise
-
-

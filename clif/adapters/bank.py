@@ -91,14 +91,14 @@ def inject(model: nn.Module, config: AdapterConfig) -> AdapterBank:
     names = [name for name in linears if _is_target(name, config.target_modules, model)]
     if not names:
         leaves = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in linears}))
-        raise ConfigError(f"adapter.target_modules {config.target_modules!r} matches no linear layer: there are {leaves}")
+        raise ConfigError(
+            f"adapter.target_modules {config.target_modules!r} matches no linear layer: there are {leaves}"
+        )
     rows = BatchRows()
     layers = {}
     for name in names:
         parent, _, leaf = name.rpartition(".")
-        layers[name] = DualLoraLinear(
-            linears[name], config.r, config.lora_alpha / config.r, config.serving_slots, rows
-        )
+        layers[name] = DualLoraLinear(linears[name], config.r, config.lora_alpha / config.r, config.serving_slots, rows)
         setattr(model.get_submodule(parent), leaf, layers[name])
     return AdapterBank(layers, rows, config)
 

@@ -12,10 +12,9 @@ import safetensors.torch
 import torch
 
 from clif.adapters.bank import AdapterBank, State
+from clif.adapters.store import CONFIG_FILE, WEIGHTS_FILE
 
 PREFIX = "base_model.model."
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 
 
 class AdapterError(ValueError):

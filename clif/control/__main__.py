@@ -15,13 +15,13 @@ from pathlib import Path
 
 import zmq
 
+from clif.adapters.store import AdapterStore, write_atomic
 from clif.config import Config
 from clif.control.phases import ControlError
 from clif.control.quality import QualityCheck
 from clif.control.records import Records
 from clif.control.server import ControlServer
 from clif.control.status import Status, StatusHandler
-from clif.control.store import AdapterStore, write_atomic
 from clif.data.instruct import read_rows
 from clif.data.load import make_load
 from clif.text import ChatTokenizer

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from clif.adapters.store import AdapterStore
 from clif.config import Config
 from clif.control.dispatcher import Dispatcher, Hooks, RequestRecord
 from clif.control.federation import Federation
@@ -23,7 +24,6 @@ from clif.control.records import Records, train_loss
 from clif.control.rounds import Round
 from clif.control.slow import SlowLoop
 from clif.control.status import Recent, Snapshot, Status, count_states
-from clif.control.store import AdapterStore
 from clif.data.load import ScheduledRequest
 from clif.states import ReplicaState
 from clif.types import AdapterVersion, FinishReason, Purpose

@@ -47,9 +47,7 @@ def read_trace(
         raise TraceError(f"{path} holds no requests")
     first, length_s = arrivals[0].at_s, arrivals[-1].at_s - arrivals[0].at_s
     end_s = math.inf if duration_s is None else duration_s
-    timed = [
-        msgspec.structs.replace(arrival, at_s=(arrival.at_s - first - start_s) / speed) for arrival in arrivals
-    ]
+    timed = [msgspec.structs.replace(arrival, at_s=(arrival.at_s - first - start_s) / speed) for arrival in arrivals]
     window = [arrival for arrival in timed if 0 <= arrival.at_s < end_s]
     if not window:
         raise TraceError(
@@ -69,9 +67,7 @@ def _read_burstgpt(path: Path) -> Iterator[Arrival]:
     return _read_csv(path, expected, ("Timestamp", "Request tokens", "Response tokens"), float)
 
 
-def _read_csv(
-    path: Path, expected: str, columns: Sequence[str], seconds: Callable[[str], float]
-) -> Iterator[Arrival]:
+def _read_csv(path: Path, expected: str, columns: Sequence[str], seconds: Callable[[str], float]) -> Iterator[Arrival]:
     """columns: those of the time, the prompt's and the answer's tokens; others are not needed."""
     # One header and no quoted line breaks: so a row is a line and gets its own number.
     lines = read_lines(path, TraceError)

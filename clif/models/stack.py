@@ -68,7 +68,9 @@ class CausalStack:
         self.vocab_size: int = config.vocab_size
         self._head = model.get_output_embeddings()
 
-    def embed(self, ids: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    def embed(
+        self, ids: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """ids, positions: [rows]. Returns hidden states [1, rows, hidden] and the rotary (cos, sin)."""
         hidden = self._inner.embed_tokens(ids.unsqueeze(0))
         return hidden, self._inner.rotary_emb(hidden, positions.unsqueeze(0))
@@ -79,7 +81,12 @@ class CausalStack:
         """Decoder layers [start, stop)."""
         for layer in self._inner.layers[start:stop]:
             hidden = layer(
-                hidden, attention_mask=None, position_embeddings=rope, past_key_values=None, use_cache=False, clif_plan=plan
+                hidden,
+                attention_mask=None,
+                position_embeddings=rope,
+                past_key_values=None,
+                use_cache=False,
+                clif_plan=plan,
             )
         return hidden
 

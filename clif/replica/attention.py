@@ -14,7 +14,9 @@ from clif.replica.scheduler import Chunk
 class KVCache:
     """Keys and values of all sequences, one pair of tensors [places, kv_heads, head_dim] per layer."""
 
-    def __init__(self, layers: int, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, layers: int, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         shape = (tokens, kv_heads, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
@@ -75,9 +77,7 @@ class PagedRows:
         heads, n, d = q.shape
         kv_heads = keys.shape[1]
         grouped = q.view(kv_heads, heads // kv_heads, n, d).permute(2, 0, 1, 3)
-        k, v = (
-            t.index_select(0, self._contexts).view(n, -1, kv_heads, d).transpose(1, 2) for t in (keys, values)
-        )
+        k, v = (t.index_select(0, self._contexts).view(n, -1, kv_heads, d).transpose(1, 2) for t in (keys, values))
         return sdpa(grouped, k, v, attn_mask=self._padding, scale=scale).reshape(n, heads, d)
 
 

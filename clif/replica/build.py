@@ -7,11 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from clif.adapters.bank import AdapterBank
+from clif.adapters.peft_io import read_folder
 from clif.adapters.slots import SlotTable
+from clif.adapters.store import AdapterStore
 from clif.config import Config
 from clif.data.instruct import Row, encode_samples, read_rows, shard_rows, split_rows
 from clif.models.loading import LoadedModel
-from clif.replica.checkpoint import Checkpoint, CheckpointWriter
+from clif.replica.checkpoint import Checkpoint, CheckpointWriter, load_checkpoint
 from clif.replica.engine import Engine
 from clif.replica.heldout import Heldout
 from clif.replica.member import Member
@@ -59,7 +62,12 @@ def _encode(config: Config, tokenizer: ChatTokenizer, rows: list[Row]) -> list[T
 
 
 def build_replica(
-    config: Config, topology: Topology, loaded: LoadedModel, run_dir: Path, records: RankRecords, tell: Callable[[Up], None]
+    config: Config,
+    topology: Topology,
+    loaded: LoadedModel,
+    run_dir: Path,
+    records: RankRecords,
+    tell: Callable[[Up], None],
 ) -> Replica:
     """Everything of one rank but the loop."""
     runner, bank = build_runner(config, loaded)
@@ -69,6 +77,8 @@ def build_replica(
     engine = Engine(runner, scheduler, config.slo)
     trainer = ShadowTrainer(runner, bank, data.train, config.train, config.run.seed)
     checkpoints = CheckpointWriter(run_dir / "checkpoints", topology.env.rank)
+    if config.run.resume:
+        _resume(AdapterStore(run_dir), checkpoints.path, bank, slots, trainer)
 
     def on_version(version: int, round_id: int) -> None:
         records.version(version, round_id, replica.ticks, slots.slot_of(version) or 0)
@@ -88,3 +98,23 @@ def build_replica(
     )
     replica = Replica(config, topology.replica, engine, member, records, tell, checkpoints.wait)
     return replica
+
+
+def _resume(store: AdapterStore, checkpoint: Path, bank: AdapterBank, slots: SlotTable, trainer: ShadowTrainer) -> None:
+    """Serve and go on training from the last promoted version; its optimizer state comes along where it is known.
+
+    Raises AdapterError or ValueError when what is on disk does not fit this run.
+    """
+    current, slot = store.current(), slots.free_slot()
+    if current is None or slot is None:
+        return
+    state = read_folder(bank, store.place(current.number))
+    bank.fill_slot(slot, state)
+    slots.promote(current.number, slot)
+    bank.set_shadow(state)
+    if not checkpoint.is_file():
+        return
+    saved = load_checkpoint(checkpoint, bank.shadow.device)
+    # A rank that died between the adapter's and its own checkpoint goes on from the adapter, with fresh moments.
+    if saved.version == current.number:
+        trainer.resume(saved.trainer, saved.cursor)

@@ -8,7 +8,10 @@ from clif.types import TrainSample
 
 
 class Heldout:
-    """This replica's held-out samples. rows: how many; tokens: answer tokens among them; max_tokens: rows of one forward."""
+    """This replica's held-out samples.
+
+    rows: how many; tokens: answer tokens among them; max_tokens: tokens of one forward at most.
+    """
 
     def __init__(self, runner: ModelRunner, samples: list[TrainSample], max_tokens: int) -> None:
         self._runner = runner

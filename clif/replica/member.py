@@ -164,7 +164,9 @@ class Member:
         if self._snapshot is not None:
             self.trainer.rollback(self._snapshot)
         round_id, self.orders, self._snapshot = self.orders.plan.round_id, None, None
-        self.tell(Settled(replica=self.topology.replica, round_id=round_id, version=self.slots.active, tick=self.tick()))
+        self.tell(
+            Settled(replica=self.topology.replica, round_id=round_id, version=self.slots.active, tick=self.tick())
+        )
 
     def install(self, message: Install, round_id: int = -1) -> Slices[None]:
         """A version that others trained: the shadow goes on from it, too. Raises AdapterError if it does not fit."""

@@ -23,7 +23,11 @@ class RankRecords:
 
     def __init__(self, run_dir: Path, rank: int, config: MetricsConfig, attributes: dict[str, Any]) -> None:
         self._writer = TableWriter(
-            next_path(run_dir, f"rank-{rank:05d}"), TABLES, attributes, flush_s=config.flush_s, flush_rows=config.flush_rows
+            next_path(run_dir, f"rank-{rank:05d}"),
+            TABLES,
+            attributes,
+            flush_s=config.flush_s,
+            flush_rows=config.flush_rows,
         )
         self._device, self._device_s, self._sampled = DeviceMonitor(), config.device_s, -math.inf
         self._step_s = 0.0

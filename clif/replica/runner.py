@@ -48,11 +48,11 @@ class Packed:
 class ModelRunner:
     """The model of one rank with its adapters and KV cache."""
 
-    def __init__(self, stack: CausalStack, bank: AdapterBank, config: EngineConfig, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, stack: CausalStack, bank: AdapterBank, config: EngineConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.stack, self.bank, self.config, self.device = stack, bank, config, device
-        self.cache = KVCache(
-            stack.num_layers, config.kv_tokens, stack.num_kv_heads, stack.head_dim, dtype, device
-        )
+        self.cache = KVCache(stack.num_layers, config.kv_tokens, stack.num_kv_heads, stack.head_dim, dtype, device)
 
     @torch.no_grad()
     def serve(self, chunks: Sequence[Chunk]) -> torch.Tensor:

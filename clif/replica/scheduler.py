@@ -59,7 +59,9 @@ class Chunk:
 class Scheduler:
     """Waiting and running sequences of one replica."""
 
-    def __init__(self, config: EngineConfig, slots: SlotTable, eos_ids: tuple[int, ...], decode: Callable[[list[int]], str]) -> None:
+    def __init__(
+        self, config: EngineConfig, slots: SlotTable, eos_ids: tuple[int, ...], decode: Callable[[list[int]], str]
+    ) -> None:
         self.config, self.slots = config, slots
         self.max_batch = config.max_batch
         self.pool = BlockPool(config.kv_tokens, config.block_size)
@@ -130,7 +132,12 @@ class Scheduler:
         return TokenEvent(request_id=sequence.request.id, tokens=(token,), version=sequence.version)
 
     def _end(
-        self, sequence: Sequence, tokens: tuple[int, ...], finish: FinishReason, detail: str = "", text: str | None = None
+        self,
+        sequence: Sequence,
+        tokens: tuple[int, ...],
+        finish: FinishReason,
+        detail: str = "",
+        text: str | None = None,
     ) -> TokenEvent:
         if sequence in self.running:
             self.running.remove(sequence)

@@ -112,6 +112,12 @@ class ShadowTrainer:
             self.cursor.release(self._claimed)
         self._claimed = []
 
+    def resume(self, snapshot: dict[str, Any], cursor: dict[str, Any]) -> None:
+        """Go on from a checkpoint. Raises ValueError if it was made for another number of samples."""
+        self.restore(snapshot)
+        if self.cursor is not None and cursor:
+            self.cursor = SampleCursor.from_state(cursor, len(self.samples))
+
     def cursor_state(self) -> dict[str, Any]:
         """Where the samples stand, as JSON values; empty when there is no training."""
         return self.cursor.state() if self.cursor is not None else {}

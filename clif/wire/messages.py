@@ -174,6 +174,4 @@ class Goodbye(Message, frozen=True):
 
 
 Down = Union[Submit, Cancel, SetState, Limits, BeginRound, FinishSteps, Aggregate, Settle, Install, Evaluate, Stop]
-Up = Union[
-    Hello, Tokens, Report, StepsDone, Voted, RoundFailed, Published, Settled, Evaluated, Trouble, Goodbye
-]
+Up = Union[Hello, Tokens, Report, StepsDone, Voted, RoundFailed, Published, Settled, Evaluated, Trouble, Goodbye]

@@ -16,13 +16,13 @@ import pytest
 import tokenizers
 
 import clif
+from clif.adapters.store import AdapterStore
 from clif.config import Config, config_from_tree
 from clif.control.phases import ControlError, Phase
 from clif.control.quality import QualityCheck
 from clif.control.records import Records
 from clif.control.server import ControlServer
 from clif.control.status import Status
-from clif.control.store import AdapterStore
 from clif.data.instruct import read_rows
 from clif.data.load import make_load
 from clif.text import ChatTokenizer

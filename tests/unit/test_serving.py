@@ -77,7 +77,9 @@ def with_peft(rig: Rig, seed: int) -> torch.nn.Module:
     """The same adapter through PEFT's own code."""
     model = load_model(rig.config.model, torch.device("cpu"), seed=3).model
     config = rig.config.adapter
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=config.r, lora_alpha=config.lora_alpha, target_modules="all-linear"))
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=config.r, lora_alpha=config.lora_alpha, target_modules="all-linear")
+    )
     state = {peft_io.PREFIX + k: v for k, v in random_state(rig.bank, seed).items()}
     peft.set_peft_model_state_dict(wrapped, state)
     return wrapped

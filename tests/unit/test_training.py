@@ -49,7 +49,9 @@ def peft_gradients(rig) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of a plain PEFT step over all samples, one by one, without packing."""
     model = load_model(rig.config.model, torch.device("cpu"), seed=3).model
     config = rig.config.adapter
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=config.r, lora_alpha=config.lora_alpha, target_modules="all-linear"))
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=config.r, lora_alpha=config.lora_alpha, target_modules="all-linear")
+    )
     state = {peft_io.PREFIX + k: v.clone() for k, v in rig.bank.shadow_state().items()}
     peft.set_peft_model_state_dict(wrapped, state)
     total = 0.0

@@ -1,4 +1,7 @@
-"""Promoted adapters on disk: RUN/adapters/vNNNN (a PEFT folder) and RUN/adapters/current.json, both atomic."""
+"""Promoted adapters on disk: RUN/adapters/vNNNN (a PEFT folder) and RUN/adapters/current.json, both atomic.
+
+Free of torch: the control process writes them, replicas read them when a run is resumed.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,14 @@ class AdapterStore:
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / "adapters"
 
+    def place(self, version: int) -> Path:
+        """The PEFT folder of a version."""
+        return self.folder / f"v{version:04d}"
+
     def write(self, version: AdapterVersion, config_json: str, weights: bytes) -> Path:
         """Store a version and make it the current one; a crash leaves the old or the new, never a part."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        final = self.folder / f"v{version.number:04d}"
+        final = self.place(version.number)
         temporary = self.folder / f".{final.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()

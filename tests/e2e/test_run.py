@@ -1,0 +1,148 @@
+"""Whole runs by the real launcher: torchrun, two ranks on gloo, a random model, byte tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import psutil
+import pytest
+
+from clif.metrics.collect import collect
+from clif.metrics.summary import write_summary
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def command(run_dir: Path, *overrides: str, ranks: int = 2) -> list[str]:
+    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    place = [f"run.out_dir={run_dir.parent}", f"run.name={run_dir.name}", "run.status=plain"]
+    return [*torchrun, "launch/run.py", "--config", "configs/smoke.yaml", *place, *overrides]
+
+
+def start(run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
+    log = (run_dir.parent / "log.txt").open("w")
+    return subprocess.Popen(command(run_dir, *overrides), cwd=REPO, stdout=log, stderr=log, text=True)
+
+
+def wait_until(process: subprocess.Popen[str], run_dir: Path, text: str, limit_s: float = 90) -> None:
+    """Wait until the run's log says something."""
+    log, end = run_dir.parent / "log.txt", time.monotonic() + limit_s
+    while text not in log.read_text():
+        assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+        time.sleep(0.1)
+
+
+def ends(run_dir: Path) -> dict[int, tuple[str, str]]:
+    """Terminal event of every request in the collected records; fails if one has two."""
+    with h5py.File(collect(run_dir)) as file:
+        rows = [(int(r["id"]), r["finish"].decode(), r["detail"].decode()) for r in file["requests"][:]]
+        submitted = {int(i) for i in file["load"][:]["request"]}
+    assert len({id for id, *_ in rows}) == len(rows), "a request ended twice"
+    found = {id: (finish, detail) for id, finish, detail in rows}
+    assert submitted <= found.keys(), "an accepted request never ended"
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("e2e") / "smoke"
+    done = subprocess.run(command(run_dir), cwd=REPO, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run_dir
+
+
+def test_run_ends_by_itself_and_every_request_has_one_terminal_event(finished_run):
+    summary = json.loads((finished_run / "summary.json").read_text())
+    assert summary["requests"]["submitted"] == summary["requests"]["finished"]["length"] > 0
+    assert summary["requests"]["unfinished"] == 0
+    assert {finish for finish, _ in ends(finished_run).values()} <= {"length", "stop"}
+
+
+def test_rounds_are_committed_and_the_adapter_gets_better(finished_run):
+    summary = json.loads((finished_run / "summary.json").read_text())
+    assert summary["training"]["rounds_completed"] >= 2
+    assert summary["quality"]["heldout_loss_after"] < summary["quality"]["heldout_loss_before"]
+    versions = {int(v) for v in summary["adapters"]["versions_served"]}
+    assert len(versions) >= 2, "requests were answered before and after a promotion"
+
+
+def test_promoted_adapters_are_peft_folders(finished_run):
+    current = json.loads((finished_run / "adapters" / "current.json").read_text())
+    folder = finished_run / "adapters" / f"v{current['version']:04d}"
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert (folder / "adapter_model.safetensors").stat().st_size > 0
+
+
+def test_run_resumes_from_its_last_committed_round(finished_run):
+    before = json.loads((finished_run / "adapters" / "current.json").read_text())["version"]
+    overrides = ("run.resume=true", "federation.rounds=1", "load.duration_s=2", "quality.exact_match_rows=0")
+    done = subprocess.run(command(finished_run, *overrides), cwd=REPO, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = json.loads((finished_run / "adapters" / "current.json").read_text())["version"]
+    assert after == before + 1
+    with h5py.File(finished_run / "run.h5") as file:
+        assert sorted(file["adapters"][:]["version"].tolist()) == list(range(1, after + 1))
+        resumed = [r for r in file["requests"][:] if r["source"] == b"control.r1"]
+    assert resumed and all(r["version"] >= before for r in resumed), "nobody is answered by an older adapter again"
+
+
+def test_no_request_is_lost_when_a_rank_is_killed(tmp_path):
+    """Promises 1 and 6: whatever dies, every accepted request ends once, and the files hold what was measured."""
+    run_dir = tmp_path / "killed"
+    process = start(run_dir, "load.duration_s=60", "load.rate_rps=20", "load.max_tokens=100", "model.max_context=200")
+    wait_until(process, run_dir, "round 1")
+    time.sleep(1.0)
+    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "launch/run.py" in p.cmdline()]
+    victim = next(p for p in ranks if p.environ().get("RANK") == "1")
+    victim.send_signal(signal.SIGKILL)
+    assert process.wait(60) != 0
+    wait_for_the_control_process(run_dir)
+    found = ends(run_dir)
+    failed = {id: detail for id, (finish, detail) in found.items() if finish == "failed"}
+    assert failed and all(failed.values()), "requests that were running end as failed, with a reason"
+    assert any(finish in ("length", "stop") for finish, _ in found.values())
+    assert write_summary(run_dir)["requests"]["unfinished"] == 0
+
+
+def test_no_request_is_lost_when_the_run_is_stopped(tmp_path):
+    run_dir = tmp_path / "stopped"
+    process = start(run_dir, "load.duration_s=60", "load.rate_rps=20")
+    wait_until(process, run_dir, "open:")
+    time.sleep(2.0)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    wait_for_the_control_process(run_dir)
+    found = ends(run_dir)
+    assert {finish for finish, _ in found.values()} <= {"length", "stop", "failed", "cancelled"}
+
+
+def wait_for_the_control_process(run_dir: Path) -> None:
+    end = time.monotonic() + 30
+    while any(str(run_dir) in p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"]):
+        assert time.monotonic() < end, "the control process outlives the run"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("model.path=/nowhere/model.gguf", "does not exist"),
+        ("layout.tp_size=2", "set layout.tp_size=1"),
+        ("layout.replicas=3", "needs 3 ranks"),
+        ("engine.block=3", "unknown key engine.block"),
+    ],
+)
+def test_bad_configuration_ends_at_once_with_what_to_change(tmp_path, override, sentence):
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        command(tmp_path / "bad", override), cwd=REPO, capture_output=True, text=True, timeout=100, env=environment
+    )
+    assert done.returncode != 0
+    assert sentence in done.stderr, done.stderr[-2000:]
