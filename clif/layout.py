@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from clif.errors import InputError
 
-class LayoutError(ValueError):
+
+class LayoutError(InputError):
     """The requested replicas do not fit the ranks that were started."""
 
 
@@ -70,6 +72,16 @@ def make_layout(
             f"{world_size} were started: start {replicas * tp_size} or set layout.replicas={count}"
         )
     return Layout(tuple(tuple(range(i * tp_size, (i + 1) * tp_size)) for i in range(count)))
+
+
+def check_heads(layout: Layout, heads: int) -> None:
+    """Raises LayoutError when a replica's ranks cannot share the model's attention heads evenly."""
+    for replica, ranks in enumerate(layout.replicas):
+        if heads % len(ranks):
+            raise LayoutError(
+                f"replica {replica} has {len(ranks)} ranks, which do not divide the model's {heads} attention heads: "
+                "change layout.tp_size or layout.replica_gpus"
+            )
 
 
 def _explicit(world_size: int, tp_size: int, replicas: int | None, replica_gpus: tuple[tuple[int, ...], ...]) -> Layout:

@@ -102,10 +102,6 @@ def make_topology(config: Config, env: RankEnv, store: dist.Store | None = None)
     """
     wanted = config.layout
     layout = make_layout(env.world_size, wanted.tp_size, wanted.replicas, wanted.replica_gpus)
-    if any(len(ranks) > 1 for ranks in layout.replicas):
-        raise ConfigError(
-            "replicas of more than one rank (layout.tp_size > 1) are laid out but not sharded yet: set layout.tp_size=1"
-        )
     device = choose_device(config.model.device, env.local_rank)
     timeout = datetime.timedelta(seconds=config.dist.timeout_s)
     if store is None:

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from clif.collectives import share_inbox
-from clif.config import Config
+from clif.config import Config, ConfigError
+from clif.layout import check_heads
 from clif.metrics.provenance import provenance
 from clif.models.loading import LoadedModel, load_model
 from clif.replica.build import build_replica
@@ -45,12 +46,22 @@ def run_rank(config: Config) -> int:
     started = time.monotonic()
     loaded = load_model(config.model, topology.device, config.run.seed)
     load_s = time.monotonic() - started
+    _check_sharding(topology, loaded)
     log.info("rank %d: %s in %s (%s), %.1f s", env.rank, config.model.path, loaded.dtype, loaded.dtype_reason, load_s)
     with _control_process(config, topology, run_dir, loaded.tokenizer) as control:
         _serve(config, topology, run_dir, loaded, load_s)
         code = 0 if control is None else control.wait()
     dist.destroy_process_group()
     return code
+
+
+def _check_sharding(topology: Topology, loaded: LoadedModel) -> None:
+    """Raises LayoutError or ConfigError for replicas that the model's layers cannot be split over."""
+    check_heads(topology.layout, loaded.model.config.num_attention_heads)
+    if any(len(ranks) > 1 for ranks in topology.layout.replicas):
+        raise ConfigError(
+            "replicas of several ranks are laid out but their layers not sharded yet: set layout.tp_size=1"
+        )
 
 
 def _serve(config: Config, topology: Topology, run_dir: Path, loaded: LoadedModel, load_s: float) -> None:

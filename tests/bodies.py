@@ -30,11 +30,18 @@ def mean_over_members(topology: Topology, members: tuple[int, ...], nan_member: 
     assert topology.combined_group(members) is group, "made once per member set"
     value = float("nan") if topology.replica == nan_member else float(topology.replica + 1)
     weight = 0 if topology.replica == nan_member else topology.replica + 1
-    mean = WeightedMean(torch.full((5,), value), weight, group)
+    mean = WeightedMean(torch.full((5,), value, device=topology.device), weight, group)
     while not mean.done():
         time.sleep(0.001)
     average, total = mean.result()
     return [*average.tolist(), total]
+
+
+def tensor_parallel_groups(topology: Topology) -> tuple[list[float], list[float]]:
+    """With two ranks per replica: sums of rank numbers within the replica, and over all replicas' same shard."""
+    rank = [float(topology.env.rank)]
+    within = sum_scalars(rank, topology.tp_group, topology.device)
+    return within, sum_scalars(rank, topology.combined_group((0, 1)), topology.device)
 
 
 def two_sets_at_once(topology: Topology) -> list[float]:

@@ -15,8 +15,6 @@ from clif.replica.runner import ModelRunner, build_runner
 from clif.replica.scheduler import Scheduler
 from clif.types import Request, Sampling, TokenEvent
 
-CPU = torch.device("cpu")
-
 
 @dataclass
 class Rig:
@@ -58,17 +56,15 @@ def random_state(bank: AdapterBank, seed: int) -> dict[str, torch.Tensor]:
     return {k: torch.randn(v.shape, generator=rng) * 0.2 for k, v in bank.shadow_state().items()}
 
 
-def make_rig(
-    model_path: str, model: LoadedModel | None = None, engine: dict | None = None, adapter: dict | None = None
-) -> Rig:
+def make_rig(model_path: str, engine: dict | None = None, adapter: dict | None = None, device: str = "cpu") -> Rig:
     tree = {
-        "model": {"path": model_path, "dtype": "float32", "max_context": 256, "device": "cpu"},
+        "model": {"path": model_path, "dtype": "float32", "max_context": 256, "device": device},
         "engine": {"kv_tokens": 1024, "block_size": 4, "max_batch": 8, "max_prefill_tokens": 24, **(engine or {})},
         "adapter": {"r": 4, "lora_alpha": 8, **(adapter or {})},
         "train": {"enabled": False},
     }
     config = config_from_tree(tree)
-    loaded = model or load_model(config.model, CPU, seed=3)
+    loaded = load_model(config.model, torch.device(device), seed=3)
     runner, bank = build_runner(config, loaded)
     slots = SlotTable(config.adapter.serving_slots)
     scheduler = Scheduler(config.engine, slots, loaded.tokenizer.eos_ids, loaded.tokenizer.decode)

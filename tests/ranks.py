@@ -18,8 +18,12 @@ from clif.topology import RankEnv, make_topology
 TIMEOUT_S = 60
 
 
-def run_ranks(world: int, body: Callable[..., Any], *args: Any, layout: dict | None = None) -> list[Any]:
+def run_ranks(
+    world: int, body: Callable[..., Any], *args: Any, layout: dict | None = None, device: str = "cpu"
+) -> list[Any]:
     """Run body(topology, *args) on every rank; returns their results. body must be importable by name.
+
+    device cuda: on NCCL, one GPU per rank.
 
     A rank's exception is raised here with its traceback; a rank that hangs is an error, too.
     """
@@ -28,7 +32,7 @@ def run_ranks(world: int, body: Callable[..., Any], *args: Any, layout: dict | N
     with tempfile.TemporaryDirectory() as folder:
         queue = context.Queue()
         processes = [
-            context.Process(target=_rank, args=(rank, world, folder, queue, body, args, layout), daemon=True)
+            context.Process(target=_rank, args=(rank, world, folder, queue, body, args, layout, device), daemon=True)
             for rank in range(world)
         ]
         for process in processes:
@@ -44,10 +48,12 @@ def run_ranks(world: int, body: Callable[..., Any], *args: Any, layout: dict | N
     return [results[rank][1] for rank in range(world)]
 
 
-def _rank(rank: int, world: int, folder: str, queue: Any, body: Callable, args: tuple, layout: dict | None) -> None:
+def _rank(
+    rank: int, world: int, folder: str, queue: Any, body: Callable, args: tuple, layout: dict | None, device: str
+) -> None:
     torch.set_num_threads(1)
-    tree = {"model": {"path": "none", "device": "cpu"}, "train": {"enabled": False}, "layout": layout or {}}
-    tree["dist"] = {"backend": "gloo", "timeout_s": 30}
+    tree = {"model": {"path": "none", "device": device}, "train": {"enabled": False}, "layout": layout or {}}
+    tree["dist"] = {"timeout_s": 30}
     try:
         store = dist.FileStore(str(Path(folder) / "store"), world)
         topology = make_topology(config_from_tree(tree), RankEnv(rank, world, rank, world), store)

@@ -13,11 +13,12 @@ import torch
 
 from clif.adapters.bank import AdapterBank, State
 from clif.adapters.store import CONFIG_FILE, WEIGHTS_FILE
+from clif.errors import InputError
 
 PREFIX = "base_model.model."
 
 
-class AdapterError(ValueError):
+class AdapterError(InputError):
     """An adapter does not fit the model, or holds values that must not be served."""
 
 

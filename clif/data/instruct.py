@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import msgspec
 
+from clif.errors import InputError
 from clif.text import ChatTokenizer, Message
 from clif.types import TrainSample
 
 ACCEPTED = "instruction[/input]/output, messages, or prompt/completion"
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """The data cannot be used; the message names the place and says what to change."""
 
 

@@ -13,11 +13,12 @@ import numpy as np
 from clif.config import Config, LoadConfig, SloConfig
 from clif.data.instruct import DataError, Row, split_rows
 from clif.data.traces import Arrival, read_trace
+from clif.errors import InputError
 from clif.text import ChatTokenizer
 from clif.types import Request, Sampling, Slo
 
 
-class LoadError(ValueError):
+class LoadError(InputError):
     """The configured load cannot be made; the message says what to change."""
 
 

@@ -13,11 +13,12 @@ from typing import Any, Literal
 import msgspec
 
 from clif.data.instruct import read_lines
+from clif.errors import InputError
 
 TraceFormat = Literal["azure", "burstgpt", "mooncake"]
 
 
-class TraceError(ValueError):
+class TraceError(InputError):
     """The trace cannot be replayed; the message names the place and says what is expected."""
 
 

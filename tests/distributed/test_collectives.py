@@ -27,6 +27,11 @@ def test_disjoint_rounds_do_not_disturb_each_other():
     assert results[1] == results[3] == pytest.approx([(4 + 16) / 6] * 5 + [6.0])
 
 
+def test_each_shard_is_averaged_with_the_same_shard_of_the_other_replicas():
+    results = run_ranks(4, bodies.tensor_parallel_groups, layout={"replica_gpus": [[0, 3], [1, 2]]})
+    assert results == [([3.0], [1.0]), ([3.0], [1.0]), ([3.0], [5.0]), ([3.0], [5.0])]
+
+
 def test_round_without_any_weight_says_so():
     assert run_ranks(2, bodies.absent_everywhere) == [0.0, 0.0]
 

@@ -1,0 +1,51 @@
+"""What is promised on CPU holds on a GPU: the same bodies on NCCL, the same tokens, the same gradients."""
+
+from __future__ import annotations
+
+import bodies
+import pytest
+import torch
+from helpers import answer, make_rig, random_state, request
+from ranks import run_ranks
+
+from clif.config import TrainConfig
+from clif.replica.trainer import ShadowTrainer
+from clif.types import TrainSample
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
+GPUS = torch.cuda.device_count()
+
+
+def test_average_on_nccl_with_one_rank():
+    assert run_ranks(1, bodies.mean_over_members, (0,), None, device="cuda") == [pytest.approx([1.0] * 6)]
+
+
+@pytest.mark.skipif(GPUS < 4, reason="needs 4 GPUs")
+def test_average_on_nccl_is_over_exactly_the_combined_replicas():
+    results = run_ranks(4, bodies.mean_over_members, (0, 2, 3), None, device="cuda")
+    assert results[1] is None
+    assert results[0] == results[2] == results[3] == pytest.approx([26 / 8] * 5 + [8.0])
+
+
+def test_tokens_on_the_gpu_are_those_of_the_cpu(tiny_config):
+    rigs = [make_rig(f"random:{tiny_config}", device=device) for device in ("cpu", "cuda")]
+    answers = []
+    for rig in rigs:
+        rig.fill(1, seed=4)
+        requests = [request(i, [3 + i, 9, 20 + i], max_tokens=20, ignore_eos=True) for i in range(5)]
+        events = rig.run(requests, arrive={i: 2 * i for i in range(5)})
+        answers.append([answer(events[i]) for i in range(5)])
+    assert answers[0] == answers[1]
+
+
+def test_gradients_on_the_gpu_are_those_of_the_cpu(tiny_config):
+    samples = [TrainSample(id=i, ids=tuple(range(5 + i, 40 + 2 * i)), target_start=12) for i in range(3)]
+    gradients = []
+    for device in ("cpu", "cuda"):
+        rig = make_rig(f"random:{tiny_config}", device=device)
+        rig.bank.set_shadow(random_state(rig.bank, 5))
+        trainer = ShadowTrainer(rig.runner, rig.bank, samples, TrainConfig(clip_norm=1e9))
+        for _ in trainer.step(3, 1):
+            pass
+        gradients.append(rig.bank.gradient.cpu())
+    assert (gradients[0] - gradients[1]).norm() <= 1e-4 * gradients[0].norm()
