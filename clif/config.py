@@ -96,6 +96,8 @@ class EngineConfig(Section):
     """Size of a replica's KV cache, tokens."""
     block_size: Positive = 16
     """Tokens per KV block."""
+    pack_weights: bool = True
+    """CPU, bfloat16: keep a second copy of the weights, laid out for the matrix kernels, for serving."""
     max_prefill_tokens: Positive = 512
     """Prompt tokens computed in one tick at most; longer prompts go in chunks."""
     layers_per_slice: Positive = 5

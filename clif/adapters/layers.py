@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from clif.kernels.dual_lora import Segment, add_dual_lora
+from clif.ops import Linear, frozen_linear
 
 SHADOW = -1
 
@@ -43,6 +44,11 @@ class DualLoraLinear(nn.Module):
         # As peft does: A like a linear layer, B zero, so that an untrained adapter changes nothing.
         nn.init.kaiming_uniform_(self.shadow_a, a=math.sqrt(5))
         self._rows = rows
+        self._packed: Linear | None = None
+
+    def pack(self) -> None:
+        """Lay the base weight out for serving where that pays."""
+        self._packed = frozen_linear(self.weight, self.bias)
 
     def factors(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A [r, d_in] and B [d_out, r] of a slot in the base dtype."""
@@ -52,7 +58,10 @@ class DualLoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [1, rows, d_in] -> [1, rows, d_out]."""
-        y = nn.functional.linear(x, self.weight, self.bias)
+        if self._packed is not None and not torch.is_grad_enabled():
+            y = self._packed(x)
+        else:
+            y = nn.functional.linear(x, self.weight, self.bias)
         if not self._rows.segments:
             return y
         return add_dual_lora(y[0], x[0], self._rows.segments, self.factors, self.scale).unsqueeze(0)

@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 
 from clif.config import ConfigError
+from clif.ops import Linear, frozen_linear
 
 ATTENTION_NAME = "clif"
 
@@ -67,6 +68,7 @@ class CausalStack:
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.vocab_size: int = config.vocab_size
         self._head = model.get_output_embeddings()
+        self._packed_head: Linear | None = None
 
     def embed(
         self, ids: torch.Tensor, positions: torch.Tensor
@@ -92,7 +94,12 @@ class CausalStack:
 
     def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Logits [len(rows), vocabulary] of chosen rows only: the head is a tenth to a quarter of the linear work."""
-        return self._head(self._inner.norm(hidden[0, rows]))
+        head = self._head if self._packed_head is None or torch.is_grad_enabled() else self._packed_head
+        return head(self._inner.norm(hidden[0, rows]))
+
+    def pack_head(self) -> None:
+        """Lay the head's weight out for serving where that pays."""
+        self._packed_head = frozen_linear(self._head.weight, self._head.bias)
 
     def take_over(self) -> None:
         """Route the model's attention to the plans from now on."""

@@ -176,5 +176,9 @@ def build_runner(config: Config, loaded: LoadedModel) -> tuple[ModelRunner, Adap
         # The same first A on every replica: FedAvg averages factors, which only makes sense from one start.
         torch.manual_seed(config.run.seed)
         bank = inject(loaded.model, config.adapter)
+        if config.engine.pack_weights:
+            stack.pack_head()
+            for layer in bank.layers.values():
+                layer.pack()
         check_stack(stack, PackedRows([len(probe)], loaded.device), probe, expected)
     return ModelRunner(stack, bank, config.engine, loaded.device, loaded.dtype), bank
