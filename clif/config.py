@@ -326,6 +326,8 @@ def load_config(path: Path | str, overrides: tuple[str, ...] = ()) -> Config:
         tree = yaml.safe_load(Path(path).read_text()) or {}
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a text file: name a YAML file, as in configs/") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):

@@ -324,8 +324,8 @@ def prepare(tmp_path: Path) -> tuple[Config, list[str], dict[str, str]]:
     (config.run_dir / "config.json").write_text(config.model_dump_json())
     make_tokenizer().save(config.run_dir / "tokenizer")
     command = [sys.executable, "-P", "-m", "clif.control", "--run-dir", str(config.run_dir)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(clif.__file__).parents[1])}
-    return config, [*command, "--replicas", "1", "--secret", "s"], environment
+    environment = {**os.environ, "PYTHONPATH": str(Path(clif.__file__).parents[1]), "CLIF_SECRET": "s"}
+    return config, [*command, "--replicas", "1"], environment
 
 
 def wait_for(path: Path, text: str = "") -> None:

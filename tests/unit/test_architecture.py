@@ -1,0 +1,138 @@
+"""House rules that a machine can check."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+FILES = {
+    p: p.relative_to(REPO).with_suffix("") for d in ("clif", "launch", "kernels") for p in (REPO / d).rglob("*.py")
+}
+FORBID_TORCH = """
+import sys
+class Forbid:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "peft"):
+            raise ImportError(f"{name} must not be imported here")
+sys.meta_path.insert(0, Forbid())
+"""
+TORCH_FREE = [
+    "clif.control", "clif.wire", "clif.data", "clif.metrics", "clif.types", "clif.states", "clif.config", "clif.layout",
+    "clif.latency", "clif.text", "clif.cli", "clif.errors", "clif.replica.scheduler", "clif.replica.price",
+]  # fmt: skip
+
+
+def module_name(path: Path) -> str:
+    parts = list(FILES[path].parts)
+    if parts[0] in ("launch", "kernels"):
+        parts.insert(0, "clif")
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Modules imported when this one is: at top level, not under TYPE_CHECKING."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+GRAPH = {module_name(p): imports(p) for p in FILES}
+
+
+def test_there_are_no_import_cycles():
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        for target in GRAPH[module] & GRAPH.keys():
+            if target not in done:
+                visit(target, (*path, module))
+        done.add(module)
+
+    done: set[str] = set()
+    for module in GRAPH:
+        if module not in done:
+            visit(module, ())
+
+
+def test_control_and_replica_meet_only_in_types_and_wire():
+    for module, targets in GRAPH.items():
+        for one, other in (("clif.control", "clif.replica"), ("clif.replica", "clif.control")):
+            if module.startswith(one):
+                assert not any(t.startswith(other) for t in targets), module
+
+
+def test_collectives_are_called_in_one_file_only():
+    names = {"all_reduce", "all_gather", "broadcast", "reduce_scatter", "barrier", "all_to_all", "send", "recv"}
+    for path in FILES:
+        if module_name(path) == "clif.collectives":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in names:
+                assert not ast.unparse(node.func.value).endswith(("dist", "torch.distributed")), f"{path}:{node.lineno}"
+
+
+def test_kernels_package_imports_nothing():
+    """transformers takes a top-level package of this name for Hugging Face's and executes it."""
+    tree = ast.parse((REPO / "kernels" / "__init__.py").read_text())
+    assert not tree.body
+
+
+def run(code_or_args: list[str], tmp_path: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "sitecustomize.py").write_text(FORBID_TORCH)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "120", **extra}
+    return subprocess.run(
+        [sys.executable, *code_or_args], cwd=REPO, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_the_control_plane_works_without_torch(tmp_path):
+    code = (
+        "import importlib, pkgutil\n"
+        f"for name in {TORCH_FREE!r}:\n"
+        "    module = importlib.import_module(name)\n"
+        "    for found in pkgutil.walk_packages(getattr(module, '__path__', []), name + '.'):\n"
+        "        if not found.name.endswith('__main__'): importlib.import_module(found.name)\n"
+    )
+    done = run(["-c", code], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["launch/run.py", "--help"],
+        ["-c", "import sys; sys.argv = ['clif', '--help']; from clif.cli import main; main()"],
+        ["-P", "-m", "clif.control", "--help"],
+    ],
+    ids=["launch", "clif", "control"],
+)
+def test_help_works_without_torch(command, tmp_path):
+    done = run(command, tmp_path)
+    assert done.returncode == 0 and "--help" in done.stdout, done.stderr
+
+
+def test_dry_run_prints_the_layout_without_torch(tmp_path):
+    done = run(["launch/run.py", "--dry-run", "--config", "configs/smoke.yaml", "layout.replicas=3"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[2] == "replica 2: ranks [2], leader 2"
+
+
+@pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=1"])
+def test_both_spellings_of_the_local_rank_are_accepted(tmp_path, flag):
+    assert run(["launch/run.py", flag, "--dry-run", "--config", "configs/smoke.yaml"], tmp_path).returncode == 0
+
+
+def test_ranks_that_do_not_fit_are_refused_without_torch(tmp_path):
+    command = ["launch/run.py", "--config", "configs/smoke.yaml", "layout.tp_size=2"]
+    done = run(command, tmp_path, WORLD_SIZE="3", RANK="0")
+    assert done.returncode == 2
+    assert "layout.tp_size 2 does not divide the 3 ranks" in done.stderr

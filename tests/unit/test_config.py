@@ -1,0 +1,254 @@
+"""Promise 7: no configuration is silently ignored. What cannot be honoured is an error that says what to change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pydantic
+import pytest
+import yaml
+
+from clif.config import Config, ConfigError, config_from_tree, load_config
+from clif.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+ALONE = {"model": {"path": "m"}, "train": {"enabled": False}}
+"""The least that is accepted: no training, no load, no data."""
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(ALONE))
+    return path
+
+
+@pytest.fixture
+def rows(tmp_path) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("")
+    return str(path)
+
+
+def merged(**sections) -> dict:
+    """ALONE with more sections; model keeps its path."""
+    tree = {name: dict(values) for name, values in ALONE.items()}
+    for name, values in sections.items():
+        tree[name] = {**tree.get(name, {}), **values} if isinstance(values, dict) else values
+    return tree
+
+
+def refusal(tree: dict) -> str:
+    with pytest.raises(ConfigError) as refused:
+        config_from_tree(tree)
+    assert isinstance(refused.value, InputError), "shown without a traceback"
+    return str(refused.value)
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sections, sentence",
+    [
+        ({"engine": {"kv_token": 1}}, "unknown key engine.kv_token: remove it or correct its spelling (known: max_b"),
+        ({"engines": {}}, "unknown key engines: remove it or correct its spelling (known: run, layout, dist, model"),
+        ({"engine": {"max_batch": 0}}, "engine.max_batch: Input should be greater than 0 (given: 0)"),
+        ({"engine": {"max_batch": "many"}}, "engine.max_batch: Input should be a valid integer"),
+        ({"slo": {"margin": 1.5}}, "slo.margin: Input should be less than or equal to 1 (given: 1.5)"),
+        ({"model": {"dtype": "int8"}}, "model.dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
+        ({"adapter": {"serving_slots": 1}}, "adapter.serving_slots: Input should be greater than or equal to 2"),
+        ({"engine": {"kv_tokens": 8200}}, "engine.kv_tokens 8200 is not a multiple of engine.block_size 16"),
+        (
+            {"control": {"idle_below": 0.9, "serving_above": 0.9}},
+            "control.idle_below 0.9 must be under control.serving_above 0.9",
+        ),
+        (
+            {"control": {"high_below": 0.9, "medium_below": 0.8}},
+            "control.high_below 0.9 must not exceed control.medium_below 0.8",
+        ),
+        (
+            {"train": {"micro_batch": 9}},
+            "train.micro_batch 9 exceeds train.max_micro_batch 8: raise the latter",
+        ),
+        ({"load": {"kind": "trace"}}, 'load.kind "trace" and the section load.trace need each other'),
+        (
+            {"load": {"kind": "poisson", "trace": {"path": __file__}}},
+            'load.kind "trace" and the section load.trace need each other: give both or neither',
+        ),
+        ({"data": {"path": "assets/none.jsonl"}}, "data.path assets/none.jsonl does not exist: run `clif fetch`"),
+        ({"data": {"path": "none.jsonl"}}, "data.path none.jsonl does not exist: correct it"),
+        ({"train": {"enabled": True}}, "train.enabled need instruction data: set data.path"),
+        ({"load": {"kind": "poisson"}}, "load.kind need instruction data: set data.path"),
+        ({"quality": {"exact_match_rows": 4}}, "quality.exact_match_rows need instruction data: set data.path"),
+        ({"federation": {"rounds": 2}}, "federation.rounds asks for rounds but train.enabled is false: change one"),
+        (
+            {"model": {"max_context": 9000}},
+            "model.max_context 9000 does not fit engine.kv_tokens 8192: one request of full length must fit",
+        ),
+        ({"layout": {"replica_gpus": [[0, "x"]]}}, "layout.replica_gpus.0.1: Input should be a valid integer"),
+        ({"engine": 5}, "engine: Input should be a valid dictionary"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_with_what_to_change(sections, sentence):
+    said = refusal(merged(**sections))
+    assert said.startswith(sentence)
+    assert "pydantic" not in said and "\n" not in said, "one sentence per mistake"
+
+
+def test_a_missing_model_path_is_named():
+    assert refusal({"train": {"enabled": False}, "model": {}}) == "model.path is required: add it"
+    assert refusal({"train": {"enabled": False}}) == "model is required: add it"
+
+
+def test_every_mistake_is_named_at_once():
+    said = refusal(merged(engine={"max_batch": 0, "typo": 1}, slo={"margin": 2})).splitlines()
+    assert len(said) == 3
+    assert any("engine.max_batch" in s for s in said) and any("engine.typo" in s for s in said)
+    assert any("slo.margin" in s for s in said)
+
+
+def test_an_unknown_key_of_an_optional_section_is_refused_too():
+    trace = {"kind": "trace", "trace": {"path": __file__, "sped": 2}}
+    assert refusal(merged(load=trace)).startswith("unknown key load.trace.sped: remove it or correct its spelling")
+
+
+def test_a_missing_trace_file_is_refused(rows):
+    load = {"kind": "trace", "trace": {"path": "none.csv"}}
+    said = refusal(merged(load=load, data={"path": rows}))
+    assert said == "load.trace.path none.csv does not exist: correct it"
+
+
+# --- files and overrides -------------------------------------------------------------------------
+
+
+def test_the_defaults_are_accepted_as_they_are(file):
+    config = load_config(file)
+    assert config.model.path == "m" and config.engine.max_batch == 16
+    assert config.run_dir == Path("runs/run")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*none\.yaml: No such file"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="cannot read the configuration .*: Is a directory"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("model: [", "is not valid YAML"),
+        ("model: {path: m\n\tx: 1}", "is not valid YAML"),
+        ("- model", "must be a mapping of sections, not a list"),
+        ("model", "must be a mapping of sections, not a str"),
+        ("", "model is required: add it"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, sentence):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(path)
+
+
+def test_a_file_that_is_no_text_is_refused_with_a_sentence(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF\x03\xff\xfe\x80")
+    with pytest.raises(ConfigError):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    "override, section, key, value",
+    [
+        ("engine.max_batch=3", "engine", "max_batch", 3),
+        ("train.lr=1.0e-3", "train", "lr", 1e-3),
+        ("train.lr=1e-3", "train", "lr", 1e-3),
+        ("slo.deadline_ms=2500", "slo", "deadline_ms", 2500.0),
+        ("slo.deadline_ms=null", "slo", "deadline_ms", None),
+        ("engine.pack_weights=false", "engine", "pack_weights", False),
+        ("layout.replica_gpus=[[0, 1], [2, 3]]", "layout", "replica_gpus", ((0, 1), (2, 3))),
+        ("adapter.target_modules=[q_proj, v_proj]", "adapter", "target_modules", ("q_proj", "v_proj")),
+        ("adapter.target_modules=all-linear", "adapter", "target_modules", "all-linear"),
+        ("run.name=a=b", "run", "name", "a=b"),
+        ("model.path=random:x/config.json", "model", "path", "random:x/config.json"),
+    ],
+)
+def test_overrides_are_read_like_yaml(file, override, section, key, value):
+    got = getattr(getattr(load_config(file, (override,)), section), key)
+    assert got == value and type(got) is type(value)
+
+
+def test_an_override_reaches_into_sections_that_the_file_does_not_have(file, rows):
+    overrides = ("load.kind=trace", f"load.trace.path={__file__}", "load.trace.speed=2", f"data.path={rows}")
+    config = load_config(file, overrides)
+    assert config.load.trace is not None
+    assert (config.load.trace.speed, config.load.trace.path) == (2.0, Path(__file__))
+
+
+def test_an_override_fills_a_section_that_the_file_leaves_empty(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {path: m}\ntrain: {enabled: false}\nengine:\n")
+    assert load_config(path, ("engine.max_batch=3",)).engine.max_batch == 3
+
+
+def test_the_last_override_wins(file):
+    assert load_config(file, ("engine.max_batch=3", "engine.max_batch=5")).engine.max_batch == 5
+
+
+@pytest.mark.parametrize(
+    "override, sentence",
+    [
+        ("engine.max_batch", '"engine.max_batch" is not an override: write section.key=value'),
+        ("=3", '"=3" is not an override'),
+        ("engine.=3", '"engine.=3" is not an override'),
+        (".max_batch=3", "is not an override"),
+        ("engine.max_batch=[1", "the value is not valid YAML"),
+        ("model.path.x=1", 'model.path.x=1": path is a value, not a section'),
+        ("engine.max_bach=3", "unknown key engine.max_bach"),
+        ("engin.max_batch=3", "unknown key engin"),
+        ("engine.max_batch=", "engine.max_batch: Input should be a valid integer"),
+    ],
+)
+def test_a_wrong_override_is_refused(file, override, sentence):
+    with pytest.raises(ConfigError) as refused:
+        load_config(file, (override,))
+    assert sentence in str(refused.value)
+
+
+# --- what was read -------------------------------------------------------------------------------
+
+
+def test_values_never_change_after_reading(file):
+    config = load_config(file)
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        config.engine.max_batch = 3  # type: ignore[misc]
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        config.engine = config.engine  # type: ignore[misc]
+
+
+def test_the_control_process_reads_back_what_rank_0_wrote_down(file):
+    """config.json carries the configuration from rank 0 to the control process."""
+    config = load_config(file, ("layout.replica_gpus=[[0,1]]", "adapter.target_modules=[q_proj]", "slo.deadline_ms=9"))
+    assert Config.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_the_configurations_that_come_with_clif_are_accepted(path, rows):
+    tree = yaml.safe_load(path.read_text())
+    overrides = [f"data.path={rows}"] if "data" in tree else []
+    if (tree.get("load") or {}).get("trace"):
+        overrides.append(f"load.trace.path={rows}")
+    config = load_config(path, tuple(overrides))
+    named = Path(config.model.path.removeprefix("random:"))
+    assert named.parts[0] != "configs" or (ROOT / named).is_file()
+
+
+@pytest.mark.parametrize(
+    "name, field", [(n, f) for n, s in Config.model_fields.items() for f in s.annotation.model_fields]
+)
+def test_every_time_and_size_names_its_unit(name, field):
+    """Seconds end in _s, milliseconds in _ms: a bare "timeout" or "period" would leave the unit open."""
+    vague = ("timeout", "period", "interval", "duration", "delay")
+    assert not field.endswith(vague)

@@ -1,0 +1,52 @@
+"""Every rank belongs to exactly one replica, or the error says what to change."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clif.layout import LayoutError, check_heads, make_layout
+
+
+@given(tp=st.integers(1, 8), replicas=st.integers(1, 16))
+def test_every_rank_belongs_to_exactly_one_replica(tp, replicas):
+    layout = make_layout(tp * replicas, tp)
+    assert layout.world_size == tp * replicas
+    for rank in range(layout.world_size):
+        assert layout.replicas[layout.replica_of(rank)][layout.tp_rank_of(rank)] == rank
+    members = tuple(range(0, replicas, 2))
+    peers = [layout.peers(members, i) for i in range(tp)]
+    assert sorted(r for group in peers for r in group) == sorted(r for m in members for r in layout.replicas[m])
+
+
+def test_explicit_replicas_keep_their_order():
+    layout = make_layout(4, replica_gpus=((3, 0), (1, 2)))
+    assert layout.leader(0) == 3 and layout.tp_rank_of(0) == 1 and layout.replica_of(2) == 1
+    assert layout.peers((0, 1), 0) == (1, 3)
+
+
+def test_replicas_of_different_sizes_are_read():
+    assert make_layout(3, replica_gpus=((0, 1), (2,))).replicas == ((0, 1), (2,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"world_size": 3, "tp_size": 2}, "tp_size 2 does not divide the 3 ranks"),
+        ({"world_size": 4, "tp_size": 2, "replicas": 3}, "needs 6 ranks, but 4 were started"),
+        ({"world_size": 4, "replica_gpus": ((0, 1), (2,))}, r"must name each of the ranks 0\.\.3 exactly once"),
+        ({"world_size": 3, "replica_gpus": ((0, 1), (1,))}, "exactly once"),
+        ({"world_size": 2, "replica_gpus": ((0,), (1,)), "replicas": 3}, "lists 2 replicas"),
+        ({"world_size": 3, "replica_gpus": ((0, 1), (2,)), "tp_size": 2}, r"replicas of \[1, 2\] ranks"),
+    ],
+)
+def test_wrong_layouts_say_what_to_change(arguments, sentence):
+    with pytest.raises(LayoutError, match=sentence):
+        make_layout(**arguments)
+
+
+def test_ranks_of_a_replica_must_divide_the_heads():
+    check_heads(make_layout(6, 3), 9)
+    with pytest.raises(LayoutError, match="2 ranks, which do not divide the model's 9 attention heads"):
+        check_heads(make_layout(2, 2), 9)

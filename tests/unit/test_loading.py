@@ -1,0 +1,105 @@
+"""Models that cannot be had, or that we would compute wrongly, are refused with a sentence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from helpers import make_rig
+
+from clif.config import ConfigError, ModelConfig
+from clif.models.loading import choose_dtype, load_model
+from clif.ops import frozen_linear
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("/nowhere/m.gguf", "does not exist: correct it"),
+        ("assets/none.gguf", "does not exist: run `clif fetch`"),
+        ("./nowhere", "is not a folder: correct it"),
+        ("random:/nowhere/config.json", "name a config.json or a folder with one"),
+    ],
+)
+def test_missing_models_are_named(path, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        load_model(ModelConfig(path=path, dtype="float32"), CPU)
+
+
+def test_a_context_beyond_the_models_own_is_refused(tiny_config):
+    with pytest.raises(ConfigError, match="max_context 4096 exceeds the model's own 256"):
+        load_model(ModelConfig(path=f"random:{tiny_config}", dtype="float32", max_context=4096), CPU)
+
+
+def test_random_weights_are_the_same_on_every_rank(tiny_config):
+    config = ModelConfig(path=f"random:{tiny_config}", dtype="float32", max_context=64)
+    first, second = (load_model(config, CPU, seed=4).model.state_dict() for _ in range(2))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_dtype_auto_is_decided_by_measurement_and_says_so():
+    dtype, reason = choose_dtype("auto", CPU)
+    assert dtype in (torch.float32, torch.bfloat16) and "GFLOP/s" in reason
+    with pytest.raises(ConfigError, match="float16 is for GPUs"):
+        choose_dtype("float16", CPU)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 300}, "not a Llama-style model"),
+        ({"model_type": "granite", "embedding_multiplier": 7.0, "logits_scaling": 2.0}, "computes more than"),
+        ({"model_type": "gemma", "head_dim": 16}, "computes more than"),
+        ({"model_type": "mistral", "sliding_window": 8}, "sliding-window"),
+    ],
+)
+def test_models_that_would_be_computed_wrongly_are_refused(tmp_path, fields, sentence):
+    shape = {
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256, "initializer_range": 0.2,
+    }  # fmt: skip
+    if fields["model_type"] == "gpt2":
+        shape = {"n_positions": 256}
+    (tmp_path / "config.json").write_text(json.dumps({**shape, **fields}))
+    with pytest.raises(ConfigError, match=sentence):
+        make_rig(f"random:{tmp_path}")
+
+
+def test_other_llama_style_families_are_served_exactly(tmp_path):
+    """Names are not special-cased: here one with query and key norms."""
+    shape = {
+        "model_type": "qwen3", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    rig = make_rig(f"random:{tmp_path}")
+    from helpers import answer, request
+
+    events = rig.run([request(0, [5, 6, 7], max_tokens=10, ignore_eos=True)])
+    plain = load_model(rig.config.model, CPU, seed=3).model
+    out = plain.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=10, do_sample=False, eos_token_id=None)
+    assert answer(events[0]) == out[0, 3:].tolist()
+
+
+def test_a_model_without_matching_layers_is_refused(tiny_config):
+    with pytest.raises(ConfigError, match=r"matches no linear layer: there are .*q_proj"):
+        make_rig(f"random:{tiny_config}", adapter={"target_modules": ["wq"]})
+
+
+def test_weights_laid_out_for_serving_compute_the_same():
+    weight = torch.randn(40, 24).bfloat16()
+    packed = frozen_linear(weight, None)
+    assert frozen_linear(weight.float(), None) is None, "float32 keeps its exact path"
+    if packed is None:
+        pytest.skip("no oneDNN here")
+    x = torch.randn(5, 24).bfloat16()
+    assert torch.allclose(packed(x), torch.nn.functional.linear(x, weight), atol=0.1, rtol=0.02)
+
+
+def test_transformers_is_one_that_we_know():
+    assert int(transformers.__version__.split(".")[0]) == 5

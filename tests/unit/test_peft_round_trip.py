@@ -1,0 +1,126 @@
+"""An adapter that leaves CLIF is a PEFT adapter with identical logits; one that comes in is checked."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+from clif.kernels.dual_lora import Segment
+from helpers import make_rig, random_state
+
+from clif.adapters import peft_io
+from clif.adapters.layers import SHADOW
+from clif.adapters.peft_io import AdapterError
+from clif.adapters.store import CONFIG_FILE, WEIGHTS_FILE
+from clif.models.loading import load_model
+from clif.replica.attention import PackedRows
+
+IDS = torch.tensor([5, 9, 33, 2, 60, 61, 7])
+
+
+def export(rig, folder):
+    folder.mkdir(exist_ok=True)
+    (folder / CONFIG_FILE).write_text(peft_io.config_json(rig.bank, "base"))
+    (folder / WEIGHTS_FILE).write_bytes(peft_io.write_weights(rig.bank.shadow_state()))
+    return folder
+
+
+def our_logits(rig):
+    rig.bank.rows.segments = [Segment(0, len(IDS), SHADOW)]
+    rows, stack = torch.arange(len(IDS)), rig.runner.stack
+    with torch.no_grad():
+        hidden, rope = stack.embed(IDS, rows)
+        return stack.logits(stack.layers(0, stack.num_layers, hidden, rope, PackedRows([len(IDS)], IDS.device)), rows)
+
+
+def check_round_trip(rig, folder):
+    rig.bank.set_shadow(random_state(rig.bank, 11))
+    export(rig, folder)
+    base = load_model(rig.config.model, torch.device("cpu"), seed=3).model
+    loaded = peft.PeftModel.from_pretrained(base, str(folder))
+    with torch.no_grad():
+        expected = loaded(IDS.unsqueeze(0)).logits[0]
+    assert torch.allclose(our_logits(rig), expected, atol=1e-5, rtol=1e-5)
+    state = peft_io.read_folder(rig.bank, folder)
+    assert all(torch.equal(state[k], v) for k, v in rig.bank.shadow_state().items())
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"], r".*layers\.[02]\..*_proj"])
+def test_exported_adapter_has_identical_logits_in_peft(tiny_config, tmp_path, targets):
+    check_round_trip(make_rig(f"random:{tiny_config}", adapter={"target_modules": targets}), tmp_path / "a")
+
+
+def test_exported_adapter_of_a_real_model_has_identical_logits_in_peft(stories, tmp_path):
+    check_round_trip(make_rig(stories), tmp_path / "a")
+
+
+@pytest.fixture
+def rig(tiny_config):
+    return make_rig(f"random:{tiny_config}")
+
+
+def broken(rig, change):
+    tensors = {peft_io.PREFIX + k: v.clone() for k, v in rig.bank.shadow_state().items()}
+    change(tensors)
+    return safetensors.torch.save(tensors)
+
+
+def first(tensors):
+    return next(iter(tensors))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda t: t.pop(first(t)), "1 keys missing"),
+        (lambda t: t.update(other=torch.zeros(1)), "1 unknown"),
+        (lambda t: t.update({first(t): torch.zeros(2, 2)}), "has shape"),
+        (lambda t: t[first(t)].fill_(float("nan")), "not finite"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(rig, change, sentence):
+    """Promise 3: nothing that is not finite gets in; and PEFT's own loader would let missing keys pass."""
+    with pytest.raises(AdapterError, match=sentence):
+        peft_io.read_weights(rig.bank, broken(rig, change))
+
+
+def test_what_is_no_adapter_is_refused(rig, tmp_path):
+    with pytest.raises(AdapterError, match="not a safetensors file"):
+        peft_io.read_weights(rig.bank, b"nonsense")
+    with pytest.raises(AdapterError, match="not a PEFT adapter folder"):
+        peft_io.read_folder(rig.bank, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"), [("r", 99, "r=99"), ("modules_to_save", ["lm_head"], "modules_to_save")]
+)
+def test_an_adapter_of_another_kind_is_refused(rig, tmp_path, key, value, sentence):
+    folder = export(rig, tmp_path / "a")
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**config, key: value}))
+    with pytest.raises(AdapterError, match=sentence):
+        peft_io.read_folder(rig.bank, folder)
+
+
+def test_error_of_averaging_factors_is_that_of_the_products(rig):
+    """For two members of equal weight: |sum w_i (B_i - Bbar)(A_i - Abar)| / |Bbar Abar|, here from full products."""
+    bank = rig.bank
+    states = [random_state(bank, seed) for seed in (1, 2)]
+    flat = []
+    for state in states:
+        bank.set_shadow(state)
+        flat.append(bank.shadow.detach().clone())
+    mean = (flat[0] + flat[1]) / 2
+    error, total = bank.product_error(mean, flat[0])
+    wrong = right = 0.0
+    for name in bank.layers:
+        a = [s[f"{name}.lora_A.weight"] for s in states]
+        b = [s[f"{name}.lora_B.weight"] for s in states]
+        product = (b[0] + b[1]) / 2 @ ((a[0] + a[1]) / 2)
+        true = (b[0] @ a[0] + b[1] @ a[1]) / 2
+        wrong += float((true - product).square().sum())
+        right += float(product.square().sum())
+    assert error / total == pytest.approx(wrong / right, rel=1e-4)

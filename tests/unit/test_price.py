@@ -1,0 +1,68 @@
+"""Promise 5: training can take only what serving leaves, with a margin, and gives it back."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import request
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clif.config import SloConfig
+from clif.replica.price import Prices, Rate, may_train
+from clif.replica.scheduler import Sequence
+from clif.types import Purpose
+
+SLO = SloConfig(ttft_ms=1000, tpot_ms=100, margin=0.3)
+
+
+def running(last_s: float, id: int = 0) -> Sequence:
+    return Sequence(request(id, [1]), 0.0, [1], last_s=last_s)
+
+
+def waiting(arrived_s: float, id: int = 1) -> Sequence:
+    return Sequence(request(id, [1]), arrived_s, [1])
+
+
+def test_nobody_waits_so_training_may_run():
+    assert may_train(0.0, 99.0, 99.0, [], SLO) == (True, "nobody waits")
+
+
+@pytest.mark.parametrize(("slice_ms", "allowed"), [(39, True), (41, False)])
+def test_the_margin_is_never_spent(slice_ms, allowed):
+    """Budget of a gap: 100 ms less 30 %; 10 ms are gone and the next tick takes 20."""
+    answer, reason = may_train(0.010, slice_ms / 1000, 0.020, [running(0.0)], SLO)
+    assert answer is allowed and "next token of request 0" in reason
+
+
+@pytest.mark.parametrize(("slice_ms", "allowed"), [(190, True), (210, False)])
+def test_a_waiting_request_has_its_first_token_to_lose(slice_ms, allowed):
+    answer, reason = may_train(0.4, slice_ms / 1000, 0.1, [waiting(0.0)], SLO)
+    assert answer is allowed and "first token of request 1" in reason
+
+
+def test_the_most_pressed_request_decides():
+    assert not may_train(0.10, 0.01, 0.01, [running(0.1, 5), running(0.0, 6)], SLO)[0]
+
+
+def test_probes_do_not_hold_training_back():
+    import msgspec
+
+    sequence = running(0.0)
+    sequence.request = msgspec.structs.replace(sequence.request, purpose=Purpose.PROBE)
+    assert may_train(5.0, 1.0, 1.0, [sequence], SLO)[0]
+
+
+def test_an_unknown_slice_is_tried_and_then_priced():
+    prices = Prices()
+    assert prices.slice_s("backward", 100) == 0.0
+    prices.observe_slice("backward", 100, 0.05)
+    assert prices.slice_s("backward", 200) == pytest.approx(0.1)
+
+
+@given(st.lists(st.floats(0.01, 0.1), min_size=20, max_size=60))
+def test_a_price_is_above_the_mean_of_what_was_seen(seconds):
+    rate = Rate()
+    for s in seconds:
+        rate.observe(s)
+    assert rate.mean <= rate.high <= rate.mean + 2 * 0.1
+    assert min(seconds) - 1e-9 <= rate.mean <= max(seconds) + 1e-9

@@ -1,0 +1,111 @@
+"""Who runs in a tick: first come first served, within blocks, places and the prompt budget."""
+
+from __future__ import annotations
+
+from helpers import request
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clif.adapters.slots import SlotTable
+from clif.config import EngineConfig
+from clif.replica.blocks import BlockPool, places
+from clif.replica.scheduler import Scheduler
+from clif.types import FinishReason
+
+
+def make(**config: int) -> Scheduler:
+    fields = {"kv_tokens": 160, "block_size": 8, "max_batch": 4, "max_prefill_tokens": 16, **config}
+    return Scheduler(EngineConfig(**fields), SlotTable(3), (0,), lambda ids: "".join(chr(97 + i % 26) for i in ids))
+
+
+def turn(scheduler: Scheduler, token: int = 5, now: float = 0.0):
+    chunks = scheduler.schedule()
+    return chunks, scheduler.settle(chunks, [token] * sum(c.samples for c in chunks), now)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 60)), max_size=40))
+def test_a_block_has_one_owner_and_none_is_lost(actions):
+    pool, owned = BlockPool(256, 8), []
+    for take, tokens in actions:
+        if take:
+            blocks = pool.take(tokens)
+            if blocks is None:
+                assert pool.blocks_for(tokens) > pool.total - sum(map(len, owned))
+            else:
+                assert len(blocks) * 8 >= tokens > (len(blocks) - 1) * 8
+                owned.append(blocks)
+        elif owned:
+            pool.give_back(owned.pop(0))
+        held = [b for blocks in owned for b in blocks]
+        assert len(held) == len(set(held)) and pool.used_tokens == 8 * len(held)
+
+
+def test_places_follow_the_block_table():
+    assert places([7, 2], 4, 2, 6) == [30, 31, 8, 9]
+
+
+def test_all_blocks_that_a_request_can_need_are_reserved_at_admission():
+    scheduler = make()
+    for i in range(3):
+        scheduler.add(request(i, [1] * 10, max_tokens=60), 0.0)
+    turn(scheduler)
+    assert [s.request.id for s in scheduler.running] == [0, 1] and scheduler.pool.used_tokens == 144
+    while len(scheduler.running) == 2:
+        turn(scheduler)
+    turn(scheduler)
+    assert [s.request.id for s in scheduler.running] == [2]
+
+
+def test_a_large_request_at_the_head_is_not_overtaken():
+    scheduler = make()
+    for i, size in enumerate((100, 100, 10)):
+        scheduler.add(request(i, [1] * 8, max_tokens=size), 0.0)
+    turn(scheduler)
+    assert [s.request.id for s in scheduler.waiting] == [1, 2]
+
+
+def test_long_prompts_go_in_chunks_beside_running_answers():
+    scheduler = make()
+    scheduler.add(request(0, [1] * 4, max_tokens=20), 0.0)
+    turn(scheduler)
+    scheduler.add(request(1, [2] * 40, max_tokens=4), 0.0)
+    sizes = []
+    for _ in range(3):
+        chunks, events = turn(scheduler)
+        sizes.append([c.stop - c.start for c in chunks])
+    assert sizes == [[1, 16], [1, 16], [1, 8]]
+    assert {e.request_id for e in events} == {0, 1}, "the last chunk gives the first token"
+
+
+def test_rows_of_one_adapter_lie_together_base_first():
+    scheduler = make(kv_tokens=1600)
+    for i, version in enumerate((0, 1, 1, 2)):
+        if version > scheduler.slots.active:
+            scheduler.slots.promote(version, version - 1)
+        scheduler.add(request(i, [3, 4], max_tokens=9), 0.0)
+        turn(scheduler)
+    scheduler.running.reverse()
+    assert [c.sequence.slot for c in scheduler.schedule()] == [None, 0, 0, 1]
+
+
+def test_batch_bound_may_change_while_requests_run():
+    scheduler = make(kv_tokens=1600)
+    for i in range(4):
+        scheduler.add(request(i, [3], max_tokens=3), 0.0)
+    scheduler.max_batch = 1
+    turn(scheduler)
+    assert len(scheduler.running) == 1
+    scheduler.max_batch = 3
+    turn(scheduler)
+    assert len(scheduler.running) == 3
+
+
+def test_ends_are_stop_length_and_cancelled():
+    scheduler = make(kv_tokens=1600)
+    scheduler.add(request(0, [3], max_tokens=2), 0.0)
+    scheduler.add(request(1, [3], max_tokens=5, ignore_eos=True), 0.0)
+    _, events = turn(scheduler, token=0)
+    assert [(e.request_id, e.finish) for e in events] == [(0, FinishReason.STOP), (1, None)]
+    scheduler.add(request(2, [3]), 0.0)
+    assert scheduler.cancel(2).finish is FinishReason.CANCELLED, "also while it waits"
+    assert scheduler.cancel(9) is None

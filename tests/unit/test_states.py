@@ -1,0 +1,42 @@
+"""The whole product of states: nothing moves but by the table."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from clif.states import TRANSITIONS, IllegalTransition, ReplicaState, RequestState, RoundState, advance
+
+KINDS = [ReplicaState, RequestState, RoundState]
+PAIRS = [pair for kind in KINDS for pair in itertools.product(kind, kind)]
+
+
+@pytest.mark.parametrize(("current", "target"), PAIRS, ids=lambda s: f"{type(s).__name__}.{s.value}")
+def test_exactly_the_listed_transitions_are_allowed(current, target):
+    if target in TRANSITIONS[current]:
+        assert advance(current, target) is target
+    else:
+        with pytest.raises(IllegalTransition, match=f"not {target.value}"):
+            advance(current, target)
+
+
+def test_table_covers_every_state_and_stays_within_its_kind():
+    assert set(TRANSITIONS) == {state for kind in KINDS for state in kind}
+    assert all(type(target) is type(state) for state, targets in TRANSITIONS.items() for target in targets)
+
+
+def test_ends_are_ends():
+    for state in (RequestState.FINISHED, RoundState.COMMITTED, RoundState.DISCARDED):
+        assert not TRANSITIONS[state]
+
+
+def test_every_round_can_be_discarded_until_it_is_over_and_every_replica_can_fail():
+    open_states = (RoundState.TRAINING, RoundState.AGGREGATING, RoundState.SETTLING)
+    assert all(RoundState.DISCARDED in TRANSITIONS[state] for state in open_states)
+    assert all(ReplicaState.FAILED in TRANSITIONS[s] for s in ReplicaState if s is not ReplicaState.FAILED)
+
+
+def test_a_running_request_is_never_queued_again():
+    """Tokens have been given out under one version; another replica would start anew."""
+    assert TRANSITIONS[RequestState.RUNNING] == {RequestState.FINISHED}

@@ -1,0 +1,83 @@
+"""Messages arrive as they were sent, in order; nothing is dropped in silence."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from clif.states import ReplicaState
+from clif.types import (
+    FinishReason,
+    HeldoutLoss,
+    Purpose,
+    Request,
+    RoundPlan,
+    RoundResult,
+    Sampling,
+    Slo,
+    TokenEvent,
+    Vote,
+)
+from clif.wire import messages as m
+from clif.wire.channels import ControlChannel, LeaderChannel, decode_down
+
+REQUEST = Request(
+    id=4, prompt=(1, 2), sampling=Sampling(stop=("a",), seed=3), slo=Slo(ttft_s=1.0), purpose=Purpose.PROBE
+)
+PLAN = RoundPlan(round_id=1, members=(0, 2), local_steps=3, micro_batch=4, accumulation=1, base_version=0)
+RESULT = RoundResult(round_id=1, replica=0, samples=8, tokens=90, steps=2, loss=1.5, finite=True)
+VOTE = Vote(round_id=1, replica=0, finite=True, candidate_loss=1.0, active_loss=2.0, tokens=5)
+EVENT = TokenEvent(request_id=4, tokens=(7,), version=2, finish=FinishReason.STOP, text="x")
+DOWN = [
+    m.Submit(request=REQUEST), m.Cancel(request_id=4), m.SetState(state=ReplicaState.COMBINED),
+    m.Limits(max_batch=4, micro_batch=2), m.BeginRound(plan=PLAN), m.FinishSteps(round_id=1), m.Aggregate(round_id=1),
+    m.Settle(round_id=1, commit=True, version=3, publish=True), m.Install(version=3, weights=b"\x00\xff"), m.Evaluate(),
+    m.Stop(),
+]  # fmt: skip
+UP = [
+    m.Hello(replica=0, rank=0, host="h", pid=1, secret="s", max_batch=4, kv_tokens=64, max_context=32, heldout_rows=2,
+            dtype="float32", load_s=0.1),
+    m.Tokens(replica=0, events=(EVENT,)),
+    m.Report(replica=0, running=1, waiting=0, kv_used=8, busy=0.5, version=0, training_steps=0, training_loss=None,
+             serve_samples=((1.0, 0.0, 0.1),)),
+    m.StepsDone(result=RESULT), m.Voted(vote=VOTE), m.RoundFailed(round_id=1, replica=0, error="e"),
+    m.Published(version=3, round_id=1, config_json="{}", weights=b"w"),
+    m.Settled(replica=0, round_id=1, version=3, tick=9),
+    m.Evaluated(result=HeldoutLoss(replica=0, version=0, loss=1.0, tokens=3)), m.Trouble(replica=0, error="e"),
+    m.Goodbye(replica=0),
+]  # fmt: skip
+
+
+def test_every_message_is_covered_here():
+    assert {type(x) for x in DOWN} == set(m.Down.__args__) and {type(x) for x in UP} == set(m.Up.__args__)
+
+
+def test_messages_arrive_whole_and_in_order_in_both_directions():
+    control = ControlChannel()
+    leader = LeaderChannel(control.address, 5)
+    try:
+        for message in UP * 20:
+            leader.send(message)
+        got: list[object] = []
+        while len(got) < len(UP) * 20:
+            batch = list(control.receive(10.0))
+            assert batch, "nothing came within ten seconds"
+            got += batch
+        assert got == UP * 20
+        assert all(control.send(5, message) for message in DOWN * 20)
+        back: list[object] = []
+        while len(back) < len(DOWN) * 20:
+            payloads = leader.receive(10.0)
+            assert payloads, "nothing came within ten seconds"
+            back += [decode_down(p) for p in payloads]
+        assert back == DOWN * 20
+        assert control.send(6, m.Stop()) is False, "an unknown replica is told to the caller, not dropped in silence"
+    finally:
+        leader.close()
+        control.close()
+
+
+@pytest.mark.parametrize("payload", [b"", b"\x93\x01\x02\x03", msgspec.msgpack.encode({"type": "Nonsense"})])
+def test_what_is_no_message_is_refused(payload):
+    with pytest.raises(msgspec.DecodeError):
+        decode_down(payload)
