@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 
 from clif.adapters.bank import AdapterBank, State
-from clif.adapters.store import CONFIG_FILE, WEIGHTS_FILE
 from clif.errors import InputError
+from clif.store import CONFIG_FILE, WEIGHTS_FILE
 
 PREFIX = "base_model.model."
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import zmq
 
-from clif.adapters.store import AdapterStore, write_atomic
 from clif.config import Config
 from clif.control.phases import ControlError
 from clif.control.quality import QualityCheck
@@ -24,6 +23,7 @@ from clif.control.server import ControlServer
 from clif.control.status import Status, StatusHandler
 from clif.data.instruct import read_rows
 from clif.data.load import make_load
+from clif.store import AdapterStore, write_atomic
 from clif.text import ChatTokenizer
 from clif.wire.channels import ControlChannel
 

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from clif.adapters.store import AdapterStore
 from clif.config import Config
 from clif.control.dispatcher import Send
 from clif.control.fleet import Fleet
@@ -15,6 +14,7 @@ from clif.control.launcher import History
 from clif.control.policy import state_after_round
 from clif.control.rounds import Outgoing, Round
 from clif.states import ReplicaState, RoundState
+from clif.store import AdapterStore
 from clif.types import AdapterVersion, RoundPlan
 from clif.wire.messages import Install, Published, RoundFailed, Settled, StepsDone, Voted
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import msgspec
 
-from clif.adapters.store import AdapterStore
 from clif.config import Config
 from clif.control.dispatcher import Dispatcher, Hooks, RequestRecord
 from clif.control.federation import Federation
@@ -26,6 +25,7 @@ from clif.control.slow import SlowLoop
 from clif.control.status import Recent, Snapshot, Status, count_states
 from clif.data.load import ScheduledRequest
 from clif.states import ReplicaState
+from clif.store import AdapterStore
 from clif.types import AdapterVersion, FinishReason, Purpose
 from clif.wire import messages as wire
 from clif.wire.channels import ControlChannel

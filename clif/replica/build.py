@@ -10,7 +10,6 @@ from pathlib import Path
 from clif.adapters.bank import AdapterBank
 from clif.adapters.peft_io import read_folder
 from clif.adapters.slots import SlotTable
-from clif.adapters.store import AdapterStore
 from clif.config import Config
 from clif.data.instruct import Row, encode_samples, read_rows, shard_rows, split_rows
 from clif.models.loading import LoadedModel
@@ -23,6 +22,7 @@ from clif.replica.replica import Replica
 from clif.replica.runner import build_runner
 from clif.replica.scheduler import Scheduler
 from clif.replica.trainer import ShadowTrainer
+from clif.store import AdapterStore
 from clif.text import ChatTokenizer
 from clif.topology import Topology
 from clif.types import TrainSample

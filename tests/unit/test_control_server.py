@@ -16,7 +16,6 @@ import pytest
 import tokenizers
 
 import clif
-from clif.adapters.store import AdapterStore
 from clif.config import Config, config_from_tree
 from clif.control.phases import ControlError, Phase
 from clif.control.quality import QualityCheck
@@ -25,6 +24,7 @@ from clif.control.server import ControlServer
 from clif.control.status import Status
 from clif.data.instruct import read_rows
 from clif.data.load import make_load
+from clif.store import AdapterStore
 from clif.text import ChatTokenizer
 from clif.types import FinishReason, HeldoutLoss, Request, RoundPlan, RoundResult, TokenEvent, Vote
 from clif.wire import messages as wire

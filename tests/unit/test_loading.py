@@ -53,7 +53,7 @@ def test_dtype_auto_is_decided_by_measurement_and_says_so():
     [
         ({"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 300}, "not a Llama-style model"),
         ({"model_type": "granite", "embedding_multiplier": 7.0, "logits_scaling": 2.0}, "computes more than"),
-        ({"model_type": "gemma", "head_dim": 16}, "computes more than"),
+        ({"model_type": "granite", "residual_multiplier": 1.0, "logits_scaling": 3.0}, "computes more than"),
         ({"model_type": "mistral", "sliding_window": 8}, "sliding-window"),
     ],
 )

@@ -14,9 +14,9 @@ from helpers import make_rig, random_state
 from clif.adapters import peft_io
 from clif.adapters.layers import SHADOW
 from clif.adapters.peft_io import AdapterError
-from clif.adapters.store import CONFIG_FILE, WEIGHTS_FILE
 from clif.models.loading import load_model
 from clif.replica.attention import PackedRows
+from clif.store import CONFIG_FILE, WEIGHTS_FILE
 
 IDS = torch.tensor([5, 9, 33, 2, 60, 61, 7])
 
