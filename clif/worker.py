@@ -31,6 +31,7 @@ from clif.wire.channels import LeaderChannel, decode_down
 from clif.wire.messages import Goodbye, Hello, Trouble, Up
 
 log = logging.getLogger(__name__)
+Control = subprocess.Popen[bytes]
 ADDRESS_FILE = "control.address"
 SECRET = "CLIF_SECRET"
 CONTROL_LEAVES_S = 20.0
@@ -49,7 +50,7 @@ def run_rank(config: Config) -> int:
     _check_sharding(topology, loaded)
     log.info("rank %d: %s in %s (%s), %.1f s", env.rank, config.model.path, loaded.dtype, loaded.dtype_reason, load_s)
     with _control_process(config, topology, run_dir, loaded.tokenizer) as control:
-        _serve(config, topology, run_dir, loaded, load_s)
+        _serve(config, topology, run_dir, loaded, load_s, control)
         code = 0 if control is None else control.wait()
     dist.destroy_process_group()
     return code
@@ -64,7 +65,9 @@ def _check_sharding(topology: Topology, loaded: LoadedModel) -> None:
         )
 
 
-def _serve(config: Config, topology: Topology, run_dir: Path, loaded: LoadedModel, load_s: float) -> None:
+def _serve(
+    config: Config, topology: Topology, run_dir: Path, loaded: LoadedModel, load_s: float, control: Control | None
+) -> None:
     channel = _connect(topology) if topology.is_leader else None
 
     def tell(message: Up) -> None:
@@ -77,7 +80,7 @@ def _serve(config: Config, topology: Topology, run_dir: Path, loaded: LoadedMode
     topology.combined_group(tuple(range(len(topology.layout.replicas))))
     tell(_hello(config, topology, replica, loaded, load_s))
     try:
-        _loop(replica, topology, channel)
+        _loop(replica, topology, channel, control)
     except Exception as error:
         tell(Trouble(replica=replica.id, error=f"{type(error).__name__}: {error}"))
         raise
@@ -89,12 +92,15 @@ def _serve(config: Config, topology: Topology, run_dir: Path, loaded: LoadedMode
             channel.close()
 
 
-def _loop(replica: Replica, topology: Topology, channel: LeaderChannel | None) -> None:
+def _loop(replica: Replica, topology: Topology, channel: LeaderChannel | None, control: Control | None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: setattr(replica, "stopping", True))
     while not replica.stopping:
         payloads = channel.receive(replica.wait_s()) if channel is not None else None
         inbox = share_inbox(payloads, topology.tp_group, topology.leader_rank, topology.device)
         replica.tick([decode_down(payload) for payload in inbox])
+        # Nobody would ever say Stop again; torchrun ends the other ranks when this one fails.
+        if control is not None and not replica.stopping and control.poll() is not None:
+            raise RuntimeError(f"the control process ended with code {control.returncode} in the middle of the run")
 
 
 def _hello(config: Config, topology: Topology, replica: Replica, loaded: LoadedModel, load_s: float) -> Hello:
@@ -137,7 +143,7 @@ def _connect(topology: Topology) -> LeaderChannel:
 @contextmanager
 def _control_process(
     config: Config, topology: Topology, run_dir: Path, tokenizer: ChatTokenizer
-) -> Iterator[subprocess.Popen[bytes] | None]:
+) -> Iterator[Control | None]:
     """On rank 0: start the control process and tell the others its address; when it dies, so does this rank.
 
     A process of its own, so that Python's lock never makes replica 0 the slow one.
@@ -162,7 +168,7 @@ def _control_process(
             _wait(process, CONTROL_LEAVES_S)
 
 
-def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> None:
+def _wait(process: Control, timeout_s: float) -> None:
     """Give the control process time to end all requests and close its files; it also ends when this rank is gone."""
     try:
         process.wait(timeout_s)
@@ -176,7 +182,7 @@ def _host(config: Config, topology: Topology) -> str:
     return "127.0.0.1" if topology.env.one_host else socket.gethostbyname(socket.gethostname())
 
 
-def _address(file: Path, process: subprocess.Popen[bytes], timeout_s: float) -> str:
+def _address(file: Path, process: Control, timeout_s: float) -> str:
     deadline = time.monotonic() + timeout_s
     while not file.exists():
         if process.poll() is not None:

@@ -180,3 +180,26 @@ def discard_in_the_middle(topology: Topology, model: str, data: str, run_dir: st
     driver.begin((0,), steps=2, round_id=2)
     result = driver.wait_for(m.StepsDone).result
     return {"settled": settled.version, "undone": undone, "result": result}
+
+
+def broken_round(topology: Topology, model: str, data: str, run_dir: str) -> dict[str, Any]:
+    """An error in the third optimizer step, while a request is being answered."""
+    driver = Driver(topology, model, data, run_dir)
+    trainer = driver.replica.member.trainer
+    before = trainer.bank.shadow.detach().clone()
+    original = trainer.runner.pack
+
+    def fail_later(samples: Any) -> Any:
+        if trainer.steps == 2:
+            raise RuntimeError("out of memory")
+        return original(samples)
+
+    trainer.runner.pack = fail_later  # type: ignore[method-assign]
+    driver.tick(m.Submit(request=request(2, [9, 8], max_tokens=150, ignore_eos=True)))
+    driver.begin((0,), steps=50)
+    failed = driver.wait_for(m.RoundFailed)
+    driver.tick(m.Settle(round_id=1, commit=False, version=0))
+    driver.wait_for(m.Settled)
+    driver.until(lambda: driver.events(2)[-1].finish is not None)
+    undone = torch.equal(before, trainer.bank.shadow.data) and trainer.cursor_state()["committed"] == 0
+    return {"error": failed.error, "undone": undone, "finish": driver.events(2)[-1].finish.value}

@@ -5,6 +5,7 @@ Invariant: all ranks of a replica get the same inbox at the same tick, so they a
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from clif.states import ReplicaState
 from clif.types import TokenEvent
 from clif.wire import messages as m
 
+log = logging.getLogger(__name__)
 ROUND = "round"
 
 
@@ -66,7 +68,7 @@ class Replica:
             self._orders[type(order)](order)
         events = self.engine.serve()
         self._send(events)
-        self.engine.learn()
+        self._learn()
         self._account()
 
     def wait_s(self) -> float:
@@ -79,6 +81,18 @@ class Replica:
     def _send(self, events: list[TokenEvent]) -> None:
         if events:
             self.tell(m.Tokens(replica=self.id, events=tuple(events)))
+
+    def _learn(self) -> None:
+        """A round that breaks (a failed all-reduce, memory) ends for this member; its serving goes on."""
+        try:
+            self.engine.learn()
+        except RuntimeError as error:
+            orders = self.member.orders
+            if orders is None:
+                raise
+            log.exception("round %d broke in replica %d", orders.plan.round_id, self.id)
+            self._drop_round()
+            self.tell(m.RoundFailed(round_id=orders.plan.round_id, replica=self.id, error=str(error)))
 
     def _account(self) -> None:
         self.ticks += 1
@@ -152,10 +166,13 @@ class Replica:
         if order.commit:
             self.member.orders.settle = order  # type: ignore[union-attr]
             return
+        self._drop_round()
+        self.member.discard()
+
+    def _drop_round(self) -> None:
         for job in [job for job in self.engine.jobs if job.name == ROUND]:
             job.close()
             self.engine.jobs.remove(job)
-        self.member.discard()
 
     def _in_round(self, round_id: int) -> bool:
         orders = self.member.orders

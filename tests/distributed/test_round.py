@@ -55,3 +55,8 @@ def test_discarded_round_leaves_no_trace(model, data, tmp_path):
     (result,) = run_ranks(1, bodies.discard_in_the_middle, model, data, str(tmp_path))
     assert result["settled"] == 0 and result["undone"]
     assert result["result"].steps == 2
+
+
+def test_broken_round_ends_for_the_member_and_its_serving_goes_on(model, data, tmp_path):
+    (result,) = run_ranks(1, bodies.broken_round, model, data, str(tmp_path))
+    assert result == {"error": "out of memory", "undone": True, "finish": "length"}

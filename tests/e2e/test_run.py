@@ -123,6 +123,17 @@ def test_no_request_is_lost_when_the_run_is_stopped(tmp_path):
     assert {finish for finish, _ in found.values()} <= {"length", "stop", "failed", "cancelled"}
 
 
+def test_run_ends_when_the_control_process_dies(tmp_path):
+    run_dir = tmp_path / "headless"
+    process = start(run_dir, "load.duration_s=60")
+    wait_until(process, run_dir, "open:")
+    control = [p for p in psutil.Process(process.pid).children(recursive=True) if "clif.control" in p.cmdline()]
+    control[0].kill()
+    assert process.wait(60) != 0
+    assert "the control process ended with code -9" in (tmp_path / "log.txt").read_text()
+    ends(run_dir)
+
+
 def wait_for_the_control_process(run_dir: Path) -> None:
     end = time.monotonic() + 30
     while any(str(run_dir) in p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"]):
