@@ -1,12 +1,35 @@
-"""The only caller of torch.distributed collectives. Each names its group; none uses the default group.
+"""The only caller of collectives. Each names its group; none uses the default group.
 
 Rule: all ranks of the group call the same function in the same order, from the same thread.
 """
 
 from __future__ import annotations
 
+import datetime
+from typing import Protocol, cast
+
 import torch
 import torch.distributed as dist
+
+
+class Group(Protocol):
+    """A process group of torch's C++ backends: Gloo's and NCCL's take the same calls."""
+
+    def allreduce(self, tensors: list[torch.Tensor]) -> dist.Work: ...
+
+
+def make_group(backend: str, store: dist.Store, name: str, rank: int, size: int, timeout: datetime.timedelta) -> Group:
+    """A group of `size` ranks that meet in the store under `name`; this one is number `rank` of them.
+
+    Not by dist.new_group: it derives the name from the number of groups that a process has made before, which
+    differs between replicas that took part in different rounds, and ranks with different names wait for ever.
+    """
+    place = dist.PrefixStore(name, store)
+    if backend == "gloo":
+        return cast(Group, dist.ProcessGroupGloo(place, rank, size, timeout))
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return cast(Group, dist.ProcessGroupNCCL(place, rank, size, options))
 
 
 class WeightedMean:
@@ -16,14 +39,14 @@ class WeightedMean:
     whose vector must not count sends zeros with weight 0: multiplying by 0 would not do (0 x NaN is NaN).
     """
 
-    def __init__(self, vector: torch.Tensor, weight: float, group: dist.ProcessGroup) -> None:
+    def __init__(self, vector: torch.Tensor, weight: float, group: Group) -> None:
         self._buffer = torch.empty(vector.numel() + 1, dtype=torch.float32, device=vector.device)
         if weight > 0:
             torch.mul(vector, weight, out=self._buffer[:-1])
             self._buffer[-1] = weight
         else:
             self._buffer.zero_()
-        self._work = dist.all_reduce(self._buffer, group=group, async_op=True)
+        self._work: dist.Work | None = group.allreduce([self._buffer])
 
     def done(self) -> bool:
         """True when the result is there. Raises RuntimeError when the collective failed."""
@@ -39,14 +62,6 @@ class WeightedMean:
         """(mean [n], sum of weights). The mean is undefined when the sum is 0."""
         total = float(self._buffer[-1])
         return self._buffer[:-1] / max(total, torch.finfo(torch.float32).tiny), total
-
-
-def sum_scalars(values: list[float], group: dist.ProcessGroup, device: torch.device) -> list[float]:
-    """Sum a few numbers over a group (float64 on a CPU)."""
-    kind = torch.float64 if device.type == "cpu" else torch.float32
-    tensor = torch.tensor(values, dtype=kind, device=device)
-    dist.all_reduce(tensor, group=group)
-    return [float(v) for v in tensor]
 
 
 def share_inbox(

@@ -85,6 +85,8 @@ def check_heads(layout: Layout, heads: int) -> None:
 
 
 def _explicit(world_size: int, tp_size: int, replicas: int | None, replica_gpus: tuple[tuple[int, ...], ...]) -> Layout:
+    if not all(replica_gpus):
+        raise LayoutError("layout.replica_gpus has a replica without ranks: give it at least one or remove it")
     ranks = [rank for group in replica_gpus for rank in group]
     if sorted(ranks) != list(range(world_size)):
         raise LayoutError(

@@ -18,6 +18,8 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
+from clif.errors import InputError
+
 Message = dict[str, str]
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_FILE = "chat.json"
@@ -39,7 +41,7 @@ class ChatTokenizer:
         special: dict[str, str] | None = None,
     ) -> None:
         if not eos_ids:
-            raise ValueError("the model names no end-of-text token: set eos_token in its tokenizer_config.json")
+            raise InputError("the model names no end-of-text token: set eos_token in its tokenizer_config.json")
         self.tokenizer = tokenizer
         self.template = template
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
@@ -88,10 +90,10 @@ class ChatTokenizer:
 
 
 def from_transformers(tokenizer: Any, eos_ids: Sequence[int]) -> ChatTokenizer:
-    """Take over a Hugging Face tokenizer. Raises ValueError if it has no fast (Rust) backend."""
+    """Take over a Hugging Face tokenizer. Raises InputError if it has no fast (Rust) backend."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ValueError(
+        raise InputError(
             f"{type(tokenizer).__name__} has no fast tokenizer: add a tokenizer.json to the model's folder"
         )
     template = tokenizer.chat_template

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from clif.collectives import Group, make_group
 from clif.config import Config, ConfigError
 from clif.layout import Layout, make_layout
 
@@ -43,8 +44,10 @@ class Topology:
     device: torch.device
     timeout: datetime.timedelta
     store: dist.Store
+    backend: str
     tp_group: dist.ProcessGroup
-    _combined: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
+    _combined: dict[tuple[int, ...], Group] = field(default_factory=dict)
+    _retired: list[Group] = field(default_factory=list)
 
     @property
     def replica(self) -> int:
@@ -62,15 +65,27 @@ class Topology:
     def leader_rank(self) -> int:
         return self.layout.leader(self.replica)
 
-    def combined_group(self, members: tuple[int, ...]) -> dist.ProcessGroup:
+    def combined_group(self, members: tuple[int, ...], round_id: int) -> Group:
         """The group that averages this rank's shard over the member replicas; all of them must ask for it.
 
-        Made by its members alone, so that non-members go on serving, and once per member set.
+        Made by its members alone, so that non-members go on serving, and once per member set, under the id of the
+        first round that needs it.
         """
         if members not in self._combined:
-            ranks = list(self.layout.peers(members, self.tp_rank))
-            self._combined[members] = _group(ranks, self.timeout, f"combined tp{self.tp_rank} {ranks}")
+            ranks = self.layout.peers(members, self.tp_rank)
+            name = f"clif/combined/{round_id}/{'-'.join(map(str, ranks))}"
+            place = ranks.index(self.env.rank)
+            self._combined[members] = make_group(self.backend, self.store, name, place, len(ranks), self.timeout)
         return self._combined[members]
+
+    def retire_group(self, members: tuple[int, ...]) -> None:
+        """Never use this member set's group again: an all-reduce that was given up may still be pending in it.
+
+        Else that old one could meet the next round's. The group is kept, since closing it would wait for it.
+        """
+        group = self._combined.pop(members, None)
+        if group is not None:
+            self._retired.append(group)
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
@@ -106,15 +121,18 @@ def make_topology(config: Config, env: RankEnv, store: dist.Store | None = None)
     timeout = datetime.timedelta(seconds=config.dist.timeout_s)
     if store is None:
         store = _store(env, timeout)
+    backend = choose_backend(config.dist.backend, device)
     dist.init_process_group(
-        choose_backend(config.dist.backend, device),
+        backend,
         rank=env.rank,
         world_size=env.world_size,
         timeout=timeout,
         store=dist.PrefixStore("torch", store),
     )
     mine = list(layout.replicas[layout.replica_of(env.rank)])
-    return Topology(env, layout, device, timeout, store, _group(mine, timeout, f"tp {mine}"))
+    # Every rank makes exactly this one group by torch's own means, so all agree on its name (see make_group).
+    tp_group = dist.new_group(mine, timeout=timeout, use_local_synchronization=True, group_desc=f"tp {mine}")
+    return Topology(env, layout, device, timeout, store, backend, tp_group)
 
 
 def _store(env: RankEnv, timeout: datetime.timedelta) -> dist.Store:
@@ -123,7 +141,3 @@ def _store(env: RankEnv, timeout: datetime.timedelta) -> dist.Store:
         return dist.HashStore()
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     return store
-
-
-def _group(ranks: list[int], timeout: datetime.timedelta, name: str) -> dist.ProcessGroup:
-    return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True, group_desc=name)

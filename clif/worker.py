@@ -77,7 +77,7 @@ def _serve(
     records = RankRecords(run_dir, topology.env.rank, config.metrics, provenance(config))
     replica = build_replica(config, topology, loaded, run_dir, records, tell)
     # The group of all replicas is the one that most rounds need: made while nobody is being served.
-    topology.combined_group(tuple(range(len(topology.layout.replicas))))
+    topology.combined_group(tuple(range(len(topology.layout.replicas))), round_id=0)
     tell(_hello(config, topology, replica, loaded, load_s))
     try:
         _loop(replica, topology, channel, control)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from helpers import answer, request
 
-from clif.collectives import WeightedMean, share_inbox, sum_scalars
+from clif.collectives import WeightedMean, share_inbox
 from clif.config import config_from_tree
 from clif.models.loading import load_model
 from clif.replica.build import build_replica
@@ -21,27 +21,33 @@ from clif.topology import Topology
 from clif.types import RoundPlan, TokenEvent
 from clif.wire import messages as m
 
+CPU = torch.device("cpu")
 
-def mean_over_members(topology: Topology, members: tuple[int, ...], nan_member: int | None) -> list[float] | None:
-    """Members average rank + 1 with weight rank + 1; non-members do nothing at all."""
-    if topology.replica not in members:
-        return None
-    group = topology.combined_group(members)
-    assert topology.combined_group(members) is group, "made once per member set"
-    value = float("nan") if topology.replica == nan_member else float(topology.replica + 1)
-    weight = 0 if topology.replica == nan_member else topology.replica + 1
-    mean = WeightedMean(torch.full((5,), value, device=topology.device), weight, group)
+
+def finish(mean: WeightedMean) -> list[float]:
+    """The mean and the sum of weights."""
     while not mean.done():
         time.sleep(0.001)
     average, total = mean.result()
     return [*average.tolist(), total]
 
 
-def tensor_parallel_groups(topology: Topology) -> tuple[list[float], list[float]]:
-    """With two ranks per replica: sums of rank numbers within the replica, and over all replicas' same shard."""
-    rank = [float(topology.env.rank)]
-    within = sum_scalars(rank, topology.tp_group, topology.device)
-    return within, sum_scalars(rank, topology.combined_group((0, 1)), topology.device)
+def mean_over_members(topology: Topology, members: tuple[int, ...], nan_member: int | None) -> list[float] | None:
+    """Members average rank + 1 with weight rank + 1; non-members do nothing at all."""
+    if topology.replica not in members:
+        return None
+    group = topology.combined_group(members, 1)
+    assert topology.combined_group(members, 2) is group, "made once per member set"
+    value = float("nan") if topology.replica == nan_member else float(topology.replica + 1)
+    weight = 0 if topology.replica == nan_member else topology.replica + 1
+    return finish(WeightedMean(torch.full((5,), value, device=topology.device), weight, group))
+
+
+def tensor_parallel_groups(topology: Topology) -> tuple[list[int], list[float]]:
+    """With two ranks per replica: the leader's rank, and the mean rank over all replicas' same shard."""
+    rank = [topology.env.rank]
+    within = share_inbox([bytes(rank)] if topology.is_leader else None, topology.tp_group, topology.leader_rank, CPU)
+    return list(within[0]), finish(WeightedMean(torch.tensor(rank).float(), 1, topology.combined_group((0, 1), 1)))
 
 
 def two_sets_at_once(topology: Topology) -> list[float]:
@@ -51,19 +57,30 @@ def two_sets_at_once(topology: Topology) -> list[float]:
 
 
 def absent_everywhere(topology: Topology) -> float:
-    mean = WeightedMean(torch.full((3,), float("inf")), 0, topology.combined_group((0, 1)))
-    while not mean.done():
-        time.sleep(0.001)
-    return mean.result()[1]
+    return finish(WeightedMean(torch.full((3,), float("inf")), 0, topology.combined_group((0, 1), 1)))[-1]
 
 
-def inbox_and_sums(topology: Topology) -> tuple[list[bytes], list[bytes], list[float]]:
+def overlapping_sets(topology: Topology) -> list[list[float] | None]:
+    """One round after the other; replicas have taken part in different numbers of rounds when they meet."""
+    return [mean_over_members(topology, members, None) for members in ((0, 1), (1, 2), (0, 2), (0, 1, 2))]
+
+
+def given_up_all_reduce(topology: Topology) -> list[float]:
+    """Replica 0 has begun an all-reduce that replica 1 never joins; the round is discarded; the next one is right."""
+    members, one = (0, 1), torch.ones(4)
+    old = topology.combined_group(members, 1)
+    pending = WeightedMean(one * 1000, 1, old) if topology.replica == 0 else None
+    topology.retire_group(members)
+    mean = finish(WeightedMean(one * topology.replica, 1, topology.combined_group(members, 2)))
+    assert pending is None or not pending.done()
+    return mean
+
+
+def inbox(topology: Topology) -> tuple[list[bytes], list[bytes]]:
     """The leader's messages reach its peers, whole and in order; so does an empty inbox."""
-    messages = [b"first", b"", b"third" * 1000] if topology.env.rank == 0 else None
-    device = torch.device("cpu")
-    got = share_inbox(messages, topology.combined_group((0, 1)), 0, device) if topology.env.rank < 2 else []
-    empty = share_inbox([] if topology.is_leader else None, topology.tp_group, topology.leader_rank, device)
-    return got, empty, sum_scalars([1.0, topology.env.rank], topology.combined_group((0, 1)), device)
+    messages, nothing = ([b"first", b"", b"third" * 1000], []) if topology.is_leader else (None, None)
+    got = share_inbox(messages, topology.tp_group, topology.leader_rank, CPU)
+    return got, share_inbox(nothing, topology.tp_group, topology.leader_rank, CPU)
 
 
 class Driver:

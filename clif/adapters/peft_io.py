@@ -81,6 +81,10 @@ def read_folder(bank: AdapterBank, folder: Path) -> State:
         weights = (folder / WEIGHTS_FILE).read_bytes()
     except OSError as error:
         raise AdapterError(f"{folder} is not a PEFT adapter folder: {error.strerror} ({error.filename})") from error
+    except ValueError as error:
+        raise AdapterError(f"{folder / CONFIG_FILE} is damaged: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise AdapterError(f"{folder / CONFIG_FILE} does not describe a LoRA adapter: export one with peft_type LORA")
     for key, ours in (("r", bank.config.r), ("lora_alpha", bank.config.lora_alpha)):
         if config.get(key) != ours:
             raise AdapterError(f"{folder} has {key}={config.get(key)}, the run has {ours}: change adapter.{key}")

@@ -79,8 +79,10 @@ def _random(path: str, dtype: torch.dtype, seed: int) -> tuple[Any, ChatTokenize
     file = place / "config.json" if place.is_dir() else place
     if not file.is_file():
         raise ConfigError(f"model.path {RANDOM}{path}: there is no {file}; name a config.json or a folder with one")
-    fields = json.loads(file.read_text())
-    shape = transformers.AutoConfig.for_model(**fields)
+    try:
+        shape = transformers.AutoConfig.for_model(**json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{file} is not a transformers configuration: {str(error).splitlines()[0]}") from error
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="sdpa")
     if (file.parent / "tokenizer.json").is_file():

@@ -31,10 +31,10 @@ class CheckpointWriter:
         self.path = folder / f"rank-{rank:05d}.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
         self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
+        self._error: Exception | None = None
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write in a thread of its own. Raises the OSError that the former write ended with."""
+        """Write in a thread of its own. Raises the OSError or SafetensorError that the former write ended with."""
         self.wait()
         self._thread = threading.Thread(target=self._write, args=(checkpoint,), name="checkpoint")
         self._thread.start()
@@ -62,7 +62,7 @@ class CheckpointWriter:
             with part.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(part, self.path)
-        except OSError as error:
+        except (OSError, safetensors.SafetensorError) as error:
             self._error = error
 
 

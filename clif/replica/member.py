@@ -58,7 +58,7 @@ class Member:
         yield WAIT
         self._snapshot = self.trainer.snapshot()
         # Made now and not when it is needed: the members have just been told, so nobody waits long for the others.
-        self.topology.combined_group(plan.members)
+        self.topology.combined_group(plan.members, plan.round_id)
         _, active_loss = yield from self.heldout.active_loss(self.slots)
         result = yield from self._local_steps(orders)
         self.tell(StepsDone(result=result))
@@ -101,7 +101,8 @@ class Member:
         """
         bank = self.trainer.bank
         mine = bank.shadow.detach().clone()
-        mean = WeightedMean(mine, result.samples if result.finite else 0, self.topology.combined_group(plan.members))
+        group = self.topology.combined_group(plan.members, plan.round_id)
+        mean = WeightedMean(mine, result.samples if result.finite else 0, group)
         while not mean.done():
             yield WAIT
         average, weight = mean.result()
@@ -161,6 +162,8 @@ class Member:
         """The round came to nothing: the shadow is again what it was, and what was active stays active."""
         if self.orders is None:
             return
+        if self.orders.aggregate:
+            self.topology.retire_group(self.orders.plan.members)
         if self._snapshot is not None:
             self.trainer.rollback(self._snapshot)
         round_id, self.orders, self._snapshot = self.orders.plan.round_id, None, None

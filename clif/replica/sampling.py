@@ -27,7 +27,8 @@ def sample(logits: torch.Tensor, params: list[Sampling], rngs: list[torch.Genera
 
 def distribution(logits: torch.Tensor, params: Sampling) -> torch.Tensor:
     """Probabilities [vocabulary] after temperature, then top_k, then top_p (the order of transformers)."""
-    logits = logits / params.temperature
+    # The largest becomes 0 first: a tiny temperature would else make it infinite.
+    logits = (logits - logits.max()) / params.temperature
     if 0 < params.top_k < logits.numel():
         smallest = logits.topk(params.top_k).values[-1]
         logits = logits.masked_fill(logits < smallest, float("-inf"))

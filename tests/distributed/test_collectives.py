@@ -29,7 +29,20 @@ def test_disjoint_rounds_do_not_disturb_each_other():
 
 def test_each_shard_is_averaged_with_the_same_shard_of_the_other_replicas():
     results = run_ranks(4, bodies.tensor_parallel_groups, layout={"replica_gpus": [[0, 3], [1, 2]]})
-    assert results == [([3.0], [1.0]), ([3.0], [1.0]), ([3.0], [5.0]), ([3.0], [5.0])]
+    assert results == [([0], [0.5, 2.0]), ([1], [0.5, 2.0]), ([1], [2.5, 2.0]), ([0], [2.5, 2.0])]
+
+
+def test_replicas_of_different_histories_find_each_other():
+    results = run_ranks(3, bodies.overlapping_sets)
+    rounds = {(0, 1): 5 / 3, (1, 2): 13 / 5, (0, 2): 10 / 4, (0, 1, 2): 14 / 6}
+    for i, (members, mean) in enumerate(rounds.items()):
+        for replica in range(3):
+            expected = pytest.approx([mean] * 5 + [sum(m + 1 for m in members)]) if replica in members else None
+            assert results[replica][i] == expected
+
+
+def test_an_all_reduce_that_was_given_up_never_meets_the_next_round():
+    assert run_ranks(2, bodies.given_up_all_reduce) == [[0.5] * 4 + [2.0]] * 2
 
 
 def test_round_without_any_weight_says_so():
@@ -37,6 +50,5 @@ def test_round_without_any_weight_says_so():
 
 
 def test_inbox_of_the_leader_reaches_its_peers_in_order():
-    results = run_ranks(2, bodies.inbox_and_sums)
-    assert results[0][1] == results[1][1] == []
-    assert results[0][2] == results[1][2] == [2.0, 1.0]
+    results = run_ranks(2, bodies.inbox, layout={"tp_size": 2})
+    assert results == [([b"first", b"", b"third" * 1000], [])] * 2

@@ -152,7 +152,6 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, sentence):
         load_config(path)
 
 
-@pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="BUG in load_config: only OSError is caught")
 def test_a_file_that_is_no_text_is_refused_with_a_sentence(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF\x03\xff\xfe\x80")
