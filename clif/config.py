@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from clif.errors import InputError
+from clif.strict_yaml import strict_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -325,24 +326,13 @@ def _get_it(path: Path) -> str:
     return "run `clif fetch`" if path.parts[:1] == ("assets",) else "correct it"
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that is given twice is an error: the first one would be dropped in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def load_config(path: Path | str, overrides: tuple[str, ...] = ()) -> Config:
     """Read a YAML file, apply `a.b=value` overrides and validate.
 
     Raises ConfigError with one sentence per mistake.
     """
     try:
-        tree = yaml.load(Path(path).read_text(), _UniqueKeys) or {}
+        tree = strict_yaml(Path(path).read_text()) or {}
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

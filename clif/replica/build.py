@@ -91,7 +91,8 @@ def build_replica(
         slots=slots,
         base=config.model.path,
         tell=tell,
-        on_step=records.step,
+        # Once per replica: its ranks all take the same steps.
+        on_step=records.step if topology.is_leader else lambda *_: None,
         on_version=on_version,
         tick=lambda: replica.ticks,
         micro_batch=config.train.micro_batch,
