@@ -25,7 +25,7 @@ $(ASSETS): | $(READY)
 	$(BIN)/clif fetch
 
 demo: $(READY) $(ASSETS)  ## Serve and fine-tune SmolLM2-135M on 2 ranks; ends by itself
-	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) launch/run.py --config configs/demo.yaml
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) launch/run.py --config configs/demo.yaml
 
 test: $(READY)  ## Everything that runs in minutes without a GPU
 	$(BIN)/python -P -m pytest -m "not gpu and not slow"

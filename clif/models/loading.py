@@ -56,6 +56,8 @@ def _pretrained(path: str, dtype: torch.dtype) -> tuple[Any, ChatTokenizer]:
         source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     elif path.startswith((".", "/")) and not Path(path).is_dir():
         raise ConfigError(f"model.path {path} is not a folder: correct it")
+    # Every rank would draw its own bar over the run's status.
+    transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
         model = transformers.AutoModelForCausalLM.from_pretrained(
