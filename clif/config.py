@@ -176,7 +176,7 @@ class FederationConfig(Section):
     rounds: Annotated[int, Field(ge=0)] | None = None
     """Rounds to complete before the run may end; None: as many as fit while load lasts."""
     local_steps: Positive = 20
-    """Optimizer steps of a member in one round."""
+    """Optimizer steps of a member in one round at the configured micro-batch: what counts are their samples."""
     min_members: Positive = 1
     round_timeout_s: PositiveFloat = 120.0
     """Local steps are cut off after this time; members are weighted by the samples they did."""

@@ -103,8 +103,8 @@ class AdapterVersion(msgspec.Struct, frozen=True, kw_only=True):
 class RoundPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What the members of a federated round are asked to do.
 
-    members: replica ids, sorted; group_id names the process group made for exactly this member set.
-    local_steps: optimizer steps per member; each takes micro_batch x accumulation samples.
+    members: replica ids, sorted.
+    local_steps: optimizer steps per member at this micro_batch; each takes micro_batch x accumulation samples.
     """
 
     round_id: int
@@ -115,8 +115,9 @@ class RoundPlan(msgspec.Struct, frozen=True, kw_only=True):
     base_version: int
 
     @property
-    def group_id(self) -> str:
-        return "combined-" + "-".join(map(str, self.members))
+    def samples(self) -> int:
+        """What each member trains on. It stays when the coordinator changes the micro-batch: then the steps change."""
+        return self.local_steps * self.micro_batch * self.accumulation
 
 
 class RoundResult(msgspec.Struct, frozen=True, kw_only=True):

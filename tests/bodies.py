@@ -220,3 +220,12 @@ def broken_round(topology: Topology, model: str, data: str, run_dir: str) -> dic
     driver.until(lambda: driver.events(2)[-1].finish is not None)
     undone = torch.equal(before, trainer.bank.shadow.data) and trainer.cursor_state()["committed"] == 0
     return {"error": failed.error, "undone": undone, "finish": driver.events(2)[-1].finish.value}
+
+
+def smaller_batches(topology: Topology, model: str, data: str, run_dir: str) -> tuple[int, int]:
+    """The coordinator halves the micro-batch at the beginning of a round."""
+    driver = Driver(topology, model, data, run_dir)
+    driver.begin((0,), steps=6)
+    driver.tick(m.Limits(max_batch=8, micro_batch=2))
+    result = driver.wait_for(m.StepsDone).result
+    return result.samples, result.steps

@@ -75,7 +75,7 @@ class Member:
     def _local_steps(self, orders: RoundOrders) -> Slices[RoundResult]:
         plan, started = orders.plan, time.monotonic()
         results: list[StepResult] = []
-        while len(results) < plan.local_steps and not orders.finish_steps:
+        while sum(r.samples for r in results) < plan.samples and not orders.finish_steps:
             results.append((yield from self.trainer.step(self.micro_batch, plan.accumulation)))
             self.on_step(plan, results[-1])
             if not results[-1].finite:

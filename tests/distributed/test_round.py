@@ -60,3 +60,8 @@ def test_discarded_round_leaves_no_trace(model, data, tmp_path):
 def test_broken_round_ends_for_the_member_and_its_serving_goes_on(model, data, tmp_path):
     (result,) = run_ranks(1, bodies.broken_round, model, data, str(tmp_path))
     assert result == {"error": "out of memory", "undone": True, "finish": "length"}
+
+
+def test_smaller_batches_mean_more_steps_and_not_less_training(model, data, tmp_path):
+    ((samples, steps),) = run_ranks(1, bodies.smaller_batches, model, data, str(tmp_path))
+    assert samples == 24 and 11 <= steps <= 12, "one step may have begun with the larger batch"
