@@ -11,6 +11,7 @@ RANKS ?= 2
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
+# Modules instead of scripts (python -m ...): a package of the machine's own Python has no script in .venv.
 # A machine that has a torch keeps it; a bare one gets the CPU build that CLIF is tested with.
 $(READY): setup.py pyproject.toml
 	@if $(PYTHON) -c "import torch" 2>/dev/null; then \
@@ -22,10 +23,10 @@ $(READY): setup.py pyproject.toml
 	@touch $(READY)
 
 $(ASSETS): | $(READY)
-	$(BIN)/clif fetch
+	$(BIN)/python -P -m clif.cli fetch
 
 demo: $(READY) $(ASSETS)  ## Serve and fine-tune SmolLM2-135M on 2 ranks; ends by itself
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node $(RANKS) launch/run.py --config configs/demo.yaml
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m torch.distributed.run --standalone --nproc-per-node $(RANKS) launch/run.py --config configs/demo.yaml
 
 test: $(READY)  ## Everything that runs in minutes without a GPU
 	$(BIN)/python -P -m pytest -m "not gpu and not slow"
@@ -37,10 +38,10 @@ test-gpu: $(READY)  ## Tests that need an NVIDIA GPU
 	$(BIN)/python -P -m pytest -m gpu
 
 check: $(READY)  ## Lint and types
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/python -P -m ruff check . && $(BIN)/python -P -m ruff format --check . && $(BIN)/python -P -m mypy
 
 format: $(READY)  ## Let ruff mend what it can
-	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+	$(BIN)/python -P -m ruff check --fix . ; $(BIN)/python -P -m ruff format .
 
 clean:  ## Remove the virtual environment and what runs left
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -59,7 +59,7 @@ class LayoutConfig(Section):
     tp_size: Positive = 1
     """Ranks that hold one copy of the model together."""
     replica_gpus: tuple[tuple[int, ...], ...] | None = None
-    """Explicit form: the ranks of each replica, e.g. [[0, 1], [2, 3]]."""
+    """Explicit form: the ranks (one GPU each) of each replica, e.g. [[0, 1], [2, 3]]."""
 
     @property
     def ranks(self) -> int:
@@ -147,7 +147,7 @@ class DataConfig(Section):
     shard: Literal["round_robin", "client"] = "round_robin"
     """How training rows are shared among replicas: in turn, or by the field "client"."""
     max_sample_tokens: Positive = 512
-    """A longer sample is rejected with a reason."""
+    """A longer sample, or one longer than model.max_context, is rejected with a reason."""
 
 
 class TrainConfig(Section):
@@ -174,7 +174,7 @@ class TrainConfig(Section):
 
 class FederationConfig(Section):
     rounds: Annotated[int, Field(ge=0)] | None = None
-    """Rounds to complete before the run may end; None: as many as fit while load lasts."""
+    """Rounds to complete, not more, before the run may end; None: as many as fit while load lasts."""
     local_steps: Positive = 20
     """Optimizer steps of a member in one round at the configured micro-batch: what counts are their samples."""
     min_members: Positive = 1
@@ -240,9 +240,11 @@ class TraceConfig(Section):
 class LoadConfig(Section):
     kind: Literal["none", "constant", "poisson", "gamma", "trace"] = "none"
     rate_rps: PositiveFloat = 1.0
+    """Of generated load; a trace has its own."""
     cv: PositiveFloat = 3.0
     """Coefficient of variation of the gaps of gamma load: 1 is Poisson, more is burstier."""
     duration_s: PositiveFloat = 60.0
+    """A trace is cut off after this time, too (at its replayed speed)."""
     max_requests: Positive | None = None
     split: str = "train"
     """Split of data.path from which prompts are drawn."""

@@ -58,7 +58,7 @@ class Slo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """A tokenised request. prompt holds token ids; reference is the known answer of a probe or data-set row."""
+    """A tokenised request. prompt holds token ids; id is unique within a run."""
 
     id: int
     prompt: tuple[int, ...]
@@ -138,7 +138,8 @@ class Vote(msgspec.Struct, frozen=True, kw_only=True):
     """A member's judgement of the averaged adapter on its part of the held-out rows.
 
     Losses are sums over answer tokens, in nats, so that the parts of all members can be pooled.
-    product_error: relative size of sum_i w_i (B_i - Bbar)(A_i - Abar), what FedAvg of the factors gets wrong.
+    product_error: |(B_i - Bbar)(A_i - Abar)| / |Bbar Abar| of this member. Averaged with the members' weights it is
+    at least the relative error of averaging A and B apart, |sum_i w_i (B_i - Bbar)(A_i - Abar)| / |Bbar Abar|.
     """
 
     round_id: int

@@ -61,7 +61,8 @@ def _check_sharding(topology: Topology, loaded: LoadedModel) -> None:
     check_heads(topology.layout, loaded.model.config.num_attention_heads)
     if any(len(ranks) > 1 for ranks in topology.layout.replicas):
         raise ConfigError(
-            "replicas of several ranks are laid out but their layers not sharded yet: set layout.tp_size=1"
+            "replicas of several ranks are laid out but their layers not sharded yet: "
+            "set layout.tp_size=1, or one rank in each of layout.replica_gpus"
         )
 
 
@@ -74,7 +75,7 @@ def _serve(
         if channel is not None:
             channel.send(message)
 
-    records = RankRecords(run_dir, topology.env.rank, config.metrics, provenance(config))
+    records = RankRecords(run_dir, topology.env.rank, config.metrics, provenance(config), _gpu(topology.device))
     replica = build_replica(config, topology, loaded, run_dir, records, tell)
     # The group of all replicas is the one that most rounds need: made while nobody is being served.
     topology.combined_group(tuple(range(len(topology.layout.replicas))), round_id=0)
@@ -103,6 +104,11 @@ def _loop(replica: Replica, topology: Topology, channel: LeaderChannel | None, c
             raise RuntimeError(f"the control process ended with code {control.returncode} in the middle of the run")
 
 
+def _gpu(device: torch.device) -> str | None:
+    """The GPU's UUID for NVML, whose numbering ignores CUDA_VISIBLE_DEVICES; None on a CPU."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
+
+
 def _hello(config: Config, topology: Topology, replica: Replica, loaded: LoadedModel, load_s: float) -> Hello:
     return Hello(
         replica=replica.id,
@@ -123,6 +129,8 @@ def _agree_on_run_dir(config: Config, topology: Topology) -> Path:
     """Rank 0 makes a folder that no former run used, or takes the one to resume; the others learn its name."""
     if topology.env.rank == 0:
         folder = config.run_dir
+        if config.run.resume and not (folder / "config.json").is_file():
+            raise ConfigError(f"run.resume: {folder} holds no run: correct run.name or run.out_dir, or start anew")
         for n in range(2, 10_000):
             if config.run.resume or not folder.exists():
                 break

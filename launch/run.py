@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from clif.config import Config, load_config
+from clif.config import Config, ConfigError, load_config
 from clif.data.check import check_inputs
 from clif.errors import InputError
 from clif.layout import Layout, make_layout
@@ -37,6 +37,7 @@ def main(
     try:
         settings = load_config(config, tuple(overrides or ()))
         layout = _layout(settings)
+        _check_rounds(settings, layout)
         if rank == 0:
             check_inputs(settings)
         code = _print(layout) if dry_run else _run(settings)
@@ -51,6 +52,13 @@ def _layout(settings: Config) -> Layout:
     wanted = settings.layout
     world = int(os.environ.get("WORLD_SIZE", wanted.ranks))
     return make_layout(world, wanted.tp_size, wanted.replicas, wanted.replica_gpus)
+
+
+def _check_rounds(settings: Config, layout: Layout) -> None:
+    """Raises ConfigError for rounds that could never begin."""
+    least, there = settings.federation.min_members, len(layout.replicas)
+    if settings.train.enabled and least > there:
+        raise ConfigError(f"federation.min_members {least} exceeds the {there} replicas: lower it or start more ranks")
 
 
 def _print(layout: Layout) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from clif.config import Config
@@ -84,7 +84,7 @@ class Records:
             train_loss=train_loss(results),
             heldout_candidate=candidate,
             heldout_active=active,
-            product_error=_mean([v.product_error for v in votes]),
+            product_error=product_error(ended.results, votes),
             noise_scale=_mean([r.noise_scale for r in results]),
             started_s=self._stamp(ended.began_s),
             trained_s=self._stamp(ended.trained_s),
@@ -144,6 +144,13 @@ class Records:
 
     def _stamp(self, stamp: float | None) -> float | None:
         return None if stamp is None else self._writer.since_start(stamp)
+
+
+def product_error(results: Mapping[int, RoundResult], votes: Sequence[Vote]) -> float | None:
+    """Mean of the members' own errors, weighted as FedAvg weights them: by samples. None when nobody knows one."""
+    known = [(results[v.replica].samples, v.product_error) for v in votes if v.product_error is not None]
+    total = sum(weight for weight, _ in known)
+    return sum(weight * error for weight, error in known) / total if total else None
 
 
 def train_loss(results: list[RoundResult]) -> float | None:

@@ -11,6 +11,8 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from clif.errors import InputError
+
 
 class SampleCursor:
     """Hands out the positions 0..n-1 of n samples, epoch after epoch, in an order fixed by the seed.
@@ -63,9 +65,9 @@ class SampleCursor:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], n: int | None = None) -> SampleCursor:
-        """Continue from state(). Raises ValueError if n is given and the checkpoint was made for another number."""
+        """Continue from state(). Raises InputError if n is given and the checkpoint was made for another number."""
         if n is not None and n != state["n"]:
-            raise ValueError(
+            raise InputError(
                 f"the checkpoint was made with {state['n']} training samples but there are {n} now: "
                 "resume with the same data and replicas, or start a new run"
             )

@@ -55,7 +55,7 @@ def load_data(config: Config, tokenizer: ChatTokenizer, replica: int, replicas: 
 
 
 def _encode(config: Config, tokenizer: ChatTokenizer, rows: list[Row]) -> list[TrainSample]:
-    samples, reasons = encode_samples(rows, tokenizer, config.data.max_sample_tokens)
+    samples, reasons = encode_samples(rows, tokenizer, min(config.data.max_sample_tokens, config.model.max_context))
     for reason in reasons:
         log.warning("sample rejected: %s", reason)
     return samples

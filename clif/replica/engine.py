@@ -29,7 +29,7 @@ class TickRecord:
 
 @dataclass
 class Engine:
-    """Serves and learns. may_learn: training jobs may run now (the replica is COMBINED, or nothing else is on)."""
+    """Serves and learns. jobs: training work in the order in which it is done; record: what the last turn did."""
 
     runner: ModelRunner
     scheduler: Scheduler
@@ -81,11 +81,14 @@ class Engine:
     def _affordable(self, piece: Slice) -> bool:
         if piece is WAIT:
             return True
-        running = self.scheduler.running
+        running, scheduler = self.scheduler.running, self.scheduler
         context = sum(s.computed for s in running)
+        # Rows of the next tick: a token per answer, and the prompts that wait, within the tick's budget.
+        prompts = sum(len(s.tokens) - s.computed for s in (*running, *scheduler.waiting) if s.last_s is None)
+        rows = sum(s.last_s is not None for s in running) + min(prompts, scheduler.config.max_prefill_tokens)
         slice_s = self.prices.slice_s(piece.kind, piece.tokens * piece.layers)
-        sequences = (*running, *self.scheduler.waiting)
-        return may_train(self.clock(), slice_s, self.prices.tick_s(len(running), context), sequences, self.slo)[0]
+        sequences = (*running, *scheduler.waiting)
+        return may_train(self.clock(), slice_s, self.prices.tick_s(rows, context), sequences, self.slo)[0]
 
     def _note(self, chunks: list[Chunk], seconds: float) -> None:
         decode = [c for c in chunks if c.is_decode]

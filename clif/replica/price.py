@@ -64,15 +64,16 @@ def may_train(
 ) -> tuple[bool, str]:
     """May a slice of slice_s seconds run before the next serving tick of tick_s seconds?
 
-    Only if every sequence still gets its next token in time: the first within slo.ttft_ms of its arrival, later
-    ones within slo.tpot_ms of the last, both less the margin. Returns (yes or no, the reason).
+    Only if every sequence still gets its next token in time: the first within its own TTFT promise, later ones
+    within its TPOT promise (slo's where it has none), both less the margin. Returns (yes or no, the reason).
     """
     worst, reason = float("inf"), "nobody waits"
     for sequence in sequences:
         if sequence.request.purpose is Purpose.PROBE:
             continue
         first = sequence.last_s is None
-        budget = (slo.ttft_ms if first else slo.tpot_ms) / 1000 * (1 - slo.margin)
+        promised = sequence.request.slo.ttft_s if first else sequence.request.slo.tpot_s
+        budget = ((slo.ttft_ms if first else slo.tpot_ms) / 1000 if promised is None else promised) * (1 - slo.margin)
         since = sequence.arrived_s if sequence.last_s is None else sequence.last_s
         slack = budget - (now - since) - tick_s - slice_s
         if slack < worst:

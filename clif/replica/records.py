@@ -11,6 +11,7 @@ from clif.config import MetricsConfig
 from clif.metrics.device import DeviceMonitor
 from clif.metrics.writer import TableWriter, next_path
 from clif.replica.engine import TickRecord
+from clif.replica.runner import STEP_KINDS
 from clif.replica.scheduler import Scheduler
 from clif.replica.trainer import StepResult
 from clif.types import RoundPlan
@@ -19,9 +20,11 @@ TABLES = ("ticks", "train_steps", "versions", "device")
 
 
 class RankRecords:
-    """The HDF5 file of one rank. Rows are buffered; files are flushed when serving has a pause, or by time."""
+    """The HDF5 file of one rank. Rows are buffered and flushed by time and number. gpu: UUID or index, if any."""
 
-    def __init__(self, run_dir: Path, rank: int, config: MetricsConfig, attributes: dict[str, Any]) -> None:
+    def __init__(
+        self, run_dir: Path, rank: int, config: MetricsConfig, attributes: dict[str, Any], gpu: int | str | None = None
+    ) -> None:
         self._writer = TableWriter(
             next_path(run_dir, f"rank-{rank:05d}"),
             TABLES,
@@ -29,15 +32,18 @@ class RankRecords:
             flush_s=config.flush_s,
             flush_rows=config.flush_rows,
         )
-        self._device, self._device_s, self._sampled = DeviceMonitor(), config.device_s, -math.inf
+        self._device, self._device_s, self._sampled = DeviceMonitor(gpu), config.device_s, -math.inf
         self._step_s = 0.0
+        self._ended: tuple[RoundPlan, StepResult] | None = None
         self.last_step: StepResult | None = None
 
     def tick(self, tick: int, record: TickRecord, scheduler: Scheduler) -> None:
         """A turn in which something was done; idle turns leave no row."""
         if not record.serve_s and not record.train_s:
             return
-        self._step_s += record.train_s
+        if record.train_kind in STEP_KINDS:
+            self._step_s += record.train_s
+        self._write_step()
         self._writer.row(
             "ticks",
             tick=tick,
@@ -52,7 +58,13 @@ class RankRecords:
         )
 
     def step(self, plan: RoundPlan, result: StepResult) -> None:
-        self.last_step = result
+        """Written at the end of the turn, when the time of its last slice is known."""
+        self.last_step, self._ended = result, (plan, result)
+
+    def _write_step(self) -> None:
+        if self._ended is None:
+            return
+        (plan, result), self._ended = self._ended, None
         seconds, self._step_s = self._step_s, 0.0
         self._writer.row(
             "train_steps",

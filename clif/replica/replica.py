@@ -15,7 +15,7 @@ from clif.replica.engine import Engine
 from clif.replica.jobs import Job
 from clif.replica.member import Member, RoundOrders
 from clif.replica.records import RankRecords
-from clif.states import ReplicaState
+from clif.replica.runner import STEP_KINDS
 from clif.types import TokenEvent
 from clif.wire import messages as m
 
@@ -41,7 +41,6 @@ class Replica:
     ) -> None:
         self.config, self.id, self.engine, self.member = config, replica, engine, member
         self.records, self.tell, self.close = records, tell, close
-        self.state = ReplicaState.SERVING
         self.stopping = False
         self.ticks = 0
         self._reported, self._busy_s = time.monotonic(), 0.0
@@ -102,7 +101,8 @@ class Replica:
             training = float(self.member.micro_batch) if record.train_s else 0.0
             # The slice that shared the turn is part of the gap between two tokens.
             self._serve_samples.append((float(record.decode_rows), training, record.serve_s + record.train_s))
-        self._train_work += record.train_s
+        if record.train_kind in STEP_KINDS:
+            self._train_work += record.train_s
         if record.train_kind == "optimizer":
             accumulation = self.config.train.accumulation
             self._train_samples.append(
@@ -139,7 +139,8 @@ class Replica:
             self._send([event])
 
     def _set_state(self, order: m.SetState) -> None:
-        self.state = order.state
+        # What follows from a state comes as orders of its own; the name is for whoever reads the log.
+        log.debug("replica %d is %s", self.id, order.state.value)
 
     def _limits(self, order: m.Limits) -> None:
         self.engine.scheduler.max_batch = order.max_batch

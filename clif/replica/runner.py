@@ -29,6 +29,8 @@ class Slice(NamedTuple):
 
 
 WAIT = Slice("wait")
+STEP_KINDS = frozenset({"forward", "head", "backward", "optimizer"})
+"""Slices that belong to an optimizer step; the others evaluate or wait."""
 T = TypeVar("T")
 Slices = Generator[Slice, None, T]
 """A resumable job with a result: it yields the slice that it will do when it is resumed the next time."""
