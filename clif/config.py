@@ -370,9 +370,19 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f'"{override}": {part} is a value, not a section')
         node = child
     try:
-        node[parts[-1]] = yaml.safe_load(value)
+        given = strict_yaml(value)
     except yaml.YAMLError as error:
         raise ConfigError(f'"{override}": the value is not valid YAML') from error
+    _merge(node, parts[-1], given)
+
+
+def _merge(node: dict[str, Any], key: str, given: Any) -> None:
+    """Put a value in its place; of a section, only the fields that are given, so that no other is dropped."""
+    if isinstance(given, dict) and isinstance(node.get(key), dict):
+        for name, value in given.items():
+            _merge(node[key], name, value)
+    else:
+        node[key] = given
 
 
 def _sentence(error: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ class CheckpointWriter:
         self._error: Exception | None = None
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write in a thread of its own. Raises the OSError or SafetensorError that the former write ended with."""
+        """Write in a thread of its own. Raises what the former write ended with, say OSError or SafetensorError."""
         self.wait()
         self._thread = threading.Thread(target=self._write, args=(checkpoint,), name="checkpoint")
         self._thread.start()
@@ -48,6 +48,12 @@ class CheckpointWriter:
             raise error
 
     def _write(self, checkpoint: Checkpoint) -> None:
+        try:
+            self._replace(checkpoint)
+        except Exception as error:  # noqa: BLE001 - a thread cannot raise: wait() does, in the loop's thread
+            self._error = error
+
+    def _replace(self, checkpoint: Checkpoint) -> None:
         tensors = {"shadow": checkpoint.trainer["shadow"]}
         tensors |= {f"moments.{k}": v for k, v in checkpoint.trainer["moments"].items()}
         metadata = {
@@ -57,13 +63,10 @@ class CheckpointWriter:
             "cursor": json.dumps(checkpoint.cursor),
         }
         part = self.path.with_suffix(".part")
-        try:
-            safetensors.torch.save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part, metadata)
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(part, self.path)
-        except (OSError, safetensors.SafetensorError) as error:
-            self._error = error
+        safetensors.torch.save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part, metadata)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, self.path)
 
 
 def load_checkpoint(path: Path, device: torch.device) -> Checkpoint:

@@ -32,15 +32,20 @@ class ControlChannel:
         self._decoder = msgspec.msgpack.Decoder(Up)
 
     def receive(self, timeout_s: float) -> Iterator[Up]:
-        """Yield every message at hand, waiting up to timeout_s for the first."""
+        """Yield every message at hand, waiting up to timeout_s for the first.
+
+        Raises msgspec.DecodeError at one that is none of ours; those behind it come with the next call.
+        """
         if not self._socket.poll(max(0, int(timeout_s * 1000))):
             return
         while True:
             try:
-                _, payload = self._socket.recv_multipart(zmq.NOBLOCK)
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            yield self._decoder.decode(payload)
+            if len(frames) != 2:
+                raise msgspec.DecodeError(f"a message of {len(frames)} frames; leaders send one beside their name")
+            yield self._decoder.decode(frames[1])
 
     def send(self, replica: int, message: Down) -> bool:
         """Send to a replica's leader. False when it is not connected (any more)."""

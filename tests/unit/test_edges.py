@@ -265,3 +265,36 @@ def test_an_up_message_with_an_unknown_tag_is_refused():
     for message in ({"type": "Nonsense"}, {"type": "Stop"}, {}):
         with pytest.raises(msgspec.ValidationError):
             decoder.decode(msgspec.msgpack.encode(message))
+
+
+def test_an_override_of_a_section_keeps_its_other_fields(tmp_path):
+    config = load(tmp_path, BASE + "engine: {kv_tokens: 4096}\n", "engine={max_batch: 5}")
+    assert (config.engine.kv_tokens, config.engine.max_batch) == (4096, 5)
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load(tmp_path, BASE, "slo={ttft_ms: 1, ttft_ms: 2}")
+
+
+def test_a_checkpoint_that_cannot_be_written_for_any_reason_is_reported(tmp_path):
+    writer = CheckpointWriter(tmp_path, 0)
+    writer.save(Checkpoint(1, 1, {"shadow": torch.zeros(2), "moments": {}, "steps": 1}, {"not json": object()}))
+    with pytest.raises(TypeError):
+        writer.wait()
+
+
+def test_a_stranger_at_the_control_socket_does_not_end_the_run():
+    import zmq
+
+    from clif.wire.channels import ControlChannel
+
+    control = ControlChannel()
+    context = zmq.Context()
+    stranger = context.socket(zmq.REQ)
+    try:
+        stranger.connect(control.address)
+        stranger.send(b"hello?")
+        with pytest.raises(msgspec.DecodeError, match="3 frames"):
+            list(control.receive(10.0))
+    finally:
+        stranger.close(linger=0)
+        context.term()
+        control.close()

@@ -20,6 +20,19 @@ def test_every_rank_belongs_to_exactly_one_replica(tp, replicas):
     assert sorted(r for group in peers for r in group) == sorted(r for m in members for r in layout.replicas[m])
 
 
+@given(data=st.data(), tp=st.integers(1, 4), replicas=st.integers(1, 6))
+def test_ranks_named_in_any_order_average_each_shard_once(data, tp, replicas):
+    """Promise 8 needs it: the groups of two shards never share a rank, whichever replicas are members."""
+    ranks = data.draw(st.permutations(range(tp * replicas)))
+    gpus = tuple(tuple(ranks[i * tp : (i + 1) * tp]) for i in range(replicas))
+    layout = make_layout(tp * replicas, tp, replicas, gpus)
+    members = tuple(sorted(data.draw(st.sets(st.integers(0, replicas - 1), min_size=1))))
+    groups = [layout.peers(members, i) for i in range(tp)]
+    assert sorted(r for group in groups for r in group) == sorted(r for m in members for r in gpus[m])
+    assert all(group == tuple(sorted(group)) for group in groups), "all members must name the group alike"
+    assert all(layout.tp_rank_of(r) == i for i, group in enumerate(groups) for r in group)
+
+
 def test_explicit_replicas_keep_their_order():
     layout = make_layout(4, replica_gpus=((3, 0), (1, 2)))
     assert layout.leader(0) == 3 and layout.tp_rank_of(0) == 1 and layout.replica_of(2) == 1
@@ -38,6 +51,7 @@ def test_replicas_of_different_sizes_are_read():
         ({"world_size": 4, "replica_gpus": ((0, 1), (2,))}, r"must name each of the ranks 0\.\.3 exactly once"),
         ({"world_size": 3, "replica_gpus": ((0, 1), (1,))}, "exactly once"),
         ({"world_size": 2, "replica_gpus": ((0,), (1,)), "replicas": 3}, "lists 2 replicas"),
+        ({"world_size": 2, "replica_gpus": ((0, 1), ())}, "a replica without ranks: give it at least one or remove it"),
         ({"world_size": 3, "replica_gpus": ((0, 1), (2,)), "tp_size": 2}, r"replicas of \[1, 2\] ranks"),
     ],
 )

@@ -12,6 +12,7 @@ from helpers import make_rig
 from clif.config import ConfigError, ModelConfig
 from clif.models.loading import choose_dtype, load_model
 from clif.ops import frozen_linear
+from clif.replica.attention import PackedRows
 
 CPU = torch.device("cpu")
 
@@ -84,6 +85,28 @@ def test_other_llama_style_families_are_served_exactly(tmp_path):
     plain = load_model(rig.config.model, CPU, seed=3).model
     out = plain.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=10, do_sample=False, eos_token_id=None)
     assert answer(events[0]) == out[0, 3:].tolist()
+
+
+def test_a_model_that_scales_its_embeddings_is_exact_or_refused(tmp_path):
+    """Gemma scales in its embedding module in some releases of transformers, and between modules in others."""
+    shape = {
+        "model_type": "gemma", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    try:
+        rig = make_rig(f"random:{tmp_path}")
+    except ConfigError as refused:
+        assert "computes more than" in str(refused)
+        return
+    ids = torch.arange(20)
+    stack, plan = rig.runner.stack, PackedRows([len(ids)], CPU)
+    with torch.no_grad():
+        expected = load_model(rig.config.model, CPU, seed=3).model(ids.unsqueeze(0)).logits[0]
+        hidden, rope = stack.embed(ids, ids)
+        got = stack.logits(stack.layers(0, stack.num_layers, hidden, rope, plan), ids)
+    assert torch.allclose(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_model_without_matching_layers_is_refused(tiny_config):

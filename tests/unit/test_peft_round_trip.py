@@ -41,6 +41,8 @@ def check_round_trip(rig, folder):
     export(rig, folder)
     base = load_model(rig.config.model, torch.device("cpu"), seed=3).model
     loaded = peft.PeftModel.from_pretrained(base, str(folder))
+    wrapped = {n.removeprefix(peft_io.PREFIX) for n, m in loaded.named_modules() if hasattr(m, "lora_A")}
+    assert wrapped == set(rig.bank.layers), "peft fills what is too much with zeros, in silence"
     with torch.no_grad():
         expected = loaded(IDS.unsqueeze(0)).logits[0]
     assert torch.allclose(our_logits(rig), expected, atol=1e-5, rtol=1e-5)
@@ -79,6 +81,7 @@ def first(tensors):
         (lambda t: t.update(other=torch.zeros(1)), "1 unknown"),
         (lambda t: t.update({first(t): torch.zeros(2, 2)}), "has shape"),
         (lambda t: t[first(t)].fill_(float("nan")), "not finite"),
+        (lambda t: t[first(t)].view(-1)[-1:].fill_(float("-inf")), "not finite"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(rig, change, sentence):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from helpers import request
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from clif.config import SloConfig
 from clif.replica.price import Prices, Rate, may_train
 from clif.replica.scheduler import Sequence
-from clif.types import Purpose
+from clif.types import Purpose, Slo
 
 SLO = SloConfig(ttft_ms=1000, tpot_ms=100, margin=0.3)
 
@@ -40,13 +41,23 @@ def test_a_waiting_request_has_its_first_token_to_lose(slice_ms, allowed):
     assert answer is allowed and "first token of request 1" in reason
 
 
+@pytest.mark.parametrize(
+    ("sequence", "own"),
+    [(running(0.0), Slo(ttft_s=9.0, tpot_s=0.05)), (waiting(0.0), Slo(ttft_s=0.05, tpot_s=9.0))],
+    ids=["next token", "first token"],
+)
+def test_a_requests_own_promise_counts_before_the_configured_one(sequence, own):
+    """Budget: 50 ms less 30 %, though the configuration would leave 100 and 1000."""
+    sequence.request = msgspec.structs.replace(sequence.request, slo=own)
+    assert may_train(0.010, 0.020, 0.004, [sequence], SLO)[0]
+    assert not may_train(0.010, 0.022, 0.004, [sequence], SLO)[0]
+
+
 def test_the_most_pressed_request_decides():
     assert not may_train(0.10, 0.01, 0.01, [running(0.1, 5), running(0.0, 6)], SLO)[0]
 
 
 def test_probes_do_not_hold_training_back():
-    import msgspec
-
     sequence = running(0.0)
     sequence.request = msgspec.structs.replace(sequence.request, purpose=Purpose.PROBE)
     assert may_train(5.0, 1.0, 1.0, [sequence], SLO)[0]
@@ -66,3 +77,11 @@ def test_a_price_is_above_the_mean_of_what_was_seen(seconds):
         rate.observe(s)
     assert rate.mean <= rate.high <= rate.mean + 2 * 0.1
     assert min(seconds) - 1e-9 <= rate.mean <= max(seconds) + 1e-9
+
+
+def test_a_price_leaves_room_for_what_varies():
+    """The mean alone would be exceeded half the time."""
+    rate = Rate()
+    for i in range(200):
+        rate.observe(0.02 if i % 2 else 0.04)
+    assert rate.mean < 0.04 < rate.high

@@ -26,6 +26,31 @@ def test_table_covers_every_state_and_stays_within_its_kind():
     assert all(type(target) is type(state) for state, targets in TRANSITIONS.items() for target in targets)
 
 
+def test_the_table_is_the_one_that_was_agreed():
+    """Written out once more, because the test above would follow the table wherever it goes."""
+    agreed = {
+        ReplicaState: "serving>idle serving>failed idle>serving idle>combined idle>failed combined>serving "
+        "combined>idle combined>failed failed>serving",
+        RequestState: "queued>dispatched queued>finished dispatched>running dispatched>queued dispatched>finished "
+        "running>finished",
+        RoundState: "training>aggregating training>discarded aggregating>settling aggregating>discarded "
+        "settling>committed settling>discarded",
+    }
+    for kind, listed in agreed.items():
+        assert {f"{a.value}>{b.value}" for a in kind for b in TRANSITIONS[a]} == set(listed.split())
+
+
+@pytest.mark.parametrize(("current", "target"), PAIRS, ids=lambda s: f"{type(s).__name__}.{s.value}")
+def test_a_refusal_names_what_would_have_been_allowed(current, target):
+    if target in TRANSITIONS[current]:
+        return
+    allowed = ", ".join(sorted(t.value for t in TRANSITIONS[current])) or "nothing"
+    with pytest.raises(IllegalTransition) as refused:
+        advance(current, target)
+    sentence = f"{type(current).__name__} {current.value} may become {allowed}, not {target.value}"
+    assert str(refused.value) == sentence
+
+
 def test_ends_are_ends():
     for state in (RequestState.FINISHED, RoundState.COMMITTED, RoundState.DISCARDED):
         assert not TRANSITIONS[state]
