@@ -12,16 +12,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from clif.errors import InputError
-from clif.strict_yaml import strict_yaml
+from clif.errors import ConfigError
+from clif.strict_yaml import apply_override, strict_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class ConfigError(InputError):
-    """The configuration cannot be honoured; the message says what to change."""
 
 
 class Section(BaseModel):
@@ -344,7 +340,7 @@ def load_config(path: Path | str, overrides: tuple[str, ...] = ()) -> Config:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must be a mapping of sections, not a {type(tree).__name__}")
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     return config_from_tree(tree)
 
 
@@ -354,35 +350,6 @@ def config_from_tree(tree: dict[str, Any]) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_sentence(dict(e)) for e in error.errors())) from error
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    parts = key.split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f'"{override}" is not an override: write section.key=value')
-    node = tree
-    for part in parts[:-1]:
-        child = node.setdefault(part, {})
-        if child is None:
-            child = node[part] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f'"{override}": {part} is a value, not a section')
-        node = child
-    try:
-        given = strict_yaml(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f'"{override}": the value is not valid YAML') from error
-    _merge(node, parts[-1], given)
-
-
-def _merge(node: dict[str, Any], key: str, given: Any) -> None:
-    """Put a value in its place; of a section, only the fields that are given, so that no other is dropped."""
-    if isinstance(given, dict) and isinstance(node.get(key), dict):
-        for name, value in given.items():
-            _merge(node[key], name, value)
-    else:
-        node[key] = given
 
 
 def _sentence(error: dict[str, Any]) -> str:
