@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ASSETS := assets/smollm2-135m-instruct.gguf assets/smart_home.jsonl
 RANKS ?= 2
 
-.PHONY: demo test test-all test-gpu check format clean help
+.PHONY: demo test test-all test-gpu bench check format clean help
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -36,6 +36,9 @@ test-all: $(READY) $(ASSETS)  ## With the slow tests
 
 test-gpu: $(READY)  ## Tests that need an NVIDIA GPU
 	$(BIN)/python -P -m pytest -m gpu
+
+bench: $(READY) $(ASSETS)  ## Speed of the engine alone against transformers and PEFT; about ten minutes on idle cores
+	$(BIN)/python -P benchmarks/engine.py --model assets/smollm2-135m-instruct.gguf
 
 check: $(READY)  ## Lint and types
 	$(BIN)/python -P -m ruff check . && $(BIN)/python -P -m ruff format --check . && $(BIN)/python -P -m mypy

@@ -82,7 +82,11 @@ class Hooks:
 
 
 class Dispatcher:
-    """Holds all requests that have not ended. The time is an argument of every call."""
+    """Holds all requests that have not ended. The time is an argument of every call.
+
+    context_limit: longest prompt plus answer, tokens. ended: requests by finish reason. ignored_events: events of
+    requests that had ended, or that a lost replica no longer holds.
+    """
 
     def __init__(self, config: Config, send: Send, hooks: Hooks) -> None:
         self.context_limit = min(config.model.max_context, config.engine.kv_tokens)
