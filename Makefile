@@ -37,8 +37,9 @@ test-all: $(READY) $(ASSETS)  ## With the slow tests
 test-gpu: $(READY)  ## Tests that need an NVIDIA GPU
 	$(BIN)/python -P -m pytest -m gpu
 
-bench: $(READY) $(ASSETS)  ## Speed of the engine alone against transformers and PEFT; about ten minutes on idle cores
+bench: $(READY) $(ASSETS)  ## The engine alone against transformers and PEFT, then CLIF against its baselines; idle cores
 	$(BIN)/python -P benchmarks/engine.py --model assets/smollm2-135m-instruct.gguf
+	$(BIN)/python benchmarks/coserving.py
 
 check: $(READY)  ## Lint and types
 	$(BIN)/python -P -m ruff check . && $(BIN)/python -P -m ruff format --check . && $(BIN)/python -P -m mypy

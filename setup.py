@@ -27,7 +27,12 @@ REQUIRES = [
     "deepspeed>=0.16",
 ]
 
+BENCH = [
+    "matplotlib>=3.9",  # plots of benchmarks/coserving.py
+]
+
 DEV = [
+    *BENCH,  # what the plots show is tested
     "pytest>=8",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
@@ -60,6 +65,6 @@ setup(
     ],
     package_dir={"clif": "clif", "clif.kernels": "kernels", "clif.launch": "launch"},
     install_requires=REQUIRES,
-    extras_require={"dev": DEV},
+    extras_require={"dev": DEV, "bench": BENCH},
     entry_points={"console_scripts": ["clif = clif.cli:main"]},
 )

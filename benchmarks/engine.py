@@ -159,7 +159,7 @@ def main(
     config = config_from_tree(
         {
             "model": {"path": model, "dtype": dtype, "device": "cpu", "max_context": 256},
-            "engine": {"max_batch": REQUESTS, "kv_tokens": 8192, "max_prefill_tokens": 2048, "layers_per_slice": 1000},
+            "engine": {"max_batch": REQUESTS, "kv_tokens": 8192, "max_prefill_tokens": 2048},
             "train": {"enabled": False},
         }
     )

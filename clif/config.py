@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from clif.errors import ConfigError
+from clif.refusals import sentence
 from clif.strict_yaml import apply_override, strict_yaml
 
 Positive = Annotated[int, Field(gt=0)]
@@ -47,6 +48,27 @@ class RunConfig(Section):
     """Progress on rank 0: a live table on a terminal, plain lines elsewhere, off under CI (auto)."""
     resume: bool = False
     """Continue from the checkpoints in the run's folder."""
+    mode: Literal["clif", "serve_only", "train_only", "time_slice", "split"] = "clif"
+    """clif: training in the slack of serving. The others are baselines: no training; no load; serving and training
+    take turns by whole optimizer steps; replicas that only serve beside replicas that only train."""
+    training_share: Share = 0.5
+    """time_slice: share of a replica's time that training gets while there is both to do."""
+    trainers: Positive = 1
+    """split: how many replicas train, those with the highest numbers; the others serve."""
+
+    @model_validator(mode="after")
+    def _of_one_mode(self) -> RunConfig:
+        # By value and not by what was given: config.json, which the control process reads, gives everything.
+        for field, mode in (("training_share", "time_slice"), ("trainers", "split")):
+            value = getattr(self, field)
+            if self.mode != mode and value != type(self).model_fields[field].default:
+                raise ValueError(f"run.{field} {value} needs run.mode {mode}, not {self.mode}: change one of them")
+        return self
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether rounds and batch sizes follow slack and pressure, as in CLIF; the baselines do not look."""
+        return self.mode == "clif"
 
 
 class LayoutConfig(Section):
@@ -101,14 +123,21 @@ class EngineConfig(Section):
     """Size of a replica's KV cache, tokens."""
     block_size: Positive = 16
     """Tokens per KV block."""
+    prefix_reuse: bool = True
+    """Prompts that begin alike share the full KV blocks of their beginning, within one adapter version."""
     pack_weights: bool = True
     """CPU, bfloat16: keep a second copy of the weights, laid out for the matrix kernels, for serving."""
     max_prefill_tokens: Positive = 512
     """Prompt tokens computed in one tick at most; longer prompts go in chunks."""
-    layers_per_slice: Positive = 5
-    """Layers of a training forward or backward between two chances to serve."""
-    head_rows_per_slice: Positive = 64
-    """Target tokens whose logits and loss are computed between two chances to serve."""
+    coserving: Literal["auto", "mixed", "beside", "turns"] = "auto"
+    """mixed: training forwards share the products of serving ticks; beside: training slices run on half of the rank's
+    CPU threads; turns: slices between ticks. auto: beside on a CPU with several threads, else mixed."""
+    slice_ms: PositiveFloat = 40.0
+    """Aim for the length of a training slice between two ticks; at least one layer."""
+    beside_slice_ms: PositiveFloat = 160.0
+    """The same for a slice beside serving, which no token waits for."""
+    activation_mib: Positive = 1024
+    """Memory for what training forwards keep for their backwards; layers that do not fit are computed again."""
     eval_tokens: Positive = 256
     """Tokens of one held-out forward."""
 
@@ -306,6 +335,7 @@ class Config(Section):
             raise ValueError(f"data.path {self.data.path} does not exist: {_get_it(self.data.path)}")
         if self.load.trace is not None and not self.load.trace.path.is_file():
             raise ValueError(f"load.trace.path {self.load.trace.path} does not exist: correct it")
+        self._check_mode()
         if not self.train.enabled and self.federation.rounds:
             raise ValueError("federation.rounds asks for rounds but train.enabled is false: change one of them")
         if self.model.max_context > self.engine.kv_tokens:
@@ -314,6 +344,15 @@ class Config(Section):
                 "one request of full length must fit the KV cache"
             )
         return self
+
+    def _check_mode(self) -> None:
+        mode, trains = self.run.mode, self.train.enabled
+        if mode == "serve_only" and trains:
+            raise ValueError("run.mode serve_only does not train: set train.enabled=false or change run.mode")
+        if mode in ("train_only", "time_slice", "split") and not trains:
+            raise ValueError(f"run.mode {mode} trains but train.enabled is false: change one of them")
+        if mode == "train_only" and self.load.kind != "none":
+            raise ValueError(f"run.mode train_only takes no load: set load.kind=none, not {self.load.kind}")
 
     @property
     def run_dir(self) -> Path:
@@ -349,26 +388,4 @@ def config_from_tree(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_sentence(dict(e)) for e in error.errors())) from error
-
-
-def _sentence(error: dict[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"unknown key {where}: remove it or correct its spelling ({_known(error['loc'])})"
-    if error["type"] == "missing":
-        return f"{where} is required: add it"
-    message = error["msg"].removeprefix("Value error, ")
-    given = error.get("input")
-    shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool, type(None))) else ""
-    return f"{where}: {message}{shown}" if where and error["type"] != "value_error" else message
-
-
-def _known(loc: tuple[Any, ...]) -> str:
-    model: Any = Config
-    for part in loc[:-1]:
-        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
-        model = field.annotation if field is not None else None
-        if not hasattr(model, "model_fields"):
-            return "see clif/config.py"
-    return "known: " + ", ".join(model.model_fields)
+        raise ConfigError("\n".join(sentence(dict(e), Config) for e in error.errors())) from error

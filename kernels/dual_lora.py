@@ -1,4 +1,4 @@
-"""Low-rank part of a linear layer for rows of several adapters: the torch reference.
+"""Low-rank part of a linear layer for rows of several adapters, forward and backward: the torch reference.
 
     y[rows of slot s] += scale * (x A_s^T) B_s^T
 
@@ -27,8 +27,8 @@ def add_dual_lora(
     segments: Sequence[Segment],
     factors: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
     scale: float,
-) -> torch.Tensor:
-    """Return y with the low-rank part added; y itself may be written to.
+) -> None:
+    """Add the low-rank part to y in place.
 
     y: [rows, d_out], the base layer's fresh output; x: [rows, d_in]; segments do not overlap.
     factors(slot): A [r, d_in] and B [d_out, r] in y's dtype. One adapter per segment, chosen by index and never
@@ -36,7 +36,33 @@ def add_dual_lora(
     """
     for start, stop, slot in segments:
         a, b = factors(slot)
-        if start == 0 and stop == x.shape[0]:
-            return torch.addmm(y, x @ a.T, b.T, alpha=scale)
         y[start:stop].addmm_(x[start:stop] @ a.T, b.T, alpha=scale)
-    return y
+
+
+def shadow_forward(
+    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Add scale * (x A^T) B^T to y in place and return x A^T [rows, r], which the backward needs."""
+    hidden = x @ a.T
+    y.addmm_(hidden, b.T, alpha=scale)
+    return hidden
+
+
+def shadow_backward(
+    grad: torch.Tensor,
+    grad_x: torch.Tensor | None,
+    x: torch.Tensor,
+    hidden: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Gradients of x, A and B, given that of y [rows, d_out].
+
+    grad_x: what comes through the base, grad W [rows, d_in]; it is added to in place (None: not wanted).
+    Returns (grad_x, grad_a [r, d_in], grad_b [d_out, r]).
+    """
+    grad_hidden = (grad @ b).mul_(scale)
+    if grad_x is not None:
+        grad_x.addmm_(grad_hidden, a)
+    return grad_x, grad_hidden.T @ x, (grad.T @ hidden).mul_(scale)

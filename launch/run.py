@@ -10,10 +10,11 @@ from typing import Annotated
 
 import typer
 
-from clif.config import Config, ConfigError, load_config
+from clif.config import Config, load_config
 from clif.data.check import check_inputs
 from clif.errors import InputError
 from clif.layout import Layout, make_layout
+from clif.roles import check_roles, role_of
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 # deepspeed names the local rank by argument, in one of two spellings; torchrun by environment.
@@ -37,10 +38,10 @@ def main(
     try:
         settings = load_config(config, tuple(overrides or ()))
         layout = _layout(settings)
-        _check_rounds(settings, layout)
+        check_roles(settings, len(layout.replicas))
         if rank == 0:
             check_inputs(settings)
-        code = _print(layout) if dry_run else _run(settings)
+        code = _print(settings, layout) if dry_run else _run(settings)
     except InputError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -54,16 +55,11 @@ def _layout(settings: Config) -> Layout:
     return make_layout(world, wanted.tp_size, wanted.replicas, wanted.replica_gpus)
 
 
-def _check_rounds(settings: Config, layout: Layout) -> None:
-    """Raises ConfigError for rounds that could never begin."""
-    least, there = settings.federation.min_members, len(layout.replicas)
-    if settings.train.enabled and least > there:
-        raise ConfigError(f"federation.min_members {least} exceeds the {there} replicas: lower it or start more ranks")
-
-
-def _print(layout: Layout) -> int:
+def _print(settings: Config, layout: Layout) -> int:
     for replica, ranks in enumerate(layout.replicas):
-        print(f"replica {replica}: ranks {list(ranks)}, leader {ranks[0]}")
+        role = role_of(replica, len(layout.replicas), settings.run)
+        only = "" if role.serves and role.trains else f", only {'serves' if role.serves else 'trains'}"
+        print(f"replica {replica}: ranks {list(ranks)}, leader {ranks[0]}{only}")
     return 0
 
 

@@ -89,7 +89,7 @@ class Driver:
     def __init__(self, topology: Topology, model: str, data: str, run_dir: str, **sections: Any) -> None:
         tree = {
             "model": {"path": model, "dtype": "float32", "max_context": 200, "device": "cpu"},
-            "engine": {"kv_tokens": 1024, "max_batch": 8, "layers_per_slice": 2},
+            "engine": {"kv_tokens": 1024, "max_batch": 8},
             "data": {"path": data},
             "train": {"lr": 0.02, "micro_batch": 4, "warmup_steps": 0},
             **sections,
@@ -204,14 +204,14 @@ def broken_round(topology: Topology, model: str, data: str, run_dir: str) -> dic
     driver = Driver(topology, model, data, run_dir)
     trainer = driver.replica.member.trainer
     before = trainer.bank.shadow.detach().clone()
-    original = trainer.runner.pack
+    original = trainer.runner.loss_and_gradients
 
-    def fail_later(samples: Any) -> Any:
+    def fail_later(samples: Any, divisor: float) -> Any:
         if trainer.steps == 2:
             raise RuntimeError("out of memory")
-        return original(samples)
+        return original(samples, divisor)
 
-    trainer.runner.pack = fail_later  # type: ignore[method-assign]
+    trainer.runner.loss_and_gradients = fail_later  # type: ignore[method-assign]
     driver.tick(m.Submit(request=request(2, [9, 8], max_tokens=150, ignore_eos=True)))
     driver.begin((0,), steps=50)
     failed = driver.wait_for(m.RoundFailed)

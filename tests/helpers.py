@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from clif.adapters.bank import AdapterBank
+from clif.adapters.dual_linear import Rows
 from clif.adapters.slots import SlotTable
 from clif.config import Config, config_from_tree
+from clif.kernels.dual_lora import Segment
+from clif.models.causal import CausalSequences
 from clif.models.loading import LoadedModel, load_model
+from clif.models.stack import CausalStack
 from clif.replica.engine import Engine
+from clif.replica.jobs import Slices
 from clif.replica.runner import ModelRunner, build_runner
 from clif.replica.scheduler import Scheduler
 from clif.types import Request, Sampling, TokenEvent
@@ -56,6 +62,15 @@ def random_state(bank: AdapterBank, seed: int) -> dict[str, torch.Tensor]:
     return {k: torch.randn(v.shape, generator=rng) * 0.2 for k, v in bank.shadow_state().items()}
 
 
+@torch.no_grad()
+def stack_logits(stack: CausalStack, ids: torch.Tensor, slot: int | None = None) -> torch.Tensor:
+    """Logits [tokens, vocabulary] of one sequence under an adapter slot."""
+    segments = () if slot is None else (Segment(0, len(ids), slot),)
+    part = stack.part(Rows(len(ids), segments), torch.arange(len(ids)), CausalSequences([len(ids)], ids.device))
+    (hidden,) = stack.layers(0, stack.num_layers, [stack.embed(ids)], [part])
+    return stack.logits(stack.norm(hidden))
+
+
 def make_rig(model_path: str, engine: dict | None = None, adapter: dict | None = None, device: str = "cpu") -> Rig:
     tree = {
         "model": {"path": model_path, "dtype": "float32", "max_context": 256, "device": device},
@@ -69,6 +84,16 @@ def make_rig(model_path: str, engine: dict | None = None, adapter: dict | None =
     slots = SlotTable(config.adapter.serving_slots)
     scheduler = Scheduler(config.engine, slots, loaded.tokenizer.eos_ids, loaded.tokenizer.decode)
     return Rig(config, loaded, runner, bank, slots, Engine(runner, scheduler, config.slo))
+
+
+def finish(work: Slices[Any]) -> Any:
+    """A job from beginning to end; returns its result."""
+    result = None
+    while True:
+        try:
+            result = work.send(result).work()
+        except StopIteration as end:
+            return end.value
 
 
 def request(id: int, prompt: list[int], **sampling: object) -> Request:

@@ -12,95 +12,110 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from clif.adapters.layers import BatchRows, DualLoraLinear
+from clif.adapters.dual_linear import DualLinear
 from clif.config import AdapterConfig, ConfigError
+from clif.models.stack import CausalStack
 
 State = dict[str, torch.Tensor]
 
 
 class AdapterBank:
-    """The dual layers of a model by module name, and the flat shadow.
+    """The adapted dual layers of a model, and the flat shadow.
 
     shadow: the trained vector [n]; gradient [n]: its .grad, allocated once and accumulated in place.
     """
 
-    def __init__(self, layers: dict[str, DualLoraLinear], rows: BatchRows, config: AdapterConfig) -> None:
-        self.layers, self.rows, self.config = layers, rows, config
-        sizes = [p.numel() for _, p in self._factors()]
-        device = next(iter(layers.values())).weight.device
-        self.shadow = nn.Parameter(torch.empty(sum(sizes), device=device))
+    def __init__(self, layers: list[DualLinear], config: AdapterConfig) -> None:
+        self.layers, self.config = layers, config
+        masters = [m for layer in layers for m in (layer.shadow_a, layer.shadow_b)]
+        self.shadow = nn.Parameter(torch.cat([m.data.flatten() for m in masters]))
         self.gradient = self.shadow.grad = torch.zeros_like(self.shadow)
-        at = 0
-        for (_, factor), size in zip(self._factors(), sizes, strict=True):
-            view = self.shadow.data[at : at + size].view_as(factor)
-            view.copy_(factor.data)
-            factor.data = view
-            factor.grad = self.gradient[at : at + size].view_as(factor)
-            at += size
+        for master, view, grad in zip(masters, self._views(self.shadow.data), self._views(self.gradient), strict=True):
+            master.data, master.grad = view, grad
+        self.refresh()
 
-    def _factors(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, layer in self.layers.items():
-            yield f"{name}.lora_A.weight", layer.shadow_a
-            yield f"{name}.lora_B.weight", layer.shadow_b
+    def _views(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
+        """A and B of every layer in turn, as views of a vector that is laid out like the shadow."""
+        at = 0
+        for layer in self.layers:
+            for shape in (layer.shadow_a.shape, layer.shadow_b.shape):
+                yield flat[at : at + shape.numel()].view(shape)
+                at += shape.numel()
+
+    def factors(self, flat: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """A [r, in] and B [out, r] by module name, as views of a vector that is laid out like the shadow."""
+        views, found = self._views(flat), {}
+        for layer in self.layers:
+            found.update(layer.factors(next(views), next(views)))
+        return found
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the adapted modules."""
+        return list(self.factors(self.shadow.data))
 
     def shadow_state(self) -> State:
         """The shadow's factors by PEFT's names without its prefix, as views, float32."""
-        return {name: factor.detach() for name, factor in self._factors()}
+        state = {}
+        for name, (a, b) in self.factors(self.shadow.data).items():
+            state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = a, b
+        return state
 
     def set_shadow(self, state: State) -> None:
         """Overwrite the shadow. The caller has checked names, shapes and finiteness (see peft_io.read_weights)."""
-        for name, factor in self._factors():
-            factor.data.copy_(state[name])
+        for name, factor in self.shadow_state().items():
+            factor.copy_(state[name])
+
+    def refresh(self) -> None:
+        """Round the masters to what the shadow's rows are multiplied with; to be called after they have changed."""
+        for layer in self.layers:
+            layer.refresh()
 
     def fill_slot(self, slot: int, state: State) -> None:
         """Copy an adapter into a serving slot, rounding to the base dtype once."""
-        for name, layer in self.layers.items():
-            layer.serving_a[slot].copy_(state[f"{name}.lora_A.weight"])
-            layer.serving_b[slot].copy_(state[f"{name}.lora_B.weight"])
+        factors = {name: (state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]) for name in self.names}
+        for layer in self.layers:
+            layer.fill_slot(slot, factors)
 
     def product_error(self, mean: torch.Tensor, mine: torch.Tensor) -> tuple[float, float]:
         """Squared Frobenius norms, summed over layers, of (B_i - Bbar)(A_i - Abar) and of Bbar Abar.
 
         mean, mine: flat shadows. From r x r Gram matrices: |B A|^2 = <B^T B, A A^T>.
         """
-        error = total = 0.0
-        at = 0
-        for layer in self.layers.values():
-            sizes = (layer.shadow_a.shape, layer.shadow_b.shape)
-            parts = []
-            for shape in sizes:
-                n = shape.numel()
-                parts.append((mean[at : at + n].view(shape), mine[at : at + n].view(shape)))
-                at += n
-            (a_mean, a_mine), (b_mean, b_mine) = parts
-            error += _product_norm2(a_mine - a_mean, b_mine - b_mean)
-            total += _product_norm2(a_mean, b_mean)
-        return error, total
+        apart, whole = self.factors(mine - mean).values(), self.factors(mean).values()
+        return sum(_product_norm2(a, b) for a, b in apart), sum(_product_norm2(a, b) for a, b in whole)
 
 
 def _product_norm2(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(((b.T @ b) * (a @ a.T)).sum())
 
 
-def inject(model: nn.Module, config: AdapterConfig) -> AdapterBank:
-    """Replace the targeted linear layers of a frozen model by dual layers that share their weights.
+def inject(stack: CausalStack, config: AdapterConfig) -> AdapterBank:
+    """Give the targeted linear layers of a frozen model adapters.
 
-    Raises ConfigError when no linear layer matches adapter.target_modules.
+    Raises ConfigError when adapter.target_modules matches no linear layer, or one outside the decoder layers.
     """
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    names = [name for name in linears if _is_target(name, config.target_modules, model)]
+    model = stack.model
+    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    names = {name for name in linears if _is_target(name, config.target_modules, model)}
     if not names:
         leaves = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in linears}))
         raise ConfigError(
             f"adapter.target_modules {config.target_modules!r} matches no linear layer: there are {leaves}"
         )
-    rows = BatchRows()
-    layers = {}
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        layers[name] = DualLoraLinear(linears[name], config.r, config.lora_alpha / config.r, config.serving_slots, rows)
-        setattr(model.get_submodule(parent), leaf, layers[name])
-    return AdapterBank(layers, rows, config)
+    layers = []
+    for layer in stack.linears:
+        adapted = [i for i, name in enumerate(layer.names) if name in names]
+        if adapted:
+            layer.adapt(adapted, config.r, config.lora_alpha / config.r, config.serving_slots)
+            layers.append(layer)
+    outside = names - {name for layer in layers for name in layer.names}
+    if outside:
+        raise ConfigError(
+            f"adapter.target_modules {config.target_modules!r} matches {', '.join(sorted(outside))}, which lies "
+            "outside the decoder layers: leave it out"
+        )
+    return AdapterBank(layers, config)
 
 
 def _is_target(name: str, targets: str | tuple[str, ...], model: nn.Module) -> bool:

@@ -41,8 +41,8 @@ def config_json(bank: AdapterBank, base: str) -> str:
 def _target_names(bank: AdapterBank) -> list[str]:
     """Last name parts where "all-linear" made them safe; full names otherwise: a suffix could match too much."""
     if bank.config.target_modules == "all-linear":
-        return sorted({name.rsplit(".", 1)[-1] for name in bank.layers})
-    return sorted(bank.layers)
+        return sorted({name.rsplit(".", 1)[-1] for name in bank.names})
+    return sorted(bank.names)
 
 
 def write_weights(state: State) -> bytes:

@@ -38,6 +38,8 @@ def choose_batches(
     """
     if replica.state is not ReplicaState.COMBINED:
         return None, "not combined"
+    if not config.run.adaptive:
+        return None, f"run.mode {config.run.mode} keeps the configured sizes"
     if min(replica.serve.confidence, replica.train.confidence) < MIN_CONFIDENCE:
         return None, "latency models know too little"
     demand = min(replica.batch_cap, max(1, replica.outstanding, math.ceil(replica.demand)))

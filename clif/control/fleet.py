@@ -8,6 +8,7 @@ from collections.abc import Callable
 from clif.config import Config
 from clif.control.dispatcher import Send
 from clif.control.view import ClusterView, ReplicaTracker, ReplicaView
+from clif.roles import role_of
 from clif.states import ReplicaState, advance
 from clif.wire.messages import Hello, Limits, Report, SetState
 
@@ -40,6 +41,11 @@ class Fleet:
         return tuple(r for r in sorted(self._trackers) if self.is_alive(r))
 
     @property
+    def serving(self) -> tuple[int, ...]:
+        """Living replicas that requests may be sent to."""
+        return tuple(r for r in self.alive if self._trackers[r].role.serves)
+
+    @property
     def hellos(self) -> tuple[Hello, ...]:
         return tuple(self._trackers[r].hello for r in sorted(self._trackers))
 
@@ -62,7 +68,8 @@ class Fleet:
         if hello.replica in self._trackers:
             log.warning("replica %d said Hello again: ignored, a lost replica cannot come back yet", hello.replica)
             return False
-        self._trackers[hello.replica] = ReplicaTracker(now, hello, self._config)
+        role = role_of(hello.replica, self._expected, self._config.run)
+        self._trackers[hello.replica] = ReplicaTracker(now, hello, self._config, role)
         self._on_transition(hello.replica, ReplicaState.SERVING, ReplicaState.SERVING, "joined")
         return True
 

@@ -36,11 +36,13 @@ def plan_round(
 
     High pressure admits none, medium ceil(medium_share * idle), low all idle replicas; always at least
     federation.min_members or no round. Those that trained least go first, so that every replica's data count.
+    The baselines of run.mode do not look at the pressure: they admit all.
     """
     over, reason = target_reached(history, config)
     if over:
         return None, reason
-    if pressure is Pressure.HIGH:
+    adaptive = config.run.adaptive
+    if adaptive and pressure is Pressure.HIGH:
         return None, "service pressure is high"
     pause = config.control.hold_s * min(history.discarded_in_a_row, MAX_PAUSES)
     if now - history.last_end_s < pause:
@@ -51,7 +53,8 @@ def plan_round(
         return None, "no replica is idle"
     if _worth_waiting(now, view, idle, config):
         return None, "more replicas are about to become idle"
-    admitted = len(idle) if pressure is Pressure.LOW else max(1, math.ceil(config.control.medium_share * len(idle)))
+    some = adaptive and pressure is Pressure.MEDIUM
+    admitted = max(1, math.ceil(config.control.medium_share * len(idle))) if some else len(idle)
     if admitted < config.federation.min_members:
         return None, f"{admitted} of {len(idle)} idle replicas admitted, {config.federation.min_members} needed"
     chosen = sorted(idle, key=lambda r: (r.joined, r.utilisation, r.replica))[:admitted]
@@ -63,7 +66,8 @@ def plan_round(
         accumulation=config.train.accumulation,
         base_version=history.version,
     )
-    return plan, f"pressure is {pressure.value}: {admitted} of {len(idle)} idle replicas"
+    why = f"pressure is {pressure.value}" if adaptive else f"run.mode {config.run.mode} looks at no pressure"
+    return plan, f"{why}: {admitted} of {len(idle)} idle replicas"
 
 
 def target_reached(history: History, config: Config) -> tuple[bool, str]:
@@ -81,12 +85,18 @@ def target_reached(history: History, config: Config) -> tuple[bool, str]:
     return False, f"{history.completed} of {target} rounds completed"
 
 
+def wants_rounds(history: History, config: Config) -> bool:
+    """Whether rounds are to begin even after the load: federation.rounds asks for more, or training is all there is."""
+    asked = config.federation.rounds is not None or config.run.mode == "train_only"
+    return asked and not target_reached(history, config)[0]
+
+
 def _worth_waiting(now: float, view: ClusterView, idle: list[ReplicaView], config: Config) -> bool:
     """Whether others have slack already and become IDLE within hold_s, or are installing the active version.
 
     The wait is bounded by the idle replica that waits longest: one that flickers must not starve training.
     """
     hold = config.control.hold_s
-    soon = any(r.slack_since is not None for r in view.in_state(ReplicaState.SERVING))
+    soon = any(r.slack_since is not None and r.role.trains for r in view.in_state(ReplicaState.SERVING))
     soon = soon or len(idle) < len(view.in_state(ReplicaState.IDLE))
     return soon and now - min(r.state_since for r in idle) < 2 * hold

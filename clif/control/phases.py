@@ -43,14 +43,14 @@ class ControlError(RuntimeError):
 class Facts:
     """What the phase decision needs. entered_s: start of the phase; started_s: of the run; seconds of the clock.
 
-    wants_rounds: federation.rounds asks for more, and the launcher has not given up.
+    serving: replicas that can answer requests. wants_rounds: more rounds are to begin even without load.
     """
 
     phase: Phase
     entered_s: float
     started_s: float
     missing: tuple[int, ...] = ()
-    alive: int = 1
+    serving: int = 1
     measuring: bool = False
     load_left: int = 0
     outstanding: int = 0
@@ -69,8 +69,8 @@ def next_phase(now: float, facts: Facts, config: Config) -> tuple[Phase | None, 
     if phase is Phase.GATHER:
         if facts.missing and waited > GATHER_S:
             raise ControlError(f"replicas {list(facts.missing)} did not report within {GATHER_S:g} s: see their logs")
-    elif not facts.alive:
-        raise ControlError("no replica is left")
+    elif not facts.serving:
+        raise ControlError("no replica that serves is left")
     if now - facts.started_s > config.run.max_s:
         if phase in (Phase.GATHER, Phase.BASELINE):
             raise ControlError(f"run.max_s {config.run.max_s:g} passed before the load could start: raise it")
@@ -82,7 +82,7 @@ def next_phase(now: float, facts: Facts, config: Config) -> tuple[Phase | None, 
 
 
 def rounds_may_start(now: float, facts: Facts, config: Config) -> bool:
-    """While load comes; after it only as long as federation.rounds asks for more and run.linger_s lasts."""
+    """While load comes; after it only as long as more rounds are wanted and run.linger_s lasts."""
     if facts.phase is Phase.OPEN:
         return True
     return facts.phase is Phase.LINGER and facts.wants_rounds and now - facts.entered_s < config.run.linger_s

@@ -10,7 +10,8 @@ from clif.states import ReplicaState
 def next_state(now: float, replica: ReplicaView, config: Config) -> tuple[ReplicaState | None, str]:
     """State that a replica should take now, or None to stay.
 
-    COMBINED is left by the end of its round only; FAILED by nothing in this function.
+    COMBINED is left by the end of its round only; FAILED by nothing in this function. In the baselines
+    (run.mode) load changes nothing: who may train is IDLE outside of rounds, who may not is SERVING.
     """
     control = config.control
     if replica.state is ReplicaState.FAILED:
@@ -20,6 +21,11 @@ def next_state(now: float, replica: ReplicaView, config: Config) -> tuple[Replic
         return ReplicaState.FAILED, f"silent for {silent:.1f} s"
     if replica.state is ReplicaState.COMBINED:
         return None, "in a round"
+    if not replica.role.trains:
+        return None, "only serves"
+    if not config.run.adaptive:
+        idle = replica.state is ReplicaState.IDLE
+        return None if idle else ReplicaState.IDLE, f"run.mode {config.run.mode} does not wait for slack"
     if replica.state is ReplicaState.IDLE:
         if _lasted(now, replica.pressure_since, control.hold_s):
             return ReplicaState.SERVING, f"utilisation {replica.utilisation:.2f} above {control.serving_above:g}"
@@ -34,7 +40,7 @@ def next_state(now: float, replica: ReplicaView, config: Config) -> tuple[Replic
 
 def state_after_round(replica: ReplicaView, config: Config) -> ReplicaState:
     """Where a member goes when its round is over."""
-    has_slack = replica.utilisation <= config.control.serving_above
+    has_slack = not config.run.adaptive or replica.utilisation <= config.control.serving_above
     return ReplicaState.IDLE if has_slack else ReplicaState.SERVING
 
 

@@ -37,9 +37,9 @@ def choose_replica(
 
     Never drops: a request is dispatched, waits, or is rejected with the reason.
     """
-    alive = view.alive
+    alive = view.serving
     if not alive:
-        return None, "no replica is alive"
+        return None, "no replica that serves is alive"
     tokens = tokens_of(request)
     ranked = sorted((predict_s(request, r, config), r.outstanding, r.replica) for r in alive if r.has_room(tokens))
     left = math.inf if request.slo.deadline_s is None else arrival_s + request.slo.deadline_s - now

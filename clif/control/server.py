@@ -16,7 +16,7 @@ from clif.config import Config
 from clif.control.dispatcher import Dispatcher, Hooks, RequestRecord
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
-from clif.control.launcher import target_reached
+from clif.control.launcher import wants_rounds
 from clif.control.phases import ControlError, Facts, Phase, next_phase, rounds_may_start
 from clif.control.quality import QualityCheck
 from clif.control.records import Records, train_loss
@@ -217,18 +217,17 @@ class ControlServer:
     # --- phases --------------------------------------------------------------------------------------
 
     def _facts(self) -> Facts:
-        rounds = self.config.federation.rounds
         return Facts(
             phase=self.phase,
             entered_s=self._entered_s,
             started_s=self._started_s,
             missing=self.fleet.missing,
-            alive=len(self.fleet.alive),
+            serving=len(self.fleet.serving),
             measuring=self._quality.pending,
             load_left=len(self._load),
             outstanding=self.dispatcher.outstanding,
             federating=self.federation.busy,
-            wants_rounds=rounds is not None and not target_reached(self.federation.history, self.config)[0],
+            wants_rounds=wants_rounds(self.federation.history, self.config),
             saying_goodbye=tuple(r for r in self.fleet.alive if r not in self._goodbyes),
         )
 

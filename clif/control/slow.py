@@ -59,7 +59,7 @@ class SlowLoop:
 
     def _update_pressure(self, now: float, view: ClusterView) -> None:
         finished, met = self.outcomes.count(now)
-        places = sum(r.max_batch for r in view.alive)
+        places = sum(r.max_batch for r in view.serving)
         window = ServiceWindow(finished, met, self._dispatcher.oldest_wait_s(now), self._dispatcher.queued, places)
         self.pressure, reason = service_pressure(now, window, self._config)
         if self.pressure is not self._written:

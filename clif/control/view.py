@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from clif.config import Config
 from clif.latency import Fit, LatencyModel
+from clif.roles import BOTH, Role
 from clif.states import ReplicaState
 from clif.wire.messages import Hello, Report
 
@@ -18,6 +19,7 @@ PRIOR_TRAIN = Fit(a=0.05, b=0.005, c=0.05)
 class ReplicaView:
     """One replica at one moment. Stamps are seconds of the control process's clock.
 
+    role: what run.mode has it for.
     outstanding: requests handed to it that have not ended; reserved: tokens that they may fill in its KV cache.
     max_batch: outstanding requests it takes at present; batch_cap: the most it was built for.
     utilisation: smoothed, 0 to 1. slack_since / pressure_since: since when it is under idle_below / over
@@ -43,6 +45,7 @@ class ReplicaView:
     slack_since: float | None = None
     pressure_since: float | None = None
     joined: int = 0
+    role: Role = BOTH
     serve: Fit = PRIOR_SERVE
     train: Fit = PRIOR_TRAIN
 
@@ -50,9 +53,14 @@ class ReplicaView:
     def alive(self) -> bool:
         return self.state is not ReplicaState.FAILED
 
+    @property
+    def serving(self) -> bool:
+        """Whether requests may be sent to it."""
+        return self.alive and self.role.serves
+
     def has_room(self, tokens: int) -> bool:
         """Whether a request that may fill `tokens` of the KV cache can start at once."""
-        return self.alive and self.outstanding < self.max_batch and self.reserved + tokens <= self.kv_tokens
+        return self.serving and self.outstanding < self.max_batch and self.reserved + tokens <= self.kv_tokens
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,11 @@ class ClusterView:
     @property
     def alive(self) -> tuple[ReplicaView, ...]:
         return tuple(r for r in self.replicas if r.alive)
+
+    @property
+    def serving(self) -> tuple[ReplicaView, ...]:
+        """Those that requests may be sent to."""
+        return tuple(r for r in self.replicas if r.serving)
 
     def in_state(self, state: ReplicaState) -> tuple[ReplicaView, ...]:
         return tuple(r for r in self.replicas if r.state is state)
@@ -94,8 +107,9 @@ class Average:
 class ReplicaTracker:
     """Gathers what one replica reports. Its state is changed by the fleet alone."""
 
-    def __init__(self, now: float, hello: Hello, config: Config) -> None:
+    def __init__(self, now: float, hello: Hello, config: Config, role: Role = BOTH) -> None:
         self.hello = hello
+        self.role = role
         self.state = ReplicaState.SERVING
         self.state_since = now
         self.last_seen = now
@@ -152,6 +166,7 @@ class ReplicaTracker:
             slack_since=self._slack_since,
             pressure_since=self._pressure_since,
             joined=self.joined,
+            role=self.role,
             serve=self.serve.fit,
             train=self.train.fit,
         )

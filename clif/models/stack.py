@@ -1,56 +1,24 @@
-"""A causal language model taken apart into embedding, layers, norm and head, so that a forward can stop in between.
-
-The modules are transformers' own. Attention goes through transformers' attention interface to the batch's
-AttentionPlan, which travels as an extra keyword argument of every decoder layer.
-"""
+"""A causal language model taken apart into embedding, layers, norm and head, so that a forward can stop in between."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
+from clif.adapters.dual_linear import DualLinear, Rows
 from clif.config import ConfigError
+from clif.models.layer import AttentionPlan, DecoderLayer, Part, Rope
 from clif.ops import Linear, frozen_linear
-
-ATTENTION_NAME = "clif"
-
-
-class AttentionPlan(Protocol):
-    """How the rows of one packed batch attend to each other and to the cache."""
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """query [heads, rows, head_dim], key and value [kv_heads, rows, head_dim] -> [rows, heads, head_dim]."""
-        ...
-
-
-def _attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    clif_plan: AttentionPlan | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    if clif_plan is None:
-        raise RuntimeError("the model was called without an attention plan: go through CausalStack")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = clif_plan.attend(module.layer_idx, query[0], key[0], value[0], scale)  # type: ignore[arg-type]
-    return out.unsqueeze(0), None
-
-
-transformers.AttentionInterface.register(ATTENTION_NAME, _attention)
 
 
 class CausalStack:
-    """The parts of a Llama-style model. Batches are packed: hidden states are [1, rows, hidden]."""
+    """The parts of a Llama-style model. Batches are packed: hidden states are [rows, hidden size].
+
+    Raises ConfigError for a model of another make.
+    """
 
     def __init__(self, model: transformers.PreTrainedModel) -> None:
         inner: Any = getattr(model, "model", None)
@@ -62,59 +30,64 @@ class CausalStack:
         if _window(model.config):
             raise ConfigError(f"{type(model).__name__} uses sliding-window attention, which is not supported")
         self.model, self._inner = model, inner
-        self.num_layers = len(inner.layers)
         config = model.config
+        self.num_layers = len(inner.layers)
+        self.num_heads: int = config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.vocab_size: int = config.vocab_size
-        self._head = model.get_output_embeddings()
+        self._layers = [DecoderLayer(m, f"model.layers.{i}", i, self.head_dim) for i, m in enumerate(inner.layers)]
+        self.head = model.get_output_embeddings()
         self._packed_head: Linear | None = None
 
-    def embed(
-        self, ids: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """ids, positions: [rows]. Returns hidden states [1, rows, hidden] and the rotary (cos, sin)."""
-        hidden = self._inner.embed_tokens(ids.unsqueeze(0))
-        return hidden, self._inner.rotary_emb(hidden, positions.unsqueeze(0))
+    @property
+    def linears(self) -> list[DualLinear]:
+        """The packed linear layers, in the order of the forward."""
+        return [linear for layer in self._layers for linear in layer.linears]
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids: [rows] -> hidden states [rows, hidden size]."""
+        return self._inner.embed_tokens(ids)
+
+    def part(self, rows: Rows, positions: torch.Tensor, plan: AttentionPlan) -> Part:
+        """Rows of one kind at positions [rows]."""
+        like = self._inner.embed_tokens.weight
+        cos, sin = (t[0].unsqueeze(1) for t in self._inner.rotary_emb(like, positions.unsqueeze(0)))
+        half = self.head_dim // 2
+        return Part(rows, Rope(cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)), plan)
 
     def layers(
-        self, start: int, stop: int, hidden: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], plan: AttentionPlan
-    ) -> torch.Tensor:
-        """Decoder layers [start, stop)."""
-        for layer in self._inner.layers[start:stop]:
-            hidden = layer(
-                hidden,
-                attention_mask=None,
-                position_embeddings=rope,
-                past_key_values=None,
-                use_cache=False,
-                clif_plan=plan,
-            )
+        self, start: int, stop: int, hidden: Sequence[torch.Tensor], parts: Sequence[Part]
+    ) -> list[torch.Tensor]:
+        """Decoder layers [start, stop) over hidden states [rows, hidden size] of each part."""
+        hidden = list(hidden)
+        for layer in self._layers[start:stop]:
+            hidden = layer(hidden, parts)
         return hidden
 
-    def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Logits [len(rows), vocabulary] of chosen rows only: the head is a tenth to a quarter of the linear work."""
-        head = self._head if self._packed_head is None or torch.is_grad_enabled() else self._packed_head
-        return head(self._inner.norm(hidden[0, rows]))
+    def norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The last norm, which comes before the head."""
+        return self._inner.norm(hidden)
 
-    def pack_head(self) -> None:
-        """Lay the head's weight out for serving where that pays."""
-        self._packed_head = frozen_linear(self._head.weight, self._head.bias)
+    def logits(self, normed: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, vocabulary] of chosen rows: the head is a tenth to a quarter of the linear work."""
+        return (self._packed_head or self.head)(normed)
 
-    def take_over(self) -> None:
-        """Route the model's attention to the plans from now on."""
-        self.model.config._attn_implementation = ATTENTION_NAME
+    def pack(self) -> None:
+        """Lay all weights out for the machine's matrix kernels where that pays."""
+        self._packed_head = frozen_linear(self.head.weight, self.head.bias)
+        for linear in self.linears:
+            linear.pack()
 
 
 def check_stack(stack: CausalStack, plan: AttentionPlan, ids: torch.Tensor, expected: torch.Tensor) -> None:
     """Compare the stack with the model's own forward: models that scale embeddings or logits would differ.
 
-    expected: [rows, vocabulary] from the untouched model. Raises ConfigError.
+    plan: attention of one causal sequence; expected: [rows, vocabulary] from the model. Raises ConfigError.
     """
-    rows = torch.arange(len(ids), device=ids.device)
-    hidden, rope = stack.embed(ids, rows)
-    got = stack.logits(stack.layers(0, stack.num_layers, hidden, rope, plan), rows)
-    error = (got - expected).float().norm() / expected.float().norm()
+    part = stack.part(Rows(len(ids)), torch.arange(len(ids), device=ids.device), plan)
+    (hidden,) = stack.layers(0, stack.num_layers, [stack.embed(ids)], [part])
+    error = (stack.logits(stack.norm(hidden)) - expected).float().norm() / expected.float().norm()
     if not error < 0.05:
         raise ConfigError(
             f"{type(stack.model).__name__} computes more than embedding, layers, norm and head "

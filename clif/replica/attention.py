@@ -1,117 +1,129 @@
-"""Attention of one packed batch: paged KV for serving rows, block-diagonal causal for training rows."""
+"""Attention of serving rows to the paged KV cache."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence as Seq
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from clif.models.causal import CausalSequences, bucket
 from clif.replica.blocks import places
 from clif.replica.scheduler import Chunk
 
 
 class KVCache:
-    """Keys and values of all sequences, one pair of tensors [places, kv_heads, head_dim] per layer."""
+    """Keys and values of all sequences: one pair of tensors [kv_heads, places, head_dim] per layer."""
 
     def __init__(
         self, layers: int, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (tokens, kv_heads, head_dim)
+        shape = (kv_heads, tokens, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
 
+    @property
+    def bytes(self) -> int:
+        """Memory held, for all layers."""
+        return sum(t.nbytes for t in (*self.keys, *self.values))
+
 
 class PagedRows:
-    """Attention of serving rows to the cache: decode rows as one padded batch, prompt chunks one by one.
+    """Which cache places the rows of one tick write and read.
 
-    Row i of the batch is token rows[i] of its chunk's sequence; chunks lie one after the other.
+    Chunks lie one after the other. Decode rows whose contexts are of like length are one batched product; prompts
+    without a past attend among themselves; prompt chunks with a past (continued, or behind a reused prefix) go one
+    by one.
     """
 
     def __init__(self, cache: KVCache, chunks: Seq[Chunk], block_size: int, device: torch.device) -> None:
-        self._cache = cache
+        self._cache, self._device = cache, device
         written: list[int] = []
-        decode_rows: list[int] = []
-        contexts: list[list[int]] = []
-        self._prefills: list[tuple[int, int, torch.Tensor, torch.Tensor | None]] = []
+        decoding: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
+        fresh: list[tuple[int, int]] = []
+        self._continued: list[tuple[int, int, torch.Tensor, torch.Tensor]] = []
         row = 0
         for chunk in chunks:
             context = places(chunk.sequence.blocks, block_size, 0, chunk.stop)
             written += context[chunk.start :]
             size = chunk.stop - chunk.start
-            if chunk.is_decode:
-                decode_rows.append(row)
-                contexts.append(context)
+            if size == 1:
+                decoding[bucket(len(context))].append((row, context))
+            elif chunk.start == 0:
+                fresh.append((row, row + size))
             else:
-                self._prefills.append((row, row + size, _index(context, device), _past_mask(chunk, device)))
+                self._continued.append((row, row + size, self._index(context), _past_mask(chunk, device)))
             row += size
-        self._written = _index(written, device)
-        self._decode_rows = _index(decode_rows, device)
-        self._pad_decode(contexts, device)
         self.count = row
+        self._written = self._index(written)
+        self._decodes = [self._decode_group(members) for members in decoding.values()]
+        self._fresh_rows = self._index([r for start, stop in fresh for r in range(start, stop)])
+        self._fresh = CausalSequences([stop - start for start, stop in fresh], device) if fresh else None
 
-    def _pad_decode(self, contexts: list[list[int]], device: torch.device) -> None:
-        longest = max(map(len, contexts), default=0)
-        self._contexts = _index([p for c in contexts for p in (*c, *[0] * (longest - len(c)))], device)
-        lengths = _index([len(c) for c in contexts], device)
-        # [sequences, 1, 1, longest]: heads and the one query row broadcast.
-        self._padding = (torch.arange(longest, device=device) < lengths.unsqueeze(1))[:, None, None]
+    def _decode_group(self, members: list[tuple[int, list[int]]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows [n], cache places [n * longest] and what to add to the scores [n, 1, longest].
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """q [heads, rows, d], k and v [kv_heads, rows, d] -> [rows, heads, d]. Writes k and v to the cache first."""
+        Padding reads a place of the same sequence again: a NaN of one request must not reach another's products.
+        """
+        longest = max(len(context) for _, context in members)
+        contexts = [p for _, context in members for p in (*context, *context[-1:] * (longest - len(context)))]
+        lengths = self._index([len(context) for _, context in members])
+        padding = torch.arange(longest, device=self._device) >= lengths.unsqueeze(1)
+        added = torch.zeros(padding.shape, device=self._device, dtype=self._cache.keys[0].dtype)
+        rows = self._index([row for row, _ in members])
+        return rows, self._index(contexts), added.masked_fill_(padding, -torch.inf).unsqueeze(1)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """query [rows, heads, d], key and value [rows, kv_heads, d] -> [rows, heads * d]. Writes to the cache first."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
-        keys.index_copy_(0, self._written, k.transpose(0, 1))
-        values.index_copy_(0, self._written, v.transpose(0, 1))
-        out = torch.empty(q.shape[1], q.shape[0], q.shape[2], dtype=q.dtype, device=q.device)
-        if len(self._decode_rows):
-            out[self._decode_rows] = self._decode(keys, values, q[:, self._decode_rows], scale)
-        for start, stop, context, mask in self._prefills:
-            past_k, past_v = (t.index_select(0, context).transpose(0, 1).unsqueeze(0) for t in (keys, values))
-            rows = q[None, :, start:stop]
-            got = sdpa(rows, past_k, past_v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True)
-            out[start:stop] = got[0].transpose(0, 1)
+        keys.index_copy_(1, self._written, key.transpose(0, 1))
+        values.index_copy_(1, self._written, value.transpose(0, 1))
+        out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
+        for rows, context, added in self._decodes:
+            got = _decode(query.index_select(0, rows), keys, values, context, added, scale)
+            if len(rows) == self.count:
+                # They are all there is; places of a single group are in row order.
+                return got
+            out.index_copy_(0, rows, got)
+        if self._fresh is not None:
+            q, k, v = (t.index_select(0, self._fresh_rows) for t in (query, key, value))
+            out.index_copy_(0, self._fresh_rows, self._fresh.attend(layer, q, k, v, scale))
+        for start, stop, context, mask in self._continued:
+            past = (t.index_select(1, context).unsqueeze(0) for t in (keys, values))
+            rows = query[start:stop].transpose(0, 1).unsqueeze(0)
+            got = sdpa(rows, *past, attn_mask=mask, scale=scale, enable_gqa=True)
+            out[start:stop] = got[0].transpose(0, 1).flatten(1)
         return out
 
-    def _decode(self, keys: torch.Tensor, values: torch.Tensor, q: torch.Tensor, scale: float) -> torch.Tensor:
-        """One query row per sequence. The query heads of a KV head stand in for rows: no copy of K and V per head."""
-        heads, n, d = q.shape
-        kv_heads = keys.shape[1]
-        grouped = q.view(kv_heads, heads // kv_heads, n, d).permute(2, 0, 1, 3)
-        k, v = (t.index_select(0, self._contexts).view(n, -1, kv_heads, d).transpose(1, 2) for t in (keys, values))
-        return sdpa(grouped, k, v, attn_mask=self._padding, scale=scale).reshape(n, heads, d)
+    def _index(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
 
 
-class PackedRows:
-    """Causal attention within each of several packed samples, as one right-padded batch.
+def _decode(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    context: torch.Tensor,
+    added: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """One query row per sequence [n, heads, d] -> [n, heads * d].
 
-    Padding lies after a sample's last token, so causality alone keeps it from being seen.
-    lengths: tokens per sample, in row order.
+    Products over a gathered, padded context; scores are rounded to the model's dtype before the softmax, as in
+    transformers' eager attention.
     """
-
-    def __init__(self, lengths: Seq[int], device: torch.device) -> None:
-        self.count = sum(lengths)
-        self._shape = (len(lengths), max(lengths))
-        self._rows = _index([i * self._shape[1] + j for i, n in enumerate(lengths) for j in range(n)], device)
-
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """As PagedRows.attend, without a cache."""
-        out = sdpa(self._pad(q), self._pad(k), self._pad(v), is_causal=True, scale=scale, enable_gqa=True)
-        return out.transpose(1, 2).reshape(-1, q.shape[0], q.shape[2])[self._rows]
-
-    def _pad(self, t: torch.Tensor) -> torch.Tensor:
-        """[heads, rows, d] -> [samples, heads, longest, d]."""
-        samples, longest = self._shape
-        flat = t.new_zeros(samples * longest, t.shape[0], t.shape[2]).index_copy(0, self._rows, t.transpose(0, 1))
-        return flat.view(samples, longest, t.shape[0], t.shape[2]).transpose(1, 2)
+    n, heads, d = query.shape
+    kv_heads = keys.shape[0]
+    grouped = (query * scale).view(n, kv_heads, heads // kv_heads, d).transpose(0, 1)
+    k, v = (t.index_select(1, context).view(kv_heads, n, -1, d) for t in (keys, values))
+    scores = torch.matmul(grouped, k.transpose(-1, -2)).add_(added)
+    return torch.matmul(scores.softmax(-1), v).transpose(0, 1).reshape(n, heads * d)
 
 
-def _index(values: list[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=device)
-
-
-def _past_mask(chunk: Chunk, device: torch.device) -> torch.Tensor | None:
-    """Boolean mask [rows, context] of a chunk that continues a prompt; None: plain causal."""
-    if chunk.start == 0:
-        return None
+def _past_mask(chunk: Chunk, device: torch.device) -> torch.Tensor:
+    """Boolean mask [rows, context] of a chunk that continues a prompt."""
     size = (chunk.stop - chunk.start, chunk.stop)
     return torch.ones(size, dtype=torch.bool, device=device).tril(diagonal=chunk.start)

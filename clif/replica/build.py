@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from clif.adapters.bank import AdapterBank
 from clif.adapters.peft_io import read_folder
 from clif.adapters.slots import SlotTable
-from clif.config import Config
+from clif.config import Config, ConfigError
 from clif.data.instruct import Row, encode_samples, read_rows, shard_rows, split_rows
 from clif.models.loading import LoadedModel
 from clif.replica.checkpoint import Checkpoint, CheckpointWriter, load_checkpoint
@@ -19,8 +21,9 @@ from clif.replica.heldout import Heldout
 from clif.replica.member import Member
 from clif.replica.records import RankRecords
 from clif.replica.replica import Replica
-from clif.replica.runner import build_runner
+from clif.replica.runner import ModelRunner, build_runner
 from clif.replica.scheduler import Scheduler
+from clif.replica.sidecar import Sidecar
 from clif.replica.trainer import ShadowTrainer
 from clif.store import AdapterStore
 from clif.text import ChatTokenizer
@@ -74,7 +77,9 @@ def build_replica(
     data = load_data(config, loaded.tokenizer, topology.replica, len(topology.layout.replicas))
     slots = SlotTable(config.adapter.serving_slots)
     scheduler = Scheduler(config.engine, slots, loaded.tokenizer.eos_ids, loaded.tokenizer.decode)
-    engine = Engine(runner, scheduler, config.slo)
+    engine = make_engine(config, runner, scheduler)
+    if data.train:
+        runner.check_samples(max(len(sample.ids) for sample in data.train))
     trainer = ShadowTrainer(runner, bank, data.train, config.train, config.run.seed)
     checkpoints = CheckpointWriter(run_dir / "checkpoints", topology.env.rank)
     if config.run.resume:
@@ -99,6 +104,29 @@ def build_replica(
     )
     replica = Replica(config, topology.replica, engine, member, records, tell, checkpoints.wait)
     return replica
+
+
+def make_engine(config: Config, runner: ModelRunner, scheduler: Scheduler) -> Engine:
+    """The engine with the way of co-serving that the configuration names, or that suits the device.
+
+    On a CPU with several threads a slice runs beside serving: there a tick is bound by arithmetic and by what does
+    not scale with threads, so that sharing products saves little and sharing cores saves more. Elsewhere forwards
+    ride on ticks. Raises ConfigError for a wish that cannot be met.
+    """
+    threads, on_cpu = torch.get_num_threads(), runner.device.type == "cpu"
+    way = config.engine.coserving
+    if way == "auto":
+        way = "beside" if on_cpu and threads > 1 else "mixed"
+    if config.run.mode == "time_slice":
+        way = "time_slice"
+    if way == "beside" and (not on_cpu or threads < 2):
+        raise ConfigError(
+            "engine.coserving beside needs a CPU rank with at least 2 threads: set dist.threads_per_rank, or "
+            "engine.coserving=mixed"
+        )
+    log.info("co-serving: %s", way)
+    sidecar = Sidecar(threads) if way == "beside" else None
+    return Engine(runner, scheduler, config.slo, way, config.run.training_share, sidecar=sidecar)
 
 
 def _resume(store: AdapterStore, checkpoint: Path, bank: AdapterBank, slots: SlotTable, trainer: ShadowTrainer) -> None:

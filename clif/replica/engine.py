@@ -1,98 +1,269 @@
-"""The engine of one replica: serving ticks, and slices of training jobs between them."""
+"""The engine of one replica: serving ticks, and training slices in what they leave.
+
+Invariants: a token never waits for more than one slice; a slice is begun only when every running and waiting
+request can afford it; an error in training costs the job and no request.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from clif.config import SloConfig
-from clif.replica.jobs import Job
-from clif.replica.price import Prices, may_train
-from clif.replica.runner import WAIT, ModelRunner, Slice
+from clif.config import EngineConfig, SloConfig
+from clif.replica.jobs import WAIT, Job, Slice
+from clif.replica.passes import Pass
+from clif.replica.price import UNLIMITED, Prices, may_train
+from clif.replica.runner import ModelRunner
 from clif.replica.sampling import make_rng, sample
 from clif.replica.scheduler import Chunk, Scheduler
+from clif.replica.sidecar import Sidecar
 from clif.types import TokenEvent
 
 
 @dataclass
-class TickRecord:
-    """What one tick did. Seconds; 0 rows: nothing was served."""
+class TurnRecord:
+    """What one turn did. Seconds; 0 rows: nothing was served.
+
+    train_s: of the slice that was finished in this turn. gap_s: by how much training made the turn itself longer.
+    """
 
     decode_rows: int = 0
     prefill_tokens: int = 0
     serve_s: float = 0.0
     train_kind: str = ""
+    train_tokens: int = 0
     train_s: float = 0.0
+    gap_s: float = 0.0
+    regime: str = "alone"
 
 
 @dataclass
 class Engine:
-    """Serves and learns. jobs: training work in the order in which it is done; record: what the last turn did."""
+    """Serves and learns. jobs: training work in the order in which it is done; record: what the last turn did.
+
+    coserving: "turns" (slices between ticks), "mixed" (forwards ride on ticks, the rest between them) or "beside"
+    (slices on threads of their own); "time_slice", a baseline, takes turns by whole optimizer steps and looks at nobody:
+    share of the time goes to training while there is both to do.
+    """
 
     runner: ModelRunner
     scheduler: Scheduler
     slo: SloConfig
+    coserving: str = "turns"
+    share: float = 0.5
     clock: Callable[[], float] = time.monotonic
     prices: Prices = field(default_factory=Prices)
     jobs: deque[Job] = field(default_factory=deque)
-    record: TickRecord = field(default_factory=TickRecord)
+    record: TurnRecord = field(default_factory=TurnRecord)
+    sidecar: Sidecar | None = None
+    _beside: Slice | None = None
+    _credit_s: float = 0.0
+    _broken: RuntimeError | None = None
+
+    def __post_init__(self) -> None:
+        self.runner.pace = EnginePace(self)
+
+    @property
+    def config(self) -> EngineConfig:
+        return self.scheduler.config
 
     def serve(self) -> list[TokenEvent]:
         """One iteration over all running requests: schedule, run, sample, settle."""
-        self.record = TickRecord()
+        self.record = TurnRecord()
+        self._collect()
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
+        rider = self._rider(chunks)
         start = self.clock()
-        logits = self.runner.serve(chunks)
         sampling = [c.sequence for c in chunks if c.samples]
         for sequence in sampling:
-            if sequence.last_s is None:
+            if sequence.rng is None:
                 sequence.rng = make_rng(sequence.request, self.runner.device)
+        logits = self._run(chunks, rider)
         tokens = sample(logits, [s.request.sampling for s in sampling], [s.rng for s in sampling])
         now = self.clock()
-        self._note(chunks, now - start)
+        self._note(chunks, rider, now - start)
         return self.scheduler.settle(chunks, tokens, now)
 
+    def _run(self, chunks: Sequence[Chunk], rider: Slice | None) -> object:
+        if rider is None:
+            return self.runner.serve(chunks)
+        try:
+            logits = self.runner.serve(chunks, rider.rider)
+        except RuntimeError as error:
+            # The rows that serve did nothing wrong: they are computed again, over what they have written.
+            self._broken = error
+            return self.runner.serve(chunks)
+        self._resume(None)
+        return logits
+
     def learn(self) -> None:
-        """At most one slice of the first job, and only if every running and waiting request can afford it."""
-        while self.jobs and self.jobs[0].upcoming is None:
-            self.jobs.popleft()
-        if not self.jobs or not self._affordable(self.jobs[0].upcoming):
+        """At most one slice of the first job, and only if every running and waiting request can afford it.
+
+        Raises the RuntimeError of a slice that broke.
+        """
+        if self._broken is not None:
+            error, self._broken = self._broken, None
+            raise error
+        piece = self._upcoming()
+        if piece is None or self._beside is not None:
             return
-        job, piece = self.jobs[0], self.jobs[0].upcoming
-        start = self.clock()
-        job.run()
-        if piece is not WAIT:
-            self.record.train_kind, self.record.train_s = piece.kind, self.clock() - start
-            self.prices.observe_slice(piece.kind, piece.tokens * piece.layers, self.record.train_s)
+        if piece is WAIT or not self.serving:
+            self._here(piece)
+        elif self.coserving == "time_slice":
+            self._whole_step()
+        elif self.coserving == "mixed" and self._may_ride(piece):
+            return
+        elif self.coserving == "beside" and self.sidecar is not None:
+            if self._affordable(piece, beside=True):
+                self._beside = piece
+                self.sidecar.start(piece.work)
+        elif self._affordable(piece):
+            self._here(piece)
+
+    def drop(self, name: str) -> None:
+        """Give up the jobs of this name; a slice that is under way is waited for."""
+        if self._beside is not None and self.sidecar is not None:
+            self.sidecar.poll(wait=True)
+            self._beside = None
+        for job in [job for job in self.jobs if job.name == name]:
+            job.close()
+            self.jobs.remove(job)
 
     @property
     def busy(self) -> bool:
         """There is something to do at once."""
-        return self.serving or any(job.upcoming not in (None, WAIT) for job in self.jobs)
+        return self.serving or (self._beside is None and any(j.upcoming not in (None, WAIT) for j in self.jobs))
 
     @property
     def serving(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
-    def _affordable(self, piece: Slice) -> bool:
-        if piece is WAIT:
-            return True
-        running, scheduler = self.scheduler.running, self.scheduler
-        context = sum(s.computed for s in running)
-        # Rows of the next tick: a token per answer, and the prompts that wait, within the tick's budget.
-        prompts = sum(len(s.tokens) - s.computed for s in (*running, *scheduler.waiting) if s.last_s is None)
-        rows = sum(s.last_s is not None for s in running) + min(prompts, scheduler.config.max_prefill_tokens)
-        slice_s = self.prices.slice_s(piece.kind, piece.tokens * piece.layers)
-        sequences = (*running, *scheduler.waiting)
-        return may_train(self.clock(), slice_s, self.prices.tick_s(rows, context), sequences, self.slo)[0]
+    @property
+    def training(self) -> bool:
+        """A slice runs beside this turn, or ran in it."""
+        return self._beside is not None or self.record.train_s > 0
 
-    def _note(self, chunks: list[Chunk], seconds: float) -> None:
-        decode = [c for c in chunks if c.is_decode]
-        rows = sum(c.stop - c.start for c in chunks)
-        self.record.decode_rows, self.record.prefill_tokens = len(decode), rows - len(decode)
-        self.record.serve_s = seconds
-        self.prices.observe_tick(rows, sum(c.stop for c in chunks), seconds)
+    def _upcoming(self) -> Slice | None:
+        while self.jobs and self.jobs[0].upcoming is None:
+            self.jobs.popleft()
+        return self.jobs[0].upcoming if self.jobs else None
+
+    def _here(self, piece: Slice) -> None:
+        start = self.clock()
+        self.jobs[0].run()
+        if piece is not WAIT:
+            seconds = self.clock() - start
+            self._learnt(piece, seconds)
+            self.record.gap_s += seconds
+
+    def _whole_step(self) -> None:
+        """A whole optimizer step (or evaluation) once serving has had its share since the last one."""
+        self._credit_s += self.record.serve_s * self.share
+        while self._credit_s >= 0 and (piece := self._upcoming()) not in (None, WAIT):
+            self._here(piece)
+            if piece.kind == "optimizer":
+                break
+        self._credit_s -= self.record.gap_s * (1 - self.share)
+
+    def _collect(self) -> None:
+        """Take what the sidecar has finished."""
+        piece = self._beside
+        if piece is None or self.sidecar is None:
+            return
+        try:
+            done = self.sidecar.poll()
+        except RuntimeError as error:
+            self._broken, self._beside = error, None
+            return
+        if done is not None:
+            self._beside = None
+            self._resume(done[0])
+            self._learnt(piece, done[1])
+
+    def _resume(self, result: object) -> None:
+        """What a job does between two slices must not reach the tick either: learn() raises it."""
+        try:
+            self.jobs[0].resume(result)
+        except RuntimeError as error:
+            self._broken = error
+
+    def _learnt(self, piece: Slice, seconds: float) -> None:
+        record = self.record
+        record.train_kind, record.train_tokens, record.train_s = piece.kind, piece.tokens, record.train_s + seconds
+        self.prices.observe_slice(piece.kind, piece.tokens, piece.layers, seconds)
+
+    def _rider(self, chunks: Sequence[Chunk]) -> Slice | None:
+        """The forward that this tick takes along, if there is one and everybody can afford it."""
+        piece = self._upcoming()
+        if self.coserving != "mixed" or piece is None or piece.rider is None:
+            return None
+        rows, context = sum(c.stop - c.start for c in chunks), sum(c.stop for c in chunks)
+        alone = self.prices.tick_s(rows, context)
+        more = max(0.0, self.prices.tick_s(rows + piece.tokens, context, "mixed") - alone)
+        sequences = (*self.scheduler.running, *self.scheduler.waiting)
+        return piece if may_train(self.clock(), more, alone, sequences, self.slo)[0] else None
+
+    def _may_ride(self, piece: Slice) -> bool:
+        """Whether a tick that begins in time could take this forward along: then it does not go alone."""
+        run = piece.rider
+        if not isinstance(run, Pass):
+            return False
+        rows, context = self.next_tick
+        seconds = self.prices.tick_s(rows + piece.tokens, context, "mixed")
+        return seconds <= self.slo.tpot_ms / 1000 * (1 - self.slo.margin)
+
+    @property
+    def next_tick(self) -> tuple[int, int]:
+        """Rows and cached tokens of the next tick: a token per answer, and prompts within the tick's budget."""
+        running, waiting = self.scheduler.running, self.scheduler.waiting
+        prompts = sum(s.pending for s in (*running, *waiting) if s.pending > 1)
+        answers = sum(s.pending == 1 for s in running)
+        return answers + min(prompts, self.config.max_prefill_tokens), sum(s.computed for s in running)
+
+    def _affordable(self, piece: Slice, beside: bool = False) -> bool:
+        rows, context = self.next_tick
+        tick_s = self.prices.tick_s(rows, context, "beside" if beside else "alone")
+        # Beside, a token does not wait for the slice but for the slower ticks while it lasts.
+        slice_s = 0.0 if beside else self.prices.slice_s(piece.kind, piece.tokens, piece.layers)
+        sequences = (*self.scheduler.running, *self.scheduler.waiting)
+        return may_train(self.clock(), slice_s, tick_s, sequences, self.slo)[0]
+
+    def _note(self, chunks: Sequence[Chunk], rider: Slice | None, seconds: float) -> None:
+        decode = sum(c.is_decode for c in chunks)
+        rows, context = sum(c.stop - c.start for c in chunks), sum(c.stop for c in chunks)
+        record = self.record
+        record.decode_rows, record.prefill_tokens, record.serve_s = decode, rows - decode, seconds
+        if rider is not None and self._broken is None:
+            record.regime, record.train_kind, record.train_tokens = "mixed", rider.kind, rider.tokens
+            record.gap_s = max(0.0, seconds - self.prices.tick_s(rows, context))
+            # What the forward cost is what it made the tick longer by: the tick's own part is serving.
+            record.train_s, record.serve_s = record.gap_s, seconds - record.gap_s
+            rows += rider.tokens
+        elif self._beside is not None:
+            record.regime = "beside"
+        self.prices.observe_tick(rows, context, seconds, record.regime)
+
+
+@dataclass
+class EnginePace:
+    """Slices of about engine.slice_ms while anybody is served; forwards that a tick can take along."""
+
+    engine: Engine
+
+    def layers(self, kind: str, tokens: int) -> int:
+        return self.engine.prices.layers_within(kind, tokens, self.engine.config.slice_ms / 1000)
+
+    def rows(self, kind: str) -> int:
+        return min(256, self.engine.prices.rows_within(kind, self.engine.config.slice_ms / 1000))
+
+    def pass_tokens(self) -> int:
+        """Half of a token's budget: a forward that only just fits would hardly ever find a tick to ride on."""
+        engine = self.engine
+        if engine.coserving != "mixed" or not engine.serving:
+            return UNLIMITED
+        seconds = engine.slo.tpot_ms / 1000 * (1 - engine.slo.margin) / 2
+        return engine.prices.tokens_within(*engine.next_tick, seconds)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from clif.adapters.slots import SlotTable
-from clif.replica.runner import ModelRunner, Slices
+from clif.replica.jobs import Slices
+from clif.replica.runner import ModelRunner
 from clif.types import TrainSample
 
 
@@ -24,7 +25,7 @@ class Heldout:
         """Summed cross-entropy in nats under an adapter slot."""
         total = 0.0
         for batch in self._batches:
-            total += yield from self._runner.loss(self._runner.pack(batch), slot)
+            total += yield from self._runner.loss(batch, slot)
         return total
 
     def active_loss(self, slots: SlotTable) -> Slices[tuple[int, float]]:

@@ -1,25 +1,54 @@
-"""Resumable jobs: training work that runs slice by slice between serving ticks. Free of torch."""
+"""Resumable jobs: training work that says what it would do next and leaves when and where to the engine. Free of torch."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A piece of training work that runs without a break: `tokens` rows through `layers` layers.
+
+    work: does it and returns its result; it touches nothing that serving touches, so that it may run beside it.
+    rider: the forward that a serving tick can take along instead, where there is one.
+    """
+
+    kind: str
+    tokens: int = 0
+    layers: int = 0
+    work: Callable[[], Any] = lambda: None
+    rider: Any = None
+
+
+WAIT = Slice("wait")
+STEP_KINDS = frozenset({"forward", "head", "backward", "optimizer"})
+"""Slices that belong to an optimizer step; the others evaluate or wait."""
+T = TypeVar("T")
+Slices = Generator[Slice, Any, T]
+"""A job with a result: it yields its next slice and is resumed with what the slice's work returned."""
 
 
 class Job:
-    """A generator that yields a description of its next slice before it does it.
+    """A generator of slices. upcoming: the next slice, or None when the job is through."""
 
-    upcoming: the next slice, or None when the job is through.
-    """
-
-    def __init__(self, name: str, work: Generator[Any, None, Any]) -> None:
+    def __init__(self, name: str, work: Slices[Any]) -> None:
         self.name, self._work = name, work
-        self.upcoming: Any = None
-        self.run()
+        self.upcoming: Slice | None = None
+        self.resume(None)
 
     def run(self) -> None:
-        """Do the upcoming slice. What it raises ends the job."""
-        self.upcoming = next(self._work, None)
+        """Do the upcoming slice here and now. What it raises ends the job."""
+        assert self.upcoming is not None
+        self.resume(self.upcoming.work())
+
+    def resume(self, result: Any) -> None:
+        """The upcoming slice has been done, with this result: go on to the next one."""
+        try:
+            self.upcoming = self._work.send(result)
+        except StopIteration:
+            self.upcoming = None
 
     def close(self) -> None:
         """Give up: `finally` blocks of the work still run."""

@@ -1,4 +1,4 @@
-"""What the next piece of work will take, learnt from the engine's own ticks; and whether training may take it.
+"""What the next piece of work will take, learnt from the engine's own turns; and whether training may take it.
 
 Free of torch. Training only gets what serving leaves (promise 5): may_train is asked before every slice.
 """
@@ -9,14 +9,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from clif.config import SloConfig
-from clif.latency import LatencyModel
+from clif.latency import Fit, LatencyModel
 from clif.replica.scheduler import Sequence
 from clif.types import Purpose
+
+UNLIMITED = 1 << 30
+TICK_PRIOR = Fit(0.002, 0.002, 0.02)
+SLICE_PRIOR = Fit(0.02, 0.001, 0.0)
 
 
 @dataclass
 class Rate:
-    """Running mean and mean absolute deviation of a rate. smoothing: weight of the newest observation."""
+    """Running mean and mean absolute deviation. smoothing: weight of the newest observation."""
 
     mean: float = 0.0
     deviation: float = 0.0
@@ -36,27 +40,88 @@ class Rate:
 
 
 @dataclass
+class Price:
+    """Seconds of one kind of work: a fit, and by what factor it is exceeded. seen: measurements."""
+
+    model: LatencyModel
+    excess: Rate = field(default_factory=lambda: Rate(mean=1.0))
+    seen: int = 0
+
+    def observe(self, own: float, other: float, seconds: float) -> None:
+        self.seen += 1
+        if self.seen > 4:
+            # The first fits lean on the prior: what they miss says nothing about the spread.
+            self.excess.observe(seconds / max(self.model.predict(own, other), 1e-6))
+        self.model.observe(own, other, seconds)
+
+    def high(self, own: float, other: float) -> float:
+        """Seconds that are rarely exceeded."""
+        return self.model.predict(own, other) * self._factor
+
+    def others_within(self, own_per_other: float, seconds: float) -> int:
+        """Largest whole `other` for which own = own_per_other * other stays within so many seconds; at least 0."""
+        fit = self.model.fit
+        each = fit.a * own_per_other + fit.b
+        return int((seconds / self._factor - fit.c) / each) if each > 0 else UNLIMITED
+
+    @property
+    def _factor(self) -> float:
+        return max(1.0, self.excess.high) if self.excess.seen else 1.0
+
+
+@dataclass
 class Prices:
-    """Predicted seconds of serving ticks and of training slices."""
+    """Predicted seconds of serving ticks and of training slices, apart for each regime.
 
-    ticks: LatencyModel = field(default_factory=LatencyModel)
-    """Seconds of a tick from its rows and from the cached tokens that they read, in thousands."""
-    slices: dict[str, Rate] = field(default_factory=dict)
-    """Seconds per token and layer, by kind of slice."""
+    ticks: from rows and the cached tokens that they read (thousands), for "alone", "mixed" (training rows are rows,
+    too) and "beside" (a slice runs on other threads meanwhile). slices: by kind and regime, from the rows times
+    layers (thousands) and the layers.
+    """
 
-    def observe_slice(self, kind: str, work: float, seconds: float) -> None:
-        self.slices.setdefault(kind, Rate()).observe(seconds / max(work, 1.0))
+    ticks: dict[str, Price] = field(default_factory=dict)
+    slices: dict[str, Price] = field(default_factory=dict)
 
-    def slice_s(self, kind: str, work: float) -> float:
+    def observe_tick(self, rows: float, context: float, seconds: float, regime: str = "alone") -> None:
+        self._tick(regime).observe(rows, context / 1000, seconds)
+
+    def tick_s(self, rows: float, context: float, regime: str = "alone") -> float:
+        """A regime that is not known yet is priced as "alone" with all its rows."""
+        price = self.ticks.get(regime)
+        if price is None or price.seen < 4:
+            price = self._tick("alone")
+        return price.high(rows, context / 1000)
+
+    def _tick(self, regime: str) -> Price:
+        return self.ticks.setdefault(regime, Price(LatencyModel(TICK_PRIOR)))
+
+    def observe_slice(self, kind: str, tokens: int, layers: int, seconds: float) -> None:
+        price = self.slices.setdefault(kind, Price(LatencyModel(SLICE_PRIOR)))
+        price.observe(tokens * layers / 1000, layers, seconds)
+
+    def slice_s(self, kind: str, tokens: int, layers: int) -> float:
         """0 for a kind that was never run: the first one has to be tried."""
-        rate = self.slices.get(kind)
-        return 0.0 if rate is None else rate.high * max(work, 1.0)
+        price = self.slices.get(kind)
+        return 0.0 if price is None else price.high(tokens * layers / 1000, layers)
 
-    def observe_tick(self, rows: float, context: float, seconds: float) -> None:
-        self.ticks.observe(rows, context / 1000, seconds)
+    def layers_within(self, kind: str, tokens: int, seconds: float) -> int:
+        """Layers that a slice may have to take at most so long; one while the kind is unknown, and at least."""
+        price = self.slices.get(kind)
+        return 1 if price is None else max(1, price.others_within(tokens / 1000, seconds))
 
-    def tick_s(self, rows: float, context: float) -> float:
-        return self.ticks.predict(rows, context / 1000)
+    def rows_within(self, kind: str, seconds: float) -> int:
+        """Rows that a slice of one layer may have to take at most so long; at least 16."""
+        price = self.slices.get(kind)
+        if price is None:
+            return 16
+        per_row = price.high(1.0, 1.0) - price.high(0.0, 1.0)
+        spare = seconds - price.high(0.0, 1.0)
+        return UNLIMITED if per_row <= 0 else max(16, int(1000 * spare / per_row))
+
+    def tokens_within(self, rows: float, context: float, seconds: float) -> int:
+        """Training rows that a mixed tick may take along to take at most so long; at least 0."""
+        base = self.tick_s(rows, context, "mixed")
+        per_row = self.tick_s(rows + 1, context, "mixed") - base
+        return UNLIMITED if per_row <= 0 else max(0, int((seconds - base) / per_row))
 
 
 def may_train(
@@ -65,18 +130,40 @@ def may_train(
     """May a slice of slice_s seconds run before the next serving tick of tick_s seconds?
 
     Only if every sequence still gets its next token in time: the first within its own TTFT promise, later ones
-    within its TPOT promise (slo's where it has none), both less the margin. Returns (yes or no, the reason).
+    within its TPOT promise (slo's where it has none), both less the margin; and if a sequence with a deadline still
+    makes it, should all its ticks take tick_s. Returns (yes or no, the reason).
     """
     worst, reason = float("inf"), "nobody waits"
     for sequence in sequences:
         if sequence.request.purpose is Purpose.PROBE:
             continue
         first = sequence.last_s is None
-        promised = sequence.request.slo.ttft_s if first else sequence.request.slo.tpot_s
-        budget = ((slo.ttft_ms if first else slo.tpot_ms) / 1000 if promised is None else promised) * (1 - slo.margin)
-        since = sequence.arrived_s if sequence.last_s is None else sequence.last_s
-        slack = budget - (now - since) - tick_s - slice_s
+        slack = _budget(sequence, slo) * (1 - slo.margin) - (now - _since(sequence)) - tick_s - slice_s
+        kind = "first token" if first else "next token"
+        deadline = _deadline_slack(now, slice_s, tick_s, sequence, slo)
+        if deadline < slack:
+            slack, kind = deadline, "deadline"
         if slack < worst:
-            kind = "first token" if first else "next token"
             worst, reason = slack, f"{kind} of request {sequence.request.id} has {slack * 1000:.0f} ms of slack"
     return worst >= 0, reason
+
+
+def _budget(sequence: Sequence, slo: SloConfig) -> float:
+    if sequence.last_s is None:
+        return slo.ttft_ms / 1000 if sequence.request.slo.ttft_s is None else sequence.request.slo.ttft_s
+    return slo.tpot_ms / 1000 if sequence.request.slo.tpot_s is None else sequence.request.slo.tpot_s
+
+
+def _since(sequence: Sequence) -> float:
+    return sequence.arrived_s if sequence.last_s is None else sequence.last_s
+
+
+def _deadline_slack(now: float, slice_s: float, tick_s: float, sequence: Sequence, slo: SloConfig) -> float:
+    own = sequence.request.slo.deadline_s
+    if own is None and slo.deadline_ms is None:
+        return float("inf")
+    deadline = slo.deadline_ms / 1000 if own is None and slo.deadline_ms is not None else own or 0.0
+    left = sequence.request.sampling.max_tokens - len(sequence.answer)
+    slack = deadline * (1 - slo.margin) - (now - sequence.arrived_s) - slice_s - left * tick_s
+    # A deadline that is lost anyway holds nobody back: the token promises still do.
+    return slack if slack + slice_s >= 0 else float("inf")

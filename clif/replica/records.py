@@ -10,8 +10,8 @@ from typing import Any
 from clif.config import MetricsConfig
 from clif.metrics.device import DeviceMonitor
 from clif.metrics.writer import TableWriter, next_path
-from clif.replica.engine import TickRecord
-from clif.replica.runner import STEP_KINDS
+from clif.replica.engine import TurnRecord
+from clif.replica.jobs import STEP_KINDS
 from clif.replica.scheduler import Scheduler
 from clif.replica.trainer import StepResult
 from clif.types import RoundPlan
@@ -37,7 +37,7 @@ class RankRecords:
         self._ended: tuple[RoundPlan, StepResult] | None = None
         self.last_step: StepResult | None = None
 
-    def tick(self, tick: int, record: TickRecord, scheduler: Scheduler) -> None:
+    def tick(self, tick: int, record: TurnRecord, scheduler: Scheduler) -> None:
         """A turn in which something was done; idle turns leave no row."""
         if not record.serve_s and not record.train_s:
             return
@@ -55,6 +55,9 @@ class RankRecords:
             kv_used=scheduler.pool.used_tokens,
             train_kind=record.train_kind,
             train_s=record.train_s,
+            regime=record.regime,
+            preemptions=scheduler.preemptions,
+            reused_tokens=scheduler.reused_tokens,
         )
 
     def step(self, plan: RoundPlan, result: StepResult) -> None:

@@ -12,10 +12,9 @@ from typing import Any
 
 from clif.config import Config
 from clif.replica.engine import Engine
-from clif.replica.jobs import Job
+from clif.replica.jobs import STEP_KINDS, Job
 from clif.replica.member import Member, RoundOrders
 from clif.replica.records import RankRecords
-from clif.replica.runner import STEP_KINDS
 from clif.types import TokenEvent
 from clif.wire import messages as m
 
@@ -48,7 +47,7 @@ class Replica:
         self._train_samples: list[tuple[float, float, float]] = []
         self._train_work = 0.0
         self._orders: dict[type, Callable[[Any], None]] = {
-            m.Submit: lambda o: engine.scheduler.add(o.request, engine.clock()),
+            m.Submit: self._submit,
             m.Cancel: self._cancel,
             m.SetState: self._set_state,
             m.Limits: self._limits,
@@ -98,9 +97,9 @@ class Replica:
         record, scheduler, now = self.engine.record, self.engine.scheduler, time.monotonic()
         self._busy_s += record.serve_s
         if record.serve_s and not record.prefill_tokens:
-            training = float(self.member.micro_batch) if record.train_s else 0.0
-            # The slice that shared the turn is part of the gap between two tokens.
-            self._serve_samples.append((float(record.decode_rows), training, record.serve_s + record.train_s))
+            training = float(self.member.micro_batch) if self.engine.training else 0.0
+            # What a slice took of the turn is part of the gap between two tokens.
+            self._serve_samples.append((float(record.decode_rows), training, record.serve_s + record.gap_s))
         if record.train_kind in STEP_KINDS:
             self._train_work += record.train_s
         if record.train_kind == "optimizer":
@@ -132,6 +131,11 @@ class Replica:
         )
         self._reported, self._busy_s = now, 0.0
         self._serve_samples, self._train_samples = [], []
+
+    def _submit(self, order: m.Submit) -> None:
+        refused = self.engine.scheduler.add(order.request, self.engine.clock())
+        if refused is not None:
+            self._send([refused])
 
     def _cancel(self, order: m.Cancel) -> None:
         event = self.engine.scheduler.cancel(order.request_id)
@@ -171,9 +175,7 @@ class Replica:
         self.member.discard()
 
     def _drop_round(self) -> None:
-        for job in [job for job in self.engine.jobs if job.name == ROUND]:
-            job.close()
-            self.engine.jobs.remove(job)
+        self.engine.drop(ROUND)
 
     def _in_round(self, round_id: int) -> bool:
         orders = self.member.orders

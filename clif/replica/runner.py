@@ -1,186 +1,184 @@
-"""Runs batches through the model: whole serving ticks, and training forwards and backwards in slices."""
+"""Runs batches through the model: serving ticks, alone or with training rows beside them, and training in slices."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Protocol
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from clif.adapters.bank import AdapterBank, inject
-from clif.adapters.layers import SHADOW
-from clif.config import Config, EngineConfig
+from clif.adapters.dual_linear import SHADOW, Rows
+from clif.config import Config, ConfigError, EngineConfig
 from clif.kernels.dual_lora import Segment
+from clif.models.causal import CausalSequences
+from clif.models.layer import Part
 from clif.models.loading import LoadedModel
 from clif.models.stack import CausalStack, check_stack
-from clif.replica.attention import KVCache, PackedRows, PagedRows
+from clif.replica.attention import KVCache, PagedRows
+from clif.replica.jobs import Slice, Slices
+from clif.replica.passes import Pass, measure_activations, pack
 from clif.replica.scheduler import Chunk
 from clif.types import TrainSample
 
 
-class Slice(NamedTuple):
-    """A piece of training work that runs without a break: `tokens` rows through `layers` layers."""
+class Pace(Protocol):
+    """How much training work is done without a break."""
 
-    kind: str
-    tokens: int = 0
-    layers: int = 0
+    def layers(self, kind: str, tokens: int) -> int:
+        """Layers of the next slice of this kind over so many rows."""
+        ...
+
+    def rows(self, kind: str) -> int:
+        """Target rows of the next slice of the head."""
+        ...
+
+    def pass_tokens(self) -> int:
+        """Rows of the next forward at most; a longer sample goes alone."""
+        ...
 
 
-WAIT = Slice("wait")
-STEP_KINDS = frozenset({"forward", "head", "backward", "optimizer"})
-"""Slices that belong to an optimizer step; the others evaluate or wait."""
-T = TypeVar("T")
-Slices = Generator[Slice, None, T]
-"""A resumable job with a result: it yields the slice that it will do when it is resumed the next time."""
+class AtOnce:
+    """Everything in as few pieces as there can be."""
 
+    def layers(self, kind: str, tokens: int) -> int:
+        return 1 << 30
 
-@dataclass(frozen=True)
-class Packed:
-    """Training samples one after the other: ids, positions [rows]; rows whose logits predict targets, and these."""
+    def rows(self, kind: str) -> int:
+        return 256
 
-    ids: torch.Tensor
-    positions: torch.Tensor
-    rows: torch.Tensor
-    targets: torch.Tensor
-    lengths: tuple[int, ...]
+    def pass_tokens(self) -> int:
+        return 1 << 30
 
 
 class ModelRunner:
-    """The model of one rank with its adapters and KV cache."""
+    """The model of one rank with its adapters and KV cache. pace: set by the engine."""
 
     def __init__(
         self, stack: CausalStack, bank: AdapterBank, config: EngineConfig, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.stack, self.bank, self.config, self.device = stack, bank, config, device
         self.cache = KVCache(stack.num_layers, config.kv_tokens, stack.num_kv_heads, stack.head_dim, dtype, device)
+        self.activations = measure_activations(stack, device, config.activation_mib << 20)
+        self.pace: Pace = AtOnce()
+
+    def check_samples(self, longest: int) -> None:
+        """Raises ConfigError if a training sample of this many tokens cannot be held."""
+        if not self.activations.fits([longest]):
+            raise ConfigError(
+                f"a training sample of {longest} tokens needs more than engine.activation_mib "
+                f"{self.config.activation_mib}: raise it or lower data.max_sample_tokens"
+            )
 
     @torch.no_grad()
-    def serve(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Compute one tick's chunks. Returns logits [chunks that sample, vocabulary], in order."""
-        plan = PagedRows(self.cache, chunks, self.config.block_size, self.device)
+    def serve(self, chunks: Sequence[Chunk], rider: Pass | None = None) -> torch.Tensor:
+        """Compute one tick's chunks. Returns logits [chunks that sample, vocabulary], in order.
+
+        rider: a forward that goes through its remaining layers in the same products.
+        """
         ids = self._tensor([t for c in chunks for t in c.sequence.tokens[c.start : c.stop]])
         positions = self._tensor([p for c in chunks for p in range(c.start, c.stop)])
-        self.bank.rows.segments = _segments(chunks)
-        hidden, rope = self.stack.embed(ids, positions)
-        hidden = self.stack.layers(0, self.stack.num_layers, hidden, rope, plan)
+        plan = PagedRows(self.cache, chunks, self.config.block_size, self.device)
+        part = self.stack.part(Rows(plan.count, _segments(chunks)), positions, plan)
+        hidden = self._layers(self.stack.embed(ids), part, rider)
         ends = torch.tensor([c.stop - c.start for c in chunks]).cumsum(0) - 1
         rows = ends[torch.tensor([c.samples for c in chunks])].to(self.device)
-        return self.stack.logits(hidden, rows)
+        return self.stack.logits(self.stack.norm(hidden[rows]))
 
-    def pack(self, samples: Sequence[TrainSample]) -> Packed:
-        ids: list[int] = []
-        positions: list[int] = []
-        rows: list[int] = []
-        targets: list[int] = []
-        at = 0
-        for sample in samples:
-            ids += sample.ids
-            positions += range(len(sample.ids))
-            rows += range(at + sample.target_start - 1, at + len(sample.ids) - 1)
-            targets += sample.ids[sample.target_start :]
-            at += len(sample.ids)
-        lengths = tuple(len(s.ids) for s in samples)
-        return Packed(self._tensor(ids), self._tensor(positions), self._tensor(rows), self._tensor(targets), lengths)
+    def _layers(self, hidden: torch.Tensor, part: Part, rider: Pass | None) -> torch.Tensor:
+        joined = self.stack.num_layers if rider is None else rider.at
+        (hidden,) = self.stack.layers(0, joined, [hidden], [part])
+        while rider is not None and rider.left:
+            (hidden,) = rider.layer([hidden], [part])
+        return hidden
 
-    def loss_and_gradients(self, batch: Packed, divisor: float) -> Slices[float]:
+    def loss_and_gradients(self, samples: Sequence[TrainSample], divisor: float) -> Slices[float]:
         """Forward and backward of the shadow; adds the gradients of (summed cross-entropy / divisor) to it.
 
-        Returns the summed cross-entropy in nats. The graph is cut at every slice's border, so that one slice's
-        activations are freed as soon as its backward is done.
+        Returns the summed cross-entropy in nats.
         """
-        tokens, borders = len(batch.ids), self._borders()
-        plan = PackedRows(batch.lengths, self.device)
-        cuts: list[tuple[torch.Tensor, torch.Tensor]] = []
-        yield Slice("forward", tokens, borders[0][1])
-        hidden, rope = self.stack.embed(batch.ids, batch.positions)
-        for i, (start, stop) in enumerate(borders):
-            if i:
-                yield Slice("forward", tokens, stop - start)
-            # Nothing below the first layers learns: no gradient with respect to the embedding.
-            entry = hidden.detach().requires_grad_(i > 0)
-            hidden = self._layers(start, stop, entry, rope, plan, SHADOW)
-            cuts.append((entry, hidden))
-        top, total = hidden.detach().requires_grad_(), 0.0
-        for rows, targets in self._head_parts(batch):
-            yield Slice("head", len(rows), 1)
-            loss = cross_entropy(self.stack.logits(top, rows).float(), targets, reduction="sum")
-            (loss / divisor).backward()
-            total += loss.item()
-        gradient = top.grad
-        for start, stop in reversed(borders):
-            yield Slice("backward", tokens, stop - start)
-            entry, hidden = cuts.pop()
-            hidden.backward(gradient)
-            gradient = entry.grad
+        total, left = 0.0, list(samples)
+        while left:
+            run = self._next_pass(left, SHADOW, learns=True)
+            yield from self._forward(run, "forward")
+            total += yield from self._head(run, "head", divisor)
+            while run.cuts:
+                layers = min(len(run.cuts), self.pace.layers("backward", run.batch.tokens))
+                yield Slice("backward", run.batch.tokens, layers, partial(run.backward, layers))
         return total
 
-    def loss(self, batch: Packed, slot: int | None) -> Slices[float]:
+    def loss(self, samples: Sequence[TrainSample], slot: int | None) -> Slices[float]:
         """Summed cross-entropy in nats under an adapter slot (SHADOW, a serving slot, None: the base)."""
-        plan = PackedRows(batch.lengths, self.device)
-        with torch.no_grad():
-            hidden, rope = self.stack.embed(batch.ids, batch.positions)
-        for start, stop in self._borders():
-            yield Slice("evaluate", len(batch.ids), stop - start)
-            with torch.no_grad():
-                hidden = self._layers(start, stop, hidden, rope, plan, slot)
-        total = 0.0
-        for rows, targets in self._head_parts(batch):
-            yield Slice("evaluate_head", len(rows), 1)
-            with torch.no_grad():
-                total += cross_entropy(self.stack.logits(hidden, rows).float(), targets, reduction="sum").item()
+        total, left = 0.0, list(samples)
+        while left:
+            run = self._next_pass(left, slot, learns=False)
+            yield from self._forward(run, "evaluate")
+            total += yield from self._head(run, "evaluate_head", 1.0)
         return total
 
-    def _layers(
-        self, start: int, stop: int, hidden: torch.Tensor, rope: tuple, plan: PackedRows, slot: int | None
-    ) -> torch.Tensor:
-        # Set anew in every slice: a serving tick in between has left its own segments.
-        self.bank.rows.segments = () if slot is None else (Segment(0, hidden.shape[1], slot),)
-        return self.stack.layers(start, stop, hidden, rope, plan)
+    def _next_pass(self, left: list[TrainSample], slot: int | None, learns: bool) -> Pass:
+        """Takes the samples of the next pass from `left`: at least one, and what the pace and the memory allow."""
+        most, taken = self.pace.pass_tokens(), [left.pop(0)]
+        lengths = [len(taken[0].ids)]
+        while left and sum(lengths) + len(left[0].ids) <= most:
+            if learns and not self.activations.fits([*lengths, len(left[0].ids)]):
+                break
+            taken.append(left.pop(0))
+            lengths.append(len(taken[-1].ids))
+        if slot == SHADOW:
+            # The masters may have changed since: rounding them again is cheap beside a forward.
+            self.bank.refresh()
+        return Pass(self.stack, pack(taken, self.device), slot, self.device, self.activations if learns else None)
 
-    def _head_parts(self, batch: Packed) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Rows and targets of each slice of the head: a large vocabulary makes it dearer than several layers."""
-        size = self.config.head_rows_per_slice
-        return zip(batch.rows.split(size), batch.targets.split(size), strict=True)
+    def _forward(self, run: Pass, kind: str) -> Slices[None]:
+        while run.left:
+            layers = min(run.left, self.pace.layers(kind, run.batch.tokens))
+            yield Slice(kind, run.batch.tokens, layers, partial(run.forward, layers), rider=run)
 
-    def _borders(self) -> list[tuple[int, int]]:
-        step, n = self.config.layers_per_slice, self.stack.num_layers
-        return [(i, min(i + step, n)) for i in range(0, n, step)]
+    def _head(self, run: Pass, kind: str, divisor: float) -> Slices[float]:
+        total, start, end = 0.0, 0, len(run.batch.targets)
+        while start < end:
+            stop = min(end, start + self.pace.rows(kind))
+            total += yield Slice(kind, stop - start, 1, partial(run.head, start, stop, divisor))
+            start = stop
+        return total
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
 
-def _segments(chunks: Sequence[Chunk]) -> list[Segment]:
+def _segments(chunks: Sequence[Chunk]) -> tuple[Segment, ...]:
     """Rows of each adapter slot; chunks come sorted by slot, those of the base first."""
-    segments: list[Segment] = []
+    return tuple(_merged(chunks))
+
+
+def _merged(chunks: Sequence[Chunk]) -> Iterator[Segment]:
     row = 0
+    current: Segment | None = None
     for chunk in chunks:
-        stop = row + chunk.stop - chunk.start
-        slot = chunk.sequence.slot
-        if slot is not None:
-            if segments and segments[-1].slot == slot:
-                segments[-1] = segments[-1]._replace(stop=stop)
-            else:
-                segments.append(Segment(row, stop, slot))
+        stop, slot = row + chunk.stop - chunk.start, chunk.sequence.slot
+        if current is not None and current.slot == slot:
+            current = current._replace(stop=stop)
+        else:
+            if current is not None:
+                yield current
+            current = None if slot is None else Segment(row, stop, slot)
         row = stop
-    return segments
+    if current is not None:
+        yield current
 
 
 def build_runner(config: Config, loaded: LoadedModel) -> tuple[ModelRunner, AdapterBank]:
     """The model with dual layers and our attention. Raises ConfigError for a model that we would compute wrongly."""
-    stack = CausalStack(loaded.model)
-    probe = torch.arange(8, device=loaded.device) % stack.vocab_size
+    probe = torch.arange(8, device=loaded.device) % loaded.model.config.vocab_size
     with torch.no_grad():
         expected = loaded.model(probe.unsqueeze(0), use_cache=False).logits[0]
-        stack.take_over()
+        stack = CausalStack(loaded.model)
         # The same first A on every replica: FedAvg averages factors, which only makes sense from one start.
         torch.manual_seed(config.run.seed)
-        bank = inject(loaded.model, config.adapter)
+        bank = inject(stack, config.adapter)
         if config.engine.pack_weights:
-            stack.pack_head()
-            for layer in bank.layers.values():
-                layer.pack()
-        check_stack(stack, PackedRows([len(probe)], loaded.device), probe, expected)
+            stack.pack()
+        check_stack(stack, CausalSequences([len(probe)], loaded.device), probe, expected)
     return ModelRunner(stack, bank, config.engine, loaded.device, loaded.dtype), bank

@@ -15,7 +15,8 @@ from clif.adapters.bank import AdapterBank
 from clif.adapters.noise import NoiseScale
 from clif.config import TrainConfig
 from clif.data.cursor import SampleCursor
-from clif.replica.runner import ModelRunner, Slice, Slices
+from clif.replica.jobs import Slice, Slices
+from clif.replica.runner import ModelRunner
 from clif.types import TrainSample
 
 NOISE_STRIDE = 8
@@ -67,12 +68,16 @@ class ShadowTrainer:
         for start in range(0, len(chosen), micro_batch):
             part = chosen[start : start + micro_batch]
             before = gradient[::NOISE_STRIDE].clone()
-            total += yield from self.runner.loss_and_gradients(self.runner.pack(part), targets)
+            total += yield from self.runner.loss_and_gradients(part, targets)
             # The part's own mean gradient: what it added, as if its targets had been all there are.
             parts.append((gradient[::NOISE_STRIDE] - before) * (targets / sum(s.targets for s in part)))
-        yield Slice("optimizer", 1, 1)
+        return (yield Slice("optimizer", 1, 1, lambda: self._finish(total / targets, chosen, parts, micro_batch)))
+
+    def _finish(
+        self, loss: float, chosen: list[TrainSample], parts: list[torch.Tensor], micro_batch: int
+    ) -> StepResult:
         self._observe_noise(parts, micro_batch)
-        return self._update(total / targets, chosen)
+        return self._update(loss, chosen)
 
     def _update(self, loss: float, chosen: list[TrainSample]) -> StepResult:
         lr = self.config.lr * min(1.0, (self.steps + 1) / max(1, self.config.warmup_steps))

@@ -14,6 +14,7 @@ from clif.errors import InputError
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = {"model": {"path": "m"}, "train": {"enabled": False}}
 """The least that is accepted: no training, no load, no data."""
+TRAINS = {"train": {"enabled": True}, "data": {"path": __file__}}
 
 
 @pytest.fixture
@@ -81,6 +82,23 @@ def refusal(tree: dict) -> str:
         ({"train": {"enabled": True}}, "train.enabled need instruction data: set data.path"),
         ({"load": {"kind": "poisson"}}, "load.kind need instruction data: set data.path"),
         ({"quality": {"exact_match_rows": 4}}, "quality.exact_match_rows need instruction data: set data.path"),
+        (
+            {"run": {"mode": "fast"}},
+            "run.mode: Input should be 'clif', 'serve_only', 'train_only'",
+        ),
+        (
+            {**TRAINS, "run": {"mode": "serve_only"}},
+            "run.mode serve_only does not train: set train.enabled=false or change run.mode",
+        ),
+        ({"run": {"mode": "train_only"}}, "run.mode train_only trains but train.enabled is false: change one of them"),
+        ({"run": {"mode": "split"}}, "run.mode split trains but train.enabled is false: change one of them"),
+        (
+            {**TRAINS, "run": {"mode": "train_only"}, "load": {"kind": "poisson"}},
+            "run.mode train_only takes no load: set load.kind=none, not poisson",
+        ),
+        ({"run": {"training_share": 0.3}}, "run.training_share 0.3 needs run.mode time_slice, not clif: change one"),
+        ({"run": {"mode": "time_slice", "trainers": 2}}, "run.trainers 2 needs run.mode split, not time_slice: change"),
+        ({"run": {"training_share": 1.5}}, "run.training_share: Input should be less than or equal to 1"),
         ({"federation": {"rounds": 2}}, "federation.rounds asks for rounds but train.enabled is false: change one"),
         (
             {"model": {"max_context": 9000}},
@@ -230,7 +248,10 @@ def test_values_never_change_after_reading(file):
 
 def test_the_control_process_reads_back_what_rank_0_wrote_down(file):
     """config.json carries the configuration from rank 0 to the control process."""
-    config = load_config(file, ("layout.replica_gpus=[[0,1]]", "adapter.target_modules=[q_proj]", "slo.deadline_ms=9"))
+    config = load_config(
+        file,
+        ("layout.replica_gpus=[[0,1]]", "adapter.target_modules=[q_proj]", "slo.deadline_ms=9"),
+    )
     assert Config.model_validate_json(config.model_dump_json()) == config
 
 

@@ -58,7 +58,7 @@ def test_a_phase_ends_when_its_work_is_done(now: float, given: Facts, expected: 
     ("now", "given", "word"),
     [
         (GATHER_S + 1, facts(Phase.GATHER, missing=(3,)), "3"),
-        (1.0, facts(Phase.OPEN, alive=0, load_left=1), "no replica"),
+        (1.0, facts(Phase.OPEN, serving=0, load_left=1), "no replica that serves"),
         (1001.0, facts(Phase.BASELINE, measuring=True), "run.max_s"),
     ],
 )

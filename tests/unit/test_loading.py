@@ -7,12 +7,11 @@ import json
 import pytest
 import torch
 import transformers
-from helpers import make_rig
+from helpers import make_rig, stack_logits
 
 from clif.config import ConfigError, ModelConfig
 from clif.models.loading import choose_dtype, load_model
 from clif.ops import frozen_linear
-from clif.replica.attention import PackedRows
 
 CPU = torch.device("cpu")
 
@@ -101,11 +100,9 @@ def test_a_model_that_scales_its_embeddings_is_exact_or_refused(tmp_path):
         assert "computes more than" in str(refused)
         return
     ids = torch.arange(20)
-    stack, plan = rig.runner.stack, PackedRows([len(ids)], CPU)
     with torch.no_grad():
         expected = load_model(rig.config.model, CPU, seed=3).model(ids.unsqueeze(0)).logits[0]
-        hidden, rope = stack.embed(ids, ids)
-        got = stack.logits(stack.layers(0, stack.num_layers, hidden, rope, plan), ids)
+        got = stack_logits(rig.runner.stack, ids)
     assert torch.allclose(got, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -8,14 +8,12 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from clif.kernels.dual_lora import Segment
-from helpers import make_rig, random_state
+from helpers import make_rig, random_state, stack_logits
 
 from clif.adapters import peft_io
-from clif.adapters.layers import SHADOW
+from clif.adapters.dual_linear import SHADOW
 from clif.adapters.peft_io import AdapterError
 from clif.models.loading import load_model
-from clif.replica.attention import PackedRows
 from clif.store import CONFIG_FILE, WEIGHTS_FILE
 
 IDS = torch.tensor([5, 9, 33, 2, 60, 61, 7])
@@ -29,11 +27,8 @@ def export(rig, folder):
 
 
 def our_logits(rig):
-    rig.bank.rows.segments = [Segment(0, len(IDS), SHADOW)]
-    rows, stack = torch.arange(len(IDS)), rig.runner.stack
-    with torch.no_grad():
-        hidden, rope = stack.embed(IDS, rows)
-        return stack.logits(stack.layers(0, stack.num_layers, hidden, rope, PackedRows([len(IDS)], IDS.device)), rows)
+    rig.bank.refresh()
+    return stack_logits(rig.runner.stack, IDS, SHADOW)
 
 
 def check_round_trip(rig, folder):
@@ -42,7 +37,7 @@ def check_round_trip(rig, folder):
     base = load_model(rig.config.model, torch.device("cpu"), seed=3).model
     loaded = peft.PeftModel.from_pretrained(base, str(folder))
     wrapped = {n.removeprefix(peft_io.PREFIX) for n, m in loaded.named_modules() if hasattr(m, "lora_A")}
-    assert wrapped == set(rig.bank.layers), "peft fills what is too much with zeros, in silence"
+    assert wrapped == set(rig.bank.names), "peft fills what is too much with zeros, in silence"
     with torch.no_grad():
         expected = loaded(IDS.unsqueeze(0)).logits[0]
     assert torch.allclose(our_logits(rig), expected, atol=1e-5, rtol=1e-5)
@@ -119,7 +114,7 @@ def test_error_of_averaging_factors_is_that_of_the_products(rig):
     mean = (flat[0] + flat[1]) / 2
     error, total = bank.product_error(mean, flat[0])
     wrong = right = 0.0
-    for name in bank.layers:
+    for name in bank.names:
         a = [s[f"{name}.lora_A.weight"] for s in states]
         b = [s[f"{name}.lora_B.weight"] for s in states]
         product = (b[0] + b[1]) / 2 @ ((a[0] + a[1]) / 2)

@@ -89,7 +89,7 @@ def test_answers_of_one_adapter_never_feel_a_nan_in_another(rig):
     requests = [request(0, PROMPTS[1], max_tokens=10), request(1, PROMPTS[1], max_tokens=10)]
     alone = answer(rig.run(requests[:1])[0])
     rig.fill(1, seed=1)
-    rig.bank.layers[next(iter(rig.bank.layers))].serving_b[rig.slots.slot_of(1)] = float("nan")
+    rig.bank.layers[0].serving_b[rig.slots.slot_of(1)] = float("nan")
     rig.slots.active = 0  # request 0 starts on the base, request 1 on the broken version
     rig.slots._versions.setdefault(0, type(rig.slots._versions[1])(None))
     rig.engine.scheduler.add(requests[0], 0.0)
@@ -117,7 +117,7 @@ def test_kv_cache_is_never_overbooked_and_everything_is_given_back(tiny_config):
     rig.engine.serve = watch
     events = rig.run(requests)
     assert all(len(answer(events[r.id])) == 60 for r in requests)
-    assert most == 240, "three requests of 80 tokens fit 256 places"
+    assert most == 256 and rig.engine.scheduler.preemptions > 0
     assert rig.engine.scheduler.pool.used_tokens == 0
 
 

@@ -1,0 +1,201 @@
+"""CLIF against its baselines: the real program under the same load in every run.mode, as ratios within repeats.
+
+    python benchmarks/coserving.py                       # about 9 minutes per repeat on 2 cores
+    python benchmarks/coserving.py --smoke --out /tmp    # shows within a minute or two that all of this runs
+
+Each repeat measures what the machine does when it only serves and when it only trains, and then serves the same
+requests in every mode. The report holds what was read from the folders of these runs, which are kept.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from measures import Capacity, RunData, measure, ratio, read_run, serve_capacity, slice_share, train_capacity
+from plots import plot_latency, plot_timeline
+from report import Results, markdown
+
+from clif.config import load_config
+from clif.metrics.provenance import cpu_model, git_commit, gpu_names
+
+REPO = Path(__file__).resolve().parents[1]
+MODES = ("clif", "serve_only", "time_slice", "split")
+"""In the order of a repeat: time_slice is given the training that clif reached."""
+RANKS = {"serve_only": 1, "train_only": 1, "clif": 1, "time_slice": 1, "split": 2}
+LOAD, LIGHT_LOADS = 0.7, (0.3, 0.05)
+SATURATING_RPS = 1000
+TRAINING_ROUNDS = 6
+"""Of training alone; the first pays for the start-up."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays the same in all runs. threads: of the machine; load_s: length of the load of each mode."""
+
+    config: Path
+    folder: Path
+    threads: int
+    load_s: float
+    saturating_requests: int
+    modes: tuple[str, ...]
+    loads: tuple[float, ...]
+
+
+@dataclass
+class Comparison:
+    """The runs of all repeats, and what came of them. rate: requests/s at full capacity, known from repeat 1 on."""
+
+    plan: Plan
+    results: Results = field(default_factory=lambda: Results(LOAD))
+    runs: dict[str, list[RunData]] = field(default_factory=dict)
+    rate_rps: float = 0.0
+    slice_gain: float = 1.0
+    busy: float = field(default_factory=lambda: os.getloadavg()[0])
+    """Load average of the machine before the first run: other programs distort everything."""
+
+    def repeat(self, number: int) -> None:
+        capacity = self._capacity(number)
+        self.results.capacities.append(capacity)
+        if not self.rate_rps:
+            self.rate_rps = capacity.serve_tps / load_config(self.plan.config).load.max_tokens
+        for mode in self.plan.modes:
+            self._under_load(mode, LOAD, number, capacity)
+        for load in self.plan.loads:
+            self._under_load("clif", load, number, capacity)
+
+    def _capacity(self, number: int) -> Capacity:
+        burst = [f"load.max_requests={self.plan.saturating_requests}", f"load.rate_rps={SATURATING_RPS}"]
+        # By work and not by time: however slow the machine, the rounds are there. run.max_s bounds them.
+        rounds = [f"federation.rounds={TRAINING_ROUNDS}", "run.linger_s=3600"]
+        full = launch(self.plan, "serve_only", f"{number}-capacity", number, ["load.kind=constant", *burst])
+        alone = launch(self.plan, "train_only", f"{number}-training", number, rounds)
+        return Capacity(serve_capacity(full), train_capacity(alone))
+
+    def _under_load(self, mode: str, load: float, number: int, capacity: Capacity) -> None:
+        extra = [f"load.rate_rps={self.rate_rps * load:.4f}", f"load.duration_s={self.plan.load_s}"]
+        if mode == "time_slice":
+            self.results.shares.append(slice_share(self._wanted(number, capacity), self.slice_gain))
+            extra.append(f"run.training_share={self.results.shares[-1]:.3f}")
+        run = launch(self.plan, mode, f"{number}-{mode}-{load:.0%}".rstrip("%"), number, extra)
+        row = measure(run, mode, load, number, self.plan.load_s)
+        self.results.rows.append(row)
+        if load == LOAD:
+            self.runs.setdefault(mode, []).append(run)
+        if mode == "time_slice":
+            self.slice_gain = ratio(row.train_tps, capacity.train_tps) / self.results.shares[-1]
+        print(f"repeat {number}: {row}", flush=True)
+
+    def _wanted(self, number: int, capacity: Capacity) -> float:
+        """Training of clif in this repeat, as a share of the capacity; half if clif does not run."""
+        rows = [r for r in self.results.rows if (r.mode, r.load, r.repeat) == ("clif", LOAD, number)]
+        return ratio(rows[0].train_tps, capacity.train_tps) if rows else 0.5
+
+
+def threads_of(mode: str, threads: int) -> int:
+    """Threads of a rank, so that every mode has the same in all."""
+    return max(1, threads // RANKS[mode])
+
+
+def command(plan: Plan, mode: str, name: str, seed: int, extra: list[str]) -> list[str]:
+    """How a run is started. All modes have the same cores; split shares them out to its two replicas."""
+    ranks = RANKS[mode]
+    own = {"serve_only": ["train.enabled=false"], "train_only": ["load.kind=none"]}.get(mode, [])
+    place = [f"run.out_dir={plan.folder}", f"run.name={name}", f"run.seed={seed}", f"run.mode={mode}"]
+    threads = f"dist.threads_per_rank={threads_of(mode, plan.threads)}"
+    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*torchrun, "launch/run.py", "--config", str(plan.config), *place, threads, *own, *extra]
+
+
+def launch(plan: Plan, mode: str, name: str, seed: int, extra: list[str]) -> RunData:
+    """Start a run, wait for its end and read it. Raises RuntimeError, naming its log, if it does not go through."""
+    log = plan.folder / f"{name}.log"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(plan.threads)}
+    with log.open("w") as output:
+        line = command(plan, mode, name, seed, extra)
+        done = subprocess.run(line, cwd=REPO, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(line)} ended with {done.returncode}: see {log}")
+    return read_run(plan.folder / name / "run.h5")
+
+
+def write(comparison: Comparison, out: Path, stem: str) -> Path:
+    """The report and its plots beside it."""
+    plan, slo = comparison.plan, load_config(comparison.plan.config).slo
+    plots = [f"{stem}-latency.png"]
+    plot_latency(comparison.runs, (slo.ttft_ms, slo.tpot_ms), out / plots[0])
+    if "clif" in comparison.runs:
+        plots.append(f"{stem}-timeline.png")
+        train_tps = comparison.results.capacities[0].train_tps
+        plot_timeline(comparison.runs["clif"][0], plan.load_s, train_tps, out / plots[1])
+    path = out / f"{stem}.md"
+    path.write_text(markdown(stem, _provenance(comparison), plan.config.read_text(), comparison.results, plots))
+    return path
+
+
+def _provenance(comparison: Comparison) -> list[str]:
+    plan = comparison.plan
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    return [
+        f"command: `python {shlex.join(sys.argv)}`",
+        f"machine: {', '.join([cpu_model(), *gpu_names()])}, {plan.threads} threads, {platform.system()}; "
+        f"load average before the first run {comparison.busy:.2f}",
+        f"versions: Python {platform.python_version()}, {versions}; commit {git_commit() or 'unknown'}",
+        f"{len(comparison.results.capacities)} repeats, modes in turns; {plan.load_s:g} s of load each; full load is "
+        f"{comparison.rate_rps:.2f} requests/s",
+        f"layout: 1 replica with {plan.threads} threads; split: 1 replica that serves and 1 that trains, with "
+        f"{threads_of('split', plan.threads)} each",
+    ]
+
+
+def _modes(given: str) -> tuple[str, ...]:
+    wanted = [mode.strip() for mode in given.split(",")]
+    unknown = sorted(set(wanted) - set(MODES))
+    if unknown:
+        raise typer.BadParameter(f"unknown mode {', '.join(unknown)}: known are {', '.join(MODES)}")
+    return tuple(mode for mode in MODES if mode in wanted)
+
+
+def main(
+    repeats: Annotated[int, typer.Option(min=1, help="3 or more for figures to be published")] = 3,
+    load_s: Annotated[float, typer.Option(min=1, help="seconds of load in each run")] = 50.0,
+    modes: Annotated[str, typer.Option(help="which modes run, separated by commas")] = ",".join(MODES),
+    light: Annotated[bool, typer.Option(help="clif at lighter loads as well")] = False,
+    threads: Annotated[int, typer.Option(min=2, help="CPU threads of the machine to use")] = max(
+        2, os.cpu_count() or 1
+    ),
+    config: Annotated[Path, typer.Option(help="YAML file of all runs")] = REPO / "configs" / "bench.yaml",
+    out: Annotated[Path, typer.Option(help="folder for the dated files")] = REPO / "benchmarks",
+    runs: Annotated[Path, typer.Option(help="folder for the folders of all runs")] = REPO / "runs",
+    smoke: Annotated[
+        bool, typer.Option(help="one repeat of seconds on a random model: its figures mean nothing")
+    ] = False,
+) -> None:
+    """Compare CLIF with serving alone, training alone, time slices and a split, and write a dated report."""
+    now, requests = datetime.datetime.now(), 192
+    stem = f"coserving-{now.date().isoformat()}"
+    if smoke:
+        # One thread: of so small a model more threads only wait for each other, for ever beside other programs.
+        threads, repeats, load_s, requests = 1, 1, min(load_s, 4.0), 64
+        config = REPO / "configs" / "bench-smoke.yaml"
+        stem = f"coserving-smoke-{now.date().isoformat()}"
+    folder = runs.resolve() / f"{stem}-{now:%H%M%S}"
+    folder.mkdir(parents=True)
+    plan = Plan(config, folder, threads, load_s, requests, _modes(modes), LIGHT_LOADS if light else ())
+    comparison = Comparison(plan)
+    for number in range(1, repeats + 1):
+        comparison.repeat(number)
+    print(write(comparison, out, stem).read_text())
+
+
+if __name__ == "__main__":
+    typer.run(main)

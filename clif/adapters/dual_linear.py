@@ -1,0 +1,187 @@
+"""The dual LoRA linear layer: one frozen base, several serving adapters and the shadow that learns.
+
+Invariants: rows that serve leave nothing in the autograd graph; serving slots and the base are never trained; one
+product with the base sees all rows of a batch, whatever they are there for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from clif.kernels.dual_lora import Segment, add_dual_lora, shadow_backward, shadow_forward
+from clif.ops import Linear, frozen_linear
+
+SHADOW = -1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one kind in a batch: how many, and which adapter slot each segment of them uses.
+
+    Segments are disjoint, in row order, counted from the first of these rows; rows in none use the base alone.
+    learns: every row uses the shadow, and gradients are wanted.
+    """
+
+    count: int
+    segments: tuple[Segment, ...] = ()
+    learns: bool = False
+
+
+class DualLinear:
+    """y = x W^T + b + scale * (x A_s^T) B_s^T, with s the adapter slot of each row (none: the base alone).
+
+    It packs the layers that read the same input (query, key and value; gate and up): W [out, in] holds their
+    weights one below the other. A [k r, in] holds the factors of the k adapted ones likewise, and B [out, k r] has
+    each one's factor in its own rows and columns, zero elsewhere: one product per factor instead of k.
+
+    serving_a, serving_b [slots, ...] and compute_a, compute_b are in the base dtype; shadow_a [k r, in] and
+    shadow_b [adapted rows, r] are float32 masters, trained. compute_* are what the shadow's rows are multiplied with:
+    call refresh() after the masters have changed.
+    """
+
+    def __init__(self, names: Sequence[str], linears: Sequence[nn.Linear]) -> None:
+        self.names, self.sizes = tuple(names), [linear.out_features for linear in linears]
+        self.weight, self.bias = _stack(linears)
+        self.adapted: list[int] = []
+        self._packed: Linear | None = None
+
+    def adapt(self, adapted: list[int], r: int, scale: float, slots: int) -> None:
+        """Give the chosen members adapters: A like a linear layer and B zero, as peft does."""
+        out, width = self.weight.shape
+        rank = r * len(adapted)
+        self.adapted, self.r, self.scale = adapted, r, scale
+        self.serving_a = self.weight.new_zeros(slots, rank, width)
+        self.serving_b = self.weight.new_zeros(slots, out, rank)
+        self.compute_a, self.compute_b = self.weight.new_zeros(rank, width), self.weight.new_zeros(out, rank)
+        rows, device = sum(self.sizes[i] for i in adapted), self.weight.device
+        self.shadow_a = nn.Parameter(torch.empty(rank, width, device=device))
+        self.shadow_b = nn.Parameter(torch.zeros(rows, r, device=device))
+        for a in self.shadow_a.data.split(r):
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+
+    def pack(self) -> None:
+        """Lay the base weight out for the machine's matrix kernels where that pays."""
+        self._packed = frozen_linear(self.weight, self.bias)
+
+    def factors(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Views of packed masters (shaped like shadow_a, shadow_b) by module name: A [r, in] and B [own rows, r]."""
+        parts = zip(a.split(self.r), b.split([self.sizes[i] for i in self.adapted]), strict=True)
+        return {self.names[i]: part for i, part in zip(self.adapted, parts, strict=True)}
+
+    def fill_slot(self, slot: int, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Copy an adapter into a serving slot, rounding to the base dtype once."""
+        self._spread(factors, self.serving_a[slot], self.serving_b[slot])
+
+    def refresh(self) -> None:
+        """Round the shadow's masters to what its rows are multiplied with."""
+        self._spread(self.factors(self.shadow_a.data, self.shadow_b.data), self.compute_a, self.compute_b)
+
+    def _spread(
+        self, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], to_a: torch.Tensor, to_b: torch.Tensor
+    ) -> None:
+        blocks = self._blocks(to_b)
+        for i, a, block in zip(self.adapted, to_a.split(self.r), blocks, strict=True):
+            from_a, from_b = factors[self.names[i]]
+            a.copy_(from_a)
+            block.copy_(from_b)
+
+    def _blocks(self, b: torch.Tensor) -> list[torch.Tensor]:
+        """The non-zero blocks of a packed B [out, k r], one per adapted member."""
+        rows = b.split(self.sizes)
+        return [rows[i][:, j * self.r : (j + 1) * self.r] for j, i in enumerate(self.adapted)]
+
+    def __call__(self, xs: Sequence[torch.Tensor], rows: Sequence[Rows]) -> list[torch.Tensor]:
+        """xs: [count, in] for each kind of rows, those that learn last. Returns [count, out] for each."""
+        if rows[-1].learns and torch.is_grad_enabled():
+            a, b = (self.shadow_a, self.shadow_b) if self.adapted else (None, None)
+            learnt, served = _Learn.apply(xs[-1], a, b, self, list(xs[:-1]), rows[:-1])
+            return [*served.split([r.count for r in rows[:-1]]), learnt] if len(xs) > 1 else [learnt]
+        x = xs[0] if len(xs) == 1 else torch.cat(list(xs))
+        y = self._add_adapters(self._base(x), x, rows)
+        return list(y.split([r.count for r in rows])) if len(xs) > 1 else [y]
+
+    def _base(self, x: torch.Tensor) -> torch.Tensor:
+        return self._packed(x) if self._packed is not None else nn.functional.linear(x, self.weight, self.bias)
+
+    def _add_adapters(self, y: torch.Tensor, x: torch.Tensor, rows: Sequence[Rows]) -> torch.Tensor:
+        if not self.adapted:
+            return y
+        at = 0
+        for kind in rows:
+            stop = at + kind.count
+            add_dual_lora(y[at:stop], x[at:stop], kind.segments, self._slot, self.scale)
+            at = stop
+        return y
+
+    def _slot(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return (self.compute_a, self.compute_b) if slot == SHADOW else (self.serving_a[slot], self.serving_b[slot])
+
+    def gather_b(self, b: torch.Tensor) -> torch.Tensor:
+        """The blocks of a packed B [out, k r] one below the other: [adapted rows, r]."""
+        blocks = self._blocks(b)
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+class _Learn(torch.autograd.Function):
+    """All rows through the base at once; the graph holds the learning rows only.
+
+    The base is frozen, so that the backward needs no product for it but the one that carries the gradient down.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        a: torch.Tensor | None,
+        b: torch.Tensor | None,
+        dual: DualLinear,
+        others: list[torch.Tensor],
+        rows: Sequence[Rows],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        together = torch.cat([*others, x]) if others else x
+        y = dual._base(together)
+        served, learnt = y.split([len(y) - len(x), len(x)])
+        ctx.dual, hidden = dual, None
+        if dual.adapted:
+            dual._add_adapters(served, together[: len(served)], rows)
+            hidden = shadow_forward(learnt, x, dual.compute_a, dual.compute_b, dual.scale)
+        ctx.save_for_backward(x if dual.adapted else None, hidden)
+        ctx.mark_non_differentiable(served)
+        return learnt, served
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        dual: DualLinear = ctx.dual
+        x, hidden = ctx.saved_tensors
+        grad = gradients[0]
+        grad_x = grad @ dual.weight if ctx.needs_input_grad[0] else None
+        if not dual.adapted:
+            return grad_x, None, None, None, None, None
+        grad_x, grad_a, grad_b = shadow_backward(
+            grad, grad_x, x, hidden, dual.compute_a, dual.compute_b, dual.scale
+        )
+        return grad_x, grad_a.float(), dual.gather_b(grad_b).float(), None, None, None
+
+
+def _stack(linears: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights (and biases) one below the other; the layers become views of them, so that nothing is held twice."""
+    biases = [linear.bias for linear in linears]
+    bias = None
+    if any(b is not None for b in biases):
+        filled = [
+            linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.data
+            for linear in linears
+        ]
+        bias = torch.cat(filled)
+    if len(linears) == 1:
+        return linears[0].weight.data, bias
+    weight = torch.cat([linear.weight.data for linear in linears])
+    for linear, part in zip(linears, weight.split([linear.out_features for linear in linears]), strict=True):
+        linear.weight.data = part
+    return weight, bias

@@ -1,0 +1,153 @@
+"""Causal attention within each of several packed sequences, forward and backward, as a few batched products.
+
+Sequences of like length share one right-padded batch: padding lies after a sequence's last token, so that causality
+alone keeps it from being seen. The query heads of a KV head stand in for rows: no copy of K and V per head.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+SAVED_LENGTH = 256
+"""Up to this length the backward keeps the probabilities; beyond it they are computed again, L x L of them."""
+SMALLEST_BUCKET = 32
+
+
+def bucket(length: int) -> int:
+    """The power of two that a length is padded with: nothing is padded to twice its size or more."""
+    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Sequences of like length. rows [tokens]: where they lie in the batch; places [tokens]: where when padded.
+
+    None: the whole batch as it lies, no padding.
+    """
+
+    sequences: int
+    longest: int
+    rows: torch.Tensor | None
+    places: torch.Tensor | None
+    mask: torch.Tensor
+
+
+class CausalSequences:
+    """The plan of one packed batch. lengths: tokens of each sequence, in row order."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.count, self._device = sum(lengths), device
+        starts = [0]
+        for length in lengths:
+            starts.append(starts[-1] + length)
+        by_size: dict[int, list[int]] = defaultdict(list)
+        for i, length in enumerate(lengths):
+            by_size[bucket(length)].append(i)
+        self.groups = [self._group([(starts[i], lengths[i]) for i in members]) for members in by_size.values()]
+
+    def _group(self, members: list[tuple[int, int]]) -> _Group:
+        longest = max(length for _, length in members)
+        mask = torch.full((longest, longest), -torch.inf, device=self._device).triu(1)
+        if len(members) * longest == self.count:
+            return _Group(len(members), longest, None, None, mask)
+        rows = [start + j for start, length in members for j in range(length)]
+        places = [i * longest + j for i, (_, length) in enumerate(members) for j in range(length)]
+        return _Group(len(members), longest, self._index(rows), self._index(places), mask)
+
+    def _index(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """query [rows, heads, d], key and value [rows, kv_heads, d] -> [rows, heads * d]."""
+        out: torch.Tensor = _Attend.apply(query, key, value, self, scale)
+        return out.flatten(1)
+
+
+def _pad(x: torch.Tensor, group: _Group) -> torch.Tensor:
+    """[rows, heads, d] -> [sequences, longest, heads, d]."""
+    if group.rows is None or group.places is None:
+        return x.reshape(group.sequences, group.longest, *x.shape[1:])
+    padded = x.new_zeros(group.sequences * group.longest, *x.shape[1:])
+    padded.index_copy_(0, group.places, x.index_select(0, group.rows))
+    return padded.view(group.sequences, group.longest, *x.shape[1:])
+
+
+def _put(padded: torch.Tensor, group: _Group, out: torch.Tensor) -> None:
+    """Write [sequences, longest, heads, d] to its rows of out."""
+    flat = padded.reshape(-1, *out.shape[1:])
+    if group.rows is None or group.places is None:
+        out.copy_(flat)
+    else:
+        out.index_copy_(0, group.rows, flat.index_select(0, group.places))
+
+
+def _queries(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """[s, longest, heads, d] -> [s, kv_heads, queries per KV head * longest, d]."""
+    s, longest, heads, d = x.shape
+    return x.view(s, longest, kv_heads, heads // kv_heads, d).permute(0, 2, 3, 1, 4).reshape(s, kv_heads, -1, d)
+
+
+def _rows(x: torch.Tensor, longest: int) -> torch.Tensor:
+    """The inverse of _queries: [s, kv_heads, g * longest, d] -> [s, longest, heads, d]."""
+    s, kv_heads, _, d = x.shape
+    return x.view(s, kv_heads, -1, longest, d).permute(0, 3, 1, 2, 4).reshape(s, longest, -1, d)
+
+
+def _probabilities(q: torch.Tensor, k: torch.Tensor, group: _Group, scale: float) -> torch.Tensor:
+    """softmax(q k^T scale) under the causal mask: [s, kv_heads, g * longest, longest]."""
+    scores = torch.matmul(q * scale, k.transpose(-1, -2))
+    scores.unflatten(2, (-1, group.longest)).add_(group.mask)
+    return scores.softmax(-1)
+
+
+class _Attend(torch.autograd.Function):
+    """Rows are padded, multiplied and taken out again in one node: what is kept is rows, and P where it is small."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: CausalSequences, scale: float
+    ) -> torch.Tensor:
+        out, kept = torch.empty_like(query, memory_format=torch.contiguous_format), []
+        for group in plan.groups:
+            if query.is_cuda:
+                q, k, v = (_pad(t, group).transpose(1, 2) for t in (query, key, value))
+                _put(sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2), group, out)
+                continue
+            q, k, v = _queries(_pad(query, group), key.shape[1]), *_keys(key, value, group)
+            p = _probabilities(q, k, group, scale)
+            _put(_rows(p @ v, group.longest), group, out)
+            kept.append(p if group.longest <= SAVED_LENGTH else None)
+        ctx.plan, ctx.scale = plan, scale
+        ctx.save_for_backward(query, key, value, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        query, key, value, *kept = ctx.saved_tensors
+        grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
+        # Without a kept matrix (a GPU's fused forward, a long sequence) the probabilities are computed again.
+        kept += [None] * (len(ctx.plan.groups) - len(kept))
+        for group, p in zip(ctx.plan.groups, kept, strict=True):
+            q, k, v = _queries(_pad(query, group), key.shape[1]), *_keys(key, value, group)
+            go = _queries(_pad(gradients[0], group), key.shape[1])
+            p = _probabilities(q, k, group, ctx.scale) if p is None else p
+            gs = torch._softmax_backward_data(go @ v.transpose(-1, -2), p, -1, p.dtype)
+            gs *= ctx.scale
+            _put(_rows(gs @ k, group.longest), group, grads[0])
+            _put((gs.transpose(-1, -2) @ q).transpose(1, 2), group, grads[1])
+            _put((p.transpose(-1, -2) @ go).transpose(1, 2), group, grads[2])
+        return *grads, None, None
+
+
+def _keys(key: torch.Tensor, value: torch.Tensor, group: _Group) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values as [s, kv_heads, longest, d]."""
+    k, v = (_pad(t, group).transpose(1, 2) for t in (key, value))
+    return k, v

@@ -1,0 +1,118 @@
+"""One Llama-style decoder layer over a batch of several kinds of rows, built from transformers' own modules.
+
+Norms, activation and weights are those of the loaded model; what is ours is that layers which read the same input
+are packed into one product, that a product sees all rows at once, and that attention is the batch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from clif.adapters.dual_linear import DualLinear, Rows
+from clif.config import ConfigError
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+NEEDED = ("input_layernorm", "post_attention_layernorm", *(f"self_attn.{n}" for n in ATTENTION), "mlp.act_fn") + tuple(
+    f"mlp.{n}" for n in MLP
+)
+
+
+class AttentionPlan(Protocol):
+    """How rows of one kind attend to each other and to the cache."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """query [rows, heads, head_dim], key and value [rows, kv_heads, head_dim] -> [rows, heads * head_dim]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding of rows: cos and sin [rows, 1, head_dim], sin negative in its first half."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def turn(self, x: torch.Tensor) -> torch.Tensor:
+        """Rotate x [rows, heads, head_dim]: x cos + rotate_half(x) sin, the halves swapped by a roll."""
+        return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, -1), self.sin)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one kind in a batch: their adapters, positions and attention."""
+
+    rows: Rows
+    rope: Rope
+    plan: AttentionPlan
+
+
+class DecoderLayer:
+    """Layer `index` of a model; `module` is transformers' decoder layer, `name` its name in the model.
+
+    Raises ConfigError for a layer of another make.
+    """
+
+    def __init__(self, module: Any, name: str, index: int, head_dim: int) -> None:
+        check_make(module)
+        attention, mlp = module.self_attn, module.mlp
+        self.index, self.head_dim = index, head_dim
+        self.qkv = _packed(attention, f"{name}.self_attn", ATTENTION[:3])
+        self.out = _packed(attention, f"{name}.self_attn", ATTENTION[3:])
+        self.gate_up = _packed(mlp, f"{name}.mlp", MLP[:2])
+        self.down = _packed(mlp, f"{name}.mlp", MLP[2:])
+        self._norm, self._mlp_norm, self._act = module.input_layernorm, module.post_attention_layernorm, mlp.act_fn
+        self._q_norm, self._k_norm = (getattr(attention, n, None) for n in ("q_norm", "k_norm"))
+        self._scale: float = getattr(attention, "scaling", head_dim**-0.5)
+
+    @property
+    def linears(self) -> tuple[DualLinear, ...]:
+        return self.qkv, self.out, self.gate_up, self.down
+
+    def __call__(self, hidden: Sequence[torch.Tensor], parts: Sequence[Part]) -> list[torch.Tensor]:
+        """hidden: [rows, hidden size] for each part; a part that learns comes last."""
+        rows = [part.rows for part in parts]
+        qkv = self.qkv([self._norm(h) for h in hidden], rows)
+        attended = self.out([self._attend(x, part) for x, part in zip(qkv, parts, strict=True)], rows)
+        hidden = [h + x for h, x in zip(hidden, attended, strict=True)]
+        wide = self.gate_up([self._mlp_norm(h) for h in hidden], rows)
+        narrow = self.down([self._gate(x) for x in wide], rows)
+        return [h + x for h, x in zip(hidden, narrow, strict=True)]
+
+    def _attend(self, qkv: torch.Tensor, part: Part) -> torch.Tensor:
+        q_size, k_size, v_size = self.qkv.sizes
+        turned, value = qkv.split([q_size + k_size, v_size], -1)
+        turned = turned.unflatten(-1, (-1, self.head_dim))
+        heads = [q_size // self.head_dim, k_size // self.head_dim]
+        if self._q_norm is not None and self._k_norm is not None:
+            query, key = turned.split(heads, 1)
+            turned = torch.cat((self._q_norm(query), self._k_norm(key)), 1)
+        query, key = part.rope.turn(turned).split(heads, 1)
+        return part.plan.attend(self.index, query, key, value.unflatten(-1, (-1, self.head_dim)), self._scale)
+
+    def _gate(self, wide: torch.Tensor) -> torch.Tensor:
+        gate, up = wide.split(self.gate_up.sizes, -1)
+        return self._act(gate) * up
+
+
+def check_make(module: Any) -> None:
+    """Raises ConfigError for a decoder layer that is not built like Llama's."""
+    missing = [name for name in NEEDED if not _has(module, name)]
+    if missing:
+        raise ConfigError(f"{type(module).__name__} is not a Llama-style layer ({', '.join(missing)} not found)")
+
+
+def _has(module: Any, path: str) -> bool:
+    for part in path.split("."):
+        module = getattr(module, part, None)
+    return module is not None
+
+
+def _packed(parent: Any, name: str, leaves: Sequence[str]) -> DualLinear:
+    return DualLinear([f"{name}.{leaf}" for leaf in leaves], [getattr(parent, leaf) for leaf in leaves])

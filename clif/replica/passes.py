@@ -1,0 +1,174 @@
+"""One forward and backward over packed training rows, layer by layer.
+
+Invariants: the graph is cut at every layer, so that a backward can stop between any two and frees each layer's
+activations when it is done with it; at any time no more is kept than the activation budget allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from clif.adapters.dual_linear import Rows
+from clif.kernels.dual_lora import Segment
+from clif.models.causal import SAVED_LENGTH, CausalSequences
+from clif.models.layer import Part
+from clif.models.loss import head_loss
+from clif.models.stack import CausalStack
+from clif.types import TrainSample
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Training samples one after the other: ids, positions [rows]; rows whose logits predict targets, and these."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    rows: torch.Tensor
+    targets: torch.Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+def pack(samples: Sequence[TrainSample], device: torch.device) -> Packed:
+    ids: list[int] = []
+    positions: list[int] = []
+    rows: list[int] = []
+    targets: list[int] = []
+    at = 0
+    for sample in samples:
+        ids += sample.ids
+        positions += range(len(sample.ids))
+        rows += range(at + sample.target_start - 1, at + len(sample.ids) - 1)
+        targets += sample.ids[sample.target_start :]
+        at += len(sample.ids)
+    tensors = (torch.tensor(values, dtype=torch.int64, device=device) for values in (ids, positions, rows, targets))
+    return Packed(*tensors, tuple(len(s.ids) for s in samples))
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the backward of a forward needs, in bytes. budget: all that may be kept at a time.
+
+    entry: a row's input of a layer; layer: what autograd keeps of a row in one layer; square: of a row in one layer
+    for each token of its sequence (attention's probabilities).
+    """
+
+    budget: int
+    layers: int
+    entry: int
+    layer: int
+    square: int
+
+    def of_layer(self, lengths: Sequence[int]) -> int:
+        """Bytes that autograd keeps for one layer of sequences of these lengths."""
+        return sum(n * (self.layer + (self.square * n if n <= SAVED_LENGTH else 0)) for n in lengths)
+
+    def kept(self, lengths: Sequence[int]) -> int:
+        """How many layers may keep their activations; the others are computed again in the backward."""
+        room = self.budget - sum(lengths) * self.entry * self.layers
+        # One layer's worth stays free for the layer that is being computed again.
+        return max(0, min(self.layers, room // max(1, self.of_layer(lengths)) - 1))
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        """Whether these sequences can be in one pass at all."""
+        return sum(lengths) * self.entry * self.layers + self.of_layer(lengths) <= self.budget
+
+
+class Pass:
+    """A forward under one adapter slot (None: the base), and its backward if it learns.
+
+    at: the layer that comes next; cuts: entry and exit of each layer that is still to be gone back through.
+    """
+
+    def __init__(
+        self, stack: CausalStack, batch: Packed, slot: int | None, device: torch.device, keep: Activations | None = None
+    ) -> None:
+        """keep: for a pass that learns."""
+        self.stack, self.batch, self.learns = stack, batch, keep is not None
+        segments = () if slot is None else (Segment(0, batch.tokens, slot),)
+        self.part = stack.part(
+            Rows(batch.tokens, segments, self.learns), batch.positions, CausalSequences(batch.lengths, device)
+        )
+        self.hidden = stack.embed(batch.ids)
+        self.at = 0
+        self.cuts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._first_kept = stack.num_layers - (keep.kept(batch.lengths) if keep else 0)
+        self._gradient: torch.Tensor | None = None
+
+    @property
+    def left(self) -> int:
+        """Layers of the forward that are still to come."""
+        return self.stack.num_layers - self.at
+
+    def forward(self, layers: int) -> None:
+        for _ in range(layers):
+            self.layer([], [])
+
+    def layer(self, others: Sequence[torch.Tensor], parts: Sequence[Part]) -> list[torch.Tensor]:
+        """The next layer, together with rows of other kinds; returns their hidden states."""
+        keep = self.learns and self.at >= self._first_kept
+        # Nothing below the first layer learns: no gradient with respect to the embedding.
+        entry = self.hidden.detach().requires_grad_(keep and self.at > 0)
+        with torch.set_grad_enabled(keep):
+            *others, out = self.stack.layers(self.at, self.at + 1, [*others, entry], [*parts, self.part])
+        if self.learns:
+            self.cuts.append((entry, out if keep else None))
+        self.hidden = out.detach()
+        self.at += 1
+        return others
+
+    def head(self, start: int, stop: int, divisor: float) -> float:
+        """Summed cross-entropy of targets [start, stop) in nats; if it learns, the gradient of (it / divisor) too."""
+        rows, targets = self.batch.rows[start:stop], self.batch.targets[start:stop]
+        top = self.hidden[rows].requires_grad_(self.learns)
+        with torch.set_grad_enabled(self.learns):
+            normed = self.stack.norm(top)
+        loss, gradient = head_loss(self.stack, normed.detach(), targets, divisor if self.learns else None)
+        if gradient is not None:
+            normed.backward(gradient)
+            if self._gradient is None:
+                self._gradient = torch.zeros_like(self.hidden)
+            self._gradient.index_copy_(0, rows, top.grad)
+        return loss
+
+    def backward(self, layers: int) -> None:
+        """Back through the last layers that are left; adds to the shadow's gradient."""
+        for _ in range(layers):
+            entry, out = self.cuts.pop()
+            if out is None:
+                entry.requires_grad_(bool(self.cuts))
+                with torch.enable_grad():
+                    (out,) = self.stack.layers(len(self.cuts), len(self.cuts) + 1, [entry], [self.part])
+            if out.requires_grad:
+                out.backward(self._gradient)
+            self._gradient = entry.grad
+
+
+def measure_activations(stack: CausalStack, device: torch.device, budget: int) -> Activations:
+    """Count what autograd keeps of a few rows in the first layer: models differ in norms and activations."""
+    n = 16
+    probe = Packed(*(torch.arange(n, device=device) % stack.vocab_size for _ in range(4)), (n,))
+    item = stack.embed(probe.ids).element_size()
+    square = stack.num_heads * item
+    run = Pass(stack, probe, None, device, keep=Activations(1 << 62, stack.num_layers, 0, 0, 0))
+    held: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    frozen = {t.untyped_storage().data_ptr() for linear in stack.linears for t in (linear.weight, linear.bias) if t is not None}
+    frozen |= {p.untyped_storage().data_ptr() for p in stack.model.parameters()}
+    run.forward(1)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        run.forward(1)
+    rows = sum(size for pointer, size in held.items() if pointer not in frozen)
+    entry = run.hidden.shape[-1] * item
+    return Activations(budget, stack.num_layers, entry, max(entry, rows // n - square * n), square)

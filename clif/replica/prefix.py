@@ -1,0 +1,63 @@
+"""Which blocks of the KV cache hold which tokens, so that equal beginnings are computed once. Free of torch."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence as Seq
+from hashlib import sha256
+
+
+class PrefixTable:
+    """Full blocks by what they hold: the adapter version, the block's tokens, and all tokens before them.
+
+    Invariants: no version finds another one's blocks; equal keys mean equal tokens (SHA-256 over version and
+    chain, the same on every rank); a block is found under one key at most. Blocks of a retired version are not
+    dropped here: nobody asks for them again, so they are the next to age out, and no hook into promotion is needed.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._size = block_size
+        self._block_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+
+    def find(self, version: int, tokens: Seq[int]) -> list[int]:
+        """Blocks with the longest known beginning of `tokens`, which never reaches the last one: its logits are due."""
+        found: list[int] = []
+        key = _root(version)
+        for index in range((len(tokens) - 1) // self._size):
+            key = self._next(key, tokens, index)
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def put(self, version: int, tokens: Seq[int], blocks: Seq[int], start: int, stop: int) -> None:
+        """List blocks[start:stop] of a sequence, all full; those before them were listed or found already.
+
+        Of two blocks with equal tokens the first is found. The second keeps its key for the blocks after it.
+        """
+        key = self._key_of[blocks[start - 1]] if start else _root(version)
+        for index in range(start, stop):
+            key = self._next(key, tokens, index)
+            self._key_of[blocks[index]] = key
+            self._block_of.setdefault(key, blocks[index])
+
+    def finds(self, block: int) -> bool:
+        """Whether find() can return this block."""
+        key = self._key_of.get(block)
+        return key is not None and self._block_of.get(key) == block
+
+    def forget(self, block: int) -> None:
+        """The block gets other contents."""
+        if self.finds(block):
+            del self._block_of[self._key_of[block]]
+        self._key_of.pop(block, None)
+
+    def _next(self, key: bytes, tokens: Seq[int], index: int) -> bytes:
+        block = array("q", tokens[index * self._size : (index + 1) * self._size])
+        return sha256(key + block.tobytes()).digest()
+
+
+def _root(version: int) -> bytes:
+    return b"version %d" % version

@@ -1,0 +1,44 @@
+"""What each replica is for in each run.mode: CLIF itself, or a baseline that it is compared with. Free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from clif.config import Config, ConfigError, RunConfig
+
+
+@dataclass(frozen=True)
+class Role:
+    """serves: requests are routed to it. trains: it may become a member of a round."""
+
+    serves: bool = True
+    trains: bool = True
+
+
+BOTH = Role()
+
+
+def role_of(replica: int, replicas: int, run: RunConfig) -> Role:
+    """Role of one of `replicas` replicas. In split the last run.trainers of them train and the others serve."""
+    if run.mode == "serve_only":
+        return Role(trains=False)
+    if run.mode == "split":
+        trainer = replica >= replicas - run.trainers
+        return Role(serves=not trainer, trains=trainer)
+    # train_only has no load, but probes of quality are answered.
+    return BOTH
+
+
+def check_roles(config: Config, replicas: int) -> None:
+    """Raises ConfigError when the replicas that were started cannot do what run.mode and federation ask."""
+    run, least = config.run, config.federation.min_members
+    if run.mode == "split" and run.trainers >= replicas:
+        raise ConfigError(
+            f"run.mode split with run.trainers {run.trainers} needs at least {run.trainers + 1} replicas, not "
+            f"{replicas}: start more ranks, or lower run.trainers (at least 1)"
+        )
+    trainers = sum(role_of(r, replicas, run).trains for r in range(replicas))
+    if config.train.enabled and least > trainers:
+        which = "trainers" if run.mode == "split" else "replicas"
+        more = "raise run.trainers" if run.mode == "split" else "start more ranks"
+        raise ConfigError(f"federation.min_members {least} exceeds the {trainers} {which}: lower it or {more}")
