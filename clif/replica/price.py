@@ -14,6 +14,10 @@ from clif.replica.scheduler import Sequence
 from clif.types import Purpose
 
 UNLIMITED = 1 << 30
+TRUSTED = 32
+"""Measurements after which a fit is believed; before, its predictions are raised by UNTRUSTED."""
+UNTRUSTED = 1.25
+STALL = 3.0
 TICK_PRIOR = Fit(0.002, 0.002, 0.02)
 SLICE_PRIOR = Fit(0.02, 0.001, 0.0)
 
@@ -49,9 +53,9 @@ class Price:
 
     def observe(self, own: float, other: float, seconds: float) -> None:
         self.seen += 1
-        if self.seen > 4:
-            # The first fits lean on the prior: what they miss says nothing about the spread.
-            self.excess.observe(seconds / max(self.model.predict(own, other), 1e-6))
+        if self.seen > TRUSTED:
+            # The first fits lean on the prior: what they miss says nothing about the spread. One stall is one stall.
+            self.excess.observe(min(STALL, seconds / max(self.model.predict(own, other), 1e-6)))
         self.model.observe(own, other, seconds)
 
     def high(self, own: float, other: float) -> float:
@@ -66,7 +70,7 @@ class Price:
 
     @property
     def _factor(self) -> float:
-        return max(1.0, self.excess.high) if self.excess.seen else 1.0
+        return max(1.0, self.excess.high) if self.excess.seen else UNTRUSTED
 
 
 @dataclass

@@ -63,11 +63,36 @@ def test_probes_do_not_hold_training_back():
     assert may_train(5.0, 1.0, 1.0, [sequence], SLO)[0]
 
 
-def test_an_unknown_slice_is_tried_and_then_priced():
+def test_an_unknown_slice_is_tried_in_its_smallest_form_and_then_priced():
     prices = Prices()
-    assert prices.slice_s("backward", 100) == 0.0
-    prices.observe_slice("backward", 100, 0.05)
-    assert prices.slice_s("backward", 200) == pytest.approx(0.1)
+    assert prices.slice_s("backward", 100, 1) == 0.0
+    assert prices.layers_within("backward", 100, seconds=0.05) == 1
+    for layers in [*range(1, 41)] * 2:
+        prices.observe_slice("backward", 100, layers, 0.004 * layers)
+    assert prices.slice_s("backward", 100, 30) == pytest.approx(0.12, rel=0.1)
+    assert 10 <= prices.layers_within("backward", 100, seconds=0.05) <= 13
+
+
+def test_each_regime_has_its_own_price():
+    """A tick beside a slice has fewer threads; one that takes a forward along has more rows."""
+    prices = Prices()
+    for n in [*range(1, 41)] * 2:
+        prices.observe_tick(n, 0, 0.01 + 0.001 * n, "alone")
+        prices.observe_tick(n, 0, 0.02 + 0.002 * n, "beside")
+    assert prices.tick_s(20, 0) == pytest.approx(0.03, rel=0.1)
+    assert prices.tick_s(20, 0, "beside") == pytest.approx(0.06, rel=0.1)
+    assert prices.tick_s(60, 0, "mixed") == prices.tick_s(60, 0), "unknown: all rows, priced as alone"
+    assert 15 <= prices.tokens_within(20, 0, seconds=0.05) <= 21
+
+
+def test_a_deadline_counts_all_the_ticks_that_are_left():
+    """10 tokens of 20 ms are left and 0.3 s of a deadline less its margin: 100 ms are to spare."""
+    sequence = Sequence(request(0, [1], max_tokens=10), 0.0, [1], last_s=0.0)
+    sequence.request = msgspec.structs.replace(sequence.request, slo=Slo(tpot_s=9.0, deadline_s=0.3 / 0.7))
+    assert may_train(0.0, 0.09, 0.02, [sequence], SLO)[0]
+    answer, reason = may_train(0.0, 0.11, 0.02, [sequence], SLO)
+    assert not answer and "deadline" in reason
+    assert may_train(1.0, 0.11, 0.02, [sequence], SLO)[0], "a lost deadline holds nobody back"
 
 
 @given(st.lists(st.floats(0.01, 0.1), min_size=20, max_size=60))
