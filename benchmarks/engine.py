@@ -28,6 +28,7 @@ from clif.config import Config, config_from_tree
 from clif.metrics.provenance import cpu_model, git_commit
 from clif.models.loading import LoadedModel, load_model
 from clif.replica.engine import Engine
+from clif.replica.jobs import Job
 from clif.replica.runner import build_runner
 from clif.replica.scheduler import Scheduler
 from clif.replica.trainer import ShadowTrainer
@@ -95,8 +96,9 @@ def clif_training(config: Config, loaded: LoadedModel) -> Callable[[], None]:
     trainer = ShadowTrainer(runner, bank, samples(runner.stack.vocab_size), config.train)
 
     def run() -> None:
-        for _ in trainer.step(SAMPLES, 1):
-            pass
+        job = Job("step", trainer.step(SAMPLES, 1))
+        while job.upcoming is not None:
+            job.run()
 
     return run
 

@@ -131,9 +131,10 @@ class EngineConfig(Section):
     """Prompt tokens computed in one tick at most; longer prompts go in chunks."""
     coserving: Literal["auto", "mixed", "beside", "turns"] = "auto"
     """mixed: training forwards share the products of serving ticks; beside: training slices run on half of the rank's
-    CPU threads; turns: slices between ticks. auto: beside on a CPU with several threads, else mixed."""
+    CPU threads; turns: slices between ticks. auto: mixed on a GPU; on a CPU beside with several threads, else turns."""
     slice_ms: PositiveFloat = 40.0
-    """Aim for the length of a training slice between two ticks; at least one layer."""
+    """Aim for the length of a training slice between two ticks, up to four times as long where the token gaps leave
+    that much; at least one layer."""
     beside_slice_ms: PositiveFloat = 160.0
     """The same for a slice beside serving, which no token waits for."""
     activation_mib: Positive = 1024

@@ -36,12 +36,11 @@ def add_dual_lora(
     """
     for start, stop, slot in segments:
         a, b = factors(slot)
-        y[start:stop].addmm_(x[start:stop] @ a.T, b.T, alpha=scale)
+        rows, out = (x, y) if stop - start == len(x) else (x[start:stop], y[start:stop])
+        out.addmm_(rows @ a.T, b.T, alpha=scale)
 
 
-def shadow_forward(
-    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
-) -> torch.Tensor:
+def shadow_forward(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
     """Add scale * (x A^T) B^T to y in place and return x A^T [rows, r], which the backward needs."""
     hidden = x @ a.T
     y.addmm_(hidden, b.T, alpha=scale)

@@ -91,7 +91,8 @@ def finish(work: Slices[Any]) -> Any:
     result = None
     while True:
         try:
-            result = work.send(result).work()
+            piece = work.send(result)
+            result = piece.work(piece.units)
         except StopIteration as end:
             return end.value
 

@@ -110,12 +110,11 @@ class DualLinear:
         return self._packed(x) if self._packed is not None else nn.functional.linear(x, self.weight, self.bias)
 
     def _add_adapters(self, y: torch.Tensor, x: torch.Tensor, rows: Sequence[Rows]) -> torch.Tensor:
-        if not self.adapted:
-            return y
         at = 0
-        for kind in rows:
+        for kind in rows if self.adapted else ():
             stop = at + kind.count
-            add_dual_lora(y[at:stop], x[at:stop], kind.segments, self._slot, self.scale)
+            if kind.segments:
+                add_dual_lora(y[at:stop], x[at:stop], kind.segments, self._slot, self.scale)
             at = stop
         return y
 
@@ -163,9 +162,7 @@ class _Learn(torch.autograd.Function):
         grad_x = grad @ dual.weight if ctx.needs_input_grad[0] else None
         if not dual.adapted:
             return grad_x, None, None, None, None, None
-        grad_x, grad_a, grad_b = shadow_backward(
-            grad, grad_x, x, hidden, dual.compute_a, dual.compute_b, dual.scale
-        )
+        grad_x, grad_a, grad_b = shadow_backward(grad, grad_x, x, hidden, dual.compute_a, dual.compute_b, dual.scale)
         return grad_x, grad_a.float(), dual.gather_b(grad_b).float(), None, None, None
 
 

@@ -15,6 +15,10 @@ PRIOR_SERVE = Fit(a=0.002, b=0.01, c=0.02)
 PRIOR_TRAIN = Fit(a=0.05, b=0.005, c=0.05)
 
 
+OVERCOMMIT = 1.5
+"""Tokens that requests may fill at their longest, as a multiple of the KV cache."""
+
+
 @dataclass(frozen=True)
 class ReplicaView:
     """One replica at one moment. Stamps are seconds of the control process's clock.
@@ -59,8 +63,13 @@ class ReplicaView:
         return self.alive and self.role.serves
 
     def has_room(self, tokens: int) -> bool:
-        """Whether a request that may fill `tokens` of the KV cache can start at once."""
-        return self.serving and self.outstanding < self.max_batch and self.reserved + tokens <= self.kv_tokens
+        """Whether a request that may fill `tokens` of the KV cache can start at once, as far as can be told from here.
+
+        Most answers end before their longest, and a replica that runs out of blocks preempts: so more is handed out
+        than there is.
+        """
+        fits = self.reserved + tokens <= OVERCOMMIT * self.kv_tokens
+        return self.serving and self.outstanding < self.max_batch and fits
 
 
 @dataclass(frozen=True)

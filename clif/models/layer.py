@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from clif.adapters.dual_linear import DualLinear, Rows
 from clif.config import ConfigError
@@ -68,6 +69,8 @@ class DecoderLayer:
         self.gate_up = _packed(mlp, f"{name}.mlp", MLP[:2])
         self.down = _packed(mlp, f"{name}.mlp", MLP[2:])
         self._norm, self._mlp_norm, self._act = module.input_layernorm, module.post_attention_layernorm, mlp.act_fn
+        probe = torch.linspace(-4, 4, 64)
+        self._is_silu = torch.equal(self._act(probe), nn.functional.silu(probe))
         self._q_norm, self._k_norm = (getattr(attention, n, None) for n in ("q_norm", "k_norm"))
         self._scale: float = getattr(attention, "scaling", head_dim**-0.5)
 
@@ -97,8 +100,31 @@ class DecoderLayer:
         return part.plan.attend(self.index, query, key, value.unflatten(-1, (-1, self.head_dim)), self._scale)
 
     def _gate(self, wide: torch.Tensor) -> torch.Tensor:
+        if self._is_silu and wide.requires_grad:
+            gated: torch.Tensor = _SwiGLU.apply(wide)
+            return gated
         gate, up = wide.split(self.gate_up.sizes, -1)
         return self._act(gate) * up
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of [rows, gate and up]: keeps its input alone, and its gradient is written in one piece."""
+
+    @staticmethod
+    def forward(ctx: Any, wide: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(wide)
+        gate, up = wide.chunk(2, -1)
+        return nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        (wide,) = ctx.saved_tensors
+        gate, up = wide.chunk(2, -1)
+        grad = torch.empty_like(wide)
+        grad_gate, grad_up = grad.chunk(2, -1)
+        torch.mul(nn.functional.silu(gate), gradients[0], out=grad_up)
+        grad_gate.copy_(torch.ops.aten.silu_backward(gradients[0] * up, gate))
+        return grad
 
 
 def check_make(module: Any) -> None:

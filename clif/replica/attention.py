@@ -14,19 +14,21 @@ from clif.replica.scheduler import Chunk
 
 
 class KVCache:
-    """Keys and values of all sequences: one pair of tensors [kv_heads, places, head_dim] per layer."""
+    """Keys and values of all sequences: one tensor [2 * kv_heads, places, head_dim] per layer, keys first.
+
+    One tensor, so that a tick writes once and gathers once per layer.
+    """
 
     def __init__(
         self, layers: int, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (kv_heads, tokens, head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        shape = (2 * kv_heads, tokens, head_dim)
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
 
     @property
     def bytes(self) -> int:
         """Memory held, for all layers."""
-        return sum(t.nbytes for t in (*self.keys, *self.values))
+        return sum(t.nbytes for t in self.layers)
 
 
 class PagedRows:
@@ -70,7 +72,7 @@ class PagedRows:
         contexts = [p for _, context in members for p in (*context, *context[-1:] * (longest - len(context)))]
         lengths = self._index([len(context) for _, context in members])
         padding = torch.arange(longest, device=self._device) >= lengths.unsqueeze(1)
-        added = torch.zeros(padding.shape, device=self._device, dtype=self._cache.keys[0].dtype)
+        added = torch.zeros(padding.shape, device=self._device, dtype=self._cache.layers[0].dtype)
         rows = self._index([row for row, _ in members])
         return rows, self._index(contexts), added.masked_fill_(padding, -torch.inf).unsqueeze(1)
 
@@ -78,21 +80,21 @@ class PagedRows:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """query [rows, heads, d], key and value [rows, kv_heads, d] -> [rows, heads * d]. Writes to the cache first."""
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
-        keys.index_copy_(1, self._written, key.transpose(0, 1))
-        values.index_copy_(1, self._written, value.transpose(0, 1))
+        cache = self._cache.layers[layer]
+        cache.index_copy_(1, self._written, torch.cat((key, value), 1).transpose(0, 1))
         out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
         for rows, context, added in self._decodes:
-            got = _decode(query.index_select(0, rows), keys, values, context, added, scale)
+            got = _decode(
+                query if len(rows) == self.count else query.index_select(0, rows), cache, context, added, scale
+            )
             if len(rows) == self.count:
-                # They are all there is; places of a single group are in row order.
                 return got
             out.index_copy_(0, rows, got)
         if self._fresh is not None:
             q, k, v = (t.index_select(0, self._fresh_rows) for t in (query, key, value))
             out.index_copy_(0, self._fresh_rows, self._fresh.attend(layer, q, k, v, scale))
         for start, stop, context, mask in self._continued:
-            past = (t.index_select(1, context).unsqueeze(0) for t in (keys, values))
+            past = cache.index_select(1, context).unsqueeze(0).chunk(2, 1)
             rows = query[start:stop].transpose(0, 1).unsqueeze(0)
             got = sdpa(rows, *past, attn_mask=mask, scale=scale, enable_gqa=True)
             out[start:stop] = got[0].transpose(0, 1).flatten(1)
@@ -103,12 +105,7 @@ class PagedRows:
 
 
 def _decode(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    context: torch.Tensor,
-    added: torch.Tensor,
-    scale: float,
+    query: torch.Tensor, cache: torch.Tensor, context: torch.Tensor, added: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """One query row per sequence [n, heads, d] -> [n, heads * d].
 
@@ -116,9 +113,9 @@ def _decode(
     transformers' eager attention.
     """
     n, heads, d = query.shape
-    kv_heads = keys.shape[0]
+    kv_heads = cache.shape[0] // 2
     grouped = (query * scale).view(n, kv_heads, heads // kv_heads, d).transpose(0, 1)
-    k, v = (t.index_select(1, context).view(kv_heads, n, -1, d) for t in (keys, values))
+    k, v = cache.index_select(1, context).view(2 * kv_heads, n, -1, d).chunk(2)
     scores = torch.matmul(grouped, k.transpose(-1, -2)).add_(added)
     return torch.matmul(scores.softmax(-1), v).transpose(0, 1).reshape(n, heads * d)
 

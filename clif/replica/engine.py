@@ -10,16 +10,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from clif.config import EngineConfig, SloConfig
 from clif.replica.jobs import WAIT, Job, Slice
 from clif.replica.passes import Pass
-from clif.replica.price import UNLIMITED, Prices, may_train
+from clif.replica.price import UNLIMITED, Prices, may_train, slack_s
 from clif.replica.runner import ModelRunner
 from clif.replica.sampling import make_rng, sample
 from clif.replica.scheduler import Chunk, Scheduler
 from clif.replica.sidecar import Sidecar
 from clif.types import TokenEvent
+
+
+LONGEST = 4
+"""Longest training slice, as a multiple of engine.slice_ms."""
 
 
 @dataclass
@@ -58,7 +63,7 @@ class Engine:
     jobs: deque[Job] = field(default_factory=deque)
     record: TurnRecord = field(default_factory=TurnRecord)
     sidecar: Sidecar | None = None
-    _beside: Slice | None = None
+    _beside: tuple[Slice, int] | None = None
     _credit_s: float = 0.0
     _broken: RuntimeError | None = None
 
@@ -112,17 +117,15 @@ class Engine:
         if piece is None or self._beside is not None:
             return
         if piece is WAIT or not self.serving:
-            self._here(piece)
+            self._here(piece, self._units(piece, self.config.slice_ms / 1000) or piece.least)
         elif self.coserving == "time_slice":
             self._whole_step()
         elif self.coserving == "mixed" and self._may_ride(piece):
             return
         elif self.coserving == "beside" and self.sidecar is not None:
-            if self._affordable(piece, beside=True):
-                self._beside = piece
-                self.sidecar.start(piece.work)
-        elif self._affordable(piece):
-            self._here(piece)
+            self._start_beside(piece, self.sidecar)
+        elif units := self._units(piece, min(self._slack("alone"), LONGEST * self.config.slice_ms / 1000)):
+            self._here(piece, units)
 
     def drop(self, name: str) -> None:
         """Give up the jobs of this name; a slice that is under way is waited for."""
@@ -152,28 +155,43 @@ class Engine:
             self.jobs.popleft()
         return self.jobs[0].upcoming if self.jobs else None
 
-    def _here(self, piece: Slice) -> None:
+    def _units(self, piece: Slice, seconds: float) -> int:
+        """How much of a slice may be done in so many seconds; 0 if not even the least of it."""
+        if piece is WAIT:
+            return 1
+        known = piece.kind in self.prices.slices
+        units = min(piece.units, self.prices.units_within(piece.kind, piece.tokens, seconds))
+        return max(units, piece.least if not known and units else 0) if units >= piece.least or not known else 0
+
+    def _here(self, piece: Slice, units: int) -> None:
         start = self.clock()
-        self.jobs[0].run()
+        self.jobs[0].run(units)
         if piece is not WAIT:
             seconds = self.clock() - start
-            self._learnt(piece, seconds)
+            self._learnt(piece, units, seconds)
             self.record.gap_s += seconds
+
+    def _start_beside(self, piece: Slice, sidecar: Sidecar) -> None:
+        """A token does not wait for a slice beside it but for the slower ticks while it lasts."""
+        units = self._units(piece, self.config.beside_slice_ms / 1000) or piece.least
+        if self._slack("beside") >= 0:
+            self._beside = piece, units
+            sidecar.start(partial(piece.work, units))
 
     def _whole_step(self) -> None:
         """A whole optimizer step (or evaluation) once serving has had its share since the last one."""
         self._credit_s += self.record.serve_s * self.share
         while self._credit_s >= 0 and (piece := self._upcoming()) not in (None, WAIT):
-            self._here(piece)
+            self._here(piece, piece.units)
             if piece.kind == "optimizer":
                 break
         self._credit_s -= self.record.gap_s * (1 - self.share)
 
     def _collect(self) -> None:
         """Take what the sidecar has finished."""
-        piece = self._beside
-        if piece is None or self.sidecar is None:
+        if self._beside is None or self.sidecar is None:
             return
+        piece, units = self._beside
         try:
             done = self.sidecar.poll()
         except RuntimeError as error:
@@ -182,7 +200,7 @@ class Engine:
         if done is not None:
             self._beside = None
             self._resume(done[0])
-            self._learnt(piece, done[1])
+            self._learnt(piece, units, done[1])
 
     def _resume(self, result: object) -> None:
         """What a job does between two slices must not reach the tick either: learn() raises it."""
@@ -191,10 +209,10 @@ class Engine:
         except RuntimeError as error:
             self._broken = error
 
-    def _learnt(self, piece: Slice, seconds: float) -> None:
+    def _learnt(self, piece: Slice, units: int, seconds: float) -> None:
         record = self.record
         record.train_kind, record.train_tokens, record.train_s = piece.kind, piece.tokens, record.train_s + seconds
-        self.prices.observe_slice(piece.kind, piece.tokens, piece.layers, seconds)
+        self.prices.observe_slice(piece.kind, piece.tokens, units, seconds)
 
     def _rider(self, chunks: Sequence[Chunk]) -> Slice | None:
         """The forward that this tick takes along, if there is one and everybody can afford it."""
@@ -224,13 +242,10 @@ class Engine:
         answers = sum(s.pending == 1 for s in running)
         return answers + min(prompts, self.config.max_prefill_tokens), sum(s.computed for s in running)
 
-    def _affordable(self, piece: Slice, beside: bool = False) -> bool:
-        rows, context = self.next_tick
-        tick_s = self.prices.tick_s(rows, context, "beside" if beside else "alone")
-        # Beside, a token does not wait for the slice but for the slower ticks while it lasts.
-        slice_s = 0.0 if beside else self.prices.slice_s(piece.kind, piece.tokens, piece.layers)
+    def _slack(self, regime: str) -> float:
+        """Seconds that training may take now, if the next tick runs in this regime."""
         sequences = (*self.scheduler.running, *self.scheduler.waiting)
-        return may_train(self.clock(), slice_s, tick_s, sequences, self.slo)[0]
+        return slack_s(self.clock(), self.prices.tick_s(*self.next_tick, regime), sequences, self.slo)[0]
 
     def _note(self, chunks: Sequence[Chunk], rider: Slice | None, seconds: float) -> None:
         decode = sum(c.is_decode for c in chunks)
@@ -250,15 +265,9 @@ class Engine:
 
 @dataclass
 class EnginePace:
-    """Slices of about engine.slice_ms while anybody is served; forwards that a tick can take along."""
+    """Forwards that a tick can take along, while there are ticks."""
 
     engine: Engine
-
-    def layers(self, kind: str, tokens: int) -> int:
-        return self.engine.prices.layers_within(kind, tokens, self.engine.config.slice_ms / 1000)
-
-    def rows(self, kind: str) -> int:
-        return min(256, self.engine.prices.rows_within(kind, self.engine.config.slice_ms / 1000))
 
     def pass_tokens(self) -> int:
         """Half of a token's budget: a forward that only just fits would hardly ever find a tick to ride on."""

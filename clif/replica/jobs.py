@@ -9,17 +9,19 @@ from typing import Any, TypeVar
 
 @dataclass(frozen=True)
 class Slice:
-    """A piece of training work that runs without a break: `tokens` rows through `layers` layers.
+    """What a job would do next: up to `units` pieces (layers of a pass, or rows of the head) of `tokens` rows each.
 
-    work: does it and returns its result; it touches nothing that serving touches, so that it may run beside it.
+    work: does as many as it is told, without a break, and returns their result; it touches nothing that serving
+    touches, so that it may run beside it. least: fewer are not worth a slice.
     rider: the forward that a serving tick can take along instead, where there is one.
     """
 
     kind: str
     tokens: int = 0
-    layers: int = 0
-    work: Callable[[], Any] = lambda: None
+    units: int = 0
+    work: Callable[[int], Any] = lambda units: None
     rider: Any = None
+    least: int = 1
 
 
 WAIT = Slice("wait")
@@ -38,13 +40,13 @@ class Job:
         self.upcoming: Slice | None = None
         self.resume(None)
 
-    def run(self) -> None:
-        """Do the upcoming slice here and now. What it raises ends the job."""
+    def run(self, units: int | None = None) -> None:
+        """Do the upcoming slice here and now: so many units of it, or all. What it raises ends the job."""
         assert self.upcoming is not None
-        self.resume(self.upcoming.work())
+        self.resume(self.upcoming.work(self.upcoming.units if units is None else units))
 
     def resume(self, result: Any) -> None:
-        """The upcoming slice has been done, with this result: go on to the next one."""
+        """The upcoming slice was done as far as asked, with this result: go on to what comes next."""
         try:
             self.upcoming = self._work.send(result)
         except StopIteration:

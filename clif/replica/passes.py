@@ -20,6 +20,10 @@ from clif.models.stack import CausalStack
 from clif.types import TrainSample
 
 
+HEAD_ROWS = 64
+"""Rows whose logits are held at a time: with a large vocabulary they are the largest tensor there is."""
+
+
 @dataclass(frozen=True)
 class Packed:
     """Training samples one after the other: ids, positions [rows]; rows whose logits predict targets, and these."""
@@ -123,8 +127,17 @@ class Pass:
         self.at += 1
         return others
 
-    def head(self, start: int, stop: int, divisor: float) -> float:
-        """Summed cross-entropy of targets [start, stop) in nats; if it learns, the gradient of (it / divisor) too."""
+    def head(self, start: int, rows: int, divisor: float) -> tuple[float, int]:
+        """Summed cross-entropy in nats of so many targets from `start` on, and where they end.
+
+        If it learns, also the gradient of (that sum / divisor).
+        """
+        stop, total = min(start + rows, len(self.batch.targets)), 0.0
+        for at in range(start, stop, HEAD_ROWS):
+            total += self._head(at, min(at + HEAD_ROWS, stop), divisor)
+        return total, stop
+
+    def _head(self, start: int, stop: int, divisor: float) -> float:
         rows, targets = self.batch.rows[start:stop], self.batch.targets[start:stop]
         top = self.hidden[rows].requires_grad_(self.learns)
         with torch.set_grad_enabled(self.learns):
@@ -164,7 +177,12 @@ def measure_activations(stack: CausalStack, device: torch.device, budget: int) -
         held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    frozen = {t.untyped_storage().data_ptr() for linear in stack.linears for t in (linear.weight, linear.bias) if t is not None}
+    frozen = {
+        t.untyped_storage().data_ptr()
+        for linear in stack.linears
+        for t in (linear.weight, linear.bias)
+        if t is not None
+    }
     frozen |= {p.untyped_storage().data_ptr() for p in stack.model.parameters()}
     run.forward(1)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):

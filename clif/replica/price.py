@@ -98,28 +98,21 @@ class Prices:
     def _tick(self, regime: str) -> Price:
         return self.ticks.setdefault(regime, Price(LatencyModel(TICK_PRIOR)))
 
-    def observe_slice(self, kind: str, tokens: int, layers: int, seconds: float) -> None:
+    def observe_slice(self, kind: str, tokens: int, units: int, seconds: float) -> None:
         price = self.slices.setdefault(kind, Price(LatencyModel(SLICE_PRIOR)))
-        price.observe(tokens * layers / 1000, layers, seconds)
+        price.observe(tokens * units / 1000, units, seconds)
 
-    def slice_s(self, kind: str, tokens: int, layers: int) -> float:
+    def slice_s(self, kind: str, tokens: int, units: int) -> float:
         """0 for a kind that was never run: the first one has to be tried."""
         price = self.slices.get(kind)
-        return 0.0 if price is None else price.high(tokens * layers / 1000, layers)
+        return 0.0 if price is None else price.high(tokens * units / 1000, units)
 
-    def layers_within(self, kind: str, tokens: int, seconds: float) -> int:
-        """Layers that a slice may have to take at most so long; one while the kind is unknown, and at least."""
-        price = self.slices.get(kind)
-        return 1 if price is None else max(1, price.others_within(tokens / 1000, seconds))
-
-    def rows_within(self, kind: str, seconds: float) -> int:
-        """Rows that a slice of one layer may have to take at most so long; at least 16."""
+    def units_within(self, kind: str, tokens: int, seconds: float) -> int:
+        """Units of a slice that take at most so long; one while the kind is unknown."""
         price = self.slices.get(kind)
         if price is None:
-            return 16
-        per_row = price.high(1.0, 1.0) - price.high(0.0, 1.0)
-        spare = seconds - price.high(0.0, 1.0)
-        return UNLIMITED if per_row <= 0 else max(16, int(1000 * spare / per_row))
+            return int(seconds >= 0)
+        return max(0, price.others_within(tokens / 1000, seconds))
 
     def tokens_within(self, rows: float, context: float, seconds: float) -> int:
         """Training rows that a mixed tick may take along to take at most so long; at least 0."""
@@ -128,28 +121,33 @@ class Prices:
         return UNLIMITED if per_row <= 0 else max(0, int((seconds - base) / per_row))
 
 
-def may_train(
-    now: float, slice_s: float, tick_s: float, sequences: Iterable[Sequence], slo: SloConfig
-) -> tuple[bool, str]:
-    """May a slice of slice_s seconds run before the next serving tick of tick_s seconds?
+def slack_s(now: float, tick_s: float, sequences: Iterable[Sequence], slo: SloConfig) -> tuple[float, str]:
+    """Seconds that training may take before the next serving tick, which takes tick_s; and who allows no more.
 
-    Only if every sequence still gets its next token in time: the first within its own TTFT promise, later ones
-    within its TPOT promise (slo's where it has none), both less the margin; and if a sequence with a deadline still
-    makes it, should all its ticks take tick_s. Returns (yes or no, the reason).
+    So that every sequence still gets its next token in time: the first within its own TTFT promise, later ones
+    within its TPOT promise (slo's where it has none), both less the margin; and a sequence with a deadline still
+    makes it if all its ticks take tick_s. Infinite when nobody waits.
     """
     worst, reason = float("inf"), "nobody waits"
     for sequence in sequences:
         if sequence.request.purpose is Purpose.PROBE:
             continue
-        first = sequence.last_s is None
-        slack = _budget(sequence, slo) * (1 - slo.margin) - (now - _since(sequence)) - tick_s - slice_s
-        kind = "first token" if first else "next token"
-        deadline = _deadline_slack(now, slice_s, tick_s, sequence, slo)
+        kind = "first token" if sequence.last_s is None else "next token"
+        slack = _budget(sequence, slo) * (1 - slo.margin) - (now - _since(sequence)) - tick_s
+        deadline = _deadline_slack(now, tick_s, sequence, slo)
         if deadline < slack:
             slack, kind = deadline, "deadline"
         if slack < worst:
             worst, reason = slack, f"{kind} of request {sequence.request.id} has {slack * 1000:.0f} ms of slack"
-    return worst >= 0, reason
+    return worst, reason
+
+
+def may_train(
+    now: float, slice_s: float, tick_s: float, sequences: Iterable[Sequence], slo: SloConfig
+) -> tuple[bool, str]:
+    """May training that takes slice_s seconds come before the next serving tick? Returns (yes or no, the reason)."""
+    slack, reason = slack_s(now, tick_s, sequences, slo)
+    return slack >= slice_s, reason
 
 
 def _budget(sequence: Sequence, slo: SloConfig) -> float:
@@ -162,12 +160,12 @@ def _since(sequence: Sequence) -> float:
     return sequence.arrived_s if sequence.last_s is None else sequence.last_s
 
 
-def _deadline_slack(now: float, slice_s: float, tick_s: float, sequence: Sequence, slo: SloConfig) -> float:
+def _deadline_slack(now: float, tick_s: float, sequence: Sequence, slo: SloConfig) -> float:
     own = sequence.request.slo.deadline_s
     if own is None and slo.deadline_ms is None:
         return float("inf")
     deadline = slo.deadline_ms / 1000 if own is None and slo.deadline_ms is not None else own or 0.0
     left = sequence.request.sampling.max_tokens - len(sequence.answer)
-    slack = deadline * (1 - slo.margin) - (now - sequence.arrived_s) - slice_s - left * tick_s
+    slack = deadline * (1 - slo.margin) - (now - sequence.arrived_s) - left * tick_s
     # A deadline that is lost anyway holds nobody back: the token promises still do.
-    return slack if slack + slice_s >= 0 else float("inf")
+    return slack if slack >= 0 else float("inf")

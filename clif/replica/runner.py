@@ -23,16 +23,12 @@ from clif.replica.scheduler import Chunk
 from clif.types import TrainSample
 
 
+HEAD_LEAST = 16
+"""Rows of the head's smallest slice: one row would read the whole matrix, too."""
+
+
 class Pace(Protocol):
-    """How much training work is done without a break."""
-
-    def layers(self, kind: str, tokens: int) -> int:
-        """Layers of the next slice of this kind over so many rows."""
-        ...
-
-    def rows(self, kind: str) -> int:
-        """Target rows of the next slice of the head."""
-        ...
+    """How many rows a training forward has."""
 
     def pass_tokens(self) -> int:
         """Rows of the next forward at most; a longer sample goes alone."""
@@ -40,13 +36,7 @@ class Pace(Protocol):
 
 
 class AtOnce:
-    """Everything in as few pieces as there can be."""
-
-    def layers(self, kind: str, tokens: int) -> int:
-        return 1 << 30
-
-    def rows(self, kind: str) -> int:
-        return 256
+    """As many as the memory allows."""
 
     def pass_tokens(self) -> int:
         return 1 << 30
@@ -104,8 +94,7 @@ class ModelRunner:
             yield from self._forward(run, "forward")
             total += yield from self._head(run, "head", divisor)
             while run.cuts:
-                layers = min(len(run.cuts), self.pace.layers("backward", run.batch.tokens))
-                yield Slice("backward", run.batch.tokens, layers, partial(run.backward, layers))
+                yield Slice("backward", run.batch.tokens, len(run.cuts), run.backward)
         return total
 
     def loss(self, samples: Sequence[TrainSample], slot: int | None) -> Slices[float]:
@@ -133,15 +122,14 @@ class ModelRunner:
 
     def _forward(self, run: Pass, kind: str) -> Slices[None]:
         while run.left:
-            layers = min(run.left, self.pace.layers(kind, run.batch.tokens))
-            yield Slice(kind, run.batch.tokens, layers, partial(run.forward, layers), rider=run)
+            yield Slice(kind, run.batch.tokens, run.left, run.forward, rider=run)
 
     def _head(self, run: Pass, kind: str, divisor: float) -> Slices[float]:
         total, start, end = 0.0, 0, len(run.batch.targets)
         while start < end:
-            stop = min(end, start + self.pace.rows(kind))
-            total += yield Slice(kind, stop - start, 1, partial(run.head, start, stop, divisor))
-            start = stop
+            work = partial(run.head, start, divisor=divisor)
+            loss, start = yield Slice(kind, 1, end - start, work, least=min(HEAD_LEAST, end - start))
+            total += loss
         return total
 
     def _tensor(self, values: list[int]) -> torch.Tensor:

@@ -17,7 +17,8 @@ def make_rng(request: Request, device: torch.device) -> torch.Generator | None:
 
 def sample(logits: torch.Tensor, params: list[Sampling], rngs: list[torch.Generator | None]) -> list[int]:
     """logits: [sequences, vocabulary]. Returns one token id per sequence."""
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    # In float32: exact, and several times as fast as the argmax of bfloat16 on a CPU.
+    tokens: list[int] = logits.float().argmax(dim=-1).tolist()
     for i, (p, rng) in enumerate(zip(params, rngs, strict=True)):
         if rng is not None:
             probabilities = distribution(logits[i].float(), p)

@@ -71,7 +71,7 @@ class ShadowTrainer:
             total += yield from self.runner.loss_and_gradients(part, targets)
             # The part's own mean gradient: what it added, as if its targets had been all there are.
             parts.append((gradient[::NOISE_STRIDE] - before) * (targets / sum(s.targets for s in part)))
-        return (yield Slice("optimizer", 1, 1, lambda: self._finish(total / targets, chosen, parts, micro_batch)))
+        return (yield Slice("optimizer", 1, 1, lambda _: self._finish(total / targets, chosen, parts, micro_batch)))
 
     def _finish(
         self, loss: float, chosen: list[TrainSample], parts: list[torch.Tensor], micro_batch: int

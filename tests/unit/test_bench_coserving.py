@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from coserving import MODES, Plan, command, threads_of
+from coserving import MODES, Plan, command
 from measures import (
     Capacity,
     Measures,
@@ -213,5 +213,7 @@ def test_every_mode_is_accepted_with_the_configuration_that_comes_along(tmp_path
     assert config.run.mode == mode and config.run.seed == 3 and config.run_dir == tmp_path / "x"
 
 
-def test_every_mode_has_the_same_threads_in_all() -> None:
-    assert [threads_of(mode, 8) for mode in MODES] == [8, 8, 8, 4]
+def test_every_mode_has_the_same_cores_and_replicas() -> None:
+    plan = Plan(Path("c.yaml"), Path("runs"), 8, 5.0, 10, MODES, ())
+    lines = [command(plan, mode, "x", 1, []) for mode in MODES]
+    assert all("dist.threads_per_rank=4" in line and line[line.index("--nproc-per-node") + 1] == "2" for line in lines)

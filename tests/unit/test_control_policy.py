@@ -237,7 +237,7 @@ def test_the_least_predicted_finish_time_wins() -> None:
 
 def test_a_request_waits_while_no_replica_has_room() -> None:
     full = replica(0, outstanding=4)
-    no_cache = replica(1, reserved=990)
+    no_cache = replica(1, reserved=1490)
     route, reason = choose_replica(100.0, request(), 100.0, cluster(full, no_cache), make_config())
     assert route is None and "room" in reason
 

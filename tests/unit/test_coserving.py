@@ -13,7 +13,6 @@ from clif.adapters.dual_linear import SHADOW
 from clif.config import ConfigError, TrainConfig
 from clif.replica.jobs import Job, Slice
 from clif.replica.passes import Pass, pack
-from clif.replica.runner import AtOnce
 from clif.replica.sidecar import Sidecar
 from clif.replica.trainer import ShadowTrainer
 from clif.types import TrainSample
@@ -98,7 +97,9 @@ def test_a_forward_may_join_a_tick_at_any_layer(tiny_config):
     rig.bank.refresh()
     for joins in range(rig.runner.stack.num_layers):
         rig.bank.gradient.zero_()
-        run = Pass(rig.runner.stack, pack(SAMPLES, rig.runner.device), SHADOW, rig.runner.device, rig.runner.activations)
+        run = Pass(
+            rig.runner.stack, pack(SAMPLES, rig.runner.device), SHADOW, rig.runner.device, rig.runner.activations
+        )
         run.forward(joins)
         rig.engine.scheduler.add(request(joins, [5, 6, 7], max_tokens=1), 0.0)
         rig.runner.serve(chunks := rig.engine.scheduler.schedule(), run)
@@ -119,7 +120,9 @@ def test_rows_that_serve_leave_nothing_in_the_graph(tiny_config):
             size += tensor.numel() * tensor.element_size()
             return tensor
 
-        run = Pass(rig.runner.stack, pack(SAMPLES, rig.runner.device), SHADOW, rig.runner.device, rig.runner.activations)
+        run = Pass(
+            rig.runner.stack, pack(SAMPLES, rig.runner.device), SHADOW, rig.runner.device, rig.runner.activations
+        )
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             if served:
                 rig.engine.scheduler.add(request(0, [5] * served, max_tokens=2), 0.0)
@@ -150,7 +153,9 @@ def test_activations_never_exceed_their_budget(tiny_config):
     longest = max(len(s.ids) for s in SAMPLES)
     budget = longest * keep.entry * keep.layers + 2 * keep.of_layer([longest])
     rig.runner.activations = type(keep)(budget, keep.layers, keep.entry, keep.layer, keep.square)
-    frozen = {t.untyped_storage().data_ptr() for l in rig.runner.stack.linears for t in (l.weight, l.compute_a, l.compute_b)}
+    frozen = {
+        t.untyped_storage().data_ptr() for l in rig.runner.stack.linears for t in (l.weight, l.compute_a, l.compute_b)
+    }
     frozen |= {p.untyped_storage().data_ptr() for p in rig.loaded.model.parameters()}
     live: dict[int, int] = {}
     most = 0
@@ -176,7 +181,6 @@ def test_activations_never_exceed_their_budget(tiny_config):
 
 def test_a_burst_in_the_middle_of_a_backward_waits_for_one_slice(tiny_config):
     rig = build(tiny_config)
-    rig.runner.pace = OneLayer()
     rig.engine.jobs.append(Job("step", trainer_for(rig).step(4, 1)))
     while rig.engine.jobs[0].upcoming.kind != "backward":
         rig.engine.learn()
@@ -194,9 +198,8 @@ def test_a_burst_in_the_middle_of_a_backward_waits_for_one_slice(tiny_config):
 
 def test_training_stands_still_when_a_burst_leaves_no_slack_and_comes_back_after_it(tiny_config):
     rig = build(tiny_config)
-    rig.runner.pace = OneLayer()
     rig.engine.jobs.append(Job("step", trainer_for(rig).step(4, 1)))
-    for layers in range(1, 30):
+    for layers in range(1, 60):
         rig.engine.prices.observe_tick(layers, 0, 0.15)
         rig.engine.prices.observe_slice("forward", 82, layers, 0.1 * layers)
     submit(rig)
@@ -207,14 +210,6 @@ def test_training_stands_still_when_a_burst_leaves_no_slack_and_comes_back_after
         turn(rig, got)
     rig.engine.learn()
     assert rig.engine.record.train_s >= 0 and rig.engine.record.train_kind == "forward"
-
-
-class OneLayer(AtOnce):
-    def layers(self, kind, tokens):
-        return 1
-
-    def rows(self, kind):
-        return 16
 
 
 @pytest.mark.parametrize("coserving", ["mixed", "beside"])
@@ -231,7 +226,7 @@ def test_an_error_in_training_costs_the_job_and_no_token(tiny_config, coserving)
             raise RuntimeError("out of memory")
 
     def work():
-        def fail():
+        def fail(units):
             raise RuntimeError("out of memory")
 
         yield Slice("forward", 4, 2, fail, rider=Broken())
@@ -260,7 +255,7 @@ def test_tokens_flow_while_a_slice_beside_them_takes_its_time(tiny_config):
     release = threading.Event()
 
     def work():
-        yield Slice("forward", 4, 2, release.wait)
+        yield Slice("forward", 4, 2, lambda units: release.wait())
 
     rig.engine.jobs.append(Job("step", work()))
     submit(rig)
