@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ASSETS := assets/smollm2-135m-instruct.gguf assets/smart_home.jsonl
 RANKS ?= 2
 
-.PHONY: demo test test-all test-gpu bench check format clean help
+.PHONY: demo test test-all test-gpu bench bench-gpu check format clean help
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -40,6 +40,9 @@ test-gpu: $(READY)  ## Tests that need an NVIDIA GPU
 bench: $(READY) $(ASSETS)  ## The engine alone against transformers and PEFT, then CLIF against its baselines; idle cores
 	$(BIN)/python -P benchmarks/engine.py --model assets/smollm2-135m-instruct.gguf
 	$(BIN)/python benchmarks/coserving.py
+
+bench-gpu: $(READY)  ## The engine on one GPU at 1B and 8B shapes with random weights; at most 9 minutes
+	$(BIN)/python -P benchmarks/gpu.py $(if $(DRY),--dry)
 
 check: $(READY)  ## Lint and types
 	$(BIN)/python -P -m ruff check . && $(BIN)/python -P -m ruff format --check . && $(BIN)/python -P -m mypy

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from clif.adapters.dual_linear import DualLinear
 from clif.config import AdapterConfig, ConfigError
+from clif.models.dual_linear import DualLinear
 from clif.models.stack import CausalStack
 
 State = dict[str, torch.Tensor]

@@ -13,13 +13,16 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from clif.adapters.dual_linear import DualLinear, Rows
 from clif.config import ConfigError
+from clif.models.dual_linear import DualLinear, Rows
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-NEEDED = ("input_layernorm", "post_attention_layernorm", *(f"self_attn.{n}" for n in ATTENTION), "mlp.act_fn") + tuple(
-    f"mlp.{n}" for n in MLP
+NEEDED = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    *(f"self_attn.{name}" for name in ATTENTION),
+    *(f"mlp.{name}" for name in (*MLP, "act_fn")),
 )
 
 

@@ -36,7 +36,7 @@ def load_model(config: ModelConfig, device: torch.device, seed: int = 0) -> Load
     """Load what config.path names. Raises ConfigError when it cannot be had or does not fit the context wanted."""
     dtype, reason = choose_dtype(config.dtype, device)
     if config.path.startswith(RANDOM):
-        model, tokenizer = _random(config.path.removeprefix(RANDOM), dtype, seed)
+        model, tokenizer = _random(config.path.removeprefix(RANDOM), dtype, seed, device)
     else:
         model, tokenizer = _pretrained(config.path, dtype)
     model.eval().requires_grad_(False).to(device)
@@ -75,7 +75,7 @@ def _dense_gguf(path: str) -> dict[str, Any]:
     return {}
 
 
-def _random(path: str, dtype: torch.dtype, seed: int) -> tuple[Any, ChatTokenizer]:
+def _random(path: str, dtype: torch.dtype, seed: int, device: torch.device) -> tuple[Any, ChatTokenizer]:
     """Random weights of a given shape, for benchmarks; the same on every rank for the same seed."""
     place = Path(path)
     file = place / "config.json" if place.is_dir() else place
@@ -86,7 +86,9 @@ def _random(path: str, dtype: torch.dtype, seed: int) -> tuple[Any, ChatTokenize
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{file} is not a transformers configuration: {str(error).splitlines()[0]}") from error
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="sdpa")
+    # Drawn where it will live: billions of weights take minutes on a CPU.
+    with device:
+        model = transformers.AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="sdpa")
     if (file.parent / "tokenizer.json").is_file():
         return model, from_transformers(transformers.AutoTokenizer.from_pretrained(str(file.parent)), _eos_ids(model))
     return model, byte_tokenizer(shape.vocab_size)

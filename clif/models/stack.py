@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import transformers
 
-from clif.adapters.dual_linear import DualLinear, Rows
 from clif.config import ConfigError
+from clif.models.dual_linear import DualLinear, Rows
 from clif.models.layer import AttentionPlan, DecoderLayer, Part, Rope
 from clif.ops import Linear, frozen_linear
 

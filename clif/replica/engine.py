@@ -22,7 +22,6 @@ from clif.replica.scheduler import Chunk, Scheduler
 from clif.replica.sidecar import Sidecar
 from clif.types import TokenEvent
 
-
 LONGEST = 4
 """Longest training slice, as a multiple of engine.slice_ms."""
 
@@ -49,8 +48,8 @@ class Engine:
     """Serves and learns. jobs: training work in the order in which it is done; record: what the last turn did.
 
     coserving: "turns" (slices between ticks), "mixed" (forwards ride on ticks, the rest between them) or "beside"
-    (slices on threads of their own); "time_slice", a baseline, takes turns by whole optimizer steps and looks at nobody:
-    share of the time goes to training while there is both to do.
+    (slices on threads of their own). "time_slice" is a baseline: turns by whole optimizer steps, whoever waits;
+    training gets `share` of the time while there is both to do.
     """
 
     runner: ModelRunner

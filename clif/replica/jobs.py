@@ -1,4 +1,7 @@
-"""Resumable jobs: training work that says what it would do next and leaves when and where to the engine. Free of torch."""
+"""Resumable jobs: training work that says what it would do next and leaves when and where to the engine.
+
+Free of torch.
+"""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from clif.adapters.dual_linear import SHADOW
 from clif.adapters.peft_io import config_json, read_weights, write_weights
 from clif.adapters.slots import SlotTable
 from clif.collectives import WeightedMean
+from clif.models.dual_linear import SHADOW
 from clif.replica.heldout import Heldout
 from clif.replica.jobs import WAIT, Slices
 from clif.replica.trainer import ShadowTrainer, StepResult

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from clif.adapters.dual_linear import Rows
 from clif.kernels.dual_lora import Segment
 from clif.models.causal import SAVED_LENGTH, CausalSequences
+from clif.models.dual_linear import Rows
 from clif.models.layer import Part
 from clif.models.loss import head_loss
 from clif.models.stack import CausalStack
 from clif.types import TrainSample
-
 
 HEAD_ROWS = 64
 """Rows whose logits are held at a time: with a large vocabulary they are the largest tensor there is."""

@@ -9,10 +9,10 @@ from typing import Protocol
 import torch
 
 from clif.adapters.bank import AdapterBank, inject
-from clif.adapters.dual_linear import SHADOW, Rows
 from clif.config import Config, ConfigError, EngineConfig
 from clif.kernels.dual_lora import Segment
 from clif.models.causal import CausalSequences
+from clif.models.dual_linear import SHADOW, Rows
 from clif.models.layer import Part
 from clif.models.loading import LoadedModel
 from clif.models.stack import CausalStack, check_stack
@@ -21,7 +21,6 @@ from clif.replica.jobs import Slice, Slices
 from clif.replica.passes import Pass, measure_activations, pack
 from clif.replica.scheduler import Chunk
 from clif.types import TrainSample
-
 
 HEAD_LEAST = 16
 """Rows of the head's smallest slice: one row would read the whole matrix, too."""

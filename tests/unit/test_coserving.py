@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers import answer, finish, make_rig, random_state, request
 
-from clif.adapters.dual_linear import SHADOW
 from clif.config import ConfigError, TrainConfig
+from clif.models.dual_linear import SHADOW
 from clif.replica.jobs import Job, Slice
 from clif.replica.passes import Pass, pack
 from clif.replica.sidecar import Sidecar
@@ -153,9 +153,8 @@ def test_activations_never_exceed_their_budget(tiny_config):
     longest = max(len(s.ids) for s in SAMPLES)
     budget = longest * keep.entry * keep.layers + 2 * keep.of_layer([longest])
     rig.runner.activations = type(keep)(budget, keep.layers, keep.entry, keep.layer, keep.square)
-    frozen = {
-        t.untyped_storage().data_ptr() for l in rig.runner.stack.linears for t in (l.weight, l.compute_a, l.compute_b)
-    }
+    linears = rig.runner.stack.linears
+    frozen = {t.untyped_storage().data_ptr() for one in linears for t in (one.weight, one.compute_a, one.compute_b)}
     frozen |= {p.untyped_storage().data_ptr() for p in rig.loaded.model.parameters()}
     live: dict[int, int] = {}
     most = 0
@@ -175,7 +174,7 @@ def test_activations_never_exceed_their_budget(tiny_config):
     with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
         finish(trainer_for(rig).step(4, 1))
     assert 0 < most <= budget
-    with pytest.raises(ConfigError, match="engine.activation_mib"):
+    with pytest.raises(ConfigError, match=r"engine\.activation_mib"):
         rig.runner.check_samples(longest * 4)
 
 

@@ -11,8 +11,8 @@ import torch
 from helpers import make_rig, random_state, stack_logits
 
 from clif.adapters import peft_io
-from clif.adapters.dual_linear import SHADOW
 from clif.adapters.peft_io import AdapterError
+from clif.models.dual_linear import SHADOW
 from clif.models.loading import load_model
 from clif.store import CONFIG_FILE, WEIGHTS_FILE
 
