@@ -216,7 +216,8 @@ class Engine:
     def _rider(self, chunks: Sequence[Chunk]) -> Slice | None:
         """The forward that this tick takes along, if there is one and everybody can afford it."""
         piece = self._upcoming()
-        if self.coserving != "mixed" or piece is None or piece.rider is None:
+        full = len(self.scheduler.running) >= self.scheduler.max_batch
+        if self.coserving != "mixed" or piece is None or piece.rider is None or full:
             return None
         rows, context = sum(c.stop - c.start for c in chunks), sum(c.stop for c in chunks)
         alone = self.prices.tick_s(rows, context)
@@ -242,8 +243,13 @@ class Engine:
         return answers + min(prompts, self.config.max_prefill_tokens), sum(s.computed for s in running)
 
     def _slack(self, regime: str) -> float:
-        """Seconds that training may take now, if the next tick runs in this regime."""
+        """Seconds that training may take now, if the next tick runs in this regime.
+
+        None while every place is taken: then somebody may wait at the dispatcher, whom nobody here can price.
+        """
         sequences = (*self.scheduler.running, *self.scheduler.waiting)
+        if len(sequences) >= self.scheduler.max_batch:
+            return -1.0
         return slack_s(self.clock(), self.prices.tick_s(*self.next_tick, regime), sequences, self.slo)[0]
 
     def _note(self, chunks: Sequence[Chunk], rider: Slice | None, seconds: float) -> None:

@@ -112,7 +112,7 @@ class Prices:
         price = self.slices.get(kind)
         if price is None:
             return int(seconds >= 0)
-        return max(0, price.others_within(tokens / 1000, seconds))
+        return max(0, price.others_within(tokens / 1000, seconds)) if seconds > 0 else 0
 
     def tokens_within(self, rows: float, context: float, seconds: float) -> int:
         """Training rows that a mixed tick may take along to take at most so long; at least 0."""

@@ -158,7 +158,8 @@ def _merged(chunks: Sequence[Chunk]) -> Iterator[Segment]:
 
 def build_runner(config: Config, loaded: LoadedModel) -> tuple[ModelRunner, AdapterBank]:
     """The model with dual layers and our attention. Raises ConfigError for a model that we would compute wrongly."""
-    probe = torch.arange(8, device=loaded.device) % loaded.model.config.vocab_size
+    vocab = loaded.model.config.vocab_size
+    probe = torch.arange(1, 9, device=loaded.device) * 997 % vocab
     with torch.no_grad():
         expected = loaded.model(probe.unsqueeze(0), use_cache=False).logits[0]
         stack = CausalStack(loaded.model)

@@ -23,3 +23,14 @@ def test_the_comparison_runs_in_every_mode_and_reports(tmp_path):
     for mode in ("clif", "serve_only", "time_slice", "split"):
         assert any(line.startswith(f"| {mode} | 70% |") for line in lines), mode
     assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+@pytest.mark.timeout(240)
+def test_the_gpu_benchmark_runs_dry_on_a_cpu(tmp_path):
+    command = [sys.executable, "-P", "benchmarks/gpu.py", "--dry", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (report,) = tmp_path.glob("gpu-dry-*.md")
+    text = report.read_text()
+    for what in ("decode step", "mixed: efficiency", "turns: efficiency", "PEFT + AdamW", "transformers.generate"):
+        assert what in text, what

@@ -5,10 +5,11 @@ from __future__ import annotations
 import bodies
 import pytest
 import torch
-from helpers import answer, make_rig, random_state, request
+from helpers import answer, finish, make_rig, random_state, request
 from ranks import run_ranks
 
 from clif.config import TrainConfig
+from clif.replica.jobs import Job
 from clif.replica.trainer import ShadowTrainer
 from clif.types import TrainSample
 
@@ -45,7 +46,30 @@ def test_gradients_on_the_gpu_are_those_of_the_cpu(tiny_config):
         rig = make_rig(f"random:{tiny_config}", device=device)
         rig.bank.set_shadow(random_state(rig.bank, 5))
         trainer = ShadowTrainer(rig.runner, rig.bank, samples, TrainConfig(clip_norm=1e9))
-        for _ in trainer.step(3, 1):
-            pass
+        finish(trainer.step(3, 1))
         gradients.append(rig.bank.gradient.cpu())
     assert (gradients[0] - gradients[1]).norm() <= 1e-4 * gradients[0].norm()
+
+
+def test_forwards_that_ride_on_ticks_change_neither_side(tiny_config):
+    samples = [TrainSample(id=i, ids=tuple(range(5 + i, 40 + 2 * i)), target_start=12) for i in range(3)]
+    outcomes = []
+    for way in ("turns", "mixed"):
+        rig = make_rig(f"random:{tiny_config}", device="cuda")
+        rig.engine.coserving = way
+        # A clock that stands still: every promise has all its time left.
+        rig.engine.clock = lambda: 0.0
+        rig.fill(1, seed=4)
+        rig.bank.set_shadow(random_state(rig.bank, 5))
+        trainer = ShadowTrainer(rig.runner, rig.bank, samples, TrainConfig(clip_norm=1e9))
+        rig.engine.jobs.append(Job("step", trainer.step(3, 1)))
+        for i in range(5):
+            rig.engine.scheduler.add(request(i, [3 + i, 9, 20 + i], max_tokens=20, ignore_eos=True), 0.0)
+        tokens: dict[int, list[int]] = {}
+        while rig.engine.serving or rig.engine.jobs:
+            for event in rig.engine.serve():
+                tokens.setdefault(event.request_id, []).extend(event.tokens)
+            rig.engine.learn()
+        outcomes.append((tokens, rig.bank.gradient.cpu()))
+    assert outcomes[0][0] == outcomes[1][0]
+    assert (outcomes[0][1] - outcomes[1][1]).norm() <= 1e-4 * outcomes[0][1].norm()

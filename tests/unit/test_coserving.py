@@ -287,3 +287,18 @@ def test_prefixes_of_the_former_version_are_not_read_after_a_promotion(tiny_conf
     assert with_reuse == without and none == 0
     assert reused == 28, "all full blocks of 4 but for the last token's, once: never across the promotion"
     assert with_reuse[0] == with_reuse[1] != with_reuse[2]
+
+
+def test_nothing_is_trained_while_every_place_is_taken(tiny_config):
+    """Somebody may wait at the dispatcher then, whose first token cannot be priced here."""
+    rig = build(tiny_config, max_batch=len(REQUESTS))
+    rig.engine.jobs.append(Job("step", trainer_for(rig).step(4, 1)))
+    submit(rig)
+    full, got = [], {}
+    while rig.engine.serving:
+        taken = len(rig.engine.scheduler.running) + len(rig.engine.scheduler.waiting) == len(REQUESTS)
+        turn(rig, got)
+        if taken and len(rig.engine.scheduler.running) == len(REQUESTS):
+            full.append(rig.engine.record.train_s)
+    assert full and not any(full)
+    assert not rig.engine.jobs or rig.engine.jobs[0].upcoming.kind != "forward", "it went on when places were free"
