@@ -94,9 +94,9 @@ class PagedRows:
             q, k, v = (t.index_select(0, self._fresh_rows) for t in (query, key, value))
             out.index_copy_(0, self._fresh_rows, self._fresh.attend(layer, q, k, v, scale))
         for start, stop, context, mask in self._continued:
-            past = cache.index_select(1, context).unsqueeze(0).chunk(2, 1)
+            past_k, past_v = cache.index_select(1, context).unsqueeze(0).chunk(2, 1)
             rows = query[start:stop].transpose(0, 1).unsqueeze(0)
-            got = sdpa(rows, *past, attn_mask=mask, scale=scale, enable_gqa=True)
+            got = sdpa(rows, past_k, past_v, attn_mask=mask, scale=scale, enable_gqa=True)
             out[start:stop] = got[0].transpose(0, 1).flatten(1)
         return out
 

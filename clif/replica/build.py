@@ -118,7 +118,7 @@ def make_engine(config: Config, runner: ModelRunner, scheduler: Scheduler) -> En
     uses what small operations leave of them. Raises ConfigError for a wish that cannot be met.
     """
     threads, on_cpu = torch.get_num_threads(), runner.device.type == "cpu"
-    way = config.engine.coserving
+    way: str = config.engine.coserving
     if way == "auto":
         way = "mixed" if not on_cpu else "beside" if threads > 1 else "turns"
     if config.run.mode == "time_slice":

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
+
 from clif.config import EngineConfig, SloConfig
 from clif.replica.jobs import WAIT, Job, Slice
 from clif.replica.passes import Pass
@@ -92,7 +94,7 @@ class Engine:
         self._note(chunks, rider, now - start)
         return self.scheduler.settle(chunks, tokens, now)
 
-    def _run(self, chunks: Sequence[Chunk], rider: Slice | None) -> object:
+    def _run(self, chunks: Sequence[Chunk], rider: Slice | None) -> torch.Tensor:
         if rider is None:
             return self.runner.serve(chunks)
         try:

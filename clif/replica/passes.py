@@ -50,8 +50,8 @@ def pack(samples: Sequence[TrainSample], device: torch.device) -> Packed:
         rows += range(at + sample.target_start - 1, at + len(sample.ids) - 1)
         targets += sample.ids[sample.target_start :]
         at += len(sample.ids)
-    tensors = (torch.tensor(values, dtype=torch.int64, device=device) for values in (ids, positions, rows, targets))
-    return Packed(*tensors, tuple(len(s.ids) for s in samples))
+    a, b, c, d = (torch.tensor(values, dtype=torch.int64, device=device) for values in (ids, positions, rows, targets))
+    return Packed(a, b, c, d, tuple(len(s.ids) for s in samples))
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,7 @@ class Pass:
             normed.backward(gradient)
             if self._gradient is None:
                 self._gradient = torch.zeros_like(self.hidden)
+            assert top.grad is not None
             self._gradient.index_copy_(0, rows, top.grad)
         return loss
 
@@ -165,7 +166,8 @@ class Pass:
 def measure_activations(stack: CausalStack, device: torch.device, budget: int) -> Activations:
     """Count what autograd keeps of a few rows in the first layer: models differ in norms and activations."""
     n = 16
-    probe = Packed(*(torch.arange(n, device=device) % stack.vocab_size for _ in range(4)), (n,))
+    ids = torch.arange(n, device=device) % stack.vocab_size
+    probe = Packed(ids, ids, ids, ids, (n,))
     item = stack.embed(probe.ids).element_size()
     square = stack.num_heads * item
     run = Pass(stack, probe, None, device, keep=Activations(1 << 62, stack.num_layers, 0, 0, 0))
