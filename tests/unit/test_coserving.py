@@ -77,7 +77,7 @@ def gradient_alone(tiny_config):
 def test_serving_and_training_together_compute_what_each_computes_alone(tiny_config, coserving):
     rig = build(tiny_config, coserving)
     if coserving == "beside":
-        rig.engine.sidecar = Sidecar(2)
+        rig.engine.sidecar = Sidecar(1)
     rig.engine.jobs.append(Job("step", trainer_for(rig).step(4, 1)))
     submit(rig)
     got, regimes = {}, set()
@@ -215,7 +215,7 @@ def test_training_stands_still_when_a_burst_leaves_no_slack_and_comes_back_after
 def test_an_error_in_training_costs_the_job_and_no_token(tiny_config, coserving):
     rig = build(tiny_config, coserving)
     if coserving == "beside":
-        rig.engine.sidecar = Sidecar(2)
+        rig.engine.sidecar = Sidecar(1)
 
     class Broken:
         left = 1
@@ -250,7 +250,7 @@ def test_an_error_in_training_costs_the_job_and_no_token(tiny_config, coserving)
 def test_tokens_flow_while_a_slice_beside_them_takes_its_time(tiny_config):
     """A slice that does not end before requests do: they are answered all the same."""
     rig = build(tiny_config, "beside")
-    rig.engine.sidecar = Sidecar(2)
+    rig.engine.sidecar = Sidecar(1)
     release = threading.Event()
 
     def work():
