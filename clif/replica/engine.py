@@ -6,6 +6,7 @@ request can afford it; an error in training costs the job and no request.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from clif.replica.scheduler import Chunk, Scheduler
 from clif.replica.sidecar import Sidecar
 from clif.types import TokenEvent
 
+log = logging.getLogger(__name__)
 LONGEST = 4
 """Longest training slice, as a multiple of engine.slice_ms."""
 
@@ -129,10 +131,16 @@ class Engine:
             self._here(piece, units)
 
     def drop(self, name: str) -> None:
-        """Give up the jobs of this name; a slice that is under way is waited for."""
-        if self._beside is not None and self.sidecar is not None:
-            self.sidecar.poll(wait=True)
+        """Give up the jobs of this name; a slice of theirs that is under way is waited for.
+
+        A slice of another job goes on: done twice it would do its layers twice.
+        """
+        if self._beside is not None and self.sidecar is not None and self.jobs[0].name == name:
             self._beside = None
+            try:
+                self.sidecar.poll(wait=True)
+            except RuntimeError:
+                log.exception("a slice of job %s broke while the job was given up", name)
         for job in [job for job in self.jobs if job.name == name]:
             job.close()
             self.jobs.remove(job)
@@ -160,9 +168,10 @@ class Engine:
         """How much of a slice may be done in so many seconds; 0 if not even the least of it."""
         if piece is WAIT:
             return 1
-        known = piece.kind in self.prices.slices
         units = min(piece.units, self.prices.units_within(piece.kind, piece.tokens, seconds))
-        return max(units, piece.least if not known and units else 0) if units >= piece.least or not known else 0
+        if piece.kind not in self.prices.slices:
+            return piece.least if units else 0
+        return units if units >= piece.least else 0
 
     def _here(self, piece: Slice, units: int) -> None:
         start = self.clock()
@@ -247,7 +256,7 @@ class Engine:
     def _slack(self, regime: str) -> float:
         """Seconds that training may take now, if the next tick runs in this regime.
 
-        None while every place is taken: then somebody may wait at the dispatcher, whom nobody here can price.
+        Negative while every place is taken: then somebody may wait at the dispatcher, whom nobody here can price.
         """
         sequences = (*self.scheduler.running, *self.scheduler.waiting)
         if len(sequences) >= self.scheduler.max_batch:

@@ -39,6 +39,7 @@ class Packed:
 
 
 def pack(samples: Sequence[TrainSample], device: torch.device) -> Packed:
+    """Lay samples one after the other; the row before each target predicts it."""
     ids: list[int] = []
     positions: list[int] = []
     rows: list[int] = []

@@ -1,6 +1,6 @@
 """What the next piece of work will take, learnt from the engine's own turns; and whether training may take it.
 
-Free of torch. Training only gets what serving leaves (promise 5): may_train is asked before every slice.
+Free of torch. Training only gets what serving leaves (promise 5): slack_s is asked before every slice.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Prices:
     """Predicted seconds of serving ticks and of training slices, apart for each regime.
 
     ticks: from rows and the cached tokens that they read (thousands), for "alone", "mixed" (training rows are rows,
-    too) and "beside" (a slice runs on other threads meanwhile). slices: by kind and regime, from the rows times
-    layers (thousands) and the layers.
+    too) and "beside" (a slice runs on other threads meanwhile). slices: by kind, from tokens times units (thousands)
+    and units: layers, or rows of the head.
     """
 
     ticks: dict[str, Price] = field(default_factory=dict)

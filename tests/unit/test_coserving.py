@@ -302,3 +302,32 @@ def test_nothing_is_trained_while_every_place_is_taken(tiny_config):
             full.append(rig.engine.record.train_s)
     assert full and not any(full)
     assert not rig.engine.jobs or rig.engine.jobs[0].upcoming.kind != "forward", "it went on when places were free"
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_job_given_up_beside_serving_takes_its_slice_along_and_no_other_job(tiny_config, breaks):
+    rig = build(tiny_config, "beside")
+    rig.engine.sidecar = Sidecar(1)
+    release, done = threading.Event(), []
+
+    def work(name):
+        def slow(units):
+            release.wait(10)
+            if breaks and name == "dropped":
+                raise RuntimeError("out of memory")
+            done.append(name)
+
+        yield Slice("forward", 4, 1, slow)
+
+    for name, given_up in (("kept", "dropped"), ("dropped", "dropped")):
+        release.clear()
+        rig.engine.jobs.append(Job(name, work(name)))
+        rig.engine.scheduler.add(request(len(done), [3, 4, 5], max_tokens=30, ignore_eos=True), 0.0)
+        rig.engine.serve()
+        rig.engine.learn()
+        assert rig.engine.training
+        release.set()
+        rig.engine.drop(given_up)
+        while rig.engine.serving or rig.engine.jobs:
+            turn(rig, {})
+    assert done == ["kept"] if breaks else done == ["kept", "dropped"], "each slice was done once"
