@@ -42,7 +42,7 @@ bench: $(READY) $(ASSETS)  ## The engine alone against transformers and PEFT, th
 	$(BIN)/python benchmarks/coserving.py
 
 bench-gpu: $(READY)  ## The engine on one GPU at 1B and 8B shapes with random weights; at most 9 minutes
-	$(BIN)/python -P benchmarks/gpu.py $(if $(DRY),--dry)
+	$(BIN)/python benchmarks/gpu.py $(if $(DRY),--dry)
 
 check: $(READY)  ## Lint and types
 	$(BIN)/python -P -m ruff check . && $(BIN)/python -P -m ruff format --check . && $(BIN)/python -P -m mypy

@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import peft
 import torch
 import transformers
 import typer
@@ -105,19 +104,21 @@ def clif_training(config: Config, loaded: LoadedModel) -> Callable[[], None]:
 
 def peft_training(config: Config, model: Any) -> Callable[[], None]:
     """A plain step: PEFT's adapters in float32 under autocast where the base is not, AdamW, clipping."""
+    import peft  # a machine with a GPU may lack it: see gpu.py
+
     adapter = config.adapter
     lora = peft.LoraConfig(r=adapter.r, lora_alpha=int(adapter.lora_alpha), target_modules="all-linear")
     wrapped = peft.get_peft_model(model, lora)
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.train.lr, fused=True)
     batch = samples(model.config.vocab_size)
-    ids = torch.tensor([s.ids for s in batch])
+    ids = torch.tensor([s.ids for s in batch], device=model.device)
     labels = ids.clone()
     labels[:, : LENGTH - TARGETS] = -100
     half = model.dtype != torch.float32
 
     def run() -> None:
-        with torch.autocast("cpu", model.dtype, enabled=half):
+        with torch.autocast(model.device.type, model.dtype, enabled=half):
             loss = wrapped(ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, config.train.clip_norm)

@@ -10,19 +10,19 @@ by those of serving alone, plus training tokens/s divided by those of training a
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from engine import LENGTH, SAMPLES, peft_training, samples
 
 from clif.adapters.slots import SlotTable
 from clif.config import Config, config_from_tree
@@ -33,11 +33,10 @@ from clif.replica.jobs import Job
 from clif.replica.runner import build_runner
 from clif.replica.scheduler import Scheduler
 from clif.replica.trainer import ShadowTrainer
-from clif.types import Request, Sampling, TrainSample
+from clif.types import Request, Sampling
 
 REPO = Path(__file__).resolve().parents[1]
 WAYS = ("turns", "mixed")
-LENGTH, TARGETS = 128, 64
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Bench:
         state = {name: torch.randn_like(factor) * 0.01 for name, factor in self.bank.shadow_state().items()}
         self.bank.fill_slot(0, state)
         self.slots.promote(1, 0)
-        self.samples = _samples(self.runner.stack.vocab_size)
+        self.samples = samples(self.runner.stack.vocab_size)
         self.trainer = ShadowTrainer(self.runner, self.bank, self.samples, self.config.train)
         self._ids = iter(range(1 << 60))
 
@@ -152,43 +151,19 @@ def bandwidth(device: torch.device, dry: bool) -> float:
     return 2 * source.nbytes / statistics.median(times)
 
 
-def peft_step(bench: Bench) -> Callable[[], None] | None:
-    """A plain PEFT + AdamW step on the same weights; None where peft is missing."""
-    if importlib.util.find_spec("peft") is None:
-        return None
-    import peft
-
-    model = load_model(bench.config.model, bench.device).model
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
-    trained = [p for p in wrapped.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3)
-    ids = torch.tensor([sample.ids for sample in bench.samples], device=bench.device)
-    labels = ids.clone()
-    labels[:, : LENGTH - TARGETS] = -100
-
-    def step() -> None:
-        with torch.autocast(bench.device.type, model.dtype, enabled=model.dtype != torch.float32):
-            loss = wrapped(ids, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        bench.sync()
-
-    return step
-
-
 def peft_rate(bench: Bench) -> float:
-    """Training tokens/s of plain PEFT, NaN where it is missing."""
-    step = peft_step(bench)
-    if step is None:
+    """Training tokens/s of a plain PEFT + AdamW step, NaN where peft is missing."""
+    if find_spec("peft") is None:
         return float("nan")
+    step = peft_training(bench.config, load_model(bench.config.model, bench.device).model)
     step()
+    bench.sync()
     count, start = 0, time.perf_counter()
     while time.perf_counter() < start + bench.scale.window_s / 2:
         step()
+        bench.sync()
         count += 1
-    return count * LENGTH * len(bench.samples) / (time.perf_counter() - start)
+    return count * LENGTH * SAMPLES / (time.perf_counter() - start)
 
 
 def static_rate(bench: Bench) -> float:
@@ -254,12 +229,6 @@ def _config(shape: str, scale: Scale) -> Config:
     }
     config = config_from_tree(tree)
     return config.model_copy(update={"train": config.train.model_copy(update={"enabled": True})})
-
-
-def _samples(vocab: int) -> list[TrainSample]:
-    rng = torch.Generator().manual_seed(1)
-    ids = torch.randint(100, vocab, (4, LENGTH), generator=rng).tolist()
-    return [TrainSample(id=i, ids=tuple(row), target_start=LENGTH - TARGETS) for i, row in enumerate(ids)]
 
 
 def main(

@@ -87,9 +87,7 @@ def check_stack(stack: CausalStack, plan: AttentionPlan, ids: torch.Tensor, expe
     """
     part = stack.part(Rows(len(ids)), torch.arange(len(ids), device=ids.device), plan)
     (hidden,) = stack.layers(0, stack.num_layers, [stack.embed(ids)], [part])
-    apart = (stack.logits(stack.norm(hidden)) - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
-    # Of a typical row: in bfloat16 a token that the model hardly knows may come out quite differently.
-    error = apart.median()
+    error = (stack.logits(stack.norm(hidden)) - expected).float().norm() / expected.float().norm()
     if not error < 0.05:
         raise ConfigError(
             f"{type(stack.model).__name__} computes more than embedding, layers, norm and head "

@@ -41,7 +41,6 @@ class TurnRecord:
     prefill_tokens: int = 0
     serve_s: float = 0.0
     train_kind: str = ""
-    train_tokens: int = 0
     train_s: float = 0.0
     gap_s: float = 0.0
     regime: str = "alone"
@@ -221,14 +220,13 @@ class Engine:
 
     def _learnt(self, piece: Slice, units: int, seconds: float) -> None:
         record = self.record
-        record.train_kind, record.train_tokens, record.train_s = piece.kind, piece.tokens, record.train_s + seconds
+        record.train_kind, record.train_s = piece.kind, record.train_s + seconds
         self.prices.observe_slice(piece.kind, piece.tokens, units, seconds)
 
     def _rider(self, chunks: Sequence[Chunk]) -> Slice | None:
         """The forward that this tick takes along, if there is one and everybody can afford it."""
         piece = self._upcoming()
-        full = len(self.scheduler.running) >= self.scheduler.max_batch
-        if self.coserving != "mixed" or piece is None or piece.rider is None or full:
+        if self.coserving != "mixed" or piece is None or piece.rider is None or self._full:
             return None
         rows, context = sum(c.stop - c.start for c in chunks), sum(c.stop for c in chunks)
         alone = self.prices.tick_s(rows, context)
@@ -253,13 +251,18 @@ class Engine:
         answers = sum(s.pending == 1 for s in running)
         return answers + min(prompts, self.config.max_prefill_tokens), sum(s.computed for s in running)
 
+    @property
+    def _full(self) -> bool:
+        """Every place is taken: somebody may wait at the dispatcher, whom nobody here can price."""
+        return len(self.scheduler.running) + len(self.scheduler.waiting) >= self.scheduler.max_batch
+
     def _slack(self, regime: str) -> float:
         """Seconds that training may take now, if the next tick runs in this regime.
 
-        Negative while every place is taken: then somebody may wait at the dispatcher, whom nobody here can price.
+        Negative while every place is taken.
         """
         sequences = (*self.scheduler.running, *self.scheduler.waiting)
-        if len(sequences) >= self.scheduler.max_batch:
+        if self._full:
             return -1.0
         return slack_s(self.clock(), self.prices.tick_s(*self.next_tick, regime), sequences, self.slo)[0]
 
@@ -269,7 +272,7 @@ class Engine:
         record = self.record
         record.decode_rows, record.prefill_tokens, record.serve_s = decode, rows - decode, seconds
         if rider is not None and self._broken is None:
-            record.regime, record.train_kind, record.train_tokens = "mixed", rider.kind, rider.tokens
+            record.regime, record.train_kind = "mixed", rider.kind
             record.gap_s = max(0.0, seconds - self.prices.tick_s(rows, context))
             # What the forward cost is what it made the tick longer by: the tick's own part is serving.
             record.train_s, record.serve_s = record.gap_s, seconds - record.gap_s

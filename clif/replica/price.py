@@ -102,11 +102,6 @@ class Prices:
         price = self.slices.setdefault(kind, Price(LatencyModel(SLICE_PRIOR)))
         price.observe(tokens * units / 1000, units, seconds)
 
-    def slice_s(self, kind: str, tokens: int, units: int) -> float:
-        """0 for a kind that was never run: the first one has to be tried."""
-        price = self.slices.get(kind)
-        return 0.0 if price is None else price.high(tokens * units / 1000, units)
-
     def units_within(self, kind: str, tokens: int, seconds: float) -> int:
         """Units of a slice that take at most so long; one while the kind is unknown."""
         price = self.slices.get(kind)

@@ -26,6 +26,7 @@ sys.meta_path.insert(0, Forbid())
 TORCH_FREE = [
     "clif.control", "clif.wire", "clif.data", "clif.metrics", "clif.types", "clif.states", "clif.config", "clif.layout",
     "clif.latency", "clif.text", "clif.cli", "clif.errors", "clif.replica.scheduler", "clif.replica.price",
+    "clif.replica.blocks", "clif.replica.prefix", "clif.replica.jobs", "clif.roles", "clif.refusals",
 ]  # fmt: skip
 
 

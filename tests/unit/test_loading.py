@@ -7,13 +7,17 @@ import json
 import pytest
 import torch
 import transformers
-from helpers import make_rig, stack_logits
+from helpers import answer, make_rig, request, stack_logits
 
 from clif.config import ConfigError, ModelConfig
 from clif.models.loading import choose_dtype, load_model
 from clif.ops import frozen_linear
 
 CPU = torch.device("cpu")
+SMALL = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 256, "initializer_range": 0.2,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -58,10 +62,7 @@ def test_dtype_auto_is_decided_by_measurement_and_says_so():
     ],
 )
 def test_models_that_would_be_computed_wrongly_are_refused(tmp_path, fields, sentence):
-    shape = {
-        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256, "initializer_range": 0.2,
-    }  # fmt: skip
+    shape = SMALL
     if fields["model_type"] == "gpt2":
         shape = {"n_positions": 256}
     (tmp_path / "config.json").write_text(json.dumps({**shape, **fields}))
@@ -71,15 +72,9 @@ def test_models_that_would_be_computed_wrongly_are_refused(tmp_path, fields, sen
 
 def test_other_llama_style_families_are_served_exactly(tmp_path):
     """Names are not special-cased: here one with query and key norms."""
-    shape = {
-        "model_type": "qwen3", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
-        "initializer_range": 0.2,
-    }  # fmt: skip
+    shape = {**SMALL, "model_type": "qwen3", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     (tmp_path / "config.json").write_text(json.dumps(shape))
     rig = make_rig(f"random:{tmp_path}")
-    from helpers import answer, request
-
     events = rig.run([request(0, [5, 6, 7], max_tokens=10, ignore_eos=True)])
     plain = load_model(rig.config.model, CPU, seed=3).model
     out = plain.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=10, do_sample=False, eos_token_id=None)
@@ -88,11 +83,7 @@ def test_other_llama_style_families_are_served_exactly(tmp_path):
 
 def test_a_model_that_scales_its_embeddings_is_exact_or_refused(tmp_path):
     """Gemma scales in its embedding module in some releases of transformers, and between modules in others."""
-    shape = {
-        "model_type": "gemma", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256,
-        "initializer_range": 0.2,
-    }  # fmt: skip
+    shape = {**SMALL, "model_type": "gemma", "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
     (tmp_path / "config.json").write_text(json.dumps(shape))
     try:
         rig = make_rig(f"random:{tmp_path}")

@@ -65,11 +65,11 @@ def test_probes_do_not_hold_training_back():
 
 def test_an_unknown_slice_is_tried_in_its_smallest_form_and_then_priced():
     prices = Prices()
-    assert prices.slice_s("backward", 100, 1) == 0.0
+    assert "backward" not in prices.slices
     assert prices.units_within("backward", 100, seconds=0.05) == 1
     for layers in [*range(1, 41)] * 2:
         prices.observe_slice("backward", 100, layers, 0.004 * layers)
-    assert prices.slice_s("backward", 100, 30) == pytest.approx(0.12, rel=0.1)
+    assert prices.slices["backward"].high(100 * 30 / 1000, 30) == pytest.approx(0.12, rel=0.1)
     assert 10 <= prices.units_within("backward", 100, seconds=0.05) <= 13
 
 
