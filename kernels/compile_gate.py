@@ -1,0 +1,166 @@
+"""Compiles the kernels for GPUs that need not be there, and reads what the compiler made of them.
+
+    python -m clif.kernels.compile_gate      # needs Triton and no GPU; exits with 1 if a kernel breaks a limit
+
+Limits: nothing spilled to local memory, shared memory within a multiprocessor's, tensor-core products used, and none
+of the interpreter's casts left.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from clif.kernels.dual_lora_grads import dual_lora_grads
+from clif.kernels.dual_lora_linear import BASE, FUSED, SHRINK, dual_lora_linear
+from clif.kernels.tiles import GradTiles, LinearTiles, descriptor_boxes
+
+SHARED_BYTES = {90: 227 << 10, 80: 163 << 10}
+"""Shared memory that one program can have, by compute capability (CUDA C++ Programming Guide, table of features)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation. strided: names of integer arguments that are not known to be multiples of 16."""
+
+    name: str
+    kernel: Any
+    capability: int
+    dtype: str
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    tensor_cores: bool = True
+    descriptors: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made. Bytes per program, registers and stack bytes per thread."""
+
+    case: Case
+    registers: int
+    stack: int
+    shared: int
+    wgmma: bool
+    mma: bool
+
+    def broken(self) -> list[str]:
+        """The limits that do not hold."""
+        found = []
+        if self.stack:
+            found.append(f"{self.stack} bytes of stack: registers were spilled")
+        if self.shared > SHARED_BYTES[self.case.capability]:
+            found.append(f"{self.shared} bytes of shared memory: more than {SHARED_BYTES[self.case.capability]}")
+        if not (self.wgmma or self.mma):
+            found.append("no tensor-core product")
+        # A Hopper instruction needs 64 rows.
+        if self.case.capability >= 90 and self.case.tensor_cores and not self.wgmma:
+            found.append("no wgmma")
+        return found
+
+
+def linear_case(
+    name: str, tiles: LinearTiles, r: int, *, form: int = FUSED, capability: int = 90, dtype: str = "bf16",
+    blocks: int = 1, transposed: bool = False, bias: bool = False,
+) -> Case:  # fmt: skip
+    """dual_lora_linear as `kernels/fused.py` launches it."""
+    constants = {
+        "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "GROUP_M": tiles.group_m,
+        "RANK": r, "RANK_P": max(16, triton.next_power_of_2(r)), "BLOCKS": blocks, "SLICES": tiles.slices,
+        "FORM": form, "TRANSPOSED": transposed, "HAS_BIAS": bias, "TMA": tiles.tma, "INTERPRET": False,
+        # Launches specialise strides of 1.
+        **({"w_out": 1, "a_rank": 1, "b_out": 1} if transposed else {"w_k": 1, "a_k": 1, "b_rank": 1}),
+    }  # fmt: skip
+    boxes = descriptor_boxes(tiles, constants["RANK_P"], transposed).items() if tiles.tma else ()
+    descriptors = tuple((name, f"tensordesc<{dtype}[{box[0]},{box[1]}]>") for name, box in boxes)
+    wide = tiles.block_m >= 64 and form != SHRINK
+    return Case(name, dual_lora_linear, capability, dtype, constants, tiles.warps, tiles.stages, wide, descriptors)
+
+
+def grads_case(
+    name: str, tiles: GradTiles, r: int, *, capability: int = 90, dtype: str = "bf16", blocks: int = 1
+) -> Case:
+    """dual_lora_grads as `kernels/fused.py` launches it."""
+    constants = {
+        "BLOCK_C": tiles.block_c, "BLOCK_R": tiles.block_r, "RANK": r, "RANK_P": max(16, triton.next_power_of_2(r)),
+        "BLOCKS": blocks, "SLICES": tiles.slices, "INTERPRET": False,
+    }  # fmt: skip
+    return Case(name, dual_lora_grads, capability, dtype, constants, tiles.warps, tiles.stages, r >= 64)
+
+
+FLOATS = {"planes": "*fp32", "grad_a": "*fp32", "grad_b": "*fp32", "scale": "fp32"}
+TABLES = ("counts", "row_tiles", "col_tiles", "blocks", "sync", "tickets", "flags")
+INTEGERS = ("n_columns", "rows")
+"""Counts, which may be anything; all other integers are sizes and strides, multiples of 16 in every model."""
+
+
+def compiled(case: Case) -> Compiled:
+    """Compile a case. Raises whatever Triton raises for a kernel that does not compile."""
+    signature, attributes, described = {}, {}, dict(case.descriptors)
+    pointers = {"x", "w", "bias", "a", "b", "hidden", "y", "grad", "grad_hidden"}
+    for place, name in enumerate(case.kernel.arg_names):
+        if name in case.constants:
+            signature[name] = "constexpr"
+            continue
+        kind = described.get(name) or FLOATS.get(name)
+        if kind is None:
+            kind = "*i32" if name in TABLES else f"*{case.dtype}" if name in pointers else "i32"
+        signature[name] = kind
+        if kind.startswith("*") or (kind == "i32" and name not in INTEGERS):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(case.kernel, signature, case.constants, attributes)
+    options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": True}
+    if case.constants.get("FORM") == BASE:
+        options["launch_pdl"] = True
+    made = triton.compile(source, GPUTarget("cuda", case.capability, 32), options)
+    registers, stack = _usage(made.asm["cubin"])
+    ptx = made.asm["ptx"]
+    return Compiled(case, registers, stack, made.metadata.shared, "wgmma.mma_async" in ptx, "mma.sync" in ptx)
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes per thread, as the assembler states them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+).*?STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump said nothing about registers: {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def cases() -> Iterator[Case]:
+    """What the default tiles and the tuner's extremes come to, for Hopper and Ampere."""
+    yield from ()
+
+
+def main() -> int:
+    """Compile all cases; print a line for each and return the number of broken ones."""
+    bad = 0
+    for case in cases():
+        made = compiled(case)
+        broken = made.broken()
+        bad += bool(broken)
+        print(
+            f"sm_{case.capability} {case.name}: {made.registers} registers, {made.shared >> 10} KiB shared"
+            + (f": {'; '.join(broken)}" if broken else ""),
+            flush=True,
+        )
+    return bad
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main()))

@@ -1,0 +1,84 @@
+"""Gradients of both factors of an adapter, one launch (Triton).
+
+    grad_A = g_h^T x   [R, d_in],   with g_h = scale * g B   (dual_lora_linear makes it beside the gradient of x)
+    grad_B = g^T h     [d_out, r],  with h = scale * x A^T   (kept from the forward)
+
+Both are a thin matrix times a wide one over the rows that learn, so that one launch does both. The rows are split;
+the last to arrive at a tile adds the partial sums in a fixed order: no atomics on results, equal input, equal bits.
+"""
+
+import triton
+import triton.language as tl
+
+from clif.kernels.numerics import dot
+
+
+@triton.jit
+def dual_lora_grads(
+    x,
+    grad,
+    hidden,
+    grad_hidden,
+    grad_a,
+    grad_b,
+    col_tiles,
+    planes,
+    tickets,
+    rows,
+    d_in,
+    x_row,
+    grad_row,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_P: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SLICES: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """One tile of one gradient over one slice of the rows.
+
+    x [rows, d_in], grad [rows, d_out], hidden and grad_hidden [rows, BLOCKS * RANK]; grad_a [BLOCKS * RANK, d_in] and
+    grad_b [adapted outputs, RANK], float32. col_tiles [n, 4]: first column of grad, end, its block, row of grad_b.
+    The first cdiv(d_in, BLOCK_C) * BLOCKS tiles are of grad_a. tickets: zero before and after.
+    """
+    part = tl.program_id(0) % SLICES
+    tile = tl.program_id(0) // SLICES
+    of_a = tl.cdiv(d_in, BLOCK_C) * BLOCKS
+    ranks = tl.arange(0, RANK_P)
+    if tile < of_a:
+        block = tile % BLOCKS
+        col = (tile // BLOCKS) * BLOCK_C
+        col_stop = d_in
+        thin, wide, wide_row = grad_hidden, x, x_row
+        cols = col + tl.arange(0, BLOCK_C)
+        out = grad_a + (block * RANK + ranks[:, None]) * d_in + cols[None, :]
+    else:
+        entry = col_tiles + 4 * (tile - of_a)
+        col = tl.load(entry)
+        col_stop = tl.load(entry + 1)
+        block = tl.load(entry + 2)
+        thin, wide, wide_row = hidden, grad, grad_row
+        cols = col + tl.arange(0, BLOCK_C)
+        out = grad_b + (tl.load(entry + 3) + tl.arange(0, BLOCK_C)[None, :]) * RANK + ranks[:, None]
+    depth = tl.cdiv(tl.cdiv(rows, SLICES), BLOCK_R) * BLOCK_R
+    begin = part * depth
+    end = tl.minimum(begin + depth, rows)
+    acc = tl.zeros([RANK_P, BLOCK_C], dtype=tl.float32)
+    for row in range(begin, end, BLOCK_R):
+        at = row + tl.arange(0, BLOCK_R)
+        inside = (ranks[:, None] < RANK) & (at[None, :] < end)
+        left = tl.load(thin + at[None, :] * (BLOCKS * RANK) + block * RANK + ranks[:, None], mask=inside, other=0.0)
+        inside = (at[:, None] < end) & (cols[None, :] < col_stop)
+        right = tl.load(wide + at[:, None] * wide_row + cols[None, :], mask=inside, other=0.0)
+        acc = dot(left, right, acc, INTERPRET)
+    place = ranks[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    plane = planes + tile * SLICES * RANK_P * BLOCK_C
+    tl.store(plane + part * RANK_P * BLOCK_C + place, acc)
+    tl.debug_barrier()
+    if tl.atomic_add(tickets + tile, 1, sem="acq_rel") == SLICES - 1:
+        total = tl.zeros([RANK_P, BLOCK_C], dtype=tl.float32)
+        for i in range(SLICES):
+            total += tl.load(plane + i * RANK_P * BLOCK_C + place, cache_modifier=".cg")
+        tl.store(out, total, mask=(ranks[:, None] < RANK) & (cols[None, :] < col_stop))
+        tl.store(tickets + tile, 0)

@@ -1,0 +1,311 @@
+"""A linear layer with the low-rank parts of several adapters, one launch for all rows (Triton).
+
+    y = x W^T + bias + h B_s^T,   h = scale * x A_s^T,   s: the adapter slot of each row's tile
+
+and, with W, A and B transposed, the gradient with respect to x of rows that learn. `kernels/dual_lora.py` is the
+specification.
+
+How: a launch has two kinds of work. *Shrink items* compute h, split over the contraction; the last to arrive at a
+row tile adds the partial sums in a fixed order, rounds once and raises a flag. *Base tiles* look at the flag only
+after their own contraction, long after it was raised, and add one more product of depth r. Every program drains the
+queue of shrink items before it touches a base tile, so that whoever waits, waits for a program that is running: no
+deadlock with any number of programs. The last program out puts the counters back to zero, so that a captured graph
+can be replayed.
+
+Invariants: a tile holds rows of one slot, and the adapter is chosen by pointer, never by a mask: a NaN of one adapter
+cannot reach rows of another. Rows of no adapter compute exactly what they would compute in a launch without adapters.
+All sums have a fixed order: equal input gives equal bits.
+"""
+
+import triton
+import triton.language as tl
+
+from clif.kernels.numerics import dot, rounded
+
+FUSED, SHRINK, BASE = 0, 1, 2
+"""Forms: all in one launch, or two launches, the second of which may start before the first has ended."""
+SYNC_HEADER = 3
+"""Words before the tickets: shrink items taken, base tiles taken, programs that have left."""
+
+
+@triton.jit
+def _tile_of_x(x, row, k, stop, end, stride, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
+    """Rows row.. and columns k.. of x; zero from row `stop` and column `end` on (TMA: zero outside of x only)."""
+    if TMA:
+        tile = x.load([row, k])
+    else:
+        rows = row + tl.arange(0, BLOCK_M)
+        ks = k + tl.arange(0, BLOCK_K)
+        inside = (rows[:, None] < stop) & (ks[None, :] < end)
+        tile = tl.load(x + rows[:, None] * stride + ks[None, :], mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def _shrink(
+    item,
+    x,
+    a,
+    hidden,
+    row_tiles,
+    blocks,
+    planes,
+    tickets,
+    flags,
+    scale,
+    x_row,
+    a_slot,
+    a_rank,
+    a_k,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_P: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SLICES: tl.constexpr,
+    TMA: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """One slice of the contraction of one row tile with one block of A; the last one finishes h."""
+    part = item % SLICES
+    target = item // SLICES
+    block = target % BLOCKS
+    tile = target // BLOCKS
+    row = tl.load(row_tiles + 3 * tile)
+    stop = tl.load(row_tiles + 3 * tile + 1)
+    slot = tl.load(row_tiles + 3 * tile + 2)
+    low = tl.load(blocks + 2 * block)
+    high = tl.load(blocks + 2 * block + 1)
+    depth = tl.cdiv(tl.cdiv(high - low, SLICES), BLOCK_K) * BLOCK_K
+    begin = low + part * depth
+    end = tl.minimum(begin + depth, high)
+    ranks = tl.arange(0, RANK_P)
+    a_columns = a + slot * a_slot + (block * RANK + ranks) * a_rank
+    acc = tl.zeros([BLOCK_M, RANK_P], dtype=tl.float32)
+    for k in range(begin, end, BLOCK_K):
+        ks = k + tl.arange(0, BLOCK_K)
+        left = _tile_of_x(x, row, k, stop, end, x_row, BLOCK_M, BLOCK_K, TMA)
+        inside = (ks[:, None] < end) & (ranks[None, :] < RANK)
+        right = tl.load(a_columns[None, :] + ks[:, None] * a_k, mask=inside, other=0.0)
+        acc = dot(left, right, acc, INTERPRET)
+    place = tl.arange(0, BLOCK_M)[:, None] * RANK_P + ranks[None, :]
+    plane = planes + target * SLICES * BLOCK_M * RANK_P
+    tl.store(plane + part * BLOCK_M * RANK_P + place, acc)
+    # All threads' stores come before the one thread that hands in the ticket.
+    tl.debug_barrier()
+    if tl.atomic_add(tickets + target, 1, sem="acq_rel") == SLICES - 1:
+        total = tl.zeros([BLOCK_M, RANK_P], dtype=tl.float32)
+        for i in range(SLICES):
+            total += tl.load(plane + i * BLOCK_M * RANK_P + place, cache_modifier=".cg")
+        rows = row + tl.arange(0, BLOCK_M)
+        out = hidden + rows[:, None] * (BLOCKS * RANK) + block * RANK + ranks[None, :]
+        value = rounded(total * scale, hidden.dtype.element_ty, INTERPRET)
+        tl.store(out, value, mask=(rows[:, None] < stop) & (ranks[None, :] < RANK))
+        tl.debug_barrier()
+        tl.atomic_xchg(flags + target, 1, sem="release")
+
+
+@triton.jit
+def _base_tile(
+    tile,
+    n_tiles,
+    n_columns,
+    x,
+    w,
+    bias,
+    b,
+    hidden,
+    y,
+    row_tiles,
+    col_tiles,
+    flags,
+    depth,
+    x_row,
+    w_out,
+    w_k,
+    b_slot,
+    b_out,
+    b_rank,
+    y_row,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_P: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    FORM: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TMA: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """One tile of y: the base product, then the low-rank product of its rows' adapter."""
+    # Tiles that share rows of x or of W run close together, so that the second reads the cache.
+    width = GROUP_M * n_columns
+    first = (tile // width) * GROUP_M
+    height = tl.minimum(n_tiles - first, GROUP_M)
+    m = first + (tile % width) % height
+    n = (tile % width) // height
+    row = tl.load(row_tiles + 3 * m)
+    stop = tl.load(row_tiles + 3 * m + 1)
+    slot = tl.load(row_tiles + 3 * m + 2)
+    col = tl.load(col_tiles + 4 * n)
+    col_stop = tl.load(col_tiles + 4 * n + 1)
+    block_first = tl.load(col_tiles + 4 * n + 2)
+    block_stop = tl.load(col_tiles + 4 * n + 3)
+    cols = col + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for k in range(0, depth, BLOCK_K):
+        left = _tile_of_x(x, row, k, stop, depth, x_row, BLOCK_M, BLOCK_K, TMA)
+        if TMA:
+            right = w.load([k, col]) if TRANSPOSED else w.load([col, k]).T
+        else:
+            ks = k + tl.arange(0, BLOCK_K)
+            inside = (ks[:, None] < depth) & (cols[None, :] < col_stop)
+            right = tl.load(w + cols[None, :] * w_out + ks[:, None] * w_k, mask=inside, other=0.0)
+        acc = dot(left, right, acc, INTERPRET)
+    rows = row + tl.arange(0, BLOCK_M)
+    if slot >= 0:
+        ranks = tl.arange(0, RANK_P)
+        if FORM == 2 and not INTERPRET:
+            tl.extra.cuda.gdc_wait()
+        for block in range(block_first, block_stop):
+            if FORM == 0:
+                raised = tl.atomic_add(flags + m * BLOCKS + block, 0, sem="acquire")
+                while raised == 0:
+                    raised = tl.atomic_add(flags + m * BLOCKS + block, 0, sem="acquire")
+            at = block * RANK + ranks
+            inside = (rows[:, None] < stop) & (ranks[None, :] < RANK)
+            left = tl.load(
+                hidden + rows[:, None] * (BLOCKS * RANK) + at[None, :], mask=inside, other=0.0, cache_modifier=".cg"
+            )
+            if TMA:
+                # More than RANK deep it reads zeros or what meets the zeros of `left`.
+                if TRANSPOSED:
+                    right = b.load([block * RANK, col])
+                else:
+                    right = b.load([slot * b_slot + col, block * RANK]).T
+            else:
+                inside = (ranks[:, None] < RANK) & (cols[None, :] < col_stop)
+                right = tl.load(
+                    b + slot * b_slot + cols[None, :] * b_out + at[:, None] * b_rank, mask=inside, other=0.0
+                )
+            acc = dot(left, right, acc, INTERPRET)
+    if HAS_BIAS:
+        acc += tl.load(bias + cols, mask=cols < col_stop, other=0.0).to(tl.float32)[None, :]
+    if BLOCK_N >= 256:
+        # In halves: the addresses of a whole tile would not fit in the registers beside the sums.
+        halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        _store(left, y, y_row, row, stop, col, col_stop, BLOCK_M, BLOCK_N // 2, INTERPRET)
+        _store(right, y, y_row, row, stop, col + BLOCK_N // 2, col_stop, BLOCK_M, BLOCK_N // 2, INTERPRET)
+    else:
+        _store(acc, y, y_row, row, stop, col, col_stop, BLOCK_M, BLOCK_N, INTERPRET)
+
+
+@triton.jit
+def _store(
+    acc, y, y_row, row, stop, col, col_stop, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, INTERPRET: tl.constexpr
+):
+    rows = row + tl.arange(0, BLOCK_M)
+    cols = col + tl.arange(0, WIDTH)
+    value = rounded(acc, y.dtype.element_ty, INTERPRET)
+    tl.store(y + rows[:, None] * y_row + cols[None, :], value, mask=(rows[:, None] < stop) & (cols[None, :] < col_stop))
+
+
+@triton.jit
+def dual_lora_linear(
+    x,
+    w,
+    bias,
+    a,
+    b,
+    hidden,
+    y,
+    counts,
+    row_tiles,
+    col_tiles,
+    blocks,
+    planes,
+    sync,
+    tickets,
+    flags,
+    scale,
+    n_columns,
+    depth,
+    x_row,
+    w_out,
+    w_k,
+    a_slot,
+    a_rank,
+    a_k,
+    b_slot,
+    b_out,
+    b_rank,
+    y_row,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_P: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SLICES: tl.constexpr,
+    FORM: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TMA: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """y [rows, out] of x [rows, depth]; hidden [rows, BLOCKS * RANK] is h.
+
+    counts: row tiles, and how many of them have an adapter (they come first). row_tiles [n, 3]: first row, end, slot.
+    col_tiles [n_columns, 4]: first column, end, first block of h that they read, end. blocks [BLOCKS, 2]: range of
+    the contraction that makes each block of h. planes, sync, tickets, flags: workspace, zero before and after.
+    x, w: pointers, or tensor descriptors with TMA.
+    """
+    n_tiles = tl.load(counts)
+    programs = tl.num_programs(0)
+    adapted = tl.load(counts + 1)
+    if FORM == 1 and not INTERPRET:
+        tl.extra.cuda.gdc_launch_dependents()
+    if FORM != 2:
+        items = adapted * (BLOCKS * SLICES)
+        item = items
+        if items > 0:
+            item = tl.atomic_add(sync, 1)
+        while item < items:
+            _shrink(
+                item, x, a, hidden, row_tiles, blocks, planes, tickets, flags, scale, x_row, a_slot, a_rank, a_k,
+                BLOCK_M, BLOCK_K, RANK, RANK_P, BLOCKS, SLICES, TMA, INTERPRET,
+            )  # fmt: skip
+            item = tl.atomic_add(sync, 1)
+    if FORM != 1:
+        # The first tile needs no counter: its latency would be a tenth of a decode launch.
+        tile = tl.program_id(0)
+        total = n_tiles * n_columns
+        while tile < total:
+            if FORM == 0:
+                # Asked for before the tile, needed after it.
+                following = programs + tl.atomic_add(sync + 1, 1)
+            else:
+                following = tile + programs
+            _base_tile(
+                tile, n_tiles, n_columns, x, w, bias, b, hidden, y, row_tiles, col_tiles, flags, depth, x_row,
+                w_out, w_k, b_slot, b_out, b_rank, y_row, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, RANK, RANK_P, BLOCKS,
+                FORM, TRANSPOSED, HAS_BIAS, TMA, INTERPRET,
+            )  # fmt: skip
+            tile = following
+    if FORM == 2:
+        if not INTERPRET:
+            # Also where no tile has an adapter: what follows this launch must follow the shrink launch, too.
+            tl.extra.cuda.gdc_wait()
+    else:
+        tl.debug_barrier()
+        if tl.atomic_add(sync + 2, 1, sem="acq_rel") == programs - 1:
+            for i in range(adapted * BLOCKS):
+                tl.store(tickets + i, 0)
+                tl.store(flags + i, 0)
+            for i in tl.static_range(3):
+                tl.store(sync + i, 0)

@@ -1,0 +1,140 @@
+"""How work is cut: tile sizes, and the tables that tell a kernel which rows and columns each of its tiles has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from clif.kernels.dual_lora import Segment
+
+Form = Literal["fused", "pair", "separate"]
+
+
+@dataclass(frozen=True)
+class LinearTiles:
+    """How one shape of dual_lora_linear is computed.
+
+    form: fused (one launch), pair (two, the second starts early), or separate: torch's products, one after the other.
+    slices: parts of the contraction that makes h; group_m: row tiles that run close together; programs: per
+    multiprocessor; tma: load x and W by tensor descriptors (compute capability 9.0 and up).
+    """
+
+    form: Form = "fused"
+    block_m: int = 64
+    block_n: int = 64
+    block_k: int = 64
+    group_m: int = 8
+    slices: int = 8
+    programs: int = 1
+    warps: int = 4
+    stages: int = 4
+    tma: bool = False
+
+
+@dataclass(frozen=True)
+class GradTiles:
+    """How one shape of dual_lora_grads is computed. block_c: columns of a tile; block_r: rows of a step."""
+
+    block_c: int = 128
+    block_r: int = 64
+    slices: int = 4
+    warps: int = 4
+    stages: int = 3
+
+
+def descriptor_boxes(tiles: LinearTiles, rank: int, transposed: bool) -> dict[str, tuple[int, int]]:
+    """What one load by tensor descriptor brings, for x, w and b of dual_lora_linear. rank: padded."""
+    w, b = (tiles.block_n, tiles.block_k), (tiles.block_n, rank)
+    return {"x": (tiles.block_m, tiles.block_k), "w": w[::-1] if transposed else w, "b": b[::-1] if transposed else b}
+
+
+@dataclass(frozen=True)
+class Member:
+    """Outputs [start, stop) of a packed layer that belong to one linear layer; block: its place in h, or None."""
+
+    start: int
+    stop: int
+    block: int | None
+
+
+def row_tiles(segments: Sequence[Segment], rows: int, block_m: int, slots: int) -> tuple[list[tuple[int, ...]], int]:
+    """(first row, end, slot) of every row tile, those with an adapter first, and how many these are.
+
+    Segments are disjoint and in row order; the rows between them have slot -1. A negative slot counts from the last.
+    Raises ValueError for segments that overlap or leave the batch.
+    """
+    adapted: list[tuple[int, ...]] = []
+    bare: list[tuple[int, ...]] = []
+    at = 0
+    for start, stop, slot in segments:
+        if not at <= start <= stop <= rows:
+            raise ValueError(f"segment {start}:{stop} overlaps the one before or leaves the batch of {rows} rows")
+        if not -slots <= slot < slots:
+            raise ValueError(f"segment {start}:{stop} wants slot {slot} of {slots}")
+        bare += [(row, min(row + block_m, start), -1) for row in range(at, start, block_m)]
+        adapted += [(row, min(row + block_m, stop), slot % slots) for row in range(start, stop, block_m)]
+        at = stop
+    bare += [(row, min(row + block_m, rows), -1) for row in range(at, rows, block_m)]
+    return adapted + bare, len(adapted)
+
+
+def column_tiles(members: Sequence[Member], block_n: int) -> list[tuple[int, int, int, int]]:
+    """(first column, end, first block, end of blocks) of every tile of y; none crosses from one member to the next."""
+    tiles = []
+    for member in members:
+        first, end = (0, 0) if member.block is None else (member.block, member.block + 1)
+        tiles += [
+            (col, min(col + block_n, member.stop), first, end) for col in range(member.start, member.stop, block_n)
+        ]
+    return tiles
+
+
+def grad_tiles(members: Sequence[Member], block_c: int) -> list[tuple[int, int, int, int]]:
+    """(first column, end, block, row of grad_b) of every tile of grad_b, which holds the adapted members only."""
+    tiles, skipped = [], 0
+    for member in members:
+        if member.block is None:
+            skipped += member.stop - member.start
+            continue
+        cols = range(member.start, member.stop, block_c)
+        tiles += [(col, min(col + block_c, member.stop), member.block, col - skipped) for col in cols]
+    return tiles
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """Row tiles on the device. counts [2]: tiles, and those with an adapter; tiles [capacity, 3]."""
+
+    counts: torch.Tensor
+    tiles: torch.Tensor
+    block_m: int
+    slots: int
+
+    @classmethod
+    def make(
+        cls, segments: Sequence[Segment], rows: int, block_m: int, slots: int, device: torch.device, capacity: int = 0
+    ) -> RowTable:
+        """capacity: tiles that `refill` may need later, as a captured graph does."""
+        found, adapted = row_tiles(segments, rows, block_m, slots)
+        padded = found + [(0, 0, -1)] * (max(capacity, 1) - len(found))
+        counts = torch.tensor([len(found), adapted], dtype=torch.int32, device=device)
+        return cls(counts, torch.tensor(padded, dtype=torch.int32, device=device), block_m, slots)
+
+    @property
+    def capacity(self) -> int:
+        return len(self.tiles)
+
+    def refill(self, segments: Sequence[Segment], rows: int) -> None:
+        """Other segments for the same launch: a captured graph reads them in its next replay.
+
+        Raises ValueError if they need more tiles than there is room for.
+        """
+        found, adapted = row_tiles(segments, rows, self.block_m, self.slots)
+        if len(found) > self.capacity:
+            raise ValueError(f"{len(found)} row tiles do not fit in {self.capacity}: make the table with more capacity")
+        if found:
+            self.tiles[: len(found)] = torch.tensor(found, dtype=torch.int32)
+        self.counts.copy_(torch.tensor([len(found), adapted], dtype=torch.int32))
