@@ -127,6 +127,9 @@ class EngineConfig(Section):
     """Prompts that begin alike share the full KV blocks of their beginning, within one adapter version."""
     pack_weights: bool = True
     """CPU, bfloat16: keep a second copy of the weights, laid out for the matrix kernels, for serving."""
+    lora_kernel: Literal["auto", "torch", "triton"] = "auto"
+    """Products of the layers with adapters. triton: one launch for all rows (GPU; a CPU only in Triton's interpreter).
+    auto: triton for the shapes that `make tune-gpu` found faster on this make of GPU, else torch."""
     max_prefill_tokens: Positive = 512
     """Prompt tokens computed in one tick at most; longer prompts go in chunks."""
     coserving: Literal["auto", "mixed", "beside", "turns"] = "auto"

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch.nn.functional import linear
 
+from clif.config import ConfigError
+from clif.kernels.tuning import Defaults, Table, load_table, table_path
+
+if TYPE_CHECKING:
+    from clif.kernels.fused import Launcher
+
+log = logging.getLogger(__name__)
+
 Linear = Callable[[torch.Tensor], torch.Tensor]
+MAX_RANK = 64
+"""Of the Triton kernels: beyond it a tile's sums no longer fit in registers."""
 PACK_ROWS = 8
 """Rows for which the packed layout is chosen: a decode batch. Measured on AVX512-bf16: any choice serves all sizes."""
 
@@ -32,3 +45,64 @@ def frozen_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear | N
     if not (forward(probe).float() - expected).norm() <= 0.02 * expected.norm():
         raise RuntimeError("this torch's packed linear layer computes something else: set engine.pack_weights=false")
     return forward
+
+
+def choose_kernels(
+    wanted: Literal["auto", "torch", "triton"], device: torch.device, dtype: torch.dtype, r: int
+) -> Launcher | None:
+    """The Triton kernels of the dual LoRA layers of one model, or None: torch's products.
+
+    auto takes the kernels where a measured table for this make of GPU says so, shape by shape. Raises ConfigError for
+    a wish that cannot be met.
+    """
+    defaults = _defaults(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    measured = table_path(name) if name else None
+    tuned = measured is not None and measured.is_file()
+    if wanted == "torch" or (wanted == "auto" and not (tuned and _obstacle(device, dtype, r) is None)):
+        log.info(
+            "LoRA products: torch%s", "" if wanted == "torch" or not name else f" ({_why(device, dtype, r, name)})"
+        )
+        return None
+    assert_supported(device, dtype, r)
+    from clif.kernels.fused import Launcher
+
+    missing = defaults if wanted == "triton" else None
+    table = load_table(measured, missing, defaults) if measured and tuned else Table({}, {}, missing, defaults)
+    log.info("LoRA products: Triton kernels, %s", "measured tiles" if tuned else "default tiles")
+    return Launcher(device, table)
+
+
+def assert_supported(device: torch.device, dtype: torch.dtype, r: int) -> None:
+    """Raises ConfigError, with what to change, where the Triton kernels cannot run."""
+    obstacle = _obstacle(device, dtype, r)
+    if obstacle is not None:
+        raise ConfigError(f"engine.lora_kernel triton: {obstacle}, or set engine.lora_kernel=torch")
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype, r: int) -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"{dtype} is not supported: set model.dtype=bfloat16"
+    if r > MAX_RANK:
+        return f"adapter.r {r} is above {MAX_RANK}: lower it"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0: use a newer GPU"
+    from triton import knobs
+
+    if device.type == "cpu" and knobs.runtime.interpret:
+        return None
+    return f"a {device.type} runs it in Triton's interpreter only, for tests: set TRITON_INTERPRET=1"
+
+
+def _why(device: torch.device, dtype: torch.dtype, r: int, name: str) -> str:
+    return _obstacle(device, dtype, r) or f"nothing measured on {name}: make tune-gpu"
+
+
+def _defaults(device: torch.device) -> Defaults:
+    if device.type != "cuda":
+        return Defaults(programs=4, capability=80)
+    major, minor = torch.cuda.get_device_capability(device)
+    return Defaults(torch.cuda.get_device_properties(device).multi_processor_count, 10 * major + minor)

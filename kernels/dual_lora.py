@@ -8,6 +8,7 @@ It is the CPU path, and the specification of any faster kernel that takes its pl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,37 @@ class Segment(NamedTuple):
     start: int
     stop: int
     slot: int
+
+
+@dataclass(frozen=True)
+class Member:
+    """Outputs [start, stop) of a packed layer that belong to one linear layer; block: its place in h, or None."""
+
+    start: int
+    stop: int
+    block: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A packed linear layer and its adapters, as the kernels read them; everything is a view, nothing is copied.
+
+    weight [out, in]; bias [out] or None; a [slots, k r, in] and b [slots, out, k r] for k adapted members, b with each
+    member's factor in its own rows and columns. The last slot is the shadow's.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    a: torch.Tensor
+    b: torch.Tensor
+    r: int
+    scale: float
+    members: tuple[Member, ...]
+
+    @property
+    def blocks(self) -> int:
+        """Adapted members."""
+        return self.a.shape[1] // self.r
 
 
 def add_dual_lora(

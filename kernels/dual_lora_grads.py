@@ -13,7 +13,7 @@ import triton.language as tl
 from clif.kernels.numerics import dot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def dual_lora_grads(
     x,
     grad,

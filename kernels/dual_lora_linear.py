@@ -214,7 +214,7 @@ def _store(
     tl.store(y + rows[:, None] * y_row + cols[None, :], value, mask=(rows[:, None] < stop) & (cols[None, :] < col_stop))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_columns"])
 def dual_lora_linear(
     x,
     w,

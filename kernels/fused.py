@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 import triton
 from torch.nn.functional import linear
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from clif.kernels.dual_lora import Segment, add_dual_lora, shadow_backward
+from clif.kernels.dual_lora import Packed, Segment
 from clif.kernels.dual_lora_grads import dual_lora_grads
 from clif.kernels.dual_lora_linear import BASE, FUSED, SHRINK, SYNC_HEADER, dual_lora_linear
-from clif.kernels.tiles import GradTiles, LinearTiles, Member, RowTable, column_tiles, grad_tiles
+from clif.kernels.tiles import GradTiles, LinearTiles, RowTable, column_tiles, descriptor_boxes, grad_tiles
 
 INTERPRET = not isinstance(dual_lora_linear, triton.runtime.JITFunction)
 """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when they were first imported)."""
@@ -29,47 +29,25 @@ class Tiling(Protocol):
     def grads(self, rows: int, depth: int, out: int, rank: int) -> GradTiles: ...
 
 
-@dataclass(frozen=True, eq=False)
-class Packed:
-    """A packed linear layer and its adapters, as the kernels read them; everything is a view, nothing is copied.
-
-    weight [out, in]; bias [out] or None; a [slots, k r, in] and b [slots, out, k r] for k adapted members, b with each
-    member's factor in its own rows and columns. The last slot is the shadow's.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    a: torch.Tensor
-    b: torch.Tensor
-    r: int
-    scale: float
-    members: tuple[Member, ...]
-
-    @property
-    def blocks(self) -> int:
-        return self.a.shape[1] // self.r
-
-
-@dataclass
 class Workspace:
     """Counters (zero between launches) and partial sums of one stream; grows when a launch needs more."""
 
-    device: torch.device
-    sync: torch.Tensor = field(init=False)
-    planes: torch.Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.sync = torch.zeros(16 + 2 * 256, dtype=torch.int32, device=self.device)
-        self.planes = torch.empty(1 << 16, dtype=torch.float32, device=self.device)
+    def __init__(self, device: torch.device) -> None:
+        self.sync = torch.zeros(16 + 2 * 256, dtype=torch.int32, device=device)
+        self.planes = torch.empty(1 << 16, dtype=torch.float32, device=device)
+        # Captured graphs go on writing to what was outgrown since.
+        self._outgrown: list[torch.Tensor] = []
 
     def take(self, targets: int, partial_sums: int) -> tuple[torch.Tensor, ...]:
         """planes, header, tickets and flags for a launch with so many tiles to be summed."""
         # Multiples of 16 words keep every part aligned, which the compiler makes use of.
         room = -(-targets // 16) * 16
         if 16 + 2 * room > len(self.sync):
-            self.sync = torch.zeros(16 + 4 * room, dtype=torch.int32, device=self.device)
+            self._outgrown.append(self.sync)
+            self.sync = self.sync.new_zeros(16 + 4 * room)
         if partial_sums > len(self.planes):
-            self.planes = torch.empty(partial_sums, dtype=torch.float32, device=self.device)
+            self._outgrown.append(self.planes)
+            self.planes = self.planes.new_empty(partial_sums)
         return self.planes, self.sync[:SYNC_HEADER], self.sync[16 : 16 + room], self.sync[16 + room : 16 + 2 * room]
 
 
@@ -82,7 +60,6 @@ class Launcher:
         self.programs = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 0
         self._workspaces: dict[int, Workspace] = {}
         self._tables: dict[tuple[Any, ...], RowTable] = {}
-        self._constants: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def workspace(self) -> Workspace:
         """One per stream: launches of one stream never overlap."""
@@ -98,13 +75,6 @@ class Launcher:
             self._tables[key] = RowTable.make(segments, rows, block_m, slots, self.device)
         return self._tables[key]
 
-    def constant(self, values: Sequence[Sequence[int]]) -> torch.Tensor:
-        """A small table that layers of one shape share."""
-        key = tuple(map(tuple, values))
-        if key not in self._constants:
-            self._constants[key] = torch.tensor(key, dtype=torch.int32, device=self.device)
-        return self._constants[key]
-
     def linear(
         self,
         tiles: LinearTiles,
@@ -116,8 +86,8 @@ class Launcher:
         hidden: torch.Tensor,
         y: torch.Tensor | None,
         rows: RowTable,
-        columns: Sequence[Sequence[int]],
-        blocks: Sequence[Sequence[int]],
+        columns: torch.Tensor,
+        blocks: torch.Tensor,
         r: int,
         scale: float,
     ) -> None:
@@ -129,21 +99,23 @@ class Launcher:
         depth, transposed, rank_p = x.shape[1], weight.stride(1) != 1, _padded(r)
         targets = rows.capacity * len(blocks)
         planes, sync, tickets, flags = self.workspace().take(targets, targets * tiles.slices * tiles.block_m * rank_p)
-        tma = tiles.tma and not INTERPRET and _describable(x) and _describable(weight.T if transposed else weight)
-        source, matrix = (x, weight)
+        source, matrix, factor, b_strides = x, weight, b, b.stride()
+        # As they lie in memory, which is how the copy engine reads them; the slots of b one below the other.
+        lying = {"x": x}
+        if tiles.tma:
+            lying["w"] = weight.T if transposed else weight
+            lying["b"] = (b.transpose(1, 2) if transposed else b).flatten(0, 1)
+        tma = len(lying) > 1 and all(_describable(matrix) for matrix in lying.values())
         if tma:
-            source = _descriptor(x, tiles.block_m, tiles.block_k)
-            matrix = (
-                _descriptor(weight.T, tiles.block_k, tiles.block_n)
-                if transposed
-                else _descriptor(weight, tiles.block_n, tiles.block_k)
-            )
+            boxes = descriptor_boxes(tiles, rank_p, transposed)
+            source, matrix, factor = (TensorDescriptor.from_tensor(lying[n], [*boxes[n]]) for n in ("x", "w", "b"))
+            b_strides = (b.shape[1], *b_strides[1:])
 
         def launch(form: int, **options: Any) -> None:
             dual_lora_linear[(INTERPRETED_PROGRAMS if INTERPRET else self.programs * tiles.programs,)](
-                source, matrix, x if bias is None else bias, a, b, hidden, x if y is None else y, rows.counts,
-                rows.tiles, self.constant(columns), self.constant(blocks), planes, sync, tickets, flags, scale,
-                len(columns), depth, x.stride(0), weight.stride(0), weight.stride(1), *a.stride(), *b.stride(),
+                source, matrix, x if bias is None else bias, a, factor, hidden, x if y is None else y, rows.counts,
+                rows.tiles, columns, blocks, planes, sync, tickets, flags, scale,
+                len(columns), depth, x.stride(0), weight.stride(0), weight.stride(1), *a.stride(), *b_strides,
                 0 if y is None else y.stride(0),
                 BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m, RANK=r,
                 RANK_P=rank_p, BLOCKS=len(blocks), SLICES=tiles.slices, FORM=form, TRANSPOSED=transposed,
@@ -166,7 +138,7 @@ class Launcher:
         grad: torch.Tensor,
         hidden: torch.Tensor,
         grad_hidden: torch.Tensor,
-        columns: Sequence[Sequence[int]],
+        columns: torch.Tensor,
         outputs: int,
         r: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,7 +149,7 @@ class Launcher:
         targets = -(-d_in // tiles.block_c) * blocks + len(columns)
         planes, _, tickets, _ = self.workspace().take(targets, targets * tiles.slices * rank_p * tiles.block_c)
         dual_lora_grads[(targets * tiles.slices,)](
-            x, grad, hidden, grad_hidden, grad_a, grad_b, self.constant(columns), planes, tickets, len(x), d_in,
+            x, grad, hidden, grad_hidden, grad_a, grad_b, columns, planes, tickets, len(x), d_in,
             x.stride(0), grad.stride(0), BLOCK_C=tiles.block_c, BLOCK_R=tiles.block_r, RANK=r, RANK_P=rank_p,
             BLOCKS=blocks, SLICES=tiles.slices, INTERPRET=INTERPRET, **_options(tiles.warps, tiles.stages),
         )  # fmt: skip
@@ -189,6 +161,12 @@ class FusedLinear:
 
     def __init__(self, packed: Packed, launcher: Launcher) -> None:
         self.packed, self._launcher = packed, launcher
+        depth = packed.weight.shape[1]
+        adapted = [m for m in packed.members if m.block is not None]
+        self._outputs = sum(m.stop - m.start for m in adapted)
+        self._forward_blocks = self._table([(0, depth)] * packed.blocks)
+        self._backward_blocks = self._table([(m.start, m.stop) for m in adapted])
+        self._columns: dict[tuple[Callable[..., Any], int], torch.Tensor] = {}
 
     def forward(self, x: torch.Tensor, segments: Sequence[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
         """y [rows, out] and h = scale * x A^T [rows, k r] of x [rows, in]; rows in no segment have no h.
@@ -204,7 +182,8 @@ class FusedLinear:
         y = x.new_empty(len(x), out)
         if len(x):
             rows = self._launcher.rows(segments, len(x), tiles.block_m, len(p.a))
-            columns, blocks = column_tiles(p.members, tiles.block_n), [(0, depth)] * p.blocks
+            columns = self._cut(column_tiles, p.members, tiles.block_n)
+            blocks = self._forward_blocks
             self._launcher.linear(tiles, x, p.weight, p.bias, p.a, p.b, hidden, y, rows, columns, blocks, p.r, p.scale)
         return y, hidden
 
@@ -223,33 +202,49 @@ class FusedLinear:
 
         grad: of y [rows, out]; x and hidden as in the forward. Those of the factors are float32.
         """
-        p, grad, x = self.packed, _rows(grad), _rows(x)
-        out, depth = p.weight.shape
-        outputs = sum(m.stop - m.start for m in p.members if m.block is not None)
+        p, grad, x, hidden = self.packed, _rows(grad), _rows(x), hidden.contiguous()
         if not len(x):
-            zeros = x.new_zeros
-            return (x if down else None), zeros(p.a.shape[1:], dtype=torch.float32), zeros(outputs, p.r).float()
-        a, b = p.a[-1:].transpose(1, 2), p.b[-1:].transpose(1, 2)
-        tiles = self._launcher.tiling.linear(len(x), out, depth, p.r, True)
-        grad_hidden = torch.empty_like(hidden)
-        grad_x = torch.empty_like(x) if down else None
+            zeros = torch.zeros_like(p.a[-1], dtype=torch.float32), x.new_zeros(self._outputs, p.r, dtype=torch.float32)
+            return (torch.empty_like(x) if down else None), *zeros
+        grad_x, grad_hidden = self._through(grad, down)
+        out, depth = p.weight.shape
+        tiles = self._launcher.tiling.grads(len(x), depth, out, p.r)
+        columns = self._cut(grad_tiles, p.members, tiles.block_c)
+        of_factors = self._launcher.grads(tiles, x, grad, hidden, grad_hidden, columns, self._outputs, p.r)
+        return grad_x, *of_factors
+
+    def _through(self, grad: torch.Tensor, down: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Gradients of x and of h. The forward's kernel, with the shadow's factors in each other's place."""
+        p = self.packed
+        out, depth = p.weight.shape
+        tiles = self._launcher.tiling.linear(len(grad), out, depth, p.r, True)
         if tiles.form == "separate":
-            grad_x = grad @ p.weight if down else None
-            torch.mul(grad @ p.b[-1], p.scale, out=grad_hidden)
-            if grad_x is not None:
-                grad_x.addmm_(grad_hidden, p.a[-1])
-        else:
-            rows = self._launcher.rows((Segment(0, len(x), 0),), len(x), tiles.block_m, 1)
-            columns = column_tiles([Member(0, depth, None)], tiles.block_n)
-            columns = [(first, stop, 0, p.blocks) for first, stop, _, _ in columns]
-            blocks = [(m.start, m.stop) for m in p.members if m.block is not None]
-            self._launcher.linear(
-                tiles, grad, p.weight.T, None, b, a, grad_hidden, grad_x, rows, columns, blocks, p.r, p.scale
-            )
-        of_factors = self._launcher.tiling.grads(len(x), depth, out, p.r)
-        columns = grad_tiles(p.members, of_factors.block_c)
-        grad_a, grad_b = self._launcher.grads(of_factors, x, grad, hidden, grad_hidden, columns, outputs, p.r)
-        return grad_x, grad_a, grad_b
+            grad_hidden = (grad @ p.b[-1]).mul_(p.scale)
+            return torch.addmm(grad @ p.weight, grad_hidden, p.a[-1]) if down else None, grad_hidden
+        grad_hidden = grad.new_empty(len(grad), p.a.shape[1])
+        grad_x = grad.new_empty(len(grad), depth) if down else None
+        a, b = p.a[-1:].transpose(1, 2), p.b[-1:].transpose(1, 2)
+        rows = self._launcher.rows((Segment(0, len(grad), 0),), len(grad), tiles.block_m, 1)
+        columns = self._cut(_through_tiles, (depth, p.blocks), tiles.block_n)
+        blocks = self._backward_blocks
+        self._launcher.linear(
+            tiles, grad, p.weight.T, None, b, a, grad_hidden, grad_x, rows, columns, blocks, p.r, p.scale
+        )
+        return grad_x, grad_hidden
+
+    def _cut(self, cut: Callable[..., list[tuple[int, int, int, int]]], what: Any, size: int) -> torch.Tensor:
+        if (cut, size) not in self._columns:
+            self._columns[cut, size] = self._table(cut(what, size))
+        return self._columns[cut, size]
+
+    def _table(self, values: Sequence[Sequence[int]]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.packed.weight.device)
+
+
+def _through_tiles(what: tuple[int, int], size: int) -> list[tuple[int, int, int, int]]:
+    """Column tiles of the gradient of x: each takes something from every block of h's gradient."""
+    depth, blocks = what
+    return [(col, min(col + size, depth), 0, blocks) for col in range(0, depth, size)]
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -267,12 +262,6 @@ def _options(warps: int, stages: int) -> dict[str, Any]:
 
 
 def _describable(matrix: torch.Tensor) -> bool:
-    """Whether the copy engine can read it: 16-byte aligned rows."""
+    """Whether the copy engine can read it, and in the types that tensor cores multiply: 16-byte aligned rows."""
     pitch = matrix.stride(0) * matrix.element_size()
-    return matrix.stride(1) == 1 and pitch % 16 == 0 and matrix.data_ptr() % 16 == 0
-
-
-def _descriptor(matrix: torch.Tensor, rows: int, columns: int) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(matrix, [rows, columns])
+    return matrix.element_size() == 2 and matrix.stride(1) == 1 and pitch % 16 == 0 and matrix.data_ptr() % 16 == 0

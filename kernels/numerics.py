@@ -1,4 +1,4 @@
-"""Products and roundings that Triton's interpreter would get wrong: it multiplies bfloat16 as integers and truncates."""
+"""Products and roundings for Triton's interpreter, too: it multiplies bfloat16 as integers and rounds by cutting."""
 
 import triton
 import triton.language as tl

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from clif.kernels.dual_lora import Segment
+from clif.kernels.dual_lora import Member, Segment
 
 Form = Literal["fused", "pair", "separate"]
 
@@ -49,15 +49,6 @@ def descriptor_boxes(tiles: LinearTiles, rank: int, transposed: bool) -> dict[st
     """What one load by tensor descriptor brings, for x, w and b of dual_lora_linear. rank: padded."""
     w, b = (tiles.block_n, tiles.block_k), (tiles.block_n, rank)
     return {"x": (tiles.block_m, tiles.block_k), "w": w[::-1] if transposed else w, "b": b[::-1] if transposed else b}
-
-
-@dataclass(frozen=True)
-class Member:
-    """Outputs [start, stop) of a packed layer that belong to one linear layer; block: its place in h, or None."""
-
-    start: int
-    stop: int
-    block: int | None
 
 
 def row_tiles(segments: Sequence[Segment], rows: int, block_m: int, slots: int) -> tuple[list[tuple[int, ...]], int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,12 @@ TINY = {
     "bos_token_id": None,
     "pad_token_id": None,
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton kernels run in the interpreter, unless what is asked for are the tests on a GPU."""
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

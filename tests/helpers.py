@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from clif.kernels.dual_lora import Segment
 
 from clif.adapters.bank import AdapterBank
 from clif.adapters.slots import SlotTable
 from clif.config import Config, config_from_tree
+from clif.kernels.dual_lora import Segment
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import Rows
 from clif.models.loading import LoadedModel, load_model

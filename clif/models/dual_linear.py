@@ -6,18 +6,23 @@ product with the base sees all rows of a batch, whatever they are there for.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from clif.kernels.dual_lora import Segment, add_dual_lora, shadow_backward, shadow_forward
+from clif.kernels.dual_lora import Member, Packed, Segment, add_dual_lora, shadow_backward, shadow_forward
 from clif.ops import Linear, frozen_linear
 
+if TYPE_CHECKING:
+    from clif.kernels.fused import FusedLinear, Launcher
+
 SHADOW = -1
+"""The shadow's slot: the last one."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +55,16 @@ class DualLinear:
         self.weight, self.bias = _stack(linears)
         self.adapted: list[int] = []
         self._packed: Linear | None = None
+        self._fused: FusedLinear | None = None
 
     def adapt(self, adapted: list[int], r: int, scale: float, slots: int) -> None:
         """Give the chosen members adapters: A like a linear layer and B zero, as peft does."""
         out, width = self.weight.shape
         rank = r * len(adapted)
         self.adapted, self.r, self.scale = adapted, r, scale
-        self.serving_a = self.weight.new_zeros(slots, rank, width)
-        self.serving_b = self.weight.new_zeros(slots, out, rank)
-        self.compute_a, self.compute_b = self.weight.new_zeros(rank, width), self.weight.new_zeros(out, rank)
+        self._a, self._b = (self.weight.new_zeros(slots + 1, *shape) for shape in ((rank, width), (out, rank)))
+        self.serving_a, self.serving_b = self._a[:SHADOW], self._b[:SHADOW]
+        self.compute_a, self.compute_b = self._a[SHADOW], self._b[SHADOW]
         rows, device = sum(self.sizes[i] for i in adapted), self.weight.device
         self.shadow_a = nn.Parameter(torch.empty(rank, width, device=device))
         self.shadow_b = nn.Parameter(torch.zeros(rows, r, device=device))
@@ -68,6 +74,16 @@ class DualLinear:
     def pack(self) -> None:
         """Lay the base weight out for the machine's matrix kernels where that pays."""
         self._packed = frozen_linear(self.weight, self.bias)
+
+    def fuse(self, launcher: Launcher) -> None:
+        """Compute base and adapters in one launch from now on; only for an adapted layer."""
+        from clif.kernels.fused import FusedLinear
+
+        ends = list(itertools.accumulate(self.sizes))
+        blocks = [self.adapted.index(i) if i in self.adapted else None for i in range(len(self.sizes))]
+        members = (Member(e - n, e, j) for e, n, j in zip(ends, self.sizes, blocks, strict=True))
+        packed = Packed(self.weight, self.bias, self._a, self._b, self.r, self.scale, tuple(members))
+        self._fused = FusedLinear(packed, launcher)
 
     def factors(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Views of packed masters (shaped like shadow_a, shadow_b) by module name: A [r, in] and B [own rows, r]."""
@@ -100,26 +116,50 @@ class DualLinear:
         """xs: [count, in] for each kind of rows, those that learn last. Returns [count, out] for each."""
         if rows[-1].learns and torch.is_grad_enabled():
             a, b = (self.shadow_a, self.shadow_b) if self.adapted else (None, None)
-            learnt, served = _Learn.apply(xs[-1], a, b, self, list(xs[:-1]), rows[:-1])
+            learnt, served = _Learn.apply(xs[-1], a, b, self, list(xs[:-1]), rows)
             return [*served.split([r.count for r in rows[:-1]]), learnt] if len(xs) > 1 else [learnt]
         x = xs[0] if len(xs) == 1 else torch.cat(list(xs))
-        y = self._add_adapters(self._base(x), x, rows)
+        if self._fused is not None:
+            y, _ = self._fused.forward(x, _segments(rows))
+        else:
+            y = self._add_adapters(self._base(x), x, rows)
         return list(y.split([r.count for r in rows])) if len(xs) > 1 else [y]
 
     def _base(self, x: torch.Tensor) -> torch.Tensor:
         return self._packed(x) if self._packed is not None else nn.functional.linear(x, self.weight, self.bias)
 
     def _add_adapters(self, y: torch.Tensor, x: torch.Tensor, rows: Sequence[Rows]) -> torch.Tensor:
-        at = 0
-        for kind in rows if self.adapted else ():
-            stop = at + kind.count
-            if kind.segments:
-                add_dual_lora(y[at:stop], x[at:stop], kind.segments, self._slot, self.scale)
-            at = stop
+        if self.adapted:
+            add_dual_lora(y, x, _segments(rows), lambda slot: (self._a[slot], self._b[slot]), self.scale)
         return y
 
-    def _slot(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return (self.compute_a, self.compute_b) if slot == SHADOW else (self.serving_a[slot], self.serving_b[slot])
+    def learn(
+        self, x: torch.Tensor, others: list[torch.Tensor], rows: Sequence[Rows]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The forward of rows that learn, x [count, in], behind rows of other kinds.
+
+        Returns their output [count, out], that of the others [their rows, out], and what the backward needs beside x.
+        """
+        together = torch.cat([*others, x]) if others else x
+        served = len(together) - len(x)
+        if self._fused is not None:
+            y, hidden = self._fused.forward(together, _segments(rows))
+            return y[served:], y[:served], hidden[served:]
+        y = self._base(together)
+        if not self.adapted:
+            return y[served:], y[:served], None
+        self._add_adapters(y[:served], together[:served], rows[:-1])
+        return y[served:], y[:served], shadow_forward(y[served:], x, self.compute_a, self.compute_b, self.scale)
+
+    def gradients(
+        self, grad: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor, down: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """Of x (None unless down), of shadow_a and of shadow_b, given that of y [count, out]."""
+        if self._fused is not None:
+            return self._fused.backward(grad, x, hidden, down)
+        grad_x = grad @ self.weight if down else None
+        grad_x, a, b = shadow_backward(grad, grad_x, x, hidden, self.compute_a, self.compute_b, self.scale)
+        return grad_x, a.float(), self.gather_b(b).float()
 
     def gather_b(self, b: torch.Tensor) -> torch.Tensor:
         """The blocks of a packed B [out, k r] one below the other: [adapted rows, r]."""
@@ -143,14 +183,9 @@ class _Learn(torch.autograd.Function):
         others: list[torch.Tensor],
         rows: Sequence[Rows],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        together = torch.cat([*others, x]) if others else x
-        y = dual._base(together)
-        served, learnt = y.split([len(y) - len(x), len(x)])
-        ctx.dual, hidden = dual, None
-        if dual.adapted:
-            dual._add_adapters(served, together[: len(served)], rows)
-            hidden = shadow_forward(learnt, x, dual.compute_a, dual.compute_b, dual.scale)
-        ctx.save_for_backward(x if dual.adapted else None, hidden)
+        learnt, served, hidden = dual.learn(x, others, rows)
+        ctx.dual = dual
+        ctx.save_for_backward(None if hidden is None else x, hidden)
         ctx.mark_non_differentiable(served)
         return learnt, served
 
@@ -158,12 +193,20 @@ class _Learn(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         dual: DualLinear = ctx.dual
         x, hidden = ctx.saved_tensors
-        grad = gradients[0]
-        grad_x = grad @ dual.weight if ctx.needs_input_grad[0] else None
-        if not dual.adapted:
-            return grad_x, None, None, None, None, None
-        grad_x, grad_a, grad_b = shadow_backward(grad, grad_x, x, hidden, dual.compute_a, dual.compute_b, dual.scale)
-        return grad_x, grad_a.float(), dual.gather_b(grad_b).float(), None, None, None
+        down = ctx.needs_input_grad[0]
+        if hidden is None:
+            return gradients[0] @ dual.weight if down else None, None, None, None, None, None
+        return *dual.gradients(gradients[0], x, hidden, down), None, None, None
+
+
+def _segments(rows: Sequence[Rows]) -> tuple[Segment, ...]:
+    """The segments of all kinds of rows, counted from the first row of the batch."""
+    found: list[Segment] = []
+    at = 0
+    for kind in rows:
+        found += [Segment(at + start, at + stop, slot) for start, stop, slot in kind.segments]
+        at += kind.count
+    return tuple(found)
 
 
 def _stack(linears: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:

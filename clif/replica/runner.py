@@ -16,6 +16,7 @@ from clif.models.dual_linear import SHADOW, Rows
 from clif.models.layer import Part
 from clif.models.loading import LoadedModel
 from clif.models.stack import CausalStack, check_stack
+from clif.ops import choose_kernels
 from clif.replica.attention import KVCache, PagedRows
 from clif.replica.jobs import Slice, Slices
 from clif.replica.passes import Pass, measure_activations, pack
@@ -168,6 +169,9 @@ def build_runner(config: Config, loaded: LoadedModel) -> tuple[ModelRunner, Adap
         # The same first A on every replica: FedAvg averages factors, which only makes sense from one start.
         torch.manual_seed(config.run.seed)
         bank = inject(stack, config.adapter)
+        launcher = choose_kernels(config.engine.lora_kernel, loaded.device, loaded.dtype, config.adapter.r)
+        for layer in bank.layers if launcher else ():
+            layer.fuse(launcher)
         if config.engine.pack_weights:
             stack.pack()
         check_stack(stack, CausalSequences([len(probe)], loaded.device), probe, expected)

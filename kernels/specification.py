@@ -1,0 +1,151 @@
+"""What the dual LoRA kernels must compute, and how near: one specification for GPU, interpreter and plain torch.
+
+A result is judged against float64: its Frobenius error is at most 1.25 times that of torch's products in the same
+type on the same data, and every element is within what the roundings of that element allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import linear
+
+from clif.kernels.dual_lora import Member, Packed, Segment, add_dual_lora, shadow_backward, shadow_forward
+
+SHADOW = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One layer's input: x [rows, in] and, for the rows that learn (the last ones), the gradient of y."""
+
+    packed: Packed
+    x: torch.Tensor
+    segments: tuple[Segment, ...]
+    grad: torch.Tensor
+
+    @property
+    def learns(self) -> int:
+        """The first row that learns."""
+        return len(self.x) - len(self.grad)
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """y [rows, out], and of the rows that learn the gradients of x, of A [k r, in] and of B [adapted outputs, r]."""
+
+    y: torch.Tensor
+    grad_x: torch.Tensor
+    grad_a: torch.Tensor
+    grad_b: torch.Tensor
+
+
+def random_layer(
+    sizes: Sequence[int], depth: int, r: int, *, dtype: torch.dtype, device: str = "cpu", slots: int = 4,
+    adapted: Sequence[int] | None = None, scale: float = 0.5, bias: bool = False, seed: int = 0,
+) -> Packed:  # fmt: skip
+    """A layer of such members (all adapted unless said), whose adapters weigh about as much as the base."""
+    rng = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng, device=device)
+
+    out, adapted = sum(sizes), list(range(len(sizes)) if adapted is None else adapted)
+    a = (normal(slots, len(adapted) * r, depth) / r**0.5).to(dtype)
+    b = torch.zeros(slots, out, len(adapted) * r, dtype=dtype, device=device)
+    members, at = [], 0
+    for i, size in enumerate(sizes):
+        block = adapted.index(i) if i in adapted else None
+        members.append(Member(at, at + size, block))
+        if block is not None:
+            b[:, at : at + size, block * r : (block + 1) * r] = normal(slots, size, r).to(dtype)
+        at += size
+    weight = normal(out, depth).to(dtype)
+    return Packed(weight, normal(out).to(dtype) if bias else None, a, b, r, scale, tuple(members))
+
+
+def random_batch(packed: Packed, lengths: Sequence[tuple[int, int | None]], seed: int = 1) -> Batch:
+    """Rows for a layer: (how many, their slot) one after the other; rows of the shadow, if any, come last."""
+    rng = torch.Generator(packed.weight.device).manual_seed(seed)
+    at, segments = 0, []
+    for count, slot in lengths:
+        if slot is not None:
+            segments.append(Segment(at, at + count, slot))
+        at += count
+    learns = sum(count for count, slot in lengths if slot == SHADOW)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng, device=packed.weight.device).to(packed.weight.dtype)
+
+    out, depth = packed.weight.shape
+    return Batch(packed, normal(at, depth), tuple(segments), normal(learns, out))
+
+
+def by_torch(batch: Batch, dtype: torch.dtype | None = None) -> Results:
+    """The reference in the batch's type, or in another."""
+    p = batch.packed
+    dtype = dtype or p.weight.dtype
+    weight, a, b, x, grad = (t.to(dtype) for t in (p.weight, p.a, p.b, batch.x, batch.grad))
+    y = linear(x, weight, None if p.bias is None else p.bias.to(dtype))
+    serving = [s for s in batch.segments if s.stop <= batch.learns]
+    add_dual_lora(y, x, serving, lambda slot: (a[slot], b[slot]), p.scale)
+    learnt = x[batch.learns :]
+    hidden = shadow_forward(y[batch.learns :], learnt, a[SHADOW], b[SHADOW], p.scale)
+    grad_x, grad_a, grad_b = shadow_backward(grad, grad @ weight, learnt, hidden, a[SHADOW], b[SHADOW], p.scale)
+    assert grad_x is not None
+    return Results(y, grad_x, grad_a, _gathered(p, grad_b))
+
+
+def _gathered(packed: Packed, grad_b: torch.Tensor) -> torch.Tensor:
+    """The blocks of the gradient of a packed B one below the other."""
+    r = packed.r
+    adapted = [(m.start, m.stop, m.block) for m in packed.members if m.block is not None]
+    return torch.cat([grad_b[start:stop, block * r : (block + 1) * r] for start, stop, block in adapted])
+
+
+def violations(batch: Batch, found: Results) -> list[str]:
+    """What is wrong with a result, in words; empty if nothing is."""
+    exact, eager, bounds = by_torch(batch, torch.float64), by_torch(batch), _bounds(batch)
+    wrong = []
+    for name in ("y", "grad_x", "grad_a", "grad_b"):
+        want, got, torchs = (getattr(results, name).double() for results in (exact, found, eager))
+        if not want.numel():
+            continue
+        if not got.isfinite().all():
+            wrong.append(f"{name} is not finite")
+            continue
+        error, allowed = (got - want).norm() / want.norm(), 1.25 * (torchs - want).norm() / want.norm()
+        # Where torch happens to be exact, a rounding of the last bit is no fault.
+        if error > allowed + torch.finfo(batch.x.dtype).eps / 8:
+            wrong.append(f"{name}: relative error {error:.2e}, torch's is {allowed / 1.25:.2e}")
+        excess = ((got - want).abs() / getattr(bounds, name)).max()
+        if excess > 1:
+            wrong.append(f"{name}: an element is off by {excess:.1f} times what roundings allow")
+    return wrong
+
+
+def _bounds(batch: Batch) -> Results:
+    """The most by which each element may be off: a rounding of the result, of h, and float32 sums of both products."""
+    p, unit = batch.packed, torch.finfo(batch.x.dtype).eps
+    magnitudes = Batch(
+        Packed(p.weight.abs(), None if p.bias is None else p.bias.abs(), p.a.abs(), p.b.abs(), p.r, p.scale, p.members),
+        batch.x.abs(),
+        batch.segments,
+        batch.grad.abs(),
+    )
+    exact, sums = by_torch(batch, torch.float64), by_torch(magnitudes, torch.float64)
+    base = by_torch(_with_scale(magnitudes, 0.0), torch.float64)
+    summing = 4 * max(p.weight.shape[0], p.weight.shape[1], len(batch.x)) ** 0.5 * 2.0**-24
+
+    def bound(name: str) -> torch.Tensor:
+        through_h = getattr(sums, name) - getattr(base, name)
+        return unit * (getattr(exact, name).abs() + through_h) + summing * getattr(sums, name) + 1e-30
+
+    return Results(*(bound(name) for name in ("y", "grad_x", "grad_a", "grad_b")))
+
+
+def _with_scale(batch: Batch, scale: float) -> Batch:
+    p = batch.packed
+    return Batch(Packed(p.weight, p.bias, p.a, p.b, p.r, scale, p.members), batch.x, batch.segments, batch.grad)

@@ -1,0 +1,120 @@
+"""Which tiles for which shape: a measured table per kind of GPU (`make tune-gpu` writes it), and reasoned defaults.
+
+Nothing is tuned while serving. A shape that was measured may have the form "separate": torch's own products were
+faster there. Free of Triton.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from clif.kernels.tiles import GradTiles, LinearTiles
+
+TUNED = Path(__file__).parent / "tuned"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a launch computes. rows: of the batch at most; depth of the contraction; outputs; rank of an adapter."""
+
+    rows: int
+    depth: int
+    out: int
+    rank: int
+    backward: bool
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Tiles by reasoning, for shapes that nobody measured. programs: multiprocessors; capability: of the GPU, 90 = 9.0.
+
+    Few rows: so many column tiles that every multiprocessor reads a part of W. Many rows: tiles that reuse what
+    they read, as large as the registers hold (see compile_gate).
+    """
+
+    programs: int = 132
+    capability: int = 90
+
+    def linear(self, rows: int, depth: int, out: int, rank: int, backward: bool) -> LinearTiles:
+        tma = self.capability >= 90
+        if rows > 256:
+            block_n = 256 if tma and out >= 4096 else 128
+            return LinearTiles(
+                block_m=128, block_n=block_n, block_k=64 if tma else 32, slices=2, warps=8, stages=3, tma=tma
+            )
+        block_m = 16 if rows <= 16 else 64
+        tall = -(-rows // block_m)
+        block_n = next((n for n in (128, 64, 32) if tall * -(-out // n) >= self.programs), 16)
+        slices = max(1, min(self.programs // (2 * tall), depth // 128, 32))
+        stages = 4 if tma else 3
+        return LinearTiles(block_m=block_m, block_n=block_n, block_k=128, slices=slices, stages=stages, tma=tma)
+
+    def grads(self, rows: int, depth: int, out: int, rank: int) -> GradTiles:
+        return GradTiles(block_c=128 if rank <= 16 else 64, slices=max(1, min(8, rows // 256)))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Measured tiles; `missing` answers for shapes that are not in it (None: torch's products)."""
+
+    measured: dict[Shape, LinearTiles]
+    gradients: dict[Shape, GradTiles]
+    missing: Defaults | None
+    fallback: Defaults = Defaults()
+
+    def linear(self, rows: int, depth: int, out: int, rank: int, backward: bool) -> LinearTiles:
+        found = _nearest(self.measured, Shape(rows, depth, out, rank, backward))
+        if found is not None:
+            return found
+        return self.missing.linear(rows, depth, out, rank, backward) if self.missing else LinearTiles(form="separate")
+
+    def grads(self, rows: int, depth: int, out: int, rank: int) -> GradTiles:
+        found = _nearest(self.gradients, Shape(rows, depth, out, rank, True))
+        return found if found is not None else self.fallback.grads(rows, depth, out, rank)
+
+
+def _nearest(entries: dict[Shape, Any], wanted: Shape) -> Any:
+    """The entry with the fewest rows that are enough, else the one with the most; None if no other number fits."""
+    like = [
+        s
+        for s in entries
+        if (s.depth, s.out, s.rank, s.backward) == (wanted.depth, wanted.out, wanted.rank, wanted.backward)
+    ]
+    enough = [s for s in like if s.rows >= wanted.rows]
+    best = min(enough, key=lambda s: s.rows) if enough else max(like, key=lambda s: s.rows, default=None)
+    return None if best is None else entries[best]
+
+
+def table_path(device: str) -> Path:
+    """Where the table of a GPU of this name is kept."""
+    return TUNED / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+
+
+def load_table(path: Path, missing: Defaults | None, fallback: Defaults) -> Table:
+    """Raises ValueError for a file that is not such a table, naming it."""
+    try:
+        tree = json.loads(path.read_text())
+        linear = {Shape(**e["shape"]): LinearTiles(**e["tiles"]) for e in tree["linear"]}
+        grads = {Shape(**e["shape"]): GradTiles(**e["tiles"]) for e in tree["grads"]}
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a table of tiles ({error}): write it anew with make tune-gpu") from error
+    return Table(linear, grads, missing, fallback)
+
+
+def save_table(
+    path: Path,
+    about: dict[str, str],
+    linear: dict[Shape, tuple[LinearTiles, dict[str, float]]],
+    grads: dict[Shape, tuple[GradTiles, dict[str, float]]],
+) -> None:
+    """about: machine, versions, date, command. With each choice: what was measured, microseconds."""
+
+    def entries(found: dict[Shape, Any]) -> list[dict[str, Any]]:
+        return [{"shape": asdict(s), "tiles": asdict(t), "us": us} for s, (t, us) in found.items()]
+
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"about": about, "linear": entries(linear), "grads": entries(grads)}, indent=1) + "\n")

@@ -1,0 +1,264 @@
+"""The dual LoRA kernels in Triton's interpreter, against the specification that the GPU tests use, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+from clif.kernels.dual_lora import Packed, Segment
+from clif.kernels.fused import INTERPRET, FusedLinear, Launcher
+from clif.kernels.specification import SHADOW, Batch, Results, random_batch, random_layer, violations
+from clif.kernels.tiles import GradTiles, LinearTiles
+
+pytestmark = pytest.mark.skipif(not INTERPRET, reason="the kernels are compiled in this process: see tests/gpu")
+CPU = torch.device("cpu")
+TILES = LinearTiles(block_m=16, block_n=32, block_k=32, group_m=2, slices=2)
+GRADS = GradTiles(block_c=32, block_r=16, slices=2)
+MIXED = ((9, 0), (5, None), (18, 1), (21, SHADOW))
+
+
+class Fixed:
+    """The same tiles for every shape."""
+
+    def __init__(self, tiles: LinearTiles = TILES, grads: GradTiles = GRADS) -> None:
+        self._tiles, self._grads = tiles, grads
+
+    def linear(self, *shape: Any) -> LinearTiles:
+        return self._tiles
+
+    def grads(self, *shape: Any) -> GradTiles:
+        return self._grads
+
+
+def compute(batch: Batch, launcher: Launcher | None = None) -> Results:
+    layer = FusedLinear(batch.packed, launcher or Launcher(CPU, Fixed()))
+    y, hidden = layer.forward(batch.x, batch.segments)
+    return Results(y, *layer.backward(batch.grad, batch.x[batch.learns :], hidden[batch.learns :], True))
+
+
+LAYERS: dict[str, Callable[[], Packed]] = {
+    "one": lambda: random_layer([64], 96, 8, dtype=torch.bfloat16),
+    "float32": lambda: random_layer([64], 96, 8, dtype=torch.float32),
+    "float16": lambda: random_layer([64], 96, 16, dtype=torch.float16),
+    "ragged": lambda: random_layer([50], 75, 16, dtype=torch.bfloat16, bias=True),
+    "rank_48": lambda: random_layer([64], 64, 48, dtype=torch.bfloat16),
+    "packed": lambda: random_layer([64, 20, 20], 80, 8, dtype=torch.bfloat16, bias=True),
+    "partly_adapted": lambda: random_layer([40, 24, 32], 64, 8, dtype=torch.bfloat16, adapted=[0, 2]),
+    "scale_0": lambda: random_layer([64], 64, 8, dtype=torch.bfloat16, scale=0.0),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_results_are_as_near_to_float64_as_torch_s(name: str) -> None:
+    batch = random_batch(LAYERS[name](), MIXED)
+    assert violations(batch, compute(batch)) == []
+
+
+@pytest.mark.parametrize("form", ["fused", "pair", "separate"])
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+def test_every_form_of_launch_computes_the_same_function(form: Any, tma: bool) -> None:
+    batch = random_batch(random_layer([64, 32], 64, 8, dtype=torch.bfloat16, bias=True), MIXED)
+    found = compute(batch, Launcher(CPU, Fixed(replace(TILES, form=form, tma=tma))))
+    assert violations(batch, found) == []
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [((0, None),), ((1, None),), ((1, 0),), ((1, SHADOW),), ((33, 2),), ((17, SHADOW),), ((7, None), (1, 1), (0, 2))],
+    ids=["0 rows", "1 bare", "1 active", "1 shadow", "only active", "only shadow", "an empty segment"],
+)
+def test_any_number_of_rows_of_any_kind_will_do(lengths: tuple[tuple[int, int | None], ...]) -> None:
+    batch = random_batch(random_layer([40, 24], 64, 8, dtype=torch.bfloat16), lengths)
+    assert violations(batch, compute(batch)) == []
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.sampled_from([None, 0, 1, 2])), max_size=4),
+    st.integers(0, 20),
+    st.integers(1, 3),
+    st.sampled_from([1, 3, 16]),
+    st.booleans(),
+)
+def test_random_batches_hold_the_bar(
+    serving: list[tuple[int, int | None]], learning: int, members: int, r: int, tma: bool
+) -> None:
+    layer = random_layer([24, 17, 40][:members], 48, r, dtype=torch.bfloat16, adapted=list(range(members))[-2:])
+    batch = random_batch(layer, [*serving, (learning, SHADOW)])
+    assert violations(batch, compute(batch, Launcher(CPU, Fixed(replace(TILES, tma=tma))))) == []
+
+
+def test_rows_of_x_may_lie_apart() -> None:
+    batch = random_batch(random_layer([32], 64, 8, dtype=torch.bfloat16), MIXED)
+    expected = compute(batch)
+    wide = torch.randn(len(batch.x), 200).to(torch.bfloat16)
+    wide[:, 3:67] = batch.x
+    across = batch.x.T.contiguous().T
+    for x in (wide[:, 3:67], across):
+        found = compute(replace(batch, x=x, grad=batch.grad.T.contiguous().T))
+        assert torch.equal(found.y, expected.y) and torch.equal(found.grad_a, expected.grad_a)
+
+
+def test_a_b_of_zero_adds_exactly_nothing() -> None:
+    layer = random_layer([64], 64, 8, dtype=torch.bfloat16)
+    layer.b.zero_()
+    batch = random_batch(layer, MIXED)
+    bare = replace(batch, segments=())
+    assert torch.equal(compute(batch).y, FusedLinear(layer, Launcher(CPU, Fixed())).forward(bare.x, ())[0])
+
+
+# Isolation
+
+
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_an_adapter_with_nan_or_inf_reaches_no_row_of_another(poison: float, tma: bool) -> None:
+    layer = random_layer([32, 24], 64, 8, dtype=torch.bfloat16)
+    batch = random_batch(layer, MIXED)
+    launcher = Launcher(CPU, Fixed(replace(TILES, tma=tma)))
+    healthy = compute(batch, launcher)
+    for slot in (0, SHADOW):
+        a, b = layer.a.clone(), layer.b.clone()
+        a[slot] = poison
+        for member in layer.members:
+            assert member.block is not None
+            b[slot, member.start : member.stop, member.block * 8 : (member.block + 1) * 8] = poison
+        found = compute(replace(batch, packed=replace(layer, a=a, b=b)), launcher)
+        poisoned = next(s for s in batch.segments if s.slot == slot)
+        others = torch.ones(len(batch.x), dtype=torch.bool)
+        others[poisoned.start : poisoned.stop] = False
+        assert torch.equal(found.y[others], healthy.y[others])
+        assert not found.y[poisoned.start : poisoned.stop].isfinite().any()
+        if slot != SHADOW:
+            assert torch.equal(found.grad_a, healthy.grad_a) and torch.equal(found.grad_b, healthy.grad_b)
+
+
+def test_a_request_s_nan_stays_in_its_own_row() -> None:
+    batch = random_batch(random_layer([48], 64, 8, dtype=torch.bfloat16), MIXED)
+    x = batch.x.clone()
+    x[3] = float("nan")
+    found, healthy = compute(replace(batch, x=x)), compute(batch)
+    others = [i for i in range(len(x)) if i != 3]
+    assert torch.equal(found.y[others], healthy.y[others]) and found.y[3].isnan().all()
+
+
+def test_rows_without_adapter_compute_what_a_launch_without_adapters_does() -> None:
+    layer = random_layer([48], 64, 8, dtype=torch.bfloat16)
+    batch = random_batch(layer, MIXED)
+    bare, _ = FusedLinear(layer, Launcher(CPU, Fixed())).forward(batch.x, ())
+    assert torch.equal(compute(batch).y[9:14], bare[9:14])
+
+
+def test_gradients_of_the_factors_do_not_depend_on_rows_that_serve() -> None:
+    layer = random_layer([48], 64, 8, dtype=torch.bfloat16)
+    one, other = (random_batch(layer, ((n, 0), (16, SHADOW)), seed=n) for n in (16, 32))
+    other = replace(other, x=torch.cat([other.x[:32], one.x[16:]]), grad=one.grad)
+    a, b = compute(one), compute(other)
+    assert torch.equal(a.grad_a, b.grad_a) and torch.equal(a.grad_b, b.grad_b) and torch.equal(a.grad_x, b.grad_x)
+
+
+def test_nothing_is_written_to_the_base_or_to_an_adapter() -> None:
+    layer = random_layer([48, 16], 64, 8, dtype=torch.bfloat16, bias=True)
+    batch = random_batch(layer, MIXED)
+    assert layer.bias is not None
+    held = (layer.weight, layer.bias, layer.a, layer.b, batch.x, batch.grad)
+    before = [t.clone() for t in held]
+    compute(batch)
+    assert all(torch.equal(t, was) for t, was in zip(held, before, strict=True))
+
+
+# Determinism
+
+
+def test_equal_input_gives_equal_bits_and_the_counters_go_back_to_zero() -> None:
+    batch = random_batch(random_layer([64, 32], 64, 8, dtype=torch.bfloat16), MIXED)
+    launcher = Launcher(CPU, Fixed())
+    first = compute(batch, launcher)
+    for _ in range(3):
+        assert not launcher.workspace().sync.any()
+        again = compute(batch, launcher)
+        for name in ("y", "grad_x", "grad_a", "grad_b"):
+            assert torch.equal(getattr(again, name), getattr(first, name))
+
+
+@pytest.mark.parametrize("programs", [1, 2, 7])
+def test_any_number_of_programs_computes_the_same_bits(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = random_batch(random_layer([64], 64, 8, dtype=torch.bfloat16), MIXED)
+    expected = compute(batch)
+    monkeypatch.setattr("clif.kernels.fused.INTERPRETED_PROGRAMS", programs)
+    assert torch.equal(compute(batch).y, expected.y)
+
+
+def test_a_refilled_table_serves_other_segments_in_the_same_launch() -> None:
+    from clif.kernels.tiles import RowTable
+
+    table = RowTable.make((Segment(0, 40, 0),), 40, 16, 4, CPU, capacity=8)
+    place = table.tiles.data_ptr()
+    table.refill((Segment(3, 20, 1), Segment(20, 25, SHADOW)), 25)
+    # Tiles with an adapter come first, each of one slot.
+    assert table.counts.tolist() == [4, 3] and table.tiles.data_ptr() == place
+    assert table.tiles[:4].tolist() == [[3, 19, 1], [19, 20, 1], [20, 25, 3], [0, 3, -1]]
+    with pytest.raises(ValueError, match="more capacity"):
+        table.refill((), 16 * 9)
+
+
+# The bar catches what it should
+
+
+class Broken(Launcher):
+    """A launcher with one fault."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(CPU, Fixed())
+        self.fault = fault
+
+    def linear(self, tiles: Any, x: Any, weight: Any, bias: Any, a: Any, b: Any, *rest: Any) -> None:
+        hidden, y, rows, columns, blocks, r, scale = rest
+        if self.fault == "base slice":
+            weight = weight.clone()
+            weight[:, -32:] = 0
+        if self.fault == "shrink slice":
+            blocks = blocks - torch.tensor([0, 32], dtype=torch.int32)
+        if self.fault == "scale":
+            scale *= 1.02
+        if self.fault == "bias":
+            bias = None
+        super().linear(tiles, x, weight, bias, a, b, hidden, y, rows, columns, blocks, r, scale)
+
+    def rows(self, segments: Any, *rest: Any) -> Any:
+        if self.fault == "slots" and len(segments) > 2:
+            first, second, *others = segments
+            segments = (first._replace(slot=second.slot), second._replace(slot=first.slot), *others)
+        return super().rows(segments, *rest)
+
+    def grads(self, tiles: Any, x: Any, grad: Any, hidden: Any, grad_hidden: Any, *rest: Any) -> Any:
+        if self.fault == "row slice":
+            x, grad = x.clone(), grad.clone()
+            x[-4:], grad[-4:] = 0, 0
+        if self.fault == "factor scale":
+            hidden = (hidden.float() * 1.02).to(hidden.dtype)
+        return super().grads(tiles, x, grad, hidden, grad_hidden, *rest)
+
+
+@pytest.mark.parametrize("fault", ["base slice", "shrink slice", "scale", "bias", "slots", "row slice", "factor scale"])
+def test_the_bar_is_not_cleared_with(fault: str) -> None:
+    batch = random_batch(random_layer([32, 32], 64, 8, dtype=torch.bfloat16, bias=True), MIXED)
+    assert violations(batch, compute(batch, Broken("none"))) == []
+    assert violations(batch, compute(batch, Broken(fault)))
+
+
+def test_segments_that_overlap_or_leave_the_batch_are_refused() -> None:
+    layer = FusedLinear(random_layer([16], 16, 4, dtype=torch.float32), Launcher(CPU, Fixed()))
+    for segments in ((Segment(0, 5, 0), Segment(4, 6, 1)), (Segment(0, 9, 0),)):
+        with pytest.raises(ValueError, match="overlaps the one before or leaves the batch of 8 rows"):
+            layer.forward(torch.zeros(8, 16), segments)
+    with pytest.raises(ValueError, match="wants slot 4 of 4"):
+        layer.forward(torch.zeros(8, 16), (Segment(0, 8, 4),))
