@@ -33,6 +33,8 @@ BENCH = [
 
 DEV = [
     *BENCH,  # what the plots show is tested
+    # The kernels' tests: interpreter and compiler need no GPU. A torch for CUDA brings the Triton that it was built for.
+    "triton>=3.5; platform_system == 'Linux' and platform_machine == 'x86_64'",
     "pytest>=8",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
@@ -64,6 +66,7 @@ setup(
         "clif.launch",
     ],
     package_dir={"clif": "clif", "clif.kernels": "kernels", "clif.launch": "launch"},
+    package_data={"clif.kernels": ["tuned/*.json"]},
     install_requires=REQUIRES,
     extras_require={"dev": DEV, "bench": BENCH},
     entry_points={"console_scripts": ["clif = clif.cli:main"]},

@@ -8,11 +8,14 @@ of the interpreter's casts left.
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from triton.compiler import ASTSource
 from clif.kernels.dual_lora_grads import dual_lora_grads
 from clif.kernels.dual_lora_linear import BASE, FUSED, SHRINK, dual_lora_linear
 from clif.kernels.tiles import GradTiles, LinearTiles, descriptor_boxes
+from clif.kernels.tuning import Defaults
 
 SHARED_BYTES = {90: 227 << 10, 80: 163 << 10}
 """Shared memory that one program can have, by compute capability (CUDA C++ Programming Guide, table of features)."""
@@ -31,7 +35,7 @@ SHARED_BYTES = {90: 227 << 10, 80: 163 << 10}
 
 @dataclass(frozen=True)
 class Case:
-    """One compilation. strided: names of integer arguments that are not known to be multiples of 16."""
+    """One compilation. descriptors: arguments that are tensor descriptors, and their types."""
 
     name: str
     kernel: Any
@@ -142,23 +146,58 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+SHAPES = (
+    # rows, depth, outputs, adapted members: decode, decode of packed projections, mixed with training.
+    (1, 4096, 4096, 1),
+    (64, 4096, 4096, 1),
+    (64, 4096, 6144, 3),
+    (64, 4096, 28672, 2),
+    (256, 2048, 2048, 1),
+    (2112, 4096, 4096, 1),
+    (2112, 4096, 6144, 3),
+)
+
+
 def cases() -> Iterator[Case]:
-    """What the default tiles and the tuner's extremes come to, for Hopper and Ampere."""
-    yield from ()
+    """What the default tiles of the shapes of 1B and 8B models come to, on Hopper and Ampere."""
+    for capability, programs in ((90, 132), (80, 108)):
+        defaults = Defaults(programs, capability)
+        for r in (8, 16, 64) if capability >= 90 else (16, 64):
+            for rows, depth, out, members in SHAPES:
+                tiles = defaults.linear(rows, depth, out, r, False)
+                name = f"{rows} rows {depth}->{out} r={r} x{members}"
+                yield linear_case(name, tiles, r, capability=capability, blocks=members)
+                if rows > 256:
+                    back = defaults.linear(rows, out, depth, r, True)
+                    yield linear_case(
+                        f"{name}, backward", back, r, capability=capability, blocks=members, transposed=True
+                    )
+            tiles = defaults.linear(64, 4096, 4096, r, False)
+            if capability >= 90:
+                yield linear_case(f"pair, first, r={r}", tiles, r, form=SHRINK)
+                yield linear_case(f"pair, second, r={r}", tiles, r, form=BASE, bias=True)
+            grads = defaults.grads(2048, 4096, 4096, r)
+            yield grads_case(f"gradients of the factors, r={r}", grads, r, capability=capability)
+        yield linear_case("float16, bias", defaults.linear(64, 2048, 2048, 16, False), 16, capability=capability,
+                          dtype="fp16", bias=True)  # fmt: skip
+
+
+def _line(number: int) -> tuple[str, bool]:
+    """What one of the cases came to, and whether all limits hold. By number, since kernels cannot be sent elsewhere."""
+    case = next(itertools.islice(cases(), number, None))
+    made = compiled(case)
+    broken = made.broken()
+    line = f"sm_{case.capability} {case.name}: {made.registers} registers, {made.shared >> 10} KiB shared"
+    return line + (f": {'; '.join(broken)}" if broken else ""), not broken
 
 
 def main() -> int:
-    """Compile all cases; print a line for each and return the number of broken ones."""
+    """Compile all cases, print a line for each, and return how many broke a limit."""
     bad = 0
-    for case in cases():
-        made = compiled(case)
-        broken = made.broken()
-        bad += bool(broken)
-        print(
-            f"sm_{case.capability} {case.name}: {made.registers} registers, {made.shared >> 10} KiB shared"
-            + (f": {'; '.join(broken)}" if broken else ""),
-            flush=True,
-        )
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("forkserver")) as pool:
+        for line, good in pool.map(_line, range(len(list(cases())))):
+            print(line, flush=True)
+            bad += not good
     return bad
 
 

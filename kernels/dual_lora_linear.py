@@ -63,6 +63,7 @@ def _shrink(
     RANK_P: tl.constexpr,
     BLOCKS: tl.constexpr,
     SLICES: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     TMA: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
@@ -80,13 +81,21 @@ def _shrink(
     begin = low + part * depth
     end = tl.minimum(begin + depth, high)
     ranks = tl.arange(0, RANK_P)
-    a_columns = a + slot * a_slot + (block * RANK + ranks) * a_rank
+    if not TMA:
+        a_columns = a + slot * a_slot + (block * RANK + ranks) * a_rank
     acc = tl.zeros([BLOCK_M, RANK_P], dtype=tl.float32)
     for k in range(begin, end, BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
         left = _tile_of_x(x, row, k, stop, end, x_row, BLOCK_M, BLOCK_K, TMA)
-        inside = (ks[:, None] < end) & (ranks[None, :] < RANK)
-        right = tl.load(a_columns[None, :] + ks[:, None] * a_k, mask=inside, other=0.0)
+        if TMA:
+            # Deeper than the block it reads B's zeros or nothing; more than RANK of h's columns are not stored.
+            if TRANSPOSED:
+                right = a.load([k, block * RANK])
+            else:
+                right = a.load([slot * a_slot + block * RANK, k]).T
+        else:
+            inside = (ks[:, None] < end) & (ranks[None, :] < RANK)
+            right = tl.load(a_columns[None, :] + ks[:, None] * a_k, mask=inside, other=0.0)
         acc = dot(left, right, acc, INTERPRET)
     place = tl.arange(0, BLOCK_M)[:, None] * RANK_P + ranks[None, :]
     plane = planes + target * SLICES * BLOCK_M * RANK_P
@@ -263,7 +272,7 @@ def dual_lora_linear(
     counts: row tiles, and how many of them have an adapter (they come first). row_tiles [n, 3]: first row, end, slot.
     col_tiles [n_columns, 4]: first column, end, first block of h that they read, end. blocks [BLOCKS, 2]: range of
     the contraction that makes each block of h. planes, sync, tickets, flags: workspace, zero before and after.
-    x, w: pointers, or tensor descriptors with TMA.
+    x, w, a, b: pointers, or with TMA tensor descriptors; then a_slot and b_slot are rows, not elements.
     """
     n_tiles = tl.load(counts)
     programs = tl.num_programs(0)
@@ -278,7 +287,7 @@ def dual_lora_linear(
         while item < items:
             _shrink(
                 item, x, a, hidden, row_tiles, blocks, planes, tickets, flags, scale, x_row, a_slot, a_rank, a_k,
-                BLOCK_M, BLOCK_K, RANK, RANK_P, BLOCKS, SLICES, TMA, INTERPRET,
+                BLOCK_M, BLOCK_K, RANK, RANK_P, BLOCKS, SLICES, TRANSPOSED, TMA, INTERPRET,
             )  # fmt: skip
             item = tl.atomic_add(sync, 1)
     if FORM != 1:

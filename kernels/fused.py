@@ -99,28 +99,21 @@ class Launcher:
         depth, transposed, rank_p = x.shape[1], weight.stride(1) != 1, _padded(r)
         targets = rows.capacity * len(blocks)
         planes, sync, tickets, flags = self.workspace().take(targets, targets * tiles.slices * tiles.block_m * rank_p)
-        source, matrix, factor, b_strides = x, weight, b, b.stride()
-        # As they lie in memory, which is how the copy engine reads them; the slots of b one below the other.
-        lying = {"x": x}
-        if tiles.tma:
-            lying["w"] = weight.T if transposed else weight
-            lying["b"] = (b.transpose(1, 2) if transposed else b).flatten(0, 1)
-        tma = len(lying) > 1 and all(_describable(matrix) for matrix in lying.values())
-        if tma:
-            boxes = descriptor_boxes(tiles, rank_p, transposed)
-            source, matrix, factor = (TensorDescriptor.from_tensor(lying[n], [*boxes[n]]) for n in ("x", "w", "b"))
-            b_strides = (b.shape[1], *b_strides[1:])
+        operands: dict[str, Any] = {"x": x, "w": weight, "a": a, "b": b}
+        a_strides, b_strides = a.stride(), b.stride()
+        if tiles.tma and (described := _described(tiles, rank_p, transposed, operands)):
+            operands, a_strides, b_strides = described, (a.shape[1], *a.stride()[1:]), (b.shape[1], *b.stride()[1:])
 
         def launch(form: int, **options: Any) -> None:
             dual_lora_linear[(INTERPRETED_PROGRAMS if INTERPRET else self.programs * tiles.programs,)](
-                source, matrix, x if bias is None else bias, a, factor, hidden, x if y is None else y, rows.counts,
-                rows.tiles, columns, blocks, planes, sync, tickets, flags, scale,
-                len(columns), depth, x.stride(0), weight.stride(0), weight.stride(1), *a.stride(), *b_strides,
+                operands["x"], operands["w"], x if bias is None else bias, operands["a"], operands["b"], hidden,
+                x if y is None else y, rows.counts, rows.tiles, columns, blocks, planes, sync, tickets, flags, scale,
+                len(columns), depth, x.stride(0), *weight.stride(), *a_strides, *b_strides,
                 0 if y is None else y.stride(0),
                 BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m, RANK=r,
                 RANK_P=rank_p, BLOCKS=len(blocks), SLICES=tiles.slices, FORM=form, TRANSPOSED=transposed,
-                HAS_BIAS=bias is not None, TMA=tma, INTERPRET=INTERPRET, **_options(tiles.warps, tiles.stages),
-                **options,
+                HAS_BIAS=bias is not None, TMA=operands["x"] is not x, INTERPRET=INTERPRET,
+                **_options(tiles.warps, tiles.stages), **options,
             )  # fmt: skip
 
         if y is None:
@@ -259,6 +252,23 @@ def _padded(r: int) -> int:
 def _options(warps: int, stages: int) -> dict[str, Any]:
     # Triton 3.10 will no longer fuse products and sums by itself: bitwise tests must not depend on the version.
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
+def _described(
+    tiles: LinearTiles, rank: int, transposed: bool, operands: dict[str, torch.Tensor]
+) -> dict[str, TensorDescriptor] | None:
+    """Operands for the copy engine, as they lie in memory, the slots of factors one below the other.
+
+    None if it cannot read one of them.
+    """
+    x, w, a, b = operands.values()
+    if transposed:
+        w, a, b = w.T, a.transpose(1, 2), b.transpose(1, 2)
+    lying = {"x": x, "w": w, "a": a.flatten(0, 1), "b": b.flatten(0, 1)}
+    if not all(_describable(matrix) for matrix in lying.values()):
+        return None
+    boxes = descriptor_boxes(tiles, rank, transposed)
+    return {name: TensorDescriptor.from_tensor(matrix, [*boxes[name]]) for name, matrix in lying.items()}
 
 
 def _describable(matrix: torch.Tensor) -> bool:

@@ -46,9 +46,11 @@ class GradTiles:
 
 
 def descriptor_boxes(tiles: LinearTiles, rank: int, transposed: bool) -> dict[str, tuple[int, int]]:
-    """What one load by tensor descriptor brings, for x, w and b of dual_lora_linear. rank: padded."""
-    w, b = (tiles.block_n, tiles.block_k), (tiles.block_n, rank)
-    return {"x": (tiles.block_m, tiles.block_k), "w": w[::-1] if transposed else w, "b": b[::-1] if transposed else b}
+    """What one load by tensor descriptor brings, for x, w, a and b of dual_lora_linear. rank: padded."""
+    boxes = {"w": (tiles.block_n, tiles.block_k), "a": (rank, tiles.block_k), "b": (tiles.block_n, rank)}
+    if transposed:
+        boxes = {name: box[::-1] for name, box in boxes.items()}
+    return {"x": (tiles.block_m, tiles.block_k), **boxes}
 
 
 def row_tiles(segments: Sequence[Segment], rows: int, block_m: int, slots: int) -> tuple[list[tuple[int, ...]], int]:

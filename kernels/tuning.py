@@ -50,11 +50,14 @@ class Defaults:
         tall = -(-rows // block_m)
         block_n = next((n for n in (128, 64, 32) if tall * -(-out // n) >= self.programs), 16)
         slices = max(1, min(self.programs // (2 * tall), depth // 128, 32))
-        stages = 4 if tma else 3
-        return LinearTiles(block_m=block_m, block_n=block_n, block_k=128, slices=slices, stages=stages, tma=tma)
+        if tma:
+            return LinearTiles(block_m=block_m, block_n=block_n, block_k=128, slices=slices, stages=4, tma=True)
+        # Addresses take registers that descriptors do not: wide and shallow tiles on many threads.
+        block_n = 64 if block_m == 64 else min(block_n, 32)
+        return LinearTiles(block_m=block_m, block_n=block_n, block_k=64, slices=slices, warps=8, stages=4)
 
     def grads(self, rows: int, depth: int, out: int, rank: int) -> GradTiles:
-        return GradTiles(block_c=128 if rank <= 16 else 64, slices=max(1, min(8, rows // 256)))
+        return GradTiles(block_c=64, slices=max(1, min(8, rows // 256)))
 
 
 @dataclass(frozen=True)

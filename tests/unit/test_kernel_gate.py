@@ -1,0 +1,81 @@
+"""The kernels compile for Hopper and Ampere within their limits, on any machine; tables of tiles are sound."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clif.kernels.dual_lora import Member, Segment
+from clif.kernels.tiles import GradTiles, LinearTiles, column_tiles, grad_tiles, row_tiles
+from clif.kernels.tuning import Defaults, Shape, Table, load_table, save_table, table_path
+
+
+@pytest.mark.timeout(600)
+def test_the_kernels_compile_for_hopper_and_ampere_within_their_limits(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    # Compiled in a process of its own: in this one the interpreter has taken the kernels' place.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-P", "-m", "clif.kernels.compile_gate"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "sm_90" in done.stdout and "sm_80" in done.stdout
+
+
+def test_a_kernel_that_breaks_a_limit_is_found() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    from clif.kernels.compile_gate import Compiled, linear_case
+
+    case = linear_case("x", LinearTiles(), 16)
+    assert Compiled(case, 255, 0, 1 << 10, wgmma=True, mma=False).broken() == []
+    assert "8 bytes of stack" in Compiled(case, 255, 8, 1 << 10, wgmma=True, mma=False).broken()[0]
+    assert "shared memory" in Compiled(case, 255, 0, 228 << 10, wgmma=True, mma=False).broken()[0]
+    assert Compiled(case, 255, 0, 1 << 10, wgmma=False, mma=True).broken() == ["no wgmma"]
+    assert "no tensor-core product" in Compiled(case, 255, 0, 0, wgmma=False, mma=False).broken()
+
+
+def test_a_row_tile_has_rows_of_one_slot_and_tiles_with_an_adapter_come_first() -> None:
+    tiles, adapted = row_tiles((Segment(2, 20, 1), Segment(20, 21, -1)), 25, 16, 4)
+    assert tiles == [(2, 18, 1), (18, 20, 1), (20, 21, 3), (0, 2, -1), (21, 25, -1)]
+    assert adapted == 3
+    covered = sorted(row for start, stop, _ in tiles for row in range(start, stop))
+    assert covered == list(range(25))
+
+
+def test_a_column_tile_never_crosses_from_one_packed_layer_to_the_next() -> None:
+    members = (Member(0, 40, 0), Member(40, 50, None), Member(50, 70, 1))
+    assert column_tiles(members, 32) == [(0, 32, 0, 1), (32, 40, 0, 1), (40, 50, 0, 0), (50, 70, 1, 2)]
+    # Rows of B's gradient: those of the layer without adapter are left out.
+    assert grad_tiles(members, 32) == [(0, 32, 0, 0), (32, 40, 0, 32), (50, 70, 1, 40)]
+
+
+def test_a_table_answers_for_what_was_measured_and_says_separate_for_what_was_not(tmp_path: Path) -> None:
+    small, large = LinearTiles(block_m=16), LinearTiles(form="separate")
+    linear = {Shape(16, 64, 64, 8, False): (small, {"us": 1.0}), Shape(256, 64, 64, 8, False): (large, {"us": 2.0})}
+    file = tmp_path / "gpu.json"
+    save_table(file, {"device": "test"}, linear, {Shape(256, 64, 64, 8, True): (GradTiles(slices=7), {})})
+    table = load_table(file, None, Defaults())
+    assert table.linear(1, 64, 64, 8, False) == table.linear(16, 64, 64, 8, False) == small
+    assert table.linear(17, 64, 64, 8, False) == table.linear(9999, 64, 64, 8, False) == large
+    # Other widths, ranks or directions were not measured: torch's products.
+    for unknown in ((16, 65, 64, 8, False), (16, 64, 64, 16, False), (16, 64, 64, 8, True)):
+        assert table.linear(*unknown).form == "separate"
+    assert table.grads(300, 64, 64, 8).slices == 7
+    assert table.grads(300, 64, 64, 16) == Defaults().grads(300, 64, 64, 16)
+    assert Table({}, {}, Defaults()).linear(64, 4096, 4096, 16, False).form == "fused"
+
+
+def test_a_broken_table_is_named_with_what_to_do(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    for text in ("{", json.dumps({"linear": [{"shape": {}, "tiles": {"colour": 1}}], "grads": []})):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"gpu\.json: not a table of tiles .* make tune-gpu"):
+            load_table(file, None, Defaults())
+
+
+def test_tables_are_kept_by_the_name_of_the_gpu() -> None:
+    assert table_path("NVIDIA H200 (141 GB)").name == "nvidia-h200-141-gb.json"

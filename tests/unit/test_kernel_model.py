@@ -1,0 +1,114 @@
+"""A real model computes the same tokens and gradients with the Triton kernels (interpreted) as with torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Rig, answer, finish, make_rig, random_state, request
+
+from clif.config import ConfigError, TrainConfig
+from clif.models.dual_linear import SHADOW
+from clif.ops import assert_supported, choose_kernels
+from clif.replica.jobs import Job
+from clif.replica.trainer import ShadowTrainer
+from clif.types import TrainSample
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+SAMPLES = [TrainSample(id=i, ids=tuple(range(5 + i, 30 + 2 * i)), target_start=12) for i in range(2)]
+
+
+def rig_with(kernel: str, model: str, **adapter: object) -> Rig:
+    rig = make_rig(model, engine={"lora_kernel": kernel, "coserving": "mixed"}, adapter=dict(adapter))
+    # A clock that stands still: every promise has all its time left.
+    rig.engine.clock = lambda: 0.0
+    return rig
+
+
+def serve_and_train(rig: Rig) -> tuple[dict[int, list[int]], torch.Tensor]:
+    """Two requests of different versions and a training step in their ticks: tokens, and the shadow's gradient."""
+    trainer = ShadowTrainer(rig.runner, rig.bank, SAMPLES, TrainConfig(clip_norm=1e9))
+    rig.engine.coserving = "mixed"
+    rig.engine.jobs.append(Job("step", trainer.step(len(SAMPLES), 1)))
+    rig.fill(1, seed=4)
+    rig.bank.set_shadow(random_state(rig.bank, 5))
+    rig.engine.scheduler.add(request(0, [3, 9, 20, 11], max_tokens=6, ignore_eos=True), 0.0)
+    tokens: dict[int, list[int]] = {0: [], 1: []}
+    added = False
+    while rig.engine.serving or rig.engine.jobs:
+        for event in rig.engine.serve():
+            tokens[event.request_id] += event.tokens
+        if not added:
+            # Behind a promotion: two versions answer in one batch.
+            rig.fill(2, seed=6)
+            rig.engine.scheduler.add(request(1, [7, 8], max_tokens=5, ignore_eos=True), 0.0)
+            added = True
+        rig.engine.learn()
+    return tokens, rig.bank.gradient.clone()
+
+
+def assert_same(model: str, **adapter: object) -> None:
+    expected, found = (serve_and_train(rig_with(kernel, model, **adapter)) for kernel in ("torch", "triton"))
+    assert found[0] == expected[0]
+    assert (found[1] - expected[1]).norm() <= 1e-5 * expected[1].norm()
+
+
+def test_a_mixed_batch_and_a_training_step_are_those_of_torch(tiny_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clif.kernels.fused import FusedLinear
+
+    launches, forward = [], FusedLinear.forward
+
+    def watched(self: FusedLinear, x: torch.Tensor, segments: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+        launches.append({segment.slot for segment in segments})
+        return forward(self, x, segments)
+
+    monkeypatch.setattr(FusedLinear, "forward", watched)
+    assert_same(f"random:{tiny_config}")
+    assert {0, SHADOW} in launches and {0, 1} in launches, "rows of several kinds shared a launch"
+
+
+def test_so_they_are_where_only_some_packed_projections_are_adapted(tiny_config) -> None:
+    assert_same(f"random:{tiny_config}", target_modules=["q_proj", "v_proj", "down_proj"])
+
+
+def test_so_they_are_in_the_real_260k_model(stories: str) -> None:
+    answers, losses = [], []
+    for kernel in ("torch", "triton"):
+        rig = make_rig(stories, engine={"lora_kernel": kernel})
+        rig.fill(1, seed=4)
+        rig.bank.set_shadow(random_state(rig.bank, 5))
+        events = rig.run([request(0, [1, 403, 407], max_tokens=6, ignore_eos=True)])
+        loss = finish(rig.runner.loss_and_gradients([TrainSample(id=0, ids=tuple(range(1, 12)), target_start=4)], 1.0))
+        answers.append(answer(events[0]))
+        losses.append((loss, rig.bank.gradient.clone()))
+    assert answers[0] == answers[1]
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
+    assert (losses[0][1] - losses[1][1]).norm() <= 1e-5 * losses[0][1].norm()
+
+
+def test_a_nan_in_the_shadow_changes_no_answer_with_the_kernels(tiny_config) -> None:
+    rig = rig_with("triton", f"random:{tiny_config}")
+    rig.fill(1, seed=4)
+    expected = answer(rig.run([request(0, [3, 9, 20], max_tokens=4, ignore_eos=True)])[0])
+    rig.bank.set_shadow({k: torch.full_like(v, float("nan")) for k, v in rig.bank.shadow_state().items()})
+    rig.bank.refresh()
+    assert answer(rig.run([request(1, [3, 9, 20], max_tokens=4, ignore_eos=True)])[1]) == expected
+
+
+def test_a_wish_that_cannot_be_met_is_an_error_and_says_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"adapter.r 65 is above 64: lower it, or set engine.lora_kernel=torch"):
+        assert_supported(cpu, torch.bfloat16, 65)
+    with pytest.raises(ConfigError, match="float64 is not supported"):
+        assert_supported(cpu, torch.float64, 8)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(ConfigError, match=r"set TRITON_INTERPRET=1, or set engine\.lora_kernel=torch"):
+        choose_kernels("triton", cpu, torch.float32, 8)
+    monkeypatch.setattr("clif.ops.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install triton"):
+        choose_kernels("triton", cpu, torch.float32, 8)
+
+
+def test_on_a_cpu_auto_means_torch(tiny_config) -> None:
+    rig = rig_with("auto", f"random:{tiny_config}")
+    assert all(layer._fused is None for layer in rig.bank.layers)
+    assert all(layer._fused is not None for layer in rig_with("triton", f"random:{tiny_config}").bank.layers)
