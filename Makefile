@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ASSETS := assets/smollm2-135m-instruct.gguf assets/smart_home.jsonl
 RANKS ?= 2
 
-.PHONY: demo test test-all test-gpu bench bench-gpu check format clean help
+.PHONY: demo test test-all test-gpu bench bench-gpu tune-gpu bench-kernels gpu-kernels check format clean help
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -43,6 +43,21 @@ bench: $(READY) $(ASSETS)  ## The engine alone against transformers and PEFT, th
 
 bench-gpu: $(READY)  ## The engine on one GPU at 1B and 8B shapes with random weights; at most 9 minutes
 	$(BIN)/python benchmarks/gpu.py $(if $(DRY),--dry)
+
+# The kernels need torch and Triton only: no network and no installation, where there is no .venv.
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+tune-gpu:  ## Find the kernels' tiles for the GPU that is here and write the table that CLIF reads
+	$(GPU_PYTHON) benchmarks/tune_gpu.py $(if $(DRY),--dry --out $(or $(OUT),/dev/stdout))
+
+bench-kernels:  ## The kernels on one GPU against cuBLAS, PEFT and the usual four launches
+	$(GPU_PYTHON) benchmarks/bench_kernels.py $(if $(DRY),--dry) $(if $(OUT),--out $(OUT))
+
+gpu-kernels:  ## Tests, tuning and benchmark of the kernels on one GPU, in 8 minutes at most
+	@if $(GPU_PYTHON) -c "import pytest" 2>/dev/null; then \
+		$(GPU_PYTHON) -m pytest -q -m gpu tests/gpu/test_gpu_dual_lora.py; \
+	else echo "pytest is missing: results are held against the specification by tuner and benchmark only"; fi
+	$(MAKE) tune-gpu bench-kernels
 
 check: $(READY)  ## Lint and types
 	$(BIN)/python -P -m ruff check . && $(BIN)/python -P -m ruff format --check . && $(BIN)/python -P -m mypy

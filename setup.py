@@ -33,7 +33,7 @@ BENCH = [
 
 DEV = [
     *BENCH,  # what the plots show is tested
-    # The kernels' tests: interpreter and compiler need no GPU. A torch for CUDA brings the Triton that it was built for.
+    # The kernels' tests: interpreter and compiler need no GPU. A torch for CUDA brings the Triton it was built for.
     "triton>=3.5; platform_system == 'Linux' and platform_machine == 'x86_64'",
     "pytest>=8",
     "pytest-timeout>=2.3",

@@ -161,24 +161,32 @@ class FusedLinear:
         self._backward_blocks = self._table([(m.start, m.stop) for m in adapted])
         self._columns: dict[tuple[Callable[..., Any], int], torch.Tensor] = {}
 
-    def forward(self, x: torch.Tensor, segments: Sequence[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, segments: Sequence[Segment] | RowTable) -> tuple[torch.Tensor, torch.Tensor]:
         """y [rows, out] and h = scale * x A^T [rows, k r] of x [rows, in]; rows in no segment have no h.
 
-        Raises ValueError for segments that overlap.
+        A table instead of segments is for a captured graph: refilled, it serves others in the next replay. Raises
+        ValueError for segments that overlap, or a table made for other tiles.
         """
         p, x = self.packed, _rows(x)
         out, depth = p.weight.shape
         tiles = self._launcher.tiling.linear(len(x), depth, out, p.r, False)
         hidden = x.new_empty(len(x), p.a.shape[1])
-        if tiles.form == "separate":
+        if tiles.form == "separate" and not isinstance(segments, RowTable):
             return self._separate(x, segments, hidden), hidden
         y = x.new_empty(len(x), out)
         if len(x):
-            rows = self._launcher.rows(segments, len(x), tiles.block_m, len(p.a))
+            rows = self._table_of(segments, len(x), tiles)
             columns = self._cut(column_tiles, p.members, tiles.block_n)
             blocks = self._forward_blocks
             self._launcher.linear(tiles, x, p.weight, p.bias, p.a, p.b, hidden, y, rows, columns, blocks, p.r, p.scale)
         return y, hidden
+
+    def _table_of(self, segments: Sequence[Segment] | RowTable, rows: int, tiles: LinearTiles) -> RowTable:
+        if not isinstance(segments, RowTable):
+            return self._launcher.rows(segments, rows, tiles.block_m, len(self.packed.a))
+        if tiles.form == "separate" or segments.block_m != tiles.block_m:
+            raise ValueError(f"a table of {segments.block_m}-row tiles does not fit {tiles}: make it for these")
+        return segments
 
     def _separate(self, x: torch.Tensor, segments: Sequence[Segment], hidden: torch.Tensor) -> torch.Tensor:
         p = self.packed
@@ -199,15 +207,24 @@ class FusedLinear:
         if not len(x):
             zeros = torch.zeros_like(p.a[-1], dtype=torch.float32), x.new_zeros(self._outputs, p.r, dtype=torch.float32)
             return (torch.empty_like(x) if down else None), *zeros
-        grad_x, grad_hidden = self._through(grad, down)
+        grad_x, grad_hidden = self.through(grad, down)
+        return grad_x, *self.factor_gradients(grad, x, hidden, grad_hidden)
+
+    def factor_gradients(
+        self, grad: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor, grad_hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The backward's second launch: gradients of A and B."""
+        p = self.packed
         out, depth = p.weight.shape
         tiles = self._launcher.tiling.grads(len(x), depth, out, p.r)
         columns = self._cut(grad_tiles, p.members, tiles.block_c)
-        of_factors = self._launcher.grads(tiles, x, grad, hidden, grad_hidden, columns, self._outputs, p.r)
-        return grad_x, *of_factors
+        return self._launcher.grads(tiles, x, grad, hidden, grad_hidden, columns, self._outputs, p.r)
 
-    def _through(self, grad: torch.Tensor, down: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Gradients of x and of h. The forward's kernel, with the shadow's factors in each other's place."""
+    def through(self, grad: torch.Tensor, down: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The backward's first launch: gradients of x (None unless down) and of h / scale, times scale.
+
+        The forward's kernel, with the shadow's factors in each other's place.
+        """
         p = self.packed
         out, depth = p.weight.shape
         tiles = self._launcher.tiling.linear(len(grad), out, depth, p.r, True)

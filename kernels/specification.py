@@ -7,7 +7,8 @@ type on the same data, and every element is within what the roundings of that el
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch.nn.functional import linear
@@ -40,6 +41,24 @@ class Results:
     grad_x: torch.Tensor
     grad_a: torch.Tensor
     grad_b: torch.Tensor
+
+
+class Layer(Protocol):
+    """What is to be judged: kernels/fused.FusedLinear."""
+
+    def forward(self, x: torch.Tensor, segments: Sequence[Segment]) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def backward(
+        self, grad: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor, down: bool
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]: ...
+
+
+def computed(batch: Batch, layer: Layer) -> Results:
+    """Forward of all rows, backward of those that learn."""
+    y, hidden = layer.forward(batch.x, batch.segments)
+    grad_x, grad_a, grad_b = layer.backward(batch.grad, batch.x[batch.learns :], hidden[batch.learns :], True)
+    assert grad_x is not None
+    return Results(y, grad_x, grad_a, grad_b)
 
 
 def random_layer(
@@ -136,7 +155,7 @@ def _bounds(batch: Batch) -> Results:
         batch.grad.abs(),
     )
     exact, sums = by_torch(batch, torch.float64), by_torch(magnitudes, torch.float64)
-    base = by_torch(_with_scale(magnitudes, 0.0), torch.float64)
+    base = by_torch(replace(magnitudes, packed=replace(magnitudes.packed, scale=0.0)), torch.float64)
     summing = 4 * max(p.weight.shape[0], p.weight.shape[1], len(batch.x)) ** 0.5 * 2.0**-24
 
     def bound(name: str) -> torch.Tensor:
@@ -144,8 +163,3 @@ def _bounds(batch: Batch) -> Results:
         return unit * (getattr(exact, name).abs() + through_h) + summing * getattr(sums, name) + 1e-30
 
     return Results(*(bound(name) for name in ("y", "grad_x", "grad_a", "grad_b")))
-
-
-def _with_scale(batch: Batch, scale: float) -> Batch:
-    p = batch.packed
-    return Batch(Packed(p.weight, p.bias, p.a, p.b, p.r, scale, p.members), batch.x, batch.segments, batch.grad)

@@ -61,6 +61,20 @@ class Defaults:
 
 
 @dataclass(frozen=True)
+class Fixed:
+    """The same tiles for every shape: for tests, and to find better ones."""
+
+    tiles: LinearTiles = LinearTiles()
+    of_factors: GradTiles = GradTiles()
+
+    def linear(self, rows: int, depth: int, out: int, rank: int, backward: bool) -> LinearTiles:
+        return self.tiles
+
+    def grads(self, rows: int, depth: int, out: int, rank: int) -> GradTiles:
+        return self.of_factors
+
+
+@dataclass(frozen=True)
 class Table:
     """Measured tiles; `missing` answers for shapes that are not in it (None: torch's products)."""
 
@@ -113,11 +127,21 @@ def save_table(
     about: dict[str, str],
     linear: dict[Shape, tuple[LinearTiles, dict[str, float]]],
     grads: dict[Shape, tuple[GradTiles, dict[str, float]]],
+    kernel: dict[Shape, LinearTiles],
 ) -> None:
-    """about: machine, versions, date, command. With each choice: what was measured, microseconds."""
+    """about: machine, versions, date, command. With each choice: microseconds, and the kernel's own best tiles."""
 
     def entries(found: dict[Shape, Any]) -> list[dict[str, Any]]:
-        return [{"shape": asdict(s), "tiles": asdict(t), "us": us} for s, (t, us) in found.items()]
+        return [
+            {"shape": asdict(s), "tiles": asdict(t), "us": us} | ({"kernel": asdict(kernel[s])} if s in kernel else {})
+            for s, (t, us) in found.items()
+        ]
 
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"about": about, "linear": entries(linear), "grads": entries(grads)}, indent=1) + "\n")
+
+
+def kernel_tiles(path: Path) -> dict[Shape, LinearTiles]:
+    """The kernel's own best tiles, also for shapes where torch's products win: for benchmarks. Raises ValueError."""
+    load_table(path, None, Defaults())
+    return {Shape(**e["shape"]): LinearTiles(**e["kernel"]) for e in json.loads(path.read_text())["linear"]}

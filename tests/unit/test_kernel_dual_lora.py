@@ -15,8 +15,9 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from clif.kernels.dual_lora import Packed, Segment
 from clif.kernels.fused import INTERPRET, FusedLinear, Launcher
-from clif.kernels.specification import SHADOW, Batch, Results, random_batch, random_layer, violations
-from clif.kernels.tiles import GradTiles, LinearTiles
+from clif.kernels.specification import SHADOW, Batch, Results, computed, random_batch, random_layer, violations
+from clif.kernels.tiles import GradTiles, LinearTiles, RowTable
+from clif.kernels.tuning import Fixed
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="the kernels are compiled in this process: see tests/gpu")
 CPU = torch.device("cpu")
@@ -25,23 +26,12 @@ GRADS = GradTiles(block_c=32, block_r=16, slices=2)
 MIXED = ((9, 0), (5, None), (18, 1), (21, SHADOW))
 
 
-class Fixed:
-    """The same tiles for every shape."""
-
-    def __init__(self, tiles: LinearTiles = TILES, grads: GradTiles = GRADS) -> None:
-        self._tiles, self._grads = tiles, grads
-
-    def linear(self, *shape: Any) -> LinearTiles:
-        return self._tiles
-
-    def grads(self, *shape: Any) -> GradTiles:
-        return self._grads
+def launcher(tiles: LinearTiles = TILES) -> Launcher:
+    return Launcher(CPU, Fixed(tiles, GRADS))
 
 
-def compute(batch: Batch, launcher: Launcher | None = None) -> Results:
-    layer = FusedLinear(batch.packed, launcher or Launcher(CPU, Fixed()))
-    y, hidden = layer.forward(batch.x, batch.segments)
-    return Results(y, *layer.backward(batch.grad, batch.x[batch.learns :], hidden[batch.learns :], True))
+def compute(batch: Batch, using: Launcher | None = None) -> Results:
+    return computed(batch, FusedLinear(batch.packed, using or launcher()))
 
 
 LAYERS: dict[str, Callable[[], Packed]] = {
@@ -66,7 +56,7 @@ def test_results_are_as_near_to_float64_as_torch_s(name: str) -> None:
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
 def test_every_form_of_launch_computes_the_same_function(form: Any, tma: bool) -> None:
     batch = random_batch(random_layer([64, 32], 64, 8, dtype=torch.bfloat16, bias=True), MIXED)
-    found = compute(batch, Launcher(CPU, Fixed(replace(TILES, form=form, tma=tma))))
+    found = compute(batch, launcher(replace(TILES, form=form, tma=tma)))
     assert violations(batch, found) == []
 
 
@@ -93,7 +83,7 @@ def test_random_batches_hold_the_bar(
 ) -> None:
     layer = random_layer([24, 17, 40][:members], 48, r, dtype=torch.bfloat16, adapted=list(range(members))[-2:])
     batch = random_batch(layer, [*serving, (learning, SHADOW)])
-    assert violations(batch, compute(batch, Launcher(CPU, Fixed(replace(TILES, tma=tma))))) == []
+    assert violations(batch, compute(batch, launcher(replace(TILES, tma=tma)))) == []
 
 
 def test_rows_of_x_may_lie_apart() -> None:
@@ -112,7 +102,7 @@ def test_a_b_of_zero_adds_exactly_nothing() -> None:
     layer.b.zero_()
     batch = random_batch(layer, MIXED)
     bare = replace(batch, segments=())
-    assert torch.equal(compute(batch).y, FusedLinear(layer, Launcher(CPU, Fixed())).forward(bare.x, ())[0])
+    assert torch.equal(compute(batch).y, FusedLinear(layer, launcher()).forward(bare.x, ())[0])
 
 
 # Isolation
@@ -123,15 +113,15 @@ def test_a_b_of_zero_adds_exactly_nothing() -> None:
 def test_an_adapter_with_nan_or_inf_reaches_no_row_of_another(poison: float, tma: bool) -> None:
     layer = random_layer([32, 24], 64, 8, dtype=torch.bfloat16)
     batch = random_batch(layer, MIXED)
-    launcher = Launcher(CPU, Fixed(replace(TILES, tma=tma)))
-    healthy = compute(batch, launcher)
+    using = launcher(replace(TILES, tma=tma))
+    healthy = compute(batch, using)
     for slot in (0, SHADOW):
         a, b = layer.a.clone(), layer.b.clone()
         a[slot] = poison
         for member in layer.members:
             assert member.block is not None
             b[slot, member.start : member.stop, member.block * 8 : (member.block + 1) * 8] = poison
-        found = compute(replace(batch, packed=replace(layer, a=a, b=b)), launcher)
+        found = compute(replace(batch, packed=replace(layer, a=a, b=b)), using)
         poisoned = next(s for s in batch.segments if s.slot == slot)
         others = torch.ones(len(batch.x), dtype=torch.bool)
         others[poisoned.start : poisoned.stop] = False
@@ -153,7 +143,7 @@ def test_a_request_s_nan_stays_in_its_own_row() -> None:
 def test_rows_without_adapter_compute_what_a_launch_without_adapters_does() -> None:
     layer = random_layer([48], 64, 8, dtype=torch.bfloat16)
     batch = random_batch(layer, MIXED)
-    bare, _ = FusedLinear(layer, Launcher(CPU, Fixed())).forward(batch.x, ())
+    bare, _ = FusedLinear(layer, launcher()).forward(batch.x, ())
     assert torch.equal(compute(batch).y[9:14], bare[9:14])
 
 
@@ -180,11 +170,11 @@ def test_nothing_is_written_to_the_base_or_to_an_adapter() -> None:
 
 def test_equal_input_gives_equal_bits_and_the_counters_go_back_to_zero() -> None:
     batch = random_batch(random_layer([64, 32], 64, 8, dtype=torch.bfloat16), MIXED)
-    launcher = Launcher(CPU, Fixed())
-    first = compute(batch, launcher)
+    using = launcher()
+    first = compute(batch, using)
     for _ in range(3):
-        assert not launcher.workspace().sync.any()
-        again = compute(batch, launcher)
+        assert not using.workspace().sync.any()
+        again = compute(batch, using)
         for name in ("y", "grad_x", "grad_a", "grad_b"):
             assert torch.equal(getattr(again, name), getattr(first, name))
 
@@ -198,14 +188,15 @@ def test_any_number_of_programs_computes_the_same_bits(programs: int, monkeypatc
 
 
 def test_a_refilled_table_serves_other_segments_in_the_same_launch() -> None:
-    from clif.kernels.tiles import RowTable
-
     table = RowTable.make((Segment(0, 40, 0),), 40, 16, 4, CPU, capacity=8)
     place = table.tiles.data_ptr()
     table.refill((Segment(3, 20, 1), Segment(20, 25, SHADOW)), 25)
     # Tiles with an adapter come first, each of one slot.
     assert table.counts.tolist() == [4, 3] and table.tiles.data_ptr() == place
     assert table.tiles[:4].tolist() == [[3, 19, 1], [19, 20, 1], [20, 25, 3], [0, 3, -1]]
+    batch = random_batch(random_layer([32], 64, 8, dtype=torch.bfloat16), ((3, None), (17, 1), (5, SHADOW)))
+    layer = FusedLinear(batch.packed, launcher())
+    assert torch.equal(layer.forward(batch.x, table)[0], layer.forward(batch.x, batch.segments)[0])
     with pytest.raises(ValueError, match="more capacity"):
         table.refill((), 16 * 9)
 
@@ -217,7 +208,7 @@ class Broken(Launcher):
     """A launcher with one fault."""
 
     def __init__(self, fault: str) -> None:
-        super().__init__(CPU, Fixed())
+        super().__init__(CPU, Fixed(TILES, GRADS))
         self.fault = fault
 
     def linear(self, tiles: Any, x: Any, weight: Any, bias: Any, a: Any, b: Any, *rest: Any) -> None:
@@ -256,7 +247,7 @@ def test_the_bar_is_not_cleared_with(fault: str) -> None:
 
 
 def test_segments_that_overlap_or_leave_the_batch_are_refused() -> None:
-    layer = FusedLinear(random_layer([16], 16, 4, dtype=torch.float32), Launcher(CPU, Fixed()))
+    layer = FusedLinear(random_layer([16], 16, 4, dtype=torch.float32), launcher())
     for segments in ((Segment(0, 5, 0), Segment(4, 6, 1)), (Segment(0, 9, 0),)):
         with pytest.raises(ValueError, match="overlaps the one before or leaves the batch of 8 rows"):
             layer.forward(torch.zeros(8, 16), segments)

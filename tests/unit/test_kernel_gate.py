@@ -12,7 +12,7 @@ import pytest
 
 from clif.kernels.dual_lora import Member, Segment
 from clif.kernels.tiles import GradTiles, LinearTiles, column_tiles, grad_tiles, row_tiles
-from clif.kernels.tuning import Defaults, Shape, Table, load_table, save_table, table_path
+from clif.kernels.tuning import Defaults, Shape, Table, kernel_tiles, load_table, save_table, table_path
 
 
 @pytest.mark.timeout(600)
@@ -57,7 +57,10 @@ def test_a_table_answers_for_what_was_measured_and_says_separate_for_what_was_no
     small, large = LinearTiles(block_m=16), LinearTiles(form="separate")
     linear = {Shape(16, 64, 64, 8, False): (small, {"us": 1.0}), Shape(256, 64, 64, 8, False): (large, {"us": 2.0})}
     file = tmp_path / "gpu.json"
-    save_table(file, {"device": "test"}, linear, {Shape(256, 64, 64, 8, True): (GradTiles(slices=7), {})})
+    gradients = {Shape(256, 64, 64, 8, True): (GradTiles(slices=7), {})}
+    own = {shape: LinearTiles(block_n=16) for shape in linear}
+    save_table(file, {"device": "test"}, linear, gradients, own)
+    assert kernel_tiles(file) == own
     table = load_table(file, None, Defaults())
     assert table.linear(1, 64, 64, 8, False) == table.linear(16, 64, 64, 8, False) == small
     assert table.linear(17, 64, 64, 8, False) == table.linear(9999, 64, 64, 8, False) == large

@@ -1,0 +1,173 @@
+"""The dual LoRA kernels on a GPU, at the shapes of 1B and 8B models, against the interpreter tests' specification.
+
+Needs torch, Triton and pytest only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
+pytest.importorskip("triton")
+
+from clif.kernels.dual_lora import Segment
+from clif.kernels.fused import FusedLinear, Launcher
+from clif.kernels.specification import SHADOW, Batch, computed, random_batch, random_layer, violations
+from clif.kernels.tiles import LinearTiles, RowTable
+from clif.kernels.tuning import Defaults, Fixed
+
+DECODE = ((48, 0), (16, 1))
+MIXED = ((64, 0), (3, None), (1984, SHADOW))
+ALL_KINDS = ((13, 0), (5, None), (40, 1), (71, SHADOW))
+
+
+def capability() -> int:
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+@pytest.fixture
+def defaults() -> Defaults:
+    return Defaults(torch.cuda.get_device_properties(0).multi_processor_count, capability())
+
+
+@pytest.fixture
+def launcher(defaults: Defaults) -> Launcher:
+    return Launcher(torch.device("cuda"), defaults)
+
+
+def batch_of(sizes: Any, depth: int, r: int, lengths: Any, dtype: torch.dtype = torch.bfloat16, **layer: Any) -> Batch:
+    return random_batch(random_layer(sizes, depth, r, dtype=dtype, device="cuda", **layer), lengths)
+
+
+def assert_good(batch: Batch, launcher: Launcher) -> None:
+    assert violations(batch, computed(batch, FusedLinear(batch.packed, launcher))) == []
+
+
+@pytest.mark.parametrize("r", [8, 16, 48, 64])
+@pytest.mark.parametrize("lengths", [((1, 0),), ((16, 1),), DECODE, ((256, 0),), MIXED], ids=str)
+def test_results_are_as_near_to_float64_as_torch_s(r: int, lengths: Any, launcher: Launcher) -> None:
+    assert_good(batch_of([4096], 4096, r, lengths), launcher)
+
+
+@pytest.mark.parametrize(
+    "sizes, depth",
+    [((4096, 1024, 1024), 4096), ((14336, 14336), 4096), ((4096,), 14336), ((2048, 512, 512), 2048), ((1024,), 4096)],
+)
+@pytest.mark.parametrize("lengths", [DECODE, MIXED], ids=["decode", "mixed"])
+def test_so_they_are_for_the_packed_layers_of_models(sizes: Any, depth: int, lengths: Any, launcher: Launcher) -> None:
+    assert_good(batch_of(sizes, depth, 16, lengths), launcher)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_so_they_are_in_other_types(dtype: torch.dtype, launcher: Launcher) -> None:
+    assert_good(batch_of([512, 256], 1024, 16, ALL_KINDS, dtype, bias=True), launcher)
+
+
+@pytest.mark.parametrize("sizes, depth", [((1000,), 1000), ((250, 90), 1032), ((97,), 77)])
+@pytest.mark.parametrize("r", [3, 8, 48])
+def test_so_they_are_for_sizes_that_no_tile_divides(sizes: Any, depth: int, r: int, launcher: Launcher) -> None:
+    assert_good(batch_of(sizes, depth, r, ALL_KINDS, bias=True), launcher)
+    assert_good(batch_of(sizes, depth, r, ALL_KINDS, adapted=[len(sizes) - 1]), launcher)
+
+
+@pytest.mark.parametrize("lengths", [((0, None),), ((1, None),), ((1, SHADOW),), ((7, None), (0, 2))], ids=str)
+def test_any_number_of_rows_of_any_kind_will_do(lengths: Any, launcher: Launcher) -> None:
+    assert_good(batch_of([512, 256], 512, 16, lengths), launcher)
+
+
+def every_tiling() -> Iterator[LinearTiles]:
+    for tma in (False, True):
+        for form in ("fused", "pair"):
+            for block_m, block_n, block_k, warps in ((16, 32, 64, 4), (64, 64, 64, 4), (128, 128, 32, 8)):
+                yield LinearTiles(form, block_m, block_n, block_k, slices=4, warps=warps, stages=3, tma=tma)
+
+
+@pytest.mark.parametrize(
+    "tiles", every_tiling(), ids=lambda t: f"{t.form}-{t.block_m}-{'tma' if t.tma else 'pointers'}"
+)
+def test_every_form_of_launch_computes_the_same_function(tiles: LinearTiles) -> None:
+    if capability() < 90 and (tiles.tma or tiles.form == "pair"):
+        pytest.skip("needs compute capability 9.0")
+    launcher = Launcher(torch.device("cuda"), Fixed(tiles))
+    assert_good(batch_of([512, 256], 1024, 16, ALL_KINDS, bias=True), launcher)
+
+
+def test_an_adapter_with_nan_reaches_no_row_of_another(launcher: Launcher) -> None:
+    batch = batch_of([4096], 4096, 16, MIXED)
+    layer = FusedLinear(batch.packed, launcher)
+    healthy = computed(batch, layer)
+    held = batch.packed.a[SHADOW].clone()
+    batch.packed.a[SHADOW] = float("nan")
+    poisoned, _ = layer.forward(batch.x, batch.segments)
+    assert torch.equal(poisoned[: batch.learns], healthy.y[: batch.learns])
+    assert poisoned[batch.learns :].isnan().all()
+    batch.packed.a[SHADOW] = held
+    batch.packed.b[0] = float("inf")
+    again = computed(batch, layer)
+    assert torch.equal(again.y[64:], healthy.y[64:]) and not again.y[:64].isfinite().any()
+    assert torch.equal(again.grad_a, healthy.grad_a) and torch.equal(again.grad_b, healthy.grad_b)
+
+
+def test_rows_without_adapter_compute_what_a_launch_without_adapters_does(launcher: Launcher) -> None:
+    batch = batch_of([4096], 4096, 16, MIXED)
+    layer = FusedLinear(batch.packed, launcher)
+    with_others, _ = layer.forward(batch.x, batch.segments)
+    alone, _ = layer.forward(batch.x, ())
+    assert torch.equal(with_others[64:67], alone[64:67])
+
+
+def test_equal_input_gives_equal_bits(launcher: Launcher) -> None:
+    batch = batch_of([4096, 1024, 1024], 4096, 16, MIXED)
+    layer = FusedLinear(batch.packed, launcher)
+    first = computed(batch, layer)
+    for _ in range(20):
+        again = computed(batch, layer)
+        for name in ("y", "grad_x", "grad_a", "grad_b"):
+            assert torch.equal(getattr(again, name), getattr(first, name))
+    torch.cuda.synchronize()
+    assert not launcher.workspace().sync.any()
+
+
+def captured(layer: FusedLinear, x: torch.Tensor, table: RowTable) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        layer.forward(x, table)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        y, _ = layer.forward(x, table)
+    return graph, y
+
+
+def test_a_captured_graph_serves_other_segments_ten_thousand_times(defaults: Defaults) -> None:
+    batch = batch_of([1024, 256], 2048, 16, ((128, 0),))
+    tiles = replace(defaults.linear(128, 2048, 1280, 16, False), form="fused")
+    layer = FusedLinear(batch.packed, Launcher(torch.device("cuda"), Fixed(tiles)))
+    table = RowTable.make((), 128, tiles.block_m, 4, torch.device("cuda"), capacity=16)
+    graph, y = captured(layer, batch.x, table)
+    splits = [((Segment(0, n, 0), Segment(n, n + 20, 2), Segment(n + 20, 128, SHADOW))) for n in (1, 17, 64, 100)]
+    splits += [(), (Segment(5, 128, 1),)]
+    expected = [layer.forward(batch.x, split)[0].clone() for split in splits]
+    for i in range(10_000):
+        table.refill(splits[i % len(splits)], 128)
+        graph.replay()
+        if i % 100 < len(splits):
+            assert torch.equal(y, expected[i % len(splits)]), f"replay {i}"
+
+
+def test_no_call_waits_for_the_gpu(launcher: Launcher) -> None:
+    batch = batch_of([2048], 2048, 16, MIXED)
+    layer = FusedLinear(batch.packed, launcher)
+    computed(batch, layer)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        computed(batch, layer)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
