@@ -122,7 +122,7 @@ def _augmented(batches: Sequence[Batch]) -> Way:
 
 def _four(batches: Sequence[Batch]) -> Way:
     first = batches[0]
-    rows = RowTable.make(first.segments, len(first.x), BLOCK_M, len(first.packed.a), first.x.device)
+    rows = RowTable(first.segments, len(first.x), BLOCK_M, len(first.packed.a), first.x.device)
     adapted = int(rows.counts[1])
     return lambda i: four_launches(batches[i].packed, batches[i].x, rows, adapted)
 

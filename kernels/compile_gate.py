@@ -81,6 +81,7 @@ def linear_case(
     """dual_lora_linear as `kernels/fused.py` launches it."""
     constants = {
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "GROUP_M": tiles.group_m,
+        "SPLIT": tiles.split, "ALIGNED": True,
         "RANK": r, "RANK_P": max(16, triton.next_power_of_2(r)), "BLOCKS": blocks, "SLICES": tiles.slices,
         "FORM": form, "TRANSPOSED": transposed, "HAS_BIAS": bias, "TMA": tiles.tma, "INTERPRET": False,
         # Launches specialise strides of 1.
@@ -103,9 +104,12 @@ def grads_case(
     return Case(name, dual_lora_grads, capability, dtype, constants, tiles.warps, tiles.stages, r >= 64)
 
 
-FLOATS = {"planes": "*fp32", "grad_a": "*fp32", "grad_b": "*fp32", "scale": "fp32"}
-TABLES = ("counts", "row_tiles", "col_tiles", "blocks", "sync", "tickets", "flags")
-INTEGERS = ("n_columns", "rows")
+TYPES = {
+    "planes": "*fp32", "sums": "*fp32", "grad_a": "*fp32", "grad_b": "*fp32", "scale": "fp32", "flags": "*i64",
+    "left": "*i64",
+}  # fmt: skip
+TABLES = ("counts", "row_tiles", "col_tiles", "blocks", "tickets", "sum_tickets")
+INTEGERS = ("n_columns", "shrinkers", "rows")
 """Counts, which may be anything; all other integers are sizes and strides, multiples of 16 in every model."""
 
 
@@ -117,7 +121,7 @@ def compiled(case: Case) -> Compiled:
         if name in case.constants:
             signature[name] = "constexpr"
             continue
-        kind = described.get(name) or FLOATS.get(name)
+        kind = described.get(name) or TYPES.get(name)
         if kind is None:
             kind = "*i32" if name in TABLES else f"*{case.dtype}" if name in pointers else "i32"
         signature[name] = kind

@@ -10,7 +10,7 @@ the last to arrive at a tile adds the partial sums in a fixed order: no atomics 
 import triton
 import triton.language as tl
 
-from clif.kernels.numerics import dot
+from clif.kernels.numerics import dot, last_to_arrive, sum_of
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -72,13 +72,7 @@ def dual_lora_grads(
         inside = (at[:, None] < end) & (cols[None, :] < col_stop)
         right = tl.load(wide + at[:, None] * wide_row + cols[None, :], mask=inside, other=0.0)
         acc = dot(left, right, acc, INTERPRET)
-    place = ranks[:, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    plane = planes + tile * SLICES * RANK_P * BLOCK_C
-    tl.store(plane + part * RANK_P * BLOCK_C + place, acc)
-    tl.debug_barrier()
-    if tl.atomic_add(tickets + tile, 1, sem="acq_rel") == SLICES - 1:
-        total = tl.zeros([RANK_P, BLOCK_C], dtype=tl.float32)
-        for i in range(SLICES):
-            total += tl.load(plane + i * RANK_P * BLOCK_C + place, cache_modifier=".cg")
+    plane = planes + tile * (SLICES * RANK_P * BLOCK_C)
+    if last_to_arrive(acc, plane, part, tickets + tile, RANK_P, BLOCK_C, SLICES):
+        total = sum_of(plane, RANK_P, BLOCK_C, SLICES)
         tl.store(out, total, mask=(ranks[:, None] < RANK) & (cols[None, :] < col_stop))
-        tl.store(tickets + tile, 0)

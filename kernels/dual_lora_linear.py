@@ -5,12 +5,15 @@
 and, with W, A and B transposed, the gradient with respect to x of rows that learn. `kernels/dual_lora.py` is the
 specification.
 
-How: a launch has two kinds of work. *Shrink items* compute h, split over the contraction; the last to arrive at a
-row tile adds the partial sums in a fixed order, rounds once and raises a flag. *Base tiles* look at the flag only
-after their own contraction, long after it was raised, and add one more product of depth r. Every program drains the
-queue of shrink items before it touches a base tile, so that whoever waits, waits for a program that is running: no
-deadlock with any number of programs. The last program out puts the counters back to zero, so that a captured graph
-can be replayed.
+How: the first programs of a launch, the *shrinkers*, compute h, split over the contraction; the last to arrive at a
+row tile adds the partial sums in a fixed order, rounds once and raises a flag. All other programs compute tiles of y.
+They look at the flag only after their own contraction, long after it was raised, and add one more product of depth r.
+With few rows a tile's contraction is split, too, so that every multiprocessor reads a part of W.
+
+No deadlock: shrinkers wait for nobody, and programs start in the order of their numbers (or all at once, if the GPU
+has room for all), so that whoever waits, waits for a program that has started. Nothing needs to be cleared between
+launches, as a captured graph demands: tickets are put back by the last to arrive, and a flag holds the number of its
+launch, which every program derives from how many have left before.
 
 Invariants: a tile holds rows of one slot, and the adapter is chosen by pointer, never by a mask: a NaN of one adapter
 cannot reach rows of another. Rows of no adapter compute exactly what they would compute in a launch without adapters.
@@ -20,12 +23,10 @@ All sums have a fixed order: equal input gives equal bits.
 import triton
 import triton.language as tl
 
-from clif.kernels.numerics import dot, rounded
+from clif.kernels.numerics import dot, last_to_arrive, rounded, sum_of
 
 FUSED, SHRINK, BASE = 0, 1, 2
 """Forms: all in one launch, or two launches, the second of which may start before the first has ended."""
-SYNC_HEADER = 3
-"""Words before the tickets: shrink items taken, base tiles taken, programs that have left."""
 
 
 @triton.jit
@@ -52,6 +53,7 @@ def _shrink(
     planes,
     tickets,
     flags,
+    launch,
     scale,
     x_row,
     a_slot,
@@ -63,6 +65,7 @@ def _shrink(
     RANK_P: tl.constexpr,
     BLOCKS: tl.constexpr,
     SLICES: tl.constexpr,
+    FORM: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     TMA: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -85,7 +88,6 @@ def _shrink(
         a_columns = a + slot * a_slot + (block * RANK + ranks) * a_rank
     acc = tl.zeros([BLOCK_M, RANK_P], dtype=tl.float32)
     for k in range(begin, end, BLOCK_K):
-        ks = k + tl.arange(0, BLOCK_K)
         left = _tile_of_x(x, row, k, stop, end, x_row, BLOCK_M, BLOCK_K, TMA)
         if TMA:
             # Deeper than the block it reads B's zeros or nothing; more than RANK of h's columns are not stored.
@@ -94,52 +96,45 @@ def _shrink(
             else:
                 right = a.load([slot * a_slot + block * RANK, k]).T
         else:
+            ks = k + tl.arange(0, BLOCK_K)
             inside = (ks[:, None] < end) & (ranks[None, :] < RANK)
             right = tl.load(a_columns[None, :] + ks[:, None] * a_k, mask=inside, other=0.0)
         acc = dot(left, right, acc, INTERPRET)
-    place = tl.arange(0, BLOCK_M)[:, None] * RANK_P + ranks[None, :]
-    plane = planes + target * SLICES * BLOCK_M * RANK_P
-    tl.store(plane + part * BLOCK_M * RANK_P + place, acc)
-    # All threads' stores come before the one thread that hands in the ticket.
-    tl.debug_barrier()
-    if tl.atomic_add(tickets + target, 1, sem="acq_rel") == SLICES - 1:
-        total = tl.zeros([BLOCK_M, RANK_P], dtype=tl.float32)
-        for i in range(SLICES):
-            total += tl.load(plane + i * BLOCK_M * RANK_P + place, cache_modifier=".cg")
+    plane = planes + target * (SLICES * BLOCK_M * RANK_P)
+    if last_to_arrive(acc, plane, part, tickets + target, BLOCK_M, RANK_P, SLICES):
+        total = sum_of(plane, BLOCK_M, RANK_P, SLICES)
         rows = row + tl.arange(0, BLOCK_M)
         out = hidden + rows[:, None] * (BLOCKS * RANK) + block * RANK + ranks[None, :]
         value = rounded(total * scale, hidden.dtype.element_ty, INTERPRET)
         tl.store(out, value, mask=(rows[:, None] < stop) & (ranks[None, :] < RANK))
-        tl.debug_barrier()
-        tl.atomic_xchg(flags + target, 1, sem="release")
+        if FORM == 0:
+            tl.debug_barrier()
+            tl.atomic_xchg(flags + target, launch, sem="release")
 
 
 @triton.jit
-def _base_tile(
-    tile,
-    n_tiles,
-    n_columns,
-    x,
-    w,
-    bias,
+def _finish(
+    acc,
     b,
     hidden,
+    bias,
     y,
-    row_tiles,
-    col_tiles,
     flags,
-    depth,
-    x_row,
-    w_out,
-    w_k,
+    launch,
+    m,
+    row,
+    stop,
+    slot,
+    col,
+    col_stop,
+    block_first,
+    block_stop,
     b_slot,
     b_out,
     b_rank,
     y_row,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
     RANK: tl.constexpr,
     RANK_P: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -149,40 +144,18 @@ def _base_tile(
     TMA: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """One tile of y: the base product, then the low-rank product of its rows' adapter."""
-    # Tiles that share rows of x or of W run close together, so that the second reads the cache.
-    width = GROUP_M * n_columns
-    first = (tile // width) * GROUP_M
-    height = tl.minimum(n_tiles - first, GROUP_M)
-    m = first + (tile % width) % height
-    n = (tile % width) // height
-    row = tl.load(row_tiles + 3 * m)
-    stop = tl.load(row_tiles + 3 * m + 1)
-    slot = tl.load(row_tiles + 3 * m + 2)
-    col = tl.load(col_tiles + 4 * n)
-    col_stop = tl.load(col_tiles + 4 * n + 1)
-    block_first = tl.load(col_tiles + 4 * n + 2)
-    block_stop = tl.load(col_tiles + 4 * n + 3)
-    cols = col + tl.arange(0, BLOCK_N)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for k in range(0, depth, BLOCK_K):
-        left = _tile_of_x(x, row, k, stop, depth, x_row, BLOCK_M, BLOCK_K, TMA)
-        if TMA:
-            right = w.load([k, col]) if TRANSPOSED else w.load([col, k]).T
-        else:
-            ks = k + tl.arange(0, BLOCK_K)
-            inside = (ks[:, None] < depth) & (cols[None, :] < col_stop)
-            right = tl.load(w + cols[None, :] * w_out + ks[:, None] * w_k, mask=inside, other=0.0)
-        acc = dot(left, right, acc, INTERPRET)
+    """Add the low-rank product of a tile's adapter to its base product, and store it."""
     rows = row + tl.arange(0, BLOCK_M)
+    cols = col + tl.arange(0, BLOCK_N)
     if slot >= 0:
         ranks = tl.arange(0, RANK_P)
         if FORM == 2 and not INTERPRET:
             tl.extra.cuda.gdc_wait()
-        for block in range(block_first, block_stop):
+        # Not pipelined: what a later round reads must not be fetched before its flag was seen.
+        for block in tl.range(block_first, block_stop, num_stages=1):
             if FORM == 0:
                 raised = tl.atomic_add(flags + m * BLOCKS + block, 0, sem="acquire")
-                while raised == 0:
+                while raised != launch:
                     raised = tl.atomic_add(flags + m * BLOCKS + block, 0, sem="acquire")
             at = block * RANK + ranks
             inside = (rows[:, None] < stop) & (ranks[None, :] < RANK)
@@ -223,7 +196,96 @@ def _store(
     tl.store(y + rows[:, None] * y_row + cols[None, :], value, mask=(rows[:, None] < stop) & (cols[None, :] < col_stop))
 
 
-@triton.jit(do_not_specialize=["n_columns"])
+@triton.jit
+def _tile_of_y(
+    item,
+    n_tiles,
+    n_columns,
+    x,
+    w,
+    bias,
+    b,
+    hidden,
+    y,
+    row_tiles,
+    col_tiles,
+    sums,
+    sum_tickets,
+    flags,
+    launch,
+    depth,
+    x_row,
+    w_out,
+    w_k,
+    b_slot,
+    b_out,
+    b_rank,
+    y_row,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SPLIT: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_P: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    FORM: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TMA: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """The base product of one tile of y, or a part of its contraction; who has the whole finishes the tile."""
+    tile = item // SPLIT
+    # Tiles that share rows of x or of W run close together, so that the second reads the cache.
+    width = GROUP_M * n_columns
+    first = (tile // width) * GROUP_M
+    height = tl.minimum(n_tiles - first, GROUP_M)
+    m = first + (tile % width) % height
+    n = (tile % width) // height
+    row = tl.load(row_tiles + 3 * m)
+    stop = tl.load(row_tiles + 3 * m + 1)
+    slot = tl.load(row_tiles + 3 * m + 2)
+    col = tl.load(col_tiles + 4 * n)
+    col_stop = tl.load(col_tiles + 4 * n + 1)
+    block_first = tl.load(col_tiles + 4 * n + 2)
+    block_stop = tl.load(col_tiles + 4 * n + 3)
+    if ALIGNED:
+        # Then elements of y are stored 16 bytes at a time.
+        col = tl.multiple_of(col, 16)
+        col_stop = tl.multiple_of(col_stop, 16)
+    cols = col + tl.arange(0, BLOCK_N)
+    begin = 0
+    end = depth
+    if SPLIT > 1:
+        share = tl.cdiv(tl.cdiv(depth, SPLIT), BLOCK_K) * BLOCK_K
+        begin = (item % SPLIT) * share
+        end = tl.minimum(begin + share, depth)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for k in range(begin, end, BLOCK_K):
+        left = _tile_of_x(x, row, k, stop, depth, x_row, BLOCK_M, BLOCK_K, TMA)
+        if TMA:
+            right = w.load([k, col]) if TRANSPOSED else w.load([col, k]).T
+        else:
+            ks = k + tl.arange(0, BLOCK_K)
+            inside = (ks[:, None] < depth) & (cols[None, :] < col_stop)
+            right = tl.load(w + cols[None, :] * w_out + ks[:, None] * w_k, mask=inside, other=0.0)
+        acc = dot(left, right, acc, INTERPRET)
+    whole = True
+    if SPLIT > 1:
+        plane = sums + tile * (SPLIT * BLOCK_M * BLOCK_N)
+        whole = last_to_arrive(acc, plane, item % SPLIT, sum_tickets + tile, BLOCK_M, BLOCK_N, SPLIT)
+        if whole:
+            acc = sum_of(plane, BLOCK_M, BLOCK_N, SPLIT)
+    if whole:
+        _finish(
+            acc, b, hidden, bias, y, flags, launch, m, row, stop, slot, col, col_stop, block_first, block_stop, b_slot,
+            b_out, b_rank, y_row, BLOCK_M, BLOCK_N, RANK, RANK_P, BLOCKS, FORM, TRANSPOSED, HAS_BIAS, TMA, INTERPRET,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_columns", "shrinkers"])
 def dual_lora_linear(
     x,
     w,
@@ -237,11 +299,14 @@ def dual_lora_linear(
     col_tiles,
     blocks,
     planes,
-    sync,
+    sums,
     tickets,
+    sum_tickets,
     flags,
+    left,
     scale,
     n_columns,
+    shrinkers,
     depth,
     x_row,
     w_out,
@@ -257,12 +322,14 @@ def dual_lora_linear(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SPLIT: tl.constexpr,
     RANK: tl.constexpr,
     RANK_P: tl.constexpr,
     BLOCKS: tl.constexpr,
     SLICES: tl.constexpr,
     FORM: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TMA: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -271,50 +338,36 @@ def dual_lora_linear(
 
     counts: row tiles, and how many of them have an adapter (they come first). row_tiles [n, 3]: first row, end, slot.
     col_tiles [n_columns, 4]: first column, end, first block of h that they read, end. blocks [BLOCKS, 2]: range of
-    the contraction that makes each block of h. planes, sync, tickets, flags: workspace, zero before and after.
-    x, w, a, b: pointers, or with TMA tensor descriptors; then a_slot and b_slot are rows, not elements.
+    the contraction that makes each block of h. planes, sums: room for partial sums. tickets, sum_tickets: zero before
+    and after. flags: one per row tile and block. left: programs that have left, 65536 for a whole launch. The first
+    `shrinkers` programs compute h, the others y. x, w, a, b: pointers, or with TMA tensor descriptors; then a_slot
+    and b_slot are rows, not elements.
     """
-    n_tiles = tl.load(counts)
+    program = tl.program_id(0)
     programs = tl.num_programs(0)
+    n_tiles = tl.load(counts)
     adapted = tl.load(counts + 1)
+    # The same for all programs of a launch: those that have left it are fewer than 65536 until the last one has.
+    launch = (tl.load(left) >> 16) + 1
     if FORM == 1 and not INTERPRET:
         tl.extra.cuda.gdc_launch_dependents()
-    if FORM != 2:
-        items = adapted * (BLOCKS * SLICES)
-        item = items
-        if items > 0:
-            item = tl.atomic_add(sync, 1)
-        while item < items:
+    if program < shrinkers:
+        for item in range(program, adapted * (BLOCKS * SLICES), shrinkers):
             _shrink(
-                item, x, a, hidden, row_tiles, blocks, planes, tickets, flags, scale, x_row, a_slot, a_rank, a_k,
-                BLOCK_M, BLOCK_K, RANK, RANK_P, BLOCKS, SLICES, TRANSPOSED, TMA, INTERPRET,
+                item, x, a, hidden, row_tiles, blocks, planes, tickets, flags, launch, scale, x_row, a_slot, a_rank,
+                a_k, BLOCK_M, BLOCK_K, RANK, RANK_P, BLOCKS, SLICES, FORM, TRANSPOSED, TMA, INTERPRET,
             )  # fmt: skip
-            item = tl.atomic_add(sync, 1)
-    if FORM != 1:
-        # The first tile needs no counter: its latency would be a tenth of a decode launch.
-        tile = tl.program_id(0)
-        total = n_tiles * n_columns
-        while tile < total:
-            if FORM == 0:
-                # Asked for before the tile, needed after it.
-                following = programs + tl.atomic_add(sync + 1, 1)
-            else:
-                following = tile + programs
-            _base_tile(
-                tile, n_tiles, n_columns, x, w, bias, b, hidden, y, row_tiles, col_tiles, flags, depth, x_row,
-                w_out, w_k, b_slot, b_out, b_rank, y_row, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, RANK, RANK_P, BLOCKS,
-                FORM, TRANSPOSED, HAS_BIAS, TMA, INTERPRET,
+    elif FORM != 1:
+        for item in range(program - shrinkers, n_tiles * n_columns * SPLIT, programs - shrinkers):
+            _tile_of_y(
+                item, n_tiles, n_columns, x, w, bias, b, hidden, y, row_tiles, col_tiles, sums, sum_tickets, flags,
+                launch, depth, x_row, w_out, w_k, b_slot, b_out, b_rank, y_row, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+                SPLIT, RANK, RANK_P, BLOCKS, FORM, TRANSPOSED, ALIGNED, HAS_BIAS, TMA, INTERPRET,
             )  # fmt: skip
-            tile = following
-    if FORM == 2:
-        if not INTERPRET:
-            # Also where no tile has an adapter: what follows this launch must follow the shrink launch, too.
-            tl.extra.cuda.gdc_wait()
-    else:
-        tl.debug_barrier()
-        if tl.atomic_add(sync + 2, 1, sem="acq_rel") == programs - 1:
-            for i in range(adapted * BLOCKS):
-                tl.store(tickets + i, 0)
-                tl.store(flags + i, 0)
-            for i in tl.static_range(3):
-                tl.store(sync + i, 0)
+    if FORM == 0:
+        # Nobody waits for it. The first program makes the sum of a launch the same for any number of programs.
+        share = tl.where(program == 0, 65537 - programs, 1)
+        tl.atomic_add(left, share.to(tl.int64), sem="relaxed")
+    if FORM == 2 and not INTERPRET:
+        # Also where no tile has an adapter: what follows this launch must follow the shrink launch, too.
+        tl.extra.cuda.gdc_wait()

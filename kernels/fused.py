@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clif.kernels.dual_lora import Packed, Segment
 from clif.kernels.dual_lora_grads import dual_lora_grads
-from clif.kernels.dual_lora_linear import BASE, FUSED, SHRINK, SYNC_HEADER, dual_lora_linear
+from clif.kernels.dual_lora_linear import BASE, FUSED, SHRINK, dual_lora_linear
 from clif.kernels.tiles import GradTiles, LinearTiles, RowTable, column_tiles, descriptor_boxes, grad_tiles
 
 INTERPRET = not isinstance(dual_lora_linear, triton.runtime.JITFunction)
@@ -30,25 +30,37 @@ class Tiling(Protocol):
 
 
 class Workspace:
-    """Counters (zero between launches) and partial sums of one stream; grows when a launch needs more."""
+    """What the programs of one stream's launches tell each other; grows when a launch needs more.
+
+    tickets: zero between launches. flags: numbers of launches. left [1]: programs that have left, 65536 per launch.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.sync = torch.zeros(16 + 2 * 256, dtype=torch.int32, device=device)
+        self.tickets = torch.zeros(1024, dtype=torch.int32, device=device)
+        self.flags = torch.zeros(256, dtype=torch.int64, device=device)
+        self.left = torch.zeros(1, dtype=torch.int64, device=device)
         self.planes = torch.empty(1 << 16, dtype=torch.float32, device=device)
         # Captured graphs go on writing to what was outgrown since.
         self._outgrown: list[torch.Tensor] = []
 
-    def take(self, targets: int, partial_sums: int) -> tuple[torch.Tensor, ...]:
-        """planes, header, tickets and flags for a launch with so many tiles to be summed."""
-        # Multiples of 16 words keep every part aligned, which the compiler makes use of.
-        room = -(-targets // 16) * 16
-        if 16 + 2 * room > len(self.sync):
-            self._outgrown.append(self.sync)
-            self.sync = self.sync.new_zeros(16 + 4 * room)
-        if partial_sums > len(self.planes):
+    def take_tickets(self, count: int) -> torch.Tensor:
+        if count > len(self.tickets):
+            self._outgrown.append(self.tickets)
+            self.tickets = self.tickets.new_zeros(2 * count)
+        return self.tickets
+
+    def take_flags(self, count: int) -> torch.Tensor:
+        if count > len(self.flags):
+            self._outgrown.append(self.flags)
+            self.flags = self.flags.new_zeros(2 * count)
+        return self.flags
+
+    def take_planes(self, count: int) -> torch.Tensor:
+        """Room for so many partial sums."""
+        if count > len(self.planes):
             self._outgrown.append(self.planes)
-            self.planes = self.planes.new_empty(partial_sums)
-        return self.planes, self.sync[:SYNC_HEADER], self.sync[16 : 16 + room], self.sync[16 + room : 16 + 2 * room]
+            self.planes = self.planes.new_empty(count)
+        return self.planes
 
 
 class Launcher:
@@ -72,7 +84,7 @@ class Launcher:
         if key not in self._tables:
             if len(self._tables) > 64:
                 self._tables.clear()
-            self._tables[key] = RowTable.make(segments, rows, block_m, slots, self.device)
+            self._tables[key] = RowTable(segments, rows, block_m, slots, self.device)
         return self._tables[key]
 
     def linear(
@@ -87,6 +99,7 @@ class Launcher:
         y: torch.Tensor | None,
         rows: RowTable,
         columns: torch.Tensor,
+        aligned: bool,
         blocks: torch.Tensor,
         r: int,
         scale: float,
@@ -94,35 +107,40 @@ class Launcher:
         """Fill y [rows, out] (None: only h is wanted) and hidden [rows, k r].
 
         x [rows, depth]; weight [out, depth] or a transposed view; a [slots, k r, depth] and b [slots, out, k r], any
-        strides.
+        strides. aligned: all column tiles begin and end at multiples of 16.
         """
         depth, transposed, rank_p = x.shape[1], weight.stride(1) != 1, _padded(r)
-        targets = rows.capacity * len(blocks)
-        planes, sync, tickets, flags = self.workspace().take(targets, targets * tiles.slices * tiles.block_m * rank_p)
+        space, targets = self.workspace(), _padded(rows.capacity * len(blocks))
+        outputs = 0 if y is None or tiles.split == 1 else rows.capacity * len(columns)
+        tickets = space.take_tickets(targets + outputs)
+        of_h = targets * tiles.slices * tiles.block_m * rank_p
+        planes = space.take_planes(of_h + outputs * tiles.split * tiles.block_m * tiles.block_n)
+        shrinkers = min(tiles.shrinkers, rows.capacity * len(blocks) * tiles.slices)
+        others = (INTERPRETED_PROGRAMS if INTERPRET else self.programs) * tiles.programs
         operands: dict[str, Any] = {"x": x, "w": weight, "a": a, "b": b}
         a_strides, b_strides = a.stride(), b.stride()
         if tiles.tma and (described := _described(tiles, rank_p, transposed, operands)):
             operands, a_strides, b_strides = described, (a.shape[1], *a.stride()[1:]), (b.shape[1], *b.stride()[1:])
 
-        def launch(form: int, **options: Any) -> None:
-            dual_lora_linear[(INTERPRETED_PROGRAMS if INTERPRET else self.programs * tiles.programs,)](
+        def launch(form: int, shrinkers: int, others: int, **options: Any) -> None:
+            dual_lora_linear[(shrinkers + others,)](
                 operands["x"], operands["w"], x if bias is None else bias, operands["a"], operands["b"], hidden,
-                x if y is None else y, rows.counts, rows.tiles, columns, blocks, planes, sync, tickets, flags, scale,
-                len(columns), depth, x.stride(0), *weight.stride(), *a_strides, *b_strides,
-                0 if y is None else y.stride(0),
-                BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m, RANK=r,
-                RANK_P=rank_p, BLOCKS=len(blocks), SLICES=tiles.slices, FORM=form, TRANSPOSED=transposed,
-                HAS_BIAS=bias is not None, TMA=operands["x"] is not x, INTERPRET=INTERPRET,
-                **_options(tiles.warps, tiles.stages), **options,
+                x if y is None else y, rows.counts, rows.tiles, columns, blocks, planes, planes[of_h:], tickets,
+                tickets[targets:], space.take_flags(targets), space.left, scale, len(columns), shrinkers, depth,
+                x.stride(0), *weight.stride(), *a_strides, *b_strides, 0 if y is None else y.stride(0),
+                BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
+                SPLIT=tiles.split, RANK=r, RANK_P=rank_p, BLOCKS=len(blocks), SLICES=tiles.slices, FORM=form,
+                TRANSPOSED=transposed, ALIGNED=aligned, HAS_BIAS=bias is not None, TMA=operands["x"] is not x,
+                INTERPRET=INTERPRET, **_options(tiles.warps, tiles.stages), **options,
             )  # fmt: skip
 
         if y is None:
-            launch(SHRINK)
+            launch(SHRINK, shrinkers, 0)
         elif tiles.form == "pair":
-            launch(SHRINK)
-            launch(BASE, **({} if INTERPRET else {"launch_pdl": True}))
+            launch(SHRINK, shrinkers, 0)
+            launch(BASE, 0, others, **({} if INTERPRET else {"launch_pdl": True}))
         else:
-            launch(FUSED)
+            launch(FUSED, shrinkers, others)
 
     def grads(
         self,
@@ -140,7 +158,11 @@ class Launcher:
         grad_a = x.new_empty(blocks * r, d_in, dtype=torch.float32)
         grad_b = x.new_empty(outputs, r, dtype=torch.float32)
         targets = -(-d_in // tiles.block_c) * blocks + len(columns)
-        planes, _, tickets, _ = self.workspace().take(targets, targets * tiles.slices * rank_p * tiles.block_c)
+        space = self.workspace()
+        tickets, planes = (
+            space.take_tickets(targets),
+            space.take_planes(targets * tiles.slices * rank_p * tiles.block_c),
+        )
         dual_lora_grads[(targets * tiles.slices,)](
             x, grad, hidden, grad_hidden, grad_a, grad_b, columns, planes, tickets, len(x), d_in,
             x.stride(0), grad.stride(0), BLOCK_C=tiles.block_c, BLOCK_R=tiles.block_r, RANK=r, RANK_P=rank_p,
@@ -159,7 +181,7 @@ class FusedLinear:
         self._outputs = sum(m.stop - m.start for m in adapted)
         self._forward_blocks = self._table([(0, depth)] * packed.blocks)
         self._backward_blocks = self._table([(m.start, m.stop) for m in adapted])
-        self._columns: dict[tuple[Callable[..., Any], int], torch.Tensor] = {}
+        self._columns: dict[tuple[Callable[..., Any], int], tuple[torch.Tensor, bool]] = {}
 
     def forward(self, x: torch.Tensor, segments: Sequence[Segment] | RowTable) -> tuple[torch.Tensor, torch.Tensor]:
         """y [rows, out] and h = scale * x A^T [rows, k r] of x [rows, in]; rows in no segment have no h.
@@ -178,7 +200,7 @@ class FusedLinear:
             rows = self._table_of(segments, len(x), tiles)
             columns = self._cut(column_tiles, p.members, tiles.block_n)
             blocks = self._forward_blocks
-            self._launcher.linear(tiles, x, p.weight, p.bias, p.a, p.b, hidden, y, rows, columns, blocks, p.r, p.scale)
+            self._launcher.linear(tiles, x, p.weight, p.bias, p.a, p.b, hidden, y, rows, *columns, blocks, p.r, p.scale)
         return y, hidden
 
     def _table_of(self, segments: Sequence[Segment] | RowTable, rows: int, tiles: LinearTiles) -> RowTable:
@@ -217,7 +239,7 @@ class FusedLinear:
         p = self.packed
         out, depth = p.weight.shape
         tiles = self._launcher.tiling.grads(len(x), depth, out, p.r)
-        columns = self._cut(grad_tiles, p.members, tiles.block_c)
+        columns, _ = self._cut(grad_tiles, p.members, tiles.block_c)
         return self._launcher.grads(tiles, x, grad, hidden, grad_hidden, columns, self._outputs, p.r)
 
     def through(self, grad: torch.Tensor, down: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -238,13 +260,18 @@ class FusedLinear:
         columns = self._cut(_through_tiles, (depth, p.blocks), tiles.block_n)
         blocks = self._backward_blocks
         self._launcher.linear(
-            tiles, grad, p.weight.T, None, b, a, grad_hidden, grad_x, rows, columns, blocks, p.r, p.scale
+            tiles, grad, p.weight.T, None, b, a, grad_hidden, grad_x, rows, *columns, blocks, p.r, p.scale
         )
         return grad_x, grad_hidden
 
-    def _cut(self, cut: Callable[..., list[tuple[int, int, int, int]]], what: Any, size: int) -> torch.Tensor:
+    def _cut(
+        self, cut: Callable[..., list[tuple[int, int, int, int]]], what: Any, size: int
+    ) -> tuple[torch.Tensor, bool]:
+        """The column tiles on the device, and whether all begin and end at multiples of 16."""
         if (cut, size) not in self._columns:
-            self._columns[cut, size] = self._table(cut(what, size))
+            tiles = cut(what, size)
+            aligned = all(first % 16 == stop % 16 == 0 for first, stop, *_ in tiles)
+            self._columns[cut, size] = self._table(tiles), aligned
         return self._columns[cut, size]
 
     def _table(self, values: Sequence[Sequence[int]]) -> torch.Tensor:

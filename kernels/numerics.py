@@ -1,4 +1,8 @@
-"""Products and roundings for Triton's interpreter, too: it multiplies bfloat16 as integers and rounds by cutting."""
+"""What the kernels share: products, roundings, and sums of several programs in a fixed order.
+
+Products and roundings are also right in Triton's interpreter, which multiplies bfloat16 as integers and rounds by
+cutting.
+"""
 
 import triton
 import triton.language as tl
@@ -22,3 +26,26 @@ def rounded(value, dtype: tl.constexpr, INTERPRET: tl.constexpr):
         bits = tl.where(value != value, bits | 0x400000, bits + 0x7FFF + ((bits >> 16) & 1))
         value = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
     return value.to(dtype)
+
+
+@triton.jit
+def last_to_arrive(acc, plane, part, ticket, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):
+    """Hand in a partial sum; whether all the others of this tile had been handed in before."""
+    place = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    tl.store(plane + part * (ROWS * COLS) + place, acc)
+    # All threads' stores come before the one thread that draws the ticket.
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket, 1, sem="acq_rel") == PARTS - 1
+    if last:
+        tl.store(ticket, 0)
+    return last
+
+
+@triton.jit
+def sum_of(plane, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):
+    """All partial sums of a tile, in a fixed order; past the first-level cache, which may hold older ones."""
+    place = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    total = tl.zeros([ROWS, COLS], dtype=tl.float32)
+    for i in tl.range(PARTS, num_stages=1):
+        total += tl.load(plane + i * (ROWS * COLS) + place, cache_modifier=".cg")
+    return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,8 +19,9 @@ class LinearTiles:
     """How one shape of dual_lora_linear is computed.
 
     form: fused (one launch), pair (two, the second starts early), or separate: torch's products, one after the other.
-    slices: parts of the contraction that makes h; group_m: row tiles that run close together; programs: per
-    multiprocessor; tma: load x and W by tensor descriptors (compute capability 9.0 and up).
+    group_m: row tiles that run close together; split: parts of the contraction of a tile of y; slices: of the one that
+    makes h; shrinkers: programs for that; programs: the others, per multiprocessor; tma: load by tensor descriptors
+    (compute capability 9.0 and up).
     """
 
     form: Form = "fused"
@@ -27,7 +29,9 @@ class LinearTiles:
     block_n: int = 64
     block_k: int = 64
     group_m: int = 8
+    split: int = 1
     slices: int = 8
+    shrinkers: int = 32
     programs: int = 1
     warps: int = 4
     stages: int = 4
@@ -97,27 +101,21 @@ def grad_tiles(members: Sequence[Member], block_c: int) -> list[tuple[int, int, 
     return tiles
 
 
-@dataclass(frozen=True)
 class RowTable:
     """Row tiles on the device. counts [2]: tiles, and those with an adapter; tiles [capacity, 3]."""
 
-    counts: torch.Tensor
-    tiles: torch.Tensor
-    block_m: int
-    slots: int
-
-    @classmethod
-    def make(
-        cls, segments: Sequence[Segment], rows: int, block_m: int, slots: int, device: torch.device, capacity: int = 0
-    ) -> RowTable:
+    def __init__(
+        self, segments: Sequence[Segment], rows: int, block_m: int, slots: int, device: torch.device, capacity: int = 0
+    ) -> None:
         """capacity: tiles that `refill` may need later, as a captured graph does."""
+        self.block_m, self.slots = block_m, slots
         found, adapted = row_tiles(segments, rows, block_m, slots)
-        padded = found + [(0, 0, -1)] * (max(capacity, 1) - len(found))
-        counts = torch.tensor([len(found), adapted], dtype=torch.int32, device=device)
-        return cls(counts, torch.tensor(padded, dtype=torch.int32, device=device), block_m, slots)
+        self._words = _words(found, adapted, max(capacity, len(found), 1)).to(device, non_blocking=True)
+        self.counts, self.tiles = self._words[:2], self._words[HEADER:].view(-1, 3)
 
     @property
     def capacity(self) -> int:
+        """Tiles that there is room for."""
         return len(self.tiles)
 
     def refill(self, segments: Sequence[Segment], rows: int) -> None:
@@ -128,6 +126,15 @@ class RowTable:
         found, adapted = row_tiles(segments, rows, self.block_m, self.slots)
         if len(found) > self.capacity:
             raise ValueError(f"{len(found)} row tiles do not fit in {self.capacity}: make the table with more capacity")
-        if found:
-            self.tiles[: len(found)] = torch.tensor(found, dtype=torch.int32)
-        self.counts.copy_(torch.tensor([len(found), adapted], dtype=torch.int32))
+        self._words.copy_(_words(found, adapted, self.capacity), non_blocking=True)
+
+
+HEADER = 16
+"""Words before the tiles, so that these are aligned."""
+
+
+def _words(found: Sequence[Sequence[int]], adapted: int, capacity: int) -> torch.Tensor:
+    """Counts and tiles in one piece, where a GPU can fetch it while Python goes on."""
+    padding = [0, 0, -1] * (capacity - len(found))
+    values = [len(found), adapted, *[0] * (HEADER - 2), *itertools.chain.from_iterable(found), *padding]
+    return torch.tensor(values, dtype=torch.int32, pin_memory=torch.cuda.is_available())

@@ -32,8 +32,8 @@ class Shape:
 class Defaults:
     """Tiles by reasoning, for shapes that nobody measured. programs: multiprocessors; capability: of the GPU, 90 = 9.0.
 
-    Few rows: so many column tiles that every multiprocessor reads a part of W. Many rows: tiles that reuse what
-    they read, as large as the registers hold (see compile_gate).
+    Few rows: tiles and parts of the depth, so that every multiprocessor reads a part of W. Many rows: tiles that
+    reuse what they read, as large as the registers hold (see compile_gate).
     """
 
     programs: int = 132
@@ -47,14 +47,17 @@ class Defaults:
                 block_m=128, block_n=block_n, block_k=64 if tma else 32, slices=2, warps=8, stages=3, tma=tma
             )
         block_m = 16 if rows <= 16 else 64
-        tall = -(-rows // block_m)
-        block_n = next((n for n in (128, 64, 32) if tall * -(-out // n) >= self.programs), 16)
-        slices = max(1, min(self.programs // (2 * tall), depth // 128, 32))
-        if tma:
-            return LinearTiles(block_m=block_m, block_n=block_n, block_k=128, slices=slices, stages=4, tma=True)
-        # Addresses take registers that descriptors do not: wide and shallow tiles on many threads.
-        block_n = 64 if block_m == 64 else min(block_n, 32)
-        return LinearTiles(block_m=block_m, block_n=block_n, block_k=64, slices=slices, warps=8, stages=4)
+        block_n = 128 if out >= 4096 and tma else 64 if block_m == 64 or tma else 32
+        # Shared memory for two programs on a multiprocessor: shrinkers run beside the others.
+        tall, block_k = -(-rows // block_m), 128 if block_m == 16 and tma else 64
+        # Every program reads all of its rows of x: better few columns of programs, each with a part of the depth.
+        most = max(1, min(self.programs // (tall * -(-out // block_n)), depth // (4 * block_k), 8))
+        split, slices = 1 << (most.bit_length() - 1), max(1, min(32 // tall, depth // block_k))
+        # Addresses take registers that descriptors do not: there more threads share them.
+        warps = 4 if tma else 8
+        return LinearTiles(
+            block_m=block_m, block_n=block_n, block_k=block_k, split=split, slices=slices, warps=warps, tma=tma
+        )
 
     def grads(self, rows: int, depth: int, out: int, rank: int) -> GradTiles:
         return GradTiles(block_c=64, slices=max(1, min(8, rows // 256)))

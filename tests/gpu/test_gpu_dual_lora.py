@@ -131,7 +131,7 @@ def test_equal_input_gives_equal_bits(launcher: Launcher) -> None:
         for name in ("y", "grad_x", "grad_a", "grad_b"):
             assert torch.equal(getattr(again, name), getattr(first, name))
     torch.cuda.synchronize()
-    assert not launcher.workspace().sync.any()
+    assert not launcher.workspace().tickets.any()
 
 
 def captured(layer: FusedLinear, x: torch.Tensor, table: RowTable) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
@@ -150,7 +150,7 @@ def test_a_captured_graph_serves_other_segments_ten_thousand_times(defaults: Def
     batch = batch_of([1024, 256], 2048, 16, ((128, 0),))
     tiles = replace(defaults.linear(128, 2048, 1280, 16, False), form="fused")
     layer = FusedLinear(batch.packed, Launcher(torch.device("cuda"), Fixed(tiles)))
-    table = RowTable.make((), 128, tiles.block_m, 4, torch.device("cuda"), capacity=16)
+    table = RowTable((), 128, tiles.block_m, 4, torch.device("cuda"), capacity=16)
     graph, y = captured(layer, batch.x, table)
     splits = [((Segment(0, n, 0), Segment(n, n + 20, 2), Segment(n + 20, 128, SHADOW))) for n in (1, 17, 64, 100)]
     splits += [(), (Segment(5, 128, 1),)]

@@ -54,9 +54,10 @@ def test_results_are_as_near_to_float64_as_torch_s(name: str) -> None:
 
 @pytest.mark.parametrize("form", ["fused", "pair", "separate"])
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
-def test_every_form_of_launch_computes_the_same_function(form: Any, tma: bool) -> None:
-    batch = random_batch(random_layer([64, 32], 64, 8, dtype=torch.bfloat16, bias=True), MIXED)
-    found = compute(batch, launcher(replace(TILES, form=form, tma=tma)))
+@pytest.mark.parametrize("split", [1, 2, 3])
+def test_every_form_of_launch_computes_the_same_function(form: Any, tma: bool, split: int) -> None:
+    batch = random_batch(random_layer([48, 16], 64, 8, dtype=torch.bfloat16, bias=True), ((9, 0), (5, None), (3, -1)))
+    found = compute(batch, launcher(replace(TILES, form=form, tma=tma, split=split)))
     assert violations(batch, found) == []
 
 
@@ -77,13 +78,14 @@ def test_any_number_of_rows_of_any_kind_will_do(lengths: tuple[tuple[int, int | 
     st.integers(1, 3),
     st.sampled_from([1, 3, 16]),
     st.booleans(),
+    st.sampled_from([1, 2, 4]),
 )
 def test_random_batches_hold_the_bar(
-    serving: list[tuple[int, int | None]], learning: int, members: int, r: int, tma: bool
+    serving: list[tuple[int, int | None]], learning: int, members: int, r: int, tma: bool, split: int
 ) -> None:
     layer = random_layer([24, 17, 40][:members], 48, r, dtype=torch.bfloat16, adapted=list(range(members))[-2:])
     batch = random_batch(layer, [*serving, (learning, SHADOW)])
-    assert violations(batch, compute(batch, launcher(replace(TILES, tma=tma)))) == []
+    assert violations(batch, compute(batch, launcher(replace(TILES, tma=tma, split=split)))) == []
 
 
 def test_rows_of_x_may_lie_apart() -> None:
@@ -173,7 +175,7 @@ def test_equal_input_gives_equal_bits_and_the_counters_go_back_to_zero() -> None
     using = launcher()
     first = compute(batch, using)
     for _ in range(3):
-        assert not using.workspace().sync.any()
+        assert not using.workspace().tickets.any()
         again = compute(batch, using)
         for name in ("y", "grad_x", "grad_a", "grad_b"):
             assert torch.equal(getattr(again, name), getattr(first, name))
@@ -184,11 +186,21 @@ def test_any_number_of_programs_computes_the_same_bits(programs: int, monkeypatc
     batch = random_batch(random_layer([64], 64, 8, dtype=torch.bfloat16), MIXED)
     expected = compute(batch)
     monkeypatch.setattr("clif.kernels.fused.INTERPRETED_PROGRAMS", programs)
-    assert torch.equal(compute(batch).y, expected.y)
+    assert torch.equal(compute(batch, launcher(replace(TILES, shrinkers=programs))).y, expected.y)
+
+
+def test_launches_of_different_sizes_share_a_workspace() -> None:
+    using = launcher(replace(TILES, split=2))
+    small = random_batch(random_layer([16], 32, 8, dtype=torch.bfloat16), ((3, 0), (2, SHADOW)))
+    large = random_batch(random_layer([640], 64, 8, dtype=torch.bfloat16), ((200, 0), (90, 2)))
+    expected = [compute(batch) for batch in (small, large)]
+    for batch, want in zip((small, large, small), (*expected, expected[0]), strict=True):
+        assert violations(batch, compute(batch, using)) == []
+        assert torch.equal(compute(batch, using).grad_a, want.grad_a)
 
 
 def test_a_refilled_table_serves_other_segments_in_the_same_launch() -> None:
-    table = RowTable.make((Segment(0, 40, 0),), 40, 16, 4, CPU, capacity=8)
+    table = RowTable((Segment(0, 40, 0),), 40, 16, 4, CPU, capacity=8)
     place = table.tiles.data_ptr()
     table.refill((Segment(3, 20, 1), Segment(20, 25, SHADOW)), 25)
     # Tiles with an adapter come first, each of one slot.
@@ -212,7 +224,7 @@ class Broken(Launcher):
         self.fault = fault
 
     def linear(self, tiles: Any, x: Any, weight: Any, bias: Any, a: Any, b: Any, *rest: Any) -> None:
-        hidden, y, rows, columns, blocks, r, scale = rest
+        hidden, y, rows, columns, aligned, blocks, r, scale = rest
         if self.fault == "base slice":
             weight = weight.clone()
             weight[:, -32:] = 0
@@ -222,7 +234,7 @@ class Broken(Launcher):
             scale *= 1.02
         if self.fault == "bias":
             bias = None
-        super().linear(tiles, x, weight, bias, a, b, hidden, y, rows, columns, blocks, r, scale)
+        super().linear(tiles, x, weight, bias, a, b, hidden, y, rows, columns, aligned, blocks, r, scale)
 
     def rows(self, segments: Any, *rest: Any) -> Any:
         if self.fault == "slots" and len(segments) > 2:
