@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from clif.addresses import address_towards
 from clif.collectives import share_inbox
 from clif.config import Config, ConfigError
+from clif.launchers import RankEnv
 from clif.layout import check_heads
 from clif.metrics.provenance import provenance
 from clif.models.loading import LoadedModel, load_model
@@ -26,7 +28,7 @@ from clif.replica.build import build_replica
 from clif.replica.records import RankRecords
 from clif.replica.replica import Replica
 from clif.text import ChatTokenizer
-from clif.topology import RankEnv, Topology, make_topology
+from clif.topology import Topology, make_topology
 from clif.wire.channels import LeaderChannel, decode_down
 from clif.wire.messages import Goodbye, Hello, Trouble, Up
 
@@ -38,9 +40,8 @@ CONTROL_LEAVES_S = 20.0
 """Less than the 30 s after which torchrun kills."""
 
 
-def run_rank(config: Config) -> int:
+def run_rank(config: Config, env: RankEnv) -> int:
     """Everything that one rank does; returns its exit code. Raises ConfigError and LayoutError before any work."""
-    env = RankEnv.read()
     torch.set_num_threads(config.dist.threads_per_rank or max(1, (os.cpu_count() or 1) // env.local_world_size))
     topology = make_topology(config, env)
     run_dir = _agree_on_run_dir(config, topology)
@@ -187,7 +188,8 @@ def _wait(process: Control, timeout_s: float) -> None:
 def _host(config: Config, topology: Topology) -> str:
     if config.dist.control_host is not None:
         return config.dist.control_host
-    return "127.0.0.1" if topology.env.one_host else socket.gethostbyname(socket.gethostname())
+    master = topology.env.master
+    return "127.0.0.1" if topology.env.one_host or master is None else address_towards(master[0])
 
 
 def _address(file: Path, process: Control, timeout_s: float) -> str:

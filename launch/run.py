@@ -13,9 +13,12 @@ import typer
 from clif.config import Config, load_config
 from clif.data.check import check_inputs
 from clif.errors import InputError
+from clif.launchers import RankEnv, discover
 from clif.layout import Layout, make_layout
+from clif.mpi import ask_mpi
 from clif.roles import check_roles, role_of
 
+log = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 # deepspeed names the local rank by argument, in one of two spellings; torchrun by environment.
 LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]
@@ -30,28 +33,34 @@ def main(
     ] = False,
     local_rank: LocalRank = None,
 ) -> None:
-    """Serve a model and fine-tune it in the replicas' slack. Start it with torchrun or deepspeed, once per rank."""
-    rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stderr)
-    if local_rank is not None:
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    """Serve a model and fine-tune it in the replicas' slack. Started once per rank, see docs/launching.md."""
+    try:
+        env = discover(os.environ, local_rank, ask_mpi)
+    except InputError as error:
+        # Which rank this is, is what could not be found out: each says so.
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    level = logging.INFO if env.rank == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    log.info("%s", env)
     try:
         settings = load_config(config, tuple(overrides or ()))
-        layout = _layout(settings)
+        layout = _layout(settings, env, dry_run)
         check_roles(settings, len(layout.replicas))
-        if rank == 0:
+        if env.rank == 0:
             check_inputs(settings)
-        code = _print(settings, layout) if dry_run else _run(settings)
+        code = _print(settings, layout) if dry_run else _run(settings, env)
     except InputError as error:
-        if rank == 0:
+        if env.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
     raise typer.Exit(code)
 
 
-def _layout(settings: Config) -> Layout:
+def _layout(settings: Config, env: RankEnv, dry_run: bool) -> Layout:
     wanted = settings.layout
-    world = int(os.environ.get("WORLD_SIZE", wanted.ranks))
+    # Without a launcher, a dry run shows what the configuration asks for.
+    world = wanted.ranks if dry_run and env.world_size == 1 else env.world_size
     return make_layout(world, wanted.tp_size, wanted.replicas, wanted.replica_gpus)
 
 
@@ -63,11 +72,11 @@ def _print(settings: Config, layout: Layout) -> int:
     return 0
 
 
-def _run(settings: Config) -> int:
+def _run(settings: Config, env: RankEnv) -> int:
     # Late, so that --help and wrong input need neither torch nor seconds.
     from clif.worker import run_rank
 
-    return run_rank(settings)
+    return run_rank(settings, env)
 
 
 if __name__ == "__main__":
