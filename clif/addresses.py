@@ -9,7 +9,7 @@ import psutil
 
 from clif.errors import ConfigError
 
-_ELSEWHERE = "192.0.2.1"
+_ELSEWHERE = "198.51.100.1"
 """Of a block kept for documentation: the way to it is the way to the world."""
 
 
@@ -29,14 +29,18 @@ def address_towards(master: str) -> str:
 
 
 def outward_address() -> str:
-    """The address from which this host reaches the world. Raises ConfigError when there is no way out."""
+    """The address from which this host reaches the world, or its only one that is not loopback. Raises ConfigError."""
     try:
         return _source(_ELSEWHERE)
-    except OSError as error:
+    except OSError:
+        # Compute nodes often have no way out.
+        own = _own_addresses()
+    if len(own) != 1:
         raise ConfigError(
-            f"this host has no default route ({error.strerror}): set dist.control_host to the address of rank 0's host "
-            "and GLOO_SOCKET_IFNAME to the network interface, and pass MASTER_ADDR as a number"
-        ) from error
+            f"this host has no default route and the addresses {', '.join(own) or 'of loopback only'}: pass "
+            "MASTER_ADDR as the number that other hosts reach, or set dist.control_host and GLOO_SOCKET_IFNAME"
+        )
+    return own[0]
 
 
 def interface_of(address: str) -> str | None:
@@ -59,6 +63,11 @@ def _source(target: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((target, 9))
         return str(probe.getsockname()[0])
+
+
+def _own_addresses() -> list[str]:
+    found = [one.address for all in psutil.net_if_addrs().values() for one in all if one.family == socket.AF_INET]
+    return [address for address in found if not _is_loopback(address)]
 
 
 def _is_loopback(address: str) -> bool:

@@ -66,6 +66,8 @@ class RankEnv:
         return self.local_world_size == self.world_size
 
     def __str__(self) -> str:
+        if self.world_size == 1:
+            return f"1 rank: {self.launcher}"
         where = "" if self.master is None else ", rank 0 at {}:{}".format(*self.master)
         return f"{self.world_size} ranks, {self.local_world_size} on this host{where}: {self.launcher}"
 

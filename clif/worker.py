@@ -42,7 +42,7 @@ CONTROL_LEAVES_S = 20.0
 
 def run_rank(config: Config, env: RankEnv) -> int:
     """Everything that one rank does; returns its exit code. Raises ConfigError and LayoutError before any work."""
-    torch.set_num_threads(config.dist.threads_per_rank or max(1, (os.cpu_count() or 1) // env.local_world_size))
+    torch.set_num_threads(config.dist.threads_per_rank or _threads(env))
     topology = make_topology(config, env)
     run_dir = _agree_on_run_dir(config, topology)
     started = time.monotonic()
@@ -55,6 +55,14 @@ def run_rank(config: Config, env: RankEnv) -> int:
         code = 0 if control is None else control.wait()
     dist.destroy_process_group()
     return code
+
+
+def _threads(env: RankEnv) -> int:
+    """This rank's part of the host's cores, but not more than the launcher has bound it to (mpirun, Slurm)."""
+    cores = os.cpu_count() or 1
+    # Not every system can bind processes.
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    return max(1, min(cores // env.local_world_size, bound))
 
 
 def _check_sharding(topology: Topology, loaded: LoadedModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import types
 
 import psutil
 import pytest
@@ -28,12 +29,26 @@ def test_an_unknown_master_is_an_error_that_names_it():
         addresses.address_towards("no.such.host.invalid")
 
 
-def test_no_way_out_says_what_to_set(monkeypatch):
-    def unreachable(target):
-        raise OSError(101, "Network is unreachable")
+def unreachable(target):
+    raise OSError(101, "Network is unreachable")
 
+
+def interfaces(*numbers: str) -> dict:
+    family = socket.AF_INET
+    return {f"eth{i}": [types.SimpleNamespace(family=family, address=n)] for i, n in enumerate(numbers)}
+
+
+def test_a_compute_node_without_default_route_has_its_only_address(monkeypatch):
     monkeypatch.setattr(addresses, "_source", unreachable)
-    with pytest.raises(ConfigError, match=r"set dist\.control_host .* GLOO_SOCKET_IFNAME"):
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: interfaces("127.0.0.1", "10.0.0.1"))
+    assert addresses.outward_address() == "10.0.0.1"
+
+
+@pytest.mark.parametrize("numbers", [(), ("127.0.0.1",), ("10.0.0.1", "10.1.0.1")])
+def test_none_or_several_addresses_without_a_route_say_what_to_set(monkeypatch, numbers):
+    monkeypatch.setattr(addresses, "_source", unreachable)
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: interfaces(*numbers))
+    with pytest.raises(ConfigError, match=r"set dist\.control_host and GLOO_SOCKET_IFNAME"):
         addresses.outward_address()
 
 
