@@ -15,8 +15,10 @@ from clif.data.check import check_inputs
 from clif.errors import InputError
 from clif.launchers import RankEnv, discover
 from clif.layout import Layout, make_layout
+from clif.metrics.provenance import gpu_names
 from clif.mpi import ask_mpi
-from clif.roles import check_roles, role_of
+from clif.plan import plan_lines
+from clif.roles import check_roles
 
 log = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -29,7 +31,8 @@ def main(
     config: Annotated[Path, typer.Option(help="YAML file, see configs/.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. load.rate_rps=3")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check configuration and data, print the layout, start nothing.")
+        bool,
+        typer.Option("--dry-run", help="Check configuration and data, print layout, groups and memory, start nothing."),
     ] = False,
     local_rank: LocalRank = None,
 ) -> None:
@@ -65,10 +68,10 @@ def _layout(settings: Config, env: RankEnv, dry_run: bool) -> Layout:
 
 
 def _print(settings: Config, layout: Layout) -> int:
-    for replica, ranks in enumerate(layout.replicas):
-        role = role_of(replica, len(layout.replicas), settings.run)
-        only = "" if role.serves and role.trains else f", only {'serves' if role.serves else 'trains'}"
-        print(f"replica {replica}: ranks {list(ranks)}, leader {ranks[0]}{only}")
+    wanted = settings.model.device
+    gpu = wanted == "cuda" or (wanted == "auto" and bool(gpu_names()))
+    for line in plan_lines(settings, layout, "cuda" if gpu else "cpu"):
+        print(line)
     return 0
 
 

@@ -28,7 +28,7 @@ TORCH_FREE = [
     "clif.control", "clif.wire", "clif.data", "clif.metrics", "clif.types", "clif.states", "clif.config", "clif.layout",
     "clif.latency", "clif.text", "clif.cli", "clif.errors", "clif.replica.scheduler", "clif.replica.price",
     "clif.replica.blocks", "clif.replica.prefix", "clif.replica.jobs", "clif.roles", "clif.refusals",
-    "clif.launchers", "clif.slurm", "clif.mpi", "clif.addresses",
+    "clif.launchers", "clif.slurm", "clif.mpi", "clif.addresses", "clif.estimate", "clif.plan",
 ]  # fmt: skip
 
 
