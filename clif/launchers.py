@@ -148,7 +148,7 @@ def _slurm_master(environ: Environ, step: str) -> tuple[str, int]:
     for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"):
         if name in environ:
             # Two steps of one job may share a host.
-            job = _number(environ, "SLURM_JOB_ID") + 997 * int(step)
+            job = _number(environ, "SLURM_JOB_ID") + 997 * _number({"SLURM_STEP_ID": step}, "SLURM_STEP_ID")
             return first_host(environ[name]), SLURM_PORTS[job % len(SLURM_PORTS)]
     raise LaunchError("Slurm started several tasks without SLURM_JOB_NODELIST: pass MASTER_ADDR and MASTER_PORT")
 

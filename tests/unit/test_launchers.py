@@ -215,6 +215,7 @@ def test_ranks_of_one_host_are_told_from_ranks_of_several():
         ({k: v for k, v in DEEPSPEED.items() if k != "LOCAL_SIZE"}, "set it to the ranks of this host"),
         ({**SRUN, "WORLD_SIZE": "8"}, "WORLD_SIZE=8, but by Slurm step 4711.0 it is 3: unset WORLD_SIZE"),
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, "says 2(x2) tasks per node"),
+        ({**SRUN, "SLURM_STEP_ID": "batch"}, "SLURM_STEP_ID='batch' is not a whole number"),
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "two"}, "is not like 2(x3),1"),
         ({**MPIRUN, **MASTER, "MASTER_PORT": "http"}, "MASTER_PORT='http'"),
         ({k: v for k, v in SRUN.items() if not k.endswith("NODELIST")}, "pass MASTER_ADDR"),
