@@ -94,7 +94,7 @@ class DistConfig(Section):
     threads_per_rank: Positive | None = None
     """CPU threads of a rank; by default the host's cores divided by its ranks."""
     control_host: str | None = None
-    """Address to which the control process binds; by default loopback on one host, else rank 0's address."""
+    """Address to which the control process binds; by default loopback on one host, else where others reach rank 0."""
 
 
 class ModelConfig(Section):

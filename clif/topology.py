@@ -9,30 +9,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from clif.addresses import address_towards, interface_of
 from clif.collectives import Group, make_group
 from clif.config import Config, ConfigError
+from clif.launchers import RankEnv
 from clif.layout import Layout, make_layout
-
-
-@dataclass(frozen=True)
-class RankEnv:
-    """What the launcher says about this process."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-
-    @classmethod
-    def read(cls) -> RankEnv:
-        """From torchrun's (and deepspeed's) environment; a single process when there is none."""
-        get = os.environ.get
-        world = int(get("WORLD_SIZE", "1"))
-        return cls(int(get("RANK", "0")), world, int(get("LOCAL_RANK", "0")), int(get("LOCAL_WORLD_SIZE", str(world))))
-
-    @property
-    def one_host(self) -> bool:
-        return self.local_world_size == self.world_size
 
 
 @dataclass
@@ -121,6 +102,7 @@ def make_topology(config: Config, env: RankEnv, store: dist.Store | None = None)
     timeout = datetime.timedelta(seconds=config.dist.timeout_s)
     if store is None:
         store = _store(env, timeout)
+    _choose_interface(env)
     backend = choose_backend(config.dist.backend, device)
     dist.init_process_group(
         backend,
@@ -136,8 +118,23 @@ def make_topology(config: Config, env: RankEnv, store: dist.Store | None = None)
 
 
 def _store(env: RankEnv, timeout: datetime.timedelta) -> dist.Store:
-    """The launcher's key-value store, shared by all ranks; one of our own when there is a single process."""
-    if env.world_size == 1 and "MASTER_ADDR" not in os.environ:
+    """The key-value store shared by all ranks, torchrun's or rank 0's; one of our own for a single process.
+
+    By address and not by env://, which would need torch's variables where other launchers set their own.
+    """
+    if env.master is None:
         return dist.HashStore()
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    host, port = env.master
+    place = f"[{host}]" if ":" in host else host
+    url = f"tcp://{place}:{port}?rank={env.rank}&world_size={env.world_size}"
+    store, _, _ = next(dist.rendezvous(url, timeout=timeout))
     return store
+
+
+def _choose_interface(env: RankEnv) -> None:
+    """Let gloo use the interface towards rank 0: by itself it takes the host's name, often a loopback address."""
+    if env.one_host or env.master is None or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    interface = interface_of(address_towards(env.master[0]))
+    if interface is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface

@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from clif.addresses import address_towards
 from clif.collectives import share_inbox
 from clif.config import Config, ConfigError
+from clif.launchers import RankEnv
 from clif.layout import check_heads
 from clif.metrics.provenance import provenance
 from clif.models.loading import LoadedModel, load_model
@@ -26,7 +28,7 @@ from clif.replica.build import build_replica
 from clif.replica.records import RankRecords
 from clif.replica.replica import Replica
 from clif.text import ChatTokenizer
-from clif.topology import RankEnv, Topology, make_topology
+from clif.topology import Topology, make_topology
 from clif.wire.channels import LeaderChannel, decode_down
 from clif.wire.messages import Goodbye, Hello, Trouble, Up
 
@@ -38,10 +40,9 @@ CONTROL_LEAVES_S = 20.0
 """Less than the 30 s after which torchrun kills."""
 
 
-def run_rank(config: Config) -> int:
+def run_rank(config: Config, env: RankEnv) -> int:
     """Everything that one rank does; returns its exit code. Raises ConfigError and LayoutError before any work."""
-    env = RankEnv.read()
-    torch.set_num_threads(config.dist.threads_per_rank or max(1, (os.cpu_count() or 1) // env.local_world_size))
+    torch.set_num_threads(config.dist.threads_per_rank or _threads(env))
     topology = make_topology(config, env)
     run_dir = _agree_on_run_dir(config, topology)
     started = time.monotonic()
@@ -54,6 +55,14 @@ def run_rank(config: Config) -> int:
         code = 0 if control is None else control.wait()
     dist.destroy_process_group()
     return code
+
+
+def _threads(env: RankEnv) -> int:
+    """This rank's part of the host's cores, but not more than the launcher has bound it to (mpirun, Slurm)."""
+    cores = os.cpu_count() or 1
+    # Not every system can bind processes.
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    return max(1, min(cores // env.local_world_size, bound))
 
 
 def _check_sharding(topology: Topology, loaded: LoadedModel) -> None:
@@ -187,7 +196,8 @@ def _wait(process: Control, timeout_s: float) -> None:
 def _host(config: Config, topology: Topology) -> str:
     if config.dist.control_host is not None:
         return config.dist.control_host
-    return "127.0.0.1" if topology.env.one_host else socket.gethostbyname(socket.gethostname())
+    master = topology.env.master
+    return "127.0.0.1" if topology.env.one_host or master is None else address_towards(master[0])
 
 
 def _address(file: Path, process: Control, timeout_s: float) -> str:

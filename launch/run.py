@@ -13,9 +13,14 @@ import typer
 from clif.config import Config, load_config
 from clif.data.check import check_inputs
 from clif.errors import InputError
+from clif.launchers import RankEnv, discover
 from clif.layout import Layout, make_layout
-from clif.roles import check_roles, role_of
+from clif.metrics.provenance import gpu_names
+from clif.mpi import ask_mpi
+from clif.plan import plan_lines
+from clif.roles import check_roles
 
+log = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 # deepspeed names the local rank by argument, in one of two spellings; torchrun by environment.
 LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]
@@ -26,48 +31,55 @@ def main(
     config: Annotated[Path, typer.Option(help="YAML file, see configs/.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. load.rate_rps=3")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check configuration and data, print the layout, start nothing.")
+        bool,
+        typer.Option("--dry-run", help="Check configuration and data, print layout, groups and memory, start nothing."),
     ] = False,
     local_rank: LocalRank = None,
 ) -> None:
-    """Serve a model and fine-tune it in the replicas' slack. Start it with torchrun or deepspeed, once per rank."""
-    rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stderr)
-    if local_rank is not None:
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    """Serve a model and fine-tune it in the replicas' slack. Started once per rank, see docs/launching.md."""
+    try:
+        env = discover(os.environ, local_rank, ask_mpi)
+    except InputError as error:
+        # Which rank this is, is what could not be found out: each says so.
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    level = logging.INFO if env.rank == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    log.info("%s", env)
     try:
         settings = load_config(config, tuple(overrides or ()))
-        layout = _layout(settings)
+        layout = _layout(settings, env, dry_run)
         check_roles(settings, len(layout.replicas))
-        if rank == 0:
+        if env.rank == 0:
             check_inputs(settings)
-        code = _print(settings, layout) if dry_run else _run(settings)
+        code = _print(settings, layout) if dry_run else _run(settings, env)
     except InputError as error:
-        if rank == 0:
+        if env.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
     raise typer.Exit(code)
 
 
-def _layout(settings: Config) -> Layout:
+def _layout(settings: Config, env: RankEnv, dry_run: bool) -> Layout:
     wanted = settings.layout
-    world = int(os.environ.get("WORLD_SIZE", wanted.ranks))
+    # Without a launcher, a dry run shows what the configuration asks for.
+    world = wanted.ranks if dry_run and env.world_size == 1 else env.world_size
     return make_layout(world, wanted.tp_size, wanted.replicas, wanted.replica_gpus)
 
 
 def _print(settings: Config, layout: Layout) -> int:
-    for replica, ranks in enumerate(layout.replicas):
-        role = role_of(replica, len(layout.replicas), settings.run)
-        only = "" if role.serves and role.trains else f", only {'serves' if role.serves else 'trains'}"
-        print(f"replica {replica}: ranks {list(ranks)}, leader {ranks[0]}{only}")
+    wanted = settings.model.device
+    gpu = wanted == "cuda" or (wanted == "auto" and bool(gpu_names()))
+    for line in plan_lines(settings, layout, "cuda" if gpu else "cpu"):
+        print(line)
     return 0
 
 
-def _run(settings: Config) -> int:
+def _run(settings: Config, env: RankEnv) -> int:
     # Late, so that --help and wrong input need neither torch nor seconds.
     from clif.worker import run_rank
 
-    return run_rank(settings)
+    return run_rank(settings, env)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from clif.config import config_from_tree
-from clif.topology import RankEnv, make_topology
+from clif.launchers import RankEnv
+from clif.topology import make_topology
 
 TIMEOUT_S = 60
 

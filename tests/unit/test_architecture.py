@@ -23,10 +23,12 @@ class Forbid:
             raise ImportError(f"{name} must not be imported here")
 sys.meta_path.insert(0, Forbid())
 """
+TWO_RANKS = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 TORCH_FREE = [
     "clif.control", "clif.wire", "clif.data", "clif.metrics", "clif.types", "clif.states", "clif.config", "clif.layout",
     "clif.latency", "clif.text", "clif.cli", "clif.errors", "clif.replica.scheduler", "clif.replica.price",
     "clif.replica.blocks", "clif.replica.prefix", "clif.replica.jobs", "clif.roles", "clif.refusals",
+    "clif.launchers", "clif.slurm", "clif.mpi", "clif.addresses", "clif.estimate", "clif.plan",
 ]  # fmt: skip
 
 
@@ -103,12 +105,14 @@ def test_dry_run_prints_the_layout_without_torch(tmp_path):
 
 @pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=1"])
 def test_both_spellings_of_the_local_rank_are_accepted(tmp_path, flag):
-    assert run(["launch/run.py", flag, "--dry-run", "--config", "configs/smoke.yaml"], tmp_path).returncode == 0
+    command = ["launch/run.py", flag, "--dry-run", "--config", "configs/smoke.yaml"]
+    assert run(command, tmp_path, **TWO_RANKS, RANK="1").returncode == 0
+    assert "--local_rank is 1" in run(command, tmp_path).stderr, "nobody else was started"
 
 
 def test_ranks_that_do_not_fit_are_refused_without_torch(tmp_path):
     command = ["launch/run.py", "--config", "configs/smoke.yaml", "layout.tp_size=2"]
-    done = run(command, tmp_path, WORLD_SIZE="3", RANK="0")
+    done = run(command, tmp_path, **{**TWO_RANKS, "WORLD_SIZE": "3"}, RANK="0", LOCAL_RANK="0")
     assert done.returncode == 2
     assert "layout.tp_size 2 does not divide the 3 ranks" in done.stderr
 

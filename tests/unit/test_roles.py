@@ -182,4 +182,4 @@ def test_a_split_of_one_replica_is_refused_before_anything_starts() -> None:
 
 def test_the_layout_that_is_printed_says_who_only_serves_and_who_only_trains() -> None:
     lines = dry_run("run.mode=split", "layout.replicas=2").stdout.splitlines()
-    assert lines == ["replica 0: ranks [0], leader 0, only serves", "replica 1: ranks [1], leader 1, only trains"]
+    assert lines[:2] == ["replica 0: ranks [0], leader 0, only serves", "replica 1: ranks [1], leader 1, only trains"]

@@ -1,0 +1,177 @@
+"""What a rank will hold in memory, from the model's config.json and the configuration. Free of torch.
+
+For Llama-style models without biases. Not counted: what a forward computes and drops again, logits, message buffers,
+the Python process and, on a GPU, its context.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from clif.config import AdapterConfig, Config
+from clif.errors import InputError
+
+RANDOM = "random:"
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MASTER = 4
+"""Bytes of a number of the shadow and of all that belongs to its training: float32."""
+Device = Literal["cpu", "cuda"]
+
+
+class EstimateError(InputError):
+    """The shape of the model cannot be known from here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linear layers that read the same input, as in DualLinear. sizes: outputs of each; width: inputs of all.
+
+    by_rows: which side tensor parallelism cuts: the outputs (rows of the weight), or the inputs.
+    """
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    width: int
+    by_rows: bool
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes, in numbers per layer or row."""
+
+    vocab: int
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tied: bool
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The linear layers of one decoder layer."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention, mlp = "self_attn", "mlp"
+        qkv = tuple(f"{attention}.{name}_proj" for name in "qkv")
+        gate_up = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
+        return (
+            Group(qkv, (query, key, key), self.hidden, True),
+            Group((f"{attention}.o_proj",), (self.hidden,), query, False),
+            Group(gate_up, (self.inner, self.inner), self.hidden, True),
+            Group((f"{mlp}.down_proj",), (self.hidden,), self.inner, False),
+        )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank. activations: the most that training forwards keep; snapshot: while a round is under way."""
+
+    weights: int
+    packed_weights: int
+    kv_cache: int
+    adapter_slots: int
+    shadow: int
+    gradient: int
+    moments: int
+    snapshot: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+def read_shape(path: str) -> Shape:
+    """The sizes of the model that model.path names: a folder, or random:<folder or config.json>.
+
+    Raises EstimateError where there is no config.json, or it lacks a size.
+    """
+    place = Path(path.removeprefix(RANDOM))
+    file = place / "config.json" if place.is_dir() else place
+    if file.suffix != ".json" or not file.is_file():
+        raise EstimateError(f"model.path {path} has no config.json here to read sizes from")
+    try:
+        return _shape(json.loads(file.read_text()))
+    except (KeyError, TypeError, ValueError) as error:
+        raise EstimateError(f"{file} is not the config.json of a Llama-style model ({error})") from error
+
+
+def _shape(tree: dict[str, Any]) -> Shape:
+    heads = int(tree["num_attention_heads"])
+    return Shape(
+        vocab=int(tree["vocab_size"]),
+        hidden=int(tree["hidden_size"]),
+        inner=int(tree["intermediate_size"]),
+        layers=int(tree["num_hidden_layers"]),
+        heads=heads,
+        kv_heads=int(tree.get("num_key_value_heads") or heads),
+        head_dim=int(tree.get("head_dim") or tree["hidden_size"] // heads),
+        tied=bool(tree.get("tie_word_embeddings", False)),
+    )
+
+
+def dtype_of(config: Config, device: Device) -> str:
+    """The dtype that is reckoned with: on a CPU auto may become bfloat16, whose packed copy makes it as large."""
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def estimate(config: Config, shape: Shape, tp_size: int, device: Device) -> Memory:
+    """Bytes of a rank of a replica of tp_size ranks, which share linear layers and KV heads and hold the rest whole."""
+    dtype = dtype_of(config, device)
+    linears = shape.layers * sum(sum(_rows(g, tp_size)) * _width(g, tp_size) for g in shape.groups)
+    head = shape.vocab * shape.hidden
+    rest = head * (1 if shape.tied else 2) + (2 * shape.layers + 1) * shape.hidden
+    packed = config.engine.pack_weights and device == "cpu" and dtype == "bfloat16"
+    slot, shadow = _adapters(config.adapter, shape, tp_size)
+    trains = config.train.enabled
+    kv_heads = -(-shape.kv_heads // tp_size)
+    return Memory(
+        weights=BYTES[dtype] * (linears + rest),
+        packed_weights=BYTES[dtype] * (linears + head) if packed else 0,
+        kv_cache=BYTES[dtype] * shape.layers * 2 * kv_heads * shape.head_dim * config.engine.kv_tokens,
+        # One more than serve: what the shadow's own rows are multiplied with.
+        adapter_slots=BYTES[dtype] * slot * (config.adapter.serving_slots + 1),
+        shadow=MASTER * shadow,
+        gradient=MASTER * shadow,
+        moments=2 * MASTER * shadow if trains else 0,
+        # Shadow and moments as they were, and the vector that is averaged.
+        snapshot=4 * MASTER * shadow if trains else 0,
+        activations=config.engine.activation_mib << 20 if trains else 0,
+    )
+
+
+def _rows(group: Group, tp_size: int) -> tuple[int, ...]:
+    return tuple(-(-size // tp_size) for size in group.sizes) if group.by_rows else group.sizes
+
+
+def _width(group: Group, tp_size: int) -> int:
+    return group.width if group.by_rows else -(-group.width // tp_size)
+
+
+def _adapters(config: AdapterConfig, shape: Shape, tp_size: int) -> tuple[int, int]:
+    """Numbers of one slot, in the packed form of DualLinear, and of the shadow."""
+    slot = shadow = 0
+    for layer in range(shape.layers):
+        for group in shape.groups:
+            rows, width = _rows(group, tp_size), _width(group, tp_size)
+            adapted = [i for i, name in enumerate(group.names) if _is_target(f"model.layers.{layer}.{name}", config)]
+            rank = config.r * len(adapted)
+            slot += rank * (width + sum(rows)) if adapted else 0
+            shadow += rank * width + config.r * sum(rows[i] for i in adapted)
+    return slot, shadow
+
+
+def _is_target(name: str, config: AdapterConfig) -> bool:
+    targets = config.target_modules
+    if targets == "all-linear":
+        return True
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name.endswith(f".{target}") for target in targets)

@@ -1,0 +1,22 @@
+#!/bin/bash
+# Start CLIF with torchrun. Run it on every host, with the same values:
+#   HOSTS=2 RDZV=node01:29400 launch/torchrun.sh --config configs/launch.yaml [key=value ...]
+# HOSTS       hosts that take part (default 1)
+# RANKS       ranks per host: one per GPU, or CPU slots (default 2)
+# RDZV        first host and a free port on it, where the hosts find each other; the same on all hosts
+# LOCAL_ADDR  this host's address, if its name does not resolve to one that the other hosts reach
+# PYTHON      interpreter with CLIF installed (default: the repository's .venv)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-.venv/bin/python}
+# torch would set this to 1 as well, but with a warning; dist.threads_per_rank sets the threads that count.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+if [ "${HOSTS:-1}" = 1 ]; then
+    meet=(--standalone)
+else
+    meet=(--nnodes "$HOSTS" --rdzv-backend c10d --rdzv-id "${RDZV_ID:-clif}"
+        --rdzv-endpoint "${RDZV:?first host and port, e.g. node01:29400}" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"})
+fi
+# -P: the repository's folder kernels/ must not be taken for Hugging Face's package of that name.
+exec "$PYTHON" -P -m torch.distributed.run "${meet[@]}" --nproc-per-node "${RANKS:-2}" launch/run.py "$@"

@@ -1,0 +1,124 @@
+"""The estimate of a dry run against what a replica really holds, and against sums done by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import finish
+
+from clif.config import Config, config_from_tree
+from clif.estimate import EstimateError, Memory, estimate, read_shape
+from clif.layout import Layout, make_layout
+from clif.models.loading import load_model
+from clif.plan import group_lines, plan_lines
+from clif.replica.runner import build_runner
+from clif.replica.trainer import ShadowTrainer
+from clif.types import TrainSample
+
+REPO = Path(__file__).resolve().parents[2]
+DATA = {"path": str(REPO / "configs/data/words.jsonl")}
+
+
+def configured(path: str, **sections) -> Config:
+    tree = {"model": {"path": path, "dtype": "float32", "device": "cpu", "max_context": 64}, "data": DATA}
+    tree["engine"] = {"kv_tokens": 128, "activation_mib": 4}
+    return config_from_tree({**tree, **sections})
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "down_proj"), r".*\.1\.mlp\.(gate|up)_proj"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_estimate_is_what_a_replica_holds(tiny_config, tmp_path, targets, tied):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(tiny_config.read_text()), "tie_word_embeddings": tied}))
+    config = configured(f"random:{file}", adapter={"r": 3, "target_modules": targets})
+    memory = estimate(config, read_shape(config.model.path), 1, "cpu")
+
+    loaded = load_model(config.model, torch.device("cpu"))
+    weights = sum(p.nbytes for p in loaded.model.parameters())
+    runner, bank = build_runner(config, loaded)
+    trainer = ShadowTrainer(runner, bank, [TrainSample(id=0, ids=(1, 2, 3), target_start=1)], config.train)
+    finish(trainer.step(1, 1))
+    slots = sum(t.nbytes for x in bank.layers for t in (x.serving_a, x.serving_b, x.compute_a, x.compute_b))
+    snapshot = trainer.snapshot()
+    moments = sum(m.nbytes for m in snapshot["moments"].values() if m.numel() > 1)
+    assert memory == Memory(
+        weights=weights,
+        packed_weights=0,
+        kv_cache=runner.cache.bytes,
+        adapter_slots=slots,
+        shadow=bank.shadow.nbytes,
+        gradient=bank.gradient.nbytes,
+        moments=moments,
+        snapshot=snapshot["shadow"].nbytes + moments + bank.shadow.nbytes,
+        activations=4 << 20,
+    )
+
+
+def test_bfloat16_on_a_cpu_counts_the_packed_copy_of_linear_layers_and_head(tiny_config):
+    config = configured(
+        f"random:{tiny_config}", model={"path": f"random:{tiny_config}", "dtype": "bfloat16", "max_context": 64}
+    )
+    shape = read_shape(config.model.path)
+    whole, gpu = estimate(config, shape, 1, "cpu"), estimate(config, shape, 1, "cuda")
+    norms = 2 * (2 * shape.layers + 1) * shape.hidden
+    assert whole.packed_weights == whole.weights - norms, "all but the norms, as the head is the embedding"
+    assert gpu == replace(whole, packed_weights=0)
+
+
+def test_llama_8b_has_the_parameters_it_is_named_after():
+    path = f"random:{REPO / 'configs/models/llama-8b.json'}"
+    memory = estimate(configured(path), read_shape(path), 1, "cpu")
+    assert memory.weights == 4 * 8_030_261_248
+    assert memory.kv_cache == 128 * 4 * 32 * 2 * 8 * 128
+
+
+def test_ranks_of_a_replica_share_linear_layers_and_cache_but_hold_the_embedding_whole():
+    path = f"random:{REPO / 'configs/models/llama-8b.json'}"
+    shape = read_shape(path)
+    one, four = (estimate(configured(path), shape, n, "cuda") for n in (1, 4))
+    whole = 4 * (2 * shape.vocab + 2 * shape.layers + 1) * shape.hidden
+    assert 4 * (four.weights - whole) == one.weights - whole
+    assert 4 * four.kv_cache == one.kv_cache
+    assert one.shadow / 4 < four.shadow < one.shadow, "one factor of each layer is cut, the other is not"
+    assert estimate(configured(path), shape, 16, "cuda").kv_cache == one.kv_cache // 8, "8 KV heads cannot be halved"
+
+
+def test_a_run_that_only_serves_needs_nothing_for_training(tiny_config):
+    config = configured(f"random:{tiny_config}", train={"enabled": False})
+    memory = estimate(config, read_shape(config.model.path), 1, "cpu")
+    assert (memory.moments, memory.snapshot, memory.activations) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("path", ["org/name", "assets/model.gguf", "random:nowhere"])
+def test_a_model_whose_sizes_are_not_here_gets_no_estimate_but_the_layout(path):
+    lines = list(plan_lines(configured(path), make_layout(2), "cpu"))
+    assert lines[0] == "replica 0: ranks [0], leader 0"
+    assert lines[-1].startswith("no estimate of memory: ") and path in lines[-1]
+
+
+def test_a_config_without_a_size_is_refused_with_its_name(tmp_path):
+    (tmp_path / "config.json").write_text('{"hidden_size": 64, "num_attention_heads": 4}')
+    with pytest.raises(EstimateError, match="vocab_size"):
+        read_shape(str(tmp_path))
+
+
+def test_a_dry_run_names_the_groups_of_tensor_parallelism_and_of_rounds():
+    lines = list(group_lines(configured("none"), make_layout(8, tp_size=4)))
+    assert lines[:2] == [f"tensor-parallel group of replica {i}: ranks {list(range(4 * i, 4 * i + 4))}" for i in (0, 1)]
+    assert lines[2:] == [f"federation group of tp_rank {t}, all members: ranks {[t, t + 4]}" for t in range(4)]
+
+
+def test_replicas_that_only_serve_are_in_no_federation_group():
+    config = configured("none", run={"mode": "split", "trainers": 1})
+    assert list(group_lines(config, make_layout(3))) == ["federation group of tp_rank 0, all members: ranks [2]"]
+    off = configured("none", run={"mode": "serve_only"}, train={"enabled": False})
+    assert list(group_lines(off, make_layout(3))) == []
+
+
+def test_replicas_of_different_sizes_have_no_federation_group():
+    lines = list(group_lines(configured("none"), Layout(((0, 1), (2,)))))
+    assert lines[-1].startswith("no federation group")
