@@ -64,6 +64,49 @@ class WeightedMean:
         return self._buffer[:-1] / max(total, torch.finfo(torch.float32).tiny), total
 
 
+class Peers:
+    """The ranks of one replica, which hold one model together; the first of them leads.
+
+    rank, size: this rank's place among them. Without a group there is one rank: every call gives back what it got.
+    Rule: all peers make the same calls in the same order, from the thread that serves.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, leader: int = 0) -> None:
+        """leader: global rank."""
+        self._group, self._leader = group, leader
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all peers, in place; equal bits on all."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self._group)
+        return tensor
+
+    def leaders(self, values: list[int], device: torch.device) -> list[int]:
+        """What the leader gives, on every peer; all give lists of one length."""
+        if self.size == 1 or not values:
+            return values
+        shared = torch.tensor(values, dtype=torch.int64, device=device)
+        dist.broadcast(shared, src=self._leader, group=self._group)
+        return [int(v) for v in shared.tolist()]
+
+    def every(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is set on all peers."""
+        if self.size == 1:
+            return flag
+        missing = torch.tensor([int(not flag)], dtype=torch.int64, device=device)
+        return int(self.sum_(missing)) == 0
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of all peers, in their order; all give one shape."""
+        if self.size == 1:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous(), group=self._group)
+        return parts
+
+
 def share_inbox(
     messages: list[bytes] | None, group: dist.ProcessGroup, leader: int, device: torch.device
 ) -> list[bytes]:

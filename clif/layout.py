@@ -74,16 +74,6 @@ def make_layout(
     return Layout(tuple(tuple(range(i * tp_size, (i + 1) * tp_size)) for i in range(count)))
 
 
-def check_heads(layout: Layout, heads: int) -> None:
-    """Raises LayoutError when a replica's ranks cannot share the model's attention heads evenly."""
-    for replica, ranks in enumerate(layout.replicas):
-        if heads % len(ranks):
-            raise LayoutError(
-                f"replica {replica} has {len(ranks)} ranks, which do not divide the model's {heads} attention heads: "
-                "change layout.tp_size or layout.replica_gpus"
-            )
-
-
 def _explicit(world_size: int, tp_size: int, replicas: int | None, replica_gpus: tuple[tuple[int, ...], ...]) -> Layout:
     if not all(replica_gpus):
         raise LayoutError("layout.replica_gpus has a replica without ranks: give it at least one or remove it")

@@ -28,9 +28,6 @@ def group_lines(config: Config, layout: Layout) -> Iterator[str]:
             yield f"tensor-parallel group of replica {replica}: ranks {list(ranks)}"
     count = len(layout.replicas)
     members = tuple(r for r in range(count) if config.train.enabled and role_of(r, count, config.run).trains)
-    if len({len(layout.replicas[m]) for m in members}) > 1:
-        yield "no federation group: the replicas that train have different numbers of ranks"
-        return
     for tp_rank in range(len(layout.replicas[members[0]]) if members else 0):
         yield f"federation group of tp_rank {tp_rank}, all members: ranks {list(layout.peers(members, tp_rank))}"
 

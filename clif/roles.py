@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clif.config import Config, ConfigError, RunConfig
+from clif.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,22 @@ def role_of(replica: int, replicas: int, run: RunConfig) -> Role:
     return BOTH
 
 
-def check_roles(config: Config, replicas: int) -> None:
+def check_roles(config: Config, layout: Layout) -> None:
     """Raises ConfigError when the replicas that were started cannot do what run.mode and federation ask."""
-    run, least = config.run, config.federation.min_members
+    run, least, replicas = config.run, config.federation.min_members, len(layout.replicas)
+    trainers = [r for r in range(replicas) if config.train.enabled and role_of(r, replicas, run).trains]
+    sizes = {len(layout.replicas[r]) for r in trainers}
+    if len(sizes) > 1:
+        raise ConfigError(
+            f"the replicas that train have {sorted(sizes)} ranks: rank i of each averages with rank i of the others, "
+            "so give them equally many in layout.replica_gpus"
+        )
     if run.mode == "split" and run.trainers >= replicas:
         raise ConfigError(
             f"run.mode split with run.trainers {run.trainers} needs at least {run.trainers + 1} replicas, not "
             f"{replicas}: start more ranks, or lower run.trainers (at least 1)"
         )
-    trainers = sum(role_of(r, replicas, run).trains for r in range(replicas))
-    if config.train.enabled and least > trainers:
+    if config.train.enabled and least > len(trainers):
         which = "trainers" if run.mode == "split" else "replicas"
         more = "raise run.trainers" if run.mode == "split" else "start more ranks"
-        raise ConfigError(f"federation.min_members {least} exceeds the {trainers} {which}: lower it or {more}")
+        raise ConfigError(f"federation.min_members {least} exceeds the {len(trainers)} {which}: lower it or {more}")

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from clif.addresses import address_towards, interface_of
-from clif.collectives import Group, make_group
+from clif.collectives import Group, Peers, make_group
 from clif.config import Config, ConfigError
 from clif.launchers import RankEnv
 from clif.layout import Layout, make_layout
@@ -27,6 +27,7 @@ class Topology:
     store: dist.Store
     backend: str
     tp_group: dist.ProcessGroup
+    peers: Peers
     _combined: dict[tuple[int, ...], Group] = field(default_factory=dict)
     _retired: list[Group] = field(default_factory=list)
 
@@ -114,7 +115,8 @@ def make_topology(config: Config, env: RankEnv, store: dist.Store | None = None)
     mine = list(layout.replicas[layout.replica_of(env.rank)])
     # Every rank makes exactly this one group by torch's own means, so all agree on its name (see make_group).
     tp_group = dist.new_group(mine, timeout=timeout, use_local_synchronization=True, group_desc=f"tp {mine}")
-    return Topology(env, layout, device, timeout, store, backend, tp_group)
+    peers = Peers(tp_group, mine[0]) if len(mine) > 1 else Peers()
+    return Topology(env, layout, device, timeout, store, backend, tp_group, peers)
 
 
 def _store(env: RankEnv, timeout: datetime.timedelta) -> dist.Store:

@@ -21,7 +21,6 @@ from clif.addresses import address_towards
 from clif.collectives import share_inbox
 from clif.config import Config, ConfigError
 from clif.launchers import RankEnv
-from clif.layout import check_heads
 from clif.metrics.provenance import provenance
 from clif.models.loading import LoadedModel, load_model
 from clif.replica.build import build_replica
@@ -48,7 +47,6 @@ def run_rank(config: Config, env: RankEnv) -> int:
     started = time.monotonic()
     loaded = load_model(config.model, topology.device, config.run.seed)
     load_s = time.monotonic() - started
-    _check_sharding(topology, loaded)
     log.info("rank %d: %s in %s (%s), %.1f s", env.rank, config.model.path, loaded.dtype, loaded.dtype_reason, load_s)
     with _control_process(config, topology, run_dir, loaded.tokenizer) as control:
         _serve(config, topology, run_dir, loaded, load_s, control)
@@ -63,16 +61,6 @@ def _threads(env: RankEnv) -> int:
     # Not every system can bind processes.
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
     return max(1, min(cores // env.local_world_size, bound))
-
-
-def _check_sharding(topology: Topology, loaded: LoadedModel) -> None:
-    """Raises LayoutError or ConfigError for replicas that the model's layers cannot be split over."""
-    check_heads(topology.layout, loaded.model.config.num_attention_heads)
-    if any(len(ranks) > 1 for ranks in topology.layout.replicas):
-        raise ConfigError(
-            "replicas of several ranks are laid out but their layers not sharded yet: "
-            "set layout.tp_size=1, or one rank in each of layout.replica_gpus"
-        )
 
 
 def _serve(

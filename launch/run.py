@@ -49,7 +49,7 @@ def main(
     try:
         settings = load_config(config, tuple(overrides or ()))
         layout = _layout(settings, env, dry_run)
-        check_roles(settings, len(layout.replicas))
+        check_roles(settings, layout)
         if env.rank == 0:
             check_inputs(settings)
         code = _print(settings, layout) if dry_run else _run(settings, env)

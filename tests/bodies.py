@@ -166,6 +166,18 @@ def whole_round(topology: Topology, model: str, data: str, run_dir: str) -> dict
     }
 
 
+def whole_adapter_of_a_round(topology: Topology, model: str, data: str, run_dir: str) -> dict[str, torch.Tensor]:
+    """The average of two members' first steps, gathered from their ranks."""
+    Path(run_dir).mkdir(exist_ok=True)
+    driver = Driver(topology, model, data, run_dir)
+    driver.begin((0, 1), steps=3)
+    driver.wait_for(m.StepsDone)
+    driver.tick(m.Aggregate(round_id=1))
+    driver.wait_for(m.Voted)
+    bank = driver.replica.member.trainer.bank
+    return bank.whole(bank.shadow.detach())
+
+
 def round_with_a_broken_member(topology: Topology, model: str, data: str, run_dir: str) -> dict[str, Any]:
     """Replica 1's shadow turns NaN during its steps; the average must not."""
     driver = Driver(topology, model, data, run_dir)

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from clif.collectives import Peers
 from clif.config import AdapterConfig, ConfigError
-from clif.models.dual_linear import DualLinear
+from clif.models.dual_linear import Cut, DualLinear
 from clif.models.stack import CausalStack
 
 State = dict[str, torch.Tensor]
@@ -25,14 +26,26 @@ class AdapterBank:
     shadow: the trained vector [n]; gradient [n]: its .grad, allocated once and accumulated in place.
     """
 
-    def __init__(self, layers: list[DualLinear], config: AdapterConfig) -> None:
-        self.layers, self.config = layers, config
+    def __init__(self, layers: list[DualLinear], config: AdapterConfig, peers: Peers | None = None) -> None:
+        self.layers, self.config, self.peers = layers, config, peers or Peers()
         masters = [m for layer in layers for m in (layer.shadow_a, layer.shadow_b)]
         self.shadow = nn.Parameter(torch.cat([m.data.flatten() for m in masters]))
         self.gradient = self.shadow.grad = torch.zeros_like(self.shadow)
         for master, view, grad in zip(masters, self._views(self.shadow.data), self._views(self.gradient), strict=True):
             master.data, master.grad = view, grad
+        self._cuts = {name: cut for layer in layers for name, cut in layer.cuts().items()}
+        self._shares = self._share_of_each()
         self.refresh()
+
+    def _share_of_each(self) -> torch.Tensor | None:
+        """1 / how many peers hold a coordinate, [n]; None without peers."""
+        if self.peers.size == 1:
+            return None
+        shares = torch.empty_like(self.shadow.data)
+        for name, pair in self.factors(shares).items():
+            for factor, cut in zip(pair, self._cuts[name], strict=True):
+                factor.fill_(1 / cut.holders(self.peers.size))
+        return shares
 
     def _views(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
         """A and B of every layer in turn, as views of a vector that is laid out like the shadow."""
@@ -61,6 +74,70 @@ class AdapterBank:
             state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = a, b
         return state
 
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shapes of the whole adapter's factors by PEFT's names."""
+        shapes = {}
+        for name, pair in self.factors(self.shadow.data).items():
+            for key, factor, cut in zip("AB", pair, self._cuts[name], strict=True):
+                sizes = list(factor.shape)
+                if cut.span is not None:
+                    sizes[cut.dim] = cut.span.total
+                shapes[f"{name}.lora_{key}.weight"] = torch.Size(sizes)
+        return shapes
+
+    def local(self, whole: State) -> State:
+        """This rank's part of a whole adapter."""
+        parts = {}
+        for name, pair in self._cuts.items():
+            for key, cut in zip("AB", pair, strict=True):
+                parts[f"{name}.lora_{key}.weight"] = cut.of(whole[f"{name}.lora_{key}.weight"])
+        return parts
+
+    def whole(self, flat: torch.Tensor) -> State:
+        """The whole adapter, of which this rank's part lies in `flat` like the shadow. Collective over the peers.
+
+        By PEFT's names, on every peer.
+        """
+        state = {name: flat.new_empty(shape) for name, shape in self.shapes().items()}
+        for rank, part in enumerate(self.peers.gather(flat)):
+            for name, pair in self.factors(part).items():
+                for key, factor, cut in zip("AB", pair, self._cuts[name], strict=True):
+                    cut.at(rank, self.peers.size).of(state[f"{name}.lora_{key}.weight"]).copy_(factor)
+        return state
+
+    def join_gradient(self) -> None:
+        """Sum the gradients of factors that several peers hold, each of whom has seen a part. Collective."""
+        if self.peers.size == 1:
+            return
+        held: list[tuple[torch.Tensor, Cut, torch.Tensor]] = []
+        for name, pair in self.factors(self.gradient).items():
+            for factor, cut in zip(pair, self._cuts[name], strict=True):
+                if cut.holders(self.peers.size) > 1:
+                    # A KV head that some hold: in its place among all, so that one sum serves everybody.
+                    sizes = list(factor.shape)
+                    if cut.span is not None:
+                        sizes[cut.dim] = cut.span.total
+                    whole = factor.new_zeros(sizes)
+                    cut.of(whole).copy_(factor)
+                    held.append((factor, cut, whole))
+        if not held:
+            return
+        joined = self.peers.sum_(torch.cat([whole.flatten() for _, _, whole in held]))
+        for (factor, cut, whole), part in zip(held, joined.split([w.numel() for _, _, w in held]), strict=True):
+            factor.copy_(cut.of(part.view(whole.shape)))
+
+    def norm(self, flat: torch.Tensor) -> torch.Tensor:
+        """Euclidean norm of the whole vector of which `flat` is this rank's part. Collective over the peers."""
+        if self._shares is None:
+            return flat.norm()
+        return self.peers.sum_((flat * flat).dot(self._shares).view(1))[0].sqrt()
+
+    def own(self, stride: int) -> torch.Tensor | slice:
+        """Every stride-th coordinate that no peer holds: of these the gradient is never a partial sum."""
+        if self._shares is None:
+            return slice(None, None, stride)
+        return torch.nonzero(self._shares == 1).flatten()[::stride]
+
     def set_shadow(self, state: State) -> None:
         """Overwrite the shadow. The caller has checked names, shapes and finiteness (see peft_io.read_weights)."""
         for name, factor in self.shadow_state().items():
@@ -80,10 +157,21 @@ class AdapterBank:
     def product_error(self, mean: torch.Tensor, mine: torch.Tensor) -> tuple[float, float]:
         """Squared Frobenius norms, summed over layers, of (B_i - Bbar)(A_i - Abar) and of Bbar Abar.
 
-        mean, mine: flat shadows. From r x r Gram matrices: |B A|^2 = <B^T B, A A^T>.
+        mean, mine: flat shadows. From r x r Gram matrices: |B A|^2 = <B^T B, A A^T>, in which parts of A or of B add
+        up. Collective over the peers.
         """
-        apart, whole = self.factors(mine - mean).values(), self.factors(mean).values()
-        return sum(_product_norm2(a, b) for a, b in apart), sum(_product_norm2(a, b) for a, b in whole)
+        found = [self._products_norm2(mine - mean), self._products_norm2(mean)]
+        apart, whole = self.peers.sum_(torch.tensor(found, dtype=torch.float64, device=mean.device)).tolist()
+        return apart, whole
+
+    def _products_norm2(self, flat: torch.Tensor) -> float:
+        """Of each product once, however many peers hold the same rows of B."""
+        total = 0.0
+        for name, (a, b) in self.factors(flat).items():
+            of_a, of_b = self._cuts[name]
+            part = of_b if of_b.span is not None else of_a
+            total += _product_norm2(a, b) / part.holders(self.peers.size)
+        return total
 
 
 def _product_norm2(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -115,7 +203,7 @@ def inject(stack: CausalStack, config: AdapterConfig) -> AdapterBank:
             f"adapter.target_modules {config.target_modules!r} matches {', '.join(sorted(outside))}, which lies "
             "outside the decoder layers: leave it out"
         )
-    return AdapterBank(layers, config)
+    return AdapterBank(layers, config, stack.peers)
 
 
 def _is_target(name: str, targets: str | tuple[str, ...], model: nn.Module) -> bool:

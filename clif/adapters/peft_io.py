@@ -53,13 +53,13 @@ def write_weights(state: State) -> bytes:
 def read_weights(bank: AdapterBank, weights: bytes) -> State:
     """Decode and check an adapter: PEFT's loader lets missing keys pass, so everything is checked here.
 
-    Raises AdapterError on missing or unknown keys, other shapes, or non-finite values.
+    Returns this rank's part of it. Raises AdapterError on missing or unknown keys, other shapes, or non-finite values.
     """
     try:
         given = safetensors.torch.load(weights)
     except safetensors.SafetensorError as error:
         raise AdapterError(f"the adapter is not a safetensors file: {error}") from error
-    expected = bank.shadow_state()
+    expected = bank.shapes()
     state = {k.removeprefix(PREFIX): v for k, v in given.items()}
     missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unknown:
@@ -67,11 +67,11 @@ def read_weights(bank: AdapterBank, weights: bytes) -> State:
             f"the adapter does not fit: {len(missing)} keys missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
         )
     for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            raise AdapterError(f"{name} has shape {list(tensor.shape)}, not {list(expected[name].shape)}")
+        if tensor.shape != expected[name]:
+            raise AdapterError(f"{name} has shape {list(tensor.shape)}, not {list(expected[name])}")
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"{name} holds values that are not finite")
-    return state
+    return bank.local(state)
 
 
 def read_folder(bank: AdapterBank, folder: Path) -> State:

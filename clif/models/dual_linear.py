@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from clif.collectives import Peers
 from clif.kernels.dual_lora import Member, Packed, Segment, add_dual_lora, shadow_backward, shadow_forward
+from clif.models.shard import Span, Split
 from clif.ops import Linear, frozen_linear
 
 if TYPE_CHECKING:
@@ -23,6 +25,29 @@ if TYPE_CHECKING:
 
 SHADOW = -1
 """The shadow's slot: the last one."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which part of a factor this rank holds: `span` of its dimension `dim`; without a span all of it."""
+
+    dim: int = 0
+    span: Span | None = None
+
+    def holders(self, peers: int) -> int:
+        """How many of the peers hold this part."""
+        return peers if self.span is None else peers * self.span.size // self.span.total
+
+    def at(self, rank: int, peers: int) -> Cut:
+        """The part that another peer holds."""
+        if self.span is None:
+            return self
+        start = rank // self.holders(peers) * self.span.size
+        return Cut(self.dim, Span(start, start + self.span.size, self.span.total))
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a whole factor."""
+        return whole if self.span is None else whole.narrow(self.dim, self.span.start, self.span.size)
 
 
 @dataclass(frozen=True)
@@ -50,8 +75,18 @@ class DualLinear:
     call refresh() after the masters have changed.
     """
 
-    def __init__(self, names: Sequence[str], linears: Sequence[nn.Linear]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        linears: Sequence[nn.Linear],
+        split: Split = "out",
+        spans: Sequence[Span] | None = None,
+        peers: Peers | None = None,
+    ) -> None:
+        """split, spans: which side of each weight is cut over the peers, and this rank's parts, as in `linears`."""
         self.names, self.sizes = tuple(names), [linear.out_features for linear in linears]
+        self.split, self.peers = split, peers or Peers()
+        self.spans = list(spans or (Span(0, size, size) for size in self.sizes))
         self.weight, self.bias = _stack(linears)
         self.adapted: list[int] = []
         self._packed: Linear | None = None
@@ -68,8 +103,11 @@ class DualLinear:
         rows, device = sum(self.sizes[i] for i in adapted), self.weight.device
         self.shadow_a = nn.Parameter(torch.empty(rank, width, device=device))
         self.shadow_b = nn.Parameter(torch.zeros(rows, r, device=device))
+        inputs = self.spans[0] if self.split == "in" else Span(0, width, width)
         for a in self.shadow_a.data.split(r):
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            # Drawn whole: the same adapter, however many ranks share it.
+            whole = nn.init.kaiming_uniform_(torch.empty(r, inputs.total, device=device), a=math.sqrt(5))
+            a.copy_(whole[:, inputs.start : inputs.stop])
 
     def pack(self) -> None:
         """Lay the base weight out for the machine's matrix kernels where that pays."""
@@ -89,6 +127,14 @@ class DualLinear:
         """Views of packed masters (shaped like shadow_a, shadow_b) by module name: A [r, in] and B [own rows, r]."""
         parts = zip(a.split(self.r), b.split([self.sizes[i] for i in self.adapted]), strict=True)
         return {self.names[i]: part for i, part in zip(self.adapted, parts, strict=True)}
+
+    def cuts(self) -> dict[str, tuple[Cut, Cut]]:
+        """How A and B of each adapted module lie in the whole ones: cut by inputs, cut by outputs, or not at all."""
+        found = {}
+        for i in self.adapted:
+            part = Cut(1 if self.split == "in" else 0, self.spans[i])
+            found[self.names[i]] = (Cut(), part) if self.split == "out" else (part, Cut())
+        return found
 
     def fill_slot(self, slot: int, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Copy an adapter into a serving slot, rounding to the base dtype once."""
@@ -123,7 +169,12 @@ class DualLinear:
             y, _ = self._fused.forward(x, _segments(rows))
         else:
             y = self._add_adapters(self._base(x), x, rows)
+        self._join(y)
         return list(y.split([r.count for r in rows])) if len(xs) > 1 else [y]
+
+    def _join(self, y: torch.Tensor) -> torch.Tensor:
+        """Sum the partial results of ranks that hold parts of the inputs, base and low-rank part at once."""
+        return self.peers.sum_(y) if self.split == "in" else y
 
     def _base(self, x: torch.Tensor) -> torch.Tensor:
         return self._packed(x) if self._packed is not None else nn.functional.linear(x, self.weight, self.bias)
@@ -144,22 +195,33 @@ class DualLinear:
         served = len(together) - len(x)
         if self._fused is not None:
             y, hidden = self._fused.forward(together, _segments(rows))
+            self._join(y)
             return y[served:], y[:served], hidden[served:]
-        y = self._base(together)
-        if not self.adapted:
-            return y[served:], y[:served], None
-        self._add_adapters(y[:served], together[:served], rows[:-1])
-        return y[served:], y[:served], shadow_forward(y[served:], x, self.compute_a, self.compute_b, self.scale)
+        y, low = self._base(together), None
+        if self.adapted:
+            self._add_adapters(y[:served], together[:served], rows[:-1])
+            low = shadow_forward(y[served:], x, self.compute_a, self.compute_b, self.scale)
+        self._join(y)
+        return y[served:], y[:served], low
 
     def gradients(
         self, grad: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor, down: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """Of x (None unless down), of shadow_a and of shadow_b, given that of y [count, out]."""
+        """Of x (None unless down), of shadow_a and of shadow_b, given that of y [count, out].
+
+        Those of factors that peers hold as well are partial sums: see AdapterBank.join_gradient.
+        """
         if self._fused is not None:
-            return self._fused.backward(grad, x, hidden, down)
-        grad_x = grad @ self.weight if down else None
-        grad_x, a, b = shadow_backward(grad, grad_x, x, hidden, self.compute_a, self.compute_b, self.scale)
-        return grad_x, a.float(), self.gather_b(b).float()
+            grad_x, a, b = self._fused.backward(grad, x, hidden, down)
+        else:
+            grad_x = grad @ self.weight if down else None
+            grad_x, a, b = shadow_backward(grad, grad_x, x, hidden, self.compute_a, self.compute_b, self.scale)
+            a, b = a.float(), self.gather_b(b).float()
+        return None if grad_x is None else self.join_down(grad_x), a, b
+
+    def join_down(self, grad_x: torch.Tensor) -> torch.Tensor:
+        """Sum what comes down from ranks that hold parts of the outputs."""
+        return self.peers.sum_(grad_x) if self.split == "out" else grad_x
 
     def gather_b(self, b: torch.Tensor) -> torch.Tensor:
         """The blocks of a packed B [out, k r] one below the other: [adapted rows, r]."""
@@ -195,7 +257,8 @@ class _Learn(torch.autograd.Function):
         x, hidden = ctx.saved_tensors
         down = ctx.needs_input_grad[0]
         if hidden is None:
-            return gradients[0] @ dual.weight if down else None, None, None, None, None, None
+            grad_x = dual.join_down(gradients[0] @ dual.weight) if down else None
+            return grad_x, None, None, None, None, None
         return *dual.gradients(gradients[0], x, hidden, down), None, None, None
 
 

@@ -8,19 +8,23 @@ from typing import Any
 import torch
 import transformers
 
+from clif.collectives import Peers
 from clif.config import ConfigError
 from clif.models.dual_linear import DualLinear, Rows
 from clif.models.layer import AttentionPlan, DecoderLayer, Part, Rope
+from clif.models.shard import check_shares
 from clif.ops import Linear, frozen_linear
 
 
 class CausalStack:
     """The parts of a Llama-style model. Batches are packed: hidden states are [rows, hidden size].
 
-    Raises ConfigError for a model of another make.
+    num_heads, num_kv_heads: of this rank, which holds a part of every linear layer if it has peers; embedding and head
+    are whole on each. Raises ConfigError for a model of another make, LayoutError for one that peers cannot share.
     """
 
-    def __init__(self, model: transformers.PreTrainedModel) -> None:
+    def __init__(self, model: transformers.PreTrainedModel, peers: Peers | None = None) -> None:
+        self.peers = peers = peers or Peers()
         inner: Any = getattr(model, "model", None)
         missing = [n for n in ("embed_tokens", "layers", "norm", "rotary_emb") if not hasattr(inner, n)]
         if missing:
@@ -32,11 +36,14 @@ class CausalStack:
         self.model, self._inner = model, inner
         config = model.config
         self.num_layers = len(inner.layers)
-        self.num_heads: int = config.num_attention_heads
-        self.num_kv_heads: int = config.num_key_value_heads
+        check_shares(config, peers.size)
+        self.num_heads: int = config.num_attention_heads // peers.size
+        self.num_kv_heads: int = max(1, config.num_key_value_heads // peers.size)
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.vocab_size: int = config.vocab_size
-        self._layers = [DecoderLayer(m, f"model.layers.{i}", i, self.head_dim) for i, m in enumerate(inner.layers)]
+        self._layers = [
+            DecoderLayer(m, f"model.layers.{i}", i, self.head_dim, peers) for i, m in enumerate(inner.layers)
+        ]
         self.head = model.get_output_embeddings()
         self._packed_head: Linear | None = None
 

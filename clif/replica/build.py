@@ -12,6 +12,7 @@ import torch
 from clif.adapters.bank import AdapterBank
 from clif.adapters.peft_io import read_folder
 from clif.adapters.slots import SlotTable
+from clif.collectives import Peers
 from clif.config import Config, ConfigError
 from clif.data.instruct import Row, encode_samples, read_rows, shard_rows, split_rows
 from clif.models.loading import LoadedModel
@@ -77,11 +78,11 @@ def build_replica(
     tell: Callable[[Up], None],
 ) -> Replica:
     """Everything of one rank but the loop."""
-    runner, bank = build_runner(config, loaded)
+    runner, bank = build_runner(config, loaded, topology.peers)
     data = load_data(config, loaded.tokenizer, topology.replica, len(topology.layout.replicas))
     slots = SlotTable(config.adapter.serving_slots)
     scheduler = Scheduler(config.engine, slots, loaded.tokenizer.eos_ids, loaded.tokenizer.decode)
-    engine = make_engine(config, runner, scheduler)
+    engine = make_engine(config, runner, scheduler, topology.peers)
     if data.train:
         runner.check_samples(max(len(sample.ids) for sample in data.train))
     trainer = ShadowTrainer(runner, bank, data.train, config.train, config.run.seed)
@@ -110,19 +111,22 @@ def build_replica(
     return replica
 
 
-def make_engine(config: Config, runner: ModelRunner, scheduler: Scheduler) -> Engine:
+def make_engine(config: Config, runner: ModelRunner, scheduler: Scheduler, peers: Peers | None = None) -> Engine:
     """The engine with the way of co-serving that the configuration names, or that suits the device.
 
     On a GPU forwards ride on ticks. A CPU computes as fast for a few rows as for many, so that riding saves nothing
     there (measured at 70 % load: 36 training tokens/s mixed, 95 in turns); with several threads a slice beside serving
     uses what small operations leave of them. Raises ConfigError for a wish that cannot be met.
     """
-    threads, on_cpu = torch.get_num_threads(), runner.device.type == "cpu"
+    threads, on_cpu, peers = torch.get_num_threads(), runner.device.type == "cpu", peers or Peers()
     way: str = config.engine.coserving
     if way == "auto":
-        way = "mixed" if not on_cpu else "beside" if threads > 1 else "turns"
+        way = "mixed" if not on_cpu else "beside" if threads > 1 and peers.size == 1 else "turns"
     if config.run.mode == "time_slice":
         way = "time_slice"
+    if peers.size > 1 and way in ("beside", "time_slice"):
+        # Both are paced by the clock of each rank; and collectives belong to one thread.
+        raise ConfigError(f"{way} needs replicas of one rank: set layout.tp_size=1, or another engine.coserving")
     if way == "beside" and (not on_cpu or threads < 2):
         raise ConfigError(
             "engine.coserving beside needs a CPU rank with at least 2 threads: set dist.threads_per_rank, or "
@@ -130,7 +134,7 @@ def make_engine(config: Config, runner: ModelRunner, scheduler: Scheduler) -> En
         )
     log.info("co-serving: %s", way)
     sidecar = Sidecar(threads) if way == "beside" else None
-    return Engine(runner, scheduler, config.slo, way, config.run.training_share, sidecar=sidecar)
+    return Engine(runner, scheduler, config.slo, way, config.run.training_share, sidecar=sidecar, peers=peers)
 
 
 def _resume(store: AdapterStore, checkpoint: Path, bank: AdapterBank, slots: SlotTable, trainer: ShadowTrainer) -> None:
@@ -148,6 +152,10 @@ def _resume(store: AdapterStore, checkpoint: Path, bank: AdapterBank, slots: Slo
     if not checkpoint.is_file():
         return
     saved = load_checkpoint(checkpoint, bank.shadow.device)
+    if saved.trainer["shadow"].shape != bank.shadow.shape:
+        # Another tp_size: the adapter is cut anew, the moments are of parts that nobody holds any more.
+        log.warning("the checkpoint is of other parts of the model: the optimizer begins with fresh moments")
+        return
     # A rank that died between the adapter's and its own checkpoint goes on from the adapter, with fresh moments.
     if saved.version == current.number:
         trainer.resume(saved.trainer, saved.cursor)

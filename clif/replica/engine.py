@@ -1,7 +1,8 @@
 """The engine of one replica: serving ticks, and training slices in what they leave.
 
 Invariants: a token never waits for more than one slice; a slice is begun only when every running and waiting
-request can afford it; an error in training costs the job and no request.
+request can afford it; an error in training costs the job and no request. What depends on a clock is the leader's to
+decide, so that all ranks of a replica do the same.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import partial
 
 import torch
 
+from clif.collectives import Peers
 from clif.config import EngineConfig, SloConfig
 from clif.replica.jobs import WAIT, Job, Slice
 from clif.replica.passes import Pass
@@ -65,6 +67,7 @@ class Engine:
     jobs: deque[Job] = field(default_factory=deque)
     record: TurnRecord = field(default_factory=TurnRecord)
     sidecar: Sidecar | None = None
+    peers: Peers = field(default_factory=Peers)
     _beside: tuple[Slice, int] | None = None
     _credit_s: float = 0.0
     _broken: RuntimeError | None = None
@@ -90,7 +93,7 @@ class Engine:
             if sequence.rng is None:
                 sequence.rng = make_rng(sequence.request, self.runner.device)
         logits = self._run(chunks, rider)
-        tokens = sample(logits, [s.request.sampling for s in sampling], [s.rng for s in sampling])
+        tokens = self._agree(sample(logits, [s.request.sampling for s in sampling], [s.rng for s in sampling]))
         now = self.clock()
         self._note(chunks, rider, now - start)
         return self.scheduler.settle(chunks, tokens, now)
@@ -118,16 +121,28 @@ class Engine:
         piece = self._upcoming()
         if piece is None or self._beside is not None:
             return
-        if piece is WAIT or not self.serving:
-            self._here(piece, self._units(piece, self.config.slice_ms / 1000) or piece.least)
+        if piece is WAIT:
+            self._here(piece, 1)
+        elif not self.serving:
+            self._here(piece, self._leaders(self._units(piece, self.config.slice_ms / 1000) or piece.least))
         elif self.coserving == "time_slice":
             self._whole_step()
-        elif self.coserving == "mixed" and self._may_ride(piece):
+        elif self.coserving == "mixed" and self._leaders(self._may_ride(piece)):
             return
         elif self.coserving == "beside" and self.sidecar is not None:
             self._start_beside(piece, self.sidecar)
-        elif units := self._units(piece, min(self._slack("alone"), LONGEST * self.config.slice_ms / 1000)):
+        elif units := self._leaders(
+            self._units(piece, min(self._slack("alone"), LONGEST * self.config.slice_ms / 1000))
+        ):
             self._here(piece, units)
+
+    def _agree(self, values: list[int]) -> list[int]:
+        """The leader's values on all ranks of the replica."""
+        return self.peers.leaders(values, self.runner.device)
+
+    def _leaders(self, value: int) -> int:
+        """What the leader decides: peers have clocks and prices of their own, and must all do the same."""
+        return self._agree([int(value)])[0]
 
     def drop(self, name: str) -> None:
         """Give up the jobs of this name; a slice of theirs that is under way is waited for.
@@ -165,8 +180,6 @@ class Engine:
 
     def _units(self, piece: Slice, seconds: float) -> int:
         """How much of a slice may be done in so many seconds; 0 if not even the least of it."""
-        if piece is WAIT:
-            return 1
         units = min(piece.units, self.prices.units_within(piece.kind, piece.tokens, seconds))
         if piece.kind not in self.prices.slices:
             return piece.least if units else 0
@@ -232,7 +245,8 @@ class Engine:
         alone = self.prices.tick_s(rows, context)
         more = max(0.0, self.prices.tick_s(rows + piece.tokens, context, "mixed") - alone)
         sequences = (*self.scheduler.running, *self.scheduler.waiting)
-        return piece if may_train(self.clock(), more, alone, sequences, self.slo)[0] else None
+        may = may_train(self.clock(), more, alone, sequences, self.slo)[0]
+        return piece if self._leaders(may) else None
 
     def _may_ride(self, piece: Slice) -> bool:
         """Whether a tick that begins in time could take this forward along: then it does not go alone."""
@@ -294,4 +308,4 @@ class EnginePace:
         if engine.coserving != "mixed" or not engine.serving:
             return UNLIMITED
         seconds = engine.slo.tpot_ms / 1000 * (1 - engine.slo.margin) / 2
-        return engine.prices.tokens_within(*engine.next_tick, seconds)
+        return engine._leaders(engine.prices.tokens_within(*engine.next_tick, seconds))

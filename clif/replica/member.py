@@ -103,7 +103,8 @@ class Member:
         mine = bank.shadow.detach().clone()
         group = self.topology.combined_group(plan.members, plan.round_id)
         mean = WeightedMean(mine, result.samples if result.finite else 0, group)
-        while not mean.done():
+        # Together: who sees the end first would else go on alone, and its peers are waiting in other collectives.
+        while not self._all(mean.done()):
             yield WAIT
         average, weight = mean.result()
         if weight == 0:
@@ -114,11 +115,15 @@ class Member:
         error, total = bank.product_error(average, mine)
         return math.sqrt(error / total) if total > 0 else None
 
+    def _all(self, flag: bool) -> bool:
+        """Whether it holds on all ranks of this replica."""
+        return self.topology.peers.every(flag, self.topology.device)
+
     def _vote(self, plan: RoundPlan, active: float, candidate: float, error: float | None) -> Vote:
         return Vote(
             round_id=plan.round_id,
             replica=self.topology.replica,
-            finite=bool(self.trainer.bank.shadow.isfinite().all()) and math.isfinite(candidate),
+            finite=self._all(bool(self.trainer.bank.shadow.isfinite().all())) and math.isfinite(candidate),
             candidate_loss=candidate,
             active_loss=active,
             tokens=self.heldout.tokens,
@@ -140,7 +145,7 @@ class Member:
             version=settle.version,
             round_id=settle.round_id,
             config_json=config_json(bank, self.base),
-            weights=write_weights(bank.shadow_state()),
+            weights=write_weights(bank.whole(bank.shadow.data)),
         )
         self.tell(published)
 

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from clif.adapters.bank import AdapterBank, inject
+from clif.collectives import Peers
 from clif.config import Config, ConfigError, EngineConfig
 from clif.kernels.dual_lora import Segment
 from clif.models.causal import CausalSequences
@@ -157,15 +158,18 @@ def _merged(chunks: Sequence[Chunk]) -> Iterator[Segment]:
         yield current
 
 
-def build_runner(config: Config, loaded: LoadedModel) -> tuple[ModelRunner, AdapterBank]:
-    """The model with dual layers and our attention. Raises ConfigError for a model that we would compute wrongly."""
+def build_runner(config: Config, loaded: LoadedModel, peers: Peers | None = None) -> tuple[ModelRunner, AdapterBank]:
+    """The model with dual layers and our attention; with peers, this rank's part of it. Collective over the peers.
+
+    Raises ConfigError for a model that we would compute wrongly, LayoutError for one that the peers cannot share.
+    """
     vocab = loaded.model.config.vocab_size
     # So many that one odd token does not decide. Measured in bfloat16: 0.015 apart for 32 tokens, 0.03 to 0.04 for 8;
     # transformers' own eager and fused attention differ by 0.013 and 0.02 to 0.05.
     probe = torch.arange(1, 33, device=loaded.device) * 997 % vocab
     with torch.no_grad():
         expected = loaded.model(probe.unsqueeze(0), use_cache=False).logits[0]
-        stack = CausalStack(loaded.model)
+        stack = CausalStack(loaded.model, peers)
         # The same first A on every replica: FedAvg averages factors, which only makes sense from one start.
         torch.manual_seed(config.run.seed)
         bank = inject(stack, config.adapter)

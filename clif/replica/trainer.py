@@ -51,6 +51,7 @@ class ShadowTrainer:
         self.steps = 0
         self.noise = NoiseScale()
         self._claimed: list[int] = []
+        self._watched = bank.own(NOISE_STRIDE)
         self._optimizer = torch.optim.AdamW(
             [bank.shadow], lr=config.lr, weight_decay=config.weight_decay, foreach=False, fused=True
         )
@@ -62,15 +63,15 @@ class ShadowTrainer:
         self._claimed += claimed
         chosen = [self.samples[i] for i in claimed]
         targets = sum(s.targets for s in chosen)
-        gradient = self.bank.gradient
+        gradient, watched = self.bank.gradient, self._watched
         gradient.zero_()
         total, parts = 0.0, []
         for start in range(0, len(chosen), micro_batch):
             part = chosen[start : start + micro_batch]
-            before = gradient[::NOISE_STRIDE].clone()
+            before = gradient[watched].clone()
             total += yield from self.runner.loss_and_gradients(part, targets)
             # The part's own mean gradient: what it added, as if its targets had been all there are.
-            parts.append((gradient[::NOISE_STRIDE] - before) * (targets / sum(s.targets for s in part)))
+            parts.append((gradient[watched] - before) * (targets / sum(s.targets for s in part)))
         return (yield Slice("optimizer", 1, 1, lambda _: self._finish(total / targets, chosen, parts, micro_batch)))
 
     def _finish(
@@ -81,7 +82,7 @@ class ShadowTrainer:
 
     def _update(self, loss: float, chosen: list[TrainSample]) -> StepResult:
         lr = self.config.lr * min(1.0, (self.steps + 1) / max(1, self.config.warmup_steps))
-        norm = float(torch.nn.utils.clip_grad_norm_([self.bank.shadow], self.config.clip_norm))
+        norm = self._clip()
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             self._optimizer.param_groups[0]["lr"] = lr
@@ -89,6 +90,13 @@ class ShadowTrainer:
             self.steps += 1
         tokens = sum(len(s.ids) for s in chosen)
         return StepResult(self.steps, len(chosen), tokens, loss, norm, lr, finite, self.noise.samples)
+
+    def _clip(self) -> float:
+        """Scale the gradient down to clip_norm; returns the norm that it had."""
+        self.bank.join_gradient()
+        norm = self.bank.norm(self.bank.gradient)
+        self.bank.gradient.mul_((self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        return float(norm)
 
     def _observe_noise(self, parts: list[torch.Tensor], micro_batch: int) -> None:
         """Norms as Adam sees them: gradients divided by the root of its second moment, once that has settled.
@@ -98,7 +106,7 @@ class ShadowTrainer:
         """
         if len(parts) < 2 or self.steps < NOISE_AFTER_STEPS:
             return
-        moment = self._optimizer.state[self.bank.shadow]["exp_avg_sq"][::NOISE_STRIDE]
+        moment = self._optimizer.state[self.bank.shadow]["exp_avg_sq"][self._watched]
         scale = (moment + NOISE_FLOOR * moment.mean()).rsqrt_()
         seen = [part * scale for part in parts]
         mean = torch.stack(seen).mean(0)

@@ -145,7 +145,7 @@ def wait_for_the_control_process(run_dir: Path) -> None:
     ("override", "sentence"),
     [
         ("model.path=/nowhere/model.gguf", "does not exist"),
-        ("layout.tp_size=2", "set layout.tp_size=1"),
+        ("layout.tp_size=3", "does not divide the 2 ranks"),
         ("layout.replicas=3", "needs 3 ranks"),
         ("engine.block=3", "unknown key engine.block"),
     ],

@@ -12,7 +12,7 @@ from helpers import finish
 
 from clif.config import Config, config_from_tree
 from clif.estimate import EstimateError, Memory, estimate, read_shape
-from clif.layout import Layout, make_layout
+from clif.layout import make_layout
 from clif.models.loading import load_model
 from clif.plan import group_lines, plan_lines
 from clif.replica.runner import build_runner
@@ -117,8 +117,3 @@ def test_replicas_that_only_serve_are_in_no_federation_group():
     assert list(group_lines(config, make_layout(3))) == ["federation group of tp_rank 0, all members: ranks [2]"]
     off = configured("none", run={"mode": "serve_only"}, train={"enabled": False})
     assert list(group_lines(off, make_layout(3))) == []
-
-
-def test_replicas_of_different_sizes_have_no_federation_group():
-    lines = list(group_lines(configured("none"), Layout(((0, 1), (2,)))))
-    assert lines[-1].startswith("no federation group")

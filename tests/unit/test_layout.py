@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clif.layout import LayoutError, check_heads, make_layout
+from clif.layout import LayoutError, make_layout
 
 
 @given(tp=st.integers(1, 8), replicas=st.integers(1, 16))
@@ -58,9 +58,3 @@ def test_replicas_of_different_sizes_are_read():
 def test_wrong_layouts_say_what_to_change(arguments, sentence):
     with pytest.raises(LayoutError, match=sentence):
         make_layout(**arguments)
-
-
-def test_ranks_of_a_replica_must_divide_the_heads():
-    check_heads(make_layout(6, 3), 9)
-    with pytest.raises(LayoutError, match="2 ranks, which do not divide the model's 9 attention heads"):
-        check_heads(make_layout(2, 2), 9)

@@ -18,6 +18,7 @@ from clif.control.pressure import Pressure
 from clif.control.routing import Dispatch, choose_replica
 from clif.control.view import ClusterView, ReplicaView
 from clif.latency import Fit
+from clif.layout import make_layout
 from clif.roles import Role, check_roles, role_of
 from clif.states import ReplicaState
 from clif.types import Request, Sampling
@@ -86,12 +87,12 @@ def test_each_mode_gives_each_replica_its_role(mode: str, trainers: int, roles: 
 def test_replicas_that_cannot_do_what_the_mode_asks_are_refused(mode, run, federation, replicas, sentence) -> None:
     config = make_config(mode, run=run, federation=federation)
     with pytest.raises(ConfigError, match=sentence):
-        check_roles(config, replicas)
+        check_roles(config, make_layout(replicas))
 
 
 def test_replicas_that_can_do_what_the_mode_asks_are_accepted() -> None:
-    check_roles(make_config("split"), 2)
-    check_roles(make_config("split", run={"trainers": 2}, federation={"min_members": 2}), 3)
+    check_roles(make_config("split"), make_layout(2))
+    check_roles(make_config("split", run={"trainers": 2}, federation={"min_members": 2}), make_layout(3))
 
 
 # --- split ---------------------------------------------------------------------------------------
@@ -183,3 +184,11 @@ def test_a_split_of_one_replica_is_refused_before_anything_starts() -> None:
 def test_the_layout_that_is_printed_says_who_only_serves_and_who_only_trains() -> None:
     lines = dry_run("run.mode=split", "layout.replicas=2").stdout.splitlines()
     assert lines[:2] == ["replica 0: ranks [0], leader 0, only serves", "replica 1: ranks [1], leader 1, only trains"]
+
+
+def test_replicas_that_train_must_have_equally_many_ranks() -> None:
+    layout = make_layout(3, replica_gpus=((0, 1), (2,)))
+    with pytest.raises(ConfigError, match=r"the replicas that train have \[1, 2\] ranks"):
+        check_roles(make_config("clif"), layout)
+    # Who only serves may have as many as he likes.
+    check_roles(make_config("serve_only", train={"enabled": False}), layout)

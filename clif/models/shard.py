@@ -1,0 +1,77 @@
+"""How the linear layers of a model are cut over the ranks of a replica, as Megatron-LM does: arithmetic and slices.
+
+Layers that read the hidden state are cut by outputs: query, key and value by heads, gate and up by columns. Layers that
+write to it are cut by inputs, and their partial results are summed: one all-reduce per attention and one per MLP.
+Where there are fewer KV heads than ranks, several ranks hold the same one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from clif.layout import LayoutError
+
+Split = Literal["out", "in"]
+"""Which side of a weight [out, in] is cut."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """[start, stop) of `total` outputs or inputs."""
+
+    start: int
+    stop: int
+    total: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def whole(self) -> bool:
+        return self.size == self.total
+
+
+def even_span(total: int, rank: int, size: int) -> Span:
+    """An equal share; `total` is a multiple of `size`."""
+    return Span(total // size * rank, total // size * (rank + 1), total)
+
+
+def kv_span(kv_heads: int, head_dim: int, rank: int, size: int) -> Span:
+    """An equal share of KV heads, or the one head that this rank's query heads read, which others hold as well."""
+    if kv_heads >= size:
+        return even_span(kv_heads * head_dim, rank, size)
+    head = rank * kv_heads // size
+    return Span(head * head_dim, (head + 1) * head_dim, kv_heads * head_dim)
+
+
+def check_shares(config: Any, size: int) -> None:
+    """Raises LayoutError for a model that `size` ranks cannot share evenly. config: of the transformers model."""
+    heads, kv_heads, inner = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
+    for what, count, good in (
+        ("attention heads", heads, heads % size == 0),
+        ("key/value heads", kv_heads, kv_heads % size == 0 or size % kv_heads == 0),
+        ("MLP columns", inner, inner % size == 0),
+    ):
+        if not good:
+            raise LayoutError(
+                f"{size} ranks cannot share the model's {count} {what} evenly: change layout.tp_size or "
+                "layout.replica_gpus"
+            )
+
+
+def cut(linear: nn.Linear, split: Split, span: Span, first: bool) -> None:
+    """Leave a linear layer this rank's part of its weight only. first: this rank adds the bias of summed outputs."""
+    if not span.whole:
+        weight = linear.weight.data
+        part = weight[span.start : span.stop] if split == "out" else weight[:, span.start : span.stop]
+        # A copy, so that the whole is freed.
+        linear.weight.data = part.clone()
+        linear.out_features, linear.in_features = part.shape
+        if linear.bias is not None and split == "out":
+            linear.bias.data = linear.bias.data[span.start : span.stop].clone()
+    if linear.bias is not None and split == "in" and not first:
+        linear.bias.data.zero_()

@@ -1,0 +1,160 @@
+"""What the ranks of one replica do in the tests of tensor parallelism. Importable by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from helpers import answer, random_state, request, stack_logits
+
+from clif.adapters.bank import AdapterBank
+from clif.adapters.peft_io import read_weights, write_weights
+from clif.adapters.slots import SlotTable
+from clif.collectives import Peers
+from clif.config import Config, config_from_tree
+from clif.models.loading import load_model
+from clif.replica.engine import Engine
+from clif.replica.jobs import Job
+from clif.replica.runner import ModelRunner, build_runner
+from clif.replica.scheduler import Scheduler
+from clif.replica.trainer import ShadowTrainer
+from clif.topology import Topology
+from clif.types import TrainSample
+
+SAMPLES = [TrainSample(id=i, ids=tuple(range(5 + i, 40 + 2 * i)), target_start=12) for i in range(3)]
+
+
+class Part:
+    """This rank's part of a model, with an adapter that answers and a shadow that learns; both random."""
+
+    def __init__(self, topology: Topology, model: str, coserving: str = "turns", **engine: Any) -> None:
+        tree = {
+            "model": {"path": model, "dtype": "float32", "max_context": 200, "device": topology.device.type},
+            "engine": {"kv_tokens": 1024, "max_batch": 8, "block_size": 4, "max_prefill_tokens": 24, **engine},
+            "adapter": {"r": 4, "lora_alpha": 8},
+            "train": {"enabled": False},
+        }
+        self.config: Config = config_from_tree(tree)
+        self.peers, loaded = topology.peers, load_model(self.config.model, topology.device, seed=3)
+        rng = torch.Generator().manual_seed(9)
+        for module in loaded.model.modules():
+            if isinstance(module, torch.nn.Linear) and module.bias is not None:
+                module.bias.data.copy_(torch.randn(module.bias.shape, generator=rng) * 0.1)
+        self.runner: ModelRunner
+        self.bank: AdapterBank
+        self.runner, self.bank = build_runner(self.config, loaded, self.peers)
+        self.slots = SlotTable(self.config.adapter.serving_slots)
+        scheduler = Scheduler(self.config.engine, self.slots, (), loaded.tokenizer.decode)
+        self.engine = Engine(self.runner, scheduler, self.config.slo, coserving, peers=self.peers)
+        # Ranks whose clocks differ: only the leader's may decide.
+        self.engine.clock = lambda: 0.0 if self.peers.rank == 0 else 1e9 * self.peers.rank
+        self.bank.set_shadow(self.bank.local(whole_state(self.bank, 5)))
+        self.bank.refresh()
+
+    def promote(self, version: int, seed: int) -> None:
+        slot = self.slots.free_slot()
+        assert slot is not None
+        self.bank.fill_slot(slot, self.bank.local(whole_state(self.bank, seed)))
+        self.slots.promote(version, slot)
+
+
+def whole_state(bank: AdapterBank, seed: int) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    device = bank.shadow.device
+    return {k: (torch.randn(shape, generator=rng) * 0.2).to(device) for k, shape in bank.shapes().items()}
+
+
+def serve_and_train(topology: Topology, model: str, coserving: str, kernel: str = "torch") -> dict[str, Any]:
+    """Logits, the answers of requests of two versions with a training step between, gradient and shadow."""
+    part = Part(topology, model, coserving, lora_kernel=kernel)
+    part.promote(1, seed=4)
+    logits = stack_logits(part.runner.stack, torch.arange(3, 30, device=topology.device), 0)
+    config = part.config.train.model_copy(update={"enabled": True, "clip_norm": 0.5, "lr": 0.01})
+    trainer = ShadowTrainer(part.runner, part.bank, SAMPLES, config)
+    results: list[Any] = []
+
+    def step() -> Any:
+        results.append((yield from trainer.step(2, 2)))
+
+    part.engine.jobs.append(Job("step", step()))
+    requests = [request(i, [3 + i, 9, 20 + i] * (i + 1), max_tokens=9, ignore_eos=True) for i in range(3)]
+    requests.append(request(3, [5, 6], max_tokens=9, ignore_eos=True, temperature=0.8, seed=11))
+    for one in requests[:2]:
+        part.engine.scheduler.add(one, 0.0)
+    events: dict[int, list[Any]] = {one.id: [] for one in requests}
+    ticks = 0
+    while part.engine.serving or part.engine.jobs:
+        for event in part.engine.serve():
+            events[event.request_id].append(event)
+        part.engine.learn()
+        ticks += 1
+        if ticks == 3:
+            part.promote(2, seed=6)
+            for one in requests[2:]:
+                part.engine.scheduler.add(one, 0.0)
+    return {
+        "logits": logits,
+        "answers": {i: answer(found) for i, found in events.items()},
+        "versions": {i: {e.version for e in found} for i, found in events.items()},
+        "gradient": part.bank.whole(part.bank.gradient),
+        "shadow": part.bank.whole(part.bank.shadow.data),
+        "step": results[0],
+        "ticks": ticks,
+    }
+
+
+def communication(topology: Topology, model: str) -> tuple[int, int, int]:
+    """All-reduces of a serving forward, of a training pass's forward and backward; and the model's layers."""
+    part, calls = Part(topology, model), [0]
+    original = Peers.sum_
+
+    def counted(self: Peers, tensor: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        return original(self, tensor)
+
+    Peers.sum_ = counted  # type: ignore[method-assign]
+    try:
+        stack_logits(part.runner.stack, torch.arange(3, 30), None)
+        serving, calls[0] = calls[0], 0
+        for piece in list_slices(part.runner.loss_and_gradients(SAMPLES, 1.0)):
+            del piece
+        return serving, calls[0], part.runner.stack.num_layers
+    finally:
+        Peers.sum_ = original  # type: ignore[method-assign]
+
+
+def list_slices(work: Any) -> list[str]:
+    """Do a job from beginning to end; the kinds of its slices."""
+    kinds, result = [], None
+    while True:
+        try:
+            piece = work.send(result)
+        except StopIteration:
+            return kinds
+        kinds.append(piece.kind)
+        result = piece.work(piece.units)
+
+
+def round_trip(topology: Topology, model: str) -> dict[str, Any]:
+    """Export the shadow as PEFT does, change it, import it again; and memory that this rank holds in linear layers."""
+    part = Part(topology, model)
+    before = part.bank.shadow.detach().clone()
+    weights = write_weights(part.bank.whole(part.bank.shadow.data))
+    part.bank.set_shadow(random_state(part.bank, 1))
+    part.bank.set_shadow(read_weights(part.bank, weights))
+    held = sum(linear.weight.numel() for linear in part.runner.stack.linears)
+    same = torch.equal(before, part.bank.shadow.data)
+    return {"weights": weights, "same": same, "held": held, "kv": part.runner.cache.bytes}
+
+
+def agreements(topology: Topology) -> dict[str, Any]:
+    """What peers tell each other."""
+    peers, device = topology.peers, topology.device
+    rank = peers.rank
+    return {
+        "sum": peers.sum_(torch.tensor([1.0 + rank], device=device)).tolist(),
+        "leader": peers.leaders([rank * 7 + 1, -2], device),
+        "every": (peers.every(True, device), peers.every(rank != 1, device)),
+        "gather": [t.tolist() for t in peers.gather(torch.tensor([rank], device=device))],
+        "ranks": (rank, peers.size),
+    }

@@ -1,0 +1,156 @@
+"""A replica of several ranks computes what one rank computes: tokens, gradients, steps, adapters, rounds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import bodies
+import bodies_tp
+import pytest
+import torch
+from conftest import TINY
+from ranks import run_ranks
+from safetensors.torch import load
+
+from clif.layout import LayoutError
+from clif.models.shard import Span, check_shares, even_span, kv_span
+
+SHAPE = {**TINY, "num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """4 heads, 2 KV heads, biases: with four ranks two share a KV head."""
+    file = tmp_path_factory.mktemp("tp") / "config.json"
+    file.write_text(json.dumps(SHAPE))
+    return f"random:{file}"
+
+
+@pytest.fixture(scope="module")
+def alone(model: str) -> dict[str, Any]:
+    return run_ranks(1, bodies_tp.serve_and_train, model, "turns")[0]
+
+
+def assert_equal(found: dict[str, Any], alone: dict[str, Any]) -> None:
+    assert found["answers"] == alone["answers"] and found["versions"] == alone["versions"]
+    assert (found["logits"] - alone["logits"]).abs().max() <= 1e-4 * alone["logits"].abs().max()
+    for what, allowed in (("gradient", 1e-5), ("shadow", 1e-4)):
+        for name, expected in alone[what].items():
+            difference = (found[what][name] - expected).norm()
+            assert difference <= allowed * expected.norm() + 1e-9, f"{what} of {name}"
+    assert found["step"].loss == pytest.approx(alone["step"].loss, rel=1e-5)
+    assert found["step"].grad_norm == pytest.approx(alone["step"].grad_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("coserving", ["turns", "mixed"])
+def test_tokens_gradients_and_steps_are_those_of_one_rank(model, alone, size, coserving):
+    results = run_ranks(size, bodies_tp.serve_and_train, model, coserving, layout={"tp_size": size})
+    for found in results:
+        assert_equal(found, alone)
+        assert found["ticks"] == results[0]["ticks"], "clocks differ, ticks do not"
+        for name, factor in results[0]["shadow"].items():
+            assert torch.equal(found["shadow"][name], factor), "peers hold one adapter"
+
+
+def test_so_they_are_with_the_triton_kernels(model, alone):
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    for found in run_ranks(2, bodies_tp.serve_and_train, model, "turns", "triton", layout={"tp_size": 2}):
+        assert_equal(found, alone)
+
+
+def test_two_replicas_of_two_ranks_are_no_different(model, alone):
+    for found in run_ranks(4, bodies_tp.serve_and_train, model, "turns", layout={"tp_size": 2}):
+        assert_equal(found, alone)
+
+
+def test_there_is_one_all_reduce_per_attention_and_one_per_mlp(model):
+    for serving, training, layers in run_ranks(2, bodies_tp.communication, model, layout={"tp_size": 2}):
+        assert serving == 2 * layers
+        # Nothing below the first layer's attention learns: its gradient goes no further down.
+        assert training == 4 * layers - 1
+
+
+def test_an_adapter_is_exported_whole_and_imported_in_parts(model):
+    (whole,) = run_ranks(1, bodies_tp.round_trip, model)
+    for size in (2, 4):
+        for found in run_ranks(size, bodies_tp.round_trip, model, layout={"tp_size": size}):
+            assert found["same"]
+            for name, tensor in load(whole["weights"]).items():
+                assert torch.equal(load(found["weights"])[name], tensor), name
+            # With four ranks every KV head is held twice.
+            assert found["held"] <= whole["held"] / size * (1 if size == 2 else 1.2)
+            assert found["kv"] == whole["kv"] / 2
+
+
+def test_peers_agree_on_what_the_leader_says():
+    results = run_ranks(3, bodies_tp.agreements, layout={"tp_size": 3})
+    for rank, found in enumerate(results):
+        assert found == {
+            "sum": [6.0],
+            "leader": [1, -2],
+            "every": (True, False),
+            "gather": [[0], [1], [2]],
+            "ranks": (rank, 3),
+        }
+
+
+def test_rank_alone_agrees_with_itself():
+    (found,) = run_ranks(1, bodies_tp.agreements)
+    assert found["sum"] == [1.0] and found["every"] == (True, True) and found["gather"] == [[0]]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [
+        {"instruction": f"Say {word} twice", "output": f"{word} {word}", "split": "test" if i % 5 == 0 else "train"}
+        for i, word in enumerate(f"w{n}" for n in range(60))
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_a_round_of_replicas_of_two_ranks_averages_part_by_part(model, data, tmp_path: Path):
+    """Replicas 0 and 1 train, replica 2 gets the adapter by message; two ranks each."""
+    results = run_ranks(6, bodies.whole_round, model, data, str(tmp_path), layout={"tp_size": 2})
+    assert [r["settled"] for r in results] == [1] * 6
+    assert all(r["long"] == {0} for r in results), "promise 2: the long request ran through the promotion"
+    assert len({tuple(r["after"]) for r in results}) == 1 and results[0]["after"] != results[0]["before"]
+    for part in (0, 1):
+        shadows = [results[2 * replica + part]["shadow"] for replica in range(3)]
+        assert torch.equal(shadows[0], shadows[1]) and torch.equal(shadows[0], shadows[2])
+    assert [r["committed"] for r in results] == [24] * 4 + [0] * 2
+    votes = [r["vote"] for r in results[:4]]
+    assert all(v.finite and v.candidate_loss < v.active_loss and 0 < v.product_error < 10 for v in votes)
+    assert votes[0].product_error == pytest.approx(votes[1].product_error), "of the whole adapter, on every rank"
+
+
+def test_a_federated_round_gives_one_adapter_however_many_ranks_share_it(model, data, tmp_path: Path):
+    one = run_ranks(2, bodies.whole_adapter_of_a_round, model, data, str(tmp_path / "one"))
+    two = run_ranks(4, bodies.whole_adapter_of_a_round, model, data, str(tmp_path / "two"), layout={"tp_size": 2})
+    for name, expected in one[0].items():
+        assert (two[0][name] - expected).norm() <= 1e-3 * expected.norm() + 1e-9, name
+
+
+def test_spans_cover_everything_once_and_share_kv_heads_when_there_are_too_few():
+    assert [even_span(6, r, 3) for r in range(3)] == [Span(0, 2, 6), Span(2, 4, 6), Span(4, 6, 6)]
+    assert [kv_span(2, 8, r, 4) for r in range(4)] == [Span(0, 8, 16)] * 2 + [Span(8, 16, 16)] * 2
+    assert kv_span(4, 8, 1, 2) == Span(16, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "change, size, what",
+    [
+        ({}, 3, "4 attention heads"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 3}, 2, "3 key/value heads"),
+        ({"intermediate_size": 97}, 2, "97 MLP columns"),
+    ],
+)
+def test_a_model_that_ranks_cannot_share_is_refused_with_what_to_change(change, size, what):
+    from types import SimpleNamespace
+
+    with pytest.raises(LayoutError, match=f"{size} ranks cannot share the model's {what} evenly: change layout.tp"):
+        check_shares(SimpleNamespace(**{**SHAPE, **change}), size)
