@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import answer, make_rig, request
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
@@ -104,3 +106,16 @@ def test_a_graph_replayed_over_other_sequences_gives_the_bits_of_a_launch_and_le
             assert torch.equal(out[rows], full[rows])
             assert not out[[r for r in range(len(full)) if r not in rows]].any()
             assert not kernel.workspace().sync.any()
+
+
+def test_an_engine_with_the_kernel_gives_the_tokens_of_one_without(tiny_config: Path) -> None:
+    answers = []
+    for paged in (None, PagedDecode(torch.device(DEVICE))):
+        rig = make_rig(f"random:{tiny_config}", engine={"kv_tokens": 256}, device=DEVICE)
+        rig.runner.paged = paged
+        rig.fill(1, seed=4)
+        requests = [request(i, [*range(20), *[99 + i] * 40], max_tokens=40, ignore_eos=True) for i in range(5)]
+        events = rig.run(requests, arrive={i: 2 * i for i in range(5)})
+        assert rig.engine.scheduler.preemptions > 0 and rig.engine.scheduler.reused_tokens > 0
+        answers.append([answer(events[i]) for i in range(5)])
+    assert answers[0] == answers[1]

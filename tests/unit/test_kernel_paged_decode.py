@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import Rig, answer, make_rig, request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -252,7 +253,7 @@ def test_tickets_that_are_left_are_found(monkeypatch: pytest.MonkeyPatch, tmp_pa
         compute(usual())
 
 
-# --- compiled
+# --- compiled, and in the engine
 
 
 def test_the_kernel_compiles_for_hopper_and_ampere_within_its_limits(tmp_path: Path) -> None:
@@ -262,3 +263,35 @@ def test_the_kernel_compiles_for_hopper_and_ampere_within_its_limits(tmp_path: P
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert all(f"sm_{c} paged decode" in done.stdout for c in (90, 80))
+
+
+def served(rig: Rig, count: int) -> dict[int, list[int]]:
+    """Requests with a common beginning that fill the cache until the youngest must give way."""
+    requests = [request(i, [*range(20), *[99 + i] * 72], max_tokens=9, ignore_eos=True) for i in range(count)]
+    return {i: answer(events) for i, events in rig.run(requests, arrive={1: 2, 2: 2}).items()}
+
+
+def test_an_engine_with_the_kernel_gives_the_tokens_of_one_without(tiny_config: Path) -> None:
+    """With a shared beginning, prompts beside answers, and a request that is preempted and starts again."""
+    small = {"kv_tokens": 256, "max_batch": 3, "max_prefill_tokens": 64}
+    rigs = [make_rig(f"random:{tiny_config}", engine=small) for _ in range(2)]
+    kernel = rigs[1].runner.paged = Counting(CPU, DecodeConfig(block_kv=32, parts=2, least=64))
+    for rig in rigs:
+        rig.fill(1, seed=4)
+    assert served(rigs[0], 3) == served(rigs[1], 3)
+    for rig in rigs:
+        assert rig.engine.scheduler.preemptions > 0 and rig.engine.scheduler.reused_tokens == 40
+    assert set(kernel.sequences) == {1, 2, 3}
+    assert len(kernel.sequences) % rigs[1].runner.stack.num_layers == 0
+
+
+class Counting(PagedDecode):
+    """Notes how many sequences each launch has."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.sequences: list[int] = []
+
+    def attend(self, q: torch.Tensor, cache: torch.Tensor, table: DecodeTable, scale: float, out: torch.Tensor) -> None:
+        self.sequences.append(int(table.counts))
+        super().attend(q, cache, table, scale, out)
