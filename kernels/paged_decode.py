@@ -41,12 +41,13 @@ def _part_of_context(
         scores = dot(query, key, tl.zeros([ROWS, BLOCK_KV], dtype=tl.float32), INTERPRET)
         scores = tl.where(inside[None, :], scores, float("-inf"))
         above = tl.maximum(highest, tl.max(scores, 1))
-        # Scaled after the difference: what rounding does to the large weights is then small.
-        weights = tl.exp2((scores - above[:, None]) * scale)
+        # Scaled after the difference: what rounding does to the large weights is then small. Rounded before they are
+        # added up: the weights of the values then add up to one.
+        weights = rounded(tl.exp2((scores - above[:, None]) * scale), keys.dtype.element_ty, INTERPRET)
         shrink = tl.exp2((highest - above) * scale)
         value = tl.load(values + place[:, None] + cols[None, :], mask=inside[:, None] & inside_head[None, :], other=0.0)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = dot(rounded(weights, value.dtype, INTERPRET), value, acc * shrink[:, None], INTERPRET)
+        total = total * shrink + tl.sum(weights.to(tl.float32), 1)
+        acc = dot(weights, value, acc * shrink[:, None], INTERPRET)
         highest = above
     return highest, total, acc
 

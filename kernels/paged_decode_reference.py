@@ -2,9 +2,9 @@
 
     out = softmax(scale * q K^T) V      over the sequence's own places of the cache, for each of its query heads
 
-One specification for GPU and interpreter. A result is judged against float64: its Frobenius error is at most 1.25
-times that of torch's products in the same type on the same data, and every element is within what the roundings of
-that element allow. Free of Triton.
+One specification for GPU and interpreter. A result is judged against float64: every element is within what the
+roundings of that element allow, and, where there are elements enough to compare two sums of chance, its Frobenius error
+is at most 1.25 times that of torch's products in the same type on the same data. Free of Triton.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ import torch
 from torch.nn.functional import pad
 
 from clif.kernels.decode_table import DecodeRow, DecodeTable
+
+FEW = 512
+"""Below so many elements it is a matter of luck whose error is larger: up to 1.8 times in 65 float32 batches."""
 
 
 def attend_by_torch(
@@ -90,7 +93,7 @@ def violations(batch: DecodeBatch, found: torch.Tensor) -> list[str]:
     wrong, unit = [], torch.finfo(batch.q.dtype).eps
     error, allowed = ((x - exact).norm() / exact.norm() for x in (found.double(), torchs))
     # Where torch happens to be exact, a rounding of the last bit is no fault.
-    if error > 1.25 * allowed + unit / 8:
+    if exact.numel() >= FEW and error > 1.25 * allowed + unit / 8:
         wrong.append(f"relative error {error:.2e}, torch's is {allowed:.2e}")
     excess = ((found.double() - exact).abs() / _bound(batch, exact)).max()
     if excess > 1:
@@ -103,10 +106,10 @@ def _by_torch(batch: DecodeBatch, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _bound(batch: DecodeBatch, exact: torch.Tensor) -> torch.Tensor:
-    """The most by which each element may be off: a rounding of it and of each weight, and scores of float32."""
+    """The most by which each element may be off: a rounding of it, of each weight and of their sum, float32 scores."""
     cache = batch.cache.double()
     cache[len(cache) // 2 :].abs_()
     weighted = attend_by_torch(batch.q.double(), cache, batch.sequences, batch.block_size, batch.scale)
     # A score is a sum of d products, and its error is that of the weight, in proportion.
     scores = 8 * batch.q.shape[-1] ** 0.5 * 2.0**-24
-    return torch.finfo(batch.q.dtype).eps / 2 * (exact.abs() + weighted) * 1.01 + scores * weighted + 1e-30
+    return torch.finfo(batch.q.dtype).eps / 2 * (2 * exact.abs() + weighted) * 1.01 + scores * weighted + 1e-30
