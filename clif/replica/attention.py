@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from clif.kernels.decode_table import DecodeRow, DecodeTable
 from clif.models.causal import CausalSequences, bucket
 from clif.replica.blocks import places
 from clif.replica.scheduler import Chunk
+
+if TYPE_CHECKING:
+    from clif.kernels.paged import PagedDecode
 
 
 class KVCache:
@@ -34,31 +39,42 @@ class KVCache:
 class PagedRows:
     """Which cache places the rows of one tick write and read.
 
-    Chunks lie one after the other. Decode rows whose contexts are of like length are one batched product; prompts
-    without a past attend among themselves; prompt chunks with a past (continued, or behind a reused prefix) go one
-    by one.
+    Chunks lie one after the other. Decode rows are one launch of the kernel `paged`, or without it one batched product
+    for all whose contexts are of like length; prompts without a past attend among themselves; prompt chunks with a
+    past (continued, or behind a reused prefix) go one by one.
     """
 
-    def __init__(self, cache: KVCache, chunks: Seq[Chunk], block_size: int, device: torch.device) -> None:
-        self._cache, self._device = cache, device
+    def __init__(
+        self,
+        cache: KVCache,
+        chunks: Seq[Chunk],
+        block_size: int,
+        device: torch.device,
+        paged: PagedDecode | None = None,
+    ) -> None:
+        self._cache, self._device, self._paged = cache, device, paged
         written: list[int] = []
         decoding: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
+        launched: list[DecodeRow] = []
         fresh: list[tuple[int, int]] = []
         self._continued: list[tuple[int, int, torch.Tensor, torch.Tensor]] = []
         row = 0
         for chunk in chunks:
-            context = places(chunk.sequence.blocks, block_size, 0, chunk.stop)
-            written += context[chunk.start :]
-            size = chunk.stop - chunk.start
-            if size == 1:
-                decoding[bucket(len(context))].append((row, context))
+            blocks, size = chunk.sequence.blocks, chunk.stop - chunk.start
+            written += places(blocks, block_size, chunk.start, chunk.stop)
+            if size == 1 and paged is not None:
+                launched.append(DecodeRow(row, chunk.stop, blocks))
+            elif size == 1:
+                decoding[bucket(chunk.stop)].append((row, places(blocks, block_size, 0, chunk.stop)))
             elif chunk.start == 0:
                 fresh.append((row, row + size))
             else:
-                self._continued.append((row, row + size, self._index(context), _past_mask(chunk, device)))
+                context = self._index(places(blocks, block_size, 0, chunk.stop))
+                self._continued.append((row, row + size, context, _past_mask(chunk, device)))
             row += size
         self.count = row
         self._written = self._index(written)
+        self._table = DecodeTable.make(launched, block_size, device) if launched else None
         self._decodes = [self._decode_group(members) for members in decoding.values()]
         self._fresh_rows = self._index([r for start, stop in fresh for r in range(start, stop)])
         self._fresh = CausalSequences([stop - start for start, stop in fresh], device) if fresh else None
@@ -83,6 +99,8 @@ class PagedRows:
         cache = self._cache.layers[layer]
         cache.index_copy_(1, self._written, torch.cat((key, value), 1).transpose(0, 1))
         out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
+        if self._paged is not None and self._table is not None:
+            self._paged.attend(query, cache, self._table, scale, out)
         for rows, context, added in self._decodes:
             got = _decode(
                 query if len(rows) == self.count else query.index_select(0, rows), cache, context, added, scale

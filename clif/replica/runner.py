@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -23,6 +23,9 @@ from clif.replica.jobs import Slice, Slices
 from clif.replica.passes import Pass, measure_activations, pack
 from clif.replica.scheduler import Chunk
 from clif.types import TrainSample
+
+if TYPE_CHECKING:
+    from clif.kernels.paged import PagedDecode
 
 HEAD_LEAST = 16
 """Rows of the head's smallest slice: one row would read the whole matrix, too."""
@@ -44,15 +47,25 @@ class AtOnce:
 
 
 class ModelRunner:
-    """The model of one rank with its adapters and KV cache. pace: set by the engine."""
+    """The model of one rank with its adapters and KV cache.
+
+    pace: set by the engine; paged: the kernel for attention of decode rows, None: torch's products.
+    """
 
     def __init__(
-        self, stack: CausalStack, bank: AdapterBank, config: EngineConfig, device: torch.device, dtype: torch.dtype
+        self,
+        stack: CausalStack,
+        bank: AdapterBank,
+        config: EngineConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        paged: PagedDecode | None = None,
     ) -> None:
         self.stack, self.bank, self.config, self.device = stack, bank, config, device
         self.cache = KVCache(stack.num_layers, config.kv_tokens, stack.num_kv_heads, stack.head_dim, dtype, device)
         self.activations = measure_activations(stack, device, config.activation_mib << 20)
         self.pace: Pace = AtOnce()
+        self.paged = paged
 
     def check_samples(self, longest: int) -> None:
         """Raises ConfigError if a training sample of this many tokens cannot be held."""
@@ -70,7 +83,7 @@ class ModelRunner:
         """
         ids = self._tensor([t for c in chunks for t in c.sequence.tokens[c.start : c.stop]])
         positions = self._tensor([p for c in chunks for p in range(c.start, c.stop)])
-        plan = PagedRows(self.cache, chunks, self.config.block_size, self.device)
+        plan = PagedRows(self.cache, chunks, self.config.block_size, self.device, self.paged)
         part = self.stack.part(Rows(plan.count, _segments(chunks)), positions, plan)
         hidden = self._layers(self.stack.embed(ids), part, rider)
         ends = torch.tensor([c.stop - c.start for c in chunks]).cumsum(0) - 1

@@ -1,0 +1,127 @@
+"""Which cache blocks each sequence of a decode batch reads, on the device; and how a launch is cut. Free of Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+class DecodeRow(NamedTuple):
+    """One sequence: its row in the batch, its tokens in the cache (the new one included), and its blocks in order."""
+
+    row: int
+    length: int
+    blocks: Sequence[int]
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How paged_decode is computed; what it computes is the same up to roundings.
+
+    block_kv: tokens of a step, a power of two of at least 16; parts: into how many a context is split at most; least:
+    tokens of a part at least, a multiple of block_kv. Both cut a context by its own length only, whoever else is in
+    the batch. stages: with 5, two steps of K and V are on their way while one is computed; a step takes two stages,
+    since its places must be looked up before it is loaded. Raises ValueError.
+    """
+
+    block_kv: int = 64
+    parts: int = 16
+    least: int = 256
+    warps: int = 4
+    stages: int = 5
+
+    def __post_init__(self) -> None:
+        if self.block_kv < 16 or self.block_kv & (self.block_kv - 1):
+            raise ValueError(f"block_kv {self.block_kv} is not a power of two of at least 16")
+        if self.least < 1 or self.least % self.block_kv:
+            raise ValueError(f"least {self.least} is not a multiple of block_kv {self.block_kv}")
+        if self.parts < 1:
+            raise ValueError(f"parts {self.parts} is below 1")
+
+    def most_parts(self, tokens: int) -> int:
+        """Parts of any context up to this length."""
+        return max(1, min(self.parts, -(-tokens // self.least)))
+
+
+class DecodeTable:
+    """The sequences of a decode batch on the device; `refill` puts others in its place for the same launch.
+
+    counts [1]: sequences; rows and lengths [capacity]; blocks [capacity, max_blocks], each row padded with its last
+    block. All int32, all views of one tensor, so that a refill is one copy.
+    """
+
+    def __init__(self, capacity: int, max_blocks: int, block_size: int, device: torch.device) -> None:
+        if min(capacity, max_blocks, block_size) < 1:
+            raise ValueError(f"capacity {capacity}, max_blocks {max_blocks}, block_size {block_size}: all at least 1")
+        self.capacity, self.max_blocks, self.block_size = capacity, max_blocks, block_size
+        # Parts that begin at multiples of 16 words are aligned, which the compiler makes use of.
+        self._width = -(-capacity // 16) * 16
+        self._host = torch.zeros(16 + 2 * self._width + capacity * max_blocks, dtype=torch.int32)
+        self._words = self._host.to(device, copy=True)
+        self.counts, self.rows, self.lengths, self.blocks = self._views(self._words)
+
+    @classmethod
+    def make(
+        cls,
+        sequences: Sequence[DecodeRow],
+        block_size: int,
+        device: torch.device,
+        capacity: int = 0,
+        max_blocks: int = 0,
+    ) -> DecodeTable:
+        """A table with these sequences; capacity and max_blocks: what `refill` may need later, in a captured graph.
+
+        Both are the next power of two if they are not given, so that few shapes are launched. Raises ValueError.
+        """
+        blocks = max((-(-s.length // block_size) for s in sequences), default=1)
+        table = cls(capacity or _power(len(sequences)), max_blocks or max(16, _power(blocks)), block_size, device)
+        table.refill(sequences)
+        return table
+
+    def refill(self, sequences: Sequence[DecodeRow]) -> None:
+        """Other sequences for the same launch: a captured graph reads them in its next replay.
+
+        Raises ValueError, and changes nothing, if they do not fit or if a sequence lacks a block.
+        """
+        if len(sequences) > self.capacity:
+            raise ValueError(
+                f"{len(sequences)} sequences do not fit in {self.capacity}: make the table with more capacity"
+            )
+        needed = [self._needed(s) for s in sequences]
+        counts, rows, lengths, blocks = (view.numpy() for view in self._views(self._host))
+        counts[0] = len(sequences)
+        for i, (sequence, count) in enumerate(zip(sequences, needed, strict=True)):
+            rows[i], lengths[i] = sequence.row, sequence.length
+            blocks[i, :count] = sequence.blocks[:count]
+            # Never read; were it, it would be the sequence's own.
+            blocks[i, count:] = sequence.blocks[count - 1]
+        self._words.copy_(self._host)
+
+    def _needed(self, sequence: DecodeRow) -> int:
+        count = -(-sequence.length // self.block_size)
+        if sequence.length < 1:
+            raise ValueError(f"a context of {sequence.length} tokens: leave the sequence out")
+        if count > self.max_blocks:
+            raise ValueError(
+                f"a context of {sequence.length} tokens needs {count} blocks of {self.max_blocks}: make the table "
+                "with more max_blocks"
+            )
+        if count > len(sequence.blocks):
+            raise ValueError(
+                f"a context of {sequence.length} tokens needs {count} blocks, its sequence has {len(sequence.blocks)}: "
+                "give it its blocks first"
+            )
+        return count
+
+    def _views(self, words: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        width = self._width
+        parts = words[:1], words[16 : 16 + self.capacity], words[16 + width : 16 + width + self.capacity]
+        return *parts, words[16 + 2 * width :].view(self.capacity, self.max_blocks)
+
+
+def _power(count: int) -> int:
+    """The power of two that holds a count, at least 1."""
+    return 1 << max(0, count - 1).bit_length()

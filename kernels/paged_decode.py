@@ -1,0 +1,144 @@
+"""Attention of one new token per sequence to a paged KV cache, one launch for all sequences and heads (Triton).
+
+    out = softmax(scale * q K^T) V      over the sequence's own places of the cache, for each of its query heads
+
+`kernels/paged_decode_reference.py` is the specification.
+
+How: a program takes one part of one sequence's context and one KV head, with all query heads that share it, so that
+K and V are read once. It keeps a running maximum, a running sum and the weighted values, all float32. The last to
+arrive at a sequence and head adds up its parts in a fixed order. The grid is that of the table's capacity; how many
+sequences there are, and how long, is read from the device, so that a captured graph can be replayed over a table that
+was filled again. Programs without work leave at once.
+
+Invariants: only places that hold a token of the sequence are loaded; what lies elsewhere, a NaN of another request or
+the rest of a block, is not multiplied by zero but never read. The parts depend on the length of their own sequence
+only, and all sums have a fixed order: a sequence gets the same bits in any company, and again in the next run.
+"""
+
+import triton
+import triton.language as tl
+
+from clif.kernels.numerics import dot, rounded
+
+
+@triton.jit
+def _part_of_context(
+    query, keys, values, table, begin, end, scale, cache_place, inside_head,
+    ROWS: tl.constexpr, HEAD_DIM_P: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_KV: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Maximum and sum [ROWS] and weighted values [ROWS, HEAD_DIM_P] over tokens begin..end, at least one."""
+    cols = tl.arange(0, HEAD_DIM_P)
+    highest = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    acc = tl.zeros([ROWS, HEAD_DIM_P], dtype=tl.float32)
+    for token in range(begin, end, BLOCK_KV):
+        tokens = token + tl.arange(0, BLOCK_KV)
+        inside = tokens < end
+        block = tl.load(table + tokens // BLOCK_SIZE, mask=inside, other=0)
+        place = (block.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE) * cache_place
+        key = tl.load(keys + place[None, :] + cols[:, None], mask=inside[None, :] & inside_head[:, None], other=0.0)
+        scores = dot(query, key, tl.zeros([ROWS, BLOCK_KV], dtype=tl.float32), INTERPRET)
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+        above = tl.maximum(highest, tl.max(scores, 1))
+        # Scaled after the difference: what rounding does to the large weights is then small. Rounded before they are
+        # added up: the weights of the values then add up to one.
+        weights = rounded(tl.exp2((scores - above[:, None]) * scale), keys.dtype.element_ty, INTERPRET)
+        shrink = tl.exp2((highest - above) * scale)
+        value = tl.load(values + place[:, None] + cols[None, :], mask=inside[:, None] & inside_head[None, :], other=0.0)
+        total = total * shrink + tl.sum(weights.to(tl.float32), 1)
+        acc = dot(weights, value, acc * shrink[:, None], INTERPRET)
+        highest = above
+    return highest, total, acc
+
+
+@triton.jit
+def paged_decode(
+    q,
+    cache,
+    out,
+    counts,
+    rows,
+    lengths,
+    blocks,
+    planes,
+    sums,
+    tickets,
+    scale,
+    table_row,
+    q_row,
+    q_head,
+    cache_head,
+    cache_place,
+    out_row,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_P: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    PARTS: tl.constexpr,
+    LEAST: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """out [rows, heads * HEAD_DIM] of q [rows, heads, HEAD_DIM]; grid (parts, KV heads, capacity of the table).
+
+    cache [2 * KV heads, places, HEAD_DIM], keys first. counts [1]: sequences; rows, lengths [capacity]: each one's row
+    in q and out, and its tokens; blocks [capacity, table_row]: its blocks of the cache. GROUP query heads share a KV
+    head, ROWS is GROUP padded. A part has at least LEAST tokens, and there are at most PARTS. planes, sums: workspace
+    of [capacity, KV heads, parts] times [GROUP, HEAD_DIM] and [2, GROUP]; tickets: zero before and after. scale: the
+    softmax's times log2(e), above 0.
+    """
+    part = tl.program_id(0)
+    head = tl.program_id(1)
+    sequence = tl.program_id(2)
+    kv_heads = tl.num_programs(1)
+    length = tl.load(lengths + sequence, mask=sequence < tl.load(counts), other=0)
+    depth = tl.maximum(tl.cdiv(tl.cdiv(length, PARTS), BLOCK_KV) * BLOCK_KV, LEAST)
+    begin = part * depth
+    if begin < length:
+        members = tl.arange(0, ROWS)
+        cols = tl.arange(0, HEAD_DIM_P)
+        inside_head = cols < HEAD_DIM
+        inside = (members[:, None] < GROUP) & inside_head[None, :]
+        row = tl.load(rows + sequence)
+        heads = head * GROUP + members
+        query = tl.load(q + row * q_row + heads[:, None] * q_head + cols[None, :], mask=inside, other=0.0)
+        keys = cache + head.to(tl.int64) * cache_head
+        values = keys + kv_heads.to(tl.int64) * cache_head
+        highest, total, acc = _part_of_context(
+            query, keys, values, blocks + sequence * table_row, begin, tl.minimum(begin + depth, length), scale,
+            cache_place, inside_head, ROWS, HEAD_DIM_P, BLOCK_SIZE, BLOCK_KV, INTERPRET,
+        )  # fmt: skip
+        place = out + row * out_row + heads[:, None] * HEAD_DIM + cols[None, :]
+        parts = tl.cdiv(length, depth)
+        if parts == 1:
+            tl.store(place, rounded(acc / total[:, None], out.dtype.element_ty, INTERPRET), mask=inside)
+        else:
+            target = sequence * kv_heads + head
+            plane = planes + target * tl.num_programs(0) * (GROUP * HEAD_DIM) + members[:, None] * HEAD_DIM + cols
+            partial = sums + target * tl.num_programs(0) * (2 * GROUP) + members
+            tl.store(plane + part * (GROUP * HEAD_DIM), acc, mask=inside)
+            tl.store(partial + part * (2 * GROUP), highest, mask=members < GROUP)
+            tl.store(partial + part * (2 * GROUP) + GROUP, total, mask=members < GROUP)
+            # All threads' stores come before the one thread that hands in the ticket.
+            tl.debug_barrier()
+            if tl.atomic_add(tickets + target, 1, sem="acq_rel") == parts - 1:
+                # The maximum first: then no load waits for the arithmetic of the one before.
+                highest = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+                for i in range(parts):
+                    one = tl.load(partial + i * (2 * GROUP), mask=members < GROUP, other=0.0, cache_modifier=".cg")
+                    highest = tl.maximum(highest, one)
+                total = tl.zeros([ROWS], dtype=tl.float32)
+                acc = tl.zeros([ROWS, HEAD_DIM_P], dtype=tl.float32)
+                for i in range(parts):
+                    one = tl.load(partial + i * (2 * GROUP), mask=members < GROUP, other=0.0, cache_modifier=".cg")
+                    many = tl.load(
+                        partial + i * (2 * GROUP) + GROUP, mask=members < GROUP, other=1.0, cache_modifier=".cg"
+                    )
+                    weight = tl.exp2((one - highest) * scale)
+                    total += weight * many
+                    values_i = tl.load(plane + i * (GROUP * HEAD_DIM), mask=inside, other=0.0, cache_modifier=".cg")
+                    acc += weight[:, None] * values_i
+                tl.store(place, rounded(acc / total[:, None], out.dtype.element_ty, INTERPRET), mask=inside)
+                tl.store(tickets + target, 0)

@@ -1,0 +1,115 @@
+"""Attention of one new token per sequence to a paged KV cache: the torch reference, and how near a kernel must come.
+
+    out = softmax(scale * q K^T) V      over the sequence's own places of the cache, for each of its query heads
+
+One specification for GPU and interpreter. A result is judged against float64: every element is within what the
+roundings of that element allow, and, where there are elements enough to compare two sums of chance, its Frobenius error
+is at most 1.25 times that of torch's products in the same type on the same data. Free of Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+
+from clif.kernels.decode_table import DecodeRow, DecodeTable
+
+FEW = 512
+"""Below so many elements it is a matter of luck whose error is larger: up to 1.8 times in 65 float32 batches."""
+
+
+def attend_by_torch(
+    q: torch.Tensor, cache: torch.Tensor, sequences: Sequence[DecodeRow], block_size: int, scale: float
+) -> torch.Tensor:
+    """out [rows, heads * d] in the type of q [rows, heads, d]; rows of no sequence are zero.
+
+    cache [2 * kv_heads, places, d], keys first. Token i of a sequence lies at place blocks[i // block_size] *
+    block_size + i % block_size.
+    """
+    out = q.new_zeros(q.shape)
+    for row, length, blocks in sequences:
+        k, v = cache.index_select(1, _places(blocks, block_size, length, q.device)).chunk(2)
+        grouped = (q[row] * scale).view(len(k), -1, q.shape[-1])
+        group = grouped.shape[1]
+        # Rows as many as tensor cores take: torch adds up a product of one row in another order, with other errors.
+        padded = pad(grouped, (0, 0, 0, max(0, 16 - group)))
+        out[row] = (torch.matmul(padded, k.transpose(-1, -2)).softmax(-1) @ v)[:, :group].reshape_as(out[row])
+    return out.flatten(1)
+
+
+def _places(blocks: Sequence[int], block_size: int, length: int, device: torch.device) -> torch.Tensor:
+    tokens = torch.arange(length, device=device)
+    return torch.tensor(blocks, device=device)[tokens // block_size] * block_size + tokens % block_size
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeBatch:
+    """One layer's input. cache: NaN wherever no token of a sequence lies."""
+
+    q: torch.Tensor
+    cache: torch.Tensor
+    sequences: tuple[DecodeRow, ...]
+    block_size: int
+    scale: float
+
+    def table(self, capacity: int = 0, max_blocks: int = 0) -> DecodeTable:
+        return DecodeTable.make(self.sequences, self.block_size, self.q.device, capacity, max_blocks)
+
+
+def random_decode(
+    lengths: Sequence[int], heads: int, kv_heads: int, d: int, block_size: int, *, dtype: torch.dtype,
+    device: str = "cpu", shared: int = 0, seed: int = 0,
+) -> DecodeBatch:  # fmt: skip
+    """Sequences of these lengths in blocks that lie anywhere; the first `shared` blocks are the same for all."""
+    rng = torch.Generator().manual_seed(seed)
+    counts = [-(-length // block_size) for length in lengths]
+    total = shared + sum(counts) + 3
+    # Block 0 belongs to nobody: a table full of zeros must not look right.
+    order = (torch.randperm(total - 1, generator=rng) + 1).tolist()
+    beginning, order = order[:shared], order[shared:]
+    sequences = []
+    for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        own, order = order[: count - min(shared, count)], order[count - min(shared, count) :]
+        sequences.append(DecodeRow(row, length, (*beginning[:count], *own)))
+    filled = torch.full((2 * kv_heads, total * block_size, d), torch.nan)
+    for _, length, blocks in sequences:
+        at = _places(blocks, block_size, length, filled.device)
+        filled[:, at] = torch.randn(2 * kv_heads, length, d, generator=rng)
+    # Scores that differ by a few units: a softmax that is neither flat nor one token.
+    q = 2 * torch.randn(len(lengths), heads, d, generator=rng)
+    return DecodeBatch(q.to(device, dtype), filled.to(device, dtype), tuple(sequences), block_size, d**-0.5)
+
+
+def violations(batch: DecodeBatch, found: torch.Tensor) -> list[str]:
+    """What is wrong with a result, in words; empty if nothing is."""
+    exact, torchs = _by_torch(batch, torch.float64), _by_torch(batch, batch.q.dtype).double()
+    if not exact.numel():
+        return []
+    if not found.isfinite().all():
+        return ["the result is not finite"]
+    wrong, unit = [], torch.finfo(batch.q.dtype).eps
+    error, allowed = ((x - exact).norm() / exact.norm() for x in (found.double(), torchs))
+    # Where torch happens to be exact, a rounding of the last bit is no fault.
+    if exact.numel() >= FEW and error > 1.25 * allowed + unit / 8:
+        wrong.append(f"relative error {error:.2e}, torch's is {allowed:.2e}")
+    excess = ((found.double() - exact).abs() / _bound(batch, exact)).max()
+    if excess > 1:
+        wrong.append(f"an element is off by {excess:.1f} times what roundings allow")
+    return wrong
+
+
+def _by_torch(batch: DecodeBatch, dtype: torch.dtype) -> torch.Tensor:
+    return attend_by_torch(batch.q.to(dtype), batch.cache.to(dtype), batch.sequences, batch.block_size, batch.scale)
+
+
+def _bound(batch: DecodeBatch, exact: torch.Tensor) -> torch.Tensor:
+    """The most by which each element may be off: a rounding of it, of each weight and of their sum, float32 scores."""
+    cache = batch.cache.double()
+    cache[len(cache) // 2 :].abs_()
+    weighted = attend_by_torch(batch.q.double(), cache, batch.sequences, batch.block_size, batch.scale)
+    # A score is a sum of d products, and its error is that of the weight, in proportion.
+    scores = 8 * batch.q.shape[-1] ** 0.5 * 2.0**-24
+    return torch.finfo(batch.q.dtype).eps / 2 * (2 * exact.abs() + weighted) * 1.01 + scores * weighted + 1e-30

@@ -1,0 +1,297 @@
+"""The paged decode kernel in Triton's interpreter, against the specification that the GPU tests use, too."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import Rig, answer, make_rig, request
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+from clif.kernels import paged
+from clif.kernels.decode_table import DecodeConfig, DecodeRow, DecodeTable
+from clif.kernels.paged import INTERPRET, PagedDecode
+from clif.kernels.paged_decode_reference import DecodeBatch, random_decode, violations
+
+pytestmark = pytest.mark.skipif(not INTERPRET, reason="the kernel is compiled in this process: see tests/gpu")
+CPU = torch.device("cpu")
+SMALL = DecodeConfig(block_kv=16, parts=3, least=16)
+RAGGED = (37, 1, 16, 17, 32)
+
+
+def compute(batch: DecodeBatch, kernel: PagedDecode | None = None, table: DecodeTable | None = None) -> torch.Tensor:
+    """The kernel's result; rows that it left alone are zero."""
+    kernel = kernel or PagedDecode(CPU, SMALL)
+    out = batch.q.new_zeros(batch.q.shape).flatten(1)
+    kernel.attend(batch.q, batch.cache, table or batch.table(), batch.scale, out)
+    assert not kernel.workspace().sync.any(), "tickets are back at zero"
+    return out
+
+
+def usual(dtype: torch.dtype = torch.bfloat16, **options: Any) -> DecodeBatch:
+    return random_decode(RAGGED, 8, 2, 64, 16, dtype=dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "d", "block_size"),
+    [(2, 2, 64, 16), (6, 2, 80, 5), (4, 1, 96, 64), (14, 2, 64, 4), (8, 1, 128, 32), (3, 1, 8, 7)],
+)
+def test_results_are_as_near_to_float64_as_torch_s(
+    dtype: torch.dtype, heads: int, kv_heads: int, d: int, block_size: int
+) -> None:
+    batch = random_decode(RAGGED, heads, kv_heads, d, block_size, dtype=dtype)
+    assert violations(batch, compute(batch)) == []
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [(), (1,), (15,), (16,), (17,), (47, 48, 49), (1, 200)],
+    ids=["nobody", "1", "below a block", "a block", "above a block", "around all parts", "far apart"],
+)
+def test_any_lengths_will_do(lengths: tuple[int, ...]) -> None:
+    batch = random_decode(lengths, 4, 1, 64, 16, dtype=torch.float32)
+    assert violations(batch, compute(batch, table=batch.table(capacity=4))) == []
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7, 64])
+def test_any_number_of_parts_computes_the_same_function(parts: int) -> None:
+    """Also more parts than the sequences have blocks."""
+    batch = usual(torch.float32)
+    assert violations(batch, compute(batch, PagedDecode(CPU, replace(SMALL, parts=parts)))) == []
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    st.sampled_from([(1, 1), (3, 1), (4, 2), (7, 1)]),
+    st.sampled_from([8, 16, 24]),
+    st.integers(1, 20),
+    st.integers(1, 4),
+)
+def test_any_small_shape_will_do(
+    lengths: list[int], heads: tuple[int, int], d: int, block_size: int, parts: int
+) -> None:
+    batch = random_decode(lengths, *heads, d, block_size, dtype=torch.float16)
+    assert violations(batch, compute(batch, PagedDecode(CPU, replace(SMALL, parts=parts)))) == []
+
+
+def test_the_query_and_the_result_may_be_parts_of_wider_tensors() -> None:
+    batch = usual()
+    wide = torch.full((len(batch.q), 12, 64), torch.nan, dtype=batch.q.dtype)
+    wide[:, 2:10] = batch.q
+    out = torch.zeros(len(batch.q), 600, dtype=batch.q.dtype)
+    PagedDecode(CPU, SMALL).attend(wide[:, 2:10], batch.cache, batch.table(), batch.scale, out[:, 40:552])
+    assert torch.equal(out[:, 40:552], compute(batch))
+    assert not out[:, :40].any() and not out[:, 552:].any()
+
+
+# --- isolation
+
+
+def test_sequences_that_share_their_beginning_read_it_both() -> None:
+    batch = usual(shared=1)
+    assert len({s.blocks[0] for s in batch.sequences}) == 1
+    assert violations(batch, compute(batch)) == []
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("half", ["keys", "values"])
+def test_what_one_sequence_holds_never_reaches_another(poison: float, half: str) -> None:
+    batch = usual()
+    clean, victim = compute(batch), batch.sequences[0]
+    cache = batch.cache.clone()
+    for block in victim.blocks:
+        (cache[:2] if half == "keys" else cache[2:])[:, block * 16 : (block + 1) * 16] = poison
+    dirty = compute(replace(batch, cache=cache))
+    assert torch.equal(dirty[1:], clean[1:])
+    assert not torch.equal(dirty[0], clean[0])
+
+
+def test_a_result_depends_on_the_sequence_s_own_tokens_only() -> None:
+    """Other values wherever none of its tokens lies, the rest of its last block included, or nobody else there."""
+    batch = usual()
+    together = compute(batch)
+    for i, sequence in enumerate(batch.sequences):
+        own = torch.zeros(batch.cache.shape[1], dtype=torch.bool)
+        own[[sequence.blocks[t // 16] * 16 + t % 16 for t in range(sequence.length)]] = True
+        for other in (torch.nan, 1.0):
+            cache = torch.where(own[:, None], batch.cache, other)
+            alone = compute(replace(batch, cache=cache, sequences=(sequence,)))
+            assert torch.equal(alone[i], together[i])
+
+
+def test_equal_input_gives_equal_bits_also_in_another_order() -> None:
+    batch, kernel = usual(), PagedDecode(CPU, SMALL)
+    first = compute(batch, kernel)
+    assert torch.equal(first, compute(batch, kernel))
+    assert torch.equal(first, compute(replace(batch, sequences=batch.sequences[::-1]), kernel))
+    assert torch.equal(first, compute(batch, kernel, batch.table(capacity=11, max_blocks=40)))
+
+
+# --- tables
+
+
+def test_a_table_filled_again_is_a_new_one_and_rows_of_nobody_stay_as_they_are() -> None:
+    batch, kernel = usual(), PagedDecode(CPU, SMALL)
+    table, full = batch.table(), compute(batch)
+    where = [t.data_ptr() for t in (table.counts, table.rows, table.lengths, table.blocks)]
+    for some in (batch.sequences[4:5], batch.sequences[::2], (), batch.sequences):
+        table.refill(some)
+        out = compute(replace(batch, sequences=some), kernel, table)
+        rows = [s.row for s in some]
+        assert torch.equal(out[rows], full[rows])
+        assert not out[[r for r in range(len(full)) if r not in rows]].any()
+    assert where == [t.data_ptr() for t in (table.counts, table.rows, table.lengths, table.blocks)]
+
+
+def test_a_table_says_what_does_not_fit_and_keeps_what_it_has() -> None:
+    table = DecodeTable.make([DecodeRow(0, 9, [5, 3, 8])], 4, CPU, capacity=2, max_blocks=4)
+    assert table.blocks.tolist() == [[5, 3, 8, 8], [0, 0, 0, 0]]
+    good = DecodeRow(1, 1, [2])
+    for wrong, words in (
+        ([good] * 3, "3 sequences do not fit in 2: make the table with more capacity"),
+        ([good, DecodeRow(0, 17, [1] * 5)], "17 tokens needs 5 blocks of 4: make the table with more max_blocks"),
+        ([good, DecodeRow(0, 9, [1, 2])], "needs 3 blocks, its sequence has 2: give it its blocks first"),
+        ([good, DecodeRow(0, 0, [])], "a context of 0 tokens: leave the sequence out"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            table.refill(wrong)
+        assert (table.counts.tolist(), table.rows.tolist(), table.lengths.tolist()) == ([1], [0, 0], [9, 0])
+    with pytest.raises(ValueError, match="at least 1"):
+        DecodeTable(0, 1, 1, CPU)
+
+
+def test_tables_of_like_size_have_one_shape() -> None:
+    shapes = {tuple(DecodeTable.make([DecodeRow(0, n, range(9))] * 5, 4, CPU).blocks.shape) for n in (1, 20, 36)}
+    assert shapes == {(8, 16)}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"block_kv": 8}, "block_kv 8"), ({"block_kv": 48}, "block_kv 48"), ({"least": 65}, "multiple"),
+     ({"parts": 0}, "parts 0")],
+)  # fmt: skip
+def test_a_configuration_that_cannot_be_is_refused(options: dict[str, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        DecodeConfig(**options)
+
+
+def test_tensors_that_do_not_fit_are_refused() -> None:
+    batch, kernel = usual(), PagedDecode(CPU, SMALL)
+    out, table = torch.zeros(5, 512, dtype=torch.bfloat16), batch.table()
+    q, cache = batch.q, batch.cache
+    for wrong, words in (
+        ((q, cache[:3], 1.0, out), "do not fit together"),
+        ((q, cache[:0], 1.0, out), "do not fit together"),
+        ((q[:, :7], cache, 1.0, out), "do not fit together"),
+        ((q[..., :32], cache, 1.0, out), "do not fit together"),
+        ((q, cache, 1.0, out[:4]), "do not fit together"),
+        ((q.float(), cache, 1.0, out), "one type is needed"),
+        ((q.transpose(1, 2).contiguous().transpose(1, 2), cache, 1.0, out), "contiguous"),
+        ((q, cache, 0.0, out), "scale 0.0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            kernel.attend(wrong[0], wrong[1], table, *wrong[2:])
+
+
+# --- mutations: each of these faults is found by the specification or by the promises above
+
+
+def broken_kernel(folder: Path, old: str, new: str) -> Any:
+    """The kernel with a piece of its text replaced."""
+    text = Path(paged.paged_decode.fn.__code__.co_filename).read_text()
+    assert text.count(old) == 1, old
+    (folder / "broken_kernel.py").write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location("broken_kernel", folder / "broken_kernel.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.paged_decode
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("for i in range(parts):\n                    one = tl.load(partial + i * (2 * GROUP), mask=members < GROUP, "
+         "other=0.0, cache_modifier=\".cg\")\n                    many", "for i in range(parts - 1):\n"
+         "                    one = tl.load(partial + i * (2 * GROUP), mask=members < GROUP, other=0.0)\n"
+         "                    many"),
+        ("scores - above[:, None]) * scale", "scores - above[:, None]) * (scale * 1.02)"),
+        ("blocks + sequence * table_row", "blocks + (sequence ^ 1) * table_row"),
+        ("tl.where(inside[None, :], scores, float(\"-inf\"))", "scores"),
+        ("acc * shrink[:, None]", "acc"),
+        ("mask=inside[:, None] & inside_head[None, :]", "mask=inside_head[None, :]"),
+    ],
+    ids=["a part dropped", "scale", "tables swapped", "padding seen", "sums not rescaled", "stale values loaded"],
+)  # fmt: skip
+def test_a_broken_kernel_is_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: torch.dtype, old: str, new: str
+) -> None:
+    # Lengths that no token block divides, in lines of like length: only the contents differ.
+    batch = random_decode((37, 41, 61, 59), 4, 1, 64, 16, dtype=dtype)
+    assert violations(batch, compute(batch)) == []
+    monkeypatch.setattr(paged, "paged_decode", broken_kernel(tmp_path, old, new))
+    assert violations(batch, compute(batch)) != []
+
+
+def test_tickets_that_are_left_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(paged, "paged_decode", broken_kernel(tmp_path, "tl.store(tickets + target, 0)", "pass"))
+    with pytest.raises(AssertionError, match="tickets"):
+        compute(usual())
+
+
+# --- compiled, and in the engine
+
+
+def test_the_kernel_compiles_for_hopper_and_ampere_within_its_limits(tmp_path: Path) -> None:
+    # Compiled in a process of its own: in this one the interpreter has taken the kernel's place.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-P", "-m", "clif.kernels.paged_decode_cases"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert all(f"sm_{c} paged decode" in done.stdout for c in (90, 80))
+
+
+def served(rig: Rig, count: int) -> dict[int, list[int]]:
+    """Requests with a common beginning that fill the cache until the youngest must give way."""
+    requests = [request(i, [*range(20), *[99 + i] * 72], max_tokens=9, ignore_eos=True) for i in range(count)]
+    return {i: answer(events) for i, events in rig.run(requests, arrive={1: 2, 2: 2}).items()}
+
+
+def test_an_engine_with_the_kernel_gives_the_tokens_of_one_without(tiny_config: Path) -> None:
+    """With a shared beginning, prompts beside answers, and a request that is preempted and starts again."""
+    small = {"kv_tokens": 256, "max_batch": 3, "max_prefill_tokens": 64}
+    rigs = [make_rig(f"random:{tiny_config}", engine=small) for _ in range(2)]
+    kernel = rigs[1].runner.paged = Counting(CPU, DecodeConfig(block_kv=32, parts=2, least=64))
+    for rig in rigs:
+        rig.fill(1, seed=4)
+    assert served(rigs[0], 3) == served(rigs[1], 3)
+    for rig in rigs:
+        assert rig.engine.scheduler.preemptions > 0 and rig.engine.scheduler.reused_tokens == 40
+    assert set(kernel.sequences) == {1, 2, 3}
+    assert len(kernel.sequences) % rigs[1].runner.stack.num_layers == 0
+
+
+class Counting(PagedDecode):
+    """Notes how many sequences each launch has."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.sequences: list[int] = []
+
+    def attend(self, q: torch.Tensor, cache: torch.Tensor, table: DecodeTable, scale: float, out: torch.Tensor) -> None:
+        self.sequences.append(int(table.counts))
+        super().attend(q, cache, table, scale, out)
