@@ -130,6 +130,9 @@ class EngineConfig(Section):
     lora_kernel: Literal["auto", "torch", "triton"] = "auto"
     """Products of the layers with adapters. triton: one launch for all rows (GPU; a CPU only in Triton's interpreter).
     auto: triton for the shapes that `make tune-gpu` found faster on this make of GPU, else torch."""
+    decode_kernel: Literal["auto", "torch", "triton"] = "auto"
+    """Attention of rows that continue an answer. triton: reads the KV cache in place (GPU; a CPU only in Triton's
+    interpreter). auto: torch, until the kernel has been measured on a GPU."""
     max_prefill_tokens: Positive = 512
     """Prompt tokens computed in one tick at most; longer prompts go in chunks."""
     coserving: Literal["auto", "mixed", "beside", "turns"] = "auto"

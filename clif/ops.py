@@ -15,6 +15,7 @@ from clif.kernels.tuning import Defaults, Table, load_table, table_path
 
 if TYPE_CHECKING:
     from clif.kernels.fused import Launcher
+    from clif.kernels.paged import PagedDecode
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def choose_kernels(
             "LoRA products: torch%s", "" if wanted == "torch" or not name else f" ({_why(device, dtype, r, name)})"
         )
         return None
-    assert_supported(device, dtype, r)
+    assert_supported("engine.lora_kernel", device, dtype, r)
     from clif.kernels.fused import Launcher
 
     missing = defaults if wanted == "triton" else None
@@ -73,11 +74,23 @@ def choose_kernels(
     return Launcher(device, table)
 
 
-def assert_supported(device: torch.device, dtype: torch.dtype, r: int) -> None:
-    """Raises ConfigError, with what to change, where the Triton kernels cannot run."""
+def choose_decode(
+    wanted: Literal["auto", "torch", "triton"], device: torch.device, dtype: torch.dtype
+) -> PagedDecode | None:
+    """The Triton kernel for attention of decode rows, or None: torch's products. Raises ConfigError, as above."""
+    if wanted != "triton":
+        return None
+    assert_supported("engine.decode_kernel", device, dtype)
+    from clif.kernels.paged import PagedDecode
+
+    return PagedDecode(device)
+
+
+def assert_supported(field: str, device: torch.device, dtype: torch.dtype, r: int = 1) -> None:
+    """Raises ConfigError, with what to change, where the Triton kernels that a field asks for cannot run."""
     obstacle = _obstacle(device, dtype, r)
     if obstacle is not None:
-        raise ConfigError(f"engine.lora_kernel triton: {obstacle}, or set engine.lora_kernel=torch")
+        raise ConfigError(f"{field} triton: {obstacle}, or set {field}=torch")
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype, r: int) -> str | None:

@@ -45,7 +45,7 @@ def run_rank(config: Config, env: RankEnv) -> int:
     topology = make_topology(config, env)
     run_dir = _agree_on_run_dir(config, topology)
     started = time.monotonic()
-    loaded = load_model(config.model, topology.device, config.run.seed)
+    loaded = load_model(config.model, topology.device, config.run.seed, topology.peers)
     load_s = time.monotonic() - started
     log.info("rank %d: %s in %s (%s), %.1f s", env.rank, config.model.path, loaded.dtype, loaded.dtype_reason, load_s)
     with _control_process(config, topology, run_dir, loaded.tokenizer) as control:

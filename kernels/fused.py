@@ -74,7 +74,7 @@ class Launcher:
         self._tables: dict[tuple[Any, ...], RowTable] = {}
 
     def workspace(self) -> Workspace:
-        """One per stream: launches of one stream never overlap."""
+        """One per stream: launches of one stream never overlap. Launch once on a stream before capturing there."""
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         return self._workspaces.setdefault(stream, Workspace(self.device))
 

@@ -45,10 +45,12 @@ class PagedDecode:
         parts = config.most_parts(table.max_blocks * table.block_size)
         targets = table.capacity * kv_heads
         weighted = targets * parts * group * d
-        planes, _, tickets, _ = self.workspace().take(targets, weighted + targets * parts * 2 * group)
+        space = self.workspace()
+        planes = space.take_planes(weighted + targets * parts * 2 * group)
         paged_decode[(parts, kv_heads, table.capacity)](
-            q, cache, out, table.counts, table.rows, table.lengths, table.blocks, planes, planes[weighted:], tickets,
-            scale * math.log2(math.e), table.max_blocks, *q.stride()[:2], *cache.stride()[:2], out.stride(0),
+            q, cache, out, table.counts, table.rows, table.lengths, table.blocks, planes, planes[weighted:],
+            space.take_tickets(targets), scale * math.log2(math.e), table.max_blocks, *q.stride()[:2],
+            *cache.stride()[:2], out.stride(0),
             **constants(d, group, table.block_size, config), INTERPRET=INTERPRET, num_warps=config.warps,
             # Triton 3.10 will no longer fuse products and sums by itself: bitwise tests must not depend on the version.
             num_stages=config.stages, enable_fp_fusion=True,

@@ -24,6 +24,14 @@ from clif.types import TrainSample
 SAMPLES = [TrainSample(id=i, ids=tuple(range(5 + i, 40 + 2 * i)), target_start=12) for i in range(3)]
 
 
+def add_biases(model: torch.nn.Module) -> None:
+    """Biases that are not zero, as long as the model is whole."""
+    rng = torch.Generator().manual_seed(9)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.bias is not None:
+            module.bias.data.copy_(torch.randn(module.bias.shape, generator=rng) * 0.1)
+
+
 class Part:
     """This rank's part of a model, with an adapter that answers and a shadow that learns; both random."""
 
@@ -35,11 +43,9 @@ class Part:
             "train": {"enabled": False},
         }
         self.config: Config = config_from_tree(tree)
-        self.peers, loaded = topology.peers, load_model(self.config.model, topology.device, seed=3)
-        rng = torch.Generator().manual_seed(9)
-        for module in loaded.model.modules():
-            if isinstance(module, torch.nn.Linear) and module.bias is not None:
-                module.bias.data.copy_(torch.randn(module.bias.shape, generator=rng) * 0.1)
+        self.peers, loaded = topology.peers, load_model(self.config.model, topology.device, 3, topology.peers)
+        if loaded.whole and model.startswith("random:"):
+            add_biases(loaded.model)
         self.runner: ModelRunner
         self.bank: AdapterBank
         self.runner, self.bank = build_runner(self.config, loaded, self.peers)
@@ -158,3 +164,21 @@ def agreements(topology: Topology) -> dict[str, Any]:
         "gather": [t.tolist() for t in peers.gather(torch.tensor([rank], device=device))],
         "ranks": (rank, peers.size),
     }
+
+
+def sliced_loading(topology: Topology, model: str) -> dict[str, Any]:
+    """What serve_and_train finds, and how many numbers of linear layers this rank has read."""
+    from clif.models import sliced
+
+    read, original = [0], sliced._read
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        tensor = original(*arguments)
+        read[0] += tensor.numel() if "_proj" in arguments[1] else 0
+        return tensor
+
+    sliced._read = counted
+    try:
+        return {"read": read, **serve_and_train(topology, model, "turns")}
+    finally:
+        sliced._read = original

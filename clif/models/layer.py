@@ -6,7 +6,7 @@ are packed into one product, that a product sees all rows at once, and that atte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,8 +16,9 @@ from torch import nn
 from clif.collectives import Peers
 from clif.config import ConfigError
 from clif.models.dual_linear import DualLinear, Rows
-from clif.models.shard import Span, Split, cut, even_span, kv_span
+from clif.models.shard import Span, Split, cut
 
+Spans = Mapping[str, tuple[Split, Span]]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 NEEDED = (
@@ -65,18 +66,15 @@ class DecoderLayer:
     Raises ConfigError for a layer of another make.
     """
 
-    def __init__(self, module: Any, name: str, index: int, head_dim: int, peers: Peers) -> None:
-        """With peers, the module's linear layers are left this rank's part: it cannot run by itself any more."""
+    def __init__(self, module: Any, name: str, index: int, head_dim: int, spans: Spans, peers: Peers) -> None:
+        """spans: this rank's parts of the linear layers. With peers the module is left no more than these."""
         check_make(module)
         attention, mlp = module.self_attn, module.mlp
         self.index, self.head_dim = index, head_dim
-        query = even_span(attention.q_proj.out_features, peers.rank, peers.size)
-        key = kv_span(attention.k_proj.out_features // head_dim, head_dim, peers.rank, peers.size)
-        inner = even_span(mlp.gate_proj.out_features, peers.rank, peers.size)
-        self.qkv = _packed(attention, f"{name}.self_attn", ATTENTION[:3], "out", (query, key, key), peers)
-        self.out = _packed(attention, f"{name}.self_attn", ATTENTION[3:], "in", (query,), peers)
-        self.gate_up = _packed(mlp, f"{name}.mlp", MLP[:2], "out", (inner, inner), peers)
-        self.down = _packed(mlp, f"{name}.mlp", MLP[2:], "in", (inner,), peers)
+        self.qkv = _packed(attention, f"{name}.self_attn", ATTENTION[:3], spans, peers)
+        self.out = _packed(attention, f"{name}.self_attn", ATTENTION[3:], spans, peers)
+        self.gate_up = _packed(mlp, f"{name}.mlp", MLP[:2], spans, peers)
+        self.down = _packed(mlp, f"{name}.mlp", MLP[2:], spans, peers)
         self._norm, self._mlp_norm, self._act = module.input_layernorm, module.post_attention_layernorm, mlp.act_fn
         probe = torch.linspace(-4, 4, 64)
         self._is_silu = torch.equal(self._act(probe), nn.functional.silu(probe))
@@ -149,10 +147,9 @@ def _has(module: Any, path: str) -> bool:
     return module is not None
 
 
-def _packed(
-    parent: Any, name: str, leaves: Sequence[str], split: Split, spans: Sequence[Span], peers: Peers
-) -> DualLinear:
+def _packed(parent: Any, name: str, leaves: Sequence[str], spans: Spans, peers: Peers) -> DualLinear:
     linears = [getattr(parent, leaf) for leaf in leaves]
-    for linear, span in zip(linears, spans, strict=True):
-        cut(linear, split, span, first=peers.rank == 0)
-    return DualLinear([f"{name}.{leaf}" for leaf in leaves], linears, split, spans, peers)
+    split = spans[leaves[0]][0]
+    for leaf, linear in zip(leaves, linears, strict=True):
+        cut(linear, *spans[leaf], first=peers.rank == 0)
+    return DualLinear([f"{name}.{leaf}" for leaf in leaves], linears, split, [spans[leaf][1] for leaf in leaves], peers)

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import transformers
 
+from clif.collectives import Peers
 from clif.config import ConfigError, ModelConfig
 from clif.models.bytes_tokenizer import byte_tokenizer
+from clif.models.sliced import can_slice, load_sliced
 from clif.text import ChatTokenizer, from_transformers
 
 log = logging.getLogger(__name__)
@@ -23,19 +25,30 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A frozen causal language model in eval mode, on its device, and what belongs to it."""
+    """A frozen causal language model in eval mode, on its device, and what belongs to it.
+
+    whole False: its linear layers have this rank's parts only, so that it cannot run by itself.
+    """
 
     model: transformers.PreTrainedModel
     tokenizer: ChatTokenizer
     device: torch.device
     dtype: torch.dtype
     dtype_reason: str
+    whole: bool = True
 
 
-def load_model(config: ModelConfig, device: torch.device, seed: int = 0) -> LoadedModel:
-    """Load what config.path names. Raises ConfigError when it cannot be had or does not fit the context wanted."""
+def load_model(config: ModelConfig, device: torch.device, seed: int = 0, peers: Peers | None = None) -> LoadedModel:
+    """Load what config.path names; of a folder with safetensors only what this rank needs, if it has peers.
+
+    Raises ConfigError when it cannot be had or does not fit the context wanted, LayoutError when the peers cannot
+    share it.
+    """
     dtype, reason = choose_dtype(config.dtype, device)
-    if config.path.startswith(RANDOM):
+    sliced = peers is not None and peers.size > 1 and can_slice(config.path)
+    if sliced and peers is not None:
+        model, tokenizer = _sliced(config.path, dtype, device, peers)
+    elif config.path.startswith(RANDOM):
         model, tokenizer = _random(config.path.removeprefix(RANDOM), dtype, seed, device)
     else:
         model, tokenizer = _pretrained(config.path, dtype)
@@ -43,7 +56,7 @@ def load_model(config: ModelConfig, device: torch.device, seed: int = 0) -> Load
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and config.max_context > limit:
         raise ConfigError(f"model.max_context {config.max_context} exceeds the model's own {limit}: lower it")
-    return LoadedModel(model, tokenizer, device, dtype, reason)
+    return LoadedModel(model, tokenizer, device, dtype, reason, whole=not sliced)
 
 
 def _pretrained(path: str, dtype: torch.dtype) -> tuple[Any, ChatTokenizer]:
@@ -66,6 +79,11 @@ def _pretrained(path: str, dtype: torch.dtype) -> tuple[Any, ChatTokenizer]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path {path} cannot be loaded: {str(error).splitlines()[0]}") from error
     return model, from_transformers(tokenizer, _eos_ids(model))
+
+
+def _sliced(path: str, dtype: torch.dtype, device: torch.device, peers: Peers) -> tuple[Any, ChatTokenizer]:
+    model = load_sliced(path, dtype, device, peers)
+    return model, from_transformers(transformers.AutoTokenizer.from_pretrained(path), _eos_ids(model))
 
 
 def _dense_gguf(path: str) -> dict[str, Any]:

@@ -48,6 +48,23 @@ def kv_span(kv_heads: int, head_dim: int, rank: int, size: int) -> Span:
     return Span(head * head_dim, (head + 1) * head_dim, kv_heads * head_dim)
 
 
+def layer_spans(config: Any, rank: int, size: int) -> dict[str, tuple[Split, Span]]:
+    """Side and span of every linear layer of a decoder layer, by its last name. config: of the transformers model."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    query, key = even_span(heads * head_dim, rank, size), kv_span(kv_heads, head_dim, rank, size)
+    inner = even_span(config.intermediate_size, rank, size)
+    return {
+        "q_proj": ("out", query),
+        "k_proj": ("out", key),
+        "v_proj": ("out", key),
+        "o_proj": ("in", query),
+        "gate_proj": ("out", inner),
+        "up_proj": ("out", inner),
+        "down_proj": ("in", inner),
+    }
+
+
 def check_shares(config: Any, size: int) -> None:
     """Raises LayoutError for a model that `size` ranks cannot share evenly. config: of the transformers model."""
     heads, kv_heads, inner = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
@@ -64,9 +81,12 @@ def check_shares(config: Any, size: int) -> None:
 
 
 def cut(linear: nn.Linear, split: Split, span: Span, first: bool) -> None:
-    """Leave a linear layer this rank's part of its weight only. first: this rank adds the bias of summed outputs."""
-    if not span.whole:
-        weight = linear.weight.data
+    """Leave a linear layer this rank's part of its weight only, if it was loaded whole.
+
+    first: this rank adds the bias of summed outputs.
+    """
+    weight = linear.weight.data
+    if weight.shape[0 if split == "out" else 1] != span.size:
         part = weight[span.start : span.stop] if split == "out" else weight[:, span.start : span.stop]
         # A copy, so that the whole is freed.
         linear.weight.data = part.clone()

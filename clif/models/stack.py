@@ -12,7 +12,7 @@ from clif.collectives import Peers
 from clif.config import ConfigError
 from clif.models.dual_linear import DualLinear, Rows
 from clif.models.layer import AttentionPlan, DecoderLayer, Part, Rope
-from clif.models.shard import check_shares
+from clif.models.shard import check_shares, layer_spans
 from clif.ops import Linear, frozen_linear
 
 
@@ -41,8 +41,9 @@ class CausalStack:
         self.num_kv_heads: int = max(1, config.num_key_value_heads // peers.size)
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.vocab_size: int = config.vocab_size
+        spans = layer_spans(config, peers.rank, peers.size)
         self._layers = [
-            DecoderLayer(m, f"model.layers.{i}", i, self.head_dim, peers) for i, m in enumerate(inner.layers)
+            DecoderLayer(m, f"model.layers.{i}", i, self.head_dim, spans, peers) for i, m in enumerate(inner.layers)
         ]
         self.head = model.get_output_embeddings()
         self._packed_head: Linear | None = None

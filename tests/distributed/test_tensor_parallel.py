@@ -12,9 +12,11 @@ import pytest
 import torch
 from conftest import TINY
 from ranks import run_ranks
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 
+from clif.config import ModelConfig
 from clif.layout import LayoutError
+from clif.models.loading import load_model
 from clif.models.shard import Span, check_shares, even_span, kv_span
 
 SHAPE = {**TINY, "num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}
@@ -64,6 +66,47 @@ def test_so_they_are_with_the_triton_kernels(model, alone):
 def test_two_replicas_of_two_ranks_are_no_different(model, alone):
     for found in run_ranks(4, bodies_tp.serve_and_train, model, "turns", layout={"tp_size": 2}):
         assert_equal(found, alone)
+
+
+@pytest.fixture(scope="module")
+def folder(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as a folder of safetensors, in several files."""
+    place = tmp_path_factory.mktemp("folder")
+    loaded = load_model(ModelConfig(path=model, dtype="float32", max_context=200), torch.device("cpu"), seed=3)
+    bodies_tp.add_biases(loaded.model)
+    loaded.model.save_pretrained(place, max_shard_size="100KB")
+    loaded.tokenizer.save(place)
+    assert len(list(place.glob("*.safetensors"))) > 1
+    return place
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_reads_only_its_own_slices_and_computes_the_same(folder, alone, size):
+    whole = sum(p.numel() for p in load_file_names(folder) if p is not None)
+    for found in run_ranks(size, bodies_tp.sliced_loading, str(folder), layout={"tp_size": size}):
+        assert_equal(found, alone)
+        # Biases of outputs that are summed are read whole; with four ranks a KV head is held twice.
+        assert found["read"][0] <= whole / size * (1.02 if size == 2 else 1.2)
+
+
+def load_file_names(folder: Path) -> list[torch.Tensor]:
+    tensors = {name: t for file in folder.glob("*.safetensors") for name, t in load(file.read_bytes()).items()}
+    return [tensor for name, tensor in tensors.items() if "_proj" in name]
+
+
+def test_a_folder_that_lacks_a_tensor_is_refused_with_its_name(folder, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in folder.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    index = json.loads((broken / "model.safetensors.index.json").read_text())
+    name = "model.layers.1.mlp.up_proj.weight"
+    file = broken / index["weight_map"][name]
+    tensors = load(file.read_bytes())
+    del tensors[name]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(AssertionError, match=f"holds no tensor {name}"):
+        run_ranks(2, bodies_tp.sliced_loading, str(broken), layout={"tp_size": 2})
 
 
 def test_there_is_one_all_reduce_per_attention_and_one_per_mlp(model):

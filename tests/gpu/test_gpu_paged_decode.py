@@ -45,7 +45,7 @@ def test_results_are_as_near_to_float64_as_torch_s(
 ) -> None:
     batch = random_decode(RAGGED, heads, kv_heads, d, block_size, dtype=dtype, device=DEVICE, shared=1)
     assert violations(batch, compute(batch, kernel)) == []
-    assert not kernel.workspace().sync.any()
+    assert not kernel.workspace().tickets.any()
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_graph_replayed_over_other_sequences_gives_the_bits_of_a_launch_and_le
                 graph.replay()
             assert torch.equal(out[rows], full[rows])
             assert not out[[r for r in range(len(full)) if r not in rows]].any()
-            assert not kernel.workspace().sync.any()
+            assert not kernel.workspace().tickets.any()
 
 
 def test_an_engine_with_the_kernel_gives_the_tokens_of_one_without(tiny_config: Path) -> None:

@@ -8,7 +8,7 @@ from helpers import Rig, answer, finish, make_rig, random_state, request
 
 from clif.config import ConfigError, TrainConfig
 from clif.models.dual_linear import SHADOW
-from clif.ops import assert_supported, choose_kernels
+from clif.ops import assert_supported, choose_decode, choose_kernels
 from clif.replica.jobs import Job
 from clif.replica.trainer import ShadowTrainer
 from clif.types import TrainSample
@@ -97,12 +97,14 @@ def test_a_nan_in_the_shadow_changes_no_answer_with_the_kernels(tiny_config) -> 
 def test_a_wish_that_cannot_be_met_is_an_error_and_says_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     with pytest.raises(ConfigError, match=r"adapter.r 65 is above 64: lower it, or set engine.lora_kernel=torch"):
-        assert_supported(cpu, torch.bfloat16, 65)
+        assert_supported("engine.lora_kernel", cpu, torch.bfloat16, 65)
     with pytest.raises(ConfigError, match="float64 is not supported"):
-        assert_supported(cpu, torch.float64, 8)
+        assert_supported("engine.lora_kernel", cpu, torch.float64)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(ConfigError, match=r"set TRITON_INTERPRET=1, or set engine\.lora_kernel=torch"):
         choose_kernels("triton", cpu, torch.float32, 8)
+    with pytest.raises(ConfigError, match=r"set TRITON_INTERPRET=1, or set engine\.decode_kernel=torch"):
+        choose_decode("triton", cpu, torch.float32)
     monkeypatch.setattr("clif.ops.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install triton"):
         choose_kernels("triton", cpu, torch.float32, 8)

@@ -34,7 +34,7 @@ def compute(batch: DecodeBatch, kernel: PagedDecode | None = None, table: Decode
     kernel = kernel or PagedDecode(CPU, SMALL)
     out = batch.q.new_zeros(batch.q.shape).flatten(1)
     kernel.attend(batch.q, batch.cache, table or batch.table(), batch.scale, out)
-    assert not kernel.workspace().sync.any(), "tickets are back at zero"
+    assert not kernel.workspace().tickets.any(), "tickets are back at zero"
     return out
 
 
