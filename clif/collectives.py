@@ -6,6 +6,10 @@ Rule: all ranks of the group call the same function in the same order, from the 
 from __future__ import annotations
 
 import datetime
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
@@ -32,6 +36,31 @@ def make_group(backend: str, store: dist.Store, name: str, rank: int, size: int,
     return cast(Group, dist.ProcessGroupNCCL(place, rank, size, options))
 
 
+@dataclass(frozen=True)
+class Roll:
+    """Who belongs to a group, so that an error can name those who did not answer.
+
+    name: of the group; rank: this one; ranks: all members, global numbers.
+    """
+
+    store: dist.Store
+    name: str
+    rank: int
+    ranks: tuple[int, ...]
+
+    def failed(self, error: RuntimeError) -> RuntimeError:
+        """A collective's error, with the name of the group and the members who did not see one as well."""
+        self.store.set(f"clif/failed/{self.name}/{self.rank}", "")
+        time.sleep(ROLL_CALL_S)
+        missing = [r for r in self.ranks if not self.store.check([f"clif/failed/{self.name}/{r}"])]
+        who = f"no answer from ranks {missing}" if missing else "every rank saw an error"
+        return RuntimeError(f"{self.name} (ranks {list(self.ranks)}): {who}: {str(error).splitlines()[0]}")
+
+
+ROLL_CALL_S = 1.0
+"""Members who wait for the same collective run into its timeout within so much of each other."""
+
+
 class WeightedMean:
     """A weighted average of vectors over a group, under way while the caller does other things.
 
@@ -39,7 +68,8 @@ class WeightedMean:
     whose vector must not count sends zeros with weight 0: multiplying by 0 would not do (0 x NaN is NaN).
     """
 
-    def __init__(self, vector: torch.Tensor, weight: float, group: Group) -> None:
+    def __init__(self, vector: torch.Tensor, weight: float, group: Group, roll: Roll | None = None) -> None:
+        self._roll = roll
         self._buffer = torch.empty(vector.numel() + 1, dtype=torch.float32, device=vector.device)
         if weight > 0:
             torch.mul(vector, weight, out=self._buffer[:-1])
@@ -54,7 +84,10 @@ class WeightedMean:
             return True
         if not self._work.is_completed():
             return False
-        self._work.wait()
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            raise error if self._roll is None else self._roll.failed(error) from error
         self._work = None
         return True
 
@@ -71,24 +104,26 @@ class Peers:
     Rule: all peers make the same calls in the same order, from the thread that serves.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, leader: int = 0) -> None:
-        """leader: global rank."""
-        self._group, self._leader = group, leader
-        self.size = 1 if group is None else dist.get_world_size(group)
-        self.rank = 0 if group is None else dist.get_rank(group)
+    def __init__(self, group: dist.ProcessGroup | None = None, roll: Roll | None = None) -> None:
+        """roll: of the same ranks, the leader first. Raises RuntimeError, here and later, when a peer is missing."""
+        self._group, self._roll = group, roll
+        self.size = 1 if roll is None else len(roll.ranks)
+        self.rank = 0 if roll is None else roll.ranks.index(roll.rank)
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all peers, in place; equal bits on all."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self._group)
+            with self._named():
+                dist.all_reduce(tensor, group=self._group)
         return tensor
 
     def leaders(self, values: list[int], device: torch.device) -> list[int]:
         """What the leader gives, on every peer; all give lists of one length."""
-        if self.size == 1 or not values:
+        if self._roll is None or not values:
             return values
         shared = torch.tensor(values, dtype=torch.int64, device=device)
-        dist.broadcast(shared, src=self._leader, group=self._group)
+        with self._named():
+            dist.broadcast(shared, src=self._roll.ranks[0], group=self._group)
         return [int(v) for v in shared.tolist()]
 
     def every(self, flag: bool, device: torch.device) -> bool:
@@ -100,34 +135,40 @@ class Peers:
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """The tensors of all peers, in their order; all give one shape."""
-        if self.size == 1:
+        if self._roll is None:
             return [tensor]
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor.contiguous(), group=self._group)
+        parts = [tensor.clone() for _ in range(self.size)]
+        # By broadcasts: gloo gathers no tensors of a GPU.
+        for part, rank in zip(parts, self._roll.ranks, strict=True):
+            with self._named():
+                dist.broadcast(part, src=rank, group=self._group)
         return parts
 
+    def share_inbox(self, messages: list[bytes] | None, device: torch.device) -> list[bytes]:
+        """Give the leader's encoded messages to its peers, so that all act on them at the same tick.
 
-def share_inbox(
-    messages: list[bytes] | None, group: dist.ProcessGroup, leader: int, device: torch.device
-) -> list[bytes]:
-    """Give the leader's encoded messages to its tensor-parallel peers, so that all act on them at the same tick.
+        messages: the leader's; None on the others. One size broadcast, and a second one with the bytes only when
+        there are any.
+        """
+        if self._roll is None:
+            return messages or []
+        packed = b"".join(len(m).to_bytes(8, "little") + m for m in messages or ())
+        (size,) = self.leaders([len(packed)], device)
+        if not size:
+            return []
+        data = torch.empty(size, dtype=torch.uint8, device=device)
+        if messages is not None:
+            data.copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
+        with self._named():
+            dist.broadcast(data, src=self._roll.ranks[0], group=self._group)
+        return _unpack(bytes(data.cpu().numpy()))
 
-    messages: the leader's; None on the others. leader: global rank. One size broadcast, and a second one with the
-    bytes only when there are any.
-    """
-    if dist.get_world_size(group) == 1:
-        return messages or []
-    sizes = torch.zeros(1, dtype=torch.int64, device=device)
-    packed = b"".join(len(m).to_bytes(8, "little") + m for m in messages or ())
-    sizes[0] = len(packed)
-    dist.broadcast(sizes, src=leader, group=group)
-    if not int(sizes[0]):
-        return []
-    data = torch.empty(int(sizes[0]), dtype=torch.uint8, device=device)
-    if messages is not None:
-        data.copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
-    dist.broadcast(data, src=leader, group=group)
-    return _unpack(bytes(data.cpu().numpy()))
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise error if self._roll is None else self._roll.failed(error) from error
 
 
 def _unpack(packed: bytes) -> list[bytes]:

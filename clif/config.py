@@ -78,6 +78,8 @@ class LayoutConfig(Section):
     """Ranks that hold one copy of the model together."""
     replica_gpus: tuple[tuple[int, ...], ...] | None = None
     """Explicit form: the ranks (one GPU each) of each replica, e.g. [[0, 1], [2, 3]]."""
+    across_hosts: bool = False
+    """A replica's ranks may be on several hosts: every layer then waits for the network between them."""
 
     @property
     def ranks(self) -> int:
@@ -91,6 +93,8 @@ class DistConfig(Section):
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     timeout_s: PositiveFloat = 120.0
     """A collective that takes longer is an error."""
+    ranks_per_gpu: Positive = 1
+    """Ranks that share a GPU and its memory equally. More than one needs gloo: NCCL wants a GPU per rank."""
     threads_per_rank: Positive | None = None
     """CPU threads of a rank; by default the host's cores divided by its ranks."""
     control_host: str | None = None

@@ -74,6 +74,31 @@ def make_layout(
     return Layout(tuple(tuple(range(i * tp_size, (i + 1) * tp_size)) for i in range(count)))
 
 
+def check_shares(heads: int, kv_heads: int, inner: int, size: int) -> None:
+    """Raises LayoutError for a model that `size` ranks cannot share evenly. inner: columns of its MLP."""
+    for what, count, good in (
+        ("attention heads", heads, heads % size == 0),
+        ("key/value heads", kv_heads, kv_heads % size == 0 or size % kv_heads == 0),
+        ("MLP columns", inner, inner % size == 0),
+    ):
+        if not good:
+            raise LayoutError(
+                f"{size} ranks cannot share the model's {count} {what} evenly: change layout.tp_size or "
+                "layout.replica_gpus"
+            )
+
+
+def check_hosts(layout: Layout, ranks_per_host: int, across_hosts: bool) -> None:
+    """Raises LayoutError for a replica on several hosts, unless that is wanted. Hosts have equally many ranks."""
+    for replica, ranks in enumerate(layout.replicas):
+        hosts = sorted({rank // ranks_per_host for rank in ranks})
+        if len(hosts) > 1 and not across_hosts:
+            raise LayoutError(
+                f"replica {replica} would have its ranks {list(ranks)} on hosts {hosts}: start a multiple of its "
+                "ranks on each host, or set layout.across_hosts=true"
+            )
+
+
 def _explicit(world_size: int, tp_size: int, replicas: int | None, replica_gpus: tuple[tuple[int, ...], ...]) -> Layout:
     if not all(replica_gpus):
         raise LayoutError("layout.replica_gpus has a replica without ranks: give it at least one or remove it")

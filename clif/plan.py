@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from clif.config import Config
 from clif.estimate import Device, EstimateError, dtype_of, estimate, read_shape
-from clif.layout import Layout
+from clif.layout import Layout, check_shares
 from clif.roles import role_of
 
 
@@ -33,13 +33,17 @@ def group_lines(config: Config, layout: Layout) -> Iterator[str]:
 
 
 def memory_lines(config: Config, layout: Layout, device: Device) -> Iterator[str]:
-    """An estimate for a rank of each size of replica, or why there is none; activations are their budget."""
+    """An estimate for a rank of each size of replica, or why there is none; activations are their budget.
+
+    Raises LayoutError for a model that a replica's ranks cannot share.
+    """
     try:
         shape = read_shape(config.model.path)
     except EstimateError as error:
         yield f"no estimate of memory: {error}"
         return
     for tp_size in sorted({len(ranks) for ranks in layout.replicas}):
+        check_shares(shape.heads, shape.kv_heads, shape.inner, tp_size)
         memory = estimate(config, shape, tp_size, device)
         share = f", 1 of {tp_size} of its replica" if tp_size > 1 else ""
         where = "a GPU" if device == "cuda" else "the CPU"

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from clif.addresses import address_towards, interface_of
-from clif.collectives import Group, Peers, make_group
+from clif.collectives import Group, Peers, Roll, make_group
 from clif.config import Config, ConfigError
 from clif.launchers import RankEnv
-from clif.layout import Layout, make_layout
+from clif.layout import Layout, check_hosts, make_layout
 
 
 @dataclass
@@ -60,6 +60,11 @@ class Topology:
             self._combined[members] = make_group(self.backend, self.store, name, place, len(ranks), self.timeout)
         return self._combined[members]
 
+    def roll(self, members: tuple[int, ...], round_id: int) -> Roll:
+        """Who averages this rank's shard in a round."""
+        ranks = self.layout.peers(members, self.tp_rank)
+        return Roll(self.store, f"all-reduce of round {round_id}", self.env.rank, ranks)
+
     def retire_group(self, members: tuple[int, ...]) -> None:
         """Never use this member set's group again: an all-reduce that was given up may still be pending in it.
 
@@ -70,25 +75,29 @@ class Topology:
             self._retired.append(group)
 
 
-def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """Raises ConfigError when a GPU is asked for and this rank has none."""
+def choose_device(wanted: str, local_rank: int, ranks_per_gpu: int = 1) -> torch.device:
+    """The GPU of this rank, or its share of one. Raises ConfigError when a GPU is asked for and this rank has none."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    gpu = local_rank // ranks_per_gpu
+    if gpu >= torch.cuda.device_count():
         raise ConfigError(
             f"local rank {local_rank} has no GPU ({torch.cuda.device_count()} on this host): "
-            "start fewer ranks or set model.device=cpu"
+            "start fewer ranks, raise dist.ranks_per_gpu, or set model.device=cpu"
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    torch.cuda.set_device(gpu)
+    if ranks_per_gpu > 1:
+        # Else one rank's cache of free memory would starve the others.
+        torch.cuda.set_per_process_memory_fraction(1 / ranks_per_gpu, gpu)
+    return torch.device("cuda", gpu)
 
 
-def choose_backend(wanted: str, device: torch.device) -> str:
-    """Raises ConfigError for NCCL without GPUs."""
-    if wanted == "nccl" and device.type != "cuda":
-        raise ConfigError("dist.backend nccl needs GPUs: use gloo or auto")
+def choose_backend(wanted: str, device: torch.device, ranks_per_gpu: int = 1) -> str:
+    """Raises ConfigError for NCCL without a GPU for each rank."""
+    if wanted == "nccl" and (device.type != "cuda" or ranks_per_gpu > 1):
+        raise ConfigError("dist.backend nccl needs a GPU for each rank: use gloo or auto")
     if wanted == "auto":
-        return "nccl" if device.type == "cuda" else "gloo"
+        return "nccl" if device.type == "cuda" and ranks_per_gpu == 1 else "gloo"
     return wanted
 
 
@@ -99,12 +108,14 @@ def make_topology(config: Config, env: RankEnv, store: dist.Store | None = None)
     """
     wanted = config.layout
     layout = make_layout(env.world_size, wanted.tp_size, wanted.replicas, wanted.replica_gpus)
-    device = choose_device(config.model.device, env.local_rank)
+    check_hosts(layout, env.local_world_size, wanted.across_hosts)
+    share = config.dist.ranks_per_gpu
+    device = choose_device(config.model.device, env.local_rank, share)
     timeout = datetime.timedelta(seconds=config.dist.timeout_s)
     if store is None:
         store = _store(env, timeout)
     _choose_interface(env)
-    backend = choose_backend(config.dist.backend, device)
+    backend = choose_backend(config.dist.backend, device, share)
     dist.init_process_group(
         backend,
         rank=env.rank,
@@ -115,7 +126,8 @@ def make_topology(config: Config, env: RankEnv, store: dist.Store | None = None)
     mine = list(layout.replicas[layout.replica_of(env.rank)])
     # Every rank makes exactly this one group by torch's own means, so all agree on its name (see make_group).
     tp_group = dist.new_group(mine, timeout=timeout, use_local_synchronization=True, group_desc=f"tp {mine}")
-    peers = Peers(tp_group, mine[0]) if len(mine) > 1 else Peers()
+    roll = Roll(store, f"tensor-parallel group of replica {layout.replica_of(env.rank)}", env.rank, tuple(mine))
+    peers = Peers(tp_group, roll) if len(mine) > 1 else Peers()
     return Topology(env, layout, device, timeout, store, backend, tp_group, peers)
 
 

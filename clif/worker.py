@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from clif.addresses import address_towards
-from clif.collectives import share_inbox
 from clif.config import Config, ConfigError
 from clif.launchers import RankEnv
 from clif.metrics.provenance import provenance
@@ -94,7 +93,7 @@ def _loop(replica: Replica, topology: Topology, channel: LeaderChannel | None, c
     signal.signal(signal.SIGTERM, lambda *_: setattr(replica, "stopping", True))
     while not replica.stopping:
         payloads = channel.receive(replica.wait_s()) if channel is not None else None
-        inbox = share_inbox(payloads, topology.tp_group, topology.leader_rank, topology.device)
+        inbox = topology.peers.share_inbox(payloads, topology.device)
         replica.tick([decode_down(payload) for payload in inbox])
         # Nobody would ever say Stop again; torchrun ends the other ranks when this one fails.
         if control is not None and not replica.stopping and control.poll() is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from helpers import answer, request
 
-from clif.collectives import WeightedMean, share_inbox
+from clif.collectives import WeightedMean
 from clif.config import config_from_tree
 from clif.models.loading import load_model
 from clif.replica.build import build_replica
@@ -46,7 +46,7 @@ def mean_over_members(topology: Topology, members: tuple[int, ...], nan_member: 
 def tensor_parallel_groups(topology: Topology) -> tuple[list[int], list[float]]:
     """With two ranks per replica: the leader's rank, and the mean rank over all replicas' same shard."""
     rank = [topology.env.rank]
-    within = share_inbox([bytes(rank)] if topology.is_leader else None, topology.tp_group, topology.leader_rank, CPU)
+    within = topology.peers.share_inbox([bytes(rank)] if topology.is_leader else None, CPU)
     return list(within[0]), finish(WeightedMean(torch.tensor(rank).float(), 1, topology.combined_group((0, 1), 1)))
 
 
@@ -79,8 +79,8 @@ def given_up_all_reduce(topology: Topology) -> list[float]:
 def inbox(topology: Topology) -> tuple[list[bytes], list[bytes]]:
     """The leader's messages reach its peers, whole and in order; so does an empty inbox."""
     messages, nothing = ([b"first", b"", b"third" * 1000], []) if topology.is_leader else (None, None)
-    got = share_inbox(messages, topology.tp_group, topology.leader_rank, CPU)
-    return got, share_inbox(nothing, topology.tp_group, topology.leader_rank, CPU)
+    got = topology.peers.share_inbox(messages, CPU)
+    return got, topology.peers.share_inbox(nothing, CPU)
 
 
 class Driver:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from helpers import answer, random_state, request, stack_logits
 from clif.adapters.bank import AdapterBank
 from clif.adapters.peft_io import read_weights, write_weights
 from clif.adapters.slots import SlotTable
-from clif.collectives import Peers
+from clif.collectives import Peers, WeightedMean
 from clif.config import Config, config_from_tree
 from clif.models.loading import load_model
 from clif.replica.engine import Engine
@@ -182,3 +183,30 @@ def sliced_loading(topology: Topology, model: str) -> dict[str, Any]:
         return {"read": read, **serve_and_train(topology, model, "turns")}
     finally:
         sliced._read = original
+
+
+def a_peer_that_hangs(topology: Topology) -> str:
+    """Rank 1 of three does not come to a sum, nor its replica to an average: what the others are told."""
+    if topology.env.rank == 1:
+        time.sleep(8)
+        return "slept"
+    try:
+        topology.peers.sum_(torch.ones(3))
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def a_member_that_hangs(topology: Topology) -> str:
+    """Replica 1 has joined a round's group and does not come to its all-reduce."""
+    group = topology.combined_group((0, 1, 2), 7)
+    if topology.env.rank == 1:
+        time.sleep(8)
+        return "slept"
+    mean = WeightedMean(torch.ones(3), 1, group, topology.roll((0, 1, 2), 7))
+    try:
+        while not mean.done():
+            time.sleep(0.01)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"

@@ -21,7 +21,12 @@ TIMEOUT_S = 60
 
 
 def run_ranks(
-    world: int, body: Callable[..., Any], *args: Any, layout: dict | None = None, device: str = "cpu"
+    world: int,
+    body: Callable[..., Any],
+    *args: Any,
+    layout: dict | None = None,
+    device: str = "cpu",
+    timeout_s: float = 30,
 ) -> list[Any]:
     """Run body(topology, *args) on every rank; returns their results. body must be importable by name.
 
@@ -34,7 +39,9 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         queue = context.Queue()
         processes = [
-            context.Process(target=_rank, args=(rank, world, folder, queue, body, args, layout, device), daemon=True)
+            context.Process(
+                target=_rank, args=(rank, world, folder, queue, body, args, layout, device, timeout_s), daemon=True
+            )
             for rank in range(world)
         ]
         for process in processes:
@@ -51,11 +58,19 @@ def run_ranks(
 
 
 def _rank(
-    rank: int, world: int, folder: str, queue: Any, body: Callable, args: tuple, layout: dict | None, device: str
+    rank: int,
+    world: int,
+    folder: str,
+    queue: Any,
+    body: Callable,
+    args: tuple,
+    layout: dict | None,
+    device: str,
+    timeout_s: float,
 ) -> None:
     torch.set_num_threads(1)
     tree = {"model": {"path": "none", "device": device}, "train": {"enabled": False}, "layout": layout or {}}
-    tree["dist"] = {"timeout_s": 30}
+    tree["dist"] = {"timeout_s": timeout_s}
     try:
         store = dist.FileStore(str(Path(folder) / "store"), world)
         topology = make_topology(config_from_tree(tree), RankEnv(rank, world, rank, world), store)

@@ -12,8 +12,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from clif.layout import LayoutError
-
 Split = Literal["out", "in"]
 """Which side of a weight [out, in] is cut."""
 
@@ -63,21 +61,6 @@ def layer_spans(config: Any, rank: int, size: int) -> dict[str, tuple[Split, Spa
         "up_proj": ("out", inner),
         "down_proj": ("in", inner),
     }
-
-
-def check_shares(config: Any, size: int) -> None:
-    """Raises LayoutError for a model that `size` ranks cannot share evenly. config: of the transformers model."""
-    heads, kv_heads, inner = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
-    for what, count, good in (
-        ("attention heads", heads, heads % size == 0),
-        ("key/value heads", kv_heads, kv_heads % size == 0 or size % kv_heads == 0),
-        ("MLP columns", inner, inner % size == 0),
-    ):
-        if not good:
-            raise LayoutError(
-                f"{size} ranks cannot share the model's {count} {what} evenly: change layout.tp_size or "
-                "layout.replica_gpus"
-            )
 
 
 def cut(linear: nn.Linear, split: Split, span: Span, first: bool) -> None:

@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 
 from clif.collectives import Peers
 from clif.config import ConfigError
+from clif.layout import check_shares
 from clif.models.layer import ATTENTION, MLP
-from clif.models.shard import Span, Split, check_shares, layer_spans
+from clif.models.shard import Span, Split, layer_spans
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -39,7 +40,7 @@ def load_sliced(path: str, dtype: torch.dtype, device: torch.device, peers: Peer
     config = transformers.AutoConfig.from_pretrained(path)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    check_shares(model.config, peers.size)
+    check_shares(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, peers.size)
     parts = dict(_parts(model, peers))
     tied = {"lm_head.weight"} if getattr(config, "tie_word_embeddings", False) else set()
     with ExitStack() as stack:

@@ -10,9 +10,10 @@ import transformers
 
 from clif.collectives import Peers
 from clif.config import ConfigError
+from clif.layout import check_shares
 from clif.models.dual_linear import DualLinear, Rows
 from clif.models.layer import AttentionPlan, DecoderLayer, Part, Rope
-from clif.models.shard import check_shares, layer_spans
+from clif.models.shard import layer_spans
 from clif.ops import Linear, frozen_linear
 
 
@@ -36,7 +37,7 @@ class CausalStack:
         self.model, self._inner = model, inner
         config = model.config
         self.num_layers = len(inner.layers)
-        check_shares(config, peers.size)
+        check_shares(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, peers.size)
         self.num_heads: int = config.num_attention_heads // peers.size
         self.num_kv_heads: int = max(1, config.num_key_value_heads // peers.size)
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

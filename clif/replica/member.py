@@ -102,7 +102,8 @@ class Member:
         bank = self.trainer.bank
         mine = bank.shadow.detach().clone()
         group = self.topology.combined_group(plan.members, plan.round_id)
-        mean = WeightedMean(mine, result.samples if result.finite else 0, group)
+        roll = self.topology.roll(plan.members, plan.round_id)
+        mean = WeightedMean(mine, result.samples if result.finite else 0, group, roll)
         # Together: who sees the end first would else go on alone, and its peers are waiting in other collectives.
         while not self._all(mean.done()):
             yield WAIT

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clif.layout import LayoutError, make_layout
+from clif.layout import LayoutError, check_hosts, check_shares, make_layout
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 @given(tp=st.integers(1, 8), replicas=st.integers(1, 16))
@@ -58,3 +65,53 @@ def test_replicas_of_different_sizes_are_read():
 def test_wrong_layouts_say_what_to_change(arguments, sentence):
     with pytest.raises(LayoutError, match=sentence):
         make_layout(**arguments)
+
+
+def test_a_replica_spans_hosts_only_if_that_is_wanted():
+    layout = make_layout(8, 4)
+    check_hosts(layout, 4, across_hosts=False)
+    with pytest.raises(
+        LayoutError, match=r"replica 0 would have its ranks \[0, 1, 2, 3\] on hosts \[0, 1\]: .*across_hosts=true"
+    ):
+        check_hosts(layout, 2, across_hosts=False)
+    check_hosts(layout, 2, across_hosts=True)
+
+
+@pytest.mark.parametrize("profile", ["gpu1", "gpu8", "gpu8_tp2", "nodes2_70b", "tp_cpu", "demo", "smoke", "launch"])
+def test_every_profile_is_laid_out_by_a_dry_run(profile):
+    command = [sys.executable, "launch/run.py", "--dry-run", "--config", f"configs/{profile}.yaml"]
+    if profile in ("demo", "tp_cpu"):
+        # Model and data are fetched, and may not be here.
+        command += ["model.path=random:configs/models/tiny-llama.json", "data.path=configs/data/words.jsonl"]
+        command += ["layout.tp_size=2"]
+    if profile == "launch":
+        command += ["layout.replicas=4"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "replica 0: ranks [0" in done.stdout
+    # A GPU of 80 GB holds what the profiles for GPUs ask for.
+    if profile.startswith(("gpu", "nodes")):
+        size = float(done.stdout.split(" on a GPU: about ")[1].split(" MiB")[0].replace(",", ""))
+        assert 16_000 < size < 75_000
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ranks", "what"),
+    [
+        ((4, 2, 96), 3, "4 attention heads"),
+        ((12, 3, 96), 2, "3 key/value heads"),
+        ((4, 2, 97), 2, "97 MLP columns"),
+    ],
+)
+def test_a_model_that_ranks_cannot_share_is_refused_with_what_to_change(sizes, ranks, what):
+    with pytest.raises(LayoutError, match=f"{ranks} ranks cannot share the model's {what} evenly: change layout.tp"):
+        check_shares(*sizes, ranks)
+    # Fewer KV heads than ranks are held several times.
+    check_shares(8, 2, 96, 4)
+
+
+def test_a_dry_run_refuses_a_model_that_ranks_cannot_share():
+    command = [sys.executable, "launch/run.py", "--dry-run", "--config", "configs/smoke.yaml", "layout.tp_size=3"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "3 ranks cannot share the model's 4 attention heads" in done.stderr
