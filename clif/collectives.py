@@ -68,9 +68,18 @@ class WeightedMean:
     whose vector must not count sends zeros with weight 0: multiplying by 0 would not do (0 x NaN is NaN).
     """
 
-    def __init__(self, vector: torch.Tensor, weight: float, group: Group, roll: Roll | None = None) -> None:
+    def __init__(
+        self,
+        vector: torch.Tensor,
+        weight: float,
+        group: Group,
+        roll: Roll | None = None,
+        buffer: torch.Tensor | None = None,
+    ) -> None:
+        """buffer [n + 1], float32: to be used, and left to whoever reads the result; fresh memory costs as much as
+        the sum."""
         self._roll = roll
-        self._buffer = torch.empty(vector.numel() + 1, dtype=torch.float32, device=vector.device)
+        self._buffer = vector.new_empty(vector.numel() + 1, dtype=torch.float32) if buffer is None else buffer
         if weight > 0:
             torch.mul(vector, weight, out=self._buffer[:-1])
             self._buffer[-1] = weight
@@ -92,9 +101,9 @@ class WeightedMean:
         return True
 
     def result(self) -> tuple[torch.Tensor, float]:
-        """(mean [n], sum of weights). The mean is undefined when the sum is 0."""
+        """(mean [n], sum of weights), once. The mean is undefined when the sum is 0."""
         total = float(self._buffer[-1])
-        return self._buffer[:-1] / max(total, torch.finfo(torch.float32).tiny), total
+        return self._buffer[:-1].div_(max(total, torch.finfo(torch.float32).tiny)), total
 
 
 class Peers:

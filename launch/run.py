@@ -76,6 +76,8 @@ def _print(settings: Config, layout: Layout) -> int:
 
 
 def _run(settings: Config, env: RankEnv) -> int:
+    # Every rank would draw its own bar over the run's status.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     # Late, so that --help and wrong input need neither torch nor seconds.
     from clif.worker import run_rank
 

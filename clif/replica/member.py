@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from clif.adapters.peft_io import config_json, read_weights, write_weights
 from clif.adapters.slots import SlotTable
 from clif.collectives import WeightedMean
@@ -51,6 +53,7 @@ class Member:
     micro_batch: int = 1
     """Samples per forward; the coordinator may change it within a round."""
     _snapshot: dict[str, Any] | None = None
+    _buffer: torch.Tensor | None = None
 
     def take_part(self, orders: RoundOrders) -> Slices[None]:
         """One round: local steps, average, vote, promote. Discarding is done by discard(), from outside."""
@@ -103,7 +106,9 @@ class Member:
         mine = bank.shadow.detach().clone()
         group = self.topology.combined_group(plan.members, plan.round_id)
         roll = self.topology.roll(plan.members, plan.round_id)
-        mean = WeightedMean(mine, result.samples if result.finite else 0, group, roll)
+        if self._buffer is None:
+            self._buffer = mine.new_empty(mine.numel() + 1)
+        mean = WeightedMean(mine, result.samples if result.finite else 0, group, roll, self._buffer)
         # Together: who sees the end first would else go on alone, and its peers are waiting in other collectives.
         while not self._all(mean.done()):
             yield WAIT
