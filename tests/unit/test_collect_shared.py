@@ -203,6 +203,18 @@ def test_unreadable_file_is_named_and_the_others_are_merged(run_dir: Path, caplo
     assert "rank-00000.h5" in caplog.text
 
 
+def test_rows_left_unwritten_are_cut_at_the_end_only_also_over_many_pieces(run_dir: Path) -> None:
+    path = run_dir / "rank-00001.h5"
+    with h5py.File(path, "a") as file:
+        data = file["ticks"]
+        data.resize((900,))
+        data[20:60] = np.full(40, data.fillvalue, data.dtype)
+        data[500] = data[99]
+    parts = read(Source(path, 1, 0))
+    ticks = np.concatenate([part.rows for part in parts if isinstance(part, Rows) and part.table == "ticks"])
+    assert len(ticks) == 501 and np.isnan(ticks["t"]).sum() == 40 + 400 and ticks["tick"][500] == 99
+
+
 def test_table_damaged_behind_its_first_piece_gives_no_rows(run_dir: Path) -> None:
     path = run_dir / "rank-00009.h5"
     rows = np.array([(float(n), n) for n in range(5000)], dtype=[("t", "f8"), ("tick", "i8")])
