@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from clif.metrics.world import Comm
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Tools around CLIF runs.")
 
@@ -22,17 +26,20 @@ def fetch(assets: Annotated[Path, typer.Option(help="Where model and data go.")]
 
 @app.command()
 def collect(run: RunDir) -> None:
-    """Merge the files of all ranks and restarts into RUN/run.h5."""
-    _check_folder(run)
-    from clif.metrics.collect import collect as collect_run
+    """Merge the files of all ranks and restarts into RUN/run.h5; mpirun -n K clif collect RUN shares the work."""
+    from clif.metrics.world import world
 
-    typer.echo(collect_run(run))
+    comm = world(os.environ)
+    path = _collect_alone(run) if comm is None else _collect_shared(run, comm)
+    if path is not None:
+        typer.echo(path)
 
 
 @app.command()
 def report(run: RunDir) -> None:
     """Write RUN/summary.json and print it."""
     _check_folder(run)
+    _check_alone()
     from clif.metrics.summary import print_summary, write_summary
 
     print_summary(write_summary(run))
@@ -45,6 +52,29 @@ def main() -> None:
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(2) from error
+
+
+def _collect_alone(run: Path) -> Path:
+    _check_folder(run)
+    from clif.metrics.collect import collect as collect_run
+
+    return collect_run(run)
+
+
+def _collect_shared(run: Path, comm: Comm) -> Path | None:
+    from clif.metrics.share import collect_shared
+    from clif.metrics.world import Termination
+
+    termination = Termination()
+    termination.watch()
+    return collect_shared(run, comm, termination.check)
+
+
+def _check_alone() -> None:
+    from clif.metrics.world import announced
+
+    if (announced(os.environ) or 1) > 1:
+        raise ValueError("clif report is done by one process: start it without a launcher, after mpirun clif collect")
 
 
 def _check_folder(run: Path) -> None:

@@ -3,120 +3,105 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-import re
-import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 
-from clif.metrics.schema import TABLES, Column, Table, create, written
+from clif.errors import InputError
+from clif.metrics.schema import TABLES, create
+from clif.metrics.sources import Attributes, Part, Problem, Rows, Source, merged_table, read, sources
 
 log = logging.getLogger(__name__)
 
-_FILE = re.compile(r"(?P<stem>control|rank-(?P<rank>\d+))(\.r(?P<restart>\d+))?\.h5")
-_ORIGIN = (
-    Column("source", "text", "", "process file the row comes from, without .h5", width=48),
-    Column("rank", "i8", "", "rank that wrote the row; -1: the control process"),
-)
+Read = Callable[[Source], Generator[Part, None, None]]
 
 
-class CollectError(RuntimeError):
+class CollectError(InputError):
     """There is nothing to merge; the message says what was looked for."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A process file. rank is -1 for the control process; restart 0 is the first start."""
-
-    path: Path
-    rank: int
-    restart: int
-
-    @property
-    def name(self) -> str:
-        return self.path.stem
-
-
-def sources(run_dir: Path) -> list[Source]:
-    """The process files of a run: control first, then the ranks, each with its restarts in order."""
-    matches = ((path, _FILE.fullmatch(path.name)) for path in run_dir.glob("*.h5"))
-    found = [Source(p, int(m["rank"] or -1), int(m["restart"] or 0)) for p, m in matches if m]
-    return sorted(found, key=lambda source: (source.rank, source.restart))
-
-
-def merged_table(name: str) -> Table:
-    """A table as run.h5 has it: with the columns source and rank."""
-    table = TABLES[name]
-    return Table(name, table.doc, (*table.columns, *_ORIGIN))
 
 
 def collect(run_dir: Path) -> Path:
     """Write RUN/run.h5 from every process file, each up to its last flush, and return its path.
 
     Also works while the run goes on. A file that cannot be read is named in a warning and in the attribute
-    `unreadable`; the others are merged. Raises CollectError when no file is there or none can be read.
+    `unreadable`, one that its process has not closed in `unclosed`; the others are merged. Raises CollectError when no
+    file is there or none can be read.
     """
+    return merge(run_dir, find(run_dir), read)
+
+
+def find(run_dir: Path) -> list[Source]:
+    """The process files of a run in the order of run.h5. Raises CollectError when there is none."""
     found = sources(run_dir)
     if not found:
         raise CollectError(
             f"no metrics in {run_dir}: looked for control.h5, rank-00000.h5 and restarts (rank-00000.r1.h5)"
         )
-    temporary = run_dir / "run.h5.tmp"
-    unreadable: list[str] = []
-    try:
+    return found
+
+
+def merge(run_dir: Path, found: Sequence[Source], read: Read) -> Path:
+    """Write RUN/run.h5 from what read gives for each file, in the order of found, and return its path.
+
+    Raises CollectError when no file can be read. Whatever is raised, an older run.h5 stays and nothing else is left.
+    """
+    # In a folder of its own: two that collect at the same time each write a whole file, and the later one stays.
+    with tempfile.TemporaryDirectory(prefix=".collect-", dir=run_dir) as folder:
+        temporary = Path(folder) / "run.h5"
         with h5py.File(temporary, "w") as run:
             for name in TABLES:
                 create(run, merged_table(name), compression="gzip", compression_opts=1, shuffle=True)
             run.create_group("sources")
-            for source in found:
-                unreadable += [f"{source.path.name}: {problem}" for problem in _take(source, run)]
-            run.attrs["unreadable"] = np.array(unreadable, dtype=h5py.string_dtype())
+            unreadable = _take_all(found, read, run)
             if not len(run["sources"]):
                 raise CollectError(f"none of the metrics files in {run_dir} can be read: {'; '.join(unreadable)}")
+            names = [source.name for source in found if source.name in run["sources"]]
+            unclosed = [name for name in names if not run["sources"][name].attrs["closed"]]
+            run.attrs["unreadable"] = np.array(unreadable, dtype=h5py.string_dtype())
+            run.attrs["unclosed"] = np.array(unclosed, dtype=h5py.string_dtype())
         os.replace(temporary, run_dir / "run.h5")
-    finally:
-        temporary.unlink(missing_ok=True)
     for problem in unreadable:
         log.warning("not merged: %s", problem)
+    if unclosed:
+        log.warning("not closed (killed, or still running), taken up to the last flush: %s", ", ".join(unclosed))
     return run_dir / "run.h5"
 
 
-def _take(source: Source, run: h5py.File) -> list[str]:
-    """Append a file's rows; returns what could not be read."""
+def _take_all(found: Sequence[Source], read: Read, run: h5py.File) -> list[str]:
+    """Append the rows of all files; returns what could not be read."""
     problems: list[str] = []
-    # A copy stands still: the process may be writing, and HDF5 refuses a file that is open for writing.
-    with tempfile.TemporaryDirectory(prefix=".collect-", dir=source.path.parent) as folder:
-        try:
-            copy = shutil.copy(source.path, folder)
-            with h5py.File(copy, "r") as file:
-                run["sources"].create_group(source.name).attrs.update(dict(file.attrs))
-                for name, data in file.items():
-                    problems += _append(source, name, data, run)
-        except (OSError, RuntimeError) as error:
-            problems.append(str(error))
+    for source in found:
+        with closing(read(source)) as parts:
+            problems += [f"{source.path.name}: {problem}" for problem in _take(source, parts, run)]
     return problems
 
 
-def _append(source: Source, name: str, data: Any, run: h5py.File) -> list[str]:
-    if name not in TABLES:
-        return [f"unknown table {name}"]
-    try:
-        rows = written(data[:])
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        return [f"table {name}: {error}"]
-    target = run[name]
-    merged = np.full(len(rows), merged_table(name).fill, dtype=target.dtype)
-    # By name: a file of an older CLIF may lack a column, which then keeps its fill value.
-    for column in rows.dtype.names:
-        if column in merged.dtype.names:
-            merged[column] = rows[column]
-    merged["source"], merged["rank"] = source.name.encode(), source.rank
+def _take(source: Source, parts: Iterator[Part], run: h5py.File) -> list[str]:
+    problems: list[str] = []
+    group, last = None, math.nan
+    for part in parts:
+        if isinstance(part, Problem):
+            problems.append(part.text)
+        elif isinstance(part, Attributes):
+            group = run["sources"].create_group(source.name)
+            group.attrs.update(part.values)
+        else:
+            _append(part, run[part.table])
+            last = float(np.fmax.reduce(part.rows["t"], initial=last))
+    if group is not None:
+        # The writer notes the end when it closes, so a kill leaves NaN.
+        group.attrs["closed"] = math.isfinite(float(group.attrs.get("end_s", math.nan)))
+        group.attrs["last_row_s"] = last
+    return problems
+
+
+def _append(part: Rows, target: h5py.Dataset) -> None:
     start = len(target)
-    target.resize((start + len(rows),))
-    target[start:] = merged
-    return [f"table {name}: unknown column {c}" for c in rows.dtype.names if c not in merged.dtype.names]
+    target.resize((start + len(part.rows),))
+    target[start:] = part.rows

@@ -86,12 +86,6 @@ def create(parent: h5py.Group, table: Table, **options: Any) -> h5py.Dataset:
     return data
 
 
-def written(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The rows without those at the end that a kill left unwritten."""
-    good = np.flatnonzero(~np.isnan(rows["t"]))
-    return rows[: good[-1] + 1] if len(good) else rows[:0]
-
-
 def _f(name: str, unit: str, doc: str, default: Any = REQUIRED) -> Column:
     return Column(name, "f8", unit, doc, default)
 

@@ -19,7 +19,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from clif.metrics.collect import collect, sources
+from clif.metrics.collect import collect
+from clif.metrics.sources import sources
 from clif.states import ReplicaState
 from clif.types import FinishReason
 
@@ -41,6 +42,7 @@ def summarize(run_h5: Path) -> dict[str, Any]:
     training: samples and tokens are those of committed rounds; optimizer_steps counts every step done, also in
     discarded rounds; tokens_per_s is tokens over span_s, start of the first round to end of the last.
     states: seconds in each state from a replica's first transition to the end of the run, states_end_s.
+    run.unclosed: files that their process has not closed, with the stamp of their last row in seconds.
     """
     with h5py.File(run_h5, "r") as run:
         tables = {name: data[:] for name, data in run.items() if isinstance(data, h5py.Dataset)}
@@ -50,7 +52,12 @@ def summarize(run_h5: Path) -> dict[str, Any]:
     ends = {name: _end(name, attributes, tables) for name, attributes in files.items()}
     control_s = sum(end for name, end in ends.items() if name.startswith("control"))
     summary = {
-        "run": {"duration_s": control_s, "sources": sorted(files), "unreadable": unreadable},
+        "run": {
+            "duration_s": control_s,
+            "sources": sorted(files),
+            "unreadable": unreadable,
+            "unclosed": _unclosed(files, ends),
+        },
         "requests": _requests(users, tables["load"]),
         "slo": _slo(users, tables["gaps"]),
         "training": _training(tables["rounds"], tables["train_steps"]),
@@ -86,6 +93,19 @@ def _end(name: str, attributes: dict[str, Any], tables: dict[str, Rows]) -> floa
         return end
     stamps = [rows["t"][rows["source"] == name.encode()] for rows in tables.values()]
     return max((float(t.max()) for t in stamps if len(t)), default=0.0)
+
+
+def _unclosed(files: dict[str, dict[str, Any]], ends: dict[str, float]) -> list[dict[str, Any]]:
+    """Files that were not closed. A run.h5 of an older CLIF lacks the attribute last_row_s."""
+    unclosed = {n: a for n, a in sorted(files.items()) if not math.isfinite(a.get("end_s", math.nan))}
+    return [
+        {
+            "source": name,
+            "host": str(attributes.get("host", "")),
+            "last_row_s": attributes.get("last_row_s", ends[name]),
+        }
+        for name, attributes in unclosed.items()
+    ]
 
 
 def _by_source(rows: Rows) -> Iterator[tuple[str, Rows]]:
@@ -213,7 +233,7 @@ def _sections(summary: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]
     states = [(f"replica {replica}", _pairs(seconds)) for replica, seconds in summary["states"].items()]
     promotions = [(f"promotion of {p['version']}", _pairs(p)) for p in adapters["promotions"]]
     return [
-        ("Run", [(key, _text(value)) for key, value in summary["run"].items()]),
+        ("Run", _run(summary["run"])),
         (
             "Requests",
             [(k, _text(requests[k])) for k in ("submitted", "accepted", "unfinished", "duplicate_ends")]
@@ -225,6 +245,21 @@ def _sections(summary: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]
         ("Adapters (requests by version)", [("served", _pairs(adapters["versions_served"])), *promotions]),
         ("Replica states, seconds", states),
     ]
+
+
+def _run(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    plain = [(key, _text(value)) for key, value in figures.items() if key != "unclosed"]
+    return plain + [("not closed", _ended(file)) for file in figures["unclosed"]]
+
+
+def _ended(file: dict[str, Any]) -> str:
+    """How far a file goes that was not closed. Whether its process still runs cannot be told from the file."""
+    if file["last_row_s"] is None:
+        rows = "no rows"
+    else:
+        minutes, seconds = divmod(round(file["last_row_s"]), 60)
+        rows = f"rows up to its last flush, {minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d} after its start"
+    return f"{file['source']} ({file['host'] or 'unknown host'}) ended without closing, or still runs: {rows}"
 
 
 def _pairs(values: dict[str, Any]) -> str:
