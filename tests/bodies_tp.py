@@ -100,11 +100,11 @@ def serve_and_train(topology: Topology, model: str, coserving: str, kernel: str 
             for one in requests[2:]:
                 part.engine.scheduler.add(one, 0.0)
     return {
-        "logits": logits,
+        "logits": logits.cpu(),
         "answers": {i: answer(found) for i, found in events.items()},
         "versions": {i: {e.version for e in found} for i, found in events.items()},
-        "gradient": part.bank.whole(part.bank.gradient),
-        "shadow": part.bank.whole(part.bank.shadow.data),
+        "gradient": {name: t.cpu() for name, t in part.bank.whole(part.bank.gradient).items()},
+        "shadow": {name: t.cpu() for name, t in part.bank.whole(part.bank.shadow.data).items()},
         "step": results[0],
         "ticks": ticks,
     }

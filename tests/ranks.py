@@ -27,21 +27,26 @@ def run_ranks(
     layout: dict | None = None,
     device: str = "cpu",
     timeout_s: float = 30,
+    ranks_per_gpu: int = 1,
 ) -> list[Any]:
     """Run body(topology, *args) on every rank; returns their results. body must be importable by name.
 
-    device cuda: on NCCL, one GPU per rank.
+    device cuda: on NCCL, one GPU per rank; with ranks_per_gpu above 1 on gloo.
 
     A rank's exception is raised here with its traceback; a rank that hangs is an error, too.
     """
+    tree = {
+        "model": {"path": "none", "device": device},
+        "train": {"enabled": False},
+        "layout": layout or {},
+        "dist": {"timeout_s": timeout_s, "ranks_per_gpu": ranks_per_gpu},
+    }
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers", "clif.topology", "ranks"])
     with tempfile.TemporaryDirectory() as folder:
         queue = context.Queue()
         processes = [
-            context.Process(
-                target=_rank, args=(rank, world, folder, queue, body, args, layout, device, timeout_s), daemon=True
-            )
+            context.Process(target=_rank, args=(rank, world, folder, queue, body, args, tree), daemon=True)
             for rank in range(world)
         ]
         for process in processes:
@@ -57,20 +62,8 @@ def run_ranks(
     return [pickle.loads(results[rank][1]) for rank in range(world)]
 
 
-def _rank(
-    rank: int,
-    world: int,
-    folder: str,
-    queue: Any,
-    body: Callable,
-    args: tuple,
-    layout: dict | None,
-    device: str,
-    timeout_s: float,
-) -> None:
+def _rank(rank: int, world: int, folder: str, queue: Any, body: Callable, args: tuple, tree: dict) -> None:
     torch.set_num_threads(1)
-    tree = {"model": {"path": "none", "device": device}, "train": {"enabled": False}, "layout": layout or {}}
-    tree["dist"] = {"timeout_s": timeout_s}
     try:
         store = dist.FileStore(str(Path(folder) / "store"), world)
         topology = make_topology(config_from_tree(tree), RankEnv(rank, world, rank, world), store)

@@ -1,0 +1,69 @@
+"""Replicas of several ranks on GPUs: the bodies of the CPU tests, on NCCL and, where ranks share a GPU, on gloo."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import bodies_tp
+import pytest
+import torch
+from conftest import TINY
+from ranks import run_ranks
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
+GPUS = torch.cuda.device_count()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("tp") / "config.json"
+    file.write_text(json.dumps({**TINY, "num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}))
+    return f"random:{file}"
+
+
+@pytest.fixture(scope="module")
+def alone(model: str) -> dict[str, Any]:
+    return run_ranks(1, bodies_tp.serve_and_train, model, "turns", device="cuda")[0]
+
+
+def assert_equal(found: dict[str, Any], alone: dict[str, Any]) -> None:
+    assert found["answers"] == alone["answers"] and found["versions"] == alone["versions"]
+    for what, allowed in (("gradient", 1e-4), ("shadow", 1e-3)):
+        for name, expected in alone[what].items():
+            assert (found[what][name] - expected).norm() <= allowed * expected.norm() + 1e-9, f"{what} of {name}"
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+def test_ranks_that_share_one_gpu_compute_what_one_rank_does(model, alone, size, kernel):
+    if kernel == "triton":
+        pytest.importorskip("triton")
+    results = run_ranks(
+        size, bodies_tp.serve_and_train, model, "mixed", kernel,
+        layout={"tp_size": size}, device="cuda", ranks_per_gpu=size,
+    )  # fmt: skip
+    for found in results:
+        assert_equal(found, alone)
+
+
+def test_two_replicas_of_two_ranks_share_one_gpu_and_average(model, tmp_path: Path):
+    results = run_ranks(
+        4, bodies_tp.agreements, layout={"tp_size": 2}, device="cuda", ranks_per_gpu=4
+    )  # fmt: skip
+    assert [found["sum"] for found in results] == [[3.0]] * 4
+    assert [found["gather"] for found in results] == [[[0], [1]]] * 4
+
+
+@pytest.mark.skipif(GPUS < 2, reason="needs 2 GPUs")
+def test_ranks_on_nccl_compute_what_one_rank_does(model, alone):
+    for found in run_ranks(2, bodies_tp.serve_and_train, model, "mixed", layout={"tp_size": 2}, device="cuda"):
+        assert_equal(found, alone)
+
+
+@pytest.mark.skipif(GPUS < 4, reason="needs 4 GPUs")
+@pytest.mark.parametrize("size", [2, 4])
+def test_replicas_on_nccl_compute_what_one_rank_does(model, alone, size):
+    for found in run_ranks(4, bodies_tp.serve_and_train, model, "mixed", layout={"tp_size": size}, device="cuda"):
+        assert_equal(found, alone)
