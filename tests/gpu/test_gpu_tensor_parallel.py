@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import bodies_tp
@@ -48,10 +47,8 @@ def test_ranks_that_share_one_gpu_compute_what_one_rank_does(model, alone, size,
         assert_equal(found, alone)
 
 
-def test_two_replicas_of_two_ranks_share_one_gpu_and_average(model, tmp_path: Path):
-    results = run_ranks(
-        4, bodies_tp.agreements, layout={"tp_size": 2}, device="cuda", ranks_per_gpu=4
-    )  # fmt: skip
+def test_two_replicas_of_two_ranks_share_one_gpu_and_agree_within_each():
+    results = run_ranks(4, bodies_tp.agreements, layout={"tp_size": 2}, device="cuda", ranks_per_gpu=4)
     assert [found["sum"] for found in results] == [[3.0]] * 4
     assert [found["gather"] for found in results] == [[[0], [1]]] * 4
 
