@@ -112,7 +112,7 @@ class Federation:
         self._on_adapter(version)
         for replica in sorted(set(self._fleet.alive) - set(current.plan.members)):
             self._installing[replica] = version.number
-            self._send(replica, Install(version=version.number, weights=message.weights))
+            self._send(replica, Install(version=version.number, weights=message.weights, round_id=version.round_id))
         self._step(now, [])
 
     def on_lost(self, now: float, replica: int, why: str) -> None:

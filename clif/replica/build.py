@@ -15,7 +15,7 @@ from clif.adapters.slots import SlotTable
 from clif.config import Config, ConfigError
 from clif.data.instruct import Row, encode_samples, read_rows, shard_rows, split_rows
 from clif.models.loading import LoadedModel
-from clif.replica.checkpoint import Checkpoint, CheckpointWriter, load_checkpoint
+from clif.replica.checkpoint import CheckpointWriter, find_checkpoint
 from clif.replica.engine import Engine
 from clif.replica.heldout import Heldout
 from clif.replica.member import Member
@@ -87,11 +87,10 @@ def build_replica(
     trainer = ShadowTrainer(runner, bank, data.train, config.train, config.run.seed)
     checkpoints = CheckpointWriter(run_dir / "checkpoints", topology.env.rank)
     if config.run.resume:
-        _resume(AdapterStore(run_dir), checkpoints.path, bank, slots, trainer)
+        _resume(AdapterStore(run_dir), checkpoints, bank, slots, trainer)
 
     def on_version(version: int, round_id: int) -> None:
         records.version(version, round_id, replica.ticks, slots.slot_of(version) or 0)
-        checkpoints.save(Checkpoint(version, round_id, trainer.snapshot(), trainer.cursor_state()))
 
     member = Member(
         topology=topology,
@@ -100,6 +99,7 @@ def build_replica(
         slots=slots,
         base=config.model.path,
         tell=tell,
+        checkpoints=checkpoints,
         # Once per replica: its ranks all take the same steps.
         on_step=records.step if topology.is_leader else lambda *_: None,
         on_version=on_version,
@@ -133,8 +133,10 @@ def make_engine(config: Config, runner: ModelRunner, scheduler: Scheduler) -> En
     return Engine(runner, scheduler, config.slo, way, config.run.training_share, sidecar=sidecar)
 
 
-def _resume(store: AdapterStore, checkpoint: Path, bank: AdapterBank, slots: SlotTable, trainer: ShadowTrainer) -> None:
-    """Serve and go on training from the last promoted version; its optimizer state comes along where it is known.
+def _resume(
+    store: AdapterStore, checkpoints: CheckpointWriter, bank: AdapterBank, slots: SlotTable, trainer: ShadowTrainer
+) -> None:
+    """Serve and go on training from the last promoted version, with the last committed moments and sample cursor.
 
     Raises AdapterError or ValueError when what is on disk does not fit this run.
     """
@@ -144,10 +146,8 @@ def _resume(store: AdapterStore, checkpoint: Path, bank: AdapterBank, slots: Slo
     state = read_folder(bank, store.place(current.number))
     bank.fill_slot(slot, state)
     slots.promote(current.number, slot)
-    bank.set_shadow(state)
-    if not checkpoint.is_file():
-        return
-    saved = load_checkpoint(checkpoint, bank.shadow.device)
-    # A rank that died between the adapter's and its own checkpoint goes on from the adapter, with fresh moments.
-    if saved.version == current.number:
+    saved = find_checkpoint(checkpoints, store.rounds(), bank.shadow.device)
+    if saved is not None:
         trainer.resume(saved.trainer, saved.cursor)
+    # A replica that had not installed the last version yet has its own moments, but everybody's shadow.
+    bank.set_shadow(state)

@@ -68,6 +68,7 @@ class Install(Message, frozen=True):
 
     version: int
     weights: bytes
+    round_id: int = -1
 
 
 class Evaluate(Message, frozen=True):
