@@ -44,6 +44,9 @@ class RunConfig(Section):
     """The run ends after this many seconds even when the load or the rounds are not through."""
     linger_s: Annotated[float, Field(ge=0)] = 60.0
     """How long a round that is under way when the load ends may still take, seconds."""
+    drain_s: Annotated[float, Field(ge=0)] = 20.0
+    """After SIGTERM or SIGINT: how long running requests may still take, seconds. Keep it 5 s under what the launcher
+    allows before it kills (torchrun 30 s)."""
     status: Literal["auto", "live", "plain", "off"] = "auto"
     """Progress on rank 0: a live table on a terminal, plain lines elsewhere, off under CI (auto)."""
     resume: bool = False

@@ -14,11 +14,15 @@ from clif.collectives import Group, make_group
 from clif.config import Config, ConfigError
 from clif.launchers import RankEnv
 from clif.layout import Layout, make_layout
+from clif.starts import agree_on_start
 
 
 @dataclass
 class Topology:
-    """Where this rank stands, and the groups that it belongs to."""
+    """Where this rank stands, and the groups that it belongs to.
+
+    store: keys of this start of the ranks; launch_store: the one around it, which outlives restarts by torchrun.
+    """
 
     env: RankEnv
     layout: Layout
@@ -27,6 +31,7 @@ class Topology:
     store: dist.Store
     backend: str
     tp_group: dist.ProcessGroup
+    launch_store: dist.Store
     _combined: dict[tuple[int, ...], Group] = field(default_factory=dict)
     _retired: list[Group] = field(default_factory=list)
 
@@ -100,8 +105,10 @@ def make_topology(config: Config, env: RankEnv, store: dist.Store | None = None)
     layout = make_layout(env.world_size, wanted.tp_size, wanted.replicas, wanted.replica_gpus)
     device = choose_device(config.model.device, env.local_rank)
     timeout = datetime.timedelta(seconds=config.dist.timeout_s)
+    launch_store = _store(env, timeout) if store is None else store
     if store is None:
-        store = _store(env, timeout)
+        name = agree_on_start(launch_store, env.rank, env.world_size, config.dist.timeout_s)
+        store = dist.PrefixStore(f"clif/start/{name}", launch_store)
     _choose_interface(env)
     backend = choose_backend(config.dist.backend, device)
     dist.init_process_group(
@@ -114,7 +121,7 @@ def make_topology(config: Config, env: RankEnv, store: dist.Store | None = None)
     mine = list(layout.replicas[layout.replica_of(env.rank)])
     # Every rank makes exactly this one group by torch's own means, so all agree on its name (see make_group).
     tp_group = dist.new_group(mine, timeout=timeout, use_local_synchronization=True, group_desc=f"tp {mine}")
-    return Topology(env, layout, device, timeout, store, backend, tp_group)
+    return Topology(env, layout, device, timeout, store, backend, tp_group, launch_store)
 
 
 def _store(env: RankEnv, timeout: datetime.timedelta) -> dist.Store:

@@ -49,6 +49,28 @@ def sources(run_dir: Path) -> list[Source]:
     return sorted(found, key=lambda source: (source.rank, source.restart))
 
 
+def earlier_rows(run_dir: Path, table: str) -> np.ndarray[Any, Any]:
+    """Rows of a table in the control files of processes that are gone, each up to its last flush.
+
+    A file that cannot be read counts as empty, as it does in run.h5; a warning names it.
+    """
+    parts = [np.empty(0, dtype=TABLES[table].dtype)]
+    for source in sources(run_dir):
+        if source.rank >= 0:
+            continue
+        try:
+            with h5py.File(source.path, "r") as file:
+                found = written(file[table][:])
+        except (OSError, RuntimeError, KeyError) as error:
+            log.warning("%s cannot be read, so its rows do not count: %s", source.path.name, error)
+            continue
+        part = np.full(len(found), TABLES[table].fill, dtype=TABLES[table].dtype)
+        for column in set(found.dtype.names) & set(part.dtype.names):
+            part[column] = found[column]
+        parts.append(part)
+    return np.concatenate(parts)
+
+
 def merged_table(name: str) -> Table:
     """A table as run.h5 has it: with the columns source and rank."""
     table = TABLES[name]

@@ -17,9 +17,14 @@ import tokenizers
 
 import clif
 from clif.config import Config, config_from_tree
+from clif.control.__main__ import read_recorded
+from clif.control.ending import Ending
+from clif.control.journal import Journal
+from clif.control.ledger import Ledger
 from clif.control.phases import ControlError, Phase
 from clif.control.quality import QualityCheck
 from clif.control.records import Records
+from clif.control.recovery import add_up, recover
 from clif.control.server import ControlServer
 from clif.control.status import Status
 from clif.data.instruct import read_rows
@@ -184,19 +189,23 @@ class Run:
         rows = read_rows(path)
         self.load = make_load(config, rows, tokenizer)
         self.channel = ControlChannel()
-        config.run_dir.mkdir()
+        config.run_dir.mkdir(exist_ok=True)
+        store = AdapterStore(config.run_dir)
+        self.journal = Journal(config.run_dir)
+        past, recorded = add_up(self.journal.past), read_recorded(config.run_dir)
+        recovery = recover(past, self.load, options.pop("relaunched", False), store.rounds(), recorded)
         self.server = ControlServer(
             config,
             self.channel,
             time.monotonic,
             replicas=leaders,
             secret="s",
-            load=self.load,
-            quality=QualityCheck(config, rows, tokenizer),
-            store=AdapterStore(config.run_dir),
+            quality=QualityCheck(config, rows, tokenizer, recovery.starts),
+            store=store,
             records=Records(config.run_dir, config, time.monotonic),
             status=Status("plain"),
-            stop_reason=options.pop("stop_reason", lambda: ""),
+            ledger=Ledger(self.journal, recovery),
+            ending=Ending(**{k: options.pop(k) for k in ("stop_reason", "signalled", "restarts_left") if k in options}),
         )
         silent = options.pop("silent", {})
         self.leaders = [FakeLeader(self.channel.address, i, silent_after=silent.get(i)) for i in range(leaders)]
@@ -212,6 +221,7 @@ class Run:
             for leader in self.leaders:
                 leader.join(10)
             self.channel.close()
+            self.journal.close()
 
     def table(self, name: str) -> list[dict[str, Any]]:
         with h5py.File(self.config.run_dir / "control.h5", "r") as file:
@@ -356,8 +366,8 @@ def test_sigterm_ends_the_process_with_a_clear_last_line(tmp_path: Path) -> None
         wait_for(config.run_dir / "control.address", "tcp://")
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert errors.strip().splitlines()[-1] == "clif: the run did not go through: got SIGTERM"
+    assert process.returncode == 143
+    assert errors.strip().splitlines()[-1] == "clif: drained: got SIGTERM; run.resume=true goes on from here"
 
 
 def test_an_address_that_is_not_ours_is_named(tmp_path: Path) -> None:
