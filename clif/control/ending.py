@@ -43,9 +43,13 @@ class Ending:
         """A rank was told to end. One is enough: launchers tell all, and rank 0 may be slower."""
         self.drain = self.drain or f"replica {message.replica} got {message.signal}"
 
-    def lose(self, phase: Phase, replica: int, reason: str) -> None:
-        """Raises ControlError when the loss of a replica is to be healed by a restart of all ranks."""
-        if self.restarts_left and phase is not Phase.STOPPING:
+    def lose(self, phase: Phase, replica: int, reason: str, gone: bool) -> None:
+        """Raises ControlError when the loss of a replica is to be healed by a restart of all ranks.
+
+        gone: its process is no more. In a drain only that tells of a restart to come: a replica that hangs or fails
+        then is one more reason to end.
+        """
+        if self.restarts_left and phase is not Phase.STOPPING and (gone or phase is not Phase.DRAIN):
             self._lost = True
             raise ControlError(f"replica {replica} is lost ({reason})")
 

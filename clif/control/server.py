@@ -242,15 +242,15 @@ class ControlServer:
 
     def _bury_unreachable(self, now: float) -> None:
         while self._unreachable:
-            self._lose(now, self._unreachable.pop(), "not connected any more")
+            self._lose(now, self._unreachable.pop(), "not connected any more", gone=True)
 
-    def _lose(self, now: float, replica: int, reason: str) -> None:
+    def _lose(self, now: float, replica: int, reason: str, gone: bool = False) -> None:
         """Count a replica as lost: first its state, so that nothing is sent to it by what follows."""
         if not self.fleet.is_alive(replica):
             return
         log.error("replica %d is lost: %s", replica, reason)
         # With restarts left the launcher starts all ranks anew, which loses less than to go on with the others.
-        self._ending.lose(self.phase, replica, reason)
+        self._ending.lose(self.phase, replica, reason, gone)
         self.fleet.set_state(now, replica, ReplicaState.FAILED, reason)
         self.dispatcher.lose(now, replica, reason)
         self.federation.on_lost(now, replica, reason)
