@@ -20,10 +20,11 @@ import torch.distributed as dist
 from clif.addresses import address_towards
 from clif.collectives import share_inbox
 from clif.config import Config, ConfigError
-from clif.launchers import RankEnv
+from clif.launchers import RankEnv, restarts_left
 from clif.layout import check_heads
 from clif.leaving import Leaving
 from clif.metrics.provenance import provenance
+from clif.models.kept import drop, keep, load_kept, worth_keeping
 from clif.models.loading import LoadedModel, load_model
 from clif.replica.build import build_replica
 from clif.replica.records import RankRecords
@@ -52,15 +53,27 @@ def run_rank(config: Config, env: RankEnv) -> int:
         log.info("restarted by the launcher: the run goes on in %s", run_dir)
         config = _resuming(config)
     started = time.monotonic()
-    loaded = load_model(config.model, topology.device, config.run.seed)
+    loaded = _load(config, topology, run_dir, restarted)
     load_s = time.monotonic() - started
     _check_sharding(topology, loaded)
     log.info("rank %d: %s in %s (%s), %.1f s", env.rank, config.model.path, loaded.dtype, loaded.dtype_reason, load_s)
     with _control_process(config, topology, run_dir, loaded.tokenizer, restarted, leaving) as control:
         _serve(config, topology, run_dir, loaded, load_s, control, leaving)
         code = 0 if control is None else control.wait()
+    if env.rank == 0 and code == 0:
+        drop(run_dir)
     dist.destroy_process_group()
     return code
+
+
+def _load(config: Config, topology: Topology, run_dir: Path, restarted: bool) -> LoadedModel:
+    kept = load_kept(run_dir, topology.device) if restarted else None
+    if kept is not None:
+        return kept
+    loaded = load_model(config.model, topology.device, config.run.seed)
+    if topology.env.rank == 0 and worth_keeping(config.model.path) and restarts_left(os.environ):
+        keep(loaded, run_dir)
+    return loaded
 
 
 def _threads(env: RankEnv) -> int:
