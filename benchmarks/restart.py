@@ -25,7 +25,7 @@ import psutil
 REPO = Path(__file__).resolve().parents[1]
 LIMIT_S = 240.0
 STAGES = {
-    "all ranks gone": r"restarted by the launcher",
+    "ranks started": r"restarted by the launcher",
     "model loaded": r"rank 0: .* s$",
     "replicas there": r"clif: open: the load goes on",
 }
@@ -78,7 +78,7 @@ def once(config: str, ranks: int, overrides: list[str]) -> dict[str, float]:
             victim(process, ranks - 1).send_signal(signal.SIGKILL)
             found = {"load average": load}
             found |= {stage: wait_for(process, log, text, size) - killed for stage, text in STAGES.items()}
-            restarted = killed + found["all ranks gone"]
+            restarted = killed + found["ranks started"]
             while (token := first_token_after(folder / "run", restarted)) is None:
                 time.sleep(0.2)
             # A longer answer may have begun before the one that ended first.

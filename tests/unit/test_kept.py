@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_kept_model_computes_the_same_in_the_same_dtype(tiny_config, tmp_path, dtype):
-    tree = {"model": {"path": f"random:{tiny_config}", "dtype": dtype}, "train": {"enabled": False}}
+    tree = {"model": {"path": f"random:{tiny_config}", "dtype": dtype, "max_context": 256}, "train": {"enabled": False}}
     loaded = load_model(config_from_tree(tree).model, CPU, seed=3)
     assert load_kept(tmp_path, CPU) is None
     loaded.tokenizer.save(tmp_path / "tokenizer")
