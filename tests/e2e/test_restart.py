@@ -153,6 +153,24 @@ def test_one_kill_after_the_other_costs_nothing(tmp_path, victims):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", ["rank 1", "rank 0", "control"])
+def test_a_kill_while_the_ranks_load_again_costs_nothing(tmp_path, victim):
+    run = Launched(tmp_path)
+    run.wait_until("round 2:")
+    run.rank(1).send_signal(signal.SIGKILL)
+    run.wait_until("restarted by the launcher")
+    if victim == "control":
+        end = time.monotonic() + 60
+        while not any("--restarted" in p.cmdline() for p in run.processes("clif.control")):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    process = run.control() if victim == "control" else run.rank(int(victim[-1]))
+    process.send_signal(signal.SIGKILL)
+    assert run.end() == 0, run.say()
+    assert_answered_to_the_end(run)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("delay_s", [0.0, 0.15, 0.4, 0.8])
 def test_whenever_the_kill_comes_samples_and_rounds_stay_consistent(tmp_path, delay_s):
     """Rounds of one step follow each other closely, so that the kill falls into votes and commits as well."""
