@@ -25,6 +25,7 @@ class Ending:
         self.drain = ""
         self.restarts_left = restarts_left
         self._stop_reason, self._signalled = stop_reason, signalled
+        self._said = ""
         self._lost = False
 
     def check(self, phase: Phase) -> None:
@@ -35,13 +36,13 @@ class Ending:
         reason = self._stop_reason()
         if reason:
             raise ControlError(reason)
-        self.drain = self.drain or self._signalled()
+        self.drain = self.drain or self._signalled() or self._said
         if self.drain and phase is Phase.GATHER and self.restarts_left:
             raise ControlError(f"{self.drain} while replicas loaded")
 
     def on_signalled(self, now: float, message: Signalled) -> None:
         """A rank was told to end. One is enough: launchers tell all, and rank 0 may be slower."""
-        self.drain = self.drain or f"replica {message.replica} got {message.signal}"
+        self._said = self._said or f"replica {message.replica} got {message.signal}"
 
     def lose(self, phase: Phase, replica: int, reason: str, gone: bool) -> None:
         """Raises ControlError when the loss of a replica is to be healed by a restart of all ranks.

@@ -289,6 +289,9 @@ class ControlServer:
         self._status.note(f"{phase.value}: {reason}")
         if phase is not Phase.DONE:
             self._ledger.entered(phase)
+        if left is Phase.GATHER:
+            limits = [min(h.max_context, h.kv_tokens) for h in self.fleet.hellos]
+            self.dispatcher.context_limit = min([self.dispatcher.context_limit, *limits])
         if left in (Phase.BASELINE, Phase.CLOSING) and not self._quality.pending:
             self._records.quality("before" if left is Phase.BASELINE else "after", self._quality.result)
         if phase in (Phase.BASELINE, Phase.CLOSING):
@@ -302,8 +305,6 @@ class ControlServer:
 
     def _measure(self, now: float) -> None:
         hellos = self.fleet.hellos
-        limits = [min(h.max_context, h.kv_tokens) for h in hellos]
-        self.dispatcher.context_limit = min(self.dispatcher.context_limit, *limits)
         has_rows = self.config.data.path is not None
         judges = [h.replica for h in hellos if has_rows and h.heldout_rows > 0 and self.fleet.is_alive(h.replica)]
         probes = self._quality.begin(judges)

@@ -32,7 +32,7 @@ from clif.data.load import make_load
 from clif.metrics.collect import collect
 from clif.store import AdapterStore
 from clif.text import ChatTokenizer
-from clif.types import FinishReason, HeldoutLoss, Request, RoundPlan, RoundResult, TokenEvent, Vote
+from clif.types import FinishReason, HeldoutLoss, Purpose, Request, RoundPlan, RoundResult, TokenEvent, Vote
 from clif.wire import messages as wire
 from clif.wire.channels import ControlChannel, LeaderChannel, decode_down
 
@@ -389,6 +389,28 @@ def test_a_replica_that_hangs_in_a_drain_leaves_nothing_open_though_restarts_are
     run.go()
     assert run.server.drained
     run.assert_promise_1()
+
+
+def test_one_signalled_rank_drains_the_run(tmp_path: Path) -> None:
+    run = Run(make_config(tmp_path, load={"duration_s": 20.0}))
+    first = run.leaders[1]
+    obey = first.obey
+
+    def tell(message: wire.Down) -> None:
+        obey(message)
+        if isinstance(message, wire.Submit) and message.request.purpose is Purpose.USER:
+            first.channel.send(wire.Signalled(replica=1, signal="SIGTERM"))
+
+    first.obey = tell  # type: ignore[method-assign]
+    run.go()
+    assert run.server.drained == "replica 1 got SIGTERM"
+    run.assert_promise_1()
+
+
+def test_a_signal_while_all_leave_changes_nothing(tmp_path: Path) -> None:
+    run = Run(make_config(tmp_path), signalled=lambda: "late" if run.server.phase is Phase.STOPPING else "")
+    run.go()
+    assert run.server.phase is Phase.DONE and not run.server.drained
 
 
 def test_a_leader_with_a_wrong_secret_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
