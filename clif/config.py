@@ -10,29 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from clif.config_load import LoadConfig, MetricsConfig, QualityConfig
 from clif.errors import ConfigError
 from clif.refusals import sentence
+from clif.section import Positive, PositiveFloat, Section, Share
 from clif.strict_yaml import apply_override, strict_yaml
-
-Positive = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values never change after reading."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML reads yes and on as true, and true would pass for 1."""
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
-            raise ValueError(f"{info.field_name} is {str(value).lower()}: give a value, not yes or no")
-        return value
 
 
 class RunConfig(Section):
@@ -44,6 +28,9 @@ class RunConfig(Section):
     """The run ends after this many seconds even when the load or the rounds are not through."""
     linger_s: Annotated[float, Field(ge=0)] = 60.0
     """How long a round that is under way when the load ends may still take, seconds."""
+    drain_s: Annotated[float, Field(ge=0)] = 20.0
+    """After SIGTERM or SIGINT: how long running requests may still take, seconds. Keep it 5 s under what the launcher
+    allows before it kills (torchrun 30 s)."""
     status: Literal["auto", "live", "plain", "off"] = "auto"
     """Progress on rank 0: a live table on a terminal, plain lines elsewhere, off under CI (auto)."""
     resume: bool = False
@@ -260,55 +247,6 @@ class ControlConfig(Section):
                 f"control.high_below {self.high_below} must not exceed control.medium_below {self.medium_below}"
             )
         return self
-
-
-class TraceConfig(Section):
-    path: Path
-    format: Literal["azure", "burstgpt", "mooncake"] = "azure"
-    speed: PositiveFloat = 1.0
-    """2 replays twice as fast."""
-    start_s: Annotated[float, Field(ge=0)] = 0.0
-    """Offset into the trace, seconds of trace time."""
-    lengths: Literal["trace", "data"] = "data"
-    """trace: prompt and answer lengths of the trace (end-of-text ignored); data: those of the data set's rows."""
-
-
-class LoadConfig(Section):
-    kind: Literal["none", "constant", "poisson", "gamma", "trace"] = "none"
-    rate_rps: PositiveFloat = 1.0
-    """Of generated load; a trace has its own."""
-    cv: PositiveFloat = 3.0
-    """Coefficient of variation of the gaps of gamma load: 1 is Poisson, more is burstier."""
-    duration_s: PositiveFloat = 60.0
-    """A trace is cut off after this time, too (at its replayed speed)."""
-    max_requests: Positive | None = None
-    split: str = "train"
-    """Split of data.path from which prompts are drawn."""
-    max_tokens: Positive = 64
-    temperature: Annotated[float, Field(ge=0)] = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
-    ignore_eos: bool = False
-    trace: TraceConfig | None = None
-
-    @model_validator(mode="after")
-    def _trace(self) -> LoadConfig:
-        if (self.kind == "trace") != (self.trace is not None):
-            raise ValueError('load.kind "trace" and the section load.trace need each other: give both or neither')
-        return self
-
-
-class QualityConfig(Section):
-    exact_match_rows: Annotated[int, Field(ge=0)] = 0
-    """Held-out rows whose answers are generated and compared before and after the run; 0: none."""
-    max_tokens: Positive = 64
-
-
-class MetricsConfig(Section):
-    flush_s: PositiveFloat = 1.0
-    flush_rows: Positive = 2000
-    device_s: PositiveFloat = 1.0
-    """Interval of device samples."""
 
 
 class Config(Section):

@@ -91,6 +91,14 @@ def discover(environ: Environ, local_rank: int | None = None, ask_mpi: Callable[
     return found
 
 
+def restarts_left(environ: Environ) -> int:
+    """How many times the launcher will still start all ranks anew when one fails; 0 for all but torchrun."""
+    if "TORCHELASTIC_MAX_RESTARTS" not in environ:
+        return 0
+    count = _number(environ, "TORCHELASTIC_RESTART_COUNT")
+    return max(0, _number(environ, "TORCHELASTIC_MAX_RESTARTS") - count)
+
+
 def from_torch(environ: Environ) -> RankEnv | None:
     """From torch's environment, as torchrun and deepspeed set it; None unless all of it is there."""
     if any(name not in environ for name in TORCH):

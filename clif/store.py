@@ -10,11 +10,14 @@ import os
 import shutil
 from pathlib import Path
 
+import msgspec
+
 from clif.types import AdapterVersion
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CURRENT_FILE = "current.json"
+VERSION_FILE = "version.json"
 
 
 class AdapterStore:
@@ -36,12 +39,33 @@ class AdapterStore:
         temporary.mkdir()
         _write(temporary / CONFIG_FILE, config_json.encode())
         _write(temporary / WEIGHTS_FILE, weights)
+        described = json.dumps(msgspec.to_builtins(version)).encode()
+        _write(temporary / VERSION_FILE, described)
         # Left over from a crash before current.json named it, so nobody reads it.
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
         current = {"version": version.number, "round_id": version.round_id, "heldout_loss": version.heldout_loss}
         write_atomic(self.folder / CURRENT_FILE, json.dumps(current).encode())
         return final
+
+    def rounds(self) -> frozenset[int]:
+        """Numbers of the rounds that were committed: those of all versions up to the current one.
+
+        Raises ValueError if a file is damaged.
+        """
+        current = self.current()
+        if current is None:
+            return frozenset()
+        found = {current.round_id}
+        for path in self.folder.glob(f"v*/{VERSION_FILE}"):
+            try:
+                version = msgspec.json.decode(path.read_bytes(), type=AdapterVersion)
+            except msgspec.DecodeError as error:
+                raise ValueError(f"{path} is damaged ({error}): restore it or start a new run") from error
+            # A later folder was written by a process that died before it could make it the current one.
+            if version.number <= current.number:
+                found.add(version.round_id)
+        return frozenset(found)
 
     def current(self) -> AdapterVersion | None:
         """The last promoted version, or None. Raises ValueError if current.json is damaged."""

@@ -14,11 +14,15 @@ from clif.collectives import Group, Peers, Roll, make_group
 from clif.config import Config, ConfigError
 from clif.launchers import RankEnv
 from clif.layout import Layout, check_hosts, make_layout
+from clif.starts import agree_on_start
 
 
 @dataclass
 class Topology:
-    """Where this rank stands, and the groups that it belongs to."""
+    """Where this rank stands, and the groups that it belongs to.
+
+    store: keys of this start of the ranks; launch_store: the one around it, which outlives restarts by torchrun.
+    """
 
     env: RankEnv
     layout: Layout
@@ -28,6 +32,7 @@ class Topology:
     backend: str
     tp_group: dist.ProcessGroup
     peers: Peers
+    launch_store: dist.Store
     _combined: dict[tuple[int, ...], Group] = field(default_factory=dict)
     _retired: list[Group] = field(default_factory=list)
 
@@ -112,8 +117,10 @@ def make_topology(config: Config, env: RankEnv, store: dist.Store | None = None)
     share = config.dist.ranks_per_gpu
     device = choose_device(config.model.device, env.local_rank, share)
     timeout = datetime.timedelta(seconds=config.dist.timeout_s)
+    launch_store = _store(env, timeout) if store is None else store
     if store is None:
-        store = _store(env, timeout)
+        name = agree_on_start(launch_store, env.rank, env.world_size, config.dist.timeout_s)
+        store = dist.PrefixStore(f"clif/start/{name}", launch_store)
     _choose_interface(env)
     backend = choose_backend(config.dist.backend, device, share)
     dist.init_process_group(
@@ -128,7 +135,7 @@ def make_topology(config: Config, env: RankEnv, store: dist.Store | None = None)
     tp_group = dist.new_group(mine, timeout=timeout, use_local_synchronization=True, group_desc=f"tp {mine}")
     roll = Roll(store, f"tensor-parallel group of replica {layout.replica_of(env.rank)}", env.rank, tuple(mine))
     peers = Peers(tp_group, roll) if len(mine) > 1 else Peers()
-    return Topology(env, layout, device, timeout, store, backend, tp_group, peers)
+    return Topology(env, layout, device, timeout, store, backend, tp_group, peers, launch_store)
 
 
 def _store(env: RankEnv, timeout: datetime.timedelta) -> dist.Store:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -18,17 +18,20 @@ import torch
 import torch.distributed as dist
 
 from clif.addresses import address_towards
-from clif.config import Config, ConfigError
-from clif.launchers import RankEnv
+from clif.config import Config
+from clif.launchers import RankEnv, restarts_left
+from clif.leaving import Leaving
 from clif.metrics.provenance import provenance
+from clif.models.kept import drop, keep, load_kept, worth_keeping
 from clif.models.loading import LoadedModel, load_model
 from clif.replica.build import build_replica
 from clif.replica.records import RankRecords
 from clif.replica.replica import Replica
+from clif.starts import choose_run_dir
 from clif.text import ChatTokenizer
 from clif.topology import Topology, make_topology
 from clif.wire.channels import LeaderChannel, decode_down
-from clif.wire.messages import Goodbye, Hello, Trouble, Up
+from clif.wire.messages import Goodbye, Hello, Signalled, Trouble, Up
 
 log = logging.getLogger(__name__)
 Control = subprocess.Popen[bytes]
@@ -41,17 +44,33 @@ CONTROL_LEAVES_S = 20.0
 def run_rank(config: Config, env: RankEnv) -> int:
     """Everything that one rank does; returns its exit code. Raises ConfigError and LayoutError before any work."""
     torch.set_num_threads(config.dist.threads_per_rank or _threads(env))
+    leaving = Leaving(config.run.drain_s)
     topology = make_topology(config, env)
-    run_dir = _agree_on_run_dir(config, topology)
+    run_dir, restarted = _agree_on_run_dir(config, topology)
+    if restarted:
+        log.info("restarted by the launcher: the run goes on in %s", run_dir)
+        config = _resuming(config)
     started = time.monotonic()
-    loaded = load_model(config.model, topology.device, config.run.seed, topology.peers)
+    loaded = _load(config, topology, run_dir, restarted)
     load_s = time.monotonic() - started
     log.info("rank %d: %s in %s (%s), %.1f s", env.rank, config.model.path, loaded.dtype, loaded.dtype_reason, load_s)
-    with _control_process(config, topology, run_dir, loaded.tokenizer) as control:
-        _serve(config, topology, run_dir, loaded, load_s, control)
+    with _control_process(config, topology, run_dir, loaded.tokenizer, restarted, leaving) as control:
+        _serve(config, topology, run_dir, loaded, load_s, control, leaving)
         code = 0 if control is None else control.wait()
+    if env.rank == 0 and code == 0:
+        drop(run_dir)
     dist.destroy_process_group()
     return code
+
+
+def _load(config: Config, topology: Topology, run_dir: Path, restarted: bool) -> LoadedModel:
+    kept = load_kept(run_dir, topology.device) if restarted else None
+    if kept is not None:
+        return kept
+    loaded = load_model(config.model, topology.device, config.run.seed, topology.peers)
+    if topology.env.rank == 0 and worth_keeping(config.model.path) and restarts_left(os.environ):
+        keep(loaded, run_dir)
+    return loaded
 
 
 def _threads(env: RankEnv) -> int:
@@ -63,7 +82,13 @@ def _threads(env: RankEnv) -> int:
 
 
 def _serve(
-    config: Config, topology: Topology, run_dir: Path, loaded: LoadedModel, load_s: float, control: Control | None
+    config: Config,
+    topology: Topology,
+    run_dir: Path,
+    loaded: LoadedModel,
+    load_s: float,
+    control: Control | None,
+    leaving: Leaving,
 ) -> None:
     channel = _connect(topology) if topology.is_leader else None
 
@@ -77,7 +102,7 @@ def _serve(
     topology.combined_group(tuple(range(len(topology.layout.replicas))), round_id=0)
     tell(_hello(config, topology, replica, loaded, load_s))
     try:
-        _loop(replica, topology, channel, control)
+        _loop(replica, topology, channel, control, leaving)
     except Exception as error:
         tell(Trouble(replica=replica.id, error=f"{type(error).__name__}: {error}"))
         raise
@@ -89,9 +114,19 @@ def _serve(
             channel.close()
 
 
-def _loop(replica: Replica, topology: Topology, channel: LeaderChannel | None, control: Control | None) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: setattr(replica, "stopping", True))
+def _loop(
+    replica: Replica, topology: Topology, channel: LeaderChannel | None, control: Control | None, leaving: Leaving
+) -> None:
+    told = False
+    leaving.serving = True
     while not replica.stopping:
+        if leaving.signal and channel is not None:
+            if not told:
+                channel.send(Signalled(replica=replica.id, signal=leaving.signal))
+                told = True
+            # Nobody is left to say Stop, or it should have come.
+            if channel.lost or leaving.late:
+                return
         payloads = channel.receive(replica.wait_s()) if channel is not None else None
         inbox = topology.peers.share_inbox(payloads, topology.device)
         replica.tick([decode_down(payload) for payload in inbox])
@@ -121,23 +156,22 @@ def _hello(config: Config, topology: Topology, replica: Replica, loaded: LoadedM
     )
 
 
-def _agree_on_run_dir(config: Config, topology: Topology) -> Path:
-    """Rank 0 makes a folder that no former run used, or takes the one to resume; the others learn its name."""
+def _agree_on_run_dir(config: Config, topology: Topology) -> tuple[Path, bool]:
+    """(folder of the run, whether the launcher has restarted the ranks): rank 0 chooses, the others learn it."""
     if topology.env.rank == 0:
-        folder = config.run_dir
-        if config.run.resume and not (folder / "config.json").is_file():
-            raise ConfigError(f"run.resume: {folder} holds no run: correct run.name or run.out_dir, or start anew")
-        for n in range(2, 10_000):
-            if config.run.resume or not folder.exists():
-                break
-            folder = config.run_dir.with_name(f"{config.run_dir.name}-{n}")
-        folder.mkdir(parents=True, exist_ok=config.run.resume)
+        folder, restarted = choose_run_dir(config, topology.launch_store)
         # Left by the run that is resumed: its address must not be taken for the new one's.
         (folder / ADDRESS_FILE).unlink(missing_ok=True)
-        topology.store.set("clif/run_dir", str(folder))
-    folder = Path(topology.store.get("clif/run_dir").decode())
+        topology.store.set("clif/run_dir", json.dumps([str(folder), restarted]))
+    name, restarted = json.loads(topology.store.get("clif/run_dir"))
+    folder = Path(name)
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return folder, restarted
+
+
+def _resuming(config: Config) -> Config:
+    """The same, for a run that the launcher has restarted."""
+    return config.model_copy(update={"run": config.run.model_copy(update={"resume": True})})
 
 
 def _connect(topology: Topology) -> LeaderChannel:
@@ -146,7 +180,12 @@ def _connect(topology: Topology) -> LeaderChannel:
 
 @contextmanager
 def _control_process(
-    config: Config, topology: Topology, run_dir: Path, tokenizer: ChatTokenizer
+    config: Config,
+    topology: Topology,
+    run_dir: Path,
+    tokenizer: ChatTokenizer,
+    restarted: bool,
+    leaving: Leaving,
 ) -> Iterator[Control | None]:
     """On rank 0: start the control process and tell the others its address; when it dies, so does this rank.
 
@@ -162,7 +201,9 @@ def _control_process(
     command = [sys.executable, "-P", "-m", "clif.control", "--run-dir", str(run_dir)]
     command += ["--replicas", str(len(topology.layout.replicas)), "--host", _host(config, topology)]
     command += ["--parent", str(os.getpid())]
+    command += ["--restarted"] if restarted else []
     process = subprocess.Popen(command, env={**os.environ, SECRET: secret})
+    leaving.on_signal = lambda _: _pass_on(process, leaving)
     try:
         topology.store.set("clif/control", _address(run_dir / ADDRESS_FILE, process, config.dist.timeout_s))
         yield process
@@ -170,6 +211,13 @@ def _control_process(
         if process.poll() is None:
             process.terminate()
             _wait(process, CONTROL_LEAVES_S)
+
+
+def _pass_on(process: Control, leaving: Leaving) -> None:
+    """A launcher knows nothing of the control process: rank 0 passes signals on, and waits if it does not serve yet."""
+    process.terminate()
+    if not leaving.serving:
+        _wait(process, CONTROL_LEAVES_S)
 
 
 def _wait(process: Control, timeout_s: float) -> None:

@@ -16,24 +16,33 @@ from pathlib import Path
 import zmq
 
 from clif.config import Config
+from clif.control.ending import Ending
+from clif.control.journal import Journal
+from clif.control.ledger import Ledger
 from clif.control.phases import ControlError
 from clif.control.quality import QualityCheck
 from clif.control.records import Records
+from clif.control.recovery import Recorded, add_up, recover
 from clif.control.server import ControlServer
 from clif.control.status import Status, StatusHandler
 from clif.data.instruct import read_rows
 from clif.data.load import make_load
+from clif.launchers import restarts_left
+from clif.metrics.sources import earlier_rows
 from clif.store import AdapterStore, write_atomic
 from clif.text import ChatTokenizer
+from clif.types import Purpose
 from clif.wire.channels import ControlChannel
 
 ADDRESS_FILE = "control.address"
 SECRET = "CLIF_SECRET"
 """Environment variable with what a leader must say in its Hello; arguments could be read by other users."""
+DRAINED = 128 + signal.SIGTERM
+"""Exit code after a signal: every request has its end, but the run is not through."""
 
 
 class Outside:
-    """Watches for signals and for the death of the parent process (rank 0). Calling it says why to end, or ""."""
+    """Watches for signals and for the death of the parent process (rank 0). Each method gives a reason, or ""."""
 
     def __init__(self, parent: int | None) -> None:
         self._parent = os.getppid() if parent is None else parent
@@ -41,9 +50,10 @@ class Outside:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
-    def __call__(self) -> str:
-        if os.getppid() != self._parent:
-            return "rank 0 died"
+    def parent_died(self) -> str:
+        return "rank 0 died" if os.getppid() != self._parent else ""
+
+    def signalled(self) -> str:
         return self._signal
 
     def _on_signal(self, number: int, _frame: object) -> None:
@@ -55,17 +65,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--run-dir", type=Path, required=True, help="folder of the run: config.json, tokenizer/")
     parser.add_argument("--replicas", type=int, required=True, help="number of replicas that will report")
     parser.add_argument("--parent", type=int, help="process id of rank 0 (default: the parent process)")
+    parser.add_argument("--restarted", action="store_true", help="the launcher has started all ranks anew")
     parser.add_argument("--host", help="address to bind (default: dist.control_host, else loopback)")
     return parser.parse_args(arguments)
 
 
-def run(arguments: argparse.Namespace, status: Status, config: Config, outside: Outside) -> None:
-    """Everything between reading the configuration and the summary. Raises ControlError, ValueError or OSError."""
+def run(arguments: argparse.Namespace, status: Status, config: Config, outside: Outside) -> str:
+    """Everything between reading the configuration and the summary. Returns why the run was drained; empty: it was not.
+
+    Raises ControlError, ValueError or OSError.
+    """
     run_dir: Path = arguments.run_dir
     tokenizer = ChatTokenizer.load(run_dir / "tokenizer")
     rows = read_rows(config.data.path) if config.data.path is not None else []
-    load = make_load(config, rows, tokenizer)
-    quality = QualityCheck(config, rows, tokenizer)
+    load, store = make_load(config, rows, tokenizer), AdapterStore(run_dir)
+    # First the lock that comes with it: until the old control process is gone, nothing is read or written.
+    journal = Journal(run_dir)
+    recovery = recover(add_up(journal.past), load, arguments.restarted, store.rounds(), read_recorded(run_dir))
     channel = open_channel(arguments.host or config.dist.control_host or "127.0.0.1")
     records = Records(run_dir, config, time.monotonic)
     try:
@@ -75,19 +91,32 @@ def run(arguments: argparse.Namespace, status: Status, config: Config, outside: 
             time.monotonic,
             replicas=arguments.replicas,
             secret=os.environ.get(SECRET, ""),
-            load=load,
-            quality=quality,
-            store=AdapterStore(run_dir),
+            quality=QualityCheck(config, rows, tokenizer, recovery.starts),
+            store=store,
             records=records,
             status=status,
-            stop_reason=outside,
+            ledger=Ledger(journal, recovery),
+            ending=Ending(outside.parent_died, outside.signalled, restarts_left(os.environ)),
         )
         # The address comes last: a leader that finds it is heard at once.
         write_atomic(run_dir / ADDRESS_FILE, channel.address.encode())
         server.run()
     finally:
         records.close()
+        journal.close()
         channel.close()
+    return server.drained
+
+
+def read_recorded(run_dir: Path) -> Recorded:
+    """What the tables of the control processes before this one hold."""
+    requests = earlier_rows(run_dir, "requests")
+    users = requests[requests["purpose"] == Purpose.USER.value.encode()]
+    return Recorded(
+        frozenset(users["id"].tolist()),
+        frozenset(earlier_rows(run_dir, "rounds")["round_id"].tolist()),
+        frozenset(earlier_rows(run_dir, "adapters")["version"].tolist()),
+    )
 
 
 def open_channel(host: str) -> ControlChannel:
@@ -105,7 +134,10 @@ def summarise(run_dir: Path) -> None:
 
 
 def main() -> int:
-    """0 only if the run went through; otherwise the last line on stderr says why it did not."""
+    """0 only if the run went through, 143 if a signal ended it in good order, else 1 or 2.
+
+    The last line on stderr says why it did not go through.
+    """
     arguments = parse()
     outside = Outside(arguments.parent)
     try:
@@ -115,13 +147,16 @@ def main() -> int:
         return 2
     status = Status(config.run.status)
     logging.basicConfig(handlers=[StatusHandler(status)], level=logging.INFO, format="%(message)s")
-    problem = ""
+    problem = drained = ""
     try:
-        run(arguments, status, config, outside)
+        drained = run(arguments, status, config, outside)
     except (ControlError, ValueError, OSError) as error:
         problem = f"the run did not go through: {error}"
     finally:
         status.close()
+    if drained:
+        print(f"clif: drained: {drained}; run.resume=true goes on from here", file=sys.stderr)
+        return DRAINED
     if not problem:
         try:
             summarise(arguments.run_dir)

@@ -208,10 +208,16 @@ class Dispatcher:
                 record.replica = record.dispatched_s = None
                 self._queue.appendleft(record)
 
-    def fail_all(self, now: float, reason: str) -> None:
+    def fail_all(self, now: float, reason: str, probes_only: bool = False) -> None:
         """End everything that has not ended as failed, with the reason."""
         for record in list(self._records.values()):
-            self._finish(now, record, FinishReason.FAILED, reason)
+            if not probes_only or record.request.purpose is Purpose.PROBE:
+                self._finish(now, record, FinishReason.FAILED, reason)
+
+    def cancel_probes(self, now: float, detail: str) -> None:
+        """End all probes that have not ended: quality is not measured any more."""
+        for request_id in [i for i, r in self._records.items() if r.request.purpose is Purpose.PROBE]:
+            self.cancel(now, request_id, detail)
 
     def _refusal(self, request: Request) -> str:
         if not request.prompt:

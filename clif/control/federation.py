@@ -10,6 +10,7 @@ from dataclasses import replace
 from clif.config import Config
 from clif.control.dispatcher import Send
 from clif.control.fleet import Fleet
+from clif.control.journal import Line, RoundBegan, VersionGiven
 from clif.control.launcher import History
 from clif.control.policy import state_after_round
 from clif.control.rounds import Outgoing, Round
@@ -25,7 +26,8 @@ class Federation:
     """Owner of the round under way and of the history of rounds.
 
     running: number of requests that have a first but not yet a last token.
-    on_round: told once per round, when it is over. on_adapter: told of each promoted version, once it is on disk.
+    on_round: told once per round, when it is over. on_adapter: told of each promoted version, once it is on disk;
+    before_store: just before that, with its round. note: writes to the journal.
     """
 
     def __init__(
@@ -37,6 +39,8 @@ class Federation:
         running: Callable[[], int],
         on_round: Callable[[Round], None],
         on_adapter: Callable[[AdapterVersion], None],
+        note: Callable[[Line], None] = lambda _: None,
+        before_store: Callable[[Round, AdapterVersion], None] = lambda *_: None,
     ) -> None:
         self.store = store
         self.current: Round | None = None
@@ -48,6 +52,7 @@ class Federation:
         self._running = running
         self._on_round = on_round
         self._on_adapter = on_adapter
+        self._note, self._before_store = note, before_store
         self._last_version = 0
         self._installing: dict[int, int] = {}
 
@@ -56,17 +61,24 @@ class Federation:
         """Whether a round is under way or a replica has not installed the last promotion yet."""
         return self.current is not None or bool(self._installing)
 
-    def resume(self) -> None:
-        """Continue after the last promoted version on disk, if there is one."""
+    def resume(self, last_round: int = 0, last_version: int = 0, completed: int = 0) -> None:
+        """Continue after the last promoted version on disk, if there is one.
+
+        last_round, last_version: numbers that were given out, which are not given again; completed: rounds that count.
+        """
         found = self.store.current()
+        self._last_version = last_version
+        self.history = replace(self.history, last_round=last_round, completed=completed)
         if found is not None:
-            self.history = replace(self.history, version=found.number, last_round=found.round_id)
-            self._last_version = found.number
+            last_round = max(last_round, found.round_id)
+            self.history = replace(self.history, version=found.number, last_round=last_round)
+            self._last_version = max(last_version, found.number)
 
     def start(self, now: float, plan: RoundPlan, reason: str) -> None:
         """Begin a planned round: members become COMBINED first, then they get the plan."""
         if self.current is not None:
             raise RuntimeError(f"round {self.current.plan.round_id} is still under way")
+        self._note(RoundBegan(round_id=plan.round_id))
         self.current = Round(plan, self._last_version + 1, now, self._config.federation)
         self.history = replace(self.history, last_round=plan.round_id)
         for member in plan.members:
@@ -83,6 +95,8 @@ class Federation:
         messages = self.current.voted(now, message.vote)
         if self.current.decided:
             self.current.running_requests = self._running()
+            if self.current.promotion is not None:
+                self._note(VersionGiven(version=self.current.version))
         self._step(now, messages)
 
     def on_failure(self, now: float, message: RoundFailed) -> None:
@@ -106,13 +120,14 @@ class Federation:
             return
         loss = current.promotion.candidate_loss if current.promotion else math.nan
         version = AdapterVersion(number=message.version, round_id=message.round_id, heldout_loss=loss)
+        self._before_store(current, version)
         self.store.write(version, message.config_json, message.weights)
         self._last_version = version.number
         self.history = replace(self.history, version=version.number)
         self._on_adapter(version)
         for replica in sorted(set(self._fleet.alive) - set(current.plan.members)):
             self._installing[replica] = version.number
-            self._send(replica, Install(version=version.number, weights=message.weights))
+            self._send(replica, Install(version=version.number, weights=message.weights, round_id=version.round_id))
         self._step(now, [])
 
     def on_lost(self, now: float, replica: int, why: str) -> None:
@@ -123,6 +138,11 @@ class Federation:
     def tick(self, now: float) -> None:
         if self.current is not None:
             self._step(now, self.current.tick(now))
+
+    def drain(self, now: float, reason: str) -> None:
+        """Discard the round under way if its members still train: the others are about to end."""
+        if self.current is not None and self.current.state is RoundState.TRAINING:
+            self.abandon(now, reason)
 
     def abandon(self, now: float, reason: str) -> None:
         """Discard the round under way unless it is decided already."""

@@ -11,16 +11,22 @@ GATHER_S = 900.0
 """Longest wait for all replicas to load their model and say Hello, seconds."""
 STOPPING_S = 15.0
 """Longest wait for the replicas' Goodbye, seconds."""
+DRAINED_S = 2.0
+"""The same after a drain, of which run.drain_s has taken most of the launcher's patience."""
 
 
 class Phase(str, enum.Enum):
-    """GATHER: replicas load. BASELINE / CLOSING: quality before / after. OPEN: load. LINGER: what is under way ends."""
+    """GATHER: replicas load. BASELINE / CLOSING: quality before / after. OPEN: load. LINGER: what is under way ends.
+
+    DRAIN: after a signal, from any phase before STOPPING: no new load, what runs may end within run.drain_s.
+    """
 
     GATHER = "gather"
     BASELINE = "baseline"
     OPEN = "open"
     LINGER = "linger"
     CLOSING = "closing"
+    DRAIN = "drain"
     STOPPING = "stopping"
     DONE = "done"
 
@@ -31,6 +37,7 @@ ORDER: dict[Phase, Phase] = {
     Phase.OPEN: Phase.LINGER,
     Phase.LINGER: Phase.CLOSING,
     Phase.CLOSING: Phase.STOPPING,
+    Phase.DRAIN: Phase.STOPPING,
     Phase.STOPPING: Phase.DONE,
 }
 
@@ -43,7 +50,9 @@ class ControlError(RuntimeError):
 class Facts:
     """What the phase decision needs. entered_s: start of the phase; started_s: of the run; seconds of the clock.
 
-    serving: replicas that can answer requests. wants_rounds: more rounds are to begin even without load.
+    serving: replicas that can answer requests. signal: why the run is to drain; empty: it is not.
+    opened, over: whether the load had begun, or all had been done, before the control process was started again.
+    wants_rounds: more rounds are to begin even without load.
     """
 
     phase: Phase
@@ -57,15 +66,22 @@ class Facts:
     federating: bool = False
     wants_rounds: bool = False
     saying_goodbye: tuple[int, ...] = ()
+    signal: str = ""
+    opened: bool = False
+    over: bool = False
 
 
 def next_phase(now: float, facts: Facts, config: Config) -> tuple[Phase | None, str]:
     """The phase that begins now, or None to stay. Raises ControlError when the run cannot go on."""
     phase, waited = facts.phase, now - facts.entered_s
     if phase in (Phase.STOPPING, Phase.DONE):
-        if phase is Phase.DONE or (facts.saying_goodbye and waited < STOPPING_S):
+        limit = DRAINED_S if facts.signal else STOPPING_S
+        if phase is Phase.DONE or (facts.saying_goodbye and waited < limit):
             return None, f"waiting for goodbyes of replicas {list(facts.saying_goodbye)}"
-        return Phase.DONE, "all replicas left" if not facts.saying_goodbye else f"no goodbye in {STOPPING_S:g} s"
+        return Phase.DONE, "all replicas left" if not facts.saying_goodbye else f"no goodbye in {limit:g} s"
+    if facts.signal and phase is not Phase.DRAIN:
+        # Before all are there nothing runs.
+        return (Phase.STOPPING if phase is Phase.GATHER else Phase.DRAIN), facts.signal
     if phase is Phase.GATHER:
         if facts.missing and waited > GATHER_S:
             raise ControlError(f"replicas {list(facts.missing)} did not report within {GATHER_S:g} s: see their logs")
@@ -78,6 +94,12 @@ def next_phase(now: float, facts: Facts, config: Config) -> tuple[Phase | None, 
     reason = _unfinished(waited, facts, config)
     if reason:
         return None, reason
+    if phase is Phase.DRAIN:
+        return Phase.STOPPING, facts.signal
+    if phase is Phase.GATHER and facts.over:
+        return Phase.STOPPING, "the run had gone through before the restart"
+    if phase is Phase.GATHER and facts.opened:
+        return Phase.OPEN, "the load goes on"
     return ORDER[phase], f"{phase.value} is through"
 
 
@@ -96,6 +118,10 @@ def _unfinished(waited: float, facts: Facts, config: Config) -> str:
         return "measuring quality"
     if facts.phase is Phase.OPEN and facts.load_left:
         return f"{facts.load_left} requests to come"
+    if facts.phase is Phase.DRAIN and waited < config.run.drain_s:
+        if facts.outstanding:
+            return f"{facts.outstanding} requests outstanding"
+        return "a round is about to end" if facts.federating else ""
     if facts.phase is Phase.LINGER:
         if facts.outstanding:
             return f"{facts.outstanding} requests outstanding"

@@ -27,14 +27,17 @@ class Quality:
 
 
 class QualityCheck:
-    """Collects one measurement at a time from the replicas' evaluations and the probes' answers."""
+    """Collects one measurement at a time from the replicas' evaluations and the probes' answers.
 
-    def __init__(self, config: Config, rows: Sequence[Row], tokenizer: ChatTokenizer) -> None:
+    start: number of control processes that were in this run's folder before; no two share a probe's id.
+    """
+
+    def __init__(self, config: Config, rows: Sequence[Row], tokenizer: ChatTokenizer, start: int = 0) -> None:
         self._tokenizer = tokenizer
         self._sampling = Sampling(max_tokens=config.quality.max_tokens)
         count = config.quality.exact_match_rows
         self._rows = split_rows(rows, config.data.heldout_split)[:count] if count else []
-        self._next_id = FIRST_PROBE_ID
+        self._next_id = FIRST_PROBE_ID * (start + 1)
         self._evaluating: set[int] = set()
         self._losses: list[HeldoutLoss] = []
         self._answers: dict[int, str] = {}
@@ -68,6 +71,10 @@ class QualityCheck:
         if result.replica in self._evaluating:
             self._evaluating.discard(result.replica)
             self._losses.append(result)
+
+    def give_up(self) -> None:
+        """Nothing is waited for any more."""
+        self._evaluating, self._answers = set(), {}
 
     def on_lost(self, replica: int) -> None:
         """Its part of the held-out rows is missing from the pool."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from clif.config import Config
 from clif.control.coordinator import Batches
@@ -18,6 +19,8 @@ from clif.metrics.schema import CONTROL_TABLES
 from clif.metrics.writer import TableWriter, next_path
 from clif.states import ReplicaState
 from clif.types import AdapterVersion, FinishReason, Purpose, RoundResult, Vote
+
+ROUND_STAMPS = ("started_s", "trained_s", "aggregated_s", "ended_s")
 
 
 class Records:
@@ -39,7 +42,7 @@ class Records:
             replica=-1 if record.replica is None else record.replica,
             version=-1 if record.version is None else record.version,
             prompt_tokens=len(record.request.prompt),
-            output_tokens=len(record.tokens),
+            output_tokens=len(record.token_times),
             arrival_s=self._stamp(record.arrival_s),
             dispatched_s=self._stamp(record.dispatched_s),
             first_token_s=self._stamp(record.first_token_s),
@@ -68,31 +71,12 @@ class Records:
 
     def round(self, ended: Round) -> None:
         """A round that is over."""
-        results: list[RoundResult] = list(ended.results.values())
-        votes: list[Vote] = list(ended.votes.values())
-        candidate, active = pooled_losses(votes)
-        samples = sum(r.samples for r in results)
-        self._writer.row(
-            "rounds",
-            round_id=ended.plan.round_id,
-            state=ended.state.value,
-            members=",".join(map(str, ended.plan.members)),
-            version=ended.version,
-            samples=samples,
-            tokens=sum(r.tokens for r in results),
-            steps=sum(r.steps for r in results),
-            train_loss=train_loss(results),
-            heldout_candidate=candidate,
-            heldout_active=active,
-            product_error=product_error(ended.results, votes),
-            noise_scale=_mean([r.noise_scale for r in results]),
-            started_s=self._stamp(ended.began_s),
-            trained_s=self._stamp(ended.trained_s),
-            aggregated_s=self._stamp(ended.voted_s),
-            ended_s=self._stamp(ended.over_s),
-            running_requests=ended.running_requests,
-            reason=ended.reason,
-        )
+        self.round_row(row_of(ended))
+
+    def round_row(self, row: dict[str, Any]) -> None:
+        """The same from row_of(); its stamps are of the clock."""
+        stamps = {name: self._stamp(row[name]) for name in ROUND_STAMPS}
+        self._writer.row("rounds", **{**row, **stamps})
 
     def load(self, scheduled: ScheduledRequest) -> None:
         request = scheduled.request
@@ -144,6 +128,33 @@ class Records:
 
     def _stamp(self, stamp: float | None) -> float | None:
         return None if stamp is None else self._writer.since_start(stamp)
+
+
+def row_of(ended: Round) -> dict[str, Any]:
+    """Columns of the table rounds. Stamps are of the clock; ROUND_STAMPS names them."""
+    results: list[RoundResult] = list(ended.results.values())
+    votes: list[Vote] = list(ended.votes.values())
+    candidate, active = pooled_losses(votes)
+    return {
+        "round_id": ended.plan.round_id,
+        "state": ended.state.value,
+        "members": ",".join(map(str, ended.plan.members)),
+        "version": ended.version,
+        "samples": sum(r.samples for r in results),
+        "tokens": sum(r.tokens for r in results),
+        "steps": sum(r.steps for r in results),
+        "train_loss": train_loss(results),
+        "heldout_candidate": candidate,
+        "heldout_active": active,
+        "product_error": product_error(ended.results, votes),
+        "noise_scale": _mean([r.noise_scale for r in results]),
+        "started_s": ended.began_s,
+        "trained_s": ended.trained_s,
+        "aggregated_s": ended.voted_s,
+        "ended_s": ended.over_s,
+        "running_requests": ended.running_requests,
+        "reason": ended.reason,
+    }
 
 
 def product_error(results: Mapping[int, RoundResult], votes: Sequence[Vote]) -> float | None:

@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from clif.config import Config
 from clif.control.dispatcher import Dispatcher, Hooks, RequestRecord
+from clif.control.ending import Ending
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
 from clif.control.launcher import wants_rounds
+from clif.control.ledger import Ledger
 from clif.control.phases import ControlError, Facts, Phase, next_phase, rounds_may_start
 from clif.control.quality import QualityCheck
 from clif.control.records import Records, train_loss
 from clif.control.rounds import Round
 from clif.control.slow import SlowLoop
 from clif.control.status import Recent, Snapshot, Status, count_states
-from clif.data.load import ScheduledRequest
 from clif.states import ReplicaState
 from clif.store import AdapterStore
 from clif.types import AdapterVersion, FinishReason, Purpose
@@ -35,9 +36,9 @@ POLL_S = 0.01
 
 
 class ControlServer:
-    """Runs one run from the first Hello to the last Goodbye. clock: monotonic seconds; load: in order of at_s.
+    """Runs one run from the first Hello to the last Goodbye. clock: monotonic seconds.
 
-    stop_reason: says why the run must end now (a signal, a dead parent); empty as long as it need not.
+    ledger: the journal, with the load that is to come and what earlier starts left. ending: what may end the run early.
     """
 
     def __init__(
@@ -48,27 +49,37 @@ class ControlServer:
         *,
         replicas: int,
         secret: str,
-        load: Sequence[ScheduledRequest],
         quality: QualityCheck,
         store: AdapterStore,
         records: Records,
         status: Status,
-        stop_reason: Callable[[], str] = lambda: "",
+        ledger: Ledger,
+        ending: Ending,
     ) -> None:
         self.config = config
         self.phase = Phase.GATHER
-        self._channel, self._clock, self._stop_reason = channel, clock, stop_reason
-        self._load = deque(load)
+        self._channel, self._clock = channel, clock
+        self._ledger, self._ending = ledger, ending
+        self._load = deque(ledger.recovery.load)
         self._quality, self._records, self._status = quality, records, status
         hooks = Hooks(finished=self._on_finished, dispatched=records.dispatch)
         self.dispatcher = Dispatcher(config, self._send, hooks)
         load_of, transition = self.dispatcher.load_of, records.transition
         self.fleet = Fleet(config, replicas, secret, self._send, load_of, transition)
         self.federation = Federation(
-            config, self.fleet, store, self._send, self._running, self._on_round, self._on_adapter
+            config,
+            self.fleet,
+            store,
+            self._send,
+            self._running,
+            self._on_round,
+            self._on_adapter,
+            ledger.write,
+            ledger.storing,
         )
         if config.run.resume:
-            self.federation.resume()
+            past = ledger.recovery
+            self.federation.resume(past.last_round, past.last_version, past.completed)
         self._slow = SlowLoop(config, self.fleet, self.dispatcher, self.federation, records, self._lose)
         self._recent = Recent()
         self._last_loss: float | None = None
@@ -76,7 +87,9 @@ class ControlServer:
         self._unreachable: set[int] = set()
         self._goodbyes: set[int] = set()
         self._sent_away: set[int] = set()
-        self._started_s = self._entered_s = self._opened_s = clock()
+        self._entered_s = self._opened_s = clock()
+        # Time that the run took before a restart counts, the outage does not.
+        self._started_s = self._entered_s - ledger.recovery.run_s
         self._next_slow_s = 0.0
         self._handlers: dict[type[wire.Message], Callable[[float, Any], None]] = {
             wire.Tokens: self._on_tokens,
@@ -88,8 +101,14 @@ class ControlServer:
             wire.Settled: self.federation.on_settled,
             wire.Evaluated: lambda _, message: self._quality.on_evaluated(message.result),
             wire.Trouble: lambda now, message: self._lose(now, message.replica, message.error),
+            wire.Signalled: ending.on_signalled,
             wire.Goodbye: self._on_goodbye,
         }
+
+    @property
+    def drained(self) -> str:
+        """Why the run was ended before it was through, in good order; empty: it was not."""
+        return self._ending.drain
 
     def run(self) -> None:
         """Go through all phases. Whatever ends it early, every request gets its terminal event and files close.
@@ -97,17 +116,24 @@ class ControlServer:
         Raises ControlError when the run did not go through.
         """
         try:
+            self._take_over()
             while self.phase is not Phase.DONE:
-                reason = self._stop_reason()
-                # While all leave, rank 0 may be the first: nothing is lost by that any more.
-                if reason and self.phase is not Phase.STOPPING:
-                    raise ControlError(reason)
+                self._ending.check(self.phase)
                 self.step()
         except BaseException as error:
             self._close_out(str(error) or type(error).__name__)
             raise
         self.federation.finish(self._clock(), "the run ended")
+        if not self.drained:
+            self._ledger.entered(Phase.DONE)
         self._records.close()
+
+    def _take_over(self) -> None:
+        """Bring the tables up to date, and take in the requests that earlier starts accepted and did not end."""
+        self._ledger.restore(self._records)
+        self._records.flush()
+        for accepted, arrival_s in self._ledger.open():
+            self.dispatcher.submit(self._clock(), accepted.request, arrival_s)
 
     def step(self) -> None:
         """One turn of the loop."""
@@ -115,7 +141,7 @@ class ControlServer:
         now = self._clock()
         self._submit_due(now)
         self.federation.tick(now)
-        if self.phase is not Phase.GATHER:
+        if self.phase is not Phase.GATHER and not self.fleet.missing:
             if self.dispatcher.queued:
                 self.dispatcher.dispatch(now, self.fleet.view(self.dispatcher.queued))
             if now >= self._next_slow_s:
@@ -123,8 +149,11 @@ class ControlServer:
                 started = self._slow.turn(now, rounds_may_start(now, self._facts(), self.config))
                 if started:
                     self._status.note(started)
+                if self.phase is Phase.DRAIN:
+                    self._ping()
         self._bury_unreachable(now)
         self._maybe_next_phase(now)
+        self._ledger.turn(now, self._load_s(now), now - self._started_s)
         self._records.maybe_flush()
         if self._status.due(now):
             self._status.show(now, self._snapshot(now))
@@ -142,7 +171,7 @@ class ControlServer:
         if isinstance(message, wire.Hello):
             self.fleet.join(now, message)
             return
-        replica = sender_of(message)
+        replica = wire.sender_of(message)
         if self.phase is Phase.GATHER and isinstance(message, wire.Trouble):
             raise ControlError(f"replica {message.replica} could not start: {message.error}")
         if replica is not None:
@@ -167,6 +196,11 @@ class ControlServer:
             self._goodbyes.add(message.replica)
         else:
             self._lose(now, message.replica, "it left")
+
+    def _ping(self) -> None:
+        """Find out who is gone: whether a signal alone came, or a rank died and the launcher clears up."""
+        for replica in self.fleet.alive:
+            self._send(replica, wire.Ping())
 
     def _send(self, replica: int, message: wire.Down) -> bool:
         sent = self._channel.send(replica, message)
@@ -196,19 +230,27 @@ class ControlServer:
     def _submit_due(self, now: float) -> None:
         while self.phase is Phase.OPEN and self._load and self._opened_s + self._load[0].at_s <= now:
             due = self._load.popleft()
-            self._records.load(due)
             # The planned time counts as arrival, so that a late loop cannot flatter the latencies.
-            self.dispatcher.submit(now, due.request, self._opened_s + due.at_s)
+            arrival_s = self._opened_s + due.at_s
+            self._ledger.accepted(due, arrival_s)
+            self._records.load(due)
+            self.dispatcher.submit(now, due.request, arrival_s)
+
+    def _load_s(self, now: float) -> float:
+        """How long load came, over all starts."""
+        return now - self._opened_s if self.phase is Phase.OPEN else self._ledger.recovery.load_s
 
     def _bury_unreachable(self, now: float) -> None:
         while self._unreachable:
-            self._lose(now, self._unreachable.pop(), "not connected any more")
+            self._lose(now, self._unreachable.pop(), "not connected any more", gone=True)
 
-    def _lose(self, now: float, replica: int, reason: str) -> None:
+    def _lose(self, now: float, replica: int, reason: str, gone: bool = False) -> None:
         """Count a replica as lost: first its state, so that nothing is sent to it by what follows."""
         if not self.fleet.is_alive(replica):
             return
         log.error("replica %d is lost: %s", replica, reason)
+        # With restarts left the launcher starts all ranks anew, which loses less than to go on with the others.
+        self._ending.lose(self.phase, replica, reason, gone)
         self.fleet.set_state(now, replica, ReplicaState.FAILED, reason)
         self.dispatcher.lose(now, replica, reason)
         self.federation.on_lost(now, replica, reason)
@@ -229,6 +271,9 @@ class ControlServer:
             federating=self.federation.busy,
             wants_rounds=wants_rounds(self.federation.history, self.config),
             saying_goodbye=tuple(r for r in self.fleet.alive if r not in self._goodbyes),
+            signal=self._ending.drain,
+            opened=self._ledger.recovery.opened,
+            over=self._ledger.recovery.over,
         )
 
     def _maybe_next_phase(self, now: float) -> None:
@@ -242,19 +287,24 @@ class ControlServer:
     def _enter(self, now: float, phase: Phase, reason: str) -> None:
         left, self.phase, self._entered_s = self.phase, phase, now
         self._status.note(f"{phase.value}: {reason}")
+        if phase is not Phase.DONE:
+            self._ledger.entered(phase)
+        if left is Phase.GATHER:
+            limits = [min(h.max_context, h.kv_tokens) for h in self.fleet.hellos]
+            self.dispatcher.context_limit = min([self.dispatcher.context_limit, *limits])
         if left in (Phase.BASELINE, Phase.CLOSING) and not self._quality.pending:
             self._records.quality("before" if left is Phase.BASELINE else "after", self._quality.result)
         if phase in (Phase.BASELINE, Phase.CLOSING):
             self._measure(now)
         elif phase is Phase.OPEN:
-            self._opened_s = now
+            self._opened_s = now - self._ledger.recovery.load_s
+        elif phase is Phase.DRAIN:
+            self._drain(now, reason)
         elif phase is Phase.STOPPING:
             self._stop(now, reason)
 
     def _measure(self, now: float) -> None:
         hellos = self.fleet.hellos
-        limits = [min(h.max_context, h.kv_tokens) for h in hellos]
-        self.dispatcher.context_limit = min(self.dispatcher.context_limit, *limits)
         has_rows = self.config.data.path is not None
         judges = [h.replica for h in hellos if has_rows and h.heldout_rows > 0 and self.fleet.is_alive(h.replica)]
         probes = self._quality.begin(judges)
@@ -262,6 +312,13 @@ class ControlServer:
             self._send(replica, wire.Evaluate())
         for probe in probes:
             self.dispatcher.submit(now, probe)
+
+    def _drain(self, now: float, reason: str) -> None:
+        """No new load, no new round, no more measuring; what runs and what waits may end within run.drain_s."""
+        self._quality.give_up()
+        self.dispatcher.cancel_probes(now, reason)
+        self.federation.drain(now, reason)
+        self._ping()
 
     def _stop(self, now: float, reason: str) -> None:
         cancelled = self.dispatcher.cancel_all(now, reason)
@@ -272,10 +329,13 @@ class ControlServer:
             self._send(replica, wire.Stop())
 
     def _close_out(self, reason: str) -> None:
-        """Promise 1, whatever dies: end every request, keep every row, and let the replicas go."""
+        """Promise 1, whatever dies: end every request or leave it to the next start, and let the replicas go."""
         now = self._clock()
+        left = self._ending.leaves_open(self.phase)
         try:
-            self.dispatcher.fail_all(now, f"the control process ended: {reason}")
+            self.dispatcher.fail_all(now, f"the control process ended: {reason}", probes_only=left)
+            if left:
+                log.warning("%d requests are left to the restart: %s", self.dispatcher.outstanding, reason)
             self.federation.finish(now, reason)
             for replica in self.fleet.alive:
                 self._channel.send(replica, wire.Stop())
@@ -285,6 +345,7 @@ class ControlServer:
     # --- what is told and shown ----------------------------------------------------------------------
 
     def _on_finished(self, record: RequestRecord) -> None:
+        self._ledger.ended(record)
         match = self._quality.on_probe(record)
         self._records.request(record, match)
         if record.request.purpose is not Purpose.USER:
@@ -329,12 +390,3 @@ class ControlServer:
             version=self.federation.history.version,
             round=f"{current.plan.round_id} {current.state.value}" if current else self._slow.round_reason or "-",
         )
-
-
-def sender_of(message: Any) -> int | None:
-    """Replica that sent a message; None for Published, which names its round instead."""
-    if isinstance(message, wire.StepsDone | wire.Evaluated):
-        return message.result.replica
-    if isinstance(message, wire.Voted):
-        return message.vote.replica
-    return None if isinstance(message, wire.Published) else int(message.replica)

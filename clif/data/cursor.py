@@ -52,15 +52,18 @@ class SampleCursor:
         """The step that used ids was rolled back: they are claimed again first. Raises ValueError like commit."""
         self._released.extendleft(reversed(self._settle(ids)))
 
-    def state(self) -> dict[str, Any]:
-        """All of it as JSON values. What is claimed now counts as released: a resumed run has no step in flight."""
+    def state(self, commit: bool = False) -> dict[str, Any]:
+        """All of it as JSON values. What is claimed now counts as released: a resumed run has no step in flight.
+
+        commit: it counts as committed instead, for a run that resumes after the round that holds the claims.
+        """
         return {
             "n": self.n,
             "seed": self.seed,
             "epoch": self.epoch,
             "next": self._next,
-            "committed": self.committed,
-            "released": [*self._claimed, *self._released],
+            "committed": self.committed + (len(self._claimed) if commit else 0),
+            "released": [*self._released] if commit else [*self._claimed, *self._released],
         }
 
     @classmethod

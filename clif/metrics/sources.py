@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import tempfile
@@ -14,6 +15,8 @@ import h5py
 import numpy as np
 
 from clif.metrics.schema import TABLES, Column, Table
+
+log = logging.getLogger(__name__)
 
 PIECE_BYTES = 4 << 20
 """Rows are read, sent and written in pieces of about this size, so that memory does not grow with a table."""
@@ -68,6 +71,28 @@ def sources(run_dir: Path) -> list[Source]:
     matches = ((path, _FILE.fullmatch(path.name)) for path in run_dir.glob("*.h5"))
     found = [Source(p, int(m["rank"] or -1), int(m["restart"] or 0)) for p, m in matches if m]
     return sorted(found, key=lambda source: (source.rank, source.restart))
+
+
+def earlier_rows(run_dir: Path, table: str) -> np.ndarray[Any, Any]:
+    """Rows of a table in the control files of processes that are gone, each up to its last flush.
+
+    A file that cannot be read counts as empty, as it does in run.h5; a warning names it.
+    """
+    parts = [np.empty(0, dtype=TABLES[table].dtype)]
+    for source in sources(run_dir):
+        if source.rank >= 0:
+            continue
+        try:
+            with h5py.File(source.path, "r") as file:
+                found = file[table][: _written(file[table], max(1, len(file[table])))]
+        except (OSError, RuntimeError, KeyError) as error:
+            log.warning("%s cannot be read, so its rows do not count: %s", source.path.name, error)
+            continue
+        part = np.full(len(found), TABLES[table].fill, dtype=TABLES[table].dtype)
+        for column in set(found.dtype.names) & set(part.dtype.names):
+            part[column] = found[column]
+        parts.append(part)
+    return np.concatenate(parts)
 
 
 def merged_table(name: str) -> Table:

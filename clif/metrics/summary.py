@@ -113,14 +113,10 @@ def _by_source(rows: Rows) -> Iterator[tuple[str, Rows]]:
         yield source.decode(), rows[rows["source"] == source]
 
 
-def _ids(rows: Rows, column: str) -> set[tuple[bytes, int]]:
-    """Request ids start anew after a restart, so a request is known by its file and id."""
-    return set(zip(rows["source"].tolist(), rows[column].tolist(), strict=True))
-
-
 def _requests(users: Rows, load: Rows) -> dict[str, Any]:
-    ended = _ids(users, "id")
-    submitted = ended | _ids(load, "request")
+    # By id alone: a request that was accepted before a restart may end after it, in another file.
+    ended = set(users["id"].tolist())
+    submitted = ended | set(load["request"].tolist())
     counts = Counter(users["finish"].tolist())
     finished = {reason.value: counts[reason.value.encode()] for reason in FinishReason}
     return {

@@ -16,7 +16,7 @@ from clif.collectives import Peers
 from clif.config import Config, ConfigError
 from clif.data.instruct import Row, encode_samples, read_rows, shard_rows, split_rows
 from clif.models.loading import LoadedModel
-from clif.replica.checkpoint import Checkpoint, CheckpointWriter, load_checkpoint
+from clif.replica.checkpoint import CheckpointWriter, find_checkpoint
 from clif.replica.engine import Engine
 from clif.replica.heldout import Heldout
 from clif.replica.member import Member
@@ -88,11 +88,10 @@ def build_replica(
     trainer = ShadowTrainer(runner, bank, data.train, config.train, config.run.seed)
     checkpoints = CheckpointWriter(run_dir / "checkpoints", topology.env.rank)
     if config.run.resume:
-        _resume(AdapterStore(run_dir), checkpoints.path, bank, slots, trainer)
+        _resume(AdapterStore(run_dir), checkpoints, bank, slots, trainer)
 
     def on_version(version: int, round_id: int) -> None:
         records.version(version, round_id, replica.ticks, slots.slot_of(version) or 0)
-        checkpoints.save(Checkpoint(version, round_id, trainer.snapshot(), trainer.cursor_state()))
 
     member = Member(
         topology=topology,
@@ -101,6 +100,7 @@ def build_replica(
         slots=slots,
         base=config.model.path,
         tell=tell,
+        checkpoints=checkpoints,
         # Once per replica: its ranks all take the same steps.
         on_step=records.step if topology.is_leader else lambda *_: None,
         on_version=on_version,
@@ -137,8 +137,10 @@ def make_engine(config: Config, runner: ModelRunner, scheduler: Scheduler, peers
     return Engine(runner, scheduler, config.slo, way, config.run.training_share, sidecar=sidecar, peers=peers)
 
 
-def _resume(store: AdapterStore, checkpoint: Path, bank: AdapterBank, slots: SlotTable, trainer: ShadowTrainer) -> None:
-    """Serve and go on training from the last promoted version; its optimizer state comes along where it is known.
+def _resume(
+    store: AdapterStore, checkpoints: CheckpointWriter, bank: AdapterBank, slots: SlotTable, trainer: ShadowTrainer
+) -> None:
+    """Serve and go on training from the last promoted version, with the last committed moments and sample cursor.
 
     Raises AdapterError or ValueError when what is on disk does not fit this run.
     """
@@ -148,14 +150,11 @@ def _resume(store: AdapterStore, checkpoint: Path, bank: AdapterBank, slots: Slo
     state = read_folder(bank, store.place(current.number))
     bank.fill_slot(slot, state)
     slots.promote(current.number, slot)
-    bank.set_shadow(state)
-    if not checkpoint.is_file():
-        return
-    saved = load_checkpoint(checkpoint, bank.shadow.device)
-    if saved.trainer["shadow"].shape != bank.shadow.shape:
+    saved = find_checkpoint(checkpoints, store.rounds(), bank.shadow.device)
+    if saved is not None and saved.trainer["shadow"].shape != bank.shadow.shape:
         # Another tp_size: the adapter is cut anew, the moments are of parts that nobody holds any more.
         log.warning("the checkpoint is of other parts of the model: the optimizer begins with fresh moments")
-        return
-    # A rank that died between the adapter's and its own checkpoint goes on from the adapter, with fresh moments.
-    if saved.version == current.number:
+    elif saved is not None:
         trainer.resume(saved.trainer, saved.cursor)
+    # A replica that had not installed the last version yet has its own moments, but everybody's shadow.
+    bank.set_shadow(state)

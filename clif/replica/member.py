@@ -18,6 +18,7 @@ from clif.adapters.peft_io import config_json, read_weights, write_weights
 from clif.adapters.slots import SlotTable
 from clif.collectives import WeightedMean
 from clif.models.dual_linear import SHADOW
+from clif.replica.checkpoint import Checkpoint, CheckpointWriter
 from clif.replica.heldout import Heldout
 from clif.replica.jobs import WAIT, Slices
 from clif.replica.trainer import ShadowTrainer, StepResult
@@ -46,6 +47,7 @@ class Member:
     slots: SlotTable
     base: str
     tell: Callable[[Up], None]
+    checkpoints: CheckpointWriter
     on_step: Callable[[RoundPlan, StepResult], None]
     on_version: Callable[[int, int], None]
     tick: Callable[[], int]
@@ -69,7 +71,13 @@ class Member:
             yield WAIT
         error = yield from self._average(plan, result)
         candidate = yield from self.heldout.loss(SHADOW)
-        self.tell(Voted(vote=self._vote(plan, active_loss, candidate, error)))
+        vote = self._vote(plan, active_loss, candidate, error)
+        if vote.finite:
+            # First on disk, then the vote: whichever round is committed, each member can go on from it after a crash.
+            self.checkpoints.prepare(self._checkpoint(plan.base_version, plan.round_id))
+        while not self._all(self.checkpoints.done()):
+            yield WAIT
+        self.tell(Voted(vote=vote))
         while orders.settle is None:
             yield WAIT
         yield from self._promote(orders.settle, candidate)
@@ -140,6 +148,7 @@ class Member:
         yield from self._activate(settle.version, settle.round_id)
         self.heldout.remember(settle.version, candidate)
         self.trainer.commit()
+        self.checkpoints.committed()
         self.on_version(settle.version, settle.round_id)
         if settle.publish:
             self.publish(settle)
@@ -154,6 +163,9 @@ class Member:
             weights=write_weights(bank.whole(bank.shadow.data)),
         )
         self.tell(published)
+
+    def _checkpoint(self, version: int, round_id: int) -> Checkpoint:
+        return Checkpoint(version, round_id, self.trainer.snapshot(), self.trainer.cursor_state(commit=True))
 
     def _activate(self, version: int, round_id: int) -> Slices[None]:
         """Copy the shadow into a slot that nobody reads and make it active; running requests keep theirs."""
@@ -182,9 +194,10 @@ class Member:
             Settled(replica=self.topology.replica, round_id=round_id, version=self.slots.active, tick=self.tick())
         )
 
-    def install(self, message: Install, round_id: int = -1) -> Slices[None]:
+    def install(self, message: Install) -> Slices[None]:
         """A version that others trained: the shadow goes on from it, too. Raises AdapterError if it does not fit."""
         yield WAIT
         self.trainer.bank.set_shadow(read_weights(self.trainer.bank, message.weights))
-        yield from self._activate(message.version, round_id)
-        self.on_version(message.version, round_id)
+        yield from self._activate(message.version, message.round_id)
+        self.on_version(message.version, message.round_id)
+        self.checkpoints.installed(self._checkpoint(message.version, message.round_id))

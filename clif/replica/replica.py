@@ -57,6 +57,7 @@ class Replica:
             m.Settle: self._settle,
             m.Install: lambda o: engine.jobs.append(Job("install", member.install(o))),
             m.Evaluate: lambda o: engine.jobs.append(Job("evaluate", member.evaluate())),
+            m.Ping: lambda _: None,
             m.Stop: self._stop,
         }
 

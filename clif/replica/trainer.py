@@ -131,9 +131,12 @@ class ShadowTrainer:
         if self.cursor is not None and cursor:
             self.cursor = SampleCursor.from_state(cursor, len(self.samples))
 
-    def cursor_state(self) -> dict[str, Any]:
-        """Where the samples stand, as JSON values; empty when there is no training."""
-        return self.cursor.state() if self.cursor is not None else {}
+    def cursor_state(self, commit: bool = False) -> dict[str, Any]:
+        """Where the samples stand, as JSON values; empty when there is no training.
+
+        commit: as they will stand once the steps since the last settlement count.
+        """
+        return self.cursor.state(commit) if self.cursor is not None else {}
 
     def snapshot(self) -> dict[str, Any]:
         """Copies of everything that a step changes: shadow [n], moments [n] and the step counters."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import msgspec
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from clif.wire.messages import Down, Up
 
@@ -70,8 +71,17 @@ class LeaderChannel:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.set_hwm(0)
         self._socket.setsockopt(zmq.IDENTITY, leader_name(replica))
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECTED)
+        self._lost = False
         self._socket.connect(address)
         self._encoder = msgspec.msgpack.Encoder()
+
+    @property
+    def lost(self) -> bool:
+        """Whether the connection broke and was not made again."""
+        while self._monitor.poll(0):
+            self._lost = recv_monitor_message(self._monitor)["event"] == zmq.EVENT_DISCONNECTED
+        return self._lost
 
     def receive(self, timeout_s: float) -> list[bytes]:
         """Every encoded message at hand, waiting up to timeout_s for the first. Bytes, to be passed to TP peers."""
@@ -88,7 +98,11 @@ class LeaderChannel:
         self._socket.send(self._encoder.encode(message))
 
     def close(self) -> None:
-        self._socket.close(linger=DRAIN_MS)
+        """Close; what was sent gets a moment to be delivered, unless the other end is gone."""
+        lost = self.lost
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self._socket.close(linger=0 if lost else DRAIN_MS)
         self._context.term()
 
 

@@ -68,10 +68,15 @@ class Install(Message, frozen=True):
 
     version: int
     weights: bytes
+    round_id: int = -1
 
 
 class Evaluate(Message, frozen=True):
     """Report the held-out loss of the active version."""
+
+
+class Ping(Message, frozen=True):
+    """Nothing to do: that it can be sent says that the replica's process is there."""
 
 
 class Stop(Message, frozen=True):
@@ -167,11 +172,31 @@ class Trouble(Message, frozen=True):
     error: str
 
 
+class Signalled(Message, frozen=True):
+    """The replica's process was told to end (say by torchrun); it waits for Stop for the length of a drain."""
+
+    replica: int
+    signal: str
+
+
 class Goodbye(Message, frozen=True):
     """Last message of a leader: its files are closed."""
 
     replica: int
 
 
-Down = Union[Submit, Cancel, SetState, Limits, BeginRound, FinishSteps, Aggregate, Settle, Install, Evaluate, Stop]
-Up = Union[Hello, Tokens, Report, StepsDone, Voted, RoundFailed, Published, Settled, Evaluated, Trouble, Goodbye]
+Down = Union[
+    Submit, Cancel, SetState, Limits, BeginRound, FinishSteps, Aggregate, Settle, Install, Evaluate, Ping, Stop
+]
+Up = Union[
+    Hello, Tokens, Report, StepsDone, Voted, RoundFailed, Published, Settled, Evaluated, Trouble, Signalled, Goodbye
+]
+
+
+def sender_of(message: Up) -> int | None:
+    """Replica that sent a message; None for Published, which names its round instead."""
+    if isinstance(message, StepsDone | Evaluated):
+        return message.result.replica
+    if isinstance(message, Voted):
+        return message.vote.replica
+    return None if isinstance(message, Published) else message.replica

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
 import torch
 
-from clif.replica.checkpoint import Checkpoint, CheckpointWriter, load_checkpoint
+from clif.replica.checkpoint import Checkpoint, CheckpointWriter, find_checkpoint, load_checkpoint
+from clif.store import AdapterStore
+from clif.types import AdapterVersion
 
 CPU = torch.device("cpu")
 
@@ -31,17 +35,17 @@ def assert_whole(found: Checkpoint) -> None:
 
 def test_what_is_saved_comes_back(tmp_path):
     writer = CheckpointWriter(tmp_path, 3)
-    writer.save(checkpoint(1))
-    writer.save(checkpoint(2))
+    writer.prepare(checkpoint(1))
+    writer.prepare(checkpoint(2))
     writer.wait()
-    found = load_checkpoint(tmp_path / "rank-00003.safetensors", CPU)
+    found = load_checkpoint(tmp_path / "rank-00003.prepared.safetensors", CPU)
     assert found.version == 2
     assert_whole(found)
 
 
 def test_a_failed_write_keeps_the_former_checkpoint_and_is_reported(tmp_path, monkeypatch):
     writer = CheckpointWriter(tmp_path, 0)
-    writer.save(checkpoint(1))
+    writer.prepare(checkpoint(1))
     writer.wait()
 
     def half(tensors, path, metadata):
@@ -49,10 +53,10 @@ def test_a_failed_write_keeps_the_former_checkpoint_and_is_reported(tmp_path, mo
         raise OSError("disk full")
 
     monkeypatch.setattr(safetensors.torch, "save_file", half)
-    writer.save(checkpoint(2))
+    writer.prepare(checkpoint(2))
     with pytest.raises(OSError, match="disk full"):
         writer.wait()
-    assert_whole(load_checkpoint(writer.path, CPU))
+    assert_whole(load_checkpoint(writer.prepared, CPU))
 
 
 SAVER = """
@@ -64,7 +68,7 @@ writer = CheckpointWriter(Path(sys.argv[1]), 0)
 version = 0
 while True:
     version += 1
-    writer.save(checkpoint(version))
+    writer.prepare(checkpoint(version))
     writer.wait()
 """
 
@@ -73,7 +77,7 @@ def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path):
     place = str(__import__("pathlib").Path(__file__).parent)
     for delay in (0.0, 0.013, 0.031):
         process = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path), place])
-        path = tmp_path / "rank-00000.safetensors"
+        path = tmp_path / "rank-00000.prepared.safetensors"
         path.unlink(missing_ok=True)
         end = time.monotonic() + 60
         while not path.exists():
@@ -83,3 +87,77 @@ def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path):
         process.kill()
         process.wait()
         assert_whole(load_checkpoint(path, CPU))
+
+
+def of_round(round_id: int) -> Checkpoint:
+    return replace(checkpoint(round_id), round_id=round_id)
+
+
+def rounds_found(folder, rounds) -> int | None:
+    found = find_checkpoint(CheckpointWriter(folder, 0), rounds, CPU)
+    return None if found is None else found.round_id
+
+
+def write(writer: CheckpointWriter, round_id: int, commit: bool) -> None:
+    writer.prepare(of_round(round_id))
+    writer.wait()
+    if commit:
+        writer.committed()
+
+
+def test_a_prepared_checkpoint_counts_only_if_its_round_was_committed(tmp_path):
+    writer = CheckpointWriter(tmp_path, 0)
+    write(writer, 1, commit=False)
+    assert rounds_found(tmp_path, frozenset()) is None
+    assert rounds_found(tmp_path, {1}) == 1
+
+
+def test_the_last_committed_state_is_there_whichever_side_of_the_next_commit_the_crash_was(tmp_path):
+    """The member was told to commit round 2; whether its adapter was stored, only the control process knows."""
+    writer = CheckpointWriter(tmp_path, 0)
+    write(writer, 1, commit=True)
+    write(writer, 2, commit=True)
+    assert rounds_found(tmp_path, {1}) == 1
+    assert rounds_found(tmp_path, {1, 2}) == 2
+
+
+def test_discarded_rounds_never_push_out_the_committed_state(tmp_path):
+    writer = CheckpointWriter(tmp_path, 0)
+    write(writer, 1, commit=True)
+    for round_id in (2, 3, 4):
+        write(writer, round_id, commit=False)
+    assert rounds_found(tmp_path, {1}) == 1
+    # Also when the process that knew that round 1 was committed is gone.
+    again = CheckpointWriter(tmp_path, 0)
+    assert find_checkpoint(again, {1}, CPU).round_id == 1
+    write(again, 5, commit=False)
+    assert rounds_found(tmp_path, {1}) == 1
+
+
+def test_a_resumed_writer_keeps_the_prepared_checkpoint_that_it_went_on_from(tmp_path):
+    write(CheckpointWriter(tmp_path, 0), 1, commit=True)
+    again = CheckpointWriter(tmp_path, 0)
+    assert find_checkpoint(again, {1}, CPU).round_id == 1
+    write(again, 2, commit=False)
+    assert rounds_found(tmp_path, {1}) == 1
+
+
+def test_a_replica_outside_the_round_keeps_its_own_state(tmp_path):
+    writer = CheckpointWriter(tmp_path, 0)
+    write(writer, 1, commit=True)
+    writer.installed(of_round(2))
+    writer.wait()
+    assert rounds_found(tmp_path, {1, 2}) == 2
+    write(writer, 3, commit=False)
+    assert rounds_found(tmp_path, {1, 2}) == 2
+
+
+def test_rounds_of_the_store_are_those_up_to_the_current_version(tmp_path):
+    store = AdapterStore(tmp_path)
+    assert store.rounds() == frozenset()
+    for number, round_id in ((1, 4), (2, 7)):
+        store.write(AdapterVersion(number=number, round_id=round_id, heldout_loss=1.0), "{}", b"")
+    assert store.rounds() == {4, 7}
+    # A process died after it had written the folder and before it named it.
+    (store.folder / "current.json").write_text(json.dumps({"version": 1, "round_id": 4, "heldout_loss": 1.0}))
+    assert store.rounds() == {4}

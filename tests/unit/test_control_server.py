@@ -17,16 +17,22 @@ import tokenizers
 
 import clif
 from clif.config import Config, config_from_tree
+from clif.control.__main__ import read_recorded
+from clif.control.ending import Ending
+from clif.control.journal import Journal
+from clif.control.ledger import Ledger
 from clif.control.phases import ControlError, Phase
 from clif.control.quality import QualityCheck
 from clif.control.records import Records
+from clif.control.recovery import add_up, recover
 from clif.control.server import ControlServer
 from clif.control.status import Status
 from clif.data.instruct import read_rows
 from clif.data.load import make_load
+from clif.metrics.collect import collect
 from clif.store import AdapterStore
 from clif.text import ChatTokenizer
-from clif.types import FinishReason, HeldoutLoss, Request, RoundPlan, RoundResult, TokenEvent, Vote
+from clif.types import FinishReason, HeldoutLoss, Purpose, Request, RoundPlan, RoundResult, TokenEvent, Vote
 from clif.wire import messages as wire
 from clif.wire.channels import ControlChannel, LeaderChannel, decode_down
 
@@ -184,19 +190,23 @@ class Run:
         rows = read_rows(path)
         self.load = make_load(config, rows, tokenizer)
         self.channel = ControlChannel()
-        config.run_dir.mkdir()
+        config.run_dir.mkdir(exist_ok=True)
+        store = AdapterStore(config.run_dir)
+        self.journal = Journal(config.run_dir)
+        past, recorded = add_up(self.journal.past), read_recorded(config.run_dir)
+        recovery = recover(past, self.load, options.pop("relaunched", False), store.rounds(), recorded)
         self.server = ControlServer(
             config,
             self.channel,
             time.monotonic,
             replicas=leaders,
             secret="s",
-            load=self.load,
-            quality=QualityCheck(config, rows, tokenizer),
-            store=AdapterStore(config.run_dir),
+            quality=QualityCheck(config, rows, tokenizer, recovery.starts),
+            store=store,
             records=Records(config.run_dir, config, time.monotonic),
             status=Status("plain"),
-            stop_reason=options.pop("stop_reason", lambda: ""),
+            ledger=Ledger(self.journal, recovery),
+            ending=Ending(**{k: options.pop(k) for k in ("stop_reason", "signalled", "restarts_left") if k in options}),
         )
         silent = options.pop("silent", {})
         self.leaders = [FakeLeader(self.channel.address, i, silent_after=silent.get(i)) for i in range(leaders)]
@@ -212,6 +222,7 @@ class Run:
             for leader in self.leaders:
                 leader.join(10)
             self.channel.close()
+            self.journal.close()
 
     def table(self, name: str) -> list[dict[str, Any]]:
         with h5py.File(self.config.run_dir / "control.h5", "r") as file:
@@ -291,6 +302,117 @@ def test_promise_1_when_the_run_is_stopped_every_request_ends_as_failed_with_the
     assert failed and all("rank 0 died" in row["detail"] for row in failed)
 
 
+def test_a_drain_lets_what_runs_end_and_takes_no_more_load(tmp_path: Path) -> None:
+    def busy() -> str:
+        return "got SIGTERM" if run.server.phase is Phase.OPEN and run.server.dispatcher.running else ""
+
+    run = Run(make_config(tmp_path, load={"rate_rps": 50.0, "duration_s": 20.0}), signalled=busy)
+    run.go()
+    assert run.server.drained == "got SIGTERM" and run.server.phase is Phase.DONE
+    run.assert_promise_1()
+    users = [row for row in run.table("requests") if row["purpose"] == "user"]
+    assert 0 < len(users) < len(run.load) and {row["finish"] for row in users} == {"stop"}
+
+
+def test_what_does_not_end_in_the_drain_is_cancelled_with_the_reason(tmp_path: Path) -> None:
+    def busy() -> str:
+        return "got SIGTERM" if run.server.dispatcher.outstanding and run.server.phase is Phase.OPEN else ""
+
+    config = make_config(
+        tmp_path, run={"drain_s": 0.3}, quality={"exact_match_rows": 0}, train={"enabled": False},
+        federation={"rounds": None},
+    )  # fmt: skip
+    run = Run(config, signalled=busy)
+    for leader in run.leaders:
+        leader.serves_after = threading.Event()
+    run.go()
+    run.assert_promise_1()
+    rows = run.table("requests")
+    assert rows and {(row["finish"], row["detail"]) for row in rows} == {("cancelled", "got SIGTERM")}
+
+
+@pytest.mark.parametrize(("restarts_left", "ends"), [(0, {"failed"}), (1, set())])
+def test_open_requests_of_a_lost_run_are_ended_or_left_to_the_restart(
+    tmp_path: Path, restarts_left: int, ends: set[str]
+) -> None:
+    """Promise 1. The next start answers them once, and offers nothing twice."""
+
+    def broken() -> str:
+        stuck = run.server.phase is Phase.OPEN and run.server.dispatcher.outstanding >= 3
+        return "rank 0 died" if stuck else ""
+
+    sections: dict[str, Any] = {
+        "quality": {"exact_match_rows": 0}, "train": {"enabled": False}, "federation": {"rounds": None},
+    }  # fmt: skip
+    config = make_config(tmp_path, **sections)
+    run = Run(config, stop_reason=broken, restarts_left=restarts_left)
+    for leader in run.leaders:
+        leader.serves_after = threading.Event()
+    with pytest.raises(ControlError, match="rank 0 died"):
+        run.go()
+    assert {row["finish"] for row in run.table("requests")} == ends
+    again = Run(config, relaunched=True)
+    again.go()
+    assert again.server.phase is Phase.DONE and not again.server.drained
+    with h5py.File(collect(config.run_dir), "r") as file:
+        requests, load = file["requests"][:], file["load"][:]
+    everything = Counter({i: 1 for i in range(len(run.load))})
+    assert Counter(requests["id"].tolist()) == Counter(load["request"].tolist()) == everything
+    assert Counter(requests["finish"].tolist())[b"stop"] >= len(run.load) - (3 if ends else 0)
+    once_more = Run(config, relaunched=True)
+    once_more.go()
+    assert once_more.server.dispatcher.ended[FinishReason.STOP] == 0, "the run was through"
+
+
+def test_with_restarts_left_a_lost_replica_ends_the_run_without_ending_its_requests(tmp_path: Path) -> None:
+    config = make_config(
+        tmp_path, control={"lost_after_s": 1.0}, train={"enabled": False}, federation={"rounds": None},
+        quality={"exact_match_rows": 0},
+    )  # fmt: skip
+    run = Run(config, silent={1: 1}, restarts_left=1)
+    run.leaders[0].serves_after = run.leaders[1].fell_silent
+    with pytest.raises(ControlError, match="replica 1 is lost"):
+        run.go()
+    assert {row["finish"] for row in run.table("requests")} <= {"stop"}
+
+
+def test_a_replica_that_hangs_in_a_drain_leaves_nothing_open_though_restarts_are_left(tmp_path: Path) -> None:
+    def silent() -> str:
+        return "got SIGTERM" if run.leaders[1].fell_silent.is_set() else ""
+
+    config = make_config(
+        tmp_path, run={"drain_s": 1.0}, control={"lost_after_s": 0.5}, train={"enabled": False},
+        federation={"rounds": None}, quality={"exact_match_rows": 0},
+    )  # fmt: skip
+    run = Run(config, silent={1: 1}, restarts_left=1, signalled=silent)
+    run.leaders[0].serves_after = run.leaders[1].fell_silent
+    run.go()
+    assert run.server.drained
+    run.assert_promise_1()
+
+
+def test_one_signalled_rank_drains_the_run(tmp_path: Path) -> None:
+    run = Run(make_config(tmp_path, load={"duration_s": 20.0}))
+    first = run.leaders[1]
+    obey = first.obey
+
+    def tell(message: wire.Down) -> None:
+        obey(message)
+        if isinstance(message, wire.Submit) and message.request.purpose is Purpose.USER:
+            first.channel.send(wire.Signalled(replica=1, signal="SIGTERM"))
+
+    first.obey = tell  # type: ignore[method-assign]
+    run.go()
+    assert run.server.drained == "replica 1 got SIGTERM"
+    run.assert_promise_1()
+
+
+def test_a_signal_while_all_leave_changes_nothing(tmp_path: Path) -> None:
+    run = Run(make_config(tmp_path), signalled=lambda: "late" if run.server.phase is Phase.STOPPING else "")
+    run.go()
+    assert run.server.phase is Phase.DONE and not run.server.drained
+
+
 def test_a_leader_with_a_wrong_secret_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def both_spoke() -> bool:
         return run.server.fleet.missing == (1,) and "wrong secret" in caplog.text
@@ -356,8 +478,8 @@ def test_sigterm_ends_the_process_with_a_clear_last_line(tmp_path: Path) -> None
         wait_for(config.run_dir / "control.address", "tcp://")
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert errors.strip().splitlines()[-1] == "clif: the run did not go through: got SIGTERM"
+    assert process.returncode == 143
+    assert errors.strip().splitlines()[-1] == "clif: drained: got SIGTERM; run.resume=true goes on from here"
 
 
 def test_an_address_that_is_not_ours_is_named(tmp_path: Path) -> None:

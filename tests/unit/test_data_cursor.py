@@ -91,3 +91,14 @@ def test_a_cursor_needs_samples_and_resumes_only_with_the_same_number():
         SampleCursor(0, 0)
     with pytest.raises(ValueError, match="made with 4 training samples but there are 5"):
         SampleCursor.from_state(SampleCursor(4, 0).state(), 5)
+
+
+@given(n=st.integers(1, 20), before=st.integers(0, 30), claimed=st.integers(0, 30), released=st.integers(0, 5))
+def test_a_state_as_if_committed_is_the_state_after_the_commit(n, before, claimed, released):
+    cursor = SampleCursor(n, 3)
+    cursor.commit(cursor.claim(before))
+    cursor.release(cursor.claim(released))
+    ids = cursor.claim(claimed)
+    ahead = cursor.state(commit=True)
+    cursor.commit(ids)
+    assert ahead == cursor.state()

@@ -85,14 +85,14 @@ def test_a_real_write_error_of_safetensors_surfaces(tmp_path, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda a: None)
     w = CheckpointWriter(tmp_path / "c", 0)
     (tmp_path / "c").rmdir()
-    w.save(ck(2))
+    w.prepare(ck(2))
     with pytest.raises((OSError, safetensors.SafetensorError)):
         w.wait()
 
 
-def test_the_error_surfaces_at_the_next_save_and_only_once(tmp_path, monkeypatch):
+def test_the_error_surfaces_at_the_next_write_and_only_once(tmp_path, monkeypatch):
     w = CheckpointWriter(tmp_path, 0)
-    w.save(ck(1))
+    w.prepare(ck(1))
     w.wait()
     real = safetensors.torch.save_file
 
@@ -103,13 +103,13 @@ def test_the_error_surfaces_at_the_next_save_and_only_once(tmp_path, monkeypatch
 
     with monkeypatch.context() as c:
         c.setattr(safetensors.torch, "save_file", half)
-        w.save(ck(2))
+        w.prepare(ck(2))
         with pytest.raises(OSError, match="disk full"):
-            w.save(ck(3))
-    assert load_checkpoint(w.path, CPU).version == 1
-    w.save(ck(4))
+            w.prepare(ck(3))
+    assert load_checkpoint(w.prepared, CPU).version == 1
+    w.prepare(ck(4))
     w.wait()
-    assert load_checkpoint(w.path, CPU).version == 4
+    assert load_checkpoint(w.prepared, CPU).version == 4
 
 
 # --- price: exact edge
@@ -276,7 +276,7 @@ def test_an_override_of_a_section_keeps_its_other_fields(tmp_path):
 
 def test_a_checkpoint_that_cannot_be_written_for_any_reason_is_reported(tmp_path):
     writer = CheckpointWriter(tmp_path, 0)
-    writer.save(Checkpoint(1, 1, {"shadow": torch.zeros(2), "moments": {}, "steps": 1}, {"not json": object()}))
+    writer.prepare(Checkpoint(1, 1, {"shadow": torch.zeros(2), "moments": {}, "steps": 1}, {"not json": object()}))
     with pytest.raises(TypeError):
         writer.wait()
 

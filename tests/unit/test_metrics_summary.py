@@ -133,8 +133,8 @@ def test_quality_and_adapters(run_dir: Path) -> None:
 def test_restart_adds_up_and_never_subtracts_across_processes(run_dir: Path) -> None:
     clock = Clock()
     with TableWriter(next_path(run_dir, "control"), CONTROL_TABLES, {}, clock) as writer:
-        writer.row("load", request=1, at_s=0.0, prompt_tokens=3, max_tokens=8)
-        request(writer, 1, "stop", arrival_s=500.0, finished_s=505.0)
+        writer.row("load", request=101, at_s=0.0, prompt_tokens=3, max_tokens=8)
+        request(writer, 101, "stop", arrival_s=500.0, finished_s=505.0)
         writer.row("transitions", replica=0, from_state="serving", to_state="serving", reason="test")
         clock.now += 7.0
     summary = write_summary(run_dir)

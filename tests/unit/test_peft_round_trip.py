@@ -122,3 +122,21 @@ def test_error_of_averaging_factors_is_that_of_the_products(rig):
         wrong += float((true - product).square().sum())
         right += float(product.square().sum())
     assert error / total == pytest.approx(wrong / right, rel=1e-4)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_the_written_configuration_is_the_one_that_peft_makes(tiny_config, tmp_path, targets):
+    rig = make_rig(f"random:{tiny_config}", adapter={"target_modules": targets})
+    export(rig, tmp_path / "ours")
+    made = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=peft_io._target_names(rig.bank),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path="base",
+    )
+    made.save_pretrained(str(tmp_path / "theirs"))
+    ours, theirs = (peft.LoraConfig.from_pretrained(str(tmp_path / name)).to_dict() for name in ("ours", "theirs"))
+    assert ours == theirs

@@ -32,7 +32,7 @@ DOWN = [
     m.Submit(request=REQUEST), m.Cancel(request_id=4), m.SetState(state=ReplicaState.COMBINED),
     m.Limits(max_batch=4, micro_batch=2), m.BeginRound(plan=PLAN), m.FinishSteps(round_id=1), m.Aggregate(round_id=1),
     m.Settle(round_id=1, commit=True, version=3, publish=True), m.Install(version=3, weights=b"\x00\xff"), m.Evaluate(),
-    m.Stop(),
+    m.Ping(), m.Stop(),
 ]  # fmt: skip
 UP = [
     m.Hello(replica=0, rank=0, host="h", pid=1, secret="s", max_batch=4, kv_tokens=64, max_context=32, heldout_rows=2,
@@ -44,7 +44,7 @@ UP = [
     m.Published(version=3, round_id=1, config_json="{}", weights=b"w"),
     m.Settled(replica=0, round_id=1, version=3, tick=9),
     m.Evaluated(result=HeldoutLoss(replica=0, version=0, loss=1.0, tokens=3)), m.Trouble(replica=0, error="e"),
-    m.Goodbye(replica=0),
+    m.Goodbye(replica=0), m.Signalled(replica=0, signal="SIGTERM"),
 ]  # fmt: skip
 
 

@@ -1,0 +1,59 @@
+"""Sections of the configuration that say what is asked of the model and what is written down. Free of torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from clif.section import Positive, PositiveFloat, Section
+
+
+class TraceConfig(Section):
+    path: Path
+    format: Literal["azure", "burstgpt", "mooncake"] = "azure"
+    speed: PositiveFloat = 1.0
+    """2 replays twice as fast."""
+    start_s: Annotated[float, Field(ge=0)] = 0.0
+    """Offset into the trace, seconds of trace time."""
+    lengths: Literal["trace", "data"] = "data"
+    """trace: prompt and answer lengths of the trace (end-of-text ignored); data: those of the data set's rows."""
+
+
+class LoadConfig(Section):
+    kind: Literal["none", "constant", "poisson", "gamma", "trace"] = "none"
+    rate_rps: PositiveFloat = 1.0
+    """Of generated load; a trace has its own."""
+    cv: PositiveFloat = 3.0
+    """Coefficient of variation of the gaps of gamma load: 1 is Poisson, more is burstier."""
+    duration_s: PositiveFloat = 60.0
+    """A trace is cut off after this time, too (at its replayed speed)."""
+    max_requests: Positive | None = None
+    split: str = "train"
+    """Split of data.path from which prompts are drawn."""
+    max_tokens: Positive = 64
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    ignore_eos: bool = False
+    trace: TraceConfig | None = None
+
+    @model_validator(mode="after")
+    def _trace(self) -> LoadConfig:
+        if (self.kind == "trace") != (self.trace is not None):
+            raise ValueError('load.kind "trace" and the section load.trace need each other: give both or neither')
+        return self
+
+
+class QualityConfig(Section):
+    exact_match_rows: Annotated[int, Field(ge=0)] = 0
+    """Held-out rows whose answers are generated and compared before and after the run; 0: none."""
+    max_tokens: Positive = 64
+
+
+class MetricsConfig(Section):
+    flush_s: PositiveFloat = 1.0
+    flush_rows: Positive = 2000
+    device_s: PositiveFloat = 1.0
+    """Interval of device samples."""

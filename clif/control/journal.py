@@ -1,0 +1,196 @@
+"""The journal of a run: what must not be lost when the control process dies. Free of torch.
+
+An append-only file of JSON lines, RUN/journal.jsonl. Each line is handed to the operating system when it is made,
+before anything follows from it: the death of any process loses nothing. It is forced to disk once in SYNC_S, in a
+thread of its own, for all lines since the last time together: the death of the host loses at most that. Requests
+accepted in that time are then offered again by the load, and those that ended in it are answered again.
+
+The file is locked while a control process lives, so that two never write it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Union
+
+import msgspec
+
+from clif.types import FinishReason, Request
+
+JOURNAL_FILE = "journal.jsonl"
+LOCK_FILE = "journal.lock"
+SYNC_S = 0.5
+LOCK_S = 10.0
+"""How long a new control process waits for the old one to be gone, seconds."""
+
+
+class JournalError(ValueError):
+    """The journal is damaged, or another process holds it; the message says what to do."""
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of all lines. Stamps named _unix are seconds of the wall clock, for only they outlive a restart."""
+
+
+class Began(Entry, frozen=True):
+    """A control process took over. load: what its load is made from; first_id: id of that load's first request."""
+
+    load: str
+    first_id: int
+    continued: bool
+
+
+class Entered(Entry, frozen=True):
+    """A phase of the run began."""
+
+    phase: str
+
+
+class Accepted(Entry, frozen=True):
+    """A request of a user was accepted. arrival_unix: when it arrived; at_s: in seconds from the start of the load."""
+
+    request: Request
+    arrival_unix: float
+    at_s: float
+
+
+class Ended(Entry, frozen=True):
+    """Its terminal event. token_s, finished_s: seconds after its arrival."""
+
+    id: int
+    finish: FinishReason
+    detail: str
+    replica: int | None
+    version: int | None
+    token_s: tuple[float, ...]
+    finished_s: float
+
+
+class Progress(Entry, frozen=True):
+    """How long load came, and how long the run took so far, seconds."""
+
+    load_s: float
+    run_s: float
+
+
+class RoundBegan(Entry, frozen=True):
+    round_id: int
+
+
+class VersionGiven(Entry, frozen=True):
+    """A round was decided, its members serve this version; its adapter may not be on disk yet."""
+
+    version: int
+
+
+class RoundStored(Entry, frozen=True):
+    """A committed round, written before its adapter becomes the current one. row: as in the table rounds."""
+
+    round_id: int
+    version: int
+    heldout_loss: float
+    row: dict[str, Any]
+
+
+Line = Union[Began, Entered, Accepted, Ended, Progress, RoundBegan, VersionGiven, RoundStored]
+_DECODER = msgspec.json.Decoder(Line)
+
+
+def parse(content: bytes) -> tuple[list[Line], int]:
+    """(lines, bytes that they take). What follows the last whole line is torn: its writer died in the middle of it.
+
+    Raises JournalError for a damaged line that is not the last.
+    """
+    lines: list[Line] = []
+    start = 0
+    while (end := content.find(b"\n", start)) >= 0:
+        try:
+            lines.append(_DECODER.decode(content[start:end]))
+        except msgspec.DecodeError as error:
+            if content.find(b"\n", end + 1) < 0 and not content[end + 1 :]:
+                break
+            raise JournalError(
+                f"line {len(lines) + 1} of the journal is damaged ({error}): restore the file"
+            ) from error
+        start = end + 1
+    return lines, start
+
+
+class Journal:
+    """Reads what is there and appends to it. clock: monotonic seconds.
+
+    past: the lines found, in order. Raises JournalError when the file is damaged or another process keeps it locked.
+    """
+
+    def __init__(self, run_dir: Path, clock: Callable[[], float] = time.monotonic, wait_s: float = LOCK_S) -> None:
+        self._clock = clock
+        # Wall time at 0 of the clock. Fixed, so that stamps of one process stay as far apart as they were.
+        self._unix = time.time() - clock()
+        self._lock = _lock(run_dir / LOCK_FILE, wait_s)
+        path = run_dir / JOURNAL_FILE
+        self.past, whole = parse(path.read_bytes()) if path.exists() else ([], 0)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.ftruncate(self._file, whole)
+        self._encoder = msgspec.json.Encoder()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._sync: Future[None] | None = None
+        self._dirty, self._synced = False, clock()
+
+    def write(self, line: Line) -> None:
+        """Append a line; it survives this process from now on. Raises OSError."""
+        data = self._encoder.encode(line) + b"\n"
+        while data:
+            data = data[os.write(self._file, data) :]
+        self._dirty = True
+
+    def maybe_sync(self) -> None:
+        """Force what was written to disk, if SYNC_S have passed, without waiting. Raises what the last one raised."""
+        if self._sync is not None and self._sync.done():
+            done, self._sync = self._sync, None
+            done.result()
+        if self._dirty and self._sync is None and self._clock() - self._synced >= SYNC_S:
+            self._dirty, self._synced = False, self._clock()
+            self._sync = self._thread.submit(os.fsync, self._file)
+
+    def unix(self, stamp: float) -> float:
+        """A stamp of the clock as wall time."""
+        return stamp + self._unix
+
+    def stamp(self, unix: float) -> float:
+        """Wall time, maybe of an earlier process, as a stamp of the clock; it may lie before its beginning."""
+        return unix - self._unix
+
+    def close(self) -> None:
+        """Force all of it to disk and let the next process take over. Closing twice is harmless."""
+        if self._file < 0:
+            return
+        self._thread.shutdown()
+        os.fsync(self._file)
+        os.close(self._file)
+        os.close(self._lock)
+        self._file = self._lock = -1
+
+
+def _lock(path: Path, wait_s: float) -> int:
+    """Lock for the life of this process; the system frees it when the process dies, however that happens."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT)
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                holder = os.pread(file, 200, 0).decode() or "another process"
+                os.close(file)
+                raise JournalError(f"{path.parent} is in use by {holder}: end that process first") from None
+            time.sleep(0.05)
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    return file

@@ -1,0 +1,93 @@
+"""Which start of the ranks this is: they agree on a name for it, on the run's folder, and on whether it is a restart.
+
+torchrun restarts the ranks but not its key-value store: what an earlier start wrote is still there, under the same
+names. A rank must not take that for an answer of this start. The count of restarts that torchrun gives is no help,
+since it differs between hosts. So every process asks under a name of its own, which nobody can have answered before.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from pathlib import Path
+from typing import Protocol
+
+from clif.config import Config, ConfigError
+
+RUN_DIR = "clif/run_dir"
+POLL_S = 0.005
+
+
+class KeyValues(Protocol):
+    """What is used of torch.distributed.Store."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+
+    def get(self, key: str, /) -> bytes: ...
+
+    def check(self, keys: list[str], /) -> bool: ...
+
+
+def agree_on_start(store: KeyValues, rank: int, world_size: int, timeout_s: float) -> str:
+    """A name that all processes of this start share and no earlier one had. Collective over all ranks.
+
+    Raises TimeoutError when a rank does not come within timeout_s.
+    """
+    mine, deadline = secrets.token_hex(8), time.monotonic() + timeout_s
+    if rank == 0:
+        _answer_all(store, mine, world_size, deadline)
+        return mine
+    store.set(f"clif/start/asks/{rank}", mine)
+    _wait_for(store, f"clif/start/answer/{mine}", deadline, "rank 0 does not answer")
+    name = store.get(f"clif/start/answer/{mine}").decode()
+    store.set(f"clif/start/heard/{name}/{rank}", "")
+    return name
+
+
+def _answer_all(store: KeyValues, name: str, world_size: int, deadline: float) -> None:
+    answered: dict[int, bytes] = {}
+    left = set(range(1, world_size))
+    while left:
+        for rank in sorted(left):
+            if not store.check([f"clif/start/asks/{rank}"]):
+                continue
+            # It may be what the same rank of an earlier start asked; then nobody reads the answer.
+            asked = store.get(f"clif/start/asks/{rank}")
+            if answered.get(rank) != asked:
+                store.set(f"clif/start/answer/{asked.decode()}", name)
+                answered[rank] = asked
+            if store.check([f"clif/start/heard/{name}/{rank}"]):
+                left.discard(rank)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"ranks {sorted(left)} did not come: see their logs, or raise dist.timeout_s")
+        time.sleep(POLL_S)
+
+
+def _wait_for(store: KeyValues, key: str, deadline: float, complaint: str) -> None:
+    while not store.check([key]):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{complaint}: see its log, or raise dist.timeout_s")
+        time.sleep(POLL_S)
+
+
+def choose_run_dir(config: Config, launch: KeyValues) -> tuple[Path, bool]:
+    """(folder of the run, whether this is a restart by the launcher), chosen by rank 0.
+
+    A restart goes on in the folder of the start before; run.resume takes the one that run.name names; otherwise it is
+    one that no former run used. launch: the store that outlives restarts. Raises ConfigError.
+    """
+    if launch.check([RUN_DIR]):
+        folder = Path(launch.get(RUN_DIR).decode())
+        # Otherwise the start before died in between, and had nothing yet to go on from.
+        if (folder / "config.json").is_file():
+            return folder, True
+    folder = config.run_dir
+    if config.run.resume and not (folder / "config.json").is_file():
+        raise ConfigError(f"run.resume: {folder} holds no run: correct run.name or run.out_dir, or start anew")
+    for n in range(2, 10_000):
+        if config.run.resume or not folder.exists():
+            break
+        folder = config.run_dir.with_name(f"{config.run_dir.name}-{n}")
+    folder.mkdir(parents=True, exist_ok=config.run.resume)
+    launch.set(RUN_DIR, str(folder))
+    return folder, False

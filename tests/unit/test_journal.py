@@ -1,0 +1,162 @@
+"""The journal: what was written is there after any death, whole, and only one process writes it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clif.control.journal import (
+    Accepted,
+    Began,
+    Ended,
+    Entered,
+    Journal,
+    JournalError,
+    Progress,
+    RoundBegan,
+    RoundStored,
+    VersionGiven,
+    parse,
+)
+from clif.types import FinishReason, Request, Sampling
+
+
+def accepted(id: int, at_s: float = 0.0) -> Accepted:
+    request = Request(id=id, prompt=(1, 2, id), sampling=Sampling(max_tokens=4, stop=("\n",)))
+    return Accepted(request=request, arrival_unix=1e9 + at_s, at_s=at_s)
+
+
+def ended(id: int) -> Ended:
+    return Ended(
+        id=id, finish=FinishReason.LENGTH, detail="é", replica=1, version=2, token_s=(0.1, 0.2), finished_s=0.3
+    )
+
+
+LINES = [
+    Began(load="f", first_id=0, continued=False),
+    Entered(phase="open"),
+    accepted(0),
+    RoundBegan(round_id=1),
+    ended(0),
+    VersionGiven(version=1),
+    RoundStored(round_id=1, version=1, heldout_loss=0.5, row={"state": "committed", "ended_s": None, "samples": 3}),
+    Progress(load_s=1.5, run_s=2.5),
+]
+
+
+def reopened(folder) -> list:
+    journal = Journal(folder, wait_s=0.0)
+    journal.close()
+    return journal.past
+
+
+def written(folder) -> bytes:
+    journal = Journal(folder)
+    for line in LINES:
+        journal.write(line)
+    journal.close()
+    return (folder / "journal.jsonl").read_bytes()
+
+
+def test_what_was_written_comes_back(tmp_path):
+    written(tmp_path)
+    assert reopened(tmp_path) == LINES
+
+
+def test_a_journal_cut_anywhere_gives_all_whole_lines_and_takes_new_ones(tmp_path):
+    whole = written(tmp_path)
+    path = tmp_path / "journal.jsonl"
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        kept = whole[:cut].count(b"\n")
+        journal = Journal(tmp_path)
+        assert journal.past == LINES[:kept]
+        journal.write(ended(9))
+        journal.close()
+        assert reopened(tmp_path) == [*LINES[:kept], ended(9)]
+
+
+@given(cut=st.integers(0, 200), junk=st.binary(max_size=60).filter(lambda b: b"\n" not in b))
+def test_whatever_stands_at_the_end_does_no_harm(cut, junk):
+    """A host that lost power may leave zeros or anything else there."""
+    whole = b'{"type":"RoundBegan","round_id":7}\n' * 3
+    lines, size = parse(whole[:cut] + junk)
+    assert lines == [RoundBegan(round_id=7)] * len(lines)
+    assert len(lines) >= whole[:cut].count(b"\n") and size == 35 * len(lines)
+
+
+def test_a_last_line_that_is_damaged_but_ended_is_torn_too():
+    assert parse(b'{"type":"RoundBegan","round_id":7}\n\x00\x00\x00\n') == ([RoundBegan(round_id=7)], 35)
+
+
+def test_damage_in_the_middle_is_an_error_that_names_the_line():
+    with pytest.raises(JournalError, match=r"line 2 .* damaged"):
+        parse(b'{"type":"RoundBegan","round_id":7}\nrubbish\n{"type":"RoundBegan","round_id":7}\n')
+
+
+def test_a_second_process_waits_and_then_says_who_holds_the_journal(tmp_path):
+    journal = Journal(tmp_path)
+    code = f"""
+from pathlib import Path
+from clif.control.journal import Journal, JournalError
+try:
+    Journal(Path({str(tmp_path)!r}), wait_s=0.2)
+except JournalError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    assert "in use by process" in said.stdout and "end that process first" in said.stdout, said.stderr
+    journal.close()
+    assert reopened(tmp_path) == []
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from clif.control.journal import Journal, RoundBegan
+journal = Journal(Path(sys.argv[1]))
+for i in range(1000):
+    journal.write(RoundBegan(round_id=i))
+    journal.maybe_sync()
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_sigkill_loses_no_line_and_frees_the_lock(tmp_path):
+    done = subprocess.run([sys.executable, "-P", "-c", KILLED, str(tmp_path)], timeout=60)
+    assert done.returncode == -9
+    assert reopened(tmp_path) == [RoundBegan(round_id=i) for i in range(1000)]
+
+
+def test_stamps_of_an_earlier_process_keep_their_distance(tmp_path):
+    now = [100.0]
+    journal = Journal(tmp_path, clock=lambda: now[0])
+    unix = journal.unix(90.0)
+    journal.close()
+    now[0] = 5.0
+    later = Journal(tmp_path, clock=lambda: now[0])
+    # Next to no time has passed on the wall clock, so what came 10 s before the first came 10 s before the second.
+    assert later.stamp(unix) == pytest.approx(-5.0, abs=1.0)
+    later.close()
+
+
+def test_an_error_of_the_disk_is_reported(tmp_path, monkeypatch):
+    now = [0.0]
+    journal = Journal(tmp_path, clock=lambda: now[0])
+
+    def full(_: int) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("clif.control.journal.os.fsync", full)
+        journal.write(ended(1))
+        now[0] = 10.0
+        journal.maybe_sync()
+        journal._thread.shutdown()
+        with pytest.raises(OSError, match="disk full"):
+            journal.maybe_sync()
+    journal.close()

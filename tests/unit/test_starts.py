@@ -1,0 +1,66 @@
+"""All processes of one start agree, whatever earlier starts have left in the store."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch.distributed as dist
+
+from clif.config import ConfigError, config_from_tree
+from clif.starts import agree_on_start, choose_run_dir
+
+
+def start(store: dist.Store, ranks: int, absent: tuple[int, ...] = (), timeout_s: float = 20.0) -> list[str]:
+    with ThreadPoolExecutor(ranks) as pool:
+        parts = [pool.submit(agree_on_start, store, r, ranks, timeout_s) for r in range(ranks) if r not in absent]
+        return [part.result() for part in parts]
+
+
+def test_every_start_has_a_name_of_its_own_that_all_ranks_know():
+    store = dist.HashStore()
+    names = [start(store, 4) for _ in range(3)]
+    assert all(len(set(of_ranks)) == 1 for of_ranks in names)
+    assert len({of_ranks[0] for of_ranks in names}) == 3
+
+
+def test_ranks_that_asked_and_died_do_not_confuse_the_next_start():
+    store = dist.HashStore()
+    with pytest.raises(TimeoutError, match=r"rank 0 does not answer|ranks \[2\] did not come"):
+        start(store, 3, absent=(2,), timeout_s=0.3)
+    assert len(set(start(store, 3))) == 1
+
+
+def test_a_rank_that_comes_late_is_waited_for():
+    store = dist.HashStore()
+    late = threading.Timer(0.3, lambda: agree_on_start(store, 1, 2, 20.0))
+    late.start()
+    assert agree_on_start(store, 0, 2, 20.0)
+    late.join()
+
+
+def config(tmp_path, **run):
+    return config_from_tree(
+        {"model": {"path": "m"}, "train": {"enabled": False}, "run": {"out_dir": str(tmp_path), **run}}
+    )
+
+
+def test_a_new_start_takes_a_new_folder_and_a_restart_the_same(tmp_path):
+    first, second = dist.HashStore(), dist.HashStore()
+    folder, restarted = choose_run_dir(config(tmp_path), first)
+    (folder / "config.json").write_text("{}")
+    assert (folder, restarted) == (tmp_path / "run", False)
+    assert choose_run_dir(config(tmp_path), second) == (tmp_path / "run-2", False)
+    assert choose_run_dir(config(tmp_path), first) == (tmp_path / "run", True)
+
+
+def test_a_start_that_died_before_it_began_leaves_nothing_to_go_on_from(tmp_path):
+    store = dist.HashStore()
+    choose_run_dir(config(tmp_path), store)
+    assert choose_run_dir(config(tmp_path), store) == (tmp_path / "run-2", False)
+
+
+def test_resume_needs_a_run(tmp_path):
+    with pytest.raises(ConfigError, match="holds no run"):
+        choose_run_dir(config(tmp_path, resume=True), dist.HashStore())
