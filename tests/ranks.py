@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def run_ranks(
                 process.kill()
     failed = {rank: out[1] for rank, out in results.items() if out[0] == "error"}
     assert not failed, "\n".join(f"rank {rank}:\n{text}" for rank, text in failed.items())
-    return [results[rank][1] for rank in range(world)]
+    return [pickle.loads(results[rank][1]) for rank in range(world)]
 
 
 def _rank(
@@ -58,7 +59,8 @@ def _rank(
     try:
         store = dist.FileStore(str(Path(folder) / "store"), world)
         topology = make_topology(config_from_tree(tree), RankEnv(rank, world, rank, world), store)
-        queue.put((rank, ("ok", body(topology, *args))))
+        # As bytes: tensors would be sent as handles, which are gone when this process is.
+        queue.put((rank, ("ok", pickle.dumps(body(topology, *args)))))
         # Nobody leaves while others may still talk to it.
         store.add("left", 1)
         while store.add("left", 0) < world:
