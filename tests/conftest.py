@@ -7,7 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+from checkout import use_checkout
 
+# The kernels' tests also run where CLIF is not installed.
+use_checkout()
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY = {
     "model_type": "llama",
