@@ -30,7 +30,6 @@ class Topology:
     timeout: datetime.timedelta
     store: dist.Store
     backend: str
-    tp_group: dist.ProcessGroup
     peers: Peers
     launch_store: dist.Store
     _combined: dict[tuple[int, ...], Group] = field(default_factory=dict)
@@ -47,10 +46,6 @@ class Topology:
     @property
     def is_leader(self) -> bool:
         return self.tp_rank == 0
-
-    @property
-    def leader_rank(self) -> int:
-        return self.layout.leader(self.replica)
 
     def combined_group(self, members: tuple[int, ...], round_id: int) -> Group:
         """The group that averages this rank's shard over the member replicas; all of them must ask for it.
@@ -135,7 +130,7 @@ def make_topology(config: Config, env: RankEnv, store: dist.Store | None = None)
     tp_group = dist.new_group(mine, timeout=timeout, use_local_synchronization=True, group_desc=f"tp {mine}")
     roll = Roll(store, f"tensor-parallel group of replica {layout.replica_of(env.rank)}", env.rank, tuple(mine))
     peers = Peers(tp_group, roll) if len(mine) > 1 else Peers()
-    return Topology(env, layout, device, timeout, store, backend, tp_group, peers, launch_store)
+    return Topology(env, layout, device, timeout, store, backend, peers, launch_store)
 
 
 def _store(env: RankEnv, timeout: datetime.timedelta) -> dist.Store:

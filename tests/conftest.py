@@ -50,3 +50,15 @@ def stories() -> str:
     if not folder.is_dir():
         pytest.skip("the real 260K model of ../shared is not here")
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of 60 instruction rows, every fifth of them held out."""
+    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [
+        {"instruction": f"Say {word} twice", "output": f"{word} {word}", "split": "test" if i % 5 == 0 else "train"}
+        for i, word in enumerate(f"w{n}" for n in range(60))
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)

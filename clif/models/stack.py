@@ -97,8 +97,7 @@ def check_stack(stack: CausalStack, plan: AttentionPlan, ids: torch.Tensor, expe
     part = stack.part(Rows(len(ids)), torch.arange(len(ids), device=ids.device), plan)
     (hidden,) = stack.layers(0, stack.num_layers, [stack.embed(ids)], [part])
     error = (stack.logits(stack.norm(hidden)) - expected).float().norm() / expected.float().norm()
-    # Parts of a sum are rounded before they are added: measured 0.08 for SmolLM2 in bfloat16 over three ranks.
-    if not error < (0.05 if stack.peers.size == 1 else 0.2):
+    if not error < 0.05:
         raise ConfigError(
             f"{type(stack.model).__name__} computes more than embedding, layers, norm and head "
             f"(relative difference {error:.2g}): it is not supported"

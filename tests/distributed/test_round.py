@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import bodies
 import pytest
 import torch
 from ranks import run_ranks
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [
-        {"instruction": f"Say {word} twice", "output": f"{word} {word}", "split": "test" if i % 5 == 0 else "train"}
-        for i, word in enumerate(f"w{n}" for n in range(60))
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
 
 
 @pytest.fixture

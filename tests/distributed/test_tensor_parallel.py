@@ -157,17 +157,6 @@ def test_rank_alone_agrees_with_itself():
     assert found["sum"] == [1.0] and found["every"] == (True, True) and found["gather"] == [[0]]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [
-        {"instruction": f"Say {word} twice", "output": f"{word} {word}", "split": "test" if i % 5 == 0 else "train"}
-        for i, word in enumerate(f"w{n}" for n in range(60))
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
-
-
 def test_a_round_of_replicas_of_two_ranks_averages_part_by_part(model, data, tmp_path: Path):
     """Replicas 0 and 1 train, replica 2 gets the adapter by message; two ranks each."""
     results = run_ranks(6, bodies.whole_round, model, data, str(tmp_path), layout={"tp_size": 2})
