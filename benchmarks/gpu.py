@@ -28,9 +28,9 @@ from clif.adapters.slots import SlotTable
 from clif.config import Config, config_from_tree
 from clif.metrics.provenance import cpu_model, git_commit
 from clif.models.loading import LoadedModel, load_model
+from clif.replica.base import build_runner
 from clif.replica.engine import Engine
 from clif.replica.jobs import Job
-from clif.replica.runner import build_runner
 from clif.replica.scheduler import Scheduler
 from clif.replica.trainer import ShadowTrainer
 from clif.types import Request, Sampling

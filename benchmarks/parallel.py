@@ -30,8 +30,8 @@ from clif.config import config_from_tree
 from clif.launchers import RankEnv
 from clif.metrics.provenance import cpu_model, git_commit
 from clif.models.loading import load_model
+from clif.replica.base import build_runner
 from clif.replica.engine import Engine
-from clif.replica.runner import build_runner
 from clif.replica.scheduler import Scheduler
 from clif.topology import Topology, make_topology
 from clif.types import Request, Sampling
@@ -128,7 +128,7 @@ def request(number: int) -> Request:
 def averaging(topology: Topology, repeats: int) -> dict[str, list[float]]:
     """Seconds of FedAvg and of a bare all-reduce of the same bytes, in turn."""
     members = tuple(range(len(topology.layout.replicas)))
-    group = topology.combined_group(members, 1)
+    group = topology.combined_group((members, (0,) * len(members)), 1).result()
     vector, buffer = torch.randn(ADAPTER_BYTES // 4), torch.zeros(ADAPTER_BYTES // 4 + 1)
     found: dict[str, list[float]] = {"FedAvg": [], "bare": []}
     for repeat in range(repeats + 1):
@@ -152,7 +152,7 @@ def stall(topology: Topology, model: str, dtype: str) -> dict[str, float]:
     """Gaps between ticks of a full batch while nothing else happens, and while an average and a promotion do."""
     engine, _ = build_engine(topology, model, dtype)
     bank, slots = engine.runner.bank, engine.scheduler.slots
-    group, ids = topology.combined_group((0, 1), 1), iter(range(1 << 60))
+    group, ids = topology.combined_group(((0, 1), (0, 0)), 1).result(), iter(range(1 << 60))
     quiet: list[float] = []
     busy: list[float] = []
     mean: WeightedMean | None = None

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -20,6 +18,8 @@ class Group(Protocol):
     """A process group of torch's C++ backends: Gloo's and NCCL's take the same calls."""
 
     def allreduce(self, tensors: list[torch.Tensor]) -> dist.Work: ...
+
+    def broadcast(self, tensor: torch.Tensor, root: int) -> dist.Work: ...
 
 
 def make_group(backend: str, store: dist.Store, name: str, rank: int, size: int, timeout: datetime.timedelta) -> Group:
@@ -56,9 +56,27 @@ class Roll:
         who = f"no answer from ranks {missing}" if missing else "every rank saw an error"
         return RuntimeError(f"{self.name} (ranks {list(self.ranks)}): {who}: {str(error).splitlines()[0]}")
 
+    def leave(self, why: str) -> None:
+        """Tell the other members that this one will take part in nothing any more."""
+        self.store.set(f"clif/left/{self.name}/{self.rank}", why)
+
+    def left(self) -> RuntimeError | None:
+        """The error to raise when a member has left; None as long as all are there."""
+        for rank in self.ranks:
+            key = f"clif/left/{self.name}/{rank}"
+            if self.store.check([key]):
+                return RuntimeError(f"{self.name}: rank {rank} failed: {self.store.get(key).decode()}")
+        return None
+
 
 ROLL_CALL_S = 1.0
 """Members who wait for the same collective run into its timeout within so much of each other."""
+LOOK_UP = datetime.timedelta(seconds=0.25)
+"""How long a peer waits in a collective before it looks whether somebody has left."""
+
+
+class RoundBroken(RuntimeError):
+    """The collective of a round failed; all ranks of the replica raise it in the same turn."""
 
 
 class WeightedMean:
@@ -85,10 +103,11 @@ class WeightedMean:
             self._buffer[-1] = weight
         else:
             self._buffer.zero_()
+        self.error: RuntimeError | None = None
         self._work: dist.Work | None = group.allreduce([self._buffer])
 
     def done(self) -> bool:
-        """True when the result is there. Raises RuntimeError when the collective failed."""
+        """True when the collective has ended; `error` says whether it failed."""
         if self._work is None:
             return True
         if not self._work.is_completed():
@@ -96,12 +115,14 @@ class WeightedMean:
         try:
             self._work.wait()
         except RuntimeError as error:
-            raise error if self._roll is None else self._roll.failed(error) from error
+            self.error = error if self._roll is None else self._roll.failed(error)
         self._work = None
         return True
 
     def result(self) -> tuple[torch.Tensor, float]:
-        """(mean [n], sum of weights), once. The mean is undefined when the sum is 0."""
+        """(mean [n], sum of weights), once. The mean is undefined when the sum is 0. Raises what the sum ended with."""
+        if self.error is not None:
+            raise self.error
         total = float(self._buffer[-1])
         return self._buffer[:-1].div_(max(total, torch.finfo(torch.float32).tiny)), total
 
@@ -113,26 +134,39 @@ class Peers:
     Rule: all peers make the same calls in the same order, from the thread that serves.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, roll: Roll | None = None) -> None:
+    def __init__(self, group: Group | None = None, roll: Roll | None = None) -> None:
         """roll: of the same ranks, the leader first. Raises RuntimeError, here and later, when a peer is missing."""
         self._group, self._roll = group, roll
+        self._former: list[Group] = []
         self.size = 1 if roll is None else len(roll.ranks)
         self.rank = 0 if roll is None else roll.ranks.index(roll.rank)
 
+    def leave(self, why: str) -> None:
+        """Let the others know that this rank has failed, so that none waits for it until a timeout."""
+        if self._roll is not None:
+            self._roll.leave(why)
+
+    def meet_again(self, group: Group, roll: Roll) -> None:
+        """Go on with a new group of the same ranks after one has left.
+
+        The old one is kept: to close it would wait for what is still pending there.
+        """
+        assert self._group is not None
+        self._former.append(self._group)
+        self._group, self._roll = group, roll
+
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all peers, in place; equal bits on all."""
-        if self.size > 1:
-            with self._named():
-                dist.all_reduce(tensor, group=self._group)
+        if self._group is not None:
+            self._wait(self._group.allreduce([tensor]))
         return tensor
 
     def leaders(self, values: list[int], device: torch.device) -> list[int]:
         """What the leader gives, on every peer; all give lists of one length."""
-        if self._roll is None or not values:
+        if self._group is None or not values:
             return values
         shared = torch.tensor(values, dtype=torch.int64, device=device)
-        with self._named():
-            dist.broadcast(shared, src=self._roll.ranks[0], group=self._group)
+        self._wait(self._group.broadcast(shared, 0))
         return [int(v) for v in shared.tolist()]
 
     def every(self, flag: bool, device: torch.device) -> bool:
@@ -144,13 +178,12 @@ class Peers:
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """The tensors of all peers, in their order; all give one shape."""
-        if self._roll is None:
+        if self._group is None:
             return [tensor]
         parts = [tensor.clone() for _ in range(self.size)]
         # By broadcasts: gloo gathers no tensors of a GPU.
-        for part, rank in zip(parts, self._roll.ranks, strict=True):
-            with self._named():
-                dist.broadcast(part, src=rank, group=self._group)
+        for rank, part in enumerate(parts):
+            self._wait(self._group.broadcast(part, rank))
         return parts
 
     def share_inbox(self, messages: list[bytes] | None, device: torch.device) -> list[bytes]:
@@ -159,7 +192,7 @@ class Peers:
         messages: the leader's; None on the others. One size broadcast, and a second one with the bytes only when
         there are any.
         """
-        if self._roll is None:
+        if self._group is None:
             return messages or []
         packed = b"".join(len(m).to_bytes(8, "little") + m for m in messages or ())
         (size,) = self.leaders([len(packed)], device)
@@ -168,16 +201,29 @@ class Peers:
         data = torch.empty(size, dtype=torch.uint8, device=device)
         if messages is not None:
             data.copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
-        with self._named():
-            dist.broadcast(data, src=self._roll.ranks[0], group=self._group)
+        self._wait(self._group.broadcast(data, 0))
         return _unpack(bytes(data.cpu().numpy()))
 
-    @contextmanager
-    def _named(self) -> Iterator[None]:
+    def _wait(self, work: dist.Work) -> None:
+        """Until it is done on gloo, until it is queued on NCCL, whose work is waited for by the stream."""
+        while isinstance(self._group, dist.ProcessGroupGloo) and not _over(work):
+            left = self._roll.left() if self._roll is not None else None
+            if left is not None:
+                raise left
         try:
-            yield
+            work.wait()
         except RuntimeError as error:
             raise error if self._roll is None else self._roll.failed(error) from error
+
+
+def _over(work: dist.Work) -> bool:
+    """Whether a collective has ended, well or not, after waiting for it a moment."""
+    try:
+        work.wait(LOOK_UP)
+    except RuntimeError:
+        # That the moment is over is told by an error as well; which one it was, the next wait() tells.
+        return work.is_completed()
+    return True
 
 
 def _unpack(packed: bytes) -> list[bytes]:

@@ -33,6 +33,9 @@ class RunConfig(Section):
     allows before it kills (torchrun 30 s)."""
     status: Literal["auto", "live", "plain", "off"] = "auto"
     """Progress on rank 0: a live table on a terminal, plain lines elsewhere, off under CI (auto)."""
+    rebuilds: Annotated[int, Field(ge=0)] = 3
+    """How often in ten minutes a replica is rebuilt in place after an error, on the weights that it has; then its rank
+    ends."""
     resume: bool = False
     """Continue from the checkpoints in the run's folder."""
     mode: Literal["clif", "serve_only", "train_only", "time_slice", "split"] = "clif"
@@ -217,6 +220,8 @@ class ControlConfig(Section):
     """How often a replica reports."""
     lost_after_s: PositiveFloat = 20.0
     """A replica that is silent for longer is FAILED."""
+    retries: Annotated[int, Field(ge=0)] = 2
+    """How often a request whose replica failed is given to another one; then it ends as failed."""
     idle_below: Share = 0.6
     """Smoothed utilisation under which a replica has slack."""
     serving_above: Share = 0.9

@@ -10,7 +10,10 @@ from typing import TypeVar
 
 
 class ReplicaState(str, enum.Enum):
-    """SERVING only serves; IDLE has slack and may be asked to train; COMBINED serves and trains; FAILED is lost."""
+    """SERVING only serves; IDLE has slack and may be asked to train; COMBINED serves and trains.
+
+    FAILED is lost; it comes back when it was rebuilt.
+    """
 
     SERVING = "serving"
     IDLE = "idle"
@@ -44,10 +47,10 @@ TRANSITIONS: dict[enum.Enum, frozenset[enum.Enum]] = {
     ReplicaState.IDLE: frozenset({ReplicaState.SERVING, ReplicaState.COMBINED, ReplicaState.FAILED}),
     ReplicaState.COMBINED: frozenset({ReplicaState.SERVING, ReplicaState.IDLE, ReplicaState.FAILED}),
     ReplicaState.FAILED: frozenset({ReplicaState.SERVING}),
-    # Back to QUEUED: its replica was lost before the first token left it.
+    # Back to QUEUED: its replica was lost.
     RequestState.QUEUED: frozenset({RequestState.DISPATCHED, RequestState.FINISHED}),
     RequestState.DISPATCHED: frozenset({RequestState.RUNNING, RequestState.QUEUED, RequestState.FINISHED}),
-    RequestState.RUNNING: frozenset({RequestState.FINISHED}),
+    RequestState.RUNNING: frozenset({RequestState.QUEUED, RequestState.FINISHED}),
     RequestState.FINISHED: frozenset(),
     RoundState.TRAINING: frozenset({RoundState.AGGREGATING, RoundState.DISCARDED}),
     RoundState.AGGREGATING: frozenset({RoundState.SETTLING, RoundState.DISCARDED}),

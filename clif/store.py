@@ -48,22 +48,27 @@ class AdapterStore:
         write_atomic(self.folder / CURRENT_FILE, json.dumps(current).encode())
         return final
 
-    def rounds(self) -> frozenset[int]:
-        """Numbers of the rounds that were committed: those of all versions up to the current one.
+    def weights(self, version: int) -> bytes:
+        """The safetensors file of a version. Raises OSError."""
+        return (self.place(version) / WEIGHTS_FILE).read_bytes()
+
+    def rounds(self, last: int | None = None) -> frozenset[int]:
+        """Numbers of the rounds that were committed: those of all versions up to `last`, by default the current one.
 
         Raises ValueError if a file is damaged.
         """
         current = self.current()
         if current is None:
             return frozenset()
-        found = {current.round_id}
+        last = current.number if last is None else last
+        found = {current.round_id} if current.number == last else set()
         for path in self.folder.glob(f"v*/{VERSION_FILE}"):
             try:
                 version = msgspec.json.decode(path.read_bytes(), type=AdapterVersion)
             except msgspec.DecodeError as error:
                 raise ValueError(f"{path} is damaged ({error}): restore it or start a new run") from error
             # A later folder was written by a process that died before it could make it the current one.
-            if version.number <= current.number:
+            if version.number <= last:
                 found.add(version.round_id)
         return frozenset(found)
 

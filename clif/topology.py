@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +17,9 @@ from clif.config import Config, ConfigError
 from clif.launchers import RankEnv
 from clif.layout import Layout, check_hosts, make_layout
 from clif.starts import agree_on_start
+
+Members = tuple[tuple[int, ...], tuple[int, ...]]
+"""Member replicas of a round, and how often each of them had been rebuilt by then."""
 
 
 @dataclass
@@ -32,8 +37,8 @@ class Topology:
     backend: str
     peers: Peers
     launch_store: dist.Store
-    _combined: dict[tuple[int, ...], Group] = field(default_factory=dict)
-    _retired: list[Group] = field(default_factory=list)
+    _combined: dict[Members, Future[Group]] = field(default_factory=dict)
+    _retired: list[Future[Group]] = field(default_factory=list)
 
     @property
     def replica(self) -> int:
@@ -47,25 +52,38 @@ class Topology:
     def is_leader(self) -> bool:
         return self.tp_rank == 0
 
-    def combined_group(self, members: tuple[int, ...], round_id: int) -> Group:
+    def combined_group(self, members: Members, round_id: int) -> Future[Group]:
         """The group that averages this rank's shard over the member replicas; all of them must ask for it.
 
-        Made by its members alone, so that non-members go on serving, and once per member set, under the id of the
-        first round that needs it.
+        Made by its members alone, so that non-members go on serving, once per member set, under the id of the first
+        round that needs it, and in a thread of its own: a member may be late, or fail before it comes.
         """
         if members not in self._combined:
-            ranks = self.layout.peers(members, self.tp_rank)
+            ranks = self.layout.peers(members[0], self.tp_rank)
             name = f"clif/combined/{round_id}/{'-'.join(map(str, ranks))}"
-            place = ranks.index(self.env.rank)
-            self._combined[members] = make_group(self.backend, self.store, name, place, len(ranks), self.timeout)
+            self._combined[members] = self._make(name, ranks)
         return self._combined[members]
 
-    def roll(self, members: tuple[int, ...], round_id: int) -> Roll:
+    def _make(self, name: str, ranks: tuple[int, ...]) -> Future[Group]:
+        # A copy of the store (torch's stubs lack clone): one that waits in it blocks all others who use it.
+        store, made = self.store.clone(), Future[Group]()  # type: ignore[attr-defined]
+
+        def make() -> None:
+            try:
+                place = ranks.index(self.env.rank)
+                made.set_result(make_group(self.backend, store, name, place, len(ranks), self.timeout))
+            except Exception as error:  # noqa: BLE001 - a thread cannot raise: result() does, in the loop's thread
+                made.set_exception(error)
+
+        threading.Thread(target=make, name=name, daemon=True).start()
+        return made
+
+    def roll(self, members: Members, round_id: int) -> Roll:
         """Who averages this rank's shard in a round."""
-        ranks = self.layout.peers(members, self.tp_rank)
+        ranks = self.layout.peers(members[0], self.tp_rank)
         return Roll(self.store, f"all-reduce of round {round_id}", self.env.rank, ranks)
 
-    def retire_group(self, members: tuple[int, ...]) -> None:
+    def retire_group(self, members: Members) -> None:
         """Never use this member set's group again: an all-reduce that was given up may still be pending in it.
 
         Else that old one could meet the next round's. The group is kept, since closing it would wait for it.
@@ -73,6 +91,32 @@ class Topology:
         group = self._combined.pop(members, None)
         if group is not None:
             self._retired.append(group)
+
+    @property
+    def can_meet_again(self) -> bool:
+        """Whether the ranks of this replica can go on after a failure of one: those on NCCL would hang in a kernel."""
+        return self.peers.size == 1 or self.backend == "gloo"
+
+    def meet_again(self, life: int) -> None:
+        """Give the ranks of this replica a new group, after one of them has failed. Collective over them.
+
+        Groups of rounds are not used again either: the others know this replica's life, and make new ones.
+        Raises RuntimeError when a rank does not come.
+        """
+        for members in list(self._combined):
+            self.retire_group(members)
+        if self.peers.size > 1:
+            self.peers.meet_again(*_tensor_parallel(self, life))
+
+
+def _tensor_parallel(topology: Topology, life: int) -> tuple[Group, Roll]:
+    replica, rank = topology.replica, topology.env.rank
+    ranks = topology.layout.replicas[replica]
+    again = f", life {life}" if life else ""
+    roll = Roll(topology.store, f"tensor-parallel group of replica {replica}{again}", rank, ranks)
+    name = f"clif/tp/{replica}/{life}"
+    group = make_group(topology.backend, topology.store, name, ranks.index(rank), len(ranks), topology.timeout)
+    return group, roll
 
 
 def choose_device(wanted: str, local_rank: int, ranks_per_gpu: int = 1) -> torch.device:
@@ -125,12 +169,10 @@ def make_topology(config: Config, env: RankEnv, store: dist.Store | None = None)
         timeout=timeout,
         store=dist.PrefixStore("torch", store),
     )
-    mine = list(layout.replicas[layout.replica_of(env.rank)])
-    # Every rank makes exactly this one group by torch's own means, so all agree on its name (see make_group).
-    tp_group = dist.new_group(mine, timeout=timeout, use_local_synchronization=True, group_desc=f"tp {mine}")
-    roll = Roll(store, f"tensor-parallel group of replica {layout.replica_of(env.rank)}", env.rank, tuple(mine))
-    peers = Peers(tp_group, roll) if len(mine) > 1 else Peers()
-    return Topology(env, layout, device, timeout, store, backend, peers, launch_store)
+    topology = Topology(env, layout, device, timeout, store, backend, Peers(), launch_store)
+    if len(layout.replicas[topology.replica]) > 1:
+        topology.peers = Peers(*_tensor_parallel(topology, life=0))
+    return topology
 
 
 def _store(env: RankEnv, timeout: datetime.timedelta) -> dist.Store:

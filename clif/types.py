@@ -103,12 +103,13 @@ class AdapterVersion(msgspec.Struct, frozen=True, kw_only=True):
 class RoundPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What the members of a federated round are asked to do.
 
-    members: replica ids, sorted.
+    members: replica ids, sorted. lives: how often each of them has been rebuilt.
     local_steps: optimizer steps per member at this micro_batch; each takes micro_batch x accumulation samples.
     """
 
     round_id: int
     members: tuple[int, ...]
+    lives: tuple[int, ...]
     local_steps: int
     micro_batch: int
     accumulation: int

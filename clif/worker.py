@@ -24,13 +24,15 @@ from clif.leaving import Leaving
 from clif.metrics.provenance import provenance
 from clif.models.kept import drop, keep, load_kept, worth_keeping
 from clif.models.loading import LoadedModel, load_model
-from clif.replica.build import build_replica
+from clif.replica.base import build_base
+from clif.replica.build import build_replica, load_data
+from clif.replica.lives import Lives
 from clif.replica.records import RankRecords
 from clif.replica.replica import Replica
 from clif.starts import choose_run_dir
 from clif.text import ChatTokenizer
 from clif.topology import Topology, make_topology
-from clif.wire.channels import LeaderChannel, decode_down
+from clif.wire.channels import LeaderChannel
 from clif.wire.messages import Goodbye, Hello, Signalled, Trouble, Up
 
 log = logging.getLogger(__name__)
@@ -97,41 +99,48 @@ def _serve(
             channel.send(message)
 
     records = RankRecords(run_dir, topology.env.rank, config.metrics, provenance(config), _gpu(topology.device))
-    replica = build_replica(config, topology, loaded, run_dir, records, tell)
+    base = build_base(config, loaded, topology.peers)
+    data = load_data(config, loaded.tokenizer, topology.replica, len(topology.layout.replicas))
+
+    def build(life: int, ticks: int) -> Replica:
+        if life:
+            base.renew(config.run.seed)
+        return build_replica(_resuming(config) if life else config, topology, base, data, run_dir, records, tell, ticks)
+
+    def say_hello(replica: Replica, life: int) -> None:
+        tell(_hello(config, topology, replica, loaded, load_s, life))
+
     # The group of all replicas is the one that most rounds need: made while nobody is being served.
-    topology.combined_group(tuple(range(len(topology.layout.replicas))), round_id=0)
-    tell(_hello(config, topology, replica, loaded, load_s))
+    everybody = tuple(range(len(topology.layout.replicas)))
+    topology.combined_group((everybody, (0,) * len(everybody)), round_id=0).result()
+    lives = Lives(topology, build, tell, config.run.rebuilds, on_birth=say_hello)
     try:
-        _loop(replica, topology, channel, control, leaving)
+        _loop(lives, channel, control, leaving)
     except Exception as error:
-        tell(Trouble(replica=replica.id, error=f"{type(error).__name__}: {error}"))
+        tell(Trouble(replica=topology.replica, error=f"{type(error).__name__}: {error}"))
         raise
     finally:
-        replica.close()
+        lives.close()
         records.close()
-        tell(Goodbye(replica=replica.id))
+        tell(Goodbye(replica=topology.replica))
         if channel is not None:
             channel.close()
 
 
-def _loop(
-    replica: Replica, topology: Topology, channel: LeaderChannel | None, control: Control | None, leaving: Leaving
-) -> None:
+def _loop(lives: Lives, channel: LeaderChannel | None, control: Control | None, leaving: Leaving) -> None:
     told = False
     leaving.serving = True
-    while not replica.stopping:
+    while not lives.replica.stopping:
         if leaving.signal and channel is not None:
             if not told:
-                channel.send(Signalled(replica=replica.id, signal=leaving.signal))
+                channel.send(Signalled(replica=lives.replica.id, signal=leaving.signal))
                 told = True
             # Nobody is left to say Stop, or it should have come.
             if channel.lost or leaving.late:
                 return
-        payloads = channel.receive(replica.wait_s()) if channel is not None else None
-        inbox = topology.peers.share_inbox(payloads, topology.device)
-        replica.tick([decode_down(payload) for payload in inbox])
+        lives.turn(channel.receive(lives.replica.wait_s()) if channel is not None else None)
         # Nobody would ever say Stop again; torchrun ends the other ranks when this one fails.
-        if control is not None and not replica.stopping and control.poll() is not None:
+        if control is not None and not lives.replica.stopping and control.poll() is not None:
             raise RuntimeError(f"the control process ended with code {control.returncode} in the middle of the run")
 
 
@@ -140,7 +149,9 @@ def _gpu(device: torch.device) -> str | None:
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
 
 
-def _hello(config: Config, topology: Topology, replica: Replica, loaded: LoadedModel, load_s: float) -> Hello:
+def _hello(
+    config: Config, topology: Topology, replica: Replica, loaded: LoadedModel, load_s: float, life: int
+) -> Hello:
     return Hello(
         replica=replica.id,
         rank=topology.env.rank,
@@ -153,6 +164,8 @@ def _hello(config: Config, topology: Topology, replica: Replica, loaded: LoadedM
         heldout_rows=replica.member.heldout.rows,
         dtype=str(loaded.dtype).removeprefix("torch."),
         load_s=load_s,
+        life=life,
+        version=replica.engine.scheduler.slots.active,
     )
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from helpers import answer, request
 
-from clif.collectives import WeightedMean
+from clif.collectives import Group, WeightedMean
 from clif.config import config_from_tree
 from clif.models.loading import load_model
-from clif.replica.build import build_replica
+from clif.replica.base import build_base
+from clif.replica.build import build_replica, load_data
 from clif.replica.records import RankRecords
 from clif.replica.replica import Replica
 from clif.states import ReplicaState
@@ -32,12 +33,17 @@ def finish(mean: WeightedMean) -> list[float]:
     return [*average.tolist(), total]
 
 
+def group_of(topology: Topology, members: tuple[int, ...], round_id: int) -> Group:
+    """The group of replicas that were never rebuilt."""
+    return topology.combined_group((members, (0,) * len(members)), round_id).result()
+
+
 def mean_over_members(topology: Topology, members: tuple[int, ...], nan_member: int | None) -> list[float] | None:
     """Members average rank + 1 with weight rank + 1; non-members do nothing at all."""
     if topology.replica not in members:
         return None
-    group = topology.combined_group(members, 1)
-    assert topology.combined_group(members, 2) is group, "made once per member set"
+    group = group_of(topology, members, 1)
+    assert group_of(topology, members, 2) is group, "made once per member set"
     value = float("nan") if topology.replica == nan_member else float(topology.replica + 1)
     weight = 0 if topology.replica == nan_member else topology.replica + 1
     return finish(WeightedMean(torch.full((5,), value, device=topology.device), weight, group))
@@ -47,7 +53,7 @@ def tensor_parallel_groups(topology: Topology) -> tuple[list[int], list[float]]:
     """With two ranks per replica: the leader's rank, and the mean rank over all replicas' same shard."""
     rank = [topology.env.rank]
     within = topology.peers.share_inbox([bytes(rank)] if topology.is_leader else None, CPU)
-    return list(within[0]), finish(WeightedMean(torch.tensor(rank).float(), 1, topology.combined_group((0, 1), 1)))
+    return list(within[0]), finish(WeightedMean(torch.tensor(rank).float(), 1, group_of(topology, (0, 1), 1)))
 
 
 def two_sets_at_once(topology: Topology) -> list[float]:
@@ -57,7 +63,7 @@ def two_sets_at_once(topology: Topology) -> list[float]:
 
 
 def absent_everywhere(topology: Topology) -> float:
-    return finish(WeightedMean(torch.full((3,), float("inf")), 0, topology.combined_group((0, 1), 1)))[-1]
+    return finish(WeightedMean(torch.full((3,), float("inf")), 0, group_of(topology, (0, 1), 1)))[-1]
 
 
 def overlapping_sets(topology: Topology) -> list[list[float] | None]:
@@ -68,10 +74,10 @@ def overlapping_sets(topology: Topology) -> list[list[float] | None]:
 def given_up_all_reduce(topology: Topology) -> list[float]:
     """Replica 0 has begun an all-reduce that replica 1 never joins; the round is discarded; the next one is right."""
     members, one = (0, 1), torch.ones(4)
-    old = topology.combined_group(members, 1)
+    old = group_of(topology, members, 1)
     pending = WeightedMean(one * 1000, 1, old) if topology.replica == 0 else None
-    topology.retire_group(members)
-    mean = finish(WeightedMean(one * topology.replica, 1, topology.combined_group(members, 2)))
+    topology.retire_group((members, (0, 0)))
+    mean = finish(WeightedMean(one * topology.replica, 1, group_of(topology, members, 2)))
     assert pending is None or not pending.done()
     return mean
 
@@ -98,7 +104,9 @@ class Driver:
         config = config_from_tree(tree)
         self.loaded = load_model(config.model, topology.device, seed=3)
         records = RankRecords(Path(run_dir), topology.env.rank, config.metrics, {})
-        self.replica: Replica = build_replica(config, topology, self.loaded, Path(run_dir), records, self.said.append)
+        base = build_base(config, self.loaded, topology.peers)
+        data = load_data(config, self.loaded.tokenizer, topology.replica, len(topology.layout.replicas))
+        self.replica: Replica = build_replica(config, topology, base, data, Path(run_dir), records, self.said.append)
 
     def tick(self, *orders: m.Down) -> None:
         self.replica.tick(list(orders))
@@ -122,7 +130,13 @@ class Driver:
 
     def begin(self, members: tuple[int, ...], steps: int, round_id: int = 1) -> None:
         plan = RoundPlan(
-            round_id=round_id, members=members, local_steps=steps, micro_batch=4, accumulation=1, base_version=0
+            round_id=round_id,
+            members=members,
+            lives=(0,) * len(members),
+            local_steps=steps,
+            micro_batch=4,
+            accumulation=1,
+            base_version=0,
         )
         self.tick(m.SetState(state=ReplicaState.COMBINED), m.BeginRound(plan=plan))
 

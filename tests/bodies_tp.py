@@ -14,9 +14,10 @@ from clif.adapters.slots import SlotTable
 from clif.collectives import Peers, WeightedMean
 from clif.config import Config, config_from_tree
 from clif.models.loading import load_model
+from clif.replica.base import build_runner
 from clif.replica.engine import Engine
 from clif.replica.jobs import Job
-from clif.replica.runner import ModelRunner, build_runner
+from clif.replica.runner import ModelRunner
 from clif.replica.scheduler import Scheduler
 from clif.replica.trainer import ShadowTrainer
 from clif.topology import Topology
@@ -199,14 +200,12 @@ def a_peer_that_hangs(topology: Topology) -> str:
 
 def a_member_that_hangs(topology: Topology) -> str:
     """Replica 1 has joined a round's group and does not come to its all-reduce."""
-    group = topology.combined_group((0, 1, 2), 7)
+    members = ((0, 1, 2), (0, 0, 0))
+    group = topology.combined_group(members, 7).result()
     if topology.env.rank == 1:
         time.sleep(8)
         return "slept"
-    mean = WeightedMean(torch.ones(3), 1, group, topology.roll((0, 1, 2), 7))
-    try:
-        while not mean.done():
-            time.sleep(0.01)
-    except RuntimeError as error:
-        return str(error)
-    return "nothing"
+    mean = WeightedMean(torch.ones(3), 1, group, topology.roll(members, 7))
+    while not mean.done():
+        time.sleep(0.01)
+    return str(mean.error)

@@ -15,9 +15,10 @@ from clif.models.causal import CausalSequences
 from clif.models.dual_linear import Rows
 from clif.models.loading import LoadedModel, load_model
 from clif.models.stack import CausalStack
+from clif.replica.base import build_runner
 from clif.replica.engine import Engine
 from clif.replica.jobs import Slices
-from clif.replica.runner import ModelRunner, build_runner
+from clif.replica.runner import ModelRunner
 from clif.replica.scheduler import Scheduler
 from clif.types import Request, Sampling, TokenEvent
 

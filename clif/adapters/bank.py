@@ -138,6 +138,14 @@ class AdapterBank:
             return slice(None, None, stride)
         return torch.nonzero(self._shares == 1).flatten()[::stride]
 
+    def reset(self, seed: int) -> None:
+        """The shadow as it was before any training, and no gradient."""
+        torch.manual_seed(seed)
+        for layer in self.layers:
+            layer.draw()
+        self.gradient.zero_()
+        self.refresh()
+
     def set_shadow(self, state: State) -> None:
         """Overwrite the shadow. The caller has checked names, shapes and finiteness (see peft_io.read_weights)."""
         for name, factor in self.shadow_state().items():

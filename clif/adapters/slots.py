@@ -26,10 +26,17 @@ class SlotTable:
     active: int = 0
     _versions: dict[int, _Version] = field(default_factory=lambda: {0: _Version(BASE_SLOT)})
 
-    def acquire(self) -> int:
-        """A new reader of the active version; returns the version."""
-        self._versions[self.active].readers += 1
-        return self.active
+    def holds(self, version: int) -> bool:
+        """Whether a version can be read here: the base always, the others while they are active or retiring."""
+        return version == 0 or version in self._versions
+
+    def acquire(self, version: int | None = None) -> int:
+        """A new reader of a version that is held, by default of the active one; returns the version."""
+        chosen = self.active if version is None else version
+        if chosen == 0:
+            self._versions.setdefault(0, _Version(BASE_SLOT))
+        self._versions[chosen].readers += 1
+        return chosen
 
     def release(self, version: int) -> None:
         """A reader is done. A retiring version without readers gives its slot back."""

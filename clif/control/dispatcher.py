@@ -40,6 +40,8 @@ class RequestRecord:
     text: str | None = None
     at_the_door: bool = False
     """Rejected because it can never be served: no sign of pressure."""
+    losses: int = 0
+    """How many replicas were lost while they held it."""
 
     @property
     def first_token_s(self) -> float | None:
@@ -152,7 +154,8 @@ class Dispatcher:
                 self._queue.popleft()
                 self._finish(now, record, FinishReason.REJECTED, reason)
                 continue
-            if not self._send(route.replica, Submit(request=record.request)):
+            order = Submit(request=record.request, answer=tuple(record.tokens), version=record.version)
+            if not self._send(route.replica, order):
                 # The sender is told to count the replica as lost; the request keeps its place.
                 return
             self._queue.popleft()
@@ -169,9 +172,8 @@ class Dispatcher:
             log.debug("event for request %d of replica %d ignored", event.request_id, replica)
             return
         if event.tokens:
-            if record.version is None:
-                record.version = event.version
-                record.state = advance(record.state, RequestState.RUNNING)
+            if record.state is RequestState.DISPATCHED:
+                self._begin(record, event.version)
             if event.version != record.version:
                 self._break_off(now, record, f"version changed from {record.version} to {event.version}")
                 return
@@ -180,6 +182,14 @@ class Dispatcher:
         if event.finish is not None:
             record.text = event.text
             self._finish(now, record, event.finish, event.detail)
+
+    def _begin(self, record: RequestRecord, version: int) -> None:
+        """Its first tokens from a replica. Under another version than a lost one had, the answer begins anew."""
+        if record.version != version:
+            record.tokens.clear()
+            record.token_times.clear()
+        record.version = version
+        record.state = advance(record.state, RequestState.RUNNING)
 
     def cancel(self, now: float, request_id: int, detail: str = "") -> None:
         """End a request by request; its replica is told to drop it. Does nothing if it ended already."""
@@ -197,11 +207,15 @@ class Dispatcher:
         return len(ids)
 
     def lose(self, now: float, replica: int, reason: str) -> None:
-        """A replica is gone: what has no token yet goes back to the front of the queue, the rest failed."""
+        """A replica is gone: what it held goes back to the front of the queue, to be gone on with by another one.
+
+        Not for ever: what takes one replica after another down with it is ended.
+        """
         held = list(self._held.pop(replica, {}).values())
         for record in sorted(held, key=lambda r: r.arrival_s, reverse=True):
-            if record.token_times:
-                detail = f"replica {replica} was lost after {len(record.tokens)} tokens: {reason}"
+            record.losses += 1
+            if record.losses > self._config.control.retries:
+                detail = f"{record.losses} replicas were lost with it, the last one {replica} ({reason})"
                 self._finish(now, record, FinishReason.FAILED, detail)
             else:
                 record.state = advance(record.state, RequestState.QUEUED)

@@ -125,10 +125,20 @@ class Federation:
         self._last_version = version.number
         self.history = replace(self.history, version=version.number)
         self._on_adapter(version)
-        for replica in sorted(set(self._fleet.alive) - set(current.plan.members)):
-            self._installing[replica] = version.number
-            self._send(replica, Install(version=version.number, weights=message.weights, round_id=version.round_id))
+        # A member that was lost and has come back is no member any more.
+        for replica in sorted(set(self._fleet.alive) - set(current.members)):
+            self._install(replica, version, message.weights)
         self._step(now, [])
+
+    def on_return(self, replica: int, version: int) -> None:
+        """A replica was rebuilt and serves this version: it gets a later one that was stored meanwhile."""
+        stored = self.store.current()
+        if stored is not None and stored.number > version:
+            self._install(replica, stored, self.store.weights(stored.number))
+
+    def _install(self, replica: int, version: AdapterVersion, weights: bytes) -> None:
+        self._installing[replica] = version.number
+        self._send(replica, Install(version=version.number, weights=weights, round_id=version.round_id))
 
     def on_lost(self, now: float, replica: int, why: str) -> None:
         self._installing.pop(replica, None)

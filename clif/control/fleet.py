@@ -10,7 +10,7 @@ from clif.control.dispatcher import Send
 from clif.control.view import ClusterView, ReplicaTracker, ReplicaView
 from clif.roles import role_of
 from clif.states import ReplicaState, advance
-from clif.wire.messages import Hello, Limits, Report, SetState
+from clif.wire.messages import Hello, Limits, Report, SetState, Welcome
 
 log = logging.getLogger(__name__)
 OnTransition = Callable[[int, ReplicaState, ReplicaState, str], None]
@@ -57,20 +57,37 @@ class Fleet:
         """Whether it joined at some time, alive or not by now."""
         return replica in self._trackers
 
+    def serves(self, replica: int) -> bool:
+        """Whether requests may be sent to it as long as it lives."""
+        return self._trackers[replica].role.serves
+
     def join(self, now: float, hello: Hello) -> bool:
-        """Take a leader in. A wrong secret, an unknown number or a second Hello is logged and ignored."""
+        """Take a leader in, or back when its replica was lost and rebuilt.
+
+        A wrong secret, an unknown number or a second Hello of the same life is logged and ignored.
+        """
         if hello.secret != self._secret:
             log.warning("a leader from %s (pid %d) gave a wrong secret: ignored", hello.host, hello.pid)
             return False
         if not 0 <= hello.replica < self._expected:
             log.warning("replica %d is not one of %d: ignored", hello.replica, self._expected)
             return False
-        if hello.replica in self._trackers:
-            log.warning("replica %d said Hello again: ignored, a lost replica cannot come back yet", hello.replica)
-            return False
+        former = self._trackers.get(hello.replica)
+        if former is not None:
+            return self._return(now, former, hello)
         role = role_of(hello.replica, self._expected, self._config.run)
         self._trackers[hello.replica] = ReplicaTracker(now, hello, self._config, role)
         self._on_transition(hello.replica, ReplicaState.SERVING, ReplicaState.SERVING, "joined")
+        return True
+
+    def _return(self, now: float, former: ReplicaTracker, hello: Hello) -> bool:
+        if former.state is not ReplicaState.FAILED or hello.life <= former.hello.life:
+            log.warning("replica %d said Hello again: ignored, it is %s", hello.replica, former.state.value)
+            return False
+        self._trackers[hello.replica] = former.reborn(now, hello)
+        # Before all else that is sent to it.
+        self._send(hello.replica, Welcome(life=hello.life))
+        self.set_state(now, hello.replica, ReplicaState.SERVING, f"rebuilt, life {hello.life}")
         return True
 
     def heard(self, now: float, replica: int) -> None:

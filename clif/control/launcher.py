@@ -58,9 +58,11 @@ def plan_round(
     if admitted < config.federation.min_members:
         return None, f"{admitted} of {len(idle)} idle replicas admitted, {config.federation.min_members} needed"
     chosen = sorted(idle, key=lambda r: (r.joined, r.utilisation, r.replica))[:admitted]
+    members = sorted(chosen, key=lambda r: r.replica)
     plan = RoundPlan(
         round_id=history.last_round + 1,
-        members=tuple(sorted(r.replica for r in chosen)),
+        members=tuple(r.replica for r in members),
+        lives=tuple(r.life for r in members),
         local_steps=config.federation.local_steps,
         micro_batch=config.train.micro_batch,
         accumulation=config.train.accumulation,

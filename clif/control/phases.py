@@ -50,7 +50,8 @@ class ControlError(RuntimeError):
 class Facts:
     """What the phase decision needs. entered_s: start of the phase; started_s: of the run; seconds of the clock.
 
-    serving: replicas that can answer requests. signal: why the run is to drain; empty: it is not.
+    serving: replicas that can answer requests, now or when they are rebuilt. signal: why the run is to drain; empty: it
+    is not.
     opened, over: whether the load had begun, or all had been done, before the control process was started again.
     wants_rounds: more rounds are to begin even without load.
     """

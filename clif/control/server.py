@@ -19,13 +19,13 @@ from clif.control.federation import Federation
 from clif.control.fleet import Fleet
 from clif.control.launcher import wants_rounds
 from clif.control.ledger import Ledger
+from clif.control.losses import Losses
 from clif.control.phases import ControlError, Facts, Phase, next_phase, rounds_may_start
 from clif.control.quality import QualityCheck
 from clif.control.records import Records, train_loss
 from clif.control.rounds import Round
 from clif.control.slow import SlowLoop
 from clif.control.status import Recent, Snapshot, Status, count_states
-from clif.states import ReplicaState
 from clif.store import AdapterStore
 from clif.types import AdapterVersion, FinishReason, Purpose
 from clif.wire import messages as wire
@@ -80,13 +80,22 @@ class ControlServer:
         if config.run.resume:
             past = ledger.recovery
             self.federation.resume(past.last_round, past.last_version, past.completed)
-        self._slow = SlowLoop(config, self.fleet, self.dispatcher, self.federation, records, self._lose)
+        self._losses = Losses(
+            config,
+            self.fleet,
+            self.dispatcher,
+            self.federation,
+            ending,
+            self._send,
+            lambda: self.phase,
+            quality.on_lost,
+        )
+        self._slow = SlowLoop(config, self.fleet, self.dispatcher, self.federation, records, self._losses.lose)
         self._recent = Recent()
         self._last_loss: float | None = None
         self._steps: dict[int, int] = {}
         self._unreachable: set[int] = set()
         self._goodbyes: set[int] = set()
-        self._sent_away: set[int] = set()
         self._entered_s = self._opened_s = clock()
         # Time that the run took before a restart counts, the outage does not.
         self._started_s = self._entered_s - ledger.recovery.run_s
@@ -100,7 +109,7 @@ class ControlServer:
             wire.Published: self.federation.on_published,
             wire.Settled: self.federation.on_settled,
             wire.Evaluated: lambda _, message: self._quality.on_evaluated(message.result),
-            wire.Trouble: lambda now, message: self._lose(now, message.replica, message.error),
+            wire.Trouble: self._losses.on_trouble,
             wire.Signalled: ending.on_signalled,
             wire.Goodbye: self._on_goodbye,
         }
@@ -152,6 +161,7 @@ class ControlServer:
                 if self.phase is Phase.DRAIN:
                     self._ping()
         self._bury_unreachable(now)
+        self._losses.turn(now)
         self._maybe_next_phase(now)
         self._ledger.turn(now, self._load_s(now), now - self._started_s)
         self._records.maybe_flush()
@@ -169,16 +179,16 @@ class ControlServer:
 
     def _handle(self, now: float, message: Any) -> None:
         if isinstance(message, wire.Hello):
-            self.fleet.join(now, message)
+            self._losses.join(now, message)
             return
         replica = wire.sender_of(message)
-        if self.phase is Phase.GATHER and isinstance(message, wire.Trouble):
+        if self.phase is Phase.GATHER and isinstance(message, wire.Trouble) and not message.returning:
             raise ControlError(f"replica {message.replica} could not start: {message.error}")
-        if replica is not None:
-            if not self.fleet.is_alive(replica):
-                self._send_away(replica)
-                return
+        if replica is not None and self.fleet.is_alive(replica):
             self.fleet.heard(now, replica)
+        elif replica is not None and not isinstance(message, wire.Trouble | wire.Goodbye):
+            self._losses.speaks(now, replica)
+            return
         self._handlers[type(message)](now, message)
 
     def _on_tokens(self, now: float, message: wire.Tokens) -> None:
@@ -195,7 +205,7 @@ class ControlServer:
         if self.phase is Phase.STOPPING:
             self._goodbyes.add(message.replica)
         else:
-            self._lose(now, message.replica, "it left")
+            self._losses.left(now, message.replica)
 
     def _ping(self) -> None:
         """Find out who is gone: whether a signal alone came, or a rank died and the launcher clears up."""
@@ -208,17 +218,6 @@ class ControlServer:
         if not sent and self.fleet.is_alive(replica):
             self._unreachable.add(replica)
         return sent
-
-    def _send_away(self, replica: int) -> None:
-        """A replica that was counted as lost speaks again: its requests live elsewhere now, so it must leave."""
-        if replica in self._sent_away:
-            return
-        self._sent_away.add(replica)
-        if self.fleet.was_here(replica):
-            log.warning("replica %d speaks again after it was lost: told to stop", replica)
-            self._channel.send(replica, wire.Stop())
-        else:
-            log.warning("replica %d speaks without a valid Hello: ignored", replica)
 
     # --- load and losses -----------------------------------------------------------------------------
 
@@ -242,19 +241,7 @@ class ControlServer:
 
     def _bury_unreachable(self, now: float) -> None:
         while self._unreachable:
-            self._lose(now, self._unreachable.pop(), "not connected any more", gone=True)
-
-    def _lose(self, now: float, replica: int, reason: str, gone: bool = False) -> None:
-        """Count a replica as lost: first its state, so that nothing is sent to it by what follows."""
-        if not self.fleet.is_alive(replica):
-            return
-        log.error("replica %d is lost: %s", replica, reason)
-        # With restarts left the launcher starts all ranks anew, which loses less than to go on with the others.
-        self._ending.lose(self.phase, replica, reason, gone)
-        self.fleet.set_state(now, replica, ReplicaState.FAILED, reason)
-        self.dispatcher.lose(now, replica, reason)
-        self.federation.on_lost(now, replica, reason)
-        self._quality.on_lost(replica)
+            self._losses.lose(now, self._unreachable.pop(), "not connected any more", gone=True)
 
     # --- phases --------------------------------------------------------------------------------------
 
@@ -264,13 +251,13 @@ class ControlServer:
             entered_s=self._entered_s,
             started_s=self._started_s,
             missing=self.fleet.missing,
-            serving=len(self.fleet.serving),
+            serving=self._losses.serving,
             measuring=self._quality.pending,
             load_left=len(self._load),
             outstanding=self.dispatcher.outstanding,
             federating=self.federation.busy,
             wants_rounds=wants_rounds(self.federation.history, self.config),
-            saying_goodbye=tuple(r for r in self.fleet.alive if r not in self._goodbyes),
+            saying_goodbye=tuple(r for r in self._reachable if r not in self._goodbyes),
             signal=self._ending.drain,
             opened=self._ledger.recovery.opened,
             over=self._ledger.recovery.over,
@@ -325,7 +312,7 @@ class ControlServer:
         if cancelled or self._load:
             log.warning("%d requests cancelled, %d never submitted: %s", cancelled, len(self._load), reason)
         self.federation.abandon(now, reason)
-        for replica in self.fleet.alive:
+        for replica in self._reachable:
             self._send(replica, wire.Stop())
 
     def _close_out(self, reason: str) -> None:
@@ -337,10 +324,15 @@ class ControlServer:
             if left:
                 log.warning("%d requests are left to the restart: %s", self.dispatcher.outstanding, reason)
             self.federation.finish(now, reason)
-            for replica in self.fleet.alive:
+            for replica in self._reachable:
                 self._channel.send(replica, wire.Stop())
         finally:
             self._records.close()
+
+    @property
+    def _reachable(self) -> tuple[int, ...]:
+        """Replicas that live or are being rebuilt."""
+        return (*self.fleet.alive, *self._losses.returning)
 
     # --- what is told and shown ----------------------------------------------------------------------
 

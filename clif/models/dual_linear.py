@@ -102,12 +102,19 @@ class DualLinear:
         self.compute_a, self.compute_b = self._a[SHADOW], self._b[SHADOW]
         rows, device = sum(self.sizes[i] for i in adapted), self.weight.device
         self.shadow_a = nn.Parameter(torch.empty(rank, width, device=device))
-        self.shadow_b = nn.Parameter(torch.zeros(rows, r, device=device))
+        self.shadow_b = nn.Parameter(torch.empty(rows, r, device=device))
+        self.draw()
+
+    def draw(self) -> None:
+        """The shadow as it is before any training: A drawn from torch's random numbers, B zero."""
+        width = self.weight.shape[1]
         inputs = self.spans[0] if self.split == "in" else Span(0, width, width)
-        for a in self.shadow_a.data.split(r):
+        for a in self.shadow_a.data.split(self.r):
             # Drawn whole: the same adapter, however many ranks share it.
-            whole = nn.init.kaiming_uniform_(torch.empty(r, inputs.total, device=device), a=math.sqrt(5))
+            whole = torch.empty(self.r, inputs.total, device=self.weight.device)
+            nn.init.kaiming_uniform_(whole, a=math.sqrt(5))
             a.copy_(whole[:, inputs.start : inputs.stop])
+        self.shadow_b.data.zero_()
 
     def pack(self) -> None:
         """Lay the base weight out for the machine's matrix kernels where that pays."""

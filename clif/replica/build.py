@@ -15,14 +15,14 @@ from clif.adapters.slots import SlotTable
 from clif.collectives import Peers
 from clif.config import Config, ConfigError
 from clif.data.instruct import Row, encode_samples, read_rows, shard_rows, split_rows
-from clif.models.loading import LoadedModel
+from clif.replica.base import Base
 from clif.replica.checkpoint import CheckpointWriter, find_checkpoint
 from clif.replica.engine import Engine
 from clif.replica.heldout import Heldout
 from clif.replica.member import Member
 from clif.replica.records import RankRecords
 from clif.replica.replica import Replica
-from clif.replica.runner import ModelRunner, build_runner
+from clif.replica.runner import ModelRunner
 from clif.replica.scheduler import Scheduler
 from clif.replica.sidecar import Sidecar
 from clif.replica.trainer import ShadowTrainer
@@ -72,16 +72,17 @@ def _encode(config: Config, tokenizer: ChatTokenizer, rows: list[Row]) -> list[T
 def build_replica(
     config: Config,
     topology: Topology,
-    loaded: LoadedModel,
+    base: Base,
+    data: ReplicaData,
     run_dir: Path,
     records: RankRecords,
     tell: Callable[[Up], None],
+    ticks: int = 0,
 ) -> Replica:
-    """Everything of one rank but the loop."""
-    runner, bank = build_runner(config, loaded, topology.peers)
-    data = load_data(config, loaded.tokenizer, topology.replica, len(topology.layout.replicas))
+    """Everything of one rank but the loop; with run.resume from what is on disk. ticks: turns that it took before."""
+    tokenizer, bank, runner = base.loaded.tokenizer, base.bank, base.runner(config.engine)
     slots = SlotTable(config.adapter.serving_slots)
-    scheduler = Scheduler(config.engine, slots, loaded.tokenizer.eos_ids, loaded.tokenizer.decode)
+    scheduler = Scheduler(config.engine, slots, tokenizer.eos_ids, tokenizer.decode)
     engine = make_engine(config, runner, scheduler, topology.peers)
     if data.train:
         runner.check_samples(max(len(sample.ids) for sample in data.train))
@@ -107,7 +108,7 @@ def build_replica(
         tick=lambda: replica.ticks,
         micro_batch=config.train.micro_batch,
     )
-    replica = Replica(config, topology.replica, engine, member, records, tell, checkpoints.wait)
+    replica = Replica(config, topology.replica, engine, member, records, tell, checkpoints.wait, ticks)
     return replica
 
 
@@ -145,12 +146,14 @@ def _resume(
     Raises AdapterError or ValueError when what is on disk does not fit this run.
     """
     current, slot = store.current(), slots.free_slot()
-    if current is None or slot is None:
+    # The leader's: the control process may store another one while its peers read.
+    (version,) = bank.peers.leaders([current.number if current else 0], bank.shadow.device)
+    if not version or slot is None:
         return
-    state = read_folder(bank, store.place(current.number))
+    state = read_folder(bank, store.place(version))
     bank.fill_slot(slot, state)
-    slots.promote(current.number, slot)
-    saved = find_checkpoint(checkpoints, store.rounds(), bank.shadow.device)
+    slots.promote(version, slot)
+    saved = find_checkpoint(checkpoints, store.rounds(version), bank.shadow.device)
     if saved is not None and saved.trainer["shadow"].shape != bank.shadow.shape:
         # Another tp_size: the adapter is cut anew, the moments are of parts that nobody holds any more.
         log.warning("the checkpoint is of other parts of the model: the optimizer begins with fresh moments")

@@ -91,7 +91,8 @@ class Engine:
         sampling = [c.sequence for c in chunks if c.samples]
         for sequence in sampling:
             if sequence.rng is None:
-                sequence.rng = make_rng(sequence.request, self.runner.device)
+                drawn, size = len(sequence.answer), self.runner.stack.vocab_size
+                sequence.rng = make_rng(sequence.request, self.runner.device, drawn, size)
         logits = self._run(chunks, rider)
         tokens = self._agree(sample(logits, [s.request.sampling for s in sampling], [s.rng for s in sampling]))
         now = self.clock()
@@ -104,6 +105,9 @@ class Engine:
         try:
             logits = self.runner.serve(chunks, rider.rider)
         except RuntimeError as error:
+            if self.peers.size > 1:
+                # The others are in the middle of the same tick.
+                raise
             # The rows that serve did nothing wrong: they are computed again, over what they have written.
             self._broken = error
             return self.runner.serve(chunks)
@@ -158,6 +162,13 @@ class Engine:
         for job in [job for job in self.jobs if job.name == name]:
             job.close()
             self.jobs.remove(job)
+
+    def close(self) -> None:
+        """Give up all training; nothing of it runs any more."""
+        for name in {job.name for job in self.jobs}:
+            self.drop(name)
+        if self.sidecar is not None:
+            self.sidecar.close()
 
     @property
     def busy(self) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 from clif.adapters.peft_io import config_json, read_weights, write_weights
 from clif.adapters.slots import SlotTable
-from clif.collectives import WeightedMean
+from clif.collectives import RoundBroken, WeightedMean
 from clif.models.dual_linear import SHADOW
 from clif.replica.checkpoint import Checkpoint, CheckpointWriter
 from clif.replica.heldout import Heldout
@@ -62,8 +62,8 @@ class Member:
         self.orders, plan, self.micro_batch = orders, orders.plan, orders.plan.micro_batch
         yield WAIT
         self._snapshot = self.trainer.snapshot()
-        # Made now and not when it is needed: the members have just been told, so nobody waits long for the others.
-        self.topology.combined_group(plan.members, plan.round_id)
+        # Made while there are steps to do, by all members who have just been told.
+        self.topology.combined_group((plan.members, plan.lives), plan.round_id)
         _, active_loss = yield from self.heldout.active_loss(self.slots)
         result = yield from self._local_steps(orders)
         self.tell(StepsDone(result=result))
@@ -112,14 +112,19 @@ class Member:
         """
         bank = self.trainer.bank
         mine = bank.shadow.detach().clone()
-        group = self.topology.combined_group(plan.members, plan.round_id)
-        roll = self.topology.roll(plan.members, plan.round_id)
+        members = (plan.members, plan.lives)
+        group = self.topology.combined_group(members, plan.round_id)
+        while not self._all(group.done()):
+            yield WAIT
+        self._unbroken(group.exception())
         if self._buffer is None:
             self._buffer = mine.new_empty(mine.numel() + 1)
-        mean = WeightedMean(mine, result.samples if result.finite else 0, group, roll, self._buffer)
+        roll = self.topology.roll(members, plan.round_id)
+        mean = WeightedMean(mine, result.samples if result.finite else 0, group.result(), roll, self._buffer)
         # Together: who sees the end first would else go on alone, and its peers are waiting in other collectives.
         while not self._all(mean.done()):
             yield WAIT
+        self._unbroken(mean.error)
         average, weight = mean.result()
         if weight == 0:
             average.fill_(math.nan)
@@ -128,6 +133,11 @@ class Member:
             return None
         error, total = bank.product_error(average, mine)
         return math.sqrt(error / total) if total > 0 else None
+
+    def _unbroken(self, error: BaseException | None) -> None:
+        """Raises RoundBroken on all ranks of this replica if one of them saw an error."""
+        if not self._all(error is None):
+            raise RoundBroken(error or "another rank of this replica saw an error") from error
 
     def _all(self, flag: bool) -> bool:
         """Whether it holds on all ranks of this replica."""
@@ -185,8 +195,8 @@ class Member:
         """The round came to nothing: the shadow is again what it was, and what was active stays active."""
         if self.orders is None:
             return
-        if self.orders.aggregate:
-            self.topology.retire_group(self.orders.plan.members)
+        # Whether all members have made it, and whether something is pending in it, nobody knows.
+        self.topology.retire_group((self.orders.plan.members, self.orders.plan.lives))
         if self._snapshot is not None:
             self.trainer.rollback(self._snapshot)
         round_id, self.orders, self._snapshot = self.orders.plan.round_id, None, None

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from clif.collectives import RoundBroken
 from clif.config import Config
 from clif.replica.engine import Engine
 from clif.replica.jobs import STEP_KINDS, Job
@@ -22,10 +23,14 @@ log = logging.getLogger(__name__)
 ROUND = "round"
 
 
+class CountedLost(RuntimeError):
+    """The control process has given this replica's requests to others: it must begin anew."""
+
+
 class Replica:
     """The turn of a replica. tell sends a message to the control process (nothing on ranks that do not lead).
 
-    close waits for what is still being written.
+    close waits for what is still being written. ticks: turns that were taken before.
     """
 
     def __init__(
@@ -37,11 +42,11 @@ class Replica:
         records: RankRecords,
         tell: Callable[[m.Up], None],
         close: Callable[[], None] = lambda: None,
+        ticks: int = 0,
     ) -> None:
         self.config, self.id, self.engine, self.member = config, replica, engine, member
-        self.records, self.tell, self.close = records, tell, close
+        self.records, self.tell, self.close, self.ticks = records, tell, close, ticks
         self.stopping = False
-        self.ticks = 0
         self._reported, self._busy_s = time.monotonic(), 0.0
         self._serve_samples: list[tuple[float, float, float]] = []
         self._train_samples: list[tuple[float, float, float]] = []
@@ -58,6 +63,7 @@ class Replica:
             m.Install: lambda o: engine.jobs.append(Job("install", member.install(o))),
             m.Evaluate: lambda o: engine.jobs.append(Job("evaluate", member.evaluate())),
             m.Ping: lambda _: None,
+            m.Rebuild: self._rebuild,
             m.Stop: self._stop,
         }
 
@@ -69,6 +75,14 @@ class Replica:
         self._send(events)
         self._learn()
         self._account()
+
+    def abandon(self) -> None:
+        """Let go of everything after a failure, which may go wrong as well: there is nothing to save here."""
+        for letting_go in (self.engine.close, self.close):
+            try:
+                letting_go()
+            except Exception:
+                log.exception("replica %d: while it was given up", self.id)
 
     def wait_s(self) -> float:
         """How long the next turn may wait for messages: not at all while there is work."""
@@ -82,12 +96,15 @@ class Replica:
             self.tell(m.Tokens(replica=self.id, events=tuple(events)))
 
     def _learn(self) -> None:
-        """A round that breaks (a failed all-reduce, memory) ends for this member; its serving goes on."""
+        """A round that breaks (a failed all-reduce, memory) ends for this member; its serving goes on.
+
+        With several ranks only if it broke on all of them: the others of a single one wait for it in a slice.
+        """
         try:
             self.engine.learn()
         except RuntimeError as error:
             orders = self.member.orders
-            if orders is None:
+            if orders is None or (self.engine.peers.size > 1 and not isinstance(error, RoundBroken)):
                 raise
             log.exception("round %d broke in replica %d", orders.plan.round_id, self.id)
             self._drop_round()
@@ -134,7 +151,7 @@ class Replica:
         self._serve_samples, self._train_samples = [], []
 
     def _submit(self, order: m.Submit) -> None:
-        refused = self.engine.scheduler.add(order.request, self.engine.clock())
+        refused = self.engine.scheduler.add(order.request, self.engine.clock(), order.answer, order.version)
         if refused is not None:
             self._send([refused])
 
@@ -181,6 +198,9 @@ class Replica:
     def _in_round(self, round_id: int) -> bool:
         orders = self.member.orders
         return orders is not None and orders.plan.round_id == round_id
+
+    def _rebuild(self, order: m.Rebuild) -> None:
+        raise CountedLost(order.reason)
 
     def _stop(self, order: m.Stop) -> None:
         self.stopping = True

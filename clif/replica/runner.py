@@ -8,16 +8,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from clif.adapters.bank import AdapterBank, inject
-from clif.collectives import Peers
-from clif.config import Config, ConfigError, EngineConfig
+from clif.adapters.bank import AdapterBank
+from clif.config import ConfigError, EngineConfig
 from clif.kernels.dual_lora import Segment
-from clif.models.causal import CausalSequences
 from clif.models.dual_linear import SHADOW, Rows
 from clif.models.layer import Part
-from clif.models.loading import LoadedModel
-from clif.models.stack import CausalStack, check_stack
-from clif.ops import choose_decode, choose_kernels
+from clif.models.stack import CausalStack
 from clif.replica.attention import KVCache, PagedRows
 from clif.replica.jobs import Slice, Slices
 from clif.replica.passes import Pass, measure_activations, pack
@@ -169,35 +165,3 @@ def _merged(chunks: Sequence[Chunk]) -> Iterator[Segment]:
         row = stop
     if current is not None:
         yield current
-
-
-def build_runner(config: Config, loaded: LoadedModel, peers: Peers | None = None) -> tuple[ModelRunner, AdapterBank]:
-    """The model with dual layers and our attention; with peers, this rank's part of it. Collective over the peers.
-
-    Raises ConfigError for a model that we would compute wrongly, LayoutError for one that the peers cannot share.
-    """
-    vocab = loaded.model.config.vocab_size
-    # So many that one odd token does not decide. Measured in bfloat16: 0.015 apart for 32 tokens, 0.03 to 0.04 for 8;
-    # transformers' own eager and fused attention differ by 0.013 and 0.02 to 0.05.
-    probe = torch.arange(1, 33, device=loaded.device) * 997 % vocab
-    with torch.no_grad():
-        plan = CausalSequences([len(probe)], loaded.device)
-        # A model of which no rank holds the whole has nothing to be compared with.
-        expected = loaded.model(probe.unsqueeze(0), use_cache=False).logits[0] if loaded.whole else None
-        shared = peers is not None and peers.size > 1
-        if expected is not None and shared:
-            # Before it is cut: parts are rounded before they are added, which is no fault of the model's make.
-            check_stack(CausalStack(loaded.model), plan, probe, expected)
-        stack = CausalStack(loaded.model, peers)
-        # The same first A on every replica: FedAvg averages factors, which only makes sense from one start.
-        torch.manual_seed(config.run.seed)
-        bank = inject(stack, config.adapter)
-        launcher = choose_kernels(config.engine.lora_kernel, loaded.device, loaded.dtype, config.adapter.r)
-        for layer in bank.layers if launcher else ():
-            layer.fuse(launcher)
-        if config.engine.pack_weights:
-            stack.pack()
-        if expected is not None and not shared:
-            check_stack(stack, plan, probe, expected)
-    paged = choose_decode(config.engine.decode_kernel, loaded.device, loaded.dtype)
-    return ModelRunner(stack, bank, config.engine, loaded.device, loaded.dtype, paged), bank

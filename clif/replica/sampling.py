@@ -7,12 +7,20 @@ import torch
 from clif.types import Request, Sampling
 
 
-def make_rng(request: Request, device: torch.device) -> torch.Generator | None:
-    """A request's own random numbers, so that its answer does not depend on its neighbours; None when greedy."""
+def make_rng(request: Request, device: torch.device, drawn: int = 0, vocabulary: int = 1) -> torch.Generator | None:
+    """A request's own random numbers, so that its answer does not depend on its neighbours; None when greedy.
+
+    drawn: tokens of a vocabulary of this size that it has drawn already, on another replica.
+    """
     if request.sampling.temperature == 0:
         return None
     seed = request.sampling.seed if request.sampling.seed is not None else request.id
-    return torch.Generator(device=device).manual_seed(seed)
+    rng = torch.Generator(device=device).manual_seed(seed)
+    even = torch.ones(vocabulary, device=device) if drawn else None
+    for _ in range(drawn):
+        # How many numbers a draw takes depends on the size of the vocabulary alone.
+        torch.multinomial(even, 1, generator=rng)  # type: ignore[arg-type]
+    return rng
 
 
 def sample(logits: torch.Tensor, params: list[Sampling], rngs: list[torch.Generator | None]) -> list[int]:

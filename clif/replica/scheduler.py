@@ -8,7 +8,7 @@ preempted. So the oldest never stops for memory, and everybody becomes the oldes
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,12 +82,22 @@ class Scheduler:
         self.preemptions = self.reused_tokens = 0
         self._eos_ids, self._decode = frozenset(eos_ids), decode
 
-    def add(self, request: Request, now: float) -> TokenEvent | None:
-        """Take a request in. One that the whole KV cache cannot hold gets its end at once; the others get None."""
+    def add(
+        self, request: Request, now: float, answer: Iterable[int] = (), version: int | None = None
+    ) -> TokenEvent | None:
+        """Take a request in. One that the whole KV cache cannot hold gets its end at once; the others get None.
+
+        answer, version: what another replica has answered so far, under which version. If that one can be read here
+        as well, the answer goes on; else it begins anew.
+        """
         if longest(request) > self.config.kv_tokens:
             detail = f"needs {longest(request)} tokens: engine.kv_tokens is {self.config.kv_tokens}"
             return TokenEvent(request_id=request.id, finish=FinishReason.REJECTED, detail=detail)
-        self.waiting.append(Sequence(request, now, list(request.prompt)))
+        sequence = Sequence(request, now, list(request.prompt))
+        if version is not None and self.slots.holds(version):
+            sequence.tokens += answer
+            self._read(sequence, version)
+        self.waiting.append(sequence)
         return None
 
     def cancel(self, request_id: int) -> TokenEvent | None:
@@ -137,9 +147,12 @@ class Scheduler:
         sequence.computed = len(sequence.blocks) * self.pool.block_size
         if new:
             self.reused_tokens += sequence.computed
-            sequence.version = self.slots.acquire()
-            sequence.slot = self.slots.slot_of(sequence.version)
+            self._read(sequence, self.slots.active)
         return True
+
+    def _read(self, sequence: Sequence, version: int) -> None:
+        sequence.version = self.slots.acquire(version)
+        sequence.slot = self.slots.slot_of(version)
 
     def _due(self, sequence: Sequence) -> int:
         """Blocks that a sequence takes soon: for the tokens it has, and for a block of answer, if it gets that long."""

@@ -26,6 +26,10 @@ class Sidecar:
     def busy(self) -> bool:
         return self._future is not None
 
+    def close(self) -> None:
+        """Wait for the slice that runs, and let the thread go."""
+        self._pool.shutdown()
+
     def start(self, work: Callable[[], Any]) -> None:
         assert self._future is None, "one slice at a time"
         self._future = self._pool.submit(self._do, work)

@@ -22,7 +22,11 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Submit(Message, frozen=True):
+    """A request to answer. answer, version: what a replica that failed has answered of it, if it has."""
+
     request: Request
+    answer: tuple[int, ...] = ()
+    version: int | None = None
 
 
 class Cancel(Message, frozen=True):
@@ -79,6 +83,18 @@ class Ping(Message, frozen=True):
     """Nothing to do: that it can be sent says that the replica's process is there."""
 
 
+class Rebuild(Message, frozen=True):
+    """The replica was counted as lost and its requests were given to others: it must begin anew."""
+
+    reason: str
+
+
+class Welcome(Message, frozen=True):
+    """To a replica that has begun its life anew: what was sent before this was meant for an earlier one."""
+
+    life: int
+
+
 class Stop(Message, frozen=True):
     """Finish: close files and leave. Sent when no request is outstanding."""
 
@@ -87,7 +103,10 @@ class Stop(Message, frozen=True):
 
 
 class Hello(Message, frozen=True):
-    """First message of a leader. Token and KV capacities are in tokens."""
+    """First message of a leader, and again when its replica was rebuilt. Token and KV capacities are in tokens.
+
+    life: how often it was rebuilt; version: what it answers new requests with.
+    """
 
     replica: int
     rank: int
@@ -100,6 +119,8 @@ class Hello(Message, frozen=True):
     heldout_rows: int
     dtype: str
     load_s: float
+    life: int = 0
+    version: int = 0
 
 
 class Tokens(Message, frozen=True):
@@ -166,10 +187,11 @@ class Evaluated(Message, frozen=True):
 
 
 class Trouble(Message, frozen=True):
-    """The replica met an error that it cannot serve through; it leaves."""
+    """The replica met an error that it cannot serve through; it leaves, or is rebuilt and says Hello again."""
 
     replica: int
     error: str
+    returning: bool = False
 
 
 class Signalled(Message, frozen=True):
@@ -186,7 +208,20 @@ class Goodbye(Message, frozen=True):
 
 
 Down = Union[
-    Submit, Cancel, SetState, Limits, BeginRound, FinishSteps, Aggregate, Settle, Install, Evaluate, Ping, Stop
+    Submit,
+    Cancel,
+    SetState,
+    Limits,
+    BeginRound,
+    FinishSteps,
+    Aggregate,
+    Settle,
+    Install,
+    Evaluate,
+    Ping,
+    Rebuild,
+    Welcome,
+    Stop,
 ]
 Up = Union[
     Hello, Tokens, Report, StepsDone, Voted, RoundFailed, Published, Settled, Evaluated, Trouble, Signalled, Goodbye

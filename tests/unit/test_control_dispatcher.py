@@ -174,7 +174,7 @@ def test_bad_requests_are_rejected_at_the_door_with_a_sentence(prompt: int, max_
     assert not record.slo_met
 
 
-def test_a_lost_replica_gives_back_what_has_no_token_and_fails_the_rest() -> None:
+def test_a_lost_replica_gives_back_all_that_it_held_in_order() -> None:
     rig = Rig()
     for number in (1, 2, 3, 4, 5):
         rig.dispatcher.submit(float(number), request(number))
@@ -183,14 +183,53 @@ def test_a_lost_replica_gives_back_what_has_no_token_and_fails_the_rest() -> Non
     rig.dispatcher.on_event(7.0, 0, event(first[0]))
     rig.dead.add(0)
     rig.dispatcher.lose(8.0, 0, "killed")
-    assert [(r.request.id, r.finish) for r in rig.ended] == [(first[0], FinishReason.FAILED)]
-    assert "killed" in rig.ended[0].detail
-    # It came before 5, so it goes before 5.
-    rig.dispatch(9.0, max_batch=3)
-    assert rig.submitted_to(1)[-1] == first[1]
-    # The dead replica's late words about a request that lives elsewhere now mean nothing.
+    assert rig.ended == [] and rig.dispatcher.running == 0
+    # They came before 5, so they go before 5.
+    rig.dispatch(9.0, max_batch=4)
+    assert rig.submitted_to(1)[-2:] == first
+    # The dead replica's late words about requests that live elsewhere now mean nothing.
     rig.dispatcher.on_event(10.0, 0, event(first[1], finish=FinishReason.STOP))
-    assert len(rig.ended) == 1
+    assert rig.ended == []
+
+
+def moved_to_another_replica(tokens: int, version: int) -> Rig:
+    """A request that replica 0 had answered in part when it failed; replica 1 has it now."""
+    rig = Rig()
+    rig.dispatcher.submit(0.0, request(1))
+    rig.dispatch(1.0)
+    rig.dispatcher.on_event(2.0, 0, event(1, tokens, version=version))
+    rig.dead.add(0)
+    rig.dispatcher.lose(3.0, 0, "out of memory")
+    rig.dispatch(4.0)
+    return rig
+
+
+def test_a_running_request_is_gone_on_with_where_its_replica_failed() -> None:
+    rig = moved_to_another_replica(tokens=2, version=3)
+    assert rig.sent[-1] == (1, Submit(request=request(1), answer=(7, 7), version=3))
+    rig.dispatcher.on_event(5.0, 1, event(1, 2, FinishReason.LENGTH, version=3))
+    (record,) = rig.ended
+    assert (record.finish, record.version, record.tokens) == (FinishReason.LENGTH, 3, [7, 7, 7, 7])
+    assert record.token_times == [2.0, 2.0, 5.0, 5.0] and record.first_token_s == 2.0
+
+
+def test_promise_2_where_its_version_is_gone_the_answer_begins_anew_under_one_version() -> None:
+    rig = moved_to_another_replica(tokens=2, version=3)
+    rig.dispatcher.on_event(5.0, 1, event(1, 1, version=4))
+    rig.dispatcher.on_event(6.0, 1, event(1, 1, FinishReason.STOP, version=4))
+    (record,) = rig.ended
+    assert (record.version, record.tokens, record.token_times) == (4, [7, 7], [5.0, 6.0])
+
+
+def test_a_request_that_takes_down_every_replica_is_not_tried_for_ever() -> None:
+    rig = Rig()
+    rig.dispatcher.submit(0.0, request(1))
+    for life in range(3):
+        rig.dispatch(float(life))
+        rig.dispatcher.lose(life + 0.5, rig.sent[-1][0], "illegal instruction")
+    (record,) = rig.ended
+    assert record.finish is FinishReason.FAILED
+    assert record.detail.startswith("3 replicas were lost with it, the last one ") and "illegal" in record.detail
 
 
 def test_requests_wait_in_order_while_there_is_no_room() -> None:

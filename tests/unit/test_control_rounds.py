@@ -28,7 +28,15 @@ def result(replica: int, samples: int = 8, finite: bool = True) -> RoundResult:
 
 
 def make_round(members: tuple[int, ...] = (0, 1)) -> Round:
-    plan = RoundPlan(round_id=1, members=members, local_steps=2, micro_batch=4, accumulation=1, base_version=3)
+    plan = RoundPlan(
+        round_id=1,
+        members=members,
+        lives=(0,) * len(members),
+        local_steps=2,
+        micro_batch=4,
+        accumulation=1,
+        base_version=3,
+    )
     return Round(plan, next_version=4, now=0.0, config=CONFIG)
 
 

@@ -15,7 +15,7 @@ from clif.estimate import EstimateError, Memory, estimate, read_shape
 from clif.layout import make_layout
 from clif.models.loading import load_model
 from clif.plan import group_lines, plan_lines
-from clif.replica.runner import build_runner
+from clif.replica.base import build_runner
 from clif.replica.trainer import ShadowTrainer
 from clif.types import TrainSample
 

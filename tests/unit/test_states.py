@@ -32,7 +32,7 @@ def test_the_table_is_the_one_that_was_agreed():
         ReplicaState: "serving>idle serving>failed idle>serving idle>combined idle>failed combined>serving "
         "combined>idle combined>failed failed>serving",
         RequestState: "queued>dispatched queued>finished dispatched>running dispatched>queued dispatched>finished "
-        "running>finished",
+        "running>queued running>finished",
         RoundState: "training>aggregating training>discarded aggregating>settling aggregating>discarded "
         "settling>committed settling>discarded",
     }
@@ -62,6 +62,7 @@ def test_every_round_can_be_discarded_until_it_is_over_and_every_replica_can_fai
     assert all(ReplicaState.FAILED in TRANSITIONS[s] for s in ReplicaState if s is not ReplicaState.FAILED)
 
 
-def test_a_running_request_is_never_queued_again():
-    """Tokens have been given out under one version; another replica would start anew."""
-    assert TRANSITIONS[RequestState.RUNNING] == {RequestState.FINISHED}
+def test_only_a_running_request_can_be_gone_on_with_and_nothing_else_runs_without_being_dispatched():
+    """Its tokens were given out under one version: it waits for a replica like all others."""
+    assert TRANSITIONS[RequestState.RUNNING] == {RequestState.QUEUED, RequestState.FINISHED}
+    assert [s for s in RequestState if RequestState.RUNNING in TRANSITIONS[s]] == [RequestState.DISPATCHED]
