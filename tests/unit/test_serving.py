@@ -152,3 +152,39 @@ def test_sampling_depends_on_the_seed_and_not_on_the_neighbours(rig):
     crowd = rig.run([one(1, 7), one(2, 8), request(3, [9], max_tokens=15)])
     assert answer(crowd[1]) == alone
     assert answer(crowd[2]) != alone
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "top_p": 0.9, "seed": 5}])
+@pytest.mark.parametrize("version", [0, 1])
+def test_an_answer_that_a_lost_replica_began_is_gone_on_with_as_if_nothing_had_been(tiny_config, sampling, version):
+    """Two rigs of one seed are two replicas; the second one has promoted another version meanwhile."""
+    first, second = make_rig(f"random:{tiny_config}"), make_rig(f"random:{tiny_config}")
+    asked = request(1, PROMPTS[1], max_tokens=20, ignore_eos=True, **sampling)
+    for rig in (first, second):
+        if version:
+            rig.fill(1, seed=4)
+    expected = answer(first.run([asked])[1])
+    # The base can always be read, an adapter as long as somebody does.
+    second.slots.acquire()
+    second.fill(2, seed=9)
+    events = continued(second, asked, expected[:7], version)
+    assert answer(events) == expected[7:] and {e.version for e in events} == {version}
+    assert events[-1].finish is FinishReason.LENGTH
+
+
+def continued(rig: Rig, asked, begun: list[int], version: int) -> list:
+    """Events of a request that another replica had answered in part."""
+    rig.engine.scheduler.add(asked, 0.0, begun, version)
+    events = []
+    while rig.engine.serving:
+        events += rig.engine.serve()
+    return events
+
+
+def test_promise_2_an_answer_whose_version_is_gone_begins_anew(rig):
+    rig.fill(1, seed=4)
+    rig.fill(2, seed=9)
+    asked = request(1, PROMPTS[1], max_tokens=9, ignore_eos=True)
+    events = continued(rig, asked, [3, 4, 5], version=1)
+    assert len(answer(events)) == 9 and {e.version for e in events} == {2}
+    assert answer(events) == answer(rig.run([request(2, PROMPTS[1], max_tokens=9, ignore_eos=True)])[2])

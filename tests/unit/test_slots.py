@@ -26,6 +26,19 @@ class Slots(RuleBasedStateMachine):
 
     @precondition(lambda self: self.readers)
     @rule()
+    def go_on(self):
+        """A request of a lost replica, which had read what the oldest reader here reads."""
+        version, slot = self.readers[0]
+        assert self.table.holds(version) and self.table.acquire(version) == version
+        self.readers.append((version, slot))
+
+    @rule()
+    def go_on_with_the_base(self):
+        assert self.table.holds(0) and self.table.acquire(0) == 0
+        self.readers.append((0, None))
+
+    @precondition(lambda self: self.readers)
+    @rule()
     def finish_oldest(self):
         self.table.release(self.readers.pop(0)[0])
 

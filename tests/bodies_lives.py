@@ -1,0 +1,213 @@
+"""What a replica goes through in the tests of its lives. Importable by name."""
+
+from __future__ import annotations
+
+import gc
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from helpers import answer, request
+
+from clif.config import config_from_tree
+from clif.models.loading import load_model
+from clif.replica.base import build_base
+from clif.replica.build import build_replica, load_data
+from clif.replica.lives import Lives
+from clif.replica.records import RankRecords
+from clif.replica.replica import Replica
+from clif.store import AdapterStore
+from clif.topology import Topology
+from clif.types import AdapterVersion, RoundPlan
+from clif.wire import messages as m
+
+
+class Alive:
+    """A replica with its lives, as the worker runs it; the test is the control process."""
+
+    def __init__(self, topology: Topology, model: str, data: str, run_dir: str, rebuilds: int = 3) -> None:
+        tree = {
+            "run": {"out_dir": run_dir, "name": "."},
+            "model": {"path": model, "dtype": "float32", "max_context": 200, "device": "cpu"},
+            "engine": {"kv_tokens": 1024, "max_batch": 8},
+            "data": {"path": data},
+            "train": {"lr": 0.02, "micro_batch": 4, "warmup_steps": 0},
+        }
+        self.topology, self.folder, self.said = topology, Path(run_dir), []
+        config = config_from_tree(tree)
+        resumed = config.model_copy(update={"run": config.run.model_copy(update={"resume": True})})
+        loaded = load_model(config.model, topology.device, seed=3)
+        records = RankRecords(self.folder, topology.env.rank, config.metrics, {})
+        self.base = build_base(config, loaded, topology.peers)
+        rows = load_data(config, loaded.tokenizer, topology.replica, len(topology.layout.replicas))
+        self.tell: Callable[[m.Up], None] = self.said.append if topology.is_leader else lambda _: None
+
+        def build(life: int, ticks: int) -> Replica:
+            if life:
+                self.base.renew(config.run.seed)
+            wanted = resumed if life else config
+            return build_replica(wanted, topology, self.base, rows, self.folder, records, self.tell, ticks)
+
+        self.births: list[int] = []
+        self.lives = Lives(topology, build, self.tell, rebuilds, lambda _, life: self.births.append(life))
+
+    @property
+    def replica(self) -> Replica:
+        return self.lives.replica
+
+    def turn(self, *orders: m.Down) -> None:
+        leads = self.topology.is_leader
+        self.lives.turn([msgspec.msgpack.encode(order) for order in orders] if leads else None)
+
+    def until(self, done: Callable[[], bool], limit_s: float = 40.0) -> None:
+        end = time.monotonic() + limit_s
+        while not done():
+            assert time.monotonic() < end, f"nothing came of it; said {[type(x).__name__ for x in self.said[-5:]]}"
+            self.turn()
+
+    def last(self, kind: type) -> Any:
+        found = [x for x in self.said if isinstance(x, kind)]
+        return found[-1] if found else None
+
+    def wait_for(self, kind: type) -> Any:
+        self.until(lambda: self.last(kind) is not None)
+        return self.last(kind)
+
+    def tokens(self, request_id: int) -> list[int]:
+        events = [e for x in self.said if isinstance(x, m.Tokens) for e in x.events if e.request_id == request_id]
+        return answer(events)
+
+    def begin(self, round_id: int, steps: int, base_version: int = 0) -> None:
+        plan = RoundPlan(
+            round_id=round_id,
+            members=(0,),
+            lives=(self.lives.life,),
+            local_steps=steps,
+            micro_batch=4,
+            accumulation=1,
+            base_version=base_version,
+        )
+        self.turn(m.BeginRound(plan=plan))
+
+    def commit(self, round_id: int, version: int) -> None:
+        """A whole round of this replica alone, stored as the control process would."""
+        self.said.clear()
+        self.begin(round_id, steps=3, base_version=version - 1)
+        self.wait_for(m.StepsDone)
+        self.turn(m.Aggregate(round_id=round_id))
+        self.wait_for(m.Voted)
+        self.turn(m.Settle(round_id=round_id, commit=True, version=version, publish=True))
+        published = self.wait_for(m.Published)
+        stored = AdapterVersion(number=version, round_id=round_id, heldout_loss=1.0)
+        AdapterStore(self.folder).write(stored, published.config_json, published.weights)
+        self.wait_for(m.Settled)
+
+
+def fail(*_: Any) -> Any:
+    raise torch.OutOfMemoryError("injected")
+
+
+def answer_of(alive: Alive, id: int) -> list[int]:
+    """Of one request, alone. Every rank of the replica goes through the same turns."""
+    alive.turn(m.Submit(request=request(id, [5, 6, 7], max_tokens=12, ignore_eos=True)))
+    for _ in range(20):
+        alive.turn()
+    return alive.tokens(id)
+
+
+def fail_in_a_round(topology: Topology, model: str, data: str, run_dir: str) -> dict[str, Any]:
+    """A committed round, half of another one, an error in serving, and the life after it."""
+    alive = Alive(topology, model, data, run_dir)
+    alive.commit(1, version=1)
+    trainer = alive.replica.member.trainer
+    before = (trainer.bank.shadow.detach().clone(), trainer.steps, trainer.cursor_state()["committed"])
+    known = answer_of(alive, 1)
+    alive.begin(2, steps=50, base_version=1)
+    alive.until(lambda: trainer.steps > 4)
+    cache = weakref.ref(alive.replica.engine.runner.cache)
+    ticks, heard = alive.replica.ticks, len(alive.said)
+    alive.replica.engine.runner.serve = fail  # type: ignore[method-assign]
+    alive.turn(m.Submit(request=request(2, [9, 8], max_tokens=5)))
+    trouble = alive.said[heard]
+    del trainer
+    gc.collect()
+    freed = cache() is None
+    alive.turn(m.Submit(request=request(3, [9, 8], max_tokens=5)), m.Aggregate(round_id=2))
+    early = alive.tokens(3)
+    alive.turn(m.Submit(request=request(4, [9, 8], max_tokens=5)), m.Welcome(life=1))
+    trainer = alive.replica.member.trainer
+    after = (trainer.bank.shadow.detach().clone(), trainer.steps, trainer.cursor_state()["committed"])
+    again = answer_of(alive, 5)
+    dropped = early + alive.tokens(2) + alive.tokens(4)
+    alive.commit(3, version=2)
+    return {
+        "trouble": trouble,
+        "freed": freed,
+        "dropped": dropped,
+        "births": alive.births,
+        "same": torch.equal(before[0], after[0]) and before[1:] == after[1:],
+        "answers": (known, again),
+        "version": alive.replica.engine.scheduler.slots.active,
+        "ticks": alive.replica.ticks - ticks,
+    }
+
+
+def fail_too_often(topology: Topology, model: str, data: str, run_dir: str) -> tuple[list[int], str]:
+    """An error in each life."""
+    alive = Alive(topology, model, data, run_dir, rebuilds=2)
+    try:
+        for life in range(1, 5):
+            alive.replica.engine.runner.serve = fail  # type: ignore[method-assign]
+            alive.turn(m.Submit(request=request(life, [9, 8], max_tokens=5)))
+            alive.turn(m.Welcome(life=life))
+    except torch.OutOfMemoryError as error:
+        return alive.births, str(error)
+    return alive.births, ""
+
+
+def damaged_weights(topology: Topology, model: str, data: str, run_dir: str) -> str:
+    """The error that brought a life to its end has damaged what all lives share."""
+    alive = Alive(topology, model, data, run_dir)
+    alive.base.stack.linears[0].weight[:4] *= 2
+    try:
+        alive.turn(m.Rebuild(reason="test"))
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def one_of_two_ranks_fails(topology: Topology, model: str, data: str, run_dir: str) -> dict[str, Any]:
+    """Rank 1 meets an error in the middle of a tick; the leader waits for it in a sum."""
+    Path(run_dir).mkdir(exist_ok=True)
+    alive = Alive(topology, model, data, run_dir)
+    known = answer_of(alive, 1)
+    if topology.env.rank == 1:
+        alive.replica.engine.runner.serve = fail  # type: ignore[method-assign]
+    alive.turn(m.Submit(request=request(2, [9, 8], max_tokens=5)))
+    alive.turn(m.Welcome(life=1))
+    again = answer_of(alive, 3)
+    return {"known": known, "again": again, "births": alive.births, "trouble": alive.last(m.Trouble)}
+
+
+def a_member_that_never_comes(topology: Topology, model: str, data: str, run_dir: str) -> dict[str, Any]:
+    """Replica 1 is in the plan of a round but does not make its group; replica 0 has requests to answer."""
+    if topology.replica == 1:
+        topology.store.get("clif/test/over")
+        return {}
+    alive = Alive(topology, model, data, run_dir)
+    plan = RoundPlan(
+        round_id=1, members=(0, 1), lives=(0, 0), local_steps=2, micro_batch=4, accumulation=1, base_version=0
+    )
+    alive.turn(m.BeginRound(plan=plan))
+    alive.wait_for(m.StepsDone)
+    alive.turn(m.Aggregate(round_id=1))
+    answered = answer_of(alive, 1)
+    failed = alive.last(m.RoundFailed)
+    alive.turn(m.Settle(round_id=1, commit=False, version=0))
+    settled = alive.wait_for(m.Settled)
+    topology.store.set("clif/test/over", "")
+    return {"answered": answered, "failed": failed, "settled": settled.version}
