@@ -32,7 +32,7 @@ class Alive:
     def __init__(self, topology: Topology, model: str, data: str, run_dir: str, rebuilds: int = 3) -> None:
         tree = {
             "run": {"out_dir": run_dir, "name": "."},
-            "model": {"path": model, "dtype": "float32", "max_context": 200, "device": "cpu"},
+            "model": {"path": model, "dtype": "float32", "max_context": 200, "device": topology.device.type},
             "engine": {"kv_tokens": 1024, "max_batch": 8},
             "data": {"path": data},
             "train": {"lr": 0.02, "micro_batch": 4, "warmup_steps": 0},

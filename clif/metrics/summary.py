@@ -42,6 +42,7 @@ def summarize(run_h5: Path) -> dict[str, Any]:
     training: samples and tokens are those of committed rounds; optimizer_steps counts every step done, also in
     discarded rounds; tokens_per_s is tokens over span_s, start of the first round to end of the last.
     states: seconds in each state from a replica's first transition to the end of the run, states_end_s.
+    failures: of replicas, in order, with the reason and the seconds until it was rebuilt; null: it was not.
     run.unclosed: files that their process has not closed, with the stamp of their last row in seconds.
     """
     with h5py.File(run_h5, "r") as run:
@@ -65,6 +66,7 @@ def summarize(run_h5: Path) -> dict[str, Any]:
         "adapters": _adapters(users, tables["rounds"]),
         "states": _states(tables["transitions"], ends),
         "states_end_s": control_s,
+        "failures": _failures(tables["transitions"]),
     }
     plain: dict[str, Any] = _plain(summary)
     return plain
@@ -203,6 +205,16 @@ def _states(transitions: Rows, ends: dict[str, float]) -> dict[str, dict[str, fl
     return seconds
 
 
+def _failures(transitions: Rows) -> list[dict[str, Any]]:
+    failures = []
+    for _, rows in _by_source(transitions):
+        for row in rows[rows["to_state"] == ReplicaState.FAILED.value.encode()]:
+            later = rows[(rows["replica"] == row["replica"]) & (rows["t"] > row["t"])]
+            back_s = float(later["t"][0] - row["t"]) if len(later) else None
+            failures.append({"replica": int(row["replica"]), "reason": row["reason"].decode(), "back_s": back_s})
+    return failures
+
+
 def _plain(value: Any) -> Any:
     """The same with null for what is not finite: JSON has no NaN."""
     if isinstance(value, dict):
@@ -227,6 +239,7 @@ def _sections(summary: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]
     requests, slo, training, adapters = (summary[key] for key in ("requests", "slo", "training", "adapters"))
     latencies = [(name.replace("_ms", " ms"), _pairs(slo[name])) for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")]
     states = [(f"replica {replica}", _pairs(seconds)) for replica, seconds in summary["states"].items()]
+    failures = [(f"replica {f['replica']}", f"{f['reason']}; {_back(f['back_s'])}") for f in summary["failures"]]
     promotions = [(f"promotion of {p['version']}", _pairs(p)) for p in adapters["promotions"]]
     return [
         ("Run", _run(summary["run"])),
@@ -240,7 +253,12 @@ def _sections(summary: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]
         ("Quality", [(key, _text(value)) for key, value in summary["quality"].items()]),
         ("Adapters (requests by version)", [("served", _pairs(adapters["versions_served"])), *promotions]),
         ("Replica states, seconds", states),
+        *([("Failures of replicas", failures)] if failures else []),
     ]
+
+
+def _back(seconds: float | None) -> str:
+    return "not rebuilt" if seconds is None else f"back after {_text(seconds)} s"
 
 
 def _run(figures: dict[str, Any]) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from clif.metrics.collect import collect
 
 # So few at a time that both replicas are needed; rounds find their slack after the load at the latest.
 BOTH = ("engine.max_batch=3", "load.rate_rps=6", "federation.rounds=2", "run.linger_s=60")
-FAULTY = str(Path(__file__).parent / "faulty_run.py")
+FAULTY = str(Path(__file__).parents[1] / "faulty_run.py")
 
 
 def went_through(run: Launched, tp_size: int = 1) -> Any:
@@ -47,6 +47,8 @@ def test_an_error_in_serving_costs_the_others_nothing_and_no_request(tmp_path, r
         assert any(r["replica"] == replica and r["dispatched_s"] > failed_s for r in requests), "it answers again"
     summary = json.loads((run.run_dir / "summary.json").read_text())
     assert summary["training"]["rounds_completed"] == 2, "rounds went on"
+    (failure,) = summary["failures"]
+    assert failure["replica"] == replica and "injected" in failure["reason"] and failure["back_s"] > 0
 
 
 @pytest.mark.slow

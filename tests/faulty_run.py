@@ -35,4 +35,4 @@ for fault in filter(None, os.environ.get("CLIF_FAULTS", "").split(",")):
     rank, method, number = fault.split(":")
     if rank == os.environ.get("RANK"):
         break_call(Pass if method == "backward" else ModelRunner, method, int(number))
-runpy.run_path(str(Path(__file__).parents[2] / "launch" / "run.py"), run_name="__main__")
+runpy.run_path(str(Path(__file__).parents[1] / "launch" / "run.py"), run_name="__main__")
