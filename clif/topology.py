@@ -70,6 +70,9 @@ class Topology:
 
         def make() -> None:
             try:
+                if self.device.type == "cuda":
+                    # Which GPU is the current one is known by thread.
+                    torch.cuda.set_device(self.device)
                 place = ranks.index(self.env.rank)
                 made.set_result(make_group(self.backend, store, name, place, len(ranks), self.timeout))
             except Exception as error:  # noqa: BLE001 - a thread cannot raise: result() does, in the loop's thread

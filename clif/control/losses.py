@@ -87,7 +87,7 @@ class Losses:
         if not self._fleet.was_here(replica):
             log.warning("replica %d speaks without a valid Hello: ignored", replica)
             self._sent_away.add(replica)
-        elif self._config.run.rebuilds:
+        elif self._config.run.rebuilds and self._phase() is not Phase.STOPPING:
             log.warning("replica %d speaks again after it was lost: it is to begin anew", replica)
             self._send(replica, Rebuild(reason="it was silent, and others have its requests"))
             self._expect(now, replica)
@@ -103,6 +103,9 @@ class Losses:
         if self._due.pop(hello.replica, None) is not None:
             log.info("replica %d is back, life %d", hello.replica, hello.life)
             self._federation.on_return(hello.replica, hello.version)
+        # Its Stop may have come together with what made it fail.
+        if self._phase() is Phase.STOPPING:
+            self._send(hello.replica, Stop())
 
     def turn(self, now: float) -> None:
         """Give up on those that should be back by now. Raises ControlError as lose() does."""
