@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from clif.addresses import address_towards
+from clif.collectives import PeersLost
 from clif.config import Config
 from clif.launchers import RankEnv, restarts_left
 from clif.leaving import Leaving
@@ -104,7 +105,8 @@ def _serve(
     try:
         _loop(replica, topology, channel, control, leaving)
     except Exception as error:
-        tell(Trouble(replica=replica.id, error=f"{type(error).__name__}: {error}"))
+        gone = isinstance(error, PeersLost)
+        tell(Trouble(replica=replica.id, error=f"{type(error).__name__}: {error}", gone=gone))
         raise
     finally:
         replica.close()

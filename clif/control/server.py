@@ -100,7 +100,7 @@ class ControlServer:
             wire.Published: self.federation.on_published,
             wire.Settled: self.federation.on_settled,
             wire.Evaluated: lambda _, message: self._quality.on_evaluated(message.result),
-            wire.Trouble: lambda now, message: self._lose(now, message.replica, message.error),
+            wire.Trouble: lambda now, message: self._lose(now, message.replica, message.error, message.gone),
             wire.Signalled: ending.on_signalled,
             wire.Goodbye: self._on_goodbye,
         }

@@ -166,10 +166,11 @@ class Evaluated(Message, frozen=True):
 
 
 class Trouble(Message, frozen=True):
-    """The replica met an error that it cannot serve through; it leaves."""
+    """The replica met an error that it cannot serve through; it leaves. gone: the error is that a peer is lost."""
 
     replica: int
     error: str
+    gone: bool = False
 
 
 class Signalled(Message, frozen=True):

@@ -102,17 +102,26 @@ def assert_nothing_lost_and_nothing_twice(run: Launched) -> Counter[str]:
     assert len(set(numbers)) == len(numbers), "a round has one row, and no number is given twice"
     assert sorted(committed["round_id"].tolist()) == sorted(AdapterStore(run.run_dir).rounds())
     assert sorted(adapters["version"].tolist()) == sorted(committed["version"].tolist())
-    assert committed_samples(run.run_dir) == int(committed["samples"].sum()), "samples count once, when committed"
+    samples, steps = committed_training(run.run_dir)
+    assert samples == int(committed["samples"].sum()), "samples count once, when committed"
+    assert steps == int(committed["steps"].sum()), "the optimizer goes on from the last committed round"
     return Counter(finish.decode() for finish in users["finish"].tolist())
 
 
-def committed_samples(run_dir: Path) -> int:
-    """Samples that the cursors of all ranks count as committed, as a resumed run would find them."""
+def committed_training(run_dir: Path) -> tuple[int, int]:
+    """Samples and optimizer steps of all replicas, as a resumed run would find them; all ranks of a replica agree."""
     rounds, cpu = AdapterStore(run_dir).rounds(), torch.device("cpu")
     folder = run_dir / "checkpoints"
-    ranks = {int(path.name[5:10]) for path in folder.glob("rank-*")}
-    found = [find_checkpoint(CheckpointWriter(folder, rank), rounds, cpu) for rank in sorted(ranks)]
-    return sum(c.cursor["committed"] for c in found if c is not None)
+    tp_size = json.loads((run_dir / "config.json").read_text())["layout"]["tp_size"]
+    replicas: dict[int, list[tuple[int, int]]] = {}
+    for rank in sorted({int(path.name[5:10]) for path in folder.glob("rank-*")}):
+        found = find_checkpoint(CheckpointWriter(folder, rank), rounds, cpu)
+        if found is not None:
+            # Of the moments themselves: fresh ones would count from 0.
+            steps = int(found.trainer["moments"]["step"])
+            replicas.setdefault(rank // tp_size, []).append((found.cursor["committed"], steps))
+    assert all(len(ranks) == tp_size and len(set(ranks)) == 1 for ranks in replicas.values()), replicas
+    return sum(ranks[0][0] for ranks in replicas.values()), sum(ranks[0][1] for ranks in replicas.values())
 
 
 def assert_answered_to_the_end(run: Launched) -> None:
@@ -140,6 +149,22 @@ def test_a_rank_killed_in_the_middle_of_a_round_costs_no_request_no_round_and_no
         "latencies of requests that were open count from before the kill"
     )
     assert all(row["version"] >= 1 for row in late if row["purpose"] == b"user")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "rank 3"])
+def test_a_rank_of_a_replica_of_two_killed_costs_nothing_either(tmp_path, victim):
+    """About 45 s each on two cores. Rank 0 is a leader, ranks 1 and 3 are the peers of one."""
+    run = Launched(tmp_path, "layout.tp_size=2", "load.duration_s=20", "load.rate_rps=4", ranks=4)
+    run.wait_until("round 2:")
+    time.sleep(0.3)
+    run.wait_for_an_open_request()
+    run.rank(int(victim[-1])).send_signal(signal.SIGKILL)
+    assert run.end() == 0, run.say()
+    assert_answered_to_the_end(run)
+    assert sorted(p.name for p in run.run_dir.glob("rank-*.r1.h5")) == [f"rank-{r:05d}.r1.h5" for r in range(4)]
+    summary = json.loads((run.run_dir / "summary.json").read_text())
+    assert summary["training"]["rounds_completed"] >= 4, "rounds of before the kill count"
 
 
 def test_the_control_process_killed_costs_nothing_either(tmp_path):

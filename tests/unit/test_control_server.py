@@ -391,6 +391,36 @@ def test_a_replica_that_hangs_in_a_drain_leaves_nothing_open_though_restarts_are
     run.assert_promise_1()
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_in_a_drain_requests_are_left_open_only_for_a_replica_that_lost_a_rank(tmp_path: Path, gone: bool) -> None:
+    """torchrun signals the others when a rank dies, and then starts all anew; after an error alone it does not."""
+
+    def fail(message: wire.Down) -> None:
+        obey(message)
+        if isinstance(message, wire.Ping):
+            first.channel.send(wire.Trouble(replica=0, error="no answer from ranks [1]", gone=gone))
+            second.serves_after = None
+
+    sections: dict[str, Any] = {
+        "quality": {"exact_match_rows": 0}, "train": {"enabled": False}, "federation": {"rounds": None},
+    }  # fmt: skip
+    run = Run(
+        make_config(tmp_path, **sections),
+        restarts_left=1,
+        signalled=lambda: "got SIGTERM" if run.server.dispatcher.outstanding > 2 else "",
+    )
+    first, second = run.leaders
+    first.serves_after = second.serves_after = threading.Event()
+    obey, first.obey = first.obey, fail  # type: ignore[method-assign]
+    if gone:
+        with pytest.raises(ControlError, match="replica 0 is lost"):
+            run.go()
+        assert run.server.dispatcher.outstanding
+    else:
+        run.go()
+        run.assert_promise_1()
+
+
 def test_one_signalled_rank_drains_the_run(tmp_path: Path) -> None:
     run = Run(make_config(tmp_path, load={"duration_s": 20.0}))
 
