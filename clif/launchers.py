@@ -19,6 +19,7 @@ from clif.slurm import first_host, tasks_per_node
 
 Environ = Mapping[str, str]
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+TORCHRUN = "torchrun"
 TORCH_PORT = 29500
 """Where rank 0 listens when MASTER_ADDR is given without MASTER_PORT: torchrun's default."""
 SLURM_PORTS = range(15000, 25000)
@@ -108,7 +109,7 @@ def from_torch(environ: Environ) -> RankEnv | None:
     if name is None:
         raise LaunchError("RANK and WORLD_SIZE are set without LOCAL_WORLD_SIZE: set it to the ranks of this host")
     rank, world, local = (_number(environ, name) for name in TORCH[:3])
-    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "torch's environment"
+    launcher = TORCHRUN if "TORCHELASTIC_RUN_ID" in environ else "torch's environment"
     return RankEnv(rank, world, local, _number(environ, name), _master(environ), launcher)
 
 

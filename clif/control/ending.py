@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 
 from clif.control.phases import ControlError, Phase
 from clif.control.recovery import hands_over
 from clif.wire.messages import Signalled
+
+DRAINED = 128 + signal.SIGTERM
+"""Exit code after a signal: every request has its end, but the run is not through."""
 
 
 class Ending:

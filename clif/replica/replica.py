@@ -41,6 +41,7 @@ class Replica:
         self.config, self.id, self.engine, self.member = config, replica, engine, member
         self.records, self.tell, self.close = records, tell, close
         self.stopping = False
+        self.exit_code = 0
         self.ticks = 0
         self._reported, self._busy_s = time.monotonic(), 0.0
         self._serve_samples: list[tuple[float, float, float]] = []
@@ -183,4 +184,4 @@ class Replica:
         return orders is not None and orders.plan.round_id == round_id
 
     def _stop(self, order: m.Stop) -> None:
-        self.stopping = True
+        self.stopping, self.exit_code = True, order.code

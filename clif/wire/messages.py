@@ -80,7 +80,12 @@ class Ping(Message, frozen=True):
 
 
 class Stop(Message, frozen=True):
-    """Finish: close files and leave. Sent when no request is outstanding."""
+    """Finish: close files and leave. Sent when no request is outstanding, or none can be answered any more.
+
+    code: exit code of the ranks; 0 if the run is through.
+    """
+
+    code: int = 0
 
 
 # --- leader to control ---------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 
+from clif.addresses import free_port
 from clif.control.journal import Accepted, Ended, Journal, parse
 from clif.metrics.collect import collect
 from clif.metrics.summary import write_summary
@@ -29,17 +30,19 @@ ROUNDS = ("federation.rounds=4", "federation.local_steps=8", "quality.exact_matc
 
 
 class Launched:
-    """torchrun with a run of a random model under it."""
+    """torchrun with a run of a random model under it. agents: one torchrun for each host, all of them on this one."""
 
-    def __init__(self, folder: Path, *overrides: str, ranks: int = 2, restarts: int = 3) -> None:
+    def __init__(self, folder: Path, *overrides: str, ranks: int = 2, restarts: int = 3, hosts: int = 1) -> None:
         self.run_dir, self.log = folder / "run", folder / "log.txt"
-        torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        meet = ["--nnodes", str(hosts), "--rdzv-backend", "c10d", "--local-addr", "127.0.0.1"]
+        meet = [*meet, "--rdzv-endpoint", f"127.0.0.1:{free_port()}"] if hosts > 1 else ["--standalone"]
+        torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", *meet, "--nproc-per-node", str(ranks)]
         place = [f"run.out_dir={folder}", "run.name=run", "run.status=plain"]
         command = [*torchrun, f"--max-restarts={restarts}", "launch/run.py", "--config", "configs/smoke.yaml"]
+        command += [*place, *LOAD, *ROUNDS, *overrides]
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                [*command, *place, *LOAD, *ROUNDS, *overrides], cwd=REPO, stdout=log, stderr=log, text=True
-            )
+            self.agents = [subprocess.Popen(command, cwd=REPO, stdout=log, stderr=log) for _ in range(hosts)]
+        self.process = self.agents[0]
 
     def wait_until(self, text: str, times: int = 1, limit_s: float = 120.0) -> None:
         end = time.monotonic() + limit_s
@@ -58,7 +61,8 @@ class Launched:
             time.sleep(0.02)
 
     def processes(self, what: str) -> list[psutil.Process]:
-        return [p for p in psutil.Process(self.process.pid).children(recursive=True) if what in p.cmdline()]
+        trees = [psutil.Process(agent.pid).children(recursive=True) for agent in self.agents]
+        return [p for tree in trees for p in tree if what in p.cmdline()]
 
     def rank(self, number: int) -> psutil.Process:
         return next(p for p in self.processes("launch/run.py") if p.environ().get("RANK") == str(number))
@@ -67,12 +71,12 @@ class Launched:
         return self.processes("clif.control")[0]
 
     def end(self, limit_s: float = 200.0) -> int:
-        code = self.process.wait(limit_s)
+        codes = [agent.wait(limit_s) for agent in self.agents]
         limit = time.monotonic() + 30
         while any(str(self.run_dir) in (p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])):
             assert time.monotonic() < limit, "the control process outlives the run"
             time.sleep(0.1)
-        return code
+        return max(codes, key=abs)
 
     def say(self) -> str:
         return self.log.read_text()[-4000:]
@@ -165,6 +169,18 @@ def test_a_rank_of_a_replica_of_two_killed_costs_nothing_either(tmp_path, victim
     assert sorted(p.name for p in run.run_dir.glob("rank-*.r1.h5")) == [f"rank-{r:05d}.r1.h5" for r in range(4)]
     summary = json.loads((run.run_dir / "summary.json").read_text())
     assert summary["training"]["rounds_completed"] >= 4, "rounds of before the kill count"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["rank 0", "rank 3"])
+def test_a_rank_killed_on_either_of_two_hosts_costs_nothing_either(tmp_path, victim):
+    """About 50 s each on two cores. Two torchruns that meet as those of two hosts would; rank 3 is the second one's."""
+    run = Launched(tmp_path, "load.duration_s=20", "load.rate_rps=4", ranks=2, hosts=2)
+    run.wait_until("round 2:")
+    time.sleep(0.3)
+    run.rank(int(victim[-1])).send_signal(signal.SIGKILL)
+    assert run.end() == 0, run.say()
+    assert_answered_to_the_end(run)
 
 
 def test_the_control_process_killed_costs_nothing_either(tmp_path):

@@ -18,7 +18,7 @@ import tokenizers
 import clif
 from clif.config import Config, config_from_tree
 from clif.control.__main__ import read_recorded
-from clif.control.ending import Ending
+from clif.control.ending import DRAINED, Ending
 from clif.control.journal import Journal
 from clif.control.ledger import Ledger
 from clif.control.phases import ControlError, Phase
@@ -85,6 +85,7 @@ class FakeLeader(threading.Thread):
         self.submitted = 0
         self.tokenizer = make_tokenizer()
         self.end = threading.Event()
+        self.exit_code: int | None = None
 
     def run(self) -> None:
         self.channel = LeaderChannel(self.address, self.replica)
@@ -103,6 +104,10 @@ class FakeLeader(threading.Thread):
             if time.monotonic() - reported > 0.02:
                 reported = time.monotonic()
                 self.channel.send(self.report())
+        if self.exit_code is None:
+            # The server may have gone before its last word was read.
+            for payload in self.channel.receive(1.0):
+                self.obey(decode_down(payload))
         self.channel.close()
 
     def hello(self) -> wire.Hello:
@@ -164,6 +169,7 @@ class FakeLeader(threading.Thread):
             result = HeldoutLoss(replica=me, version=self.version, loss=loss, tokens=HELDOUT_TOKENS)
             self.channel.send(wire.Evaluated(result=result))
         elif isinstance(message, wire.Stop):
+            self.exit_code = message.code
             self.channel.send(wire.Goodbye(replica=me))
             self.end.set()
 
@@ -231,6 +237,10 @@ class Run:
             {k: row[k].decode() if isinstance(row[k], bytes) else row[k].item() for k in rows.dtype.names}
             for row in rows
         ]
+
+    def exit_codes(self) -> set[int | None]:
+        """What the ranks were told to exit with."""
+        return {leader.exit_code for leader in self.leaders}
 
     def assert_promise_1(self) -> None:
         ends = Counter(row["id"] for row in self.table("requests") if row["purpose"] == "user")
@@ -351,8 +361,10 @@ def test_open_requests_of_a_lost_run_are_ended_or_left_to_the_restart(
     with pytest.raises(ControlError, match="rank 0 died"):
         run.go()
     assert {row["finish"] for row in run.table("requests")} == ends
+    assert run.exit_codes() == {1}, "every host's torchrun must see that the run failed"
     again = Run(config, relaunched=True)
     again.go()
+    assert again.exit_codes() == {0}
     assert again.server.phase is Phase.DONE and not again.server.drained
     with h5py.File(collect(config.run_dir), "r") as file:
         requests, load = file["requests"][:], file["load"][:]
@@ -439,6 +451,7 @@ def test_one_signalled_rank_drains_the_run(tmp_path: Path) -> None:
         signal_on_request(leader)
     run.go()
     assert run.server.drained in ("replica 0 got SIGTERM", "replica 1 got SIGTERM")
+    assert run.exit_codes() == {DRAINED}
     run.assert_promise_1()
 
 
