@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from clif.addresses import in_url, refuse_link_local
 from clif.errors import InputError
 from clif.slurm import first_host, tasks_per_node
 
@@ -69,7 +70,7 @@ class RankEnv:
     def __str__(self) -> str:
         if self.world_size == 1:
             return f"1 rank: {self.launcher}"
-        where = "" if self.master is None else ", rank 0 at {}:{}".format(*self.master)
+        where = "" if self.master is None else f", rank 0 at {in_url(self.master[0])}:{self.master[1]}"
         return f"{self.world_size} ranks, {self.local_world_size} on this host{where}: {self.launcher}"
 
 
@@ -211,6 +212,9 @@ def _master(environ: Environ) -> tuple[str, int] | None:
     host = environ.get("MASTER_ADDR")
     if not host:
         return None
+    # As in an endpoint, [fd00::1]:29500.
+    host = host.removeprefix("[").removesuffix("]")
+    refuse_link_local("MASTER_ADDR", host)
     return host, _number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else TORCH_PORT
 
 

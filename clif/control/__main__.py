@@ -15,6 +15,7 @@ from pathlib import Path
 
 import zmq
 
+from clif.addresses import refuse_link_local
 from clif.config import Config
 from clif.control.ending import DRAINED, Ending
 from clif.control.journal import Journal
@@ -118,6 +119,7 @@ def read_recorded(run_dir: Path) -> Recorded:
 
 
 def open_channel(host: str) -> ControlChannel:
+    refuse_link_local("dist.control_host", host)
     try:
         return ControlChannel(host)
     except zmq.ZMQError as error:
