@@ -79,7 +79,7 @@ def discover(environ: Environ, local_rank: int | None = None, ask_mpi: Callable[
 
     local_rank: of the argument that deepspeed adds. ask_mpi: a collective over all MPI ranks that returns all of a
     RankEnv; called only when an MPI started this process and its environment does not say enough.
-    Raises LaunchError.
+    Raises LaunchError, and ConfigError for a MASTER_ADDR that is link-local.
     """
     if local_rank is not None:
         environ = {"LOCAL_RANK": str(local_rank), **environ}

@@ -74,7 +74,7 @@ def fewest_restarts(store: KeyValues, rank: int, world_size: int, mine: int) -> 
     """On rank 0 the least number of restarts left that a rank was told of, on the others their own. Collective.
 
     store: of this start alone. Each host's torchrun counts the restarts that it asked for, and gives up by itself: a
-    rank that is lost comes back only if its own host has one left.
+    rank that is lost comes back only if its own host has one left. Raises what the store does when a rank stays away.
     """
     store.set(f"clif/restarts_left/{rank}", str(mine))
     if rank != 0:

@@ -183,6 +183,18 @@ def test_a_rank_killed_on_either_of_two_hosts_costs_nothing_either(tmp_path, vic
     assert_answered_to_the_end(run)
 
 
+@pytest.mark.slow
+def test_when_a_host_has_no_restart_left_its_next_loss_ends_every_request(tmp_path):
+    """About 40 s on two cores. The other host's torchrun counts for itself and may have one left."""
+    run = Launched(tmp_path, "load.duration_s=20", "load.rate_rps=4", ranks=2, hosts=2, restarts=1)
+    for start in (1, 2):
+        run.wait_until("clif: open:", times=start)
+        run.wait_until("train (pressure", times=run.log.read_text().count("train (pressure") + 1)
+        run.rank(3).send_signal(signal.SIGKILL)
+    assert run.end() != 0
+    assert_nothing_lost_and_nothing_twice(run)
+
+
 def test_the_control_process_killed_costs_nothing_either(tmp_path):
     run = Launched(tmp_path)
     run.wait_until("round 2:")
