@@ -1,4 +1,7 @@
-"""Addresses of this host that ranks on other hosts can reach. Free of torch; sends nothing."""
+"""Addresses of this host that ranks on other hosts can reach, IPv4 or IPv6. Free of torch; sends nothing.
+
+Where a host has both, IPv4 comes first: gloo, too, takes the IPv4 address of an interface that has one.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ import psutil
 
 from clif.errors import ConfigError
 
-_ELSEWHERE = "198.51.100.1"
-"""Of a block kept for documentation: the way to it is the way to the world."""
+_ELSEWHERE = ("198.51.100.1", "2001:db8::1")
+"""Of blocks kept for documentation: the way to them is the way to the world."""
+_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
 def address_towards(master: str) -> str:
@@ -18,23 +22,27 @@ def address_towards(master: str) -> str:
 
     master: MASTER_ADDR, name or number. Raises ConfigError when this host has no such address.
     """
+    refuse_link_local("MASTER_ADDR", master)
     try:
-        target = socket.gethostbyname(master)
+        targets = _numbers(master)
     except OSError as error:
         raise ConfigError(f"MASTER_ADDR {master} is no host that this one knows ({error}): correct it") from error
-    if _is_loopback(target) and target != master and master != "localhost":
+    if not (_is_number(master) or master == "localhost"):
         # Debian's /etc/hosts gives a host its own name as 127.0.1.1: useless to the others, who see another number.
-        return outward_address()
-    return _source(target)
+        targets = [target for target in targets if not ipaddress.ip_address(target).is_loopback]
+    source = _first_source(targets) if targets else outward_address()
+    if source is None:
+        raise ConfigError(f"this host has no way to MASTER_ADDR {master} ({', '.join(targets)}): correct it")
+    return source
 
 
 def outward_address() -> str:
-    """The address from which this host reaches the world, or its only one that is not loopback. Raises ConfigError."""
-    try:
-        return _source(_ELSEWHERE)
-    except OSError:
-        # Compute nodes often have no way out.
-        own = _own_addresses()
+    """The address from which this host reaches the world, or its only one that others reach. Raises ConfigError."""
+    source = _first_source(_ELSEWHERE)
+    if source is not None:
+        return source
+    # Compute nodes often have no way out.
+    own = _own_addresses(socket.AF_INET) or _own_addresses(socket.AF_INET6)
     if len(own) != 1:
         raise ConfigError(
             f"this host has no default route and the addresses {', '.join(own) or 'of loopback only'}: pass "
@@ -45,8 +53,9 @@ def outward_address() -> str:
 
 def interface_of(address: str) -> str | None:
     """Name of the network interface that has the address; None if none of this host's does."""
+    wanted = ipaddress.ip_address(address)
     for name, addresses in psutil.net_if_addrs().items():
-        if any(one.address == address for one in addresses):
+        if any(one.family in _FAMILIES and ipaddress.ip_address(one.address) == wanted for one in addresses):
             return name
     return None
 
@@ -58,17 +67,54 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def in_url(host: str) -> str:
+    """The host as it stands before a colon and a port: an IPv6 number in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def refuse_link_local(what: str, host: str) -> None:
+    """Raises ConfigError for an IPv6 address such as fe80::1%eth0. what: where it is set."""
+    number = ipaddress.ip_address(host) if _is_number(host) else None
+    if isinstance(number, ipaddress.IPv6Address) and (number.is_link_local or number.scope_id):
+        raise ConfigError(
+            f"{what}={host} is an address of one cable, and its interface has another name on other hosts: "
+            "give the hosts addresses that all can reach (fd00::/8 will do) and set one of these"
+        )
+
+
+def _numbers(host: str) -> list[str]:
+    """All addresses of a host, IPv4 before IPv6. Raises OSError."""
+    found = {(entry[0] == socket.AF_INET6, entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+    return [str(number) for _, number in sorted(found)]
+
+
+def _first_source(targets: list[str] | tuple[str, ...]) -> str | None:
+    for target in targets:
+        try:
+            return _source(target)
+        except OSError:
+            # Of a family that this host does not speak, say: the next may do.
+            continue
+    return None
+
+
 def _source(target: str) -> str:
     # Connecting a UDP socket only asks the kernel for the route.
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    family = socket.AF_INET6 if ":" in target else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((target, 9))
         return str(probe.getsockname()[0])
 
 
-def _own_addresses() -> list[str]:
-    found = [one.address for all in psutil.net_if_addrs().values() for one in all if one.family == socket.AF_INET]
-    return [address for address in found if not _is_loopback(address)]
+def _own_addresses(family: socket.AddressFamily) -> list[str]:
+    found = [one.address for all in psutil.net_if_addrs().values() for one in all if one.family == family]
+    numbers = [ipaddress.ip_address(address) for address in found]
+    return [str(n) for n in numbers if not (n.is_loopback or n.is_link_local)]
 
 
-def _is_loopback(address: str) -> bool:
-    return ipaddress.ip_address(address).is_loopback
+def _is_number(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

@@ -36,6 +36,10 @@ def make_group(backend: str, store: dist.Store, name: str, rank: int, size: int,
     return cast(Group, dist.ProcessGroupNCCL(place, rank, size, options))
 
 
+class PeersLost(RuntimeError):
+    """A collective failed because ranks of its group did not answer: as a rule their processes are gone."""
+
+
 @dataclass(frozen=True)
 class Roll:
     """Who belongs to a group, so that an error can name those who did not answer.
@@ -54,7 +58,8 @@ class Roll:
         time.sleep(ROLL_CALL_S)
         missing = [r for r in self.ranks if not self.store.check([f"clif/failed/{self.name}/{r}"])]
         who = f"no answer from ranks {missing}" if missing else "every rank saw an error"
-        return RuntimeError(f"{self.name} (ranks {list(self.ranks)}): {who}: {str(error).splitlines()[0]}")
+        kind = PeersLost if missing else RuntimeError
+        return kind(f"{self.name} (ranks {list(self.ranks)}): {who}: {str(error).splitlines()[0]}")
 
     def leave(self, why: str) -> None:
         """Tell the other members that this one will take part in nothing any more."""

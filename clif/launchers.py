@@ -14,11 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from clif.addresses import in_url, refuse_link_local
 from clif.errors import InputError
 from clif.slurm import first_host, tasks_per_node
 
 Environ = Mapping[str, str]
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+TORCHRUN = "torchrun"
 TORCH_PORT = 29500
 """Where rank 0 listens when MASTER_ADDR is given without MASTER_PORT: torchrun's default."""
 SLURM_PORTS = range(15000, 25000)
@@ -68,7 +70,7 @@ class RankEnv:
     def __str__(self) -> str:
         if self.world_size == 1:
             return f"1 rank: {self.launcher}"
-        where = "" if self.master is None else ", rank 0 at {}:{}".format(*self.master)
+        where = "" if self.master is None else f", rank 0 at {in_url(self.master[0])}:{self.master[1]}"
         return f"{self.world_size} ranks, {self.local_world_size} on this host{where}: {self.launcher}"
 
 
@@ -77,7 +79,7 @@ def discover(environ: Environ, local_rank: int | None = None, ask_mpi: Callable[
 
     local_rank: of the argument that deepspeed adds. ask_mpi: a collective over all MPI ranks that returns all of a
     RankEnv; called only when an MPI started this process and its environment does not say enough.
-    Raises LaunchError.
+    Raises LaunchError, and ConfigError for a MASTER_ADDR that is link-local.
     """
     if local_rank is not None:
         environ = {"LOCAL_RANK": str(local_rank), **environ}
@@ -108,7 +110,7 @@ def from_torch(environ: Environ) -> RankEnv | None:
     if name is None:
         raise LaunchError("RANK and WORLD_SIZE are set without LOCAL_WORLD_SIZE: set it to the ranks of this host")
     rank, world, local = (_number(environ, name) for name in TORCH[:3])
-    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "torch's environment"
+    launcher = TORCHRUN if "TORCHELASTIC_RUN_ID" in environ else "torch's environment"
     return RankEnv(rank, world, local, _number(environ, name), _master(environ), launcher)
 
 
@@ -210,6 +212,9 @@ def _master(environ: Environ) -> tuple[str, int] | None:
     host = environ.get("MASTER_ADDR")
     if not host:
         return None
+    # As in an endpoint, [fd00::1]:29500.
+    host = host.removeprefix("[").removesuffix("]")
+    refuse_link_local("MASTER_ADDR", host)
     return host, _number(environ, "MASTER_PORT") if "MASTER_PORT" in environ else TORCH_PORT
 
 

@@ -70,6 +70,18 @@ def _wait_for(store: KeyValues, key: str, deadline: float, complaint: str) -> No
         time.sleep(POLL_S)
 
 
+def fewest_restarts(store: KeyValues, rank: int, world_size: int, mine: int) -> int:
+    """On rank 0 the least number of restarts left that a rank was told of, on the others their own. Collective.
+
+    store: of this start alone. Each host's torchrun counts the restarts that it asked for, and gives up by itself: a
+    rank that is lost comes back only if its own host has one left. Raises what the store does when a rank stays away.
+    """
+    store.set(f"clif/restarts_left/{rank}", str(mine))
+    if rank != 0:
+        return mine
+    return min(int(store.get(f"clif/restarts_left/{r}")) for r in range(world_size))
+
+
 def choose_run_dir(config: Config, launch: KeyValues) -> tuple[Path, bool]:
     """(folder of the run, whether this is a restart by the launcher), chosen by rank 0.
 

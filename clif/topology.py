@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from clif.addresses import address_towards, interface_of
+from clif.addresses import address_towards, in_url, interface_of
 from clif.collectives import Group, Peers, Roll, make_group
 from clif.config import Config, ConfigError
 from clif.launchers import RankEnv
@@ -186,8 +186,7 @@ def _store(env: RankEnv, timeout: datetime.timedelta) -> dist.Store:
     if env.master is None:
         return dist.HashStore()
     host, port = env.master
-    place = f"[{host}]" if ":" in host else host
-    url = f"tcp://{place}:{port}?rank={env.rank}&world_size={env.world_size}"
+    url = f"tcp://{in_url(host)}:{port}?rank={env.rank}&world_size={env.world_size}"
     store, _, _ = next(dist.rendezvous(url, timeout=timeout))
     return store
 

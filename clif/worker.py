@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 
 from clif.addresses import address_towards
+from clif.collectives import PeersLost
 from clif.config import Config
-from clif.launchers import RankEnv, restarts_left
+from clif.launchers import TORCHRUN, RankEnv, restarts_left
 from clif.leaving import Leaving
 from clif.metrics.provenance import provenance
 from clif.models.kept import drop, keep, load_kept, worth_keeping
@@ -29,7 +30,7 @@ from clif.replica.build import build_replica, load_data
 from clif.replica.lives import Lives
 from clif.replica.records import RankRecords
 from clif.replica.replica import Replica
-from clif.starts import choose_run_dir
+from clif.starts import choose_run_dir, fewest_restarts
 from clif.text import ChatTokenizer
 from clif.topology import Topology, make_topology
 from clif.wire.channels import LeaderChannel
@@ -52,17 +53,28 @@ def run_rank(config: Config, env: RankEnv) -> int:
     if restarted:
         log.info("restarted by the launcher: the run goes on in %s", run_dir)
         config = _resuming(config)
+    restarts = fewest_restarts(topology.store, env.rank, env.world_size, restarts_left(os.environ))
     started = time.monotonic()
     loaded = _load(config, topology, run_dir, restarted)
     load_s = time.monotonic() - started
     log.info("rank %d: %s in %s (%s), %.1f s", env.rank, config.model.path, loaded.dtype, loaded.dtype_reason, load_s)
-    with _control_process(config, topology, run_dir, loaded.tokenizer, restarted, leaving) as control:
-        _serve(config, topology, run_dir, loaded, load_s, control, leaving)
-        code = 0 if control is None else control.wait()
+    with _control_process(config, topology, run_dir, loaded.tokenizer, restarted, restarts, leaving) as control:
+        code = _serve(config, topology, run_dir, loaded, load_s, control, leaving)
+        code = _code_for(env, code) if control is None else control.wait()
     if env.rank == 0 and code == 0:
         drop(run_dir)
     dist.destroy_process_group()
     return code
+
+
+def _code_for(env: RankEnv, code: int) -> int:
+    """What a rank without a control process exits with.
+
+    torchrun on another host than rank 0's must not take the end of a run that failed for success: it would wait for the
+    others to succeed as well, and they for it to restart. Other launchers kill all ranks at the first code that is
+    not 0, rank 0 before its control process has closed its files.
+    """
+    return code if env.launcher == TORCHRUN else 0
 
 
 def _load(config: Config, topology: Topology, run_dir: Path, restarted: bool) -> LoadedModel:
@@ -91,7 +103,8 @@ def _serve(
     load_s: float,
     control: Control | None,
     leaving: Leaving,
-) -> None:
+) -> int:
+    """Join, loop until Stop, leave; returns the exit code that Stop gave."""
     channel = _connect(topology) if topology.is_leader else None
 
     def tell(message: Up) -> None:
@@ -117,7 +130,8 @@ def _serve(
     try:
         _loop(lives, channel, control, leaving)
     except Exception as error:
-        tell(Trouble(replica=topology.replica, error=f"{type(error).__name__}: {error}"))
+        gone = isinstance(error, PeersLost)
+        tell(Trouble(replica=topology.replica, error=f"{type(error).__name__}: {error}", gone=gone))
         raise
     finally:
         lives.close()
@@ -125,6 +139,7 @@ def _serve(
         tell(Goodbye(replica=topology.replica))
         if channel is not None:
             channel.close()
+    return lives.replica.exit_code
 
 
 def _loop(lives: Lives, channel: LeaderChannel | None, control: Control | None, leaving: Leaving) -> None:
@@ -198,6 +213,7 @@ def _control_process(
     run_dir: Path,
     tokenizer: ChatTokenizer,
     restarted: bool,
+    restarts: int,
     leaving: Leaving,
 ) -> Iterator[Control | None]:
     """On rank 0: start the control process and tell the others its address; when it dies, so does this rank.
@@ -213,7 +229,7 @@ def _control_process(
     topology.store.set("clif/secret", secret)
     command = [sys.executable, "-P", "-m", "clif.control", "--run-dir", str(run_dir)]
     command += ["--replicas", str(len(topology.layout.replicas)), "--host", _host(config, topology)]
-    command += ["--parent", str(os.getpid())]
+    command += ["--parent", str(os.getpid()), "--restarts-left", str(restarts)]
     command += ["--restarted"] if restarted else []
     process = subprocess.Popen(command, env={**os.environ, SECRET: secret})
     leaving.on_signal = lambda _: _pass_on(process, leaving)

@@ -11,7 +11,7 @@ from helpers import answer, random_state, request, stack_logits
 from clif.adapters.bank import AdapterBank
 from clif.adapters.peft_io import read_weights, write_weights
 from clif.adapters.slots import SlotTable
-from clif.collectives import Peers, WeightedMean
+from clif.collectives import Peers, PeersLost, WeightedMean
 from clif.config import Config, config_from_tree
 from clif.models.loading import load_model
 from clif.replica.base import build_runner
@@ -193,7 +193,7 @@ def a_peer_that_hangs(topology: Topology) -> str:
         return "slept"
     try:
         topology.peers.sum_(torch.ones(3))
-    except RuntimeError as error:
+    except PeersLost as error:
         return str(error)
     return "nothing"
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import h5py
 import psutil
 import torch
 
+from clif.addresses import free_port
 from clif.control.journal import Accepted, Ended, Journal, parse
 from clif.metrics.collect import collect
 from clif.metrics.summary import write_summary
@@ -26,7 +29,10 @@ ROUNDS = ("federation.rounds=4", "federation.local_steps=8", "quality.exact_matc
 
 
 class Launched:
-    """torchrun with a run of a random model under it. script: what it starts; faults: see faulty_run.py."""
+    """torchrun with a run of a random model under it. agents: one torchrun for each host, all of them on this one.
+
+    script: what it starts; faults: see faulty_run.py.
+    """
 
     def __init__(
         self,
@@ -34,23 +40,22 @@ class Launched:
         *overrides: str,
         ranks: int = 2,
         restarts: int = 3,
+        hosts: int = 1,
         script: str = "launch/run.py",
         faults: str = "",
     ) -> None:
-        self.script = script
+        self.script, environment = script, {**os.environ, "CLIF_FAULTS": faults}
         self.run_dir, self.log = folder / "run", folder / "log.txt"
-        torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        meet = ["--nnodes", str(hosts), "--rdzv-backend", "c10d", "--local-addr", "127.0.0.1"]
+        meet = [*meet, "--rdzv-endpoint", f"127.0.0.1:{free_port()}"] if hosts > 1 else ["--standalone"]
+        torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", *meet, "--nproc-per-node", str(ranks)]
         place = [f"run.out_dir={folder}", "run.name=run", "run.status=plain"]
         command = [*torchrun, f"--max-restarts={restarts}", script, "--config", "configs/smoke.yaml"]
+        command += [*place, *LOAD, *ROUNDS, *overrides]
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                [*command, *place, *LOAD, *ROUNDS, *overrides],
-                cwd=REPO,
-                stdout=log,
-                stderr=log,
-                text=True,
-                env={**os.environ, "CLIF_FAULTS": faults},
-            )
+            start = partial(subprocess.Popen, command, cwd=REPO, stdout=log, stderr=log, env=environment)
+            self.agents = [start() for _ in range(hosts)]
+        self.process = self.agents[0]
 
     def wait_until(self, text: str, times: int = 1, limit_s: float = 120.0) -> None:
         end = time.monotonic() + limit_s
@@ -69,7 +74,8 @@ class Launched:
             time.sleep(0.02)
 
     def processes(self, what: str) -> list[psutil.Process]:
-        return [p for p in psutil.Process(self.process.pid).children(recursive=True) if what in p.cmdline()]
+        trees = [psutil.Process(agent.pid).children(recursive=True) for agent in self.agents]
+        return [p for tree in trees for p in tree if what in p.cmdline()]
 
     def rank(self, number: int) -> psutil.Process:
         return next(p for p in self.processes(self.script) if p.environ().get("RANK") == str(number))
@@ -78,12 +84,12 @@ class Launched:
         return self.processes("clif.control")[0]
 
     def end(self, limit_s: float = 200.0) -> int:
-        code = self.process.wait(limit_s)
+        codes = [agent.wait(limit_s) for agent in self.agents]
         limit = time.monotonic() + 30
         while any(str(self.run_dir) in (p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])):
             assert time.monotonic() < limit, "the control process outlives the run"
             time.sleep(0.1)
-        return code
+        return max(codes, key=abs)
 
     def say(self) -> str:
         return self.log.read_text()[-4000:]
@@ -95,8 +101,8 @@ def accepted_ids(run_dir: Path) -> list[int]:
     return [line.request.id for line in journal.past if isinstance(line, Accepted)]
 
 
-def assert_nothing_lost_and_nothing_twice(run: Launched, tp_size: int = 1) -> Counter[str]:
-    """Returns how many requests ended how. tp_size: ranks of each replica."""
+def assert_nothing_lost_and_nothing_twice(run: Launched) -> Counter[str]:
+    """Returns how many requests ended how."""
     accepted = accepted_ids(run.run_dir)
     assert len(set(accepted)) == len(accepted), "a request was accepted twice"
     summary = write_summary(run.run_dir)
@@ -113,20 +119,23 @@ def assert_nothing_lost_and_nothing_twice(run: Launched, tp_size: int = 1) -> Co
     assert len(set(numbers)) == len(numbers), "a round has one row, and no number is given twice"
     assert sorted(committed["round_id"].tolist()) == sorted(AdapterStore(run.run_dir).rounds())
     assert sorted(adapters["version"].tolist()) == sorted(committed["version"].tolist())
-    assert committed_samples(run.run_dir, tp_size) == int(committed["samples"].sum()), (
-        "samples count once, when committed"
-    )
+    samples, steps = committed_training(run.run_dir)
+    assert samples == int(committed["samples"].sum()), "samples count once, when committed"
+    assert steps == int(committed["steps"].sum()), "the optimizer goes on from the last committed round"
     return Counter(finish.decode() for finish in users["finish"].tolist())
 
 
-def committed_samples(run_dir: Path, tp_size: int) -> int:
-    """Samples that the cursors of all replicas count as committed, as a resumed run would find them."""
+def committed_training(run_dir: Path) -> tuple[int, int]:
+    """Samples and optimizer steps of all replicas, as a resumed run would find them; all ranks of a replica agree."""
     rounds, cpu = AdapterStore(run_dir).rounds(), torch.device("cpu")
     folder = run_dir / "checkpoints"
-    ranks = {int(path.name[5:10]) for path in folder.glob("rank-*")}
-    found = [find_checkpoint(CheckpointWriter(folder, rank), rounds, cpu) for rank in sorted(ranks)]
-    counts = [0 if c is None else c.cursor["committed"] for c in found]
-    assert all(len(set(counts[i : i + tp_size])) == 1 for i in range(0, len(counts), tp_size)), (
-        "a replica's ranks agree"
-    )
-    return sum(counts[::tp_size])
+    tp_size = json.loads((run_dir / "config.json").read_text())["layout"]["tp_size"]
+    replicas: dict[int, list[tuple[int, int]]] = {}
+    for rank in sorted({int(path.name[5:10]) for path in folder.glob("rank-*")}):
+        found = find_checkpoint(CheckpointWriter(folder, rank), rounds, cpu)
+        if found is not None:
+            # Of the moments themselves: fresh ones would count from 0.
+            steps = int(found.trainer["moments"]["step"])
+            replicas.setdefault(rank // tp_size, []).append((found.cursor["committed"], steps))
+    assert all(len(ranks) == tp_size and len(set(ranks)) == 1 for ranks in replicas.values()), replicas
+    return sum(ranks[0][0] for ranks in replicas.values()), sum(ranks[0][1] for ranks in replicas.values())

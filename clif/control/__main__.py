@@ -15,8 +15,9 @@ from pathlib import Path
 
 import zmq
 
+from clif.addresses import refuse_link_local
 from clif.config import Config
-from clif.control.ending import Ending
+from clif.control.ending import DRAINED, Ending
 from clif.control.journal import Journal
 from clif.control.ledger import Ledger
 from clif.control.phases import ControlError
@@ -27,7 +28,6 @@ from clif.control.server import ControlServer
 from clif.control.status import Status, StatusHandler
 from clif.data.instruct import read_rows
 from clif.data.load import make_load
-from clif.launchers import restarts_left
 from clif.metrics.sources import earlier_rows
 from clif.store import AdapterStore, write_atomic
 from clif.text import ChatTokenizer
@@ -37,8 +37,6 @@ from clif.wire.channels import ControlChannel
 ADDRESS_FILE = "control.address"
 SECRET = "CLIF_SECRET"
 """Environment variable with what a leader must say in its Hello; arguments could be read by other users."""
-DRAINED = 128 + signal.SIGTERM
-"""Exit code after a signal: every request has its end, but the run is not through."""
 
 
 class Outside:
@@ -66,6 +64,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--replicas", type=int, required=True, help="number of replicas that will report")
     parser.add_argument("--parent", type=int, help="process id of rank 0 (default: the parent process)")
     parser.add_argument("--restarted", action="store_true", help="the launcher has started all ranks anew")
+    parser.add_argument("--restarts-left", type=int, default=0, help="how often the launcher will still do so")
     parser.add_argument("--host", help="address to bind (default: dist.control_host, else loopback)")
     return parser.parse_args(arguments)
 
@@ -96,7 +95,7 @@ def run(arguments: argparse.Namespace, status: Status, config: Config, outside: 
             records=records,
             status=status,
             ledger=Ledger(journal, recovery),
-            ending=Ending(outside.parent_died, outside.signalled, restarts_left(os.environ)),
+            ending=Ending(outside.parent_died, outside.signalled, arguments.restarts_left),
         )
         # The address comes last: a leader that finds it is heard at once.
         write_atomic(run_dir / ADDRESS_FILE, channel.address.encode())
@@ -120,6 +119,7 @@ def read_recorded(run_dir: Path) -> Recorded:
 
 
 def open_channel(host: str) -> ControlChannel:
+    refuse_link_local("dist.control_host", host)
     try:
         return ControlChannel(host)
     except zmq.ZMQError as error:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 
 from clif.control.phases import ControlError, Phase
 from clif.control.recovery import hands_over
 from clif.wire.messages import Signalled
+
+DRAINED = 128 + signal.SIGTERM
+"""Exit code after a signal: every request has its end, but the run is not through."""
 
 
 class Ending:
@@ -47,7 +51,7 @@ class Ending:
     def lose(self, phase: Phase, replica: int, reason: str, gone: bool) -> None:
         """Raises ControlError when the loss of a replica is to be healed by a restart of all ranks.
 
-        gone: its process is no more. In a drain only that tells of a restart to come: a replica that hangs or fails
+        gone: a process of it is no more. In a drain only that tells of a restart to come: a replica that hangs or fails
         then is one more reason to end.
         """
         if self.restarts_left and phase is not Phase.STOPPING and (gone or phase is not Phase.DRAIN):

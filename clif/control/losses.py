@@ -55,7 +55,7 @@ class Losses:
             self._expect(now, message.replica)
         else:
             self._due.pop(message.replica, None)
-        self.lose(now, message.replica, message.error)
+        self.lose(now, message.replica, message.error, message.gone)
 
     def left(self, now: float, replica: int) -> None:
         """It said goodbye before it was told to stop."""

@@ -14,7 +14,7 @@ import msgspec
 
 from clif.config import Config
 from clif.control.dispatcher import Dispatcher, Hooks, RequestRecord
-from clif.control.ending import Ending
+from clif.control.ending import DRAINED, Ending
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
 from clif.control.launcher import wants_rounds
@@ -313,7 +313,7 @@ class ControlServer:
             log.warning("%d requests cancelled, %d never submitted: %s", cancelled, len(self._load), reason)
         self.federation.abandon(now, reason)
         for replica in self._reachable:
-            self._send(replica, wire.Stop())
+            self._send(replica, wire.Stop(code=DRAINED if self.drained else 0))
 
     def _close_out(self, reason: str) -> None:
         """Promise 1, whatever dies: end every request or leave it to the next start, and let the replicas go."""
@@ -325,7 +325,7 @@ class ControlServer:
                 log.warning("%d requests are left to the restart: %s", self.dispatcher.outstanding, reason)
             self.federation.finish(now, reason)
             for replica in self._reachable:
-                self._channel.send(replica, wire.Stop())
+                self._channel.send(replica, wire.Stop(code=1))
         finally:
             self._records.close()
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from clif.collectives import PeersLost
 from clif.replica.replica import Replica
 from clif.topology import Topology
 from clif.wire.channels import decode_down
@@ -64,7 +65,7 @@ class Lives:
             why = f"{type(error).__name__}: {error}"
             # Before anything that takes time: others wait for this rank, and requests for another replica.
             self._topology.peers.leave(why)
-            if not self._curable():
+            if not self._curable(error):
                 raise
         self._tell(Trouble(replica=self.replica.id, error=why, returning=True))
         # Not in the except clause: the error holds the frames, and these the memory, of what failed.
@@ -75,17 +76,18 @@ class Lives:
         if self._replica is not None:
             self._replica.close()
 
-    def _curable(self) -> bool:
-        """Whether this failure may be answered by another life."""
+    def _curable(self, error: Exception) -> bool:
+        """Whether this failure may be answered by another life: there may be no more of them, or nobody to share it."""
         self._rebuilt_s = [at for at in self._rebuilt_s if time.monotonic() - at < WINDOW_S]
-        return len(self._rebuilt_s) < self._rebuilds and self._topology.can_meet_again
+        allowed = len(self._rebuilt_s) < self._rebuilds
+        return allowed and self._topology.can_meet_again and not isinstance(error, PeersLost)
 
     def _begin_anew(self) -> None:
         started, former = time.monotonic(), self.replica
         self._rebuilt_s.append(started)
         self.life += 1
         former.abandon()
-        replica, ticks, stopping = former.id, former.ticks, former.stopping
+        replica, ticks = former.id, former.ticks
         del former
         self._replica = None
         gc.collect()
@@ -93,7 +95,6 @@ class Lives:
             torch.cuda.empty_cache()
         self._topology.meet_again(self.life)
         self._replica = self._build(self.life, ticks)
-        self.replica.stopping = stopping
         self._welcome = False
         log.warning("replica %d begins life %d after %.1f s", replica, self.life, time.monotonic() - started)
         self._on_birth(self.replica, self.life)

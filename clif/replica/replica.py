@@ -47,6 +47,7 @@ class Replica:
         self.config, self.id, self.engine, self.member = config, replica, engine, member
         self.records, self.tell, self.close, self.ticks = records, tell, close, ticks
         self.stopping = False
+        self.exit_code = 0
         self._reported, self._busy_s = time.monotonic(), 0.0
         self._serve_samples: list[tuple[float, float, float]] = []
         self._train_samples: list[tuple[float, float, float]] = []
@@ -203,4 +204,4 @@ class Replica:
         raise CountedLost(order.reason)
 
     def _stop(self, order: m.Stop) -> None:
-        self.stopping = True
+        self.stopping, self.exit_code = True, order.code

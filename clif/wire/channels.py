@@ -13,6 +13,7 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from clif.addresses import in_url
 from clif.wire.messages import Down, Up
 
 DRAIN_MS = 5000
@@ -27,8 +28,9 @@ class ControlChannel:
         self._socket.set_hwm(0)
         # An unknown peer is an error for the caller, not a silent drop.
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        port = self._socket.bind_to_random_port(f"tcp://{host}")
-        self.address = f"tcp://{host}:{port}"
+        self._socket.setsockopt(zmq.IPV6, int(":" in host))
+        port = self._socket.bind_to_random_port(f"tcp://{in_url(host)}")
+        self.address = f"tcp://{in_url(host)}:{port}"
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Up)
 
@@ -73,6 +75,7 @@ class LeaderChannel:
         self._socket.setsockopt(zmq.IDENTITY, leader_name(replica))
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECTED)
         self._lost = False
+        self._socket.setsockopt(zmq.IPV6, int("[" in address))
         self._socket.connect(address)
         self._encoder = msgspec.msgpack.Encoder()
 

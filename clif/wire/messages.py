@@ -96,7 +96,12 @@ class Welcome(Message, frozen=True):
 
 
 class Stop(Message, frozen=True):
-    """Finish: close files and leave. Sent when no request is outstanding."""
+    """Finish: close files and leave. Sent when no request is outstanding, or none can be answered any more.
+
+    code: exit code of the ranks; 0 if the run is through.
+    """
+
+    code: int = 0
 
 
 # --- leader to control ---------------------------------------------------------------------------
@@ -187,11 +192,15 @@ class Evaluated(Message, frozen=True):
 
 
 class Trouble(Message, frozen=True):
-    """The replica met an error that it cannot serve through; it leaves, or is rebuilt and says Hello again."""
+    """The replica met an error that it cannot serve through; it leaves, or is rebuilt and says Hello again.
+
+    gone: the error is that a peer is lost.
+    """
 
     replica: int
     error: str
     returning: bool = False
+    gone: bool = False
 
 
 class Signalled(Message, frozen=True):

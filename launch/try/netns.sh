@@ -5,11 +5,13 @@
 #   launch/try/netns.sh --first COMMAND ...      runs it on node01 only, for launchers that start the others
 # COMMAND finds its host's number, 0 or 1, in NODE and an empty folder for both hosts in TRY. Names resolve by
 # /etc/netns/NAME/hosts, where, as on Debian, a host's own name is 127.0.1.1; with LOOPBACK_NAMES=0 its real address.
+# The addresses are 10.77.0.1 and 10.77.0.2; with IPV6=1 fd00::1 and fd00::2 and, but for loopback, no IPv4.
 set -euo pipefail
 
 nodes="0 1"
+if [ "${IPV6:-0}" = 1 ]; then net=fd00:: bits="64 nodad"; else net=10.77.0. bits=24; fi
 if [ "${1:-}" = --first ]; then nodes=0; shift; fi
-[ $# -gt 0 ] || { sed -n '2,7p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,8p' "$0"; exit 2; }
 if ip netns list | grep -qE '^node0[12]\b'; then echo "namespaces node01 or node02 exist already" >&2; exit 2; fi
 
 TRY=$(mktemp -d)
@@ -33,15 +35,17 @@ for i in 1 2; do
     mkdir -p /etc/netns/node0$i
     {
         echo "127.0.0.1 localhost"
+        echo "::1 localhost"
         for other in 1 2; do
-            if [ $other = $i ] && [ "${LOOPBACK_NAMES:-1}" = 1 ]; then address=127.0.1.1; else address=10.77.0.$other; fi
+            if [ $other = $i ] && [ "${LOOPBACK_NAMES:-1}" = 1 ]; then address=127.0.1.1; else address=$net$other; fi
             echo "$address node0$other"
         done
     } > /etc/netns/node0$i/hosts
 done
 ip link add cable1 netns node01 type veth peer name cable2 netns node02
 for i in 1 2; do
-    ip -n node0$i address add 10.77.0.$i/24 dev cable$i
+    # shellcheck disable=SC2086
+    ip -n node0$i address add $net$i/$bits dev cable$i
     ip -n node0$i link set lo up
     ip -n node0$i link set cable$i up
 done

@@ -18,10 +18,10 @@ BOTH = ("engine.max_batch=3", "load.rate_rps=6", "federation.rounds=2", "run.lin
 FAULTY = str(Path(__file__).parents[1] / "faulty_run.py")
 
 
-def went_through(run: Launched, tp_size: int = 1) -> Any:
+def went_through(run: Launched) -> Any:
     """The merged tables of a run that ended by itself, without a restart, with every request answered."""
     assert run.end() == 0, run.say()
-    assert set(assert_nothing_lost_and_nothing_twice(run, tp_size)) <= {"stop", "length"}
+    assert set(assert_nothing_lost_and_nothing_twice(run)) <= {"stop", "length"}
     assert not (run.run_dir / "control.r1.h5").exists(), "nobody was restarted"
     return h5py.File(collect(run.run_dir))
 
@@ -71,7 +71,7 @@ def test_a_replica_that_fails_again_and_again_ends_its_rank_in_the_end(tmp_path)
 def test_one_of_several_ranks_fails_and_all_of_its_replica_begin_anew(tmp_path, fault):
     run = Launched(tmp_path, *BOTH, "layout.tp_size=2", "load.duration_s=6", script=FAULTY, faults=fault, ranks=4)
     replica = int(fault[0]) // 2
-    with went_through(run, tp_size=2) as file:
+    with went_through(run) as file:
         assert (returns(file, replica), returns(file, 1 - replica)) == (1, 0)
     assert run.log.read_text().count("begins life 1 after") == 2
 

@@ -39,6 +39,46 @@ def test_a_rank_killed_in_the_middle_of_a_round_costs_no_request_no_round_and_no
     assert all(row["version"] >= 1 for row in late if row["purpose"] == b"user")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "rank 3"])
+def test_a_rank_of_a_replica_of_two_killed_costs_nothing_either(tmp_path, victim):
+    """About 45 s each on two cores. Rank 0 is a leader, ranks 1 and 3 are the peers of one."""
+    run = Launched(tmp_path, "layout.tp_size=2", "load.duration_s=20", "load.rate_rps=4", ranks=4)
+    run.wait_until("round 2:")
+    time.sleep(0.3)
+    run.wait_for_an_open_request()
+    run.rank(int(victim[-1])).send_signal(signal.SIGKILL)
+    assert run.end() == 0, run.say()
+    assert_answered_to_the_end(run)
+    assert sorted(p.name for p in run.run_dir.glob("rank-*.r1.h5")) == [f"rank-{r:05d}.r1.h5" for r in range(4)]
+    summary = json.loads((run.run_dir / "summary.json").read_text())
+    assert summary["training"]["rounds_completed"] >= 4, "rounds of before the kill count"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["rank 0", "rank 3"])
+def test_a_rank_killed_on_either_of_two_hosts_costs_nothing_either(tmp_path, victim):
+    """About 50 s each on two cores. Two torchruns that meet as those of two hosts would; rank 3 is the second one's."""
+    run = Launched(tmp_path, "load.duration_s=20", "load.rate_rps=4", ranks=2, hosts=2)
+    run.wait_until("round 2:")
+    time.sleep(0.3)
+    run.rank(int(victim[-1])).send_signal(signal.SIGKILL)
+    assert run.end() == 0, run.say()
+    assert_answered_to_the_end(run)
+
+
+@pytest.mark.slow
+def test_when_a_host_has_no_restart_left_its_next_loss_ends_every_request(tmp_path):
+    """About 40 s on two cores. The other host's torchrun counts for itself and may have one left."""
+    run = Launched(tmp_path, "load.duration_s=20", "load.rate_rps=4", ranks=2, hosts=2, restarts=1)
+    for start in (1, 2):
+        run.wait_until("clif: open:", times=start)
+        run.wait_until("train (pressure", times=run.log.read_text().count("train (pressure") + 1)
+        run.rank(3).send_signal(signal.SIGKILL)
+    assert run.end() != 0
+    assert_nothing_lost_and_nothing_twice(run)
+
+
 def test_the_control_process_killed_costs_nothing_either(tmp_path):
     run = Launched(tmp_path)
     run.wait_until("round 2:")

@@ -18,7 +18,7 @@ import tokenizers
 import clif
 from clif.config import Config, config_from_tree
 from clif.control.__main__ import read_recorded
-from clif.control.ending import Ending
+from clif.control.ending import DRAINED, Ending
 from clif.control.journal import Journal
 from clif.control.ledger import Ledger
 from clif.control.phases import ControlError, Phase
@@ -89,6 +89,7 @@ class FakeLeader(threading.Thread):
         self.submitted = 0
         self.tokenizer = make_tokenizer()
         self.end = threading.Event()
+        self.exit_code: int | None = None
 
     def run(self) -> None:
         self.channel = LeaderChannel(self.address, self.replica)
@@ -115,6 +116,10 @@ class FakeLeader(threading.Thread):
             if time.monotonic() - reported > 0.02:
                 reported = time.monotonic()
                 self.channel.send(self.report())
+        if self.exit_code is None:
+            # The server may have gone before its last word was read.
+            for payload in self.channel.receive(1.0):
+                self.obey(decode_down(payload))
         self.channel.close()
 
     def begin_anew(self, error: str) -> None:
@@ -193,6 +198,7 @@ class FakeLeader(threading.Thread):
         elif isinstance(message, wire.Rebuild):
             self.begin_anew(message.reason)
         elif isinstance(message, wire.Stop):
+            self.exit_code = message.code
             self.channel.send(wire.Goodbye(replica=me))
             self.end.set()
 
@@ -260,6 +266,10 @@ class Run:
             {k: row[k].decode() if isinstance(row[k], bytes) else row[k].item() for k in rows.dtype.names}
             for row in rows
         ]
+
+    def exit_codes(self) -> set[int | None]:
+        """What the ranks were told to exit with."""
+        return {leader.exit_code for leader in self.leaders}
 
     def assert_promise_1(self) -> None:
         ends = Counter(row["id"] for row in self.table("requests") if row["purpose"] == "user")
@@ -480,8 +490,10 @@ def test_open_requests_of_a_lost_run_are_ended_or_left_to_the_restart(
     with pytest.raises(ControlError, match="rank 0 died"):
         run.go()
     assert {row["finish"] for row in run.table("requests")} == ends
+    assert run.exit_codes() == {1}, "every host's torchrun must see that the run failed"
     again = Run(config, relaunched=True)
     again.go()
+    assert again.exit_codes() == {0}
     assert again.server.phase is Phase.DONE and not again.server.drained
     with h5py.File(collect(config.run_dir), "r") as file:
         requests, load = file["requests"][:], file["load"][:]
@@ -520,24 +532,55 @@ def test_a_replica_that_hangs_in_a_drain_leaves_nothing_open_though_restarts_are
     run.assert_promise_1()
 
 
-def signal_at_the_first_request(leader: FakeLeader) -> None:
-    obey = leader.obey
+@pytest.mark.parametrize("gone", [False, True])
+def test_in_a_drain_requests_are_left_open_only_for_a_replica_that_lost_a_rank(tmp_path: Path, gone: bool) -> None:
+    """torchrun signals the others when a rank dies, and then starts all anew; after an error alone it does not."""
 
-    def tell(message: wire.Down) -> None:
+    def fail(message: wire.Down) -> None:
         obey(message)
-        if isinstance(message, wire.Submit) and message.request.purpose is Purpose.USER:
-            leader.channel.send(wire.Signalled(replica=leader.replica, signal="SIGTERM"))
+        if isinstance(message, wire.Ping):
+            first.channel.send(wire.Trouble(replica=0, error="no answer from ranks [1]", gone=gone))
+            second.serves_after = None
 
-    leader.obey = tell  # type: ignore[method-assign]
+    sections: dict[str, Any] = {
+        "quality": {"exact_match_rows": 0}, "train": {"enabled": False}, "federation": {"rounds": None},
+    }  # fmt: skip
+    run = Run(
+        make_config(tmp_path, **sections),
+        restarts_left=1,
+        signalled=lambda: "got SIGTERM" if run.server.dispatcher.outstanding > 2 else "",
+    )
+    first, second = run.leaders
+    first.serves_after = second.serves_after = threading.Event()
+    obey, first.obey = first.obey, fail  # type: ignore[method-assign]
+    if gone:
+        with pytest.raises(ControlError, match="replica 0 is lost"):
+            run.go()
+        assert run.server.dispatcher.outstanding
+    else:
+        run.go()
+        run.assert_promise_1()
 
 
 def test_one_signalled_rank_drains_the_run(tmp_path: Path) -> None:
     run = Run(make_config(tmp_path, load={"duration_s": 20.0}))
-    # Whichever gets the first request.
+
+    # Whichever of them gets the first request: where no queue is, one replica may get all of them.
+    def signal_on_request(leader: FakeLeader) -> None:
+        obey = leader.obey
+
+        def tell(message: wire.Down) -> None:
+            obey(message)
+            if isinstance(message, wire.Submit) and message.request.purpose is Purpose.USER:
+                leader.channel.send(wire.Signalled(replica=leader.replica, signal="SIGTERM"))
+
+        leader.obey = tell  # type: ignore[method-assign]
+
     for leader in run.leaders:
-        signal_at_the_first_request(leader)
+        signal_on_request(leader)
     run.go()
     assert run.server.drained in ("replica 0 got SIGTERM", "replica 1 got SIGTERM")
+    assert run.exit_codes() == {DRAINED}
     run.assert_promise_1()
 
 

@@ -8,6 +8,7 @@ import types
 import pytest
 
 from clif import mpi
+from clif.errors import ConfigError
 from clif.launchers import SLURM_PORTS, LaunchError, RankEnv, discover
 from clif.slurm import SlurmError, first_host, tasks_per_node
 
@@ -202,6 +203,18 @@ def test_older_slurm_says_only_what_its_job_has():
 def test_ranks_of_one_host_are_told_from_ranks_of_several():
     assert not discover(DEEPSPEED).one_host, "loopback would be unreachable for the other host"
     assert discover(DEEPSPEED | {"LOCAL_SIZE": "2"}).one_host
+
+
+@pytest.mark.parametrize("written", ["fd00::1", "[fd00::1]"])
+def test_a_master_may_be_an_ipv6_number(written):
+    env = discover(TORCHRUN | {"MASTER_ADDR": written})
+    assert env.master == ("fd00::1", 44119)
+    assert "rank 0 at [fd00::1]:44119" in str(env)
+
+
+def test_a_master_on_one_cable_is_refused():
+    with pytest.raises(ConfigError, match="MASTER_ADDR=fe80::1%eth0"):
+        discover(TORCHRUN | {"MASTER_ADDR": "fe80::1%eth0"})
 
 
 @pytest.mark.parametrize(

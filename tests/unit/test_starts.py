@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from clif.config import ConfigError, config_from_tree
-from clif.starts import agree_on_start, choose_run_dir
+from clif.starts import agree_on_start, choose_run_dir, fewest_restarts
 
 
 def start(store: dist.Store, ranks: int, absent: tuple[int, ...] = (), timeout_s: float = 20.0) -> list[str]:
@@ -38,6 +38,14 @@ def test_a_rank_that_comes_late_is_waited_for():
     late.start()
     assert agree_on_start(store, 0, 2, 20.0)
     late.join()
+
+
+def test_the_host_with_the_fewest_restarts_left_decides():
+    """Each host's torchrun counts for itself and gives up by itself."""
+    store, left = dist.HashStore(), (3, 1, 2)
+    with ThreadPoolExecutor(3) as pool:
+        parts = [pool.submit(fewest_restarts, store, rank, 3, mine) for rank, mine in enumerate(left)]
+    assert parts[0].result() == 1
 
 
 def config(tmp_path, **run):
