@@ -135,7 +135,7 @@ def committed_training(run_dir: Path) -> tuple[int, int]:
         found = find_checkpoint(CheckpointWriter(folder, rank), rounds, cpu)
         if found is not None:
             # Of the moments themselves: fresh ones would count from 0.
-            steps = int(found.trainer["moments"]["step"])
+            steps = int(found.trainer["moments"].get("step", 0))
             replicas.setdefault(rank // tp_size, []).append((found.cursor["committed"], steps))
     assert all(len(ranks) == tp_size and len(set(ranks)) == 1 for ranks in replicas.values()), replicas
     return sum(ranks[0][0] for ranks in replicas.values()), sum(ranks[0][1] for ranks in replicas.values())
