@@ -126,6 +126,17 @@ class Peers:
                 dist.all_reduce(tensor, group=self._group)
         return tensor
 
+    def columns(self, part: torch.Tensor, start: int, total: int) -> torch.Tensor:
+        """Rows [rows, total] of which each peer gives other columns: this one `part` from `start` on. Equal bits on all.
+
+        As a sum with zeros, which changes no number: parts may differ in width, and every backend can do it.
+        """
+        if self.size == 1:
+            return part
+        whole = part.new_zeros(part.shape[0], total)
+        whole[:, start : start + part.shape[1]] = part
+        return self.sum_(whole)
+
     def leaders(self, values: list[int], device: torch.device) -> list[int]:
         """What the leader gives, on every peer; all give lists of one length."""
         if self._roll is None or not values:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -110,36 +113,40 @@ def serve_and_train(topology: Topology, model: str, coserving: str, kernel: str 
     }
 
 
-def communication(topology: Topology, model: str) -> tuple[int, int, int]:
-    """All-reduces of a serving forward, of a training pass's forward and backward; and the model's layers."""
-    part, calls = Part(topology, model), [0]
-    original = Peers.sum_
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """How often this rank calls each collective of Peers that others are made of."""
+    calls: Counter[str] = Counter()
+    originals = {name: getattr(Peers, name) for name in ("sum_", "leaders")}
 
-    def counted(self: Peers, tensor: torch.Tensor) -> torch.Tensor:
-        calls[0] += 1
-        return original(self, tensor)
+    def counting(name: str) -> Any:
+        def called(self: Peers, *arguments: Any) -> Any:
+            calls[name] += 1
+            return originals[name](self, *arguments)
 
-    Peers.sum_ = counted  # type: ignore[method-assign]
+        return called
+
+    for name in originals:
+        setattr(Peers, name, counting(name))
     try:
-        stack_logits(part.runner.stack, torch.arange(3, 30), None)
-        serving, calls[0] = calls[0], 0
-        for piece in list_slices(part.runner.loss_and_gradients(SAMPLES, 1.0)):
-            del piece
-        return serving, calls[0], part.runner.stack.num_layers
+        yield calls
     finally:
-        Peers.sum_ = original  # type: ignore[method-assign]
+        for name, original in originals.items():
+            setattr(Peers, name, original)
 
 
-def list_slices(work: Any) -> list[str]:
-    """Do a job from beginning to end; the kinds of its slices."""
-    kinds, result = [], None
+def list_slices(work: Any, calls: Counter[str]) -> dict[str, dict[str, int]]:
+    """Do a job from beginning to end; what each kind of its slices adds to `calls`."""
+    kinds: dict[str, Counter[str]] = {}
+    result = None
     while True:
         try:
             piece = work.send(result)
         except StopIteration:
-            return kinds
-        kinds.append(piece.kind)
+            return {kind: dict(found) for kind, found in kinds.items()}
+        before = calls.copy()
         result = piece.work(piece.units)
+        kinds.setdefault(piece.kind, Counter()).update(calls - before)
 
 
 def round_trip(topology: Topology, model: str) -> dict[str, Any]:
@@ -152,6 +159,19 @@ def round_trip(topology: Topology, model: str) -> dict[str, Any]:
     held = sum(linear.weight.numel() for linear in part.runner.stack.linears)
     same = torch.equal(before, part.bank.shadow.data)
     return {"weights": weights, "same": same, "held": held, "kv": part.runner.cache.bytes}
+
+
+def assert_equal(found: dict[str, Any], alone: dict[str, Any]) -> None:
+    """What serve_and_train finds on a rank of several is what one rank alone finds."""
+    assert found["answers"] == alone["answers"] and found["versions"] == alone["versions"]
+    assert (found["logits"] - alone["logits"]).abs().max() <= 1e-4 * alone["logits"].abs().max()
+    for what, allowed in (("gradient", 1e-5), ("shadow", 1e-4)):
+        for name, expected in alone[what].items():
+            difference = (found[what][name] - expected).norm()
+            assert difference <= allowed * expected.norm() + 1e-9, f"{what} of {name}"
+    for what in ("loss", "grad_norm"):
+        expected = getattr(alone["step"], what)
+        assert abs(getattr(found["step"], what) - expected) <= 1e-5 * abs(expected), what
 
 
 def agreements(topology: Topology) -> dict[str, Any]:

@@ -38,6 +38,11 @@ def even_span(total: int, rank: int, size: int) -> Span:
     return Span(total // size * rank, total // size * (rank + 1), total)
 
 
+def share(total: int, rank: int, size: int) -> Span:
+    """A share of rows that `size` need not divide: some have one more than others. Vocabularies are of any size."""
+    return Span(total * rank // size, total * (rank + 1) // size, total)
+
+
 def kv_span(kv_heads: int, head_dim: int, rank: int, size: int) -> Span:
     """An equal share of KV heads, or the one head that this rank's query heads read, which others hold as well."""
     if kv_heads >= size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from clif.models.head import Head
 from clif.types import Request, Sampling
 
 
@@ -13,6 +14,22 @@ def make_rng(request: Request, device: torch.device) -> torch.Generator | None:
         return None
     seed = request.sampling.seed if request.sampling.seed is not None else request.id
     return torch.Generator(device=device).manual_seed(seed)
+
+
+def choose(
+    head: Head, logits: torch.Tensor, params: list[Sampling], rngs: list[torch.Generator | None]
+) -> list[int]:
+    """One token id per sequence, the same on all peers. logits: [sequences, this rank's columns]. Collective.
+
+    While all are greedy, only each rank's best cross the wire. Else all peers get whole rows, so that rows which
+    nobody can draw from (NaN) are an error on all of them, and the leader's draws count.
+    """
+    if not params:
+        return []
+    if all(rng is None for rng in rngs):
+        tokens: list[int] = head.best(logits).tolist()
+        return tokens
+    return head.peers.leaders(sample(head.whole(logits), params, rngs), logits.device)
 
 
 def sample(logits: torch.Tensor, params: list[Sampling], rngs: list[torch.Generator | None]) -> list[int]:
