@@ -17,6 +17,7 @@ from clif.adapters.slots import SlotTable
 from clif.collectives import Peers, WeightedMean
 from clif.config import Config, config_from_tree
 from clif.models.loading import load_model
+from clif.models.shard import layer_spans, part_of
 from clif.replica.engine import Engine
 from clif.replica.jobs import Job
 from clif.replica.runner import ModelRunner, build_runner
@@ -28,12 +29,15 @@ from clif.types import TrainSample
 SAMPLES = [TrainSample(id=i, ids=tuple(range(5 + i, 40 + 2 * i)), target_start=12) for i in range(3)]
 
 
-def add_biases(model: torch.nn.Module) -> None:
-    """Biases that are not zero, as long as the model is whole."""
-    rng = torch.Generator().manual_seed(9)
-    for module in model.modules():
+def add_biases(model: Any, peers: Peers | None = None) -> None:
+    """Biases that are not zero; with peers, this rank's parts of them."""
+    peers, rng = peers or Peers(), torch.Generator().manual_seed(9)
+    spans = layer_spans(model.config, peers.rank, peers.size)
+    for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module.bias is not None:
-            module.bias.data.copy_(torch.randn(module.bias.shape, generator=rng) * 0.1)
+            split, span = spans[name.rpartition(".")[2]]
+            whole = torch.randn(span.total if split == "out" else module.out_features, generator=rng) * 0.1
+            module.bias.data.copy_(part_of(whole, split, span) if split == "out" else whole)
 
 
 class Part:
@@ -48,8 +52,8 @@ class Part:
         }
         self.config: Config = config_from_tree(tree)
         self.peers, loaded = topology.peers, load_model(self.config.model, topology.device, 3, topology.peers)
-        if loaded.whole and model.startswith("random:"):
-            add_biases(loaded.model)
+        if model.startswith("random:"):
+            add_biases(loaded.model, topology.peers)
         self.runner: ModelRunner
         self.bank: AdapterBank
         self.runner, self.bank = build_runner(self.config, loaded, self.peers)
@@ -195,7 +199,7 @@ def sliced_loading(topology: Topology, model: str) -> dict[str, Any]:
 
     def counted(*arguments: Any) -> torch.Tensor:
         tensor = original(*arguments)
-        read[0] += tensor.numel() if "_proj" in arguments[1] else 0
+        read[0] += tensor.numel() if "_proj" in arguments[1] or "lm_head" in arguments[1] else 0
         return tensor
 
     sliced._read = counted

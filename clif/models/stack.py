@@ -26,14 +26,7 @@ class CausalStack:
 
     def __init__(self, model: transformers.PreTrainedModel, peers: Peers | None = None) -> None:
         self.peers = peers = peers or Peers()
-        inner: Any = getattr(model, "model", None)
-        missing = [n for n in ("embed_tokens", "layers", "norm", "rotary_emb") if not hasattr(inner, n)]
-        if missing:
-            raise ConfigError(
-                f"{type(model).__name__} is not a Llama-style model ({', '.join(missing)} not found): choose another"
-            )
-        if _window(model.config):
-            raise ConfigError(f"{type(model).__name__} uses sliding-window attention, which is not supported")
+        inner = check_model(model)
         self.model, self._inner = model, inner
         config = model.config
         self.num_layers = len(inner.layers)
@@ -90,6 +83,19 @@ class CausalStack:
         self.head.pack()
         for linear in self.linears:
             linear.pack()
+
+
+def check_model(model: transformers.PreTrainedModel) -> Any:
+    """The part of a model that has embedding, layers and norm. Raises ConfigError for a model of another make."""
+    inner = getattr(model, "model", None)
+    missing = [n for n in ("embed_tokens", "layers", "norm", "rotary_emb") if not hasattr(inner, n)]
+    if missing:
+        raise ConfigError(
+            f"{type(model).__name__} is not a Llama-style model ({', '.join(missing)} not found): choose another"
+        )
+    if _window(model.config):
+        raise ConfigError(f"{type(model).__name__} uses sliding-window attention, which is not supported")
+    return inner
 
 
 def check_stack(stack: CausalStack, plan: AttentionPlan, ids: torch.Tensor, expected: torch.Tensor) -> None:
