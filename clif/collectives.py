@@ -127,7 +127,7 @@ class Peers:
         return tensor
 
     def columns(self, part: torch.Tensor, start: int, total: int) -> torch.Tensor:
-        """Rows [rows, total] of which each peer gives other columns: this one `part` from `start` on. Equal bits on all.
+        """Rows [rows, total] of which each peer gives other columns, this one `part` from `start` on; equal on all.
 
         As a sum with zeros, which changes no number: parts may differ in width, and every backend can do it.
         """

@@ -23,7 +23,6 @@ GREEDY = Sampling()
 DRAWN = [Sampling(temperature=0.8, seed=5), Sampling(temperature=1.3, top_k=40), Sampling(temperature=1.0, top_p=0.7)]
 
 
-
 def exact_head(topology: Topology, tied: bool = False, broken: int | None = None) -> Head:
     """Of small whole numbers, so that nothing is rounded. Every row is there three times, far apart, so that the best
     columns of different ranks are equal. broken: a row of NaN."""
@@ -61,9 +60,7 @@ def choices(topology: Topology) -> dict[str, Any]:
         found[f"nobody, tied {tied}"] = choose(head, logits[:0], [], [])
     for broken in (0, VOCABULARY // 2, VOCABULARY - 1):
         head = exact_head(topology, broken=broken)
-        found[f"NaN column {broken}"] = choose(
-            head, head(exact_rows(topology, broken=False)), [GREEDY] * 6, [None] * 6
-        )
+        found[f"NaN column {broken}"] = choose(head, head(exact_rows(topology, broken=False)), [GREEDY] * 6, [None] * 6)
     return found
 
 

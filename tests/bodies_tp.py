@@ -6,10 +6,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from helpers import answer, random_state, request, stack_logits
+from huggingface_hub import constants
 
 from clif.adapters.bank import AdapterBank
 from clif.adapters.peft_io import read_weights, write_weights
@@ -207,6 +209,23 @@ def sliced_loading(topology: Topology, model: str) -> dict[str, Any]:
         return {"read": read, **serve_and_train(topology, model, "turns")}
     finally:
         sliced._read = original
+
+
+def hub_cache(home: Path, name: str) -> Path:
+    """The folder of a model's snapshot under HF_HOME, laid out as the hub does."""
+    place, commit = home / "hub" / f"models--{name.replace('/', '--')}", "0" * 40
+    (place / "refs").mkdir(parents=True, exist_ok=True)
+    (place / "refs" / "main").write_text(commit)
+    folder = place / "snapshots" / commit
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def hub_loading(topology: Topology, home: str, name: str) -> dict[str, Any]:
+    """As sliced_loading, of a name in the hub's cache under `home`."""
+    # This process has read the environment already.
+    constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = str(Path(home) / "hub"), True
+    return sliced_loading(topology, name)
 
 
 def a_peer_that_hangs(topology: Topology) -> str:

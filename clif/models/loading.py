@@ -30,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class LoadedModel:
     """A frozen causal language model in eval mode, on its device, and what belongs to it.
 
-    whole False: its linear layers have this rank's parts only, so that it cannot run by itself.
+    whole False: its linear layers and head have this rank's parts only, so that it cannot run by itself.
     """
 
     model: transformers.PreTrainedModel
@@ -104,10 +104,8 @@ def _dense_gguf(path: str) -> dict[str, Any]:
     return {}
 
 
-def _random(
-    path: str, dtype: torch.dtype, seed: int, device: torch.device, peers: Peers
-) -> tuple[Any, ChatTokenizer]:
-    """Random weights of a given shape, for benchmarks; the same on every rank for the same seed, with peers in parts."""
+def _random(path: str, dtype: torch.dtype, seed: int, device: torch.device, peers: Peers) -> tuple[Any, ChatTokenizer]:
+    """Random weights of a given shape, for benchmarks; one seed gives one model, however many ranks share it."""
     place = Path(path)
     file = place / "config.json" if place.is_dir() else place
     if not file.is_file():

@@ -2,7 +2,7 @@
 
 Layers that read the hidden state are cut by outputs: query, key and value by heads, gate and up by columns. Layers that
 write to it are cut by inputs, and their partial results are summed: one all-reduce per attention and one per MLP.
-Where there are fewer KV heads than ranks, several ranks hold the same one.
+Where there are fewer KV heads than ranks, several ranks hold the same one. The output head is cut by rows, not evenly.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def can_slice(path: str) -> bool:
 
 
 def load_sliced(path: str, dtype: torch.dtype, device: torch.device, peers: Peers) -> Any:
-    """A model in which linear layers have this rank's weights only. It cannot run by itself.
+    """A model in which linear layers and head have this rank's weights only. It cannot run by itself.
 
     Raises ConfigError when a tensor is missing or has another shape, when weights are quantised, or for a model that
     we would compute wrongly; LayoutError when the peers cannot share it.

@@ -20,8 +20,9 @@ from clif.models.shard import layer_spans
 class CausalStack:
     """The parts of a Llama-style model. Batches are packed: hidden states are [rows, hidden size].
 
-    num_heads, num_kv_heads: of this rank, which holds a part of every linear layer and of the head if it has peers; the
-    embedding is whole on each. Raises ConfigError for a model of another make, LayoutError for one that peers cannot share.
+    num_heads, num_kv_heads: of this rank, which with peers holds a part of every linear layer and of the head; the
+    embedding is whole on each. Raises ConfigError for a model of another make, LayoutError for one that peers cannot
+    share.
     """
 
     def __init__(self, model: transformers.PreTrainedModel, peers: Peers | None = None) -> None:

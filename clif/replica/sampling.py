@@ -16,9 +16,7 @@ def make_rng(request: Request, device: torch.device) -> torch.Generator | None:
     return torch.Generator(device=device).manual_seed(seed)
 
 
-def choose(
-    head: Head, logits: torch.Tensor, params: list[Sampling], rngs: list[torch.Generator | None]
-) -> list[int]:
+def choose(head: Head, logits: torch.Tensor, params: list[Sampling], rngs: list[torch.Generator | None]) -> list[int]:
     """One token id per sequence, the same on all peers. logits: [sequences, this rank's columns]. Collective.
 
     While all are greedy, only each rank's best cross the wire. Else all peers get whole rows, so that rows which

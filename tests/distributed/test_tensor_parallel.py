@@ -78,6 +78,15 @@ def test_a_rank_reads_only_its_own_slices_and_computes_the_same(folder, alone, s
         assert found["read"][0] <= whole / size * (1.02 if size == 2 else 1.2)
 
 
+def test_a_model_named_by_the_hub_is_read_in_parts_as_well(folder, alone, tmp_path):
+    for file in folder.iterdir():
+        (bodies_tp.hub_cache(tmp_path, "org/tiny") / file.name).write_bytes(file.read_bytes())
+    whole = sum(p.numel() for p in load_file_names(folder))
+    for found in run_ranks(2, bodies_tp.hub_loading, str(tmp_path), "org/tiny", layout={"tp_size": 2}):
+        assert_equal(found, alone)
+        assert found["read"][0] <= whole / 2 * 1.02
+
+
 def load_file_names(folder: Path) -> list[torch.Tensor]:
     tensors = {name: t for file in folder.glob("*.safetensors") for name, t in load(file.read_bytes()).items()}
     return [tensor for name, tensor in tensors.items() if "_proj" in name]
