@@ -166,6 +166,17 @@ class Peers:
             self._wait(self._group.allreduce([tensor]))
         return tensor
 
+    def columns(self, part: torch.Tensor, start: int, total: int) -> torch.Tensor:
+        """Rows [rows, total] of which each peer gives other columns, this one `part` from `start` on; equal on all.
+
+        As a sum with zeros, which changes no number: parts may differ in width, and every backend can do it.
+        """
+        if self.size == 1:
+            return part
+        whole = part.new_zeros(part.shape[0], total)
+        whole[:, start : start + part.shape[1]] = part
+        return self.sum_(whole)
+
     def leaders(self, values: list[int], device: torch.device) -> list[int]:
         """What the leader gives, on every peer; all give lists of one length."""
         if self._group is None or not values:

@@ -123,11 +123,15 @@ def dtype_of(config: Config, device: Device) -> str:
 
 
 def estimate(config: Config, shape: Shape, tp_size: int, device: Device) -> Memory:
-    """Bytes of a rank of a replica of tp_size ranks, which share linear layers and KV heads and hold the rest whole."""
+    """Bytes of a rank of a replica of tp_size ranks.
+
+    They share linear layers, KV heads and the head, which is a view of the embedding where it is tied to it.
+    """
     dtype = dtype_of(config, device)
     linears = shape.layers * sum(sum(_rows(g, tp_size)) * _width(g, tp_size) for g in shape.groups)
-    head = shape.vocab * shape.hidden
-    rest = head * (1 if shape.tied else 2) + (2 * shape.layers + 1) * shape.hidden
+    # The largest share.
+    head = -(-shape.vocab // tp_size) * shape.hidden
+    rest = shape.vocab * shape.hidden + (0 if shape.tied else head) + (2 * shape.layers + 1) * shape.hidden
     packed = config.engine.pack_weights and device == "cpu" and dtype == "bfloat16"
     slot, shadow = _adapters(config.adapter, shape, tp_size)
     trains = config.train.enabled

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from helpers import answer, random_state, request, stack_logits
+from huggingface_hub import constants
 
 from clif.adapters.bank import AdapterBank
 from clif.adapters.peft_io import read_weights, write_weights
@@ -14,6 +19,7 @@ from clif.adapters.slots import SlotTable
 from clif.collectives import Peers, PeersLost, WeightedMean
 from clif.config import Config, config_from_tree
 from clif.models.loading import load_model
+from clif.models.shard import layer_spans, part_of
 from clif.replica.base import build_runner
 from clif.replica.engine import Engine
 from clif.replica.jobs import Job
@@ -26,12 +32,15 @@ from clif.types import TrainSample
 SAMPLES = [TrainSample(id=i, ids=tuple(range(5 + i, 40 + 2 * i)), target_start=12) for i in range(3)]
 
 
-def add_biases(model: torch.nn.Module) -> None:
-    """Biases that are not zero, as long as the model is whole."""
-    rng = torch.Generator().manual_seed(9)
-    for module in model.modules():
+def add_biases(model: Any, peers: Peers | None = None) -> None:
+    """Biases that are not zero; with peers, this rank's parts of them."""
+    peers, rng = peers or Peers(), torch.Generator().manual_seed(9)
+    spans = layer_spans(model.config, peers.rank, peers.size)
+    for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module.bias is not None:
-            module.bias.data.copy_(torch.randn(module.bias.shape, generator=rng) * 0.1)
+            split, span = spans[name.rpartition(".")[2]]
+            whole = torch.randn(span.total if split == "out" else module.out_features, generator=rng) * 0.1
+            module.bias.data.copy_(part_of(whole, split, span) if split == "out" else whole)
 
 
 class Part:
@@ -46,8 +55,8 @@ class Part:
         }
         self.config: Config = config_from_tree(tree)
         self.peers, loaded = topology.peers, load_model(self.config.model, topology.device, 3, topology.peers)
-        if loaded.whole and model.startswith("random:"):
-            add_biases(loaded.model)
+        if model.startswith("random:"):
+            add_biases(loaded.model, topology.peers)
         self.runner: ModelRunner
         self.bank: AdapterBank
         self.runner, self.bank = build_runner(self.config, loaded, self.peers)
@@ -111,36 +120,40 @@ def serve_and_train(topology: Topology, model: str, coserving: str, kernel: str 
     }
 
 
-def communication(topology: Topology, model: str) -> tuple[int, int, int]:
-    """All-reduces of a serving forward, of a training pass's forward and backward; and the model's layers."""
-    part, calls = Part(topology, model), [0]
-    original = Peers.sum_
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """How often this rank calls each collective of Peers that others are made of."""
+    calls: Counter[str] = Counter()
+    originals = {name: getattr(Peers, name) for name in ("sum_", "leaders")}
 
-    def counted(self: Peers, tensor: torch.Tensor) -> torch.Tensor:
-        calls[0] += 1
-        return original(self, tensor)
+    def counting(name: str) -> Any:
+        def called(self: Peers, *arguments: Any) -> Any:
+            calls[name] += 1
+            return originals[name](self, *arguments)
 
-    Peers.sum_ = counted  # type: ignore[method-assign]
+        return called
+
+    for name in originals:
+        setattr(Peers, name, counting(name))
     try:
-        stack_logits(part.runner.stack, torch.arange(3, 30), None)
-        serving, calls[0] = calls[0], 0
-        for piece in list_slices(part.runner.loss_and_gradients(SAMPLES, 1.0)):
-            del piece
-        return serving, calls[0], part.runner.stack.num_layers
+        yield calls
     finally:
-        Peers.sum_ = original  # type: ignore[method-assign]
+        for name, original in originals.items():
+            setattr(Peers, name, original)
 
 
-def list_slices(work: Any) -> list[str]:
-    """Do a job from beginning to end; the kinds of its slices."""
-    kinds, result = [], None
+def list_slices(work: Any, calls: Counter[str]) -> dict[str, dict[str, int]]:
+    """Do a job from beginning to end; what each kind of its slices adds to `calls`."""
+    kinds: dict[str, Counter[str]] = {}
+    result = None
     while True:
         try:
             piece = work.send(result)
         except StopIteration:
-            return kinds
-        kinds.append(piece.kind)
+            return {kind: dict(found) for kind, found in kinds.items()}
+        before = calls.copy()
         result = piece.work(piece.units)
+        kinds.setdefault(piece.kind, Counter()).update(calls - before)
 
 
 def round_trip(topology: Topology, model: str) -> dict[str, Any]:
@@ -153,6 +166,19 @@ def round_trip(topology: Topology, model: str) -> dict[str, Any]:
     held = sum(linear.weight.numel() for linear in part.runner.stack.linears)
     same = torch.equal(before, part.bank.shadow.data)
     return {"weights": weights, "same": same, "held": held, "kv": part.runner.cache.bytes}
+
+
+def assert_equal(found: dict[str, Any], alone: dict[str, Any]) -> None:
+    """What serve_and_train finds on a rank of several is what one rank alone finds."""
+    assert found["answers"] == alone["answers"] and found["versions"] == alone["versions"]
+    assert (found["logits"] - alone["logits"]).abs().max() <= 1e-4 * alone["logits"].abs().max()
+    for what, allowed in (("gradient", 1e-5), ("shadow", 1e-4)):
+        for name, expected in alone[what].items():
+            difference = (found[what][name] - expected).norm()
+            assert difference <= allowed * expected.norm() + 1e-9, f"{what} of {name}"
+    for what in ("loss", "grad_norm"):
+        expected = getattr(alone["step"], what)
+        assert abs(getattr(found["step"], what) - expected) <= 1e-5 * abs(expected), what
 
 
 def agreements(topology: Topology) -> dict[str, Any]:
@@ -176,7 +202,7 @@ def sliced_loading(topology: Topology, model: str) -> dict[str, Any]:
 
     def counted(*arguments: Any) -> torch.Tensor:
         tensor = original(*arguments)
-        read[0] += tensor.numel() if "_proj" in arguments[1] else 0
+        read[0] += tensor.numel() if "_proj" in arguments[1] or "lm_head" in arguments[1] else 0
         return tensor
 
     sliced._read = counted
@@ -184,6 +210,23 @@ def sliced_loading(topology: Topology, model: str) -> dict[str, Any]:
         return {"read": read, **serve_and_train(topology, model, "turns")}
     finally:
         sliced._read = original
+
+
+def hub_cache(home: Path, name: str) -> Path:
+    """The folder of a model's snapshot under HF_HOME, laid out as the hub does."""
+    place, commit = home / "hub" / f"models--{name.replace('/', '--')}", "0" * 40
+    (place / "refs").mkdir(parents=True, exist_ok=True)
+    (place / "refs" / "main").write_text(commit)
+    folder = place / "snapshots" / commit
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def hub_loading(topology: Topology, home: str, name: str) -> dict[str, Any]:
+    """As sliced_loading, of a name in the hub's cache under `home`."""
+    # This process has read the environment already.
+    constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = str(Path(home) / "hub"), True
+    return sliced_loading(topology, name)
 
 
 def a_peer_that_hangs(topology: Topology) -> str:

@@ -14,7 +14,10 @@ import transformers
 
 from clif.collectives import Peers
 from clif.config import ConfigError, ModelConfig
+from clif.errors import InputError
 from clif.models.bytes_tokenizer import byte_tokenizer
+from clif.models.drawn import draw_model
+from clif.models.hub import is_hub_name, snapshot
 from clif.models.sliced import can_slice, load_sliced
 from clif.text import ChatTokenizer, from_transformers
 
@@ -27,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class LoadedModel:
     """A frozen causal language model in eval mode, on its device, and what belongs to it.
 
-    whole False: its linear layers have this rank's parts only, so that it cannot run by itself.
+    whole False: its linear layers and head have this rank's parts only, so that it cannot run by itself.
     """
 
     model: transformers.PreTrainedModel
@@ -39,24 +42,27 @@ class LoadedModel:
 
 
 def load_model(config: ModelConfig, device: torch.device, seed: int = 0, peers: Peers | None = None) -> LoadedModel:
-    """Load what config.path names; of a folder with safetensors only what this rank needs, if it has peers.
+    """Load what config.path names; with peers only what this rank needs of it, if it is random or has safetensors.
 
     Raises ConfigError when it cannot be had or does not fit the context wanted, LayoutError when the peers cannot
     share it.
     """
     dtype, reason = choose_dtype(config.dtype, device)
-    sliced = peers is not None and peers.size > 1 and can_slice(config.path)
-    if sliced and peers is not None:
-        model, tokenizer = _sliced(config.path, dtype, device, peers)
-    elif config.path.startswith(RANDOM):
-        model, tokenizer = _random(config.path.removeprefix(RANDOM), dtype, seed, device)
+    peers = peers or Peers()
+    shared = peers.size > 1
+    # A hub name is a folder, too, once it is here.
+    folder = snapshot(config.path) if shared and is_hub_name(config.path) else config.path
+    if config.path.startswith(RANDOM):
+        model, tokenizer = _random(config.path.removeprefix(RANDOM), dtype, seed, device, peers)
+    elif shared and can_slice(folder):
+        model, tokenizer = _sliced(folder, dtype, device, peers)
     else:
-        model, tokenizer = _pretrained(config.path, dtype)
+        model, tokenizer, shared = *_pretrained(config.path, dtype), False
     model.eval().requires_grad_(False).to(device)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and config.max_context > limit:
         raise ConfigError(f"model.max_context {config.max_context} exceeds the model's own {limit}: lower it")
-    return LoadedModel(model, tokenizer, device, dtype, reason, whole=not sliced)
+    return LoadedModel(model, tokenizer, device, dtype, reason, whole=not shared)
 
 
 def _pretrained(path: str, dtype: torch.dtype) -> tuple[Any, ChatTokenizer]:
@@ -81,9 +87,14 @@ def _pretrained(path: str, dtype: torch.dtype) -> tuple[Any, ChatTokenizer]:
     return model, from_transformers(tokenizer, _eos_ids(model))
 
 
-def _sliced(path: str, dtype: torch.dtype, device: torch.device, peers: Peers) -> tuple[Any, ChatTokenizer]:
-    model = load_sliced(path, dtype, device, peers)
-    return model, from_transformers(transformers.AutoTokenizer.from_pretrained(path), _eos_ids(model))
+def _sliced(folder: str, dtype: torch.dtype, device: torch.device, peers: Peers) -> tuple[Any, ChatTokenizer]:
+    try:
+        model = load_sliced(folder, dtype, device, peers)
+        return model, from_transformers(transformers.AutoTokenizer.from_pretrained(folder), _eos_ids(model))
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def _dense_gguf(path: str) -> dict[str, Any]:
@@ -93,8 +104,8 @@ def _dense_gguf(path: str) -> dict[str, Any]:
     return {}
 
 
-def _random(path: str, dtype: torch.dtype, seed: int, device: torch.device) -> tuple[Any, ChatTokenizer]:
-    """Random weights of a given shape, for benchmarks; the same on every rank for the same seed."""
+def _random(path: str, dtype: torch.dtype, seed: int, device: torch.device, peers: Peers) -> tuple[Any, ChatTokenizer]:
+    """Random weights of a given shape, for benchmarks; one seed gives one model, however many ranks share it."""
     place = Path(path)
     file = place / "config.json" if place.is_dir() else place
     if not file.is_file():
@@ -103,10 +114,7 @@ def _random(path: str, dtype: torch.dtype, seed: int, device: torch.device) -> t
         shape = transformers.AutoConfig.for_model(**json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{file} is not a transformers configuration: {str(error).splitlines()[0]}") from error
-    torch.manual_seed(seed)
-    # Drawn where it will live: billions of weights take minutes on a CPU.
-    with device:
-        model = transformers.AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="sdpa")
+    model = draw_model(shape, dtype, device, seed, peers)
     if (file.parent / "tokenizer.json").is_file():
         return model, from_transformers(transformers.AutoTokenizer.from_pretrained(str(file.parent)), _eos_ids(model))
     return model, byte_tokenizer(shape.vocab_size)

@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import torch
 
-from clif.models.stack import CausalStack
+from clif.models.head import Head
 
 
 def head_loss(
-    stack: CausalStack, normed: torch.Tensor, targets: torch.Tensor, divisor: float | None = None
+    head: Head, normed: torch.Tensor, targets: torch.Tensor, divisor: float | None = None
 ) -> tuple[float, torch.Tensor | None]:
     """Summed cross-entropy in nats, and the gradient [rows, hidden] of (that sum / divisor); None without a divisor.
 
     normed: [rows, hidden], what the head reads; targets: [rows]. d loss / d logits = softmax(logits) - one_hot.
+    Collective over the head's peers, of which none sees another's logits: one sum of two numbers per row and rank,
+    and with a divisor one of the gradient.
     """
     with torch.no_grad():
-        logits = stack.logits(normed)
+        logits = head(normed)
         p = torch.softmax(logits, -1, dtype=torch.float32)
         # log sum exp = largest logit - log(largest probability), which cannot underflow.
-        total = logits.amax(-1).float() - p.amax(-1).log() - logits.gather(1, targets[:, None])[:, 0].float()
-        loss = float(total.sum())
+        own_sum = logits.amax(-1).float() - p.amax(-1).log()
+        columns = (targets - head.span.start)[:, None]
+        mine = (columns >= 0) & (columns < head.span.size)
+        columns = columns.clamp(0, head.span.size - 1)
+        log_sum, wanted = _joined(head, own_sum, torch.where(mine, logits.gather(1, columns).float(), 0.0)[:, 0])
+        loss = float((log_sum - wanted).sum())
         if divisor is None:
             return loss, None
-        p[torch.arange(len(targets), device=p.device), targets] -= 1.0
-        return loss, p.mul_(1.0 / divisor).to(normed.dtype) @ stack.head.weight
+        # The softmax of this rank's columns is that of all, but for the share of the whole sum that they have.
+        p.mul_((own_sum - log_sum).exp_().div_(divisor)[:, None])
+        p.scatter_add_(1, columns, mine.float().mul_(-1.0 / divisor))
+        return loss, head.peers.sum_(p.to(normed.dtype) @ head.weight)
+
+
+def _joined(head: Head, log_sum: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The log of the sum of exponentials over all columns, and the target's logit, which is 0 on all ranks but one."""
+    rank, size = head.peers.rank, head.peers.size
+    both = head.peers.columns(torch.stack((log_sum, wanted), 1), 2 * rank, 2 * size).unflatten(1, (size, 2))
+    return both[..., 0].logsumexp(1), both[..., 1].sum(1)

@@ -2,7 +2,7 @@
 
 Layers that read the hidden state are cut by outputs: query, key and value by heads, gate and up by columns. Layers that
 write to it are cut by inputs, and their partial results are summed: one all-reduce per attention and one per MLP.
-Where there are fewer KV heads than ranks, several ranks hold the same one.
+Where there are fewer KV heads than ranks, several ranks hold the same one. The output head is cut by rows, not evenly.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 Split = Literal["out", "in"]
@@ -38,6 +39,11 @@ def even_span(total: int, rank: int, size: int) -> Span:
     return Span(total // size * rank, total // size * (rank + 1), total)
 
 
+def share(total: int, rank: int, size: int) -> Span:
+    """A share of rows that `size` need not divide: some have one more than others. Vocabularies are of any size."""
+    return Span(total * rank // size, total * (rank + 1) // size, total)
+
+
 def kv_span(kv_heads: int, head_dim: int, rank: int, size: int) -> Span:
     """An equal share of KV heads, or the one head that this rank's query heads read, which others hold as well."""
     if kv_heads >= size:
@@ -63,6 +69,11 @@ def layer_spans(config: Any, rank: int, size: int) -> dict[str, tuple[Split, Spa
     }
 
 
+def part_of(whole: torch.Tensor, split: Split, span: Span) -> torch.Tensor:
+    """A view of a whole weight [out, in], or of a bias [out]."""
+    return whole.narrow(0 if split == "out" else 1, span.start, span.size)
+
+
 def cut(linear: nn.Linear, split: Split, span: Span, first: bool) -> None:
     """Leave a linear layer this rank's part of its weight only, if it was loaded whole.
 
@@ -70,11 +81,10 @@ def cut(linear: nn.Linear, split: Split, span: Span, first: bool) -> None:
     """
     weight = linear.weight.data
     if weight.shape[0 if split == "out" else 1] != span.size:
-        part = weight[span.start : span.stop] if split == "out" else weight[:, span.start : span.stop]
-        # A copy, so that the whole is freed.
-        linear.weight.data = part.clone()
-        linear.out_features, linear.in_features = part.shape
+        # Copies, so that the whole is freed.
+        linear.weight.data = part_of(weight, split, span).clone()
+        linear.out_features, linear.in_features = linear.weight.shape
         if linear.bias is not None and split == "out":
-            linear.bias.data = linear.bias.data[span.start : span.stop].clone()
+            linear.bias.data = part_of(linear.bias.data, split, span).clone()
     if linear.bias is not None and split == "in" and not first:
         linear.bias.data.zero_()

@@ -12,28 +12,22 @@ from clif.collectives import Peers
 from clif.config import ConfigError
 from clif.layout import check_shares
 from clif.models.dual_linear import DualLinear, Rows
+from clif.models.head import Head
 from clif.models.layer import AttentionPlan, DecoderLayer, Part, Rope
 from clif.models.shard import layer_spans
-from clif.ops import Linear, frozen_linear
 
 
 class CausalStack:
     """The parts of a Llama-style model. Batches are packed: hidden states are [rows, hidden size].
 
-    num_heads, num_kv_heads: of this rank, which holds a part of every linear layer if it has peers; embedding and head
-    are whole on each. Raises ConfigError for a model of another make, LayoutError for one that peers cannot share.
+    num_heads, num_kv_heads: of this rank, which with peers holds a part of every linear layer and of the head; the
+    embedding is whole on each. Raises ConfigError for a model of another make, LayoutError for one that peers cannot
+    share.
     """
 
     def __init__(self, model: transformers.PreTrainedModel, peers: Peers | None = None) -> None:
         self.peers = peers = peers or Peers()
-        inner: Any = getattr(model, "model", None)
-        missing = [n for n in ("embed_tokens", "layers", "norm", "rotary_emb") if not hasattr(inner, n)]
-        if missing:
-            raise ConfigError(
-                f"{type(model).__name__} is not a Llama-style model ({', '.join(missing)} not found): choose another"
-            )
-        if _window(model.config):
-            raise ConfigError(f"{type(model).__name__} uses sliding-window attention, which is not supported")
+        inner = check_model(model)
         self.model, self._inner = model, inner
         config = model.config
         self.num_layers = len(inner.layers)
@@ -46,8 +40,8 @@ class CausalStack:
         self._layers = [
             DecoderLayer(m, f"model.layers.{i}", i, self.head_dim, spans, peers) for i, m in enumerate(inner.layers)
         ]
-        self.head = model.get_output_embeddings()
-        self._packed_head: Linear | None = None
+        head: Any = model.get_output_embeddings()
+        self.head = Head(head, self.vocab_size, head.weight is inner.embed_tokens.weight, peers)
 
     @property
     def linears(self) -> list[DualLinear]:
@@ -79,14 +73,30 @@ class CausalStack:
         return self._inner.norm(hidden)
 
     def logits(self, normed: torch.Tensor) -> torch.Tensor:
-        """Logits [rows, vocabulary] of chosen rows: the head is a tenth to a quarter of the linear work."""
-        return (self._packed_head or self.head)(normed)
+        """Logits [rows, vocabulary] of chosen rows: the head is a tenth to a quarter of the linear work.
+
+        With peers they are put together from the columns of each; self.head has what needs no whole rows.
+        """
+        return self.head.whole(self.head(normed))
 
     def pack(self) -> None:
         """Lay all weights out for the machine's matrix kernels where that pays."""
-        self._packed_head = frozen_linear(self.head.weight, self.head.bias)
+        self.head.pack()
         for linear in self.linears:
             linear.pack()
+
+
+def check_model(model: transformers.PreTrainedModel) -> Any:
+    """The part of a model that has embedding, layers and norm. Raises ConfigError for a model of another make."""
+    inner = getattr(model, "model", None)
+    missing = [n for n in ("embed_tokens", "layers", "norm", "rotary_emb") if not hasattr(inner, n)]
+    if missing:
+        raise ConfigError(
+            f"{type(model).__name__} is not a Llama-style model ({', '.join(missing)} not found): choose another"
+        )
+    if _window(model.config):
+        raise ConfigError(f"{type(model).__name__} uses sliding-window attention, which is not supported")
+    return inner
 
 
 def check_stack(stack: CausalStack, plan: AttentionPlan, ids: torch.Tensor, expected: torch.Tensor) -> None:

@@ -22,7 +22,7 @@ from clif.replica.jobs import WAIT, Job, Slice
 from clif.replica.passes import Pass
 from clif.replica.price import UNLIMITED, Prices, may_train, slack_s
 from clif.replica.runner import ModelRunner
-from clif.replica.sampling import make_rng, sample
+from clif.replica.sampling import choose, make_rng
 from clif.replica.scheduler import Chunk, Scheduler
 from clif.replica.sidecar import Sidecar
 from clif.types import TokenEvent
@@ -94,7 +94,8 @@ class Engine:
                 drawn, size = len(sequence.answer), self.runner.stack.vocab_size
                 sequence.rng = make_rng(sequence.request, self.runner.device, drawn, size)
         logits = self._run(chunks, rider)
-        tokens = self._agree(sample(logits, [s.request.sampling for s in sampling], [s.rng for s in sampling]))
+        params, rngs = [s.request.sampling for s in sampling], [s.rng for s in sampling]
+        tokens = choose(self.runner.stack.head, logits, params, rngs)
         now = self.clock()
         self._note(chunks, rider, now - start)
         return self.scheduler.settle(chunks, tokens, now)

@@ -142,7 +142,7 @@ class Pass:
         top = self.hidden[rows].requires_grad_(self.learns)
         with torch.set_grad_enabled(self.learns):
             normed = self.stack.norm(top)
-        loss, gradient = head_loss(self.stack, normed.detach(), targets, divisor if self.learns else None)
+        loss, gradient = head_loss(self.stack.head, normed.detach(), targets, divisor if self.learns else None)
         if gradient is not None:
             normed.backward(gradient)
             if self._gradient is None:

@@ -73,7 +73,7 @@ class ModelRunner:
 
     @torch.no_grad()
     def serve(self, chunks: Sequence[Chunk], rider: Pass | None = None) -> torch.Tensor:
-        """Compute one tick's chunks. Returns logits [chunks that sample, vocabulary], in order.
+        """Compute one tick's chunks. Returns this rank's columns of the logits of the chunks that sample, in order.
 
         rider: a forward that goes through its remaining layers in the same products.
         """
@@ -84,7 +84,7 @@ class ModelRunner:
         hidden = self._layers(self.stack.embed(ids), part, rider)
         ends = torch.tensor([c.stop - c.start for c in chunks]).cumsum(0) - 1
         rows = ends[torch.tensor([c.samples for c in chunks])].to(self.device)
-        return self.stack.logits(self.stack.norm(hidden[rows]))
+        return self.stack.head(self.stack.norm(hidden[rows]))
 
     def _layers(self, hidden: torch.Tensor, part: Part, rider: Pass | None) -> torch.Tensor:
         joined = self.stack.num_layers if rider is None else rider.at

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from clif.models.head import Head
 from clif.types import Request, Sampling
 
 
@@ -21,6 +22,20 @@ def make_rng(request: Request, device: torch.device, drawn: int = 0, vocabulary:
         # How many numbers a draw takes depends on the size of the vocabulary alone.
         torch.multinomial(even, 1, generator=rng)  # type: ignore[arg-type]
     return rng
+
+
+def choose(head: Head, logits: torch.Tensor, params: list[Sampling], rngs: list[torch.Generator | None]) -> list[int]:
+    """One token id per sequence, the same on all peers. logits: [sequences, this rank's columns]. Collective.
+
+    While all are greedy, only each rank's best cross the wire. Else all peers get whole rows, so that rows which
+    nobody can draw from (NaN) are an error on all of them, and the leader's draws count.
+    """
+    if not params:
+        return []
+    if all(rng is None for rng in rngs):
+        tokens: list[int] = head.best(logits).tolist()
+        return tokens
+    return head.peers.leaders(sample(head.whole(logits), params, rngs), logits.device)
 
 
 def sample(logits: torch.Tensor, params: list[Sampling], rngs: list[torch.Generator | None]) -> list[int]:

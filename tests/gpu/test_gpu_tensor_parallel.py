@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import bodies_head
 import bodies_lives
 import bodies_tp
 import pytest
@@ -46,6 +47,29 @@ def test_ranks_that_share_one_gpu_compute_what_one_rank_does(model, alone, size,
     )  # fmt: skip
     for found in results:
         assert_equal(found, alone)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_vocabulary_parallel_head_on_one_gpu_samples_the_same_tokens_and_finds_the_same_loss(size):
+    assert_same_head(size, size)
+
+
+@pytest.mark.skipif(GPUS < 2, reason="needs 2 GPUs")
+def test_vocabulary_parallel_head_on_nccl_samples_the_same_tokens_and_finds_the_same_loss():
+    assert_same_head(2, 1)
+
+
+def assert_same_head(size: int, ranks_per_gpu: int) -> None:
+    where = {"layout": {"tp_size": size}, "device": "cuda", "ranks_per_gpu": ranks_per_gpu}
+    (alone,) = run_ranks(1, bodies_head.choices, device="cuda")
+    for found in run_ranks(size, bodies_head.choices, **where):
+        for what, expected in alone.items():
+            same = torch.equal(found[what], expected) if isinstance(expected, torch.Tensor) else found[what] == expected
+            assert same, what
+    (alone,) = run_ranks(1, bodies_head.losses, False, device="cuda")
+    for found in run_ranks(size, bodies_head.losses, False, **where):
+        assert found["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert (found["gradient"] - alone["gradient"]).norm() <= 1e-5 * alone["gradient"].norm()
 
 
 def test_two_replicas_of_two_ranks_share_one_gpu_and_agree_within_each():

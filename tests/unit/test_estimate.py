@@ -76,15 +76,30 @@ def test_llama_8b_has_the_parameters_it_is_named_after():
     assert memory.kv_cache == 128 * 4 * 32 * 2 * 8 * 128
 
 
-def test_ranks_of_a_replica_share_linear_layers_and_cache_but_hold_the_embedding_whole():
+def test_ranks_of_a_replica_share_linear_layers_head_and_cache_but_hold_the_embedding_whole():
     path = f"random:{REPO / 'configs/models/llama-8b.json'}"
     shape = read_shape(path)
     one, four = (estimate(configured(path), shape, n, "cuda") for n in (1, 4))
-    whole = 4 * (2 * shape.vocab + 2 * shape.layers + 1) * shape.hidden
+    whole = 4 * (shape.vocab + 2 * shape.layers + 1) * shape.hidden
     assert 4 * (four.weights - whole) == one.weights - whole
     assert 4 * four.kv_cache == one.kv_cache
     assert one.shadow / 4 < four.shadow < one.shadow, "one factor of each layer is cut, the other is not"
     assert estimate(configured(path), shape, 16, "cuda").kv_cache == one.kv_cache // 8, "8 KV heads cannot be halved"
+
+
+def test_a_shared_head_is_counted_by_its_largest_slice_and_costs_nothing_where_it_is_a_view(tiny_config):
+    config = configured(
+        f"random:{tiny_config}", model={"path": f"random:{tiny_config}", "dtype": "bfloat16", "max_context": 64}
+    )
+    tied = replace(read_shape(config.model.path), vocab=301)
+    one, three = (estimate(config, tied, n, "cpu") for n in (1, 3))
+    rest = 2 * (301 + 2 * tied.layers + 1) * tied.hidden
+    linears = three.weights - rest
+    assert 3 * linears > one.weights - rest > linears, "fewer KV heads than ranks: some are held twice"
+    assert three.packed_weights == linears + 2 * 101 * tied.hidden, "of the embedding only the slice is packed"
+    untied = estimate(config, replace(tied, tied=False), 3, "cpu")
+    assert untied.weights == three.weights + 2 * 101 * tied.hidden
+    assert untied.packed_weights == three.packed_weights
 
 
 def test_a_run_that_only_serves_needs_nothing_for_training(tiny_config):

@@ -1,0 +1,124 @@
+"""What the ranks of one replica do in the tests of the head that they share. Importable by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bodies_tp import SAMPLES, Part, counted, list_slices
+from helpers import request
+
+from clif.models.causal import CausalSequences
+from clif.models.dual_linear import Rows
+from clif.models.head import Head
+from clif.models.loss import head_loss
+from clif.replica.sampling import choose, make_rng
+from clif.topology import Topology
+from clif.types import Sampling
+
+VOCABULARY = 301
+"""No number of ranks divides it."""
+WIDTH = 16
+GREEDY = Sampling()
+DRAWN = [Sampling(temperature=0.8, seed=5), Sampling(temperature=1.3, top_k=40), Sampling(temperature=1.0, top_p=0.7)]
+
+
+def exact_head(topology: Topology, tied: bool = False, broken: int | None = None) -> Head:
+    """Of small whole numbers, so that nothing is rounded. Every row is there three times, far apart, so that the best
+    columns of different ranks are equal. broken: a row of NaN."""
+    rng = torch.Generator().manual_seed(1)
+    rows = torch.randint(-3, 4, (VOCABULARY // 3, WIDTH), generator=rng).float()
+    linear = torch.nn.Linear(WIDTH, VOCABULARY)
+    linear.weight.data = torch.cat((rows, rows, rows, torch.ones(1, WIDTH)))
+    linear.bias.data = torch.zeros(VOCABULARY)
+    if broken is not None:
+        linear.weight.data[broken] = float("nan")
+    return Head(linear.requires_grad_(False).to(topology.device), VOCABULARY, tied, topology.peers)
+
+
+def exact_rows(topology: Topology, broken: bool) -> torch.Tensor:
+    """Six rows; zeros, for which all columns are equal, and if wanted NaN are among them."""
+    rows = torch.randint(-3, 4, (6, WIDTH), generator=torch.Generator().manual_seed(2)).float()
+    rows[4] = 0.0
+    if broken:
+        rows[2] = float("nan")
+    return rows.to(topology.device)
+
+
+def choices(topology: Topology) -> dict[str, Any]:
+    """Tokens of greedy rows, with ties, NaN rows and NaN columns, and of rows that are drawn beside greedy ones."""
+    found: dict[str, Any] = {}
+    params = [GREEDY, DRAWN[0], GREEDY, DRAWN[1], GREEDY, DRAWN[2]]
+    for tied in (False, True):
+        head = exact_head(topology, tied)
+        logits = head(exact_rows(topology, broken=False))
+        rngs = [make_rng(request(i, [1], **vars_of(p)), topology.device) for i, p in enumerate(params)]
+        found[f"greedy, tied {tied}"] = choose(head, logits, [GREEDY] * 6, [None] * 6)
+        found[f"mixed, tied {tied}"] = [choose(head, logits, params, rngs) for _ in range(5)]
+        found[f"NaN row, tied {tied}"] = choose(head, head(exact_rows(topology, True)), [GREEDY] * 6, [None] * 6)
+        found[f"whole, tied {tied}"] = head.whole(logits).cpu()
+        found[f"nobody, tied {tied}"] = choose(head, logits[:0], [], [])
+    for broken in (0, VOCABULARY // 2, VOCABULARY - 1):
+        head = exact_head(topology, broken=broken)
+        found[f"NaN column {broken}"] = choose(head, head(exact_rows(topology, broken=False)), [GREEDY] * 6, [None] * 6)
+    return found
+
+
+def vars_of(sampling: Sampling) -> dict[str, Any]:
+    return {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "seed")}
+
+
+def draw_from_nan(topology: Topology) -> str:
+    """The error of a row from which nobody can draw, beside a greedy one."""
+    head = exact_head(topology)
+    rng = make_rng(request(0, [1], temperature=1.0), topology.device)
+    try:
+        choose(head, head(exact_rows(topology, broken=True))[1:3], [GREEDY, DRAWN[0]], [None, rng])
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return "none"
+
+
+def losses(topology: Topology, tied: bool) -> dict[str, Any]:
+    """Loss and gradient of rows whose targets are in every rank's share, and of a row of NaN."""
+    rng = torch.Generator().manual_seed(3)
+    linear = torch.nn.Linear(WIDTH, VOCABULARY)
+    linear.weight.data = torch.randn(VOCABULARY, WIDTH, generator=rng)
+    linear.bias.data = torch.randn(VOCABULARY, generator=rng)
+    head = Head(linear.requires_grad_(False).to(topology.device), VOCABULARY, tied, topology.peers)
+    targets = torch.tensor([0, 74, 75, 99, 100, 149, 150, 151, 200, 201, 226, 300], device=topology.device)
+    # Large ones: exponentials without care would be infinite.
+    normed = (torch.randn(len(targets), WIDTH, generator=rng) * 30).to(topology.device)
+    loss, gradient = head_loss(head, normed, targets, 7.0)
+    assert gradient is not None
+    alone, nothing = head_loss(head, normed, targets)
+    assert nothing is None and alone == loss, "an evaluation sees the loss of a training step"
+    broken, _ = head_loss(head, normed.index_fill(0, targets[:1], float("nan")), targets)
+    return {"loss": loss, "gradient": gradient.cpu(), "broken": broken, "held": head.weight.shape[0]}
+
+
+@torch.no_grad()
+def communication(topology: Topology, model: str) -> dict[str, Any]:
+    """Collectives of this rank: of the layers alone, of whole ticks, and of training by kind of slice."""
+    part, ids = Part(topology, model), torch.arange(3, 30)
+    stack, engine = part.runner.stack, part.engine
+    rows = stack.part(Rows(len(ids)), ids, CausalSequences([len(ids)], topology.device))
+    found: dict[str, Any] = {"layers": stack.num_layers}
+    with counted() as calls:
+        stack.layers(0, stack.num_layers, [stack.embed(ids)], [rows])
+    found["forward alone"] = dict(calls)
+    engine.scheduler.add(request(0, [5, 6], max_tokens=9, ignore_eos=True), 0.0)
+    with counted() as calls:
+        engine.serve()
+    found["greedy tick"] = dict(calls)
+    engine.scheduler.add(request(1, [5, 6], max_tokens=9, ignore_eos=True, temperature=1.0), 0.0)
+    with counted() as calls:
+        engine.serve()
+    found["tick that draws"] = dict(calls)
+    for name, work in (
+        ("training", part.runner.loss_and_gradients(SAMPLES, 1.0)),
+        ("evaluation", part.runner.loss(SAMPLES, None)),
+    ):
+        with counted() as calls:
+            found[name] = list_slices(work, calls)
+    return found
