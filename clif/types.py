@@ -67,6 +67,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     purpose: Purpose = Purpose.USER
 
 
+NO_TOKEN = -1
+"""In place of a token id: the logits are not finite, none can be chosen."""
+
+
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     """New tokens of a request, all computed by adapter `version`; finish is set on the last event only."""
 

@@ -68,15 +68,11 @@ def vars_of(sampling: Sampling) -> dict[str, Any]:
     return {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "seed")}
 
 
-def draw_from_nan(topology: Topology) -> str:
-    """The error of a row from which nobody can draw, beside a greedy one."""
+def draw_from_nan(topology: Topology) -> list[int]:
+    """Of a row from which nobody can draw, beside a greedy one."""
     head = exact_head(topology)
     rng = make_rng(request(0, [1], temperature=1.0), topology.device)
-    try:
-        choose(head, head(exact_rows(topology, broken=True))[1:3], [GREEDY, DRAWN[0]], [None, rng])
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    return "none"
+    return choose(head, head(exact_rows(topology, broken=True))[1:3], [GREEDY, DRAWN[0]], [None, rng])
 
 
 def losses(topology: Topology, tied: bool) -> dict[str, Any]:

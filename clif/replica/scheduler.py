@@ -15,7 +15,7 @@ from typing import Any
 from clif.adapters.slots import SlotTable
 from clif.config import EngineConfig
 from clif.replica.blocks import BlockPool
-from clif.types import FinishReason, Request, TokenEvent
+from clif.types import NO_TOKEN, FinishReason, Request, TokenEvent
 
 
 @dataclass(eq=False)
@@ -123,7 +123,7 @@ class Scheduler:
         return sorted(chunks, key=lambda c: (c.sequence.slot is not None, c.sequence.slot or 0))
 
     def settle(self, chunks: list[Chunk], tokens: list[int], now: float) -> list[TokenEvent]:
-        """Take the tick's outcome: tokens holds one token for each chunk that samples, in order."""
+        """Take the tick's outcome: tokens holds one token, or NO_TOKEN, for each chunk that samples, in order."""
         chosen = iter(tokens)
         events = []
         for chunk in chunks:
@@ -188,6 +188,9 @@ class Scheduler:
         sequence.blocks, sequence.computed = [], 0
 
     def _append(self, sequence: Sequence, token: int, now: float) -> TokenEvent:
+        if token == NO_TOKEN:
+            detail = f"the logits are not finite under adapter version {sequence.version}"
+            return self._end(sequence, (), FinishReason.FAILED, detail)
         sequence.tokens.append(token)
         sequence.last_s = now
         sampling = sequence.request.sampling

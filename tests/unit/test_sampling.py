@@ -7,7 +7,7 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from clif.replica.sampling import distribution, sample
-from clif.types import Sampling
+from clif.types import NO_TOKEN, Sampling
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
@@ -30,6 +30,13 @@ def test_greedy_and_sampled_rows_share_a_batch():
     params = [Sampling(), Sampling(temperature=1.0)]
     draws = [sample(logits, params, [None, rng]) for _ in range(60)]
     assert {d[0] for d in draws} == {1} and {d[1] for d in draws} == {0, 1, 2}
+
+
+def test_rows_that_are_not_finite_give_no_token_and_their_neighbours_do():
+    logits = torch.tensor([[0.0, 9.0, float("nan")], [0.0, 1.0, 5.0], [float("inf"), 2.0, 2.0], [0.0, 1.0, 2.0]])
+    rngs = [torch.Generator().manual_seed(3), torch.Generator().manual_seed(3), None, None]
+    params = [Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=1), Sampling(), Sampling()]
+    assert sample(logits, params, rngs) == [NO_TOKEN, 2, NO_TOKEN, 2]
 
 
 @pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}])

@@ -96,10 +96,15 @@ def test_answers_of_one_adapter_never_feel_a_nan_in_another(rig):
     rig.engine.serve()
     rig.slots.active = 1
     rig.engine.scheduler.add(requests[1], 0.0)
-    got = alone[:1]
+    got, broken = alone[:1], []
     while rig.engine.serving:
-        got += [t for e in rig.engine.serve() if e.request_id == 0 for t in e.tokens]
+        events = rig.engine.serve()
+        got += [t for e in events if e.request_id == 0 for t in e.tokens]
+        broken += [e for e in events if e.request_id == 1]
     assert got == alone
+    (end,) = broken
+    assert (end.finish, end.tokens) == (FinishReason.FAILED, ())
+    assert end.detail == "the logits are not finite under adapter version 1"
 
 
 def test_kv_cache_is_never_overbooked_and_everything_is_given_back(tiny_config):
