@@ -42,6 +42,8 @@ ADDRESS_FILE = "control.address"
 SECRET = "CLIF_SECRET"
 CONTROL_LEAVES_S = 20.0
 """Less than the 30 s after which torchrun kills."""
+ALONE_S = 60.0
+"""A broken connection to the control process may be made again for so long; without it nobody sends Stop."""
 
 
 def run_rank(config: Config, env: RankEnv) -> int:
@@ -151,8 +153,10 @@ def _loop(lives: Lives, channel: LeaderChannel | None, control: Control | None, 
                 channel.send(Signalled(replica=lives.replica.id, signal=leaving.signal))
                 told = True
             # Nobody is left to say Stop, or it should have come.
-            if channel.lost or leaving.late:
+            if channel.lost_s is not None or leaving.late:
                 return
+        if channel is not None and (channel.lost_s or 0.0) > ALONE_S:
+            raise RuntimeError(f"no connection to the control process for {ALONE_S:.0f} s")
         lives.turn(channel.receive(lives.replica.wait_s()) if channel is not None else None)
         # Nobody would ever say Stop again; torchrun ends the other ranks when this one fails.
         if control is not None and not lives.replica.stopping and control.poll() is not None:

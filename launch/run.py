@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ from clif.roles import check_roles
 
 log = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+SPEAK_S = 2.0
 # deepspeed names the local rank by argument, in one of two spellings; torchrun by environment.
 LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]
 
@@ -56,6 +58,9 @@ def main(
     except InputError as error:
         if env.rank == 0:
             print(f"error: {error}", file=sys.stderr)
+        else:
+            # A launcher kills the others when one ends: rank 0 must have spoken by then.
+            time.sleep(SPEAK_S)
         raise typer.Exit(2) from error
     raise typer.Exit(code)
 

@@ -7,6 +7,7 @@ would be a lost request.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import msgspec
@@ -74,17 +75,18 @@ class LeaderChannel:
         self._socket.set_hwm(0)
         self._socket.setsockopt(zmq.IDENTITY, leader_name(replica))
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECTED)
-        self._lost = False
+        self._lost_s: float | None = None
         self._socket.setsockopt(zmq.IPV6, int("[" in address))
         self._socket.connect(address)
         self._encoder = msgspec.msgpack.Encoder()
 
     @property
-    def lost(self) -> bool:
-        """Whether the connection broke and was not made again."""
+    def lost_s(self) -> float | None:
+        """Seconds since the connection broke, if it was not made again; None while it stands."""
         while self._monitor.poll(0):
-            self._lost = recv_monitor_message(self._monitor)["event"] == zmq.EVENT_DISCONNECTED
-        return self._lost
+            broke = recv_monitor_message(self._monitor)["event"] == zmq.EVENT_DISCONNECTED
+            self._lost_s = time.monotonic() if broke else None
+        return None if self._lost_s is None else time.monotonic() - self._lost_s
 
     def receive(self, timeout_s: float) -> list[bytes]:
         """Every encoded message at hand, waiting up to timeout_s for the first. Bytes, to be passed to TP peers."""
@@ -102,7 +104,7 @@ class LeaderChannel:
 
     def close(self) -> None:
         """Close; what was sent gets a moment to be delivered, unless the other end is gone."""
-        lost = self.lost
+        lost = self.lost_s is not None
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
         self._socket.close(linger=0 if lost else DRAIN_MS)

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from clif.wire import messages as m
 from clif.wire.channels import ControlChannel, LeaderChannel, decode_down
+from clif.worker import ALONE_S, _loop
 
 RANK = """
 import sys, threading, time
@@ -55,11 +57,26 @@ def test_a_leader_knows_when_the_control_process_is_gone():
     end = time.monotonic() + 30
     while not list(control.receive(0.1)):
         assert time.monotonic() < end
-    assert not leader.lost
+    assert leader.lost_s is None
     assert control.send(0, m.Ping()) and [decode_down(x) for x in leader.receive(30.0)] == [m.Ping()]
     control.close()
-    while not leader.lost:
+    while leader.lost_s is None:
         assert time.monotonic() < end
         time.sleep(0.01)
     leader.send(m.Goodbye(replica=0))
     leader.close()
+
+
+def test_a_leader_that_no_control_process_speaks_to_does_not_stay_for_ever():
+    """deepspeed leaves the ranks of other hosts alone when rank 0's is gone."""
+    turns: list[None] = []
+
+    def turn(payloads: list[bytes]) -> None:
+        turns.append(None)
+        broken.lost_s = 2 * ALONE_S
+
+    broken = SimpleNamespace(lost_s=0.0, receive=lambda timeout_s: [])
+    lives = SimpleNamespace(replica=SimpleNamespace(stopping=False, wait_s=lambda: 0.0), turn=turn)
+    with pytest.raises(RuntimeError, match="no connection to the control process for 60 s"):
+        _loop(lives, broken, None, SimpleNamespace(signal="", serving=False))
+    assert len(turns) == 1
