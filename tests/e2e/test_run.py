@@ -105,8 +105,9 @@ def test_no_request_is_lost_when_a_rank_is_killed(tmp_path):
     assert process.wait(60) != 0
     wait_for_the_control_process(run_dir)
     found = ends(run_dir)
-    failed = {id: detail for id, (finish, detail) in found.items() if finish == "failed"}
-    assert failed and all(failed.values()), "requests that were running end as failed, with a reason"
+    assert {finish for finish, _ in found.values()} <= {"length", "stop", "cancelled", "failed"}
+    left = [detail for finish, detail in found.values() if finish in ("cancelled", "failed")]
+    assert all(left), "what the other replica could not end in the drain has a reason"
     assert any(finish in ("length", "stop") for finish, _ in found.values())
     assert write_summary(run_dir)["requests"]["unfinished"] == 0
 
