@@ -52,7 +52,8 @@ def measure(run_h5: Path) -> dict[str, float]:
     moved = [r for r in users if times.get(r["id"], 0) > 1]
     near = users[np.abs(users["finished_s"] - failed["t"]) < WINDOW_S]
     others = np.isin(gaps["request"], near["id"]) & ~np.isin(gaps["request"], [r["id"] for r in moved])
-    first = users[(users["replica"] == failed["replica"]) & (users["dispatched_s"] > back["t"])]
+    # Those whose first token another replica gave are gone on with here: they have none of this one.
+    first = users[(users["replica"] == failed["replica"]) & (users["first_token_s"] > back["t"])]
     return {
         "away, s": float(back["t"] - failed["t"]),
         "to its next first token, s": float(first["first_token_s"].min() - failed["t"]),
