@@ -23,8 +23,8 @@ from clif.config import Config
 from clif.launchers import TORCHRUN, RankEnv, restarts_left
 from clif.leaving import Leaving
 from clif.metrics.provenance import provenance
-from clif.models.kept import drop, keep, load_kept, worth_keeping
 from clif.models.loading import LoadedModel, load_model
+from clif.models.unpacked import drop, is_packed, load_packed
 from clif.replica.base import build_base
 from clif.replica.build import build_replica, load_data
 from clif.replica.lives import Lives
@@ -63,7 +63,7 @@ def run_rank(config: Config, env: RankEnv) -> int:
     with _control_process(config, topology, run_dir, loaded.tokenizer, restarted, restarts, leaving) as control:
         code = _serve(config, topology, run_dir, loaded, load_s, control, leaving)
         code = _code_for(env, code) if control is None else control.wait()
-    if env.rank == 0 and code == 0:
+    if env.local_rank == 0 and code == 0:
         drop(run_dir)
     dist.destroy_process_group()
     return code
@@ -80,13 +80,11 @@ def _code_for(env: RankEnv, code: int) -> int:
 
 
 def _load(config: Config, topology: Topology, run_dir: Path, restarted: bool) -> LoadedModel:
-    kept = load_kept(run_dir, topology.device) if restarted else None
-    if kept is not None:
-        return kept
-    loaded = load_model(config.model, topology.device, config.run.seed, topology.peers)
-    if topology.env.rank == 0 and worth_keeping(config.model.path) and restarts_left(os.environ):
-        keep(loaded, run_dir)
-    return loaded
+    env, peers = topology.env, topology.peers
+    # One rank that nobody restarts has no one to unpack it for.
+    if is_packed(config.model.path) and (env.world_size > 1 or restarts_left(os.environ)):
+        return load_packed(config.model, env, topology.store, run_dir, topology.device, peers, restarted)
+    return load_model(config.model, topology.device, config.run.seed, peers)
 
 
 def _threads(env: RankEnv) -> int:
@@ -128,6 +126,9 @@ def _serve(
     # The group of all replicas is the one that most rounds need: made while nobody is being served.
     everybody = tuple(range(len(topology.layout.replicas)))
     topology.combined_group((everybody, (0,) * len(everybody)), round_id=0).result()
+    # So every rank has its model: a leader comes here only when its peers have built theirs with it.
+    if topology.env.local_rank == 0 and not restarts_left(os.environ):
+        drop(run_dir)
     lives = Lives(topology, build, tell, config.run.rebuilds, on_birth=say_hello)
     try:
         _loop(lives, channel, control, leaving)

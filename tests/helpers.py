@@ -9,11 +9,13 @@ import torch
 
 from clif.adapters.bank import AdapterBank
 from clif.adapters.slots import SlotTable
+from clif.collectives import Peers
 from clif.config import Config, config_from_tree
 from clif.kernels.dual_lora import Segment
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import Rows
 from clif.models.loading import LoadedModel, load_model
+from clif.models.shard import layer_spans, part_of, share
 from clif.models.stack import CausalStack
 from clif.replica.base import build_runner
 from clif.replica.engine import Engine
@@ -104,3 +106,20 @@ def request(id: int, prompt: list[int], **sampling: object) -> Request:
 
 def answer(events: list[TokenEvent]) -> list[int]:
     return [token for event in events for token in event.tokens]
+
+
+def place_of(rank: int, size: int) -> Peers:
+    """A rank of several that needs nobody: loading is not collective."""
+    peers = Peers()
+    peers.rank, peers.size = rank, size
+    return peers
+
+
+def expected_part(name: str, whole: torch.Tensor, config: Any, rank: int, size: int) -> torch.Tensor:
+    """A tensor of a model, or the part of it that this rank is to have."""
+    leaf, side = name.split(".")[-2:]
+    if leaf == "lm_head" and not config.tie_word_embeddings:
+        return part_of(whole, "out", share(config.vocab_size, rank, size))
+    if leaf not in (spans := layer_spans(config, rank, size)) or (side == "bias" and spans[leaf][0] == "in"):
+        return whole
+    return part_of(whole, *spans[leaf])

@@ -57,15 +57,21 @@ def load_model(config: ModelConfig, device: torch.device, seed: int = 0, peers: 
     elif shared and can_slice(folder):
         model, tokenizer = _sliced(folder, dtype, device, peers)
     else:
-        model, tokenizer, shared = *_pretrained(config.path, dtype), False
+        model, tokenizer, shared = *pretrained(config.path, dtype), False
     model.eval().requires_grad_(False).to(device)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and config.max_context > limit:
-        raise ConfigError(f"model.max_context {config.max_context} exceeds the model's own {limit}: lower it")
+    check_context(model, config)
     return LoadedModel(model, tokenizer, device, dtype, reason, whole=not shared)
 
 
-def _pretrained(path: str, dtype: torch.dtype) -> tuple[Any, ChatTokenizer]:
+def check_context(model: Any, config: ModelConfig) -> None:
+    """Raises ConfigError when the model does not take the context wanted."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and config.max_context > limit:
+        raise ConfigError(f"model.max_context {config.max_context} exceeds the model's own {limit}: lower it")
+
+
+def pretrained(path: str, dtype: torch.dtype) -> tuple[Any, ChatTokenizer]:
+    """What transformers loads, on the CPU: hub name, folder or GGUF file. Raises ConfigError."""
     source: dict[str, Any] = {"pretrained_model_name_or_path": path}
     if path.endswith(".gguf"):
         file = Path(path)

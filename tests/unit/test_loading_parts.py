@@ -15,25 +15,17 @@ import torch
 import transformers
 from bodies_tp import hub_cache
 from conftest import TINY
+from helpers import expected_part, place_of
 from huggingface_hub import constants
 
-from clif.collectives import Peers
 from clif.config import ConfigError, ModelConfig
 from clif.layout import LayoutError
 from clif.models import drawn, sliced
 from clif.models.hub import is_hub_name
 from clif.models.loading import LoadedModel, load_model
-from clif.models.shard import layer_spans, part_of, share
 
 CPU = torch.device("cpu")
 SHAPE = {**TINY, "num_key_value_heads": 3, "vocab_size": 301, "attention_bias": True}
-
-
-def place_of(rank: int, size: int) -> Peers:
-    """A rank of several that needs nobody: loading is not collective."""
-    peers = Peers()
-    peers.rank, peers.size = rank, size
-    return peers
 
 
 def load(path: str, rank: int = 0, size: int = 1) -> LoadedModel:
@@ -43,15 +35,6 @@ def load(path: str, rank: int = 0, size: int = 1) -> LoadedModel:
 def shape_file(folder: Path, **fields: Any) -> str:
     (folder / "config.json").write_text(json.dumps({**SHAPE, **fields}))
     return f"random:{folder}"
-
-
-def expected_part(name: str, whole: torch.Tensor, config: Any, rank: int, size: int) -> torch.Tensor:
-    leaf, side = name.split(".")[-2:]
-    if leaf == "lm_head" and not config.tie_word_embeddings:
-        return part_of(whole, "out", share(config.vocab_size, rank, size))
-    if leaf not in (spans := layer_spans(config, rank, size)) or (side == "bias" and spans[leaf][0] == "in"):
-        return whole
-    return part_of(whole, *spans[leaf])
 
 
 @pytest.mark.parametrize("tied", [True, False])

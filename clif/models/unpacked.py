@@ -1,0 +1,139 @@
+"""A GGUF file as plain weights in the run's folder: unpacked by one rank of each host, read by all of them.
+
+transformers reads a GGUF file three times, whole and in Python: where every rank does so on few cores, that is most of
+a start. Of plain weights each rank of a replica reads its part only, and a restart finds them where they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import transformers
+
+from clif.collectives import Peers
+from clif.config import ConfigError, ModelConfig
+from clif.launchers import RankEnv
+from clif.models.loading import LoadedModel, check_context, choose_dtype, load_model, pretrained
+from clif.models.sliced import load_sliced
+from clif.starts import KeyValues
+from clif.text import ChatTokenizer
+
+PREFIX = "base-"
+PART = "part-"
+POLL_S = 0.05
+
+
+def is_packed(path: str) -> bool:
+    """Whether a model (model.path) is slow to load, and cannot be loaded in parts."""
+    return path.endswith(".gguf")
+
+
+def load_packed(
+    config: ModelConfig,
+    env: RankEnv,
+    store: KeyValues,
+    run_dir: Path,
+    device: torch.device,
+    peers: Peers,
+    restarted: bool = False,
+) -> LoadedModel:
+    """The model of a GGUF file, by way of RUN/base-*; with peers this rank's part of it. Collective over all ranks.
+
+    store: of this start alone. Raises ConfigError, on all who wait for a rank that cannot unpack the file, and
+    LayoutError when the peers cannot share it.
+    """
+    if env.local_rank == 0:
+        name = _provide(config, env, store, run_dir, device, restarted)
+    else:
+        name = _answer(store, env.rank - env.local_rank)
+    if (run_dir / name).is_dir():
+        return read(run_dir / name, device, peers)
+    # Its host's ranks have no consecutive numbers, or its file system is late.
+    return load_model(config, device, peers=peers)
+
+
+def _provide(
+    config: ModelConfig, env: RankEnv, store: KeyValues, run_dir: Path, device: torch.device, restarted: bool
+) -> str:
+    """See to it that this host has the folder, and say its name. Rank 0 comes first: its files may be there for all."""
+    try:
+        name = _answer(store, 0) if env.rank else _choose(run_dir, restarted)
+        for old in (*run_dir.glob(f"{PREFIX}*"), *run_dir.glob(f"{PART}{env.rank}-*")):
+            if old.name != name:
+                shutil.rmtree(old, ignore_errors=True)
+        if not (run_dir / name).is_dir():
+            _unpack(config, device, run_dir / name, run_dir / f"{PART}{env.rank}-{name}")
+    except Exception as error:
+        store.set(_key(env.rank), json.dumps({"error": str(error)}))
+        raise
+    store.set(_key(env.rank), json.dumps({"name": name}))
+    return name
+
+
+def _choose(run_dir: Path, restarted: bool) -> str:
+    """A name that no other start has used, as the configuration may have changed; a restart's is the same."""
+    found = sorted(run_dir.glob(f"{PREFIX}*")) if restarted else []
+    return found[0].name if found else f"{PREFIX}{secrets.token_hex(4)}"
+
+
+def _answer(store: KeyValues, rank: int) -> str:
+    # Without a limit: this takes as long as the file is large. When that rank dies, the launcher ends this one.
+    while not store.check([_key(rank)]):
+        time.sleep(POLL_S)
+    said = json.loads(store.get(_key(rank)))
+    if "error" in said:
+        raise ConfigError(str(said["error"]))
+    return str(said["name"])
+
+
+def _key(rank: int) -> str:
+    return f"clif/unpacked/{rank}"
+
+
+def _unpack(config: ModelConfig, device: torch.device, folder: Path, part: Path) -> None:
+    """Write weights, configuration and tokenizer, as a whole or not at all. Raises ConfigError."""
+    dtype, reason = choose_dtype(config.dtype, device)
+    model, tokenizer = pretrained(config.path, dtype)
+    check_context(model, config)
+    described: dict[str, Any] = model.config.to_dict()
+    # It says how the GGUF file was packed; these weights are plain.
+    described.pop("quantization_config", None)
+    # Tied weights once, under the name that those who read parts ask for.
+    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in names}
+    try:
+        tokenizer.save(part / "tokenizer")
+        (part / "config.json").write_text(json.dumps(described, default=str))
+        (part / "dtype.txt").write_text(reason)
+        safetensors.torch.save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
+        os.replace(part, folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ConfigError(f"{folder.parent} has no room for the unpacked model ({error}): set run.out_dir") from error
+
+
+def read(folder: Path, device: torch.device, peers: Peers) -> LoadedModel:
+    """The model that was unpacked to a folder; with peers this rank's part of it. Raises LayoutError."""
+    if peers.size > 1:
+        model = load_sliced(str(folder), transformers.AutoConfig.from_pretrained(str(folder)).dtype, device, peers)
+    else:
+        transformers.utils.logging.disable_progress_bar()
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype="auto", attn_implementation="sdpa", local_files_only=True
+        )
+    model.eval().requires_grad_(False).to(device)
+    reason = (folder / "dtype.txt").read_text()
+    return LoadedModel(model, ChatTokenizer.load(folder / "tokenizer"), device, model.dtype, reason, peers.size == 1)
+
+
+def drop(run_dir: Path) -> None:
+    """Nobody will read it any more: all ranks have loaded it, and none will be restarted."""
+    for folder in run_dir.glob(f"{PREFIX}*"):
+        shutil.rmtree(folder, ignore_errors=True)
