@@ -107,9 +107,14 @@ def test_weights_laid_out_for_serving_compute_the_same():
     packed = frozen_linear(weight, None)
     assert frozen_linear(weight.float(), None) is None, "float32 keeps its exact path"
     if packed is None:
-        pytest.skip("no oneDNN here")
+        pytest.skip("oneDNN has no bfloat16 for this CPU")
     x = torch.randn(5, 24).bfloat16()
     assert torch.allclose(packed(x), torch.nn.functional.linear(x, weight), atol=0.1, rtol=0.02)
+
+
+def test_a_cpu_for_which_onednn_has_no_bfloat16_computes_it_all_the_same(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert frozen_linear(torch.randn(40, 24).bfloat16(), None) is None
 
 
 def test_transformers_is_one_that_we_know():
