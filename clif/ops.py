@@ -29,8 +29,8 @@ PACK_ROWS = 8
 def frozen_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear | None:
     """A forward-only x -> x W^T + b with W laid out once for the machine's matrix kernels, or None: use F.linear.
 
-    Only for bfloat16 on a CPU for which oneDNN has it, where F.linear lays W out anew in every call: measured 2.0 times as fast
-    for 1 to 8 rows (576x1536, one thread) and 1.05 times for 256. It costs a second copy of W. weight: [out, in].
+    Only for bfloat16 on a CPU for which oneDNN has it. There F.linear lays W out anew in every call: measured 2.0 times
+    as fast for 1 to 8 rows (576x1536, one thread), 1.05 times for 256. It costs a second copy of W. weight: [out, in].
     Raises RuntimeError if the packed layer computes something else: torch may change these operators.
     """
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():

@@ -83,7 +83,7 @@ def _load(config: Config, topology: Topology, run_dir: Path, restarted: bool) ->
     env, peers = topology.env, topology.peers
     # One rank that nobody restarts has no one to unpack it for.
     if is_packed(config.model.path) and (env.world_size > 1 or restarts_left(os.environ)):
-        return load_packed(config.model, env, topology.store, run_dir, topology.device, peers, restarted)
+        return load_packed(config.model, topology.store, run_dir, topology.device, peers, restarted)
     return load_model(config.model, topology.device, config.run.seed, peers)
 
 

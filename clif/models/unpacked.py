@@ -10,9 +10,10 @@ import json
 import os
 import secrets
 import shutil
+import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
@@ -20,7 +21,6 @@ import transformers
 
 from clif.collectives import Peers
 from clif.config import ConfigError, ModelConfig
-from clif.launchers import RankEnv
 from clif.models.loading import LoadedModel, check_context, choose_dtype, load_model, pretrained
 from clif.models.sliced import load_sliced
 from clif.starts import KeyValues
@@ -29,6 +29,8 @@ from clif.text import ChatTokenizer
 PREFIX = "base-"
 PART = "part-"
 POLL_S = 0.05
+ALL = "/"
+"""All hosts: no host has this name."""
 
 
 def is_packed(path: str) -> bool:
@@ -36,45 +38,50 @@ def is_packed(path: str) -> bool:
     return path.endswith(".gguf")
 
 
+class Store(KeyValues, Protocol):
+    """What is used of torch.distributed.Store."""
+
+    def add(self, key: str, amount: int, /) -> int: ...
+
+
 def load_packed(
     config: ModelConfig,
-    env: RankEnv,
-    store: KeyValues,
+    store: Store,
     run_dir: Path,
     device: torch.device,
     peers: Peers,
     restarted: bool = False,
+    host: str | None = None,
 ) -> LoadedModel:
     """The model of a GGUF file, by way of RUN/base-*; with peers this rank's part of it. Collective over all ranks.
 
-    store: of this start alone. Raises ConfigError, on all who wait for a rank that cannot unpack the file, and
-    LayoutError when the peers cannot share it.
+    store: of this start alone. host: name of this one. Raises ConfigError, on all who wait for a rank that cannot
+    unpack the file, and LayoutError when the peers cannot share it.
     """
-    if env.local_rank == 0:
-        name = _provide(config, env, store, run_dir, device, restarted)
-    else:
-        name = _answer(store, env.rank - env.local_rank)
+    host = host or socket.gethostname()
+    # Whoever comes first, since not every launcher numbers the ranks host by host.
+    unpacks = _first_of(store, host)
+    name = _provide(config, store, run_dir, device, restarted, host) if unpacks else _answer(store, host)
     if (run_dir / name).is_dir():
         return read(run_dir / name, device, peers)
-    # Its host's ranks have no consecutive numbers, or its file system is late.
+    # Another host has the same name, or the file system is late.
     return load_model(config, device, peers=peers)
 
 
-def _provide(
-    config: ModelConfig, env: RankEnv, store: KeyValues, run_dir: Path, device: torch.device, restarted: bool
-) -> str:
-    """See to it that this host has the folder, and say its name. Rank 0 comes first: its files may be there for all."""
+def _provide(config: ModelConfig, store: Store, run_dir: Path, device: torch.device, restarted: bool, host: str) -> str:
+    """See to it that this host has the folder, and say its name. One host goes first: all may see its files."""
+    waiting = (host, ALL) if _first_of(store, ALL) else (host,)
     try:
-        name = _answer(store, 0) if env.rank else _choose(run_dir, restarted)
-        for old in (*run_dir.glob(f"{PREFIX}*"), *run_dir.glob(f"{PART}{env.rank}-*")):
+        name = _choose(run_dir, restarted) if ALL in waiting else _answer(store, ALL)
+        for old in (*run_dir.glob(f"{PREFIX}*"), *run_dir.glob(f"{PART}{host}-*")):
             if old.name != name:
                 shutil.rmtree(old, ignore_errors=True)
         if not (run_dir / name).is_dir():
-            _unpack(config, device, run_dir / name, run_dir / f"{PART}{env.rank}-{name}")
+            _unpack(config, device, run_dir / name, run_dir / f"{PART}{host}-{name}")
     except Exception as error:
-        store.set(_key(env.rank), json.dumps({"error": str(error)}))
+        _tell(store, waiting, {"error": str(error)})
         raise
-    store.set(_key(env.rank), json.dumps({"name": name}))
+    _tell(store, waiting, {"name": name})
     return name
 
 
@@ -84,18 +91,27 @@ def _choose(run_dir: Path, restarted: bool) -> str:
     return found[0].name if found else f"{PREFIX}{secrets.token_hex(4)}"
 
 
-def _answer(store: KeyValues, rank: int) -> str:
+def _first_of(store: Store, group: str) -> bool:
+    return store.add(f"{_key(group)}/came", 1) == 1
+
+
+def _tell(store: Store, groups: tuple[str, ...], answer: dict[str, str]) -> None:
+    for group in groups:
+        store.set(_key(group), json.dumps(answer))
+
+
+def _answer(store: Store, group: str) -> str:
     # Without a limit: this takes as long as the file is large. When that rank dies, the launcher ends this one.
-    while not store.check([_key(rank)]):
+    while not store.check([_key(group)]):
         time.sleep(POLL_S)
-    said = json.loads(store.get(_key(rank)))
+    said = json.loads(store.get(_key(group)))
     if "error" in said:
         raise ConfigError(str(said["error"]))
     return str(said["name"])
 
 
-def _key(rank: int) -> str:
-    return f"clif/unpacked/{rank}"
+def _key(group: str) -> str:
+    return f"clif/unpacked/{group}"
 
 
 def _unpack(config: ModelConfig, device: torch.device, folder: Path, part: Path) -> None:

@@ -14,7 +14,6 @@ from helpers import expected_part, place_of
 from tiny_gguf import CONTEXT, write_gguf
 
 from clif.config import ConfigError, ModelConfig
-from clif.launchers import RankEnv
 from clif.models import unpacked
 from clif.models.loading import LoadedModel, load_model
 from clif.models.unpacked import drop, is_packed, load_packed
@@ -62,23 +61,20 @@ def start(
     file: str, hosts: dict[Path, int], tp_size: int = 1, restarted: bool = False, **config: Any
 ) -> list[LoadedModel | Exception]:
     """Every rank of one start in a thread of its own; hosts: the run's folder on each, and its number of ranks."""
-    store, world = dist.HashStore(), sum(hosts.values())
-    found: list[Any] = [None] * world
+    store = dist.HashStore()
+    places = [folder for folder, size in hosts.items() for _ in range(size)]
+    found: list[Any] = [None] * len(places)
     settings = ModelConfig(**{"path": file, "dtype": "float32", "max_context": 64, **config})
 
-    def rank(env: RankEnv, folder: Path) -> None:
+    def rank(number: int, folder: Path) -> None:
         try:
-            peers = place_of(env.rank % tp_size, tp_size)
-            found[env.rank] = load_packed(settings, env, store, folder, CPU, peers, restarted)
+            peers = place_of(number % tp_size, tp_size)
+            found[number] = load_packed(settings, store, folder, CPU, peers, restarted, host=folder.name)
         except Exception as error:  # noqa: BLE001 - looked at by the test
-            found[env.rank] = error
+            found[number] = error
 
-    threads = []
-    for folder, size in hosts.items():
-        envs = [RankEnv(len(threads) + n, world, n, size) for n in range(size)]
-        threads += [threading.Thread(target=rank, args=(env, folder)) for env in envs]
-    # The others wait for rank 0, so it comes last.
-    for thread in reversed(threads):
+    threads = [threading.Thread(target=rank, args=place) for place in enumerate(places)]
+    for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
@@ -138,12 +134,11 @@ def test_a_restart_unpacks_nothing_but_a_new_start_does(file, tmp_path, unpackin
         assert not list(folder.iterdir())
 
 
-def test_a_rank_whose_numbers_mislead_it_loads_the_file_itself(file, tmp_path):
-    store = dist.HashStore()
-    store.set("clif/unpacked/0", '{"name": "base-elsewhere"}')
-    config = ModelConfig(path=file, dtype="float32", max_context=64)
-    loaded = load_packed(config, RankEnv(1, 2, 1, 2), store, tmp_path, CPU, place_of(0, 1))
-    assert loaded.whole and not list(tmp_path.glob("base-*"))
+def test_a_host_that_has_the_name_of_another_loads_the_file_itself(file, tmp_path, unpackings):
+    store, config = dist.HashStore(), ModelConfig(path=file, dtype="float32", max_context=64)
+    here, there = (load_packed(config, store, tmp_path / n, CPU, place_of(0, 1), host="localhost") for n in "ab")
+    assert [folder.parent.name for folder in unpackings] == ["a"]
+    assert torch.equal(here.model(IDS).logits, there.model(IDS).logits)
 
 
 @pytest.mark.parametrize(
