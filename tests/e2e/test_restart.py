@@ -20,7 +20,8 @@ def assert_answered_to_the_end(run: Launched) -> None:
 
 
 def test_a_rank_killed_in_the_middle_of_a_round_costs_no_request_no_round_and_no_sample(tmp_path):
-    run = Launched(tmp_path, "load.duration_s=20")
+    # On slow cores the rounds that are left come after the load only.
+    run = Launched(tmp_path, "load.duration_s=20", "run.linger_s=60")
     run.wait_until("round 2:")
     time.sleep(0.3)
     run.wait_for_an_open_request()
@@ -42,8 +43,8 @@ def test_a_rank_killed_in_the_middle_of_a_round_costs_no_request_no_round_and_no
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["rank 0", "rank 1", "rank 3"])
 def test_a_rank_of_a_replica_of_two_killed_costs_nothing_either(tmp_path, victim):
-    """About 45 s each on two cores. Rank 0 is a leader, ranks 1 and 3 are the peers of one."""
-    run = Launched(tmp_path, "layout.tp_size=2", "load.duration_s=20", "load.rate_rps=4", ranks=4)
+    """45 to 75 s each on two cores. Rank 0 is a leader, ranks 1 and 3 are the peers of one."""
+    run = Launched(tmp_path, "layout.tp_size=2", "load.duration_s=20", "load.rate_rps=4", "run.linger_s=60", ranks=4)
     run.wait_until("round 2:")
     time.sleep(0.3)
     run.wait_for_an_open_request()
