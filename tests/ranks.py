@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import pickle
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ from clif.config import config_from_tree
 from clif.launchers import RankEnv
 from clif.topology import make_topology
 
-TIMEOUT_S = 60
+TIMEOUT_S = 240
+"""Of a rank that hangs. Kernels in Triton's interpreter alone take a minute on slow cores."""
 
 
 def run_ranks(
@@ -72,7 +74,7 @@ def _rank(rank: int, world: int, folder: str, queue: Any, body: Callable, args: 
         # Nobody leaves while others may still talk to it.
         store.add("left", 1)
         while store.add("left", 0) < world:
-            pass
+            time.sleep(0.01)
         dist.destroy_process_group()
     except BaseException:
         queue.put((rank, ("error", traceback.format_exc())))
