@@ -18,9 +18,6 @@ from clif.config import config_from_tree
 from clif.launchers import RankEnv
 from clif.topology import make_topology
 
-TIMEOUT_S = 240
-"""Of a rank that hangs. Kernels in Triton's interpreter alone take a minute on slow cores."""
-
 
 def run_ranks(
     world: int,
@@ -30,12 +27,13 @@ def run_ranks(
     device: str = "cpu",
     timeout_s: float = 30,
     ranks_per_gpu: int = 1,
+    limit_s: float = 60,
 ) -> list[Any]:
     """Run body(topology, *args) on every rank; returns their results. body must be importable by name.
 
     device cuda: on NCCL, one GPU per rank; with ranks_per_gpu above 1 on gloo.
 
-    A rank's exception is raised here with its traceback; a rank that hangs is an error, too.
+    A rank's exception is raised here with its traceback; a rank that hangs is an error after limit_s, too.
     """
     tree = {
         "model": {"path": "none", "device": device},
@@ -54,7 +52,7 @@ def run_ranks(
         for process in processes:
             process.start()
         try:
-            results = dict(queue.get(timeout=TIMEOUT_S) for _ in range(world))
+            results = dict(queue.get(timeout=limit_s) for _ in range(world))
         finally:
             for process in processes:
                 process.join(5)

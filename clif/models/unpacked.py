@@ -115,7 +115,10 @@ def _key(group: str) -> str:
 
 
 def _unpack(config: ModelConfig, device: torch.device, folder: Path, part: Path) -> None:
-    """Write weights, configuration and tokenizer, as a whole or not at all. Raises ConfigError."""
+    """Write weights, configuration and tokenizer to `part` and make it `folder`, as a whole or not at all.
+
+    Raises ConfigError for a file that cannot be loaded and a place that cannot be written to.
+    """
     dtype, reason = choose_dtype(config.dtype, device)
     model, tokenizer = pretrained(config.path, dtype)
     check_context(model, config)
@@ -132,7 +135,13 @@ def _unpack(config: ModelConfig, device: torch.device, folder: Path, part: Path)
         safetensors.torch.save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
         os.replace(part, folder)
     except (OSError, safetensors.SafetensorError) as error:
-        raise ConfigError(f"{folder.parent} has no room for the unpacked model ({error}): set run.out_dir") from error
+        # Another host's was there, unseen as yet: a full folder is not replaced, and the two are the same.
+        if folder.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+            return
+        raise ConfigError(
+            f"the unpacked model cannot be written to {folder.parent} ({error}): mend that, or set run.out_dir"
+        ) from error
 
 
 def read(folder: Path, device: torch.device, peers: Peers) -> LoadedModel:

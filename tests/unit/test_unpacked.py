@@ -141,6 +141,14 @@ def test_a_host_that_has_the_name_of_another_loads_the_file_itself(file, tmp_pat
     assert torch.equal(here.model(IDS).logits, there.model(IDS).logits)
 
 
+def test_a_folder_that_another_host_made_meanwhile_is_taken(file, tmp_path):
+    config, folder = ModelConfig(path=file, dtype="float32", max_context=64), tmp_path / "run" / "base-1"
+    unpacked._unpack(config, CPU, folder, folder.with_name("part-a"))
+    made = folder.stat().st_ino
+    unpacked._unpack(config, CPU, folder, folder.with_name("part-b"))
+    assert folder.stat().st_ino == made and list(folder.parent.iterdir()) == [folder]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
