@@ -43,7 +43,7 @@ def test_what_is_saved_comes_back(tmp_path):
     assert_whole(found)
 
 
-def test_a_failed_write_keeps_the_former_checkpoint_and_is_reported(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_former_checkpoint_and_is_reported_once_by_whatever_comes_next(tmp_path, monkeypatch):
     writer = CheckpointWriter(tmp_path, 0)
     writer.prepare(checkpoint(1))
     writer.wait()
@@ -52,11 +52,33 @@ def test_a_failed_write_keeps_the_former_checkpoint_and_is_reported(tmp_path, mo
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", half)
+    for comes_next in (writer.wait, lambda: writer.prepare(checkpoint(3))):
+        with monkeypatch.context() as disk:
+            disk.setattr(safetensors.torch, "save_file", half)
+            writer.prepare(checkpoint(2))
+            with pytest.raises(OSError, match="disk full"):
+                comes_next()
+        assert load_checkpoint(writer.prepared, CPU).version == 1
+        assert_whole(load_checkpoint(writer.prepared, CPU))
+    writer.prepare(checkpoint(4))
+    writer.wait()
+    assert load_checkpoint(writer.prepared, CPU).version == 4
+
+
+def test_an_error_of_safetensors_itself_is_reported(tmp_path):
+    """A folder that vanished: it raises SafetensorError, which is no OSError."""
+    writer = CheckpointWriter(tmp_path / "checkpoints", 0)
+    (tmp_path / "checkpoints").rmdir()
     writer.prepare(checkpoint(2))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(safetensors.SafetensorError, match="No such file"):
         writer.wait()
-    assert_whole(load_checkpoint(writer.prepared, CPU))
+
+
+def test_a_checkpoint_that_cannot_be_written_for_any_reason_is_reported(tmp_path):
+    writer = CheckpointWriter(tmp_path, 0)
+    writer.prepare(replace(checkpoint(1), cursor={"not json": object()}))
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        writer.wait()
 
 
 SAVER = """

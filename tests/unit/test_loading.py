@@ -10,6 +10,7 @@ import transformers
 from helpers import answer, make_rig, request, stack_logits
 
 from clif.config import ConfigError, ModelConfig
+from clif.errors import InputError
 from clif.models.loading import choose_dtype, load_model
 from clif.ops import frozen_linear
 
@@ -34,15 +35,34 @@ def test_missing_models_are_named(path, sentence):
         load_model(ModelConfig(path=path, dtype="float32"), CPU)
 
 
+@pytest.mark.parametrize("text", ["{", "{}", '{"model_type": "nonsense"}', "[]"])
+def test_a_config_of_random_weights_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=r"config\.json is not a transformers configuration"):
+        load_model(ModelConfig(path=f"random:{tmp_path}", dtype="float32"), CPU)
+
+
+def test_a_gguf_file_that_is_none_is_refused(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + b"\x00" * 64)
+    with pytest.raises(InputError, match=r"m\.gguf cannot be loaded"):
+        load_model(ModelConfig(path=str(tmp_path / "m.gguf"), dtype="float32"), CPU)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path} cannot be loaded"):
+        load_model(ModelConfig(path=str(tmp_path), dtype="float32"), CPU)
+
+
 def test_a_context_beyond_the_models_own_is_refused(tiny_config):
     with pytest.raises(ConfigError, match="max_context 4096 exceeds the model's own 256"):
         load_model(ModelConfig(path=f"random:{tiny_config}", dtype="float32", max_context=4096), CPU)
 
 
-def test_random_weights_are_the_same_on_every_rank(tiny_config):
+def test_random_weights_are_the_same_on_every_rank_and_others_with_another_seed(tiny_config):
     config = ModelConfig(path=f"random:{tiny_config}", dtype="float32", max_context=64)
-    first, second = (load_model(config, CPU, seed=4).model.state_dict() for _ in range(2))
+    first, second, other = (load_model(config, CPU, seed=seed).model.state_dict() for seed in (4, 4, 5))
     assert all(torch.equal(first[k], second[k]) for k in first)
+    assert any(not torch.equal(first[k], other[k]) for k in first)
 
 
 def test_dtype_auto_is_decided_by_measurement_and_says_so():

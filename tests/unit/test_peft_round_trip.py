@@ -93,7 +93,17 @@ def test_what_is_no_adapter_is_refused(rig, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "sentence"), [("r", 99, "r=99"), ("modules_to_save", ["lm_head"], "modules_to_save")]
+    ("key", "value", "sentence"),
+    [
+        ("r", 99, "r=99"),
+        ("lora_alpha", 3, "lora_alpha=3"),
+        ("modules_to_save", ["lm_head"], "modules_to_save"),
+        ("rank_pattern", {"q_proj": 2}, "rank_pattern"),
+        ("alpha_pattern", {"q_proj": 2}, "alpha_pattern"),
+        ("use_rslora", True, "use_rslora"),
+        ("use_dora", True, "use_dora"),
+        ("peft_type", "LOHA", "does not describe a LoRA adapter"),
+    ],
 )
 def test_an_adapter_of_another_kind_is_refused(rig, tmp_path, key, value, sentence):
     folder = export(rig, tmp_path / "a")
@@ -101,6 +111,25 @@ def test_an_adapter_of_another_kind_is_refused(rig, tmp_path, key, value, senten
     (folder / CONFIG_FILE).write_text(json.dumps({**config, key: value}))
     with pytest.raises(AdapterError, match=sentence):
         peft_io.read_folder(rig.bank, folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("{", "is damaged"), ("[]", "does not describe a LoRA adapter"), ("\xff", "is damaged: 'utf-8'")],
+)
+def test_a_damaged_adapter_config_is_refused(rig, tmp_path, text, sentence):
+    folder = export(rig, tmp_path / "a")
+    (folder / CONFIG_FILE).write_text(text, encoding="latin-1")
+    with pytest.raises(AdapterError, match=rf"adapter_config\.json {sentence}"):
+        peft_io.read_folder(rig.bank, folder)
+
+
+def test_a_folder_without_weights_or_a_file_is_refused(rig, tmp_path):
+    folder = export(rig, tmp_path / "a")
+    (folder / WEIGHTS_FILE).unlink()
+    for path in (folder, folder / CONFIG_FILE):
+        with pytest.raises(AdapterError, match="not a PEFT adapter folder"):
+            peft_io.read_folder(rig.bank, path)
 
 
 def test_error_of_averaging_factors_is_that_of_the_products(rig):

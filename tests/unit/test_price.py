@@ -35,6 +35,16 @@ def test_the_margin_is_never_spent(slice_ms, allowed):
     assert answer is allowed and "next token of request 0" in reason
 
 
+@given(gone_s=st.floats(0, 0.2), tick_s=st.floats(0, 0.2), margin=st.floats(0, 1))
+def test_the_margin_holds_at_the_exact_edge(gone_s, tick_s, margin):
+    """Promise 5."""
+    slo = SloConfig(ttft_ms=9e5, tpot_ms=500, margin=margin)
+    room_s = slo.tpot_ms / 1000 * (1 - slo.margin) - gone_s - tick_s
+    if room_s > 0:
+        assert may_train(gone_s, room_s, tick_s, [running(0.0)], slo)[0]
+    assert not may_train(gone_s, max(room_s, 0) + 1e-6 + max(-room_s, 0), tick_s, [running(0.0)], slo)[0]
+
+
 @pytest.mark.parametrize(("slice_ms", "allowed"), [(190, True), (210, False)])
 def test_a_waiting_request_has_its_first_token_to_lose(slice_ms, allowed):
     answer, reason = may_train(0.4, slice_ms / 1000, 0.1, [waiting(0.0)], SLO)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import request
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from clif.replica.sampling import distribution, sample
+from clif.replica.sampling import distribution, make_rng, sample
 from clif.types import NO_TOKEN, Sampling
 
 
@@ -43,3 +44,25 @@ def test_rows_that_are_not_finite_give_no_token_and_their_neighbours_do():
 def test_wrong_parameters_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Sampling(**wrong)
+
+
+def random_logits() -> torch.Tensor:
+    return torch.randn(1, 300, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_seed_reproduces_the_draws_and_the_id_stands_in_for_a_seed():
+    def drawn(id: int, **sampling: object) -> list[int]:
+        asked = request(id, [1], temperature=1.0, **sampling)
+        rng = make_rng(asked, torch.device("cpu"))
+        return [sample(random_logits(), [asked.sampling], [rng])[0] for _ in range(20)]
+
+    assert drawn(1, seed=5) == drawn(2, seed=5) != drawn(1, seed=6)
+    assert drawn(1) == drawn(1) != drawn(2)
+    assert make_rng(request(1, [1]), torch.device("cpu")) is None, "a greedy request draws nothing"
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-40])
+def test_tiny_temperatures_are_nearly_greedy(temperature):
+    logits = random_logits() * 10
+    drawn = sample(logits, [Sampling(temperature=temperature)], [torch.Generator().manual_seed(0)])
+    assert drawn == [int(logits.argmax())]

@@ -73,3 +73,23 @@ def test_ends_are_stop_length_and_cancelled():
     scheduler.add(request(2, [3]), 0.0)
     assert scheduler.cancel(2).finish is FinishReason.CANCELLED, "also while it waits"
     assert scheduler.cancel(9) is None
+
+
+def test_the_prompt_budget_is_shared_first_come_first_served():
+    scheduler = make(kv_tokens=1600)
+    for i in range(3):
+        scheduler.add(request(i, [1] * 10, max_tokens=4), 0.0)
+    assert [(c.sequence.request.id, c.stop - c.start) for c in scheduler.schedule()] == [(0, 10), (1, 6)]
+
+
+def test_cancelling_a_waiting_request_takes_nothing_and_a_running_one_gives_all_back():
+    scheduler = make(max_batch=1)
+    for i in range(2):
+        scheduler.add(request(i, [1] * 8, max_tokens=8), 0.0)
+    scheduler.schedule()
+    used = scheduler.pool.used_tokens
+    scheduler.cancel(1)
+    assert used > 0 and scheduler.pool.used_tokens == used and not scheduler.waiting
+    scheduler.slots.promote(1, 0)
+    event = scheduler.cancel(0)
+    assert event.version == 0 and scheduler.pool.used_tokens == 0 and scheduler.slots.retiring == ()

@@ -10,6 +10,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from clif.errors import InputError
 from clif.text import ChatTokenizer, from_transformers
 
 GGUF = Path(__file__).resolve().parents[2] / "assets" / "smollm2-135m-instruct.gguf"
@@ -102,7 +103,7 @@ def test_what_a_template_refuses_is_refused_with_its_own_words():
 def test_a_template_cannot_reach_out_of_its_sandbox(chatml):
     attack = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
     ours = ChatTokenizer(chatml.backend_tokenizer, attack, [0])
-    with pytest.raises(jinja2.exceptions.SecurityError):
+    with pytest.raises(jinja2.exceptions.SecurityError, match="__class__"):
         ours.encode_chat(CHATS[0])
 
 
@@ -149,6 +150,11 @@ def test_without_an_end_of_text_token_it_says_what_to_set():
     with pytest.raises(ValueError, match=r"no end-of-text token: set eos_token in its tokenizer_config\.json"):
         from_transformers(tokenizer, [])
     assert from_transformers(tokenizer, [3]).eos_ids == (3,), "the model's generation config may name it instead"
+
+
+def test_a_chat_tokenizer_without_an_end_of_text_cannot_be_made():
+    with pytest.raises(InputError, match="no end-of-text token"):
+        ChatTokenizer(tokenizers.Tokenizer(models.BPE()), None, [])
 
 
 def test_a_tokenizer_without_a_fast_backend_is_refused():

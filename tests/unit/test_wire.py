@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import psutil
 import pytest
+import zmq
 
 from clif.states import ReplicaState
 from clif.types import (
@@ -81,7 +82,42 @@ def test_messages_arrive_whole_and_in_order_in_both_directions(host):
         control.close()
 
 
-@pytest.mark.parametrize("payload", [b"", b"\x93\x01\x02\x03", msgspec.msgpack.encode({"type": "Nonsense"})])
-def test_what_is_no_message_is_refused(payload):
-    with pytest.raises(msgspec.DecodeError):
+@pytest.mark.parametrize(
+    ("payload", "sentence"),
+    [
+        (b"", "truncated"),
+        (b"\x93\x01\x02\x03", "Expected `object`, got `array`"),
+        (msgspec.msgpack.encode({"type": "Nonsense"}), "Invalid value 'Nonsense'"),
+    ],
+)
+def test_what_is_no_message_is_refused(payload, sentence):
+    with pytest.raises(msgspec.DecodeError, match=sentence):
         decode_down(payload)
+
+
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        ({"type": "Nonsense"}, "Invalid value 'Nonsense'"),
+        ({"type": "Stop"}, "Invalid value 'Stop'"),
+        ({}, "missing required field `type`"),
+    ],
+)
+def test_a_message_that_no_replica_sends_is_refused(message, sentence):
+    with pytest.raises(msgspec.ValidationError, match=sentence):
+        msgspec.msgpack.Decoder(m.Up).decode(msgspec.msgpack.encode(message))
+
+
+def test_a_stranger_at_the_control_socket_does_not_end_the_run():
+    control = ControlChannel()
+    context = zmq.Context()
+    stranger = context.socket(zmq.REQ)
+    try:
+        stranger.connect(control.address)
+        stranger.send(b"hello?")
+        with pytest.raises(msgspec.DecodeError, match="3 frames"):
+            list(control.receive(10.0))
+    finally:
+        stranger.close(linger=0)
+        context.term()
+        control.close()
