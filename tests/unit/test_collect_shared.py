@@ -11,7 +11,6 @@ import pickle
 import signal
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -261,19 +260,24 @@ def test_exception_in_a_reader_aborts_all_with_its_message(
 def test_failure_of_one_reader_is_noticed_while_another_is_waited_for(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entered = threading.Event()
+    """The reader of the file that is written first goes on only when process 0 has ended the others."""
+    ended, abort, went_on = threading.Event(), ThreadComm.Abort, []
+
+    def noted(comm: ThreadComm, errorcode: int = 0) -> None:
+        abort(comm, errorcode)
+        ended.set()
 
     def slow_or_broken(source: Source) -> Iterator[Any]:
         if source.name == "control":
-            entered.wait(30)
-            time.sleep(0.5)
+            went_on.append(ended.wait(10))
             yield from ()
-        entered.set()
         raise ZeroDivisionError
 
+    monkeypatch.setattr(ThreadComm, "Abort", noted)
     monkeypatch.setattr(share, "read", slow_or_broken)
     results, post = together(run_dir, 6)
     assert post.aborted == 1 and isinstance(results[0], ShareError)
+    assert went_on == [True], "process 0 waited for this reader alone"
 
 
 def test_exception_while_writing_aborts_all(

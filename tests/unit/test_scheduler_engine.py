@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from helpers import Rig, answer, make_rig, request
 
-from clif.types import FinishReason, Request
+from clif.types import FinishReason, Request, TokenEvent
 
 SYSTEM = list(range(30, 51))
 SMALL, LARGE = {"kv_tokens": 256, "max_batch": 9}, {"kv_tokens": 2048, "max_batch": 9}
@@ -74,17 +76,27 @@ def test_answers_with_prefix_reuse_are_those_without_across_a_promotion(make):
     assert got[0][1] != got[6][1] != got[9][1], "the versions do answer differently"
 
 
+def serve_until(rig: Rig, done: Callable[[], bool], ticks: int = 1000) -> list[TokenEvent]:
+    """All events of the ticks until then."""
+    events: list[TokenEvent] = []
+    for _ in range(ticks):
+        if done():
+            return events
+        events += rig.engine.serve()
+    raise AssertionError(f"not done after {ticks} ticks")
+
+
 def test_cancelled_while_preempted(make):
     rig = make(**SMALL)
     scheduler = rig.engine.scheduler
     for r in crowd():
         scheduler.add(r, 0.0)
-    while not scheduler.preemptions:
-        rig.engine.serve()
+    serve_until(rig, lambda: scheduler.preemptions > 0)
     victim = scheduler.waiting[0]
     assert victim.last_s is not None
     event = scheduler.cancel(victim.request.id)
     assert event is not None and event.finish is FinishReason.CANCELLED and event.tokens == ()
-    while rig.engine.serving:
-        assert all(e.request_id != victim.request.id for e in rig.engine.serve())
-    assert scheduler.pool.used_tokens == 0 and rig.slots._versions[0].readers == 0
+    later = serve_until(rig, lambda: not rig.engine.serving)
+    assert len(later) > 60 and all(e.request_id != victim.request.id for e in later)
+    rig.fill(1, seed=1)
+    assert scheduler.pool.used_tokens == 0 and rig.slots.retiring == (), "nobody reads version 0 any more"

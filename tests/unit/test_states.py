@@ -40,15 +40,25 @@ def test_the_table_is_the_one_that_was_agreed():
         assert {f"{a.value}>{b.value}" for a in kind for b in TRANSITIONS[a]} == set(listed.split())
 
 
-@pytest.mark.parametrize(("current", "target"), PAIRS, ids=lambda s: f"{type(s).__name__}.{s.value}")
-def test_a_refusal_names_what_would_have_been_allowed(current, target):
-    if target in TRANSITIONS[current]:
-        return
-    allowed = ", ".join(sorted(t.value for t in TRANSITIONS[current])) or "nothing"
-    with pytest.raises(IllegalTransition) as refused:
+@pytest.mark.parametrize(
+    ("current", "target", "sentence"),
+    [
+        (
+            ReplicaState.SERVING,
+            ReplicaState.COMBINED,
+            "ReplicaState serving may become failed, idle, not combined",
+        ),
+        (
+            RoundState.TRAINING,
+            RoundState.COMMITTED,
+            "RoundState training may become aggregating, discarded, not committed",
+        ),
+        (RequestState.FINISHED, RequestState.QUEUED, "RequestState finished may become nothing, not queued"),
+    ],
+)
+def test_a_refusal_names_what_would_have_been_allowed(current, target, sentence):
+    with pytest.raises(IllegalTransition, match=f"^{sentence}$"):
         advance(current, target)
-    sentence = f"{type(current).__name__} {current.value} may become {allowed}, not {target.value}"
-    assert str(refused.value) == sentence
 
 
 def test_ends_are_ends():
