@@ -126,12 +126,17 @@ class RoundPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What one member did in its local steps. samples is its FedAvg weight; noise_scale is in samples (or None)."""
+    """What one member did in its local steps. samples is its FedAvg weight; noise_scale is in samples (or None).
+
+    loss: mean over the answer tokens of all its steps, nats; targets: how many these are, so that the means of all
+    members can be pooled. tokens: with those of the prompts. Steps that were not finite count nowhere.
+    """
 
     round_id: int
     replica: int
     samples: int
     tokens: int
+    targets: int
     steps: int
     loss: float
     finite: bool

@@ -137,7 +137,7 @@ class FakeLeader(threading.Thread):
     def report(self) -> wire.Report:
         return wire.Report(
             replica=self.replica, running=self.pretends_to_run or len(self.running), waiting=0, kv_used=0, busy=0.1,
-            version=self.version, training_steps=0, training_loss=1.0, serve_samples=((1.0, 0.0, 0.01),),
+            version=self.version, training_steps=0, last_loss=1.0, serve_samples=((1.0, 0.0, 0.01),),
             train_samples=((4.0, 1.0, 0.1),),
         )  # fmt: skip
 
@@ -168,8 +168,9 @@ class FakeLeader(threading.Thread):
         elif isinstance(message, wire.BeginRound):
             self.plan = message.plan
             done = RoundResult(
-                round_id=self.plan.round_id, replica=me, samples=8, tokens=80, steps=2, loss=1.0, finite=True
-            )
+                round_id=self.plan.round_id, replica=me, samples=8, tokens=80, targets=40, steps=2, loss=1.0,
+                finite=True,
+            )  # fmt: skip
             self.channel.send(wire.StepsDone(result=done))
         elif isinstance(message, wire.Aggregate):
             vote = Vote(

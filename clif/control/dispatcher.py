@@ -86,14 +86,13 @@ class Hooks:
 class Dispatcher:
     """Holds all requests that have not ended. The time is an argument of every call.
 
-    context_limit: longest prompt plus answer, tokens. ended: requests by finish reason. ignored_events: events of
-    requests that had ended, or that a lost replica no longer holds.
+    context_limit: longest prompt plus answer, tokens. ignored_events: events of requests that had ended, or that a
+    lost replica no longer holds.
     """
 
     def __init__(self, config: Config, send: Send, hooks: Hooks) -> None:
         self.context_limit = min(config.model.max_context, config.engine.kv_tokens)
         self.ignored_events = 0
-        self.ended: dict[FinishReason, int] = dict.fromkeys(FinishReason, 0)
         self._config = config
         self._send = send
         self._hooks = hooks
@@ -265,5 +264,4 @@ class Dispatcher:
         del self._records[record.request.id]
         if record.replica is not None:
             self._held.get(record.replica, {}).pop(record.request.id, None)
-        self.ended[finish] += 1
         self._hooks.finished(record)

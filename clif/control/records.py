@@ -165,10 +165,10 @@ def product_error(results: Mapping[int, RoundResult], votes: Sequence[Vote]) -> 
 
 
 def train_loss(results: list[RoundResult]) -> float | None:
-    """Mean training loss of the members, nats per token, weighted by what they trained; None if nothing finite."""
-    finite = [r for r in results if r.samples > 0 and math.isfinite(r.loss)]
-    samples = sum(r.samples for r in finite)
-    return sum(r.loss * r.samples for r in finite) / samples if samples else None
+    """Mean training loss over all answer tokens of all steps of all members, nats; None if nothing was finite."""
+    finite = [r for r in results if r.targets > 0 and math.isfinite(r.loss)]
+    targets = sum(r.targets for r in finite)
+    return sum(r.loss * r.targets for r in finite) / targets if targets else None
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -6,7 +6,7 @@ Everything runs in one thread. The decisions are pure functions elsewhere; this 
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +39,7 @@ class ControlServer:
     """Runs one run from the first Hello to the last Goodbye. clock: monotonic seconds.
 
     ledger: the journal, with the load that is to come and what earlier starts left. ending: what may end the run early.
+    finished: requests of users that ended in this start, by reason.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class ControlServer:
         )
         self._slow = SlowLoop(config, self.fleet, self.dispatcher, self.federation, records, self._losses.lose)
         self._recent = Recent()
+        self.finished: Counter[FinishReason] = Counter()
         self._last_loss: float | None = None
         self._steps: dict[int, int] = {}
         self._unreachable: set[int] = set()
@@ -198,8 +200,8 @@ class ControlServer:
     def _on_report(self, now: float, message: wire.Report) -> None:
         self.fleet.report(now, message)
         self._steps[message.replica] = message.training_steps
-        if message.training_loss is not None:
-            self._last_loss = message.training_loss
+        if message.last_loss is not None:
+            self._last_loss = message.last_loss
 
     def _on_goodbye(self, now: float, message: wire.Goodbye) -> None:
         if self.phase is Phase.STOPPING:
@@ -342,6 +344,8 @@ class ControlServer:
         self._records.request(record, match)
         if record.request.purpose is not Purpose.USER:
             return
+        assert record.finish is not None
+        self.finished[record.finish] += 1
         self._recent.add(record.ttft_s, record.gaps_s)
         if record.finish is not FinishReason.CANCELLED and not record.at_the_door and record.finished_s is not None:
             self._slow.outcomes.add(record.finished_s, record.slo_met)
@@ -364,7 +368,6 @@ class ControlServer:
     def _snapshot(self, now: float) -> Snapshot:
         current = self.federation.current
         alive = [self.fleet.view_of(r).state.value for r in self.fleet.alive]
-        ended = self.dispatcher.ended
         return Snapshot(
             seconds=now - self._started_s,
             phase=self.phase.value,
@@ -373,11 +376,10 @@ class ControlServer:
             running=self.dispatcher.running,
             queued=self.dispatcher.queued,
             load_left=len(self._load),
-            finished=sum(ended.values()),
-            failed=ended[FinishReason.FAILED] + ended[FinishReason.REJECTED],
+            finished={reason.value: self.finished[reason] for reason in FinishReason},
             ttft_s=self._recent.ttft_s,
             itl_s=self._recent.itl_s,
-            train_loss=self._last_loss,
+            last_loss=self._last_loss,
             training_steps=sum(self._steps.values()),
             version=self.federation.history.version,
             round=f"{current.plan.round_id} {current.state.value}" if current else self._slow.round_reason or "-",

@@ -23,7 +23,11 @@ Mode = Literal["live", "plain", "off"]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is shown. States: number of replicas in each; seconds since the start."""
+    """What is shown. States: number of replicas in each; seconds since the start.
+
+    finished: requests of users by finish reason, in this start; the words are those of the summary.
+    last_loss: of the last optimizer step, nats per answer token.
+    """
 
     seconds: float
     phase: str
@@ -32,29 +36,29 @@ class Snapshot:
     running: int
     queued: int
     load_left: int
-    finished: int
-    failed: int
+    finished: Mapping[str, int]
     ttft_s: Sequence[float]
     itl_s: Sequence[float]
-    train_loss: float | None
+    last_loss: float | None
     training_steps: int
     version: int
     round: str
 
     def cells(self) -> list[tuple[str, str]]:
         """Titles and texts, in the order in which they are shown."""
-        loss = "-" if self.train_loss is None else f"{self.train_loss:.3f}"
+        loss = "-" if self.last_loss is None else f"{self.last_loss:.3f}"
         states = " ".join(f"{count} {state}" for state, count in sorted(self.states.items()))
+        finished = ", ".join(f"{reason} {count}" for reason, count in self.finished.items() if count)
         return [
             ("time", f"{self.seconds:.0f} s"),
             ("phase", self.phase),
             ("load", f"{self.running} running {self.queued} queued {self.load_left} to come"),
-            ("done", f"{self.finished}" + (f" ({self.failed} failed)" if self.failed else "")),
+            ("finished", finished or "-"),
             ("ttft p50/p99", _percentiles(self.ttft_s)),
             ("itl p50/p99", _percentiles(self.itl_s)),
             ("pressure", self.pressure),
             ("states", states),
-            ("training", f"{self.training_steps} steps loss {loss}"),
+            ("training", f"{self.training_steps} steps, loss of the last {loss}"),
             ("round", self.round),
             ("adapter", f"v{self.version}"),
         ]

@@ -91,18 +91,7 @@ class Member:
             self.on_step(plan, results[-1])
             if not results[-1].finite:
                 break
-        finite = all(r.finite for r in results) and bool(results)
-        return RoundResult(
-            round_id=plan.round_id,
-            replica=self.topology.replica,
-            samples=sum(r.samples for r in results if r.finite),
-            tokens=sum(r.tokens for r in results if r.finite),
-            steps=sum(r.finite for r in results),
-            loss=results[-1].loss if results else math.nan,
-            finite=finite,
-            noise_scale=results[-1].noise_scale if results else None,
-            seconds=time.monotonic() - started,
-        )
+        return sum_up(plan.round_id, self.topology.replica, results, time.monotonic() - started)
 
     def _average(self, plan: RoundPlan, result: RoundResult) -> Slices[float | None]:
         """FedAvg over the members, weighted by samples; leaves the mean in the shadow.
@@ -211,3 +200,21 @@ class Member:
         yield from self._activate(message.version, message.round_id)
         self.on_version(message.version, message.round_id)
         self.checkpoints.installed(self._checkpoint(message.version, message.round_id))
+
+
+def sum_up(round_id: int, replica: int, steps: list[StepResult], seconds: float) -> RoundResult:
+    """What a member's optimizer steps of one round come to."""
+    done = [s for s in steps if s.finite]
+    targets = sum(s.targets for s in done)
+    return RoundResult(
+        round_id=round_id,
+        replica=replica,
+        samples=sum(s.samples for s in done),
+        tokens=sum(s.tokens for s in done),
+        targets=targets,
+        steps=len(done),
+        loss=sum(s.loss * s.targets for s in done) / targets if targets else math.nan,
+        finite=bool(steps) and len(done) == len(steps),
+        noise_scale=steps[-1].noise_scale if steps else None,
+        seconds=seconds,
+    )

@@ -143,7 +143,7 @@ class Replica:
                 busy=min(1.0, self._busy_s / (now - self._reported)),
                 version=scheduler.slots.active,
                 training_steps=self.member.trainer.steps,
-                training_loss=last.loss if last else None,
+                last_loss=last.loss if last else None,
                 serve_samples=tuple(self._serve_samples),
                 train_samples=tuple(self._train_samples),
             )

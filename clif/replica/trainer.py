@@ -27,11 +27,15 @@ NOISE_FLOOR = 0.01
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step. loss: nats per target token; finite False: nothing was changed."""
+    """One optimizer step. loss: nats per target token, of which there are `targets`; finite False: nothing was changed.
+
+    tokens: with those of the prompts.
+    """
 
     step: int
     samples: int
     tokens: int
+    targets: int
     loss: float
     grad_norm: float
     lr: float
@@ -88,8 +92,8 @@ class ShadowTrainer:
             self._optimizer.param_groups[0]["lr"] = lr
             self._optimizer.step()
             self.steps += 1
-        tokens = sum(len(s.ids) for s in chosen)
-        return StepResult(self.steps, len(chosen), tokens, loss, norm, lr, finite, self.noise.samples)
+        tokens, targets = sum(len(s.ids) for s in chosen), sum(s.targets for s in chosen)
+        return StepResult(self.steps, len(chosen), tokens, targets, loss, norm, lr, finite, self.noise.samples)
 
     def _clip(self) -> float:
         """Scale the gradient down to clip_norm; returns the norm that it had."""

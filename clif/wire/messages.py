@@ -139,6 +139,7 @@ class Report(Message, frozen=True):
     busy: share of the interval since the last report in which serving work ran (0 to 1).
     serve_samples / train_samples: (running requests, micro-batch in progress or 0, seconds) of ticks and
     (micro-batch, running requests, seconds of training work) of micro-batches, to fit latency models.
+    last_loss: of the last optimizer step, nats per answer token; None before the first.
     """
 
     replica: int
@@ -148,7 +149,7 @@ class Report(Message, frozen=True):
     busy: float
     version: int
     training_steps: int
-    training_loss: float | None
+    last_loss: float | None
     serve_samples: tuple[tuple[float, float, float], ...] = ()
     train_samples: tuple[tuple[float, float, float], ...] = ()
 

@@ -92,8 +92,9 @@ def test_rounds_start_while_load_comes_and_later_only_if_wanted() -> None:
 # --- display -------------------------------------------------------------------------------------
 
 SNAPSHOT = Snapshot(
-    seconds=3.0, phase="open", pressure="low", states={"idle": 2}, running=1, queued=0, load_left=9, finished=4,
-    failed=0, ttft_s=[0.1, 0.2], itl_s=[0.01], train_loss=1.5, training_steps=7, version=1, round="2 training",
+    seconds=3.0, phase="open", pressure="low", states={"idle": 2}, running=1, queued=0, load_left=9,
+    finished={"stop": 4, "rejected": 65, "failed": 0}, ttft_s=[0.1, 0.2], itl_s=[0.01], last_loss=1.5,
+    training_steps=7, version=1, round="2 training",
 )  # fmt: skip
 
 
@@ -111,7 +112,16 @@ def test_plain_progress_is_one_line_with_what_matters() -> None:
     status.show(0.0, SNAPSHOT)
     assert not status.due(1.0) and status.due(10.0)
     (line,) = stream.getvalue().splitlines()
-    for word in ("1 running", "9 to come", "2 idle", "loss 1.500", "2 training", "v1", "10/10 ms"):
+    for word in (
+        "1 running",
+        "9 to come",
+        "2 idle",
+        "loss of the last 1.500",
+        "2 training",
+        "v1",
+        "10/10 ms",
+        "finished stop 4, rejected 65 |",
+    ):
         assert word in line
     status.note("round 2 [committed]")
     assert "round 2 [committed]" in stream.getvalue()

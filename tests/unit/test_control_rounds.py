@@ -5,11 +5,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clif.config import FederationConfig
+from clif.control.records import train_loss
 from clif.control.rounds import Outgoing, Round, decide_promotion
 from clif.states import RoundState
 from clif.store import AdapterStore
@@ -24,7 +26,9 @@ def vote(replica: int = 0, candidate: float = 1.0, active: float = 2.0, tokens: 
 
 
 def result(replica: int, samples: int = 8, finite: bool = True) -> RoundResult:
-    return RoundResult(round_id=1, replica=replica, samples=samples, tokens=80, steps=2, loss=1.0, finite=finite)
+    return RoundResult(
+        round_id=1, replica=replica, samples=samples, tokens=80, targets=80, steps=2, loss=1.0, finite=finite
+    )
 
 
 def make_round(members: tuple[int, ...] = (0, 1)) -> Round:
@@ -46,6 +50,16 @@ def published(version: int = 4, round_id: int = 1) -> Published:
 
 def targets(messages: Outgoing, kind: type[Any]) -> list[int]:
     return [replica for replica, message in messages if isinstance(message, kind)]
+
+
+def test_the_training_loss_of_a_round_weighs_members_by_answer_tokens_and_leaves_out_what_is_not_finite() -> None:
+    members = [replace_loss(result(0), 2.0, 30), replace_loss(result(1), 6.0, 10), replace_loss(result(2), math.nan, 9)]
+    assert train_loss(members) == pytest.approx((2.0 * 30 + 6.0 * 10) / 40)
+    assert train_loss([replace_loss(result(0), math.nan, 0)]) is None
+
+
+def replace_loss(result: RoundResult, loss: float, targets: int) -> RoundResult:
+    return msgspec.structs.replace(result, loss=loss, targets=targets)
 
 
 # --- promotion -----------------------------------------------------------------------------------
@@ -204,7 +218,7 @@ def test_a_round_failed_in_one_member_is_discarded_but_that_member_stays() -> No
 
 def test_messages_of_other_rounds_are_ignored() -> None:
     current = make_round()
-    old = RoundResult(round_id=0, replica=0, samples=1, tokens=1, steps=1, loss=1.0, finite=True)
+    old = RoundResult(round_id=0, replica=0, samples=1, tokens=1, targets=1, steps=1, loss=1.0, finite=True)
     assert current.steps_done(1.0, old) == [] and not current.results
     to_settling(current)
     assert not current.publication(3.0, published(round_id=9)) and not current.publication(3.0, published(version=9))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import peft
 import pytest
 import torch
@@ -13,7 +15,8 @@ from clif.config import TrainConfig
 from clif.models.loading import load_model
 from clif.replica.heldout import Heldout
 from clif.replica.jobs import Job
-from clif.replica.trainer import ShadowTrainer
+from clif.replica.member import sum_up
+from clif.replica.trainer import ShadowTrainer, StepResult
 from clif.types import TrainSample
 
 SAMPLES = [
@@ -111,6 +114,30 @@ def test_steps_learn_and_rollback_undoes_them_exactly(rig):
     second = [finish(trainer.step(4, 1)) for _ in range(6)]
     assert [r.loss for r in second] == [r.loss for r in first], "moments and samples came back too"
     assert trainer.cursor.claimed == claimed
+
+
+def step_result(**values) -> StepResult:
+    row = {"step": 1, "samples": 4, "tokens": 90, "targets": 10, "loss": 1.0, "grad_norm": 1.0, "lr": 1e-3}
+    return StepResult(**(row | {"finite": True, "noise_scale": None} | values))
+
+
+def test_the_loss_of_a_round_is_the_mean_over_the_answer_tokens_of_all_its_steps():
+    steps = [step_result(loss=9.0, targets=30), step_result(loss=1.0, targets=10, noise_scale=3.0)]
+    result = sum_up(1, 0, steps, 2.0)
+    assert result.loss == pytest.approx((30 * 9.0 + 10 * 1.0) / 40), "not that of the last step"
+    assert (result.samples, result.tokens, result.targets, result.steps) == (8, 180, 40, 2)
+    assert result.finite and result.noise_scale == 3.0
+
+
+def test_a_step_that_was_not_finite_counts_nowhere_in_its_round():
+    result = sum_up(1, 0, [step_result(loss=2.0), step_result(loss=math.nan, finite=False)], 1.0)
+    assert not result.finite and (result.loss, result.samples, result.steps) == (2.0, 4, 1)
+    assert math.isnan(sum_up(1, 0, [], 1.0).loss)
+
+
+def test_a_step_says_how_many_tokens_its_loss_is_the_mean_of(rig):
+    result = finish(trainer_for(rig).step(4, 1))
+    assert result.targets == sum(s.targets for s in SAMPLES) < result.tokens
 
 
 def test_non_finite_step_changes_nothing(rig):

@@ -27,7 +27,7 @@ REQUEST = Request(
     id=4, prompt=(1, 2), sampling=Sampling(stop=("a",), seed=3), slo=Slo(ttft_s=1.0), purpose=Purpose.PROBE
 )
 PLAN = RoundPlan(round_id=1, members=(0, 2), lives=(0, 1), local_steps=3, micro_batch=4, accumulation=1, base_version=0)
-RESULT = RoundResult(round_id=1, replica=0, samples=8, tokens=90, steps=2, loss=1.5, finite=True)
+RESULT = RoundResult(round_id=1, replica=0, samples=8, tokens=90, targets=90, steps=2, loss=1.5, finite=True)
 VOTE = Vote(round_id=1, replica=0, finite=True, candidate_loss=1.0, active_loss=2.0, tokens=5)
 EVENT = TokenEvent(request_id=4, tokens=(7,), version=2, finish=FinishReason.STOP, text="x")
 DOWN = [
@@ -40,7 +40,7 @@ UP = [
     m.Hello(replica=0, rank=0, host="h", pid=1, secret="s", max_batch=4, kv_tokens=64, max_context=32, heldout_rows=2,
             dtype="float32", load_s=0.1),
     m.Tokens(replica=0, events=(EVENT,)),
-    m.Report(replica=0, running=1, waiting=0, kv_used=8, busy=0.5, version=0, training_steps=0, training_loss=None,
+    m.Report(replica=0, running=1, waiting=0, kv_used=8, busy=0.5, version=0, training_steps=0, last_loss=None,
              serve_samples=((1.0, 0.0, 0.1),)),
     m.StepsDone(result=RESULT), m.Voted(vote=VOTE), m.RoundFailed(round_id=1, replica=0, error="e"),
     m.Published(version=3, round_id=1, config_json="{}", weights=b"w"),
