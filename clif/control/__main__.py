@@ -80,6 +80,7 @@ def run(arguments: argparse.Namespace, status: Status, config: Config, outside: 
     load, store = make_load(config, rows, tokenizer), AdapterStore(run_dir)
     # First the lock that comes with it: until the old control process is gone, nothing is read or written.
     journal = Journal(run_dir)
+    store.sweep()
     recovery = recover(add_up(journal.past), load, arguments.restarted, store.rounds(), read_recorded(run_dir))
     channel = open_channel(arguments.host or config.dist.control_host or "127.0.0.1")
     records = Records(run_dir, config, time.monotonic)

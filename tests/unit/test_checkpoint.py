@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -13,8 +12,6 @@ import safetensors.torch
 import torch
 
 from clif.replica.checkpoint import Checkpoint, CheckpointWriter, find_checkpoint, load_checkpoint
-from clif.store import AdapterStore
-from clif.types import AdapterVersion
 
 CPU = torch.device("cpu")
 
@@ -172,14 +169,3 @@ def test_a_replica_outside_the_round_keeps_its_own_state(tmp_path):
     assert rounds_found(tmp_path, {1, 2}) == 2
     write(writer, 3, commit=False)
     assert rounds_found(tmp_path, {1, 2}) == 2
-
-
-def test_rounds_of_the_store_are_those_up_to_the_current_version(tmp_path):
-    store = AdapterStore(tmp_path)
-    assert store.rounds() == frozenset()
-    for number, round_id in ((1, 4), (2, 7)):
-        store.write(AdapterVersion(number=number, round_id=round_id, heldout_loss=1.0), "{}", b"")
-    assert store.rounds() == {4, 7} and store.rounds(last=1) == {4}
-    # A process died after it had written the folder and before it named it.
-    (store.folder / "current.json").write_text(json.dumps({"version": 1, "round_id": 4, "heldout_loss": 1.0}))
-    assert store.rounds() == {4}
