@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ASSETS := assets/smollm2-135m-instruct.gguf assets/smart_home.jsonl
 RANKS ?= 2
 
-.PHONY: demo test test-all test-gpu bench bench-gpu tune-gpu bench-kernels gpu-kernels check format clean help
+.PHONY: demo test test-all test-gpu bench gpu tune-gpu bench-kernels check format clean help
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -41,9 +41,6 @@ bench: $(READY) $(ASSETS)  ## The engine alone against transformers and PEFT, th
 	$(BIN)/python -P benchmarks/engine.py --model assets/smollm2-135m-instruct.gguf
 	$(BIN)/python benchmarks/coserving.py
 
-bench-gpu: $(READY)  ## The engine on one GPU at 1B and 8B shapes with random weights; at most 9 minutes
-	$(BIN)/python benchmarks/gpu.py $(if $(DRY),--dry)
-
 # The kernels need torch and Triton only: no network and no installation, where there is no .venv.
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
@@ -53,12 +50,11 @@ tune-gpu:  ## Find the kernels' tiles for the GPU that is here and write the tab
 bench-kernels:  ## The kernels on one GPU against cuBLAS, PEFT and the usual four launches
 	$(GPU_PYTHON) benchmarks/bench_kernels.py $(if $(DRY),--dry) $(if $(OUT),--out $(OUT))
 
-gpu-kernels:  ## Tests, tuning and benchmark of the kernels on one GPU, in 8 minutes at most
-	@status=0; if $(GPU_PYTHON) -c "import pytest" 2>/dev/null; then \
-		timeout 170 $(GPU_PYTHON) -m pytest -q -m gpu tests/gpu/test_gpu_dual_lora.py || status=$$?; \
-	else echo "pytest is missing: results are held against the specification by tuner and benchmark only"; fi; \
-	$(GPU_PYTHON) benchmarks/tune_gpu.py --seconds 120 || status=$$?; \
-	$(GPU_PYTHON) benchmarks/bench_kernels.py --seconds 130 || status=$$?; exit $$status
+# Stages, each with a limit and a result file of its own; again, it goes on with those that have not passed.
+# No .venv and no network are needed: WHEELS names a folder with the packages that the machine lacks.
+gpu:  ## What a GPU that is lent for minutes is asked, most telling first; SECONDS_ALL=180 for the first stages
+	$(GPU_PYTHON) benchmarks/gpu_stages.py $(if $(DRY),--dry) $(if $(OUT),--out $(OUT)) \
+		$(if $(SECONDS_ALL),--seconds $(SECONDS_ALL)) $(if $(ONLY),--only $(ONLY)) $(if $(WHEELS),--wheels $(WHEELS))
 
 check: $(READY)  ## Lint and types
 	$(BIN)/python -P -m ruff check . && $(BIN)/python -P -m ruff format --check . && $(BIN)/python -P -m mypy

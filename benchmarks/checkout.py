@@ -21,6 +21,19 @@ def use_checkout() -> None:
         clif.__path__.append(str(REPO))
 
 
+def link_checkout(site: Path) -> None:
+    """Make a folder for PYTHONPATH in which the checkout looks installed: processes of their own import it, too.
+
+    By links: the package clif with kernels/ and launch/ inside it, as setup.py lays them out. Raises OSError.
+    """
+    package = site / "clif"
+    package.mkdir(parents=True, exist_ok=True)
+    for source in (*(REPO / "clif").iterdir(), REPO / "kernels", REPO / "launch"):
+        link = package / source.name
+        if source.name != "__pycache__" and not link.is_symlink():
+            link.symlink_to(source)
+
+
 def commit() -> str:
     """The commit of the checkout, or why there is none."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True)

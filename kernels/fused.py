@@ -76,7 +76,10 @@ class Launcher:
     def workspace(self) -> Workspace:
         """One per stream: launches of one stream never overlap. Launch once on a stream before capturing there."""
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
-        return self._workspaces.setdefault(stream, Workspace(self.device))
+        # Not setdefault(): it would make a workspace, with its fills, at every launch.
+        if stream not in self._workspaces:
+            self._workspaces[stream] = Workspace(self.device)
+        return self._workspaces[stream]
 
     def rows(self, segments: Sequence[Segment], rows: int, block_m: int, slots: int) -> RowTable:
         """The row tiles of a batch: made once, for all layers."""
@@ -191,16 +194,16 @@ class FusedLinear:
         """
         p, x = self.packed, _rows(x)
         out, depth = p.weight.shape
+        hidden, y = x.new_empty(len(x), p.a.shape[1]), x.new_empty(len(x), out)
+        if not len(x):
+            return y, hidden
         tiles = self._launcher.tiling.linear(len(x), depth, out, p.r, False)
-        hidden = x.new_empty(len(x), p.a.shape[1])
         if tiles.form == "separate" and not isinstance(segments, RowTable):
             return self._separate(x, segments, hidden), hidden
-        y = x.new_empty(len(x), out)
-        if len(x):
-            rows = self._table_of(segments, len(x), tiles)
-            columns = self._cut(column_tiles, p.members, tiles.block_n)
-            blocks = self._forward_blocks
-            self._launcher.linear(tiles, x, p.weight, p.bias, p.a, p.b, hidden, y, rows, *columns, blocks, p.r, p.scale)
+        rows = self._table_of(segments, len(x), tiles)
+        columns = self._cut(column_tiles, p.members, tiles.block_n)
+        blocks = self._forward_blocks
+        self._launcher.linear(tiles, x, p.weight, p.bias, p.a, p.b, hidden, y, rows, *columns, blocks, p.r, p.scale)
         return y, hidden
 
     def _table_of(self, segments: Sequence[Segment] | RowTable, rows: int, tiles: LinearTiles) -> RowTable:

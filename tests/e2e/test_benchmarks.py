@@ -26,11 +26,12 @@ def test_the_comparison_runs_in_every_mode_and_reports(tmp_path):
 
 
 @pytest.mark.timeout(240)
-def test_the_gpu_benchmark_runs_dry_on_a_cpu(tmp_path):
-    command = [sys.executable, "benchmarks/gpu.py", "--dry", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    (report,) = tmp_path.glob("gpu-dry-*.md")
-    text = report.read_text()
-    for what in ("decode step", "mixed: efficiency", "turns: efficiency", "PEFT + AdamW", "transformers.generate"):
+def test_the_gpu_stages_run_dry_on_a_cpu(tmp_path):
+    command = [sys.executable, "benchmarks/gpu_stages.py", "--dry", "--out", str(tmp_path)]
+    command += ["--only", "faults,decode,training,coserving"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=230)
+    text = (tmp_path / "gpu.md").read_text()
+    assert done.returncode == 0, done.stdout[-2000:] + text[-4000:]
+    assert text.count("* outcome: passed") == 4
+    for what in ("ok", "| engine, decode_kernel=torch |", "CLIF / PEFT", "| mixed |", "transformers.generate"):
         assert what in text, what

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
+from clif.kernels import fused
 from clif.kernels.dual_lora import Packed, Segment
-from clif.kernels.fused import INTERPRET, FusedLinear, Launcher
+from clif.kernels.fused import INTERPRET, FusedLinear, Launcher, Workspace
 from clif.kernels.specification import SHADOW, Batch, Results, computed, random_batch, random_layer, violations
 from clif.kernels.tiles import GradTiles, LinearTiles, RowTable
-from clif.kernels.tuning import Fixed
+from clif.kernels.tuning import Defaults, Fixed
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="the kernels are compiled in this process: see tests/gpu")
 CPU = torch.device("cpu")
@@ -197,6 +198,26 @@ def test_launches_of_different_sizes_share_a_workspace() -> None:
     for batch, want in zip((small, large, small), (*expected, expected[0]), strict=True):
         assert violations(batch, compute(batch, using)) == []
         assert torch.equal(compute(batch, using).grad_a, want.grad_a)
+
+
+def test_a_workspace_is_made_once_and_not_at_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Workspace] = []
+    monkeypatch.setattr(fused, "Workspace", lambda device: made.append(Workspace(device)) or made[-1])
+    batch, using = random_batch(LAYERS["one"](), MIXED), launcher()
+    first = compute(batch, using)
+    again = compute(batch, using)
+    assert len(made) == 1 and using.workspace() is made[0]
+    assert torch.equal(first.y, again.y)
+
+
+def test_a_batch_without_rows_needs_no_tiles_and_no_launch() -> None:
+    batch = random_batch(LAYERS["packed"](), ((0, 0),))
+    layer = FusedLinear(batch.packed, Launcher(CPU, Defaults()))
+    y, hidden = layer.forward(batch.x, batch.segments)
+    assert y.shape == (0, 104) and hidden.shape == (0, 24)
+    grad_x, grad_a, grad_b = layer.backward(y, batch.x, hidden, True)
+    assert grad_x is not None and grad_x.shape == batch.x.shape
+    assert not grad_a.any() and not grad_b.any()
 
 
 def test_a_refilled_table_serves_other_segments_in_the_same_launch() -> None:

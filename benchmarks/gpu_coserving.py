@@ -1,0 +1,101 @@
+"""GPU stage: serving and training together against each alone, in one process and one run.
+
+    python benchmarks/gpu_coserving.py [--dry] [SHAPE ...]
+
+Serving is closed-loop: a request that ends is followed by the next, so that the share of the batch that is taken stays
+as it is. Efficiency is serving tokens/s over those of serving alone, plus training tokens/s over those of training
+alone; taking turns gives 1 at most.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+
+from gpu_bench import Bench, Scale, provenance, scale_of
+
+from clif.replica.jobs import Job
+from clif.replica.trainer import ShadowTrainer
+
+WAYS = ("turns", "mixed")
+LOADS = (1.0, 0.7, 0.25)
+"""Shares of the batch that requests take."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Tokens/s of serving and of training, and the 99th percentile of the gaps between ticks, seconds."""
+
+    serving: float
+    training: float
+    gap_p99: float
+
+
+def rates(bench: Bench, trainer: ShadowTrainer, way: str, serves: bool, trains: bool) -> Rates:
+    """Measured over window_s, after a warm-up of a third of it."""
+    engine, served, trained, gaps = bench.engine(way), 0, 0, [0.0]
+    window = bench.scale.window_s
+    begin = last = time.perf_counter()
+    start = None
+    while (now := time.perf_counter()) < begin + window * 4 / 3:
+        if start is None and now > begin + window / 3:
+            start, served, trained, gaps = now, 0, 0, [0.0]
+        if serves:
+            bench.top_up(engine)
+            served += sum(len(event.tokens) for event in engine.serve())
+        if trains:
+            if not engine.jobs:
+                engine.jobs.append(Job("step", trainer.step(len(trainer.samples), 1)))
+            engine.learn()
+            if engine.record.train_kind == "optimizer":
+                trained += sum(len(sample.ids) for sample in trainer.samples)
+        bench.sync()
+        gaps.append(time.perf_counter() - last)
+        last = time.perf_counter()
+    bench.cancel_all(engine)
+    seconds = time.perf_counter() - (start or begin)
+    return Rates(served / seconds, trained / seconds, sorted(gaps)[int(0.99 * (len(gaps) - 1))])
+
+
+def measure(shape: str, scale: Scale) -> list[str]:
+    """Markdown of one shape."""
+    bench = Bench(shape, scale)
+    trainer = bench.trainer(*scale.steps[min(1, len(scale.steps) - 1)])
+    alone = [rates(bench, trainer, "turns", serves=False, trains=True).training for _ in range(scale.repeats)]
+    train = statistics.median(alone)
+    lines = [
+        f"### Co-serving, {shape}, batch {scale.batch}, {scale.prompt} + about {scale.answer} tokens",
+        "",
+        f"Training alone: {train:.0f} tokens/s ({min(alone):.0f} to {max(alone):.0f}).",
+        "",
+        "| requests at once | way | serving tokens/s | training tokens/s | gap p99, ms | efficiency |",
+        "|---|---|---|---|---|---|",
+    ]
+    for share in LOADS:
+        # The batch itself stays as large as it is: what changes is how much of it is taken.
+        bench.scale = replace(scale, batch=max(1, round(share * scale.batch)))
+        quiet = rates(bench, trainer, "turns", serves=True, trains=False)
+        lines.append(f"| {bench.scale.batch} | serving alone | {quiet.serving:.0f} | 0 | {quiet.gap_p99 * 1e3:.1f} | |")
+        print(lines[-1], flush=True)
+        for way in WAYS:
+            both = rates(bench, trainer, way, serves=True, trains=True)
+            efficiency = both.serving / quiet.serving + both.training / train
+            lines.append(
+                f"| {bench.scale.batch} | {way} | {both.serving:.0f} | {both.training:.0f} | {both.gap_p99 * 1e3:.1f} | "
+                f"{efficiency:.2f} |"
+            )
+            print(lines[-1], flush=True)
+    return lines
+
+
+def main() -> None:
+    scale = scale_of(sys.argv)
+    shapes = [a for a in sys.argv[1:] if not a.startswith("-")] or scale.shapes[:1]
+    print(provenance(), flush=True)
+    print("\n" + "\n\n".join("\n".join(measure(shape, scale)) for shape in shapes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""GPU stage: a decode step of a full batch, by the engine as it is and as one captured graph of the same parts.
+
+    python benchmarks/gpu_decode.py [--dry] [SHAPE ...]
+
+The limit is what reading the weights and the KV cache once takes at the copy rate that was measured just before. A
+graph is replayed over other tokens, positions and blocks than it was captured with, and its logits are held against the
+eager ones bit for bit. Raises no error for a variant that fails: its line says why.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from gpu_bench import Bench, Scale, bandwidth, launches, provenance, scale_of, seconds_of, spread
+
+import torch
+
+from clif.kernels.decode_table import DecodeRow, DecodeTable
+from clif.kernels.dual_lora import Segment
+from clif.models.dual_linear import Rows
+from clif.models.head import top
+
+VARIANTS = ("base", "torch", "triton")
+"""Low-rank part of the captured step: none, by torch's products, by the dual LoRA kernel."""
+
+
+@dataclass
+class DecodePlan:
+    """Attention of one new token per sequence, with everything that changes between steps in static tensors."""
+
+    bench: Bench
+    table: DecodeTable
+    written: torch.Tensor
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        runner = self.bench.runner
+        cache = runner.cache.layers[layer]
+        cache.index_copy_(1, self.written, torch.cat((key, value), 1).transpose(0, 1))
+        out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
+        assert runner.paged is not None, "the decode kernel is needed: engine.decode_kernel=triton"
+        runner.paged.attend(query, cache, self.table, scale, out)
+        return out
+
+
+class DecodeStep:
+    """One decode step of a full batch at one context length, with static inputs that load() fills."""
+
+    def __init__(self, bench: Bench, adapter: bool) -> None:
+        self.bench, batch = bench, bench.scale.batch
+        self.size, self.context = bench.config.engine.block_size, bench.scale.prompt + bench.scale.answer // 2
+        per = -(-(self.context + bench.scale.answer // 2) // self.size)
+        self.blocks = [list(range(i * per, (i + 1) * per)) for i in range(batch)]
+        self.ids = torch.zeros(batch, dtype=torch.int64, device=bench.device)
+        self.positions, written = torch.zeros_like(self.ids), torch.zeros_like(self.ids)
+        table = DecodeTable(batch, per, self.size, bench.device)
+        self.plan = DecodePlan(bench, table, written)
+        self.segments = (Segment(0, batch, 0),) if adapter else ()
+        for layer in bench.runner.cache.layers:
+            layer.normal_(0, 0.5)
+
+    def load(self, step: int) -> None:
+        """The tokens, positions and places of the step-th token after the context."""
+        rng = torch.Generator().manual_seed(step)
+        self.ids.copy_(torch.randint(100, self.bench.vocab, (len(self.ids),), generator=rng))
+        length = self.context + step
+        at, inside = divmod(length - 1, self.size)
+        self.positions.fill_(length - 1)
+        self.plan.written.copy_(torch.tensor([blocks[at] * self.size + inside for blocks in self.blocks]))
+        self.plan.table.refill([DecodeRow(i, length, blocks) for i, blocks in enumerate(self.blocks)])
+
+    @torch.no_grad()
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [batch, vocabulary] and the greedy tokens [batch]."""
+        stack = self.bench.runner.stack
+        part = stack.part(Rows(len(self.ids), self.segments), self.positions, self.plan)
+        (hidden,) = stack.layers(0, stack.num_layers, [stack.embed(self.ids)], [part])
+        logits = stack.head(stack.norm(hidden))
+        return logits, top(logits)[1]
+
+
+def engine_tick(shape: str, scale: Scale, copy_bps: float, kernel: str) -> str:
+    """A whole tick of the engine with a full batch of answers, host included."""
+    bench = Bench(shape, scale, decode_kernel=kernel)
+    engine = bench.engine()
+    bench.top_up(engine)
+    while any(s.pending > 1 for s in (*engine.scheduler.running, *engine.scheduler.waiting)):
+        engine.serve()
+    times = []
+    for _ in range(14):
+        bench.sync()
+        start = time.perf_counter()
+        engine.serve()
+        bench.sync()
+        if engine.record.prefill_tokens == 0 and engine.record.decode_rows == scale.batch:
+            times.append(time.perf_counter() - start)
+    limit = (bench.weights + bench.kv(sum(s.computed for s in engine.scheduler.running))) / copy_bps
+    times = times[2:] or [float("nan")]
+    line = f"| engine, decode_kernel={kernel} | {spread(times, 1e-3)} | {limit / statistics.median(times):.1%} | | |"
+    bench.cancel_all(engine)
+    return line
+
+
+def captured(shape: str, scale: Scale, copy_bps: float, variant: str) -> str:
+    """The step of the parts: eager, captured, and captured with refill and tokens read back."""
+    bench = Bench(shape, scale, decode_kernel="triton", lora_kernel="triton" if variant == "triton" else "torch")
+    step = DecodeStep(bench, variant != "base")
+    step.load(0)
+    first = step.forward()[0].clone()
+    step.load(1)
+    second = step.forward()[0].clone()
+    eager = seconds_of(step.forward, bench.sync, 0.2)
+    if bench.device.type != "cuda":
+        return f"| parts, LoRA: {variant} | eager {spread(eager, 1e-3)} | | | |"
+    graph, logits, tokens, capture_s = _capture(step)
+    for number, expected in ((0, first), (1, second)):
+        step.load(number)
+        graph.replay()
+        torch.cuda.synchronize()
+        if not torch.equal(logits, expected):
+            error = float((logits - expected).float().norm() / expected.float().norm())
+            print(f"DIFFERS: {shape}, {variant}: replay {number} is {error:.1e} from the eager logits", flush=True)
+    replays = [_device_seconds(graph) for _ in range(30)]
+
+    def whole() -> None:
+        step.load(2)
+        graph.replay()
+        tokens.tolist()
+
+    whole_s = seconds_of(whole, bench.sync, 0.2)
+    limit = (bench.weights + bench.kv(scale.batch * step.context)) / copy_bps
+    kernels = launches(graph.replay)
+    for name, (count, busy) in sorted(kernels.items(), key=lambda item: -item[1][1])[:8]:
+        print(f"    {busy:8.1f} us x{count:4d}  {name[:90]}", flush=True)
+    return (
+        f"| parts, LoRA: {variant} | eager {spread(eager, 1e-3)}; graph {spread(replays, 1e-3)}; with refill and tokens "
+        f"{spread(whole_s, 1e-3)} | {limit / statistics.median(replays):.1%} | "
+        f"{sum(count for count, _ in kernels.values())} | capture {capture_s:.2f} s |"
+    )
+
+
+def _capture(step: DecodeStep) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, float]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step.forward()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    start, graph = time.perf_counter(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        logits, tokens = step.forward()
+    torch.cuda.synchronize()
+    return graph, logits, tokens, time.perf_counter() - start
+
+
+def _device_seconds(graph: Any) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) * 1e-3
+
+
+def generate_line(shape: str, scale: Scale) -> str:
+    """transformers.generate on one static batch; the stack leaves the model itself as it was."""
+    bench = Bench(shape, scale)
+    ids = torch.randint(100, bench.vocab, (scale.batch, scale.prompt), device=bench.device)
+    answer = max(8, scale.answer // 8)
+    start = time.perf_counter()
+    bench.loaded.model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=answer, min_new_tokens=answer
+    )
+    bench.sync()
+    rate = scale.batch * answer / (time.perf_counter() - start)
+    return f"| transformers.generate, {answer} tokens | {scale.batch / rate * 1e3:.3g} ms a token of the batch | | | |"
+
+
+def measure(shape: str, scale: Scale) -> list[str]:
+    """Markdown of one shape."""
+    copy_bps = bandwidth(torch.device(scale.device))
+    context = scale.prompt + scale.answer // 2
+    lines = [
+        f"### Decode, {shape}, {scale.batch} requests, context about {context}, {scale.dtype}",
+        "",
+        f"Copy rate {copy_bps / 1e9:.0f} GB/s.",
+        "",
+        "| what | ms: median (least to most) | of the limit | kernels | |",
+        "|---|---|---|---|---|",
+    ]
+    kernels = ("torch", "triton") if scale.device == "cuda" else ("torch",)
+    work = [(engine_tick, (shape, scale, copy_bps, kernel)) for kernel in kernels]
+    work += [(captured, (shape, scale, copy_bps, variant)) for variant in VARIANTS if scale.device == "cuda"]
+    work.append((generate_line, (shape, scale)))
+    for call, arguments in work:
+        lines.append(_line_of(call, arguments))
+        print(lines[-1], flush=True)
+        if scale.device == "cuda":
+            torch.cuda.empty_cache()
+    return lines
+
+
+def _line_of(call: Any, arguments: tuple[Any, ...]) -> str:
+    try:
+        return str(call(*arguments))
+    except Exception as error:  # noqa: BLE001 - whatever it was, its line says it and the next variant comes
+        return f"| {arguments[-1]} | FAILED {type(error).__name__}: {str(error).splitlines()[0][:200]} | | | |"
+
+
+def main() -> None:
+    scale = scale_of(sys.argv)
+    shapes = [a for a in sys.argv[1:] if not a.startswith("-")] or scale.shapes
+    print(provenance(), flush=True)
+    text = ["\n".join(measure(shape, scale)) for shape in shapes]
+    print("\n" + "\n\n".join(text))
+
+
+if __name__ == "__main__":
+    main()

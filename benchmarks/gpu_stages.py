@@ -1,0 +1,227 @@
+"""What a GPU that is lent for minutes is asked, most telling first (make gpu).
+
+    python benchmarks/gpu_stages.py                        # all stages, at most 8 minutes
+    python benchmarks/gpu_stages.py --seconds 180          # those that fit, in the same order
+    python benchmarks/gpu_stages.py --only decode,training # these
+    python benchmarks/gpu_stages.py --dry                  # on a CPU with tiny shapes: figures mean nothing
+
+Every stage is a process of its own with a limit of its own. Its result is on disk before the next one begins, so that
+nothing is lost when the machine is taken away. A second call skips what has passed. The machine needs torch, Triton and
+transformers, and no network: CLIF is imported from the checkout, and packages that are missing are taken from wheels
+(--wheels).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkout import REPO, commit, link_checkout
+
+PYTHON = sys.executable
+TORCHRUN = (PYTHON, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+PYTEST = (PYTHON, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
+TRIAL = ("launch/run.py", "--config", "configs/gpu_trial.yaml")
+ON_A_CPU = ("model.path=random:configs/models/tiny-llama.json", "model.device=cpu", "model.dtype=float32")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One question. limit_s: after so long it is ended; dry: the command without a GPU (empty: the same with --dry)."""
+
+    name: str
+    asks: str
+    limit_s: float
+    command: tuple[str, ...]
+    dry: tuple[str, ...] = ()
+
+
+def script(name: str, *arguments: str) -> tuple[str, ...]:
+    return (PYTHON, f"benchmarks/{name}.py", *arguments)
+
+
+STAGES = (
+    Stage("faults", "what failed before", 60, script("gpu_faults")),
+    Stage("decode", "a decode step, eager and captured, 1B", 60, script("gpu_decode", "llama-1b"), script("gpu_decode", "--dry")),
+    Stage("training", "training alone against PEFT, 1B", 50, script("gpu_training", "llama-1b"), script("gpu_training", "--dry")),
+    Stage("coserving", "both together, 1B", 60, script("gpu_coserving", "llama-1b"), script("gpu_coserving", "--dry")),
+    Stage("run", "a whole run with load on one rank", 60, (*TORCHRUN, "1", *TRIAL), (*TORCHRUN, "1", *TRIAL, *ON_A_CPU)),
+    Stage(
+        "two-ranks", "a federated round of two ranks that share the GPU", 75,
+        (*TORCHRUN, "2", *TRIAL, "dist.ranks_per_gpu=2"), (*TORCHRUN, "2", *TRIAL, *ON_A_CPU),
+    ),
+    Stage("decode-8b", "a decode step, 8B", 75, script("gpu_decode", "llama-8b"), script("gpu_decode", "--dry")),
+    Stage(
+        "engine-tests", "engine, gradients and NCCL on the GPU", 60, (*PYTEST, "tests/gpu/test_gpu.py"),
+        (*PYTEST, "--collect-only", "tests/gpu/test_gpu.py"),
+    ),
+    Stage(
+        "tensor-parallel", "replicas of several ranks on one GPU", 120, (*PYTEST, "tests/gpu/test_gpu_tensor_parallel.py"),
+        (*PYTEST, "--collect-only", "tests/gpu/test_gpu_tensor_parallel.py"),
+    ),
+    # Compiling is most of their time: a process for each two cores.
+    Stage(
+        "kernel-tests", "the kernels against their specification", 90,
+        (*PYTEST, "-n", "8", "tests/gpu/test_gpu_dual_lora.py", "tests/gpu/test_gpu_paged_decode.py"),
+        (*PYTEST, "--collect-only", "tests/gpu/test_gpu_dual_lora.py", "tests/gpu/test_gpu_paged_decode.py"),
+    ),
+    Stage("kernels", "the kernels against their rivals", 120, script("bench_kernels", "--seconds", "90", "--out", "{folder}")),
+)  # fmt: skip
+
+
+@dataclass
+class Session:
+    """The stages of one call. folder: where results go, one file each; end_s: monotonic seconds."""
+
+    folder: Path
+    environment: dict[str, str]
+    end_s: float
+    dry: bool
+    about: str
+
+    def result(self, number: int, stage: Stage) -> Path:
+        return self.folder / f"{number:02d}-{stage.name}.md"
+
+    def passed(self, number: int, stage: Stage) -> bool:
+        file = self.result(number, stage)
+        return file.is_file() and "\n* outcome: passed" in file.read_text()
+
+    def run(self, number: int, stage: Stage) -> bool:
+        """Run a stage and write its result, whatever becomes of it; whether it passed."""
+        limit, start = min(stage.limit_s, self.end_s - time.monotonic()), time.monotonic()
+        command = self._command(stage)
+        log = self.folder / "logs" / f"{number:02d}-{stage.name}.log"
+        outcome = "interrupted"
+        try:
+            outcome = _run(command, log, limit, self.environment)
+        finally:
+            took = time.monotonic() - start
+            self._write(number, stage, command, outcome, took, log)
+        print(f"[{took:5.1f} s] {stage.name}: {outcome}", flush=True)
+        return outcome == "passed"
+
+    def _command(self, stage: Stage) -> list[str]:
+        command = stage.command if not self.dry else stage.dry or (*stage.command, "--dry")
+        return [word.replace("{folder}", str(self.folder)) for word in command]
+
+    def _write(self, number: int, stage: Stage, command: Sequence[str], outcome: str, took: float, log: Path) -> None:
+        shown = " ".join(["python", *command[1:]]).replace(str(self.folder), "OUT")
+        lines = [f"## {stage.name}: {stage.asks}", "", f"* command: `{shown}`"]
+        lines += [f"* outcome: {outcome}, {took:.1f} s of {stage.limit_s:g}", "", *_told(log), ""]
+        _replace(self.result(number, stage), "\n".join(lines))
+        parts = [file.read_text() for file in sorted(self.folder.glob("[0-9][0-9]-*.md"))]
+        _replace(self.folder / "gpu.md", "\n".join([self.about, *parts]))
+
+
+def _run(command: Sequence[str], log: Path, limit_s: float, environment: dict[str, str]) -> str:
+    """How it ended. Nothing that it started is left behind."""
+    with log.open("wb") as out:
+        # A session of its own: ranks and compilers of a stage that hangs go with it.
+        process = subprocess.Popen(
+            command, cwd=REPO, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            code = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return f"ended after {limit_s:.0f} s"
+        finally:
+            _end(process)
+    return "passed" if code == 0 else f"failed with code {code}"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def _told(log: Path, lines: int = 60) -> list[str]:
+    """What a stage said: its tables if it came to them, else the end of its log."""
+    text = log.read_text(errors="replace").splitlines()
+    begins = next((i for i, line in enumerate(text) if line.startswith(("### ", "# "))), None)
+    return text[begins:] if begins is not None else ["```", *text[-lines:], "```"]
+
+
+def _replace(file: Path, text: str) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(text)
+    part.replace(file)
+
+
+def environment(folder: Path, wheels: Path | None) -> dict[str, str]:
+    """Variables under which CLIF of this checkout is importable, without having been installed. Raises OSError."""
+    site = folder / "site"
+    link_checkout(site)
+    if wheels is not None:
+        packages = sorted(map(str, wheels.glob("*.whl")))
+        pip = [PYTHON, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade"]
+        subprocess.run([*pip, "--target", str(site), *packages], check=True)
+    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "CI": "true"}
+
+
+def provenance(env: dict[str, str]) -> str:
+    """Heading of the results: date, machine, versions."""
+    told = subprocess.run(
+        [PYTHON, "-c", "import gpu_bench; print(gpu_bench.provenance())"],
+        cwd=REPO / "benchmarks", env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    today = datetime.date.today().isoformat()
+    return (
+        f"# One GPU, {today}\n\n* machine: {told.stdout.strip() or told.stderr.strip()[-300:]}\n* commit: {commit()}\n"
+    )
+
+
+def chosen(only: str, stages: Sequence[Stage] = STAGES) -> list[tuple[int, Stage]]:
+    """The stages asked for, with their numbers. Raises ValueError for a name that is none."""
+    names = [name for name in only.split(",") if name]
+    unknown = set(names) - {stage.name for stage in stages}
+    if unknown:
+        known = ", ".join(stage.name for stage in stages)
+        raise ValueError(f"no stage {', '.join(sorted(unknown))}: choose from {known}")
+    return [(n, stage) for n, stage in enumerate(stages, 1) if not names or stage.name in names]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder of the results; by default runs/gpu-DATE")
+    parser.add_argument("--seconds", type=float, default=480.0, help="time for all stages together")
+    parser.add_argument("--only", default="", help="names of stages, with commas")
+    parser.add_argument("--again", action="store_true", help="run stages that have passed before, too")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels that this machine lacks")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU: figures mean nothing")
+    args = parser.parse_args()
+    try:
+        stages = chosen(args.only)
+    except ValueError as error:
+        parser.error(str(error))
+    end = time.monotonic() + args.seconds
+    folder = (args.out or REPO / "runs" / f"gpu-{datetime.date.today().isoformat()}").resolve()
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    env = environment(folder, args.wheels)
+    session = Session(folder, env, end, args.dry, provenance(env))
+    failed = 0
+    for number, stage in stages:
+        if not args.again and session.passed(number, stage):
+            print(f"[passed before] {stage.name}", flush=True)
+        elif end - time.monotonic() < min(10.0, stage.limit_s):
+            print(f"[no time left] {stage.name}", flush=True)
+            failed += 1
+        else:
+            failed += not session.run(number, stage)
+    print(f"results: {folder.name}/gpu.md")
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
