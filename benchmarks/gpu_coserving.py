@@ -81,11 +81,10 @@ def measure(shape: str, scale: Scale) -> list[str]:
         print(lines[-1], flush=True)
         for way in WAYS:
             both = rates(bench, trainer, way, serves=True, trains=True)
-            efficiency = both.serving / quiet.serving + both.training / train
-            lines.append(
-                f"| {bench.scale.batch} | {way} | {both.serving:.0f} | {both.training:.0f} | {both.gap_p99 * 1e3:.1f} | "
-                f"{efficiency:.2f} |"
-            )
+            # A dry run may be over before a single token or step.
+            efficiency = both.serving / max(quiet.serving, 1e-9) + both.training / max(train, 1e-9)
+            figures = f"{both.serving:.0f} | {both.training:.0f} | {both.gap_p99 * 1e3:.1f} | {efficiency:.2f}"
+            lines.append(f"| {bench.scale.batch} | {way} | {figures} |")
             print(lines[-1], flush=True)
     return lines
 

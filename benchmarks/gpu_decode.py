@@ -15,9 +15,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from gpu_bench import Bench, Scale, bandwidth, launches, provenance, scale_of, seconds_of, spread
-
 import torch
+from gpu_bench import Bench, Scale, bandwidth, launches, provenance, scale_of, seconds_of, spread
 
 from clif.kernels.decode_table import DecodeRow, DecodeTable
 from clif.kernels.dual_lora import Segment
@@ -137,11 +136,11 @@ def captured(shape: str, scale: Scale, copy_bps: float, variant: str) -> str:
     kernels = launches(graph.replay)
     for name, (count, busy) in sorted(kernels.items(), key=lambda item: -item[1][1])[:8]:
         print(f"    {busy:8.1f} us x{count:4d}  {name[:90]}", flush=True)
-    return (
-        f"| parts, LoRA: {variant} | eager {spread(eager, 1e-3)}; graph {spread(replays, 1e-3)}; with refill and tokens "
-        f"{spread(whole_s, 1e-3)} | {limit / statistics.median(replays):.1%} | "
-        f"{sum(count for count, _ in kernels.values())} | capture {capture_s:.2f} s |"
-    )
+    ways = {"eager": eager, "graph": replays, "with refill and tokens": whole_s}
+    told = "; ".join(f"{way} {spread(seconds, 1e-3)}" for way, seconds in ways.items())
+    count = sum(count for count, _ in kernels.values())
+    share = limit / statistics.median(replays)
+    return f"| parts, LoRA: {variant} | {told} | {share:.1%} | {count} | capture {capture_s:.2f} s |"
 
 
 def _capture(step: DecodeStep) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, float]:

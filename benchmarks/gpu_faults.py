@@ -19,10 +19,9 @@ from pathlib import Path
 if "--dry" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
-from gpu_bench import DRY, FULL, Bench, launches, provenance, run_step, samples, scale_of
-
 import torch
 import torch.distributed as dist
+from gpu_bench import DRY, FULL, Bench, launches, provenance, run_step, samples, scale_of
 
 from clif.collectives import WeightedMean
 from clif.config import config_from_tree

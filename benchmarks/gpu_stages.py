@@ -27,9 +27,6 @@ from pathlib import Path
 from checkout import REPO, commit, link_checkout
 
 PYTHON = sys.executable
-TORCHRUN = (PYTHON, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
-PYTEST = (PYTHON, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
-TRIAL = ("launch/run.py", "--config", "configs/gpu_trial.yaml")
 ON_A_CPU = ("model.path=random:configs/models/tiny-llama.json", "model.device=cpu", "model.dtype=float32")
 
 
@@ -48,33 +45,55 @@ def script(name: str, *arguments: str) -> tuple[str, ...]:
     return (PYTHON, f"benchmarks/{name}.py", *arguments)
 
 
+def sized(name: str, shape: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """A script for one shape, and its dry run."""
+    return script(name, shape), script(name, "--dry")
+
+
+def ranks(count: int, *overrides: str) -> tuple[str, ...]:
+    """A whole run of so many ranks."""
+    torchrun = (PYTHON, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
+    return (*torchrun, "launch/run.py", "--config", "configs/gpu_trial.yaml", *overrides)
+
+
+def tests(*files: str, processes: int = 1) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Tests that need a GPU, and their collection alone."""
+    pytest = (PYTHON, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
+    paths = tuple(f"tests/gpu/{file}.py" for file in files)
+    parallel = ("-n", str(processes)) if processes > 1 else ()
+    return (*pytest, *parallel, *paths), (*pytest, "--collect-only", *paths)
+
+
 STAGES = (
     Stage("faults", "what failed before", 60, script("gpu_faults")),
-    Stage("decode", "a decode step, eager and captured, 1B", 60, script("gpu_decode", "llama-1b"), script("gpu_decode", "--dry")),
-    Stage("training", "training alone against PEFT, 1B", 50, script("gpu_training", "llama-1b"), script("gpu_training", "--dry")),
-    Stage("coserving", "both together, 1B", 60, script("gpu_coserving", "llama-1b"), script("gpu_coserving", "--dry")),
-    Stage("run", "a whole run with load on one rank", 60, (*TORCHRUN, "1", *TRIAL), (*TORCHRUN, "1", *TRIAL, *ON_A_CPU)),
+    Stage("decode", "a decode step, eager and captured, 1B", 60, *sized("gpu_decode", "llama-1b")),
+    Stage("training", "training alone against PEFT, 1B", 50, *sized("gpu_training", "llama-1b")),
+    Stage("coserving", "both together, 1B", 60, *sized("gpu_coserving", "llama-1b")),
+    Stage("run", "a whole run with load on one rank", 60, ranks(1), ranks(1, *ON_A_CPU)),
     Stage(
-        "two-ranks", "a federated round of two ranks that share the GPU", 75,
-        (*TORCHRUN, "2", *TRIAL, "dist.ranks_per_gpu=2"), (*TORCHRUN, "2", *TRIAL, *ON_A_CPU),
+        "two-ranks",
+        "a federated round of two ranks that share the GPU",
+        75,
+        ranks(2, "dist.ranks_per_gpu=2"),
+        ranks(2, *ON_A_CPU),
     ),
-    Stage("decode-8b", "a decode step, 8B", 75, script("gpu_decode", "llama-8b"), script("gpu_decode", "--dry")),
-    Stage(
-        "engine-tests", "engine, gradients and NCCL on the GPU", 60, (*PYTEST, "tests/gpu/test_gpu.py"),
-        (*PYTEST, "--collect-only", "tests/gpu/test_gpu.py"),
-    ),
-    Stage(
-        "tensor-parallel", "replicas of several ranks on one GPU", 120, (*PYTEST, "tests/gpu/test_gpu_tensor_parallel.py"),
-        (*PYTEST, "--collect-only", "tests/gpu/test_gpu_tensor_parallel.py"),
-    ),
+    Stage("decode-8b", "a decode step, 8B", 75, *sized("gpu_decode", "llama-8b")),
+    Stage("engine-tests", "engine, gradients and NCCL on the GPU", 60, *tests("test_gpu")),
+    Stage("tensor-parallel", "replicas of several ranks on one GPU", 120, *tests("test_gpu_tensor_parallel")),
     # Compiling is most of their time: a process for each two cores.
     Stage(
-        "kernel-tests", "the kernels against their specification", 90,
-        (*PYTEST, "-n", "8", "tests/gpu/test_gpu_dual_lora.py", "tests/gpu/test_gpu_paged_decode.py"),
-        (*PYTEST, "--collect-only", "tests/gpu/test_gpu_dual_lora.py", "tests/gpu/test_gpu_paged_decode.py"),
+        "kernel-tests",
+        "the kernels against their specification",
+        90,
+        *tests("test_gpu_dual_lora", "test_gpu_paged_decode", processes=8),
     ),
-    Stage("kernels", "the kernels against their rivals", 120, script("bench_kernels", "--seconds", "90", "--out", "{folder}")),
-)  # fmt: skip
+    Stage(
+        "kernels",
+        "the kernels against their rivals",
+        120,
+        script("bench_kernels", "--seconds", "90", "--out", "{folder}"),
+    ),
+)
 
 
 @dataclass
