@@ -74,9 +74,15 @@ def stack_logits(stack: CausalStack, ids: torch.Tensor, slot: int | None = None)
     return stack.logits(stack.norm(hidden))
 
 
-def make_rig(model_path: str, engine: dict | None = None, adapter: dict | None = None, device: str = "cpu") -> Rig:
+def make_rig(
+    model_path: str,
+    engine: dict | None = None,
+    adapter: dict | None = None,
+    device: str = "cpu",
+    model: dict | None = None,
+) -> Rig:
     tree = {
-        "model": {"path": model_path, "dtype": "float32", "max_context": 256, "device": device},
+        "model": {"path": model_path, "dtype": "float32", "max_context": 256, "device": device, **(model or {})},
         "engine": {"kv_tokens": 1024, "block_size": 4, "max_batch": 8, "max_prefill_tokens": 24, **(engine or {})},
         "adapter": {"r": 4, "lora_alpha": 8, **(adapter or {})},
         "train": {"enabled": False},

@@ -63,6 +63,11 @@ class AdapterBank:
         return found
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Type of the numbers that serve."""
+        return self.layers[0].serving_a.dtype
+
+    @property
     def names(self) -> list[str]:
         """Names of the adapted modules."""
         return list(self.factors(self.shadow.data))
@@ -189,16 +194,10 @@ def _product_norm2(a: torch.Tensor, b: torch.Tensor) -> float:
 def inject(stack: CausalStack, config: AdapterConfig) -> AdapterBank:
     """Give the targeted linear layers of a frozen model adapters.
 
-    Raises ConfigError when adapter.target_modules matches no linear layer, or one outside the decoder layers.
+    Raises ConfigError when adapter.target_modules, or one name of its list, matches no linear layer, when it matches
+    one outside the decoder layers, and when it is no regular expression.
     """
-    model = stack.model
-    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    names = {name for name in linears if _is_target(name, config.target_modules, model)}
-    if not names:
-        leaves = ", ".join(sorted({n.rsplit(".", 1)[-1] for n in linears}))
-        raise ConfigError(
-            f"adapter.target_modules {config.target_modules!r} matches no linear layer: there are {leaves}"
-        )
+    names = _targets(stack, config.target_modules)
     layers = []
     for layer in stack.linears:
         adapted = [i for i, name in enumerate(layer.names) if name in names]
@@ -214,10 +213,33 @@ def inject(stack: CausalStack, config: AdapterConfig) -> AdapterBank:
     return AdapterBank(layers, config, stack.peers)
 
 
-def _is_target(name: str, targets: str | tuple[str, ...], model: nn.Module) -> bool:
-    """peft's rules: "all-linear" is all but the output head; a string is a regular expression; a list is suffixes."""
+def _targets(stack: CausalStack, targets: str | tuple[str, ...]) -> set[str]:
+    """Names of the linear layers that targets mean, by peft's rules.
+
+    "all-linear" is all but the output head; a string is a regular expression; a list is suffixes.
+    """
+    head = stack.model.get_output_embeddings()  # type: ignore[operator]
+    linears = {name: module for name, module in stack.model.named_modules() if isinstance(module, nn.Linear)}
     if targets == "all-linear":
-        return model.get_submodule(name) is not model.get_output_embeddings()  # type: ignore[operator]
+        return {name for name, module in linears.items() if module is not head}
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == t or name.endswith(f".{t}") for t in targets)
+        pattern = _compiled(targets)
+        found = {targets: {name for name in linears if pattern.fullmatch(name)}}
+    else:
+        found = {t: {name for name in linears if name == t or name.endswith(f".{t}")} for t in targets}
+    idle = [target for target, names in found.items() if not names]
+    if idle or not found:
+        leaves = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
+        wrong = ", ".join(map(repr, idle)) or "an empty list"
+        raise ConfigError(f"adapter.target_modules: {wrong} matches no linear layer of the model: there are {leaves}")
+    return set().union(*found.values())
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ConfigError(
+            f"adapter.target_modules {pattern!r} is not a regular expression ({error}): correct it, or give a list of "
+            "the last parts of module names"
+        ) from error

@@ -54,14 +54,11 @@ def write_weights(state: State) -> bytes:
 def read_weights(bank: AdapterBank, weights: bytes) -> State:
     """Decode and check an adapter: PEFT's loader lets missing keys pass, so everything is checked here.
 
-    Returns this rank's part of it. Raises AdapterError on missing or unknown keys, other shapes, or non-finite values.
+    Returns this rank's part of it, float32. Raises AdapterError on missing, unknown or doubled keys, other shapes,
+    types that are no floating point, and values that are not finite in float32 or in the type that serves.
     """
-    try:
-        given = safetensors.torch.load(weights)
-    except safetensors.SafetensorError as error:
-        raise AdapterError(f"the adapter is not a safetensors file: {error}") from error
     expected = bank.shapes()
-    state = {k.removeprefix(PREFIX): v for k, v in given.items()}
+    state = _by_name(_tensors(weights))
     missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unknown:
         raise AdapterError(
@@ -70,9 +67,42 @@ def read_weights(bank: AdapterBank, weights: bytes) -> State:
     for name, tensor in state.items():
         if tensor.shape != expected[name]:
             raise AdapterError(f"{name} has shape {list(tensor.shape)}, not {list(expected[name])}")
-        if not torch.isfinite(tensor).all():
-            raise AdapterError(f"{name} holds values that are not finite")
-    return bank.local(state)
+    return bank.local({name: _served(name, tensor, bank.dtype) for name, tensor in state.items()})
+
+
+def _tensors(weights: bytes) -> State:
+    try:
+        return safetensors.torch.load(weights)
+    except safetensors.SafetensorError as error:
+        raise AdapterError(f"the adapter is not a safetensors file: {error}") from error
+    except (KeyError, ValueError, RuntimeError) as error:
+        # A type of number that this torch has no name for, or a header whose sizes do not fit together.
+        raise AdapterError(f"the adapter holds a tensor that cannot be read ({error}): export it in float32") from error
+
+
+def _by_name(given: State) -> State:
+    """By names without PEFT's prefix."""
+    state: State = {}
+    for key, tensor in given.items():
+        name = key.removeprefix(PREFIX)
+        if name in state:
+            raise AdapterError(f"the adapter holds {name} twice, with and without {PREFIX}: leave one out")
+        state[name] = tensor
+    return state
+
+
+def _served(name: str, tensor: torch.Tensor, served: torch.dtype) -> torch.Tensor:
+    """In float32, checked in what training and serving make of it: a large float64 is finite only as such."""
+    if not tensor.is_floating_point():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise AdapterError(f"{name} is {kind}, not floating point: export the adapter in float32")
+    master = tensor.float()
+    if not torch.isfinite(master).all():
+        raise AdapterError(f"{name} holds values that are not finite in float32")
+    if not torch.isfinite(master.to(served)).all():
+        kind = str(served).removeprefix("torch.")
+        raise AdapterError(f"{name} holds values that are not finite in {kind}, the model's type: set model.dtype")
+    return master
 
 
 def read_folder(bank: AdapterBank, folder: Path) -> State:
@@ -82,7 +112,7 @@ def read_folder(bank: AdapterBank, folder: Path) -> State:
         weights = (folder / WEIGHTS_FILE).read_bytes()
     except OSError as error:
         raise AdapterError(f"{folder} is not a PEFT adapter folder: {error.strerror} ({error.filename})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{folder / CONFIG_FILE} is damaged: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise AdapterError(f"{folder / CONFIG_FILE} does not describe a LoRA adapter: export one with peft_type LORA")

@@ -118,7 +118,7 @@ def test_a_model_that_scales_its_embeddings_is_exact_or_refused(tmp_path):
 
 
 def test_a_model_without_matching_layers_is_refused(tiny_config):
-    with pytest.raises(ConfigError, match=r"matches no linear layer: there are .*q_proj"):
+    with pytest.raises(ConfigError, match=r"matches no linear layer of the model: there are .*q_proj"):
         make_rig(f"random:{tiny_config}", adapter={"target_modules": ["wq"]})
 
 

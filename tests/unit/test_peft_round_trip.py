@@ -12,6 +12,7 @@ from helpers import make_rig, random_state, stack_logits
 
 from clif.adapters import peft_io
 from clif.adapters.peft_io import AdapterError
+from clif.errors import ConfigError
 from clif.models.dual_linear import SHADOW
 from clif.models.loading import load_model
 from clif.store import CONFIG_FILE, WEIGHTS_FILE
@@ -77,12 +78,51 @@ def first(tensors):
         (lambda t: t.update({first(t): torch.zeros(2, 2)}), "has shape"),
         (lambda t: t[first(t)].fill_(float("nan")), "not finite"),
         (lambda t: t[first(t)].view(-1)[-1:].fill_(float("-inf")), "not finite"),
+        (lambda t: t.update({first(t): t[first(t)].double().fill_(1e300)}), "not finite in float32"),
+        (lambda t: t.update({first(t): t[first(t)].to(torch.int8)}), "is int8, not floating point"),
+        (lambda t: t.update({first(t): t[first(t)].bool()}), "is bool, not floating point"),
+        (lambda t: t.update({first(t): t[first(t)].to(torch.complex64)}), "is complex64, not floating point"),
+        (lambda t: t.update({first(t).removeprefix(peft_io.PREFIX): t[first(t)].clone()}), "twice, with and without"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(rig, change, sentence):
     """Promise 3: nothing that is not finite gets in; and PEFT's own loader would let missing keys pass."""
     with pytest.raises(AdapterError, match=sentence):
         peft_io.read_weights(rig.bank, broken(rig, change))
+
+
+def test_values_that_the_type_that_serves_cannot_hold_are_refused(tiny_config):
+    rig = make_rig(f"random:{tiny_config}", model={"dtype": "bfloat16"})
+    fits, too_large = (broken(rig, lambda t, v=value: t[first(t)].fill_(v)) for value in (3.38e38, 3.4e38))
+    peft_io.read_weights(rig.bank, fits)
+    with pytest.raises(AdapterError, match="not finite in bfloat16"):
+        peft_io.read_weights(rig.bank, too_large)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float8_e4m3fn])
+def test_any_floating_point_type_comes_in_as_float32(rig, kind):
+    state = peft_io.read_weights(rig.bank, broken(rig, lambda t: t.update({k: v.to(kind) for k, v in t.items()})))
+    assert {v.dtype for v in state.values()} == {torch.float32}
+
+
+def test_a_tensor_that_torch_cannot_name_is_refused(rig):
+    header = b'{"x":{"dtype":"F8_E8M0","shape":[1],"data_offsets":[0,1]}}'
+    with pytest.raises(AdapterError, match=r"cannot be read .*: export it in float32"):
+        peft_io.read_weights(rig.bank, len(header).to_bytes(8, "little") + header + b"0")
+
+
+@pytest.mark.parametrize(
+    ("targets", "sentence"),
+    [
+        ("[a-z", r"'\[a-z' is not a regular expression \(unterminated character set"),
+        ("nonsense", "'nonsense' matches no linear layer of the model: there are .*q_proj"),
+        (["q_proj", "gate_prj", "nonsense"], "'gate_prj', 'nonsense' matches no linear layer"),
+        ([], "an empty list matches no linear layer"),
+    ],
+)
+def test_target_modules_that_mean_nothing_are_refused(tiny_config, targets, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        make_rig(f"random:{tiny_config}", adapter={"target_modules": targets})
 
 
 def test_what_is_no_adapter_is_refused(rig, tmp_path):
