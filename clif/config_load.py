@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from clif.section import Positive, PositiveFloat, Section
+from clif.types import Sampling
 
 
 class TraceConfig(Section):
@@ -33,7 +34,7 @@ class LoadConfig(Section):
     split: str = "train"
     """Split of data.path from which prompts are drawn."""
     max_tokens: Positive = 64
-    temperature: Annotated[float, Field(ge=0)] = 0.0
+    temperature: float = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     ignore_eos: bool = False
@@ -44,6 +45,26 @@ class LoadConfig(Section):
         if (self.kind == "trace") != (self.trace is not None):
             raise ValueError('load.kind "trace" and the section load.trace need each other: give both or neither')
         return self
+
+    @model_validator(mode="after")
+    def _sampling(self) -> LoadConfig:
+        """What a request may ask is said in one place."""
+        try:
+            self.sampling(seed=0)
+        except ValueError as error:
+            raise ValueError(f"load.{error}") from error
+        return self
+
+    def sampling(self, seed: int) -> Sampling:
+        """How the tokens of a request are chosen. seed: of this request; a greedy one needs none."""
+        return Sampling(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=seed if self.temperature > 0 else None,
+            ignore_eos=self.ignore_eos,
+        )
 
 
 class QualityConfig(Section):

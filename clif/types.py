@@ -27,8 +27,15 @@ class Purpose(str, enum.Enum):
     PROBE = "probe"
 
 
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-8, 1000.0
+"""Between 0 and the lowest a temperature is a mistake: such answers are greedy. So is what makes all tokens equal."""
+
+
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """How to choose tokens. temperature 0 is greedy; top_k 0 and top_p 1 switch the filters off."""
+    """How to choose tokens. temperature 0 is greedy; top_k 0 and top_p 1 switch the filters off.
+
+    Raises ValueError for what cannot be meant.
+    """
 
     max_tokens: int = 64
     temperature: float = 0.0
@@ -41,12 +48,17 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}: ask for at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}: it must be 0 (greedy) or more")
+        if self.temperature != 0 and not LOWEST_TEMPERATURE <= self.temperature <= HIGHEST_TEMPERATURE:
+            raise ValueError(
+                f"temperature is {self.temperature}: it must be 0 (greedy) or from {LOWEST_TEMPERATURE:g} to "
+                f"{HIGHEST_TEMPERATURE:g}"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}: it must be in (0, 1]")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}: it must be 0 (off) or more")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}: it must be from 0 to 2^63 - 1")
 
 
 class Slo(msgspec.Struct, frozen=True, kw_only=True):

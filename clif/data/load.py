@@ -51,7 +51,7 @@ def make_load(config: Config, rows: Sequence[Row], tokenizer: ChatTokenizer) -> 
         return _prompt(pool[index], tokenizer)
 
     def request(number: int, arrival: Arrival) -> Request:
-        ids, sampling = prompt(int(picks[number])), _sampling(load, int(seeds[number]))
+        ids, sampling = prompt(int(picks[number])), load.sampling(int(seeds[number]))
         if exact:
             ids, sampling = _resize(ids, arrival.prompt_tokens), _fixed_length(sampling, arrival.answer_tokens)
         return Request(id=number, prompt=ids, sampling=sampling, slo=slo)
@@ -134,17 +134,6 @@ def _known(length: int | None) -> int:
     if length is None:
         raise LoadError('the trace has no token numbers: set load.trace.lengths to "data"')
     return length
-
-
-def _sampling(load: LoadConfig, seed: int) -> Sampling:
-    return Sampling(
-        max_tokens=load.max_tokens,
-        temperature=load.temperature,
-        top_p=load.top_p,
-        top_k=load.top_k,
-        seed=seed if load.temperature > 0 else None,
-        ignore_eos=load.ignore_eos,
-    )
 
 
 def _slo(slo: SloConfig) -> Slo:

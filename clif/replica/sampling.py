@@ -49,9 +49,14 @@ def sample(logits: torch.Tensor, params: list[Sampling], rngs: list[torch.Genera
 
 
 def distribution(logits: torch.Tensor, params: Sampling) -> torch.Tensor:
-    """Probabilities [vocabulary] after temperature, then top_k, then top_p (the order of transformers)."""
+    """Probabilities [vocabulary] after temperature, then top_k, then top_p (the order of transformers).
+
+    logits: float32, the largest finite. Finite and of sum 1 for any temperature above 0 and any top_p: in float32 a
+    temperature of 1e-300 is 0, and a top_p of 1e-300 would leave no token.
+    """
+    limits = torch.finfo(logits.dtype)
     # The largest becomes 0 first: a tiny temperature would else make it infinite.
-    logits = (logits - logits.max()) / params.temperature
+    logits = (logits - logits.max()) / min(max(params.temperature, limits.tiny), limits.max)
     if 0 < params.top_k < logits.numel():
         smallest = logits.topk(params.top_k).values[-1]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
@@ -60,6 +65,7 @@ def distribution(logits: torch.Tensor, params: Sampling) -> torch.Tensor:
         ordered, index = probabilities.sort(descending=True)
         # A token stays if those before it do not yet reach top_p: the one that crosses the line stays too.
         outside = ordered.cumsum(0) - ordered >= params.top_p
+        outside[0] = False
         probabilities = probabilities.index_fill(0, index[outside], 0.0)
         probabilities = probabilities / probabilities.sum()
     return probabilities

@@ -13,6 +13,7 @@ from clif.config import Config, config_from_tree
 from clif.data.instruct import DataError, Row
 from clif.data.load import LoadError, generate_arrivals, make_load
 from clif.data.traces import TraceError
+from clif.errors import ConfigError
 from clif.text import ChatTokenizer
 from clif.types import Slo
 
@@ -124,6 +125,12 @@ def test_trace_times_with_data_lengths_use_whole_prompts(tmp_path, rows, tokeniz
     load = make_load(config(tmp_path, kind="trace", trace=tree, split="test", max_tokens=6), rows, tokenizer)
     assert [s.request.prompt for s in load] == [tuple(tokenizer.encode_chat(rows[3].messages))] * 2
     assert [(s.request.sampling.max_tokens, s.request.sampling.ignore_eos) for s in load] == [(6, False)] * 2
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e300, -1])
+def test_a_temperature_that_cannot_be_meant_is_refused(tmp_path, temperature):
+    with pytest.raises(ConfigError, match=r"load\.temperature is .*: it must be 0 \(greedy\) or from 1e-08 to 1000"):
+        config(tmp_path, kind="constant", temperature=temperature)
 
 
 def test_what_cannot_be_made_is_an_error(tmp_path, rows, tokenizer):
