@@ -6,15 +6,34 @@ import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 REPO = Path(__file__).resolve().parents[2]
-FILES = {
-    p: p.relative_to(REPO).with_suffix("") for d in ("clif", "launch", "kernels") for p in (REPO / d).rglob("*.py")
+MAY_IMPORT = {
+    "clif.kernels": (),
+    "clif.data": (),
+    "clif.metrics": (),
+    "clif.wire": (),
+    "clif.models": ("clif.kernels",),
+    "clif.adapters": ("clif.models",),
+    "clif.replica": ("clif.adapters", "clif.models", "clif.kernels", "clif.data", "clif.metrics", "clif.wire"),
+    "clif.control": ("clif.data", "clif.metrics", "clif.wire"),
+    "clif.launch": ("clif.data", "clif.metrics"),
 }
+"""The order of the packages. All of them may import the modules that lie directly in clif, but for ENTRIES."""
+ENTRIES = {
+    "clif.worker": ("clif.metrics", "clif.models", "clif.replica", "clif.wire"),
+    "clif.plan": (),
+    "clif.cli": ("clif.data", "clif.metrics"),
+}
+"""What starts or describes a run as a whole, and which packages it may import. Only clif.launch imports these."""
+BACKENDS = {"clif.ops": ("clif.kernels",)}
+"""The modules directly in clif that import a package. No other does."""
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 FORBID_TORCH = """
 import sys
 class Forbid:
@@ -33,34 +52,109 @@ TORCH_FREE = [
 
 
 def module_name(path: Path) -> str:
-    parts = list(FILES[path].parts)
-    if parts[0] in ("launch", "kernels"):
+    parts = list(path.relative_to(REPO).with_suffix("").parts)
+    if parts[0] != "clif":
         parts.insert(0, "clif")
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports_anywhere(path: Path) -> set[str]:
-    """Modules imported by any statement of this one, also within functions."""
+FILES = {module_name(p): p for d in ("clif", "launch", "kernels") for p in sorted((REPO / d).rglob("*.py"))}
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imported(nodes: Iterable[ast.AST]) -> set[str]:
+    """Dotted names that these statements import: modules, and what is taken from them."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"a relative import in line {node.lineno}"
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def test_control_and_replica_meet_only_in_types_and_wire():
-    for module, targets in ((module_name(p), imports_anywhere(p)) for p in FILES):
-        for one, other in (("clif.control", "clif.replica"), ("clif.replica", "clif.control")):
-            if module.startswith(one):
-                assert not any(t.startswith(other) for t in targets), module
+def when_loaded(body: list[ast.stmt]) -> Iterator[ast.AST]:
+    """Statements that run while a module is imported, also those inside of if and try; not those for types only."""
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from when_loaded(node.orelse)
+            continue
+        yield node
+        for field in ("body", "orelse", "finalbody"):
+            yield from when_loaded(getattr(node, field, []) or [])
+        for handler in getattr(node, "handlers", []):
+            yield from when_loaded(handler.body)
+
+
+def package_of(name: str) -> str | None:
+    """The package of clif that a dotted name belongs to; None for what lies directly in clif or outside of it."""
+    return next((p for p in MAY_IMPORT if name == p or name.startswith(f"{p}.")), None)
+
+
+def test_packages_import_only_what_lies_below_them():
+    for name, path in FILES.items():
+        if path.parent == REPO / "clif":
+            allowed = (ENTRIES | BACKENDS).get(name, ())
+        else:
+            assert package_of(name), f"{name}: give its package a line in MAY_IMPORT"
+            allowed = (package_of(name), *MAY_IMPORT[package_of(name)])
+        targets = imported(ast.walk(parsed(path)))
+        wrong = {package_of(t) for t in targets} - {None, *allowed}
+        assert not wrong, f"{name} imports {wrong}: the order of the packages, MAY_IMPORT, does not allow it"
+        if package_of(name) != "clif.launch":
+            assert not targets & ENTRIES.keys(), f"{name} imports {targets & ENTRIES.keys()}, which starts whole runs"
+
+
+def test_the_order_of_the_packages_is_an_order_and_keeps_control_and_replica_apart():
+    """They meet in clif.types and clif.wire only."""
+    assert "clif.replica" not in MAY_IMPORT["clif.control"] and "clif.control" not in MAY_IMPORT["clif.replica"]
+    below: set[str] = set()
+    while below != MAY_IMPORT.keys():
+        ready = {p for p, allowed in MAY_IMPORT.items() if set(allowed) <= below} - below
+        assert ready, f"a circle among {MAY_IMPORT.keys() - below}"
+        below |= ready
+    folders = {module_name(p) for p in (REPO / "clif").iterdir() if (p / "__init__.py").is_file()}
+    assert folders | {"clif.launch", "clif.kernels"} == MAY_IMPORT.keys()
+
+
+def test_files_and_functions_keep_their_limits():
+    """Kernels are exempt: one is a single function for the compiler."""
+    for path in [*FILES.values(), *sorted((REPO / "benchmarks").glob("*.py"))]:
+        where = path.relative_to(REPO)
+        lines = len(path.read_text().splitlines())
+        assert lines <= MAX_FILE_LINES, f"{where} has {lines} lines, {MAX_FILE_LINES} are allowed: split it"
+        for node in ast.walk(parsed(path)):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            if any("jit" in ast.unparse(d) for d in node.decorator_list):
+                continue
+            length = node.end_lineno - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{where}: {node.name} has {length} lines: split it"
+
+
+def test_every_test_of_an_error_says_which_error_it_expects():
+    """pytest.raises(SomeError) alone passes for an error of another cause, unless the test made it up itself."""
+    for path in sorted((REPO / "tests").rglob("*.py")):
+        nodes = list(ast.walk(parsed(path)))
+        own = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
+        for item in (item for node in nodes if isinstance(node, ast.With) for item in node.items):
+            call = item.context_expr
+            if not isinstance(call, ast.Call) or ast.unparse(call.func) != "pytest.raises":
+                continue
+            named = any(k.arg == "match" for k in call.keywords) or item.optional_vars is not None
+            made_up = ast.unparse(call.args[0]) in own
+            assert named or made_up, f"{path.relative_to(REPO)}:{call.lineno}: give match=, or check the text"
 
 
 def test_kernels_package_imports_nothing():
     """transformers takes a top-level package of this name for Hugging Face's and executes it."""
-    tree = ast.parse((REPO / "kernels" / "__init__.py").read_text())
-    assert not tree.body
+    assert not parsed(FILES["clif.kernels"]).body
 
 
 def run(code_or_args: list[str], tmp_path: Path, **extra: str) -> subprocess.CompletedProcess[str]:
@@ -117,52 +211,18 @@ def test_ranks_that_do_not_fit_are_refused_without_torch(tmp_path):
     assert "layout.tp_size 2 does not divide the 3 ranks" in done.stderr
 
 
-def files():
-    return {
-        ".".join(
-            (["clif"] if p.parts[0] != "clif" else []) + [*p.parts[:-1], *([] if p.stem == "__init__" else [p.stem])]
-        ): REPO / p
-        for d in ("clif", "launch", "kernels")
-        for q in (REPO / d).rglob("*.py")
-        for p in [q.relative_to(REPO)]
-    }
-
-
-def module_level(body):
-    for node in body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            continue
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            yield from module_level(node.orelse)
-            continue
-        yield node
-        for f in ("body", "orelse", "finalbody"):
-            yield from module_level(getattr(node, f, []) or [])
-        for h in getattr(node, "handlers", []):
-            yield from module_level(h.body)
-
-
 def test_no_cycles_counting_imports_inside_if_and_try():
-    graph = {}
-    for name, path in files().items():
-        found = set()
-        for node in module_level(ast.parse(path.read_text()).body):
-            if isinstance(node, ast.Import):
-                found |= {a.name for a in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{path}: relative import"
-                found |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
-        graph[name] = found & files().keys() - {name}
+    graph = {name: imported(when_loaded(parsed(path).body)) & FILES.keys() - {name} for name, path in FILES.items()}
     done = set()
 
-    def visit(n, way):
-        assert n not in way, " -> ".join((*way, n))
-        for t in graph[n] - done:
-            visit(t, (*way, n))
-        done.add(n)
+    def visit(name, way):
+        assert name not in way, " -> ".join((*way, name))
+        for target in graph[name] - done:
+            visit(target, (*way, name))
+        done.add(name)
 
-    for n in graph:
-        visit(n, ())
+    for name in graph:
+        visit(name, ())
 
 
 def test_collectives_have_one_caller_under_any_name():
@@ -197,10 +257,10 @@ def test_collectives_have_one_caller_under_any_name():
         }
     }
     assert "all_gather_into_tensor" in known
-    for name, path in files().items():
+    for name, path in FILES.items():
         if name == "clif.collectives":
             continue
-        tree = ast.parse(path.read_text())
+        tree = parsed(path)
         aliases = {"torch.distributed"}
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
