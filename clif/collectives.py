@@ -21,6 +21,10 @@ class Group(Protocol):
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> dist.Work: ...
 
+    def alltoall_base(
+        self, output: torch.Tensor, input: torch.Tensor, output_split_sizes: list[int], input_split_sizes: list[int]
+    ) -> dist.Work: ...
+
 
 def make_group(backend: str, store: dist.Store, name: str, rank: int, size: int, timeout: datetime.timedelta) -> Group:
     """A group of `size` ranks that meet in the store under `name`; this one is number `rank` of them.
@@ -51,6 +55,11 @@ class Roll:
     name: str
     rank: int
     ranks: tuple[int, ...]
+
+    @property
+    def place(self) -> int:
+        """This rank's number within the group."""
+        return self.ranks.index(self.rank)
 
     def failed(self, error: RuntimeError) -> RuntimeError:
         """A collective's error, with the name of the group and the members who did not see one as well."""
@@ -84,8 +93,53 @@ class RoundBroken(RuntimeError):
     """The collective of a round failed; all ranks of the replica raise it in the same turn."""
 
 
-class WeightedMean:
-    """A weighted average of vectors over a group, under way while the caller does other things.
+class UnderWay:
+    """A collective of a round that goes on while the caller does other things.
+
+    roll: who belongs to the group; error: what the collective ended with, once it has.
+    """
+
+    def __init__(self, work: dist.Work, roll: Roll | None) -> None:
+        self.error: RuntimeError | None = None
+        self._work: dist.Work | None = work
+        self._roll = roll
+
+    def done(self) -> bool:
+        """True when the collective has ended; `error` says whether it failed."""
+        if self._work is None:
+            return True
+        if not self._work.is_completed():
+            return False
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            self.error = error if self._roll is None else self._roll.failed(error)
+        self._work = None
+        return True
+
+
+class Exchange(UnderWay):
+    """Gives each rank of a group its part of everybody's vector. Costs a rank the traffic of one vector each way."""
+
+    def __init__(self, parts: list[torch.Tensor], place: int, group: Group, roll: Roll | None = None) -> None:
+        """parts: of this rank's vector, for each rank of the group in its order; place: of this one in the group.
+
+        Part i is as large on all ranks.
+        """
+        sizes = [part.numel() for part in parts]
+        self._parts = parts[0].new_empty(len(sizes), sizes[place])
+        work = group.alltoall_base(self._parts.view(-1), torch.cat(parts), [sizes[place]] * len(sizes), sizes)
+        super().__init__(work, roll)
+
+    def result(self) -> torch.Tensor:
+        """This rank's parts of all vectors [ranks, size], in the group's order. Raises what the exchange ended with."""
+        if self.error is not None:
+            raise self.error
+        return self._parts
+
+
+class WeightedMean(UnderWay):
+    """A weighted average of vectors over a group.
 
     The sum of the weights travels in the vector's last place, so the divisor is what was really sent. A rank
     whose vector must not count sends zeros with weight 0: multiplying by 0 would not do (0 x NaN is NaN).
@@ -101,28 +155,13 @@ class WeightedMean:
     ) -> None:
         """buffer [n + 1], float32: to be used, and left to whoever reads the result; fresh memory costs as much as
         the sum."""
-        self._roll = roll
         self._buffer = vector.new_empty(vector.numel() + 1, dtype=torch.float32) if buffer is None else buffer
         if weight > 0:
             torch.mul(vector, weight, out=self._buffer[:-1])
             self._buffer[-1] = weight
         else:
             self._buffer.zero_()
-        self.error: RuntimeError | None = None
-        self._work: dist.Work | None = group.allreduce([self._buffer])
-
-    def done(self) -> bool:
-        """True when the collective has ended; `error` says whether it failed."""
-        if self._work is None:
-            return True
-        if not self._work.is_completed():
-            return False
-        try:
-            self._work.wait()
-        except RuntimeError as error:
-            self.error = error if self._roll is None else self._roll.failed(error)
-        self._work = None
-        return True
+        super().__init__(group.allreduce([self._buffer]), roll)
 
     def result(self) -> tuple[torch.Tensor, float]:
         """(mean [n], sum of weights), once. The mean is undefined when the sum is 0. Raises what the sum ended with."""
@@ -144,7 +183,7 @@ class Peers:
         self._group, self._roll = group, roll
         self._former: list[Group] = []
         self.size = 1 if roll is None else len(roll.ranks)
-        self.rank = 0 if roll is None else roll.ranks.index(roll.rank)
+        self.rank = 0 if roll is None else roll.place
 
     def leave(self, why: str) -> None:
         """Let the others know that this rank has failed, so that none waits for it until a timeout."""

@@ -160,8 +160,8 @@ class Vote(msgspec.Struct, frozen=True, kw_only=True):
     """A member's judgement of the averaged adapter on its part of the held-out rows.
 
     Losses are sums over answer tokens, in nats, so that the parts of all members can be pooled.
-    product_error: |(B_i - Bbar)(A_i - Abar)| / |Bbar Abar| of this member. Averaged with the members' weights it is
-    at least the relative error of averaging A and B apart, |sum_i w_i (B_i - Bbar)(A_i - Abar)| / |Bbar Abar|.
+    error2, product2: squared norms, over the layers that fell to this member, of what averaging A and B apart does
+    wrong, sum_i w_i (B_i - Bbar)(A_i - Abar), and of Bbar Abar. Over all members they add up.
     """
 
     round_id: int
@@ -170,7 +170,8 @@ class Vote(msgspec.Struct, frozen=True, kw_only=True):
     candidate_loss: float
     active_loss: float
     tokens: int
-    product_error: float | None = None
+    error2: float | None = None
+    product2: float | None = None
 
 
 class HeldoutLoss(msgspec.Struct, frozen=True, kw_only=True):

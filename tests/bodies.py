@@ -193,6 +193,18 @@ def whole_adapter_of_a_round(topology: Topology, model: str, data: str, run_dir:
     return bank.whole(bank.shadow.detach())
 
 
+def round_of_unequal_members(topology: Topology, model: str, data: str, run_dir: str) -> dict[str, Any]:
+    """Three members that take 1, 2 and 3 steps: the adapter that each averages, with its weight, and its vote."""
+    driver = Driver(topology, model, data, run_dir)
+    bank = driver.replica.member.trainer.bank
+    driver.begin((0, 1, 2), steps=topology.replica + 1)
+    result = driver.wait_for(m.StepsDone).result
+    mine = bank.whole(bank.shadow.detach().clone())
+    driver.tick(m.Aggregate(round_id=1))
+    vote = driver.wait_for(m.Voted).vote
+    return {"samples": result.samples, "mine": mine, "vote": vote, "leads": topology.is_leader}
+
+
 def round_with_a_broken_member(topology: Topology, model: str, data: str, run_dir: str) -> dict[str, Any]:
     """Replica 1's shadow turns NaN during its steps; the average must not."""
     driver = Driver(topology, model, data, run_dir)

@@ -175,7 +175,7 @@ class FakeLeader(threading.Thread):
         elif isinstance(message, wire.Aggregate):
             vote = Vote(
                 round_id=message.round_id, replica=me, finite=True, candidate_loss=1.0, active_loss=20.0,
-                tokens=HELDOUT_TOKENS, product_error=0.1,
+                tokens=HELDOUT_TOKENS, error2=0.01, product2=1.0,
             )  # fmt: skip
             self.channel.send(wire.Voted(vote=vote))
         elif isinstance(message, wire.Settle):

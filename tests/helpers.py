@@ -129,3 +129,20 @@ def expected_part(name: str, whole: torch.Tensor, config: Any, rank: int, size: 
     if leaf not in (spans := layer_spans(config, rank, size)) or (side == "bias" and spans[leaf][0] == "in"):
         return whole
     return part_of(whole, *spans[leaf])
+
+
+def true_product_error(bank: AdapterBank, flats: list[torch.Tensor], weights: list[float]) -> float:
+    """|sum_i w_i B_i A_i - Bbar Abar| / |Bbar Abar| of flat shadows, from full products."""
+    return relative_error([{n: bank.factors(f)[n] for n in bank.names} for f in flats], weights)
+
+
+def relative_error(members: list[dict[str, tuple[torch.Tensor, torch.Tensor]]], weights: list[float]) -> float:
+    """The same of members' factors A, B by module name."""
+    wrong = right = 0.0
+    for name in members[0]:
+        a, b = ([w * m[name][i] for w, m in zip(weights, members, strict=True)] for i in (0, 1))
+        product = sum(b) @ sum(a)
+        true = sum(w * m[name][1] @ m[name][0] for w, m in zip(weights, members, strict=True))
+        wrong += float((true - product).square().sum())
+        right += float(product.square().sum())
+    return (wrong / right) ** 0.5

@@ -47,20 +47,40 @@ class AdapterBank:
                 factor.fill_(1 / cut.holders(self.peers.size))
         return shares
 
-    def _views(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
+    def _views(self, flat: torch.Tensor, layers: range | None = None) -> Iterator[torch.Tensor]:
         """A and B of every layer in turn, as views of a vector that is laid out like the shadow."""
         at = 0
-        for layer in self.layers:
+        for layer in self._chosen(layers):
             for shape in (layer.shadow_a.shape, layer.shadow_b.shape):
                 yield flat[at : at + shape.numel()].view(shape)
                 at += shape.numel()
 
-    def factors(self, flat: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """A [r, in] and B [out, r] by module name, as views of a vector that is laid out like the shadow."""
-        views, found = self._views(flat), {}
-        for layer in self.layers:
+    def _chosen(self, layers: range | None) -> list[DualLinear]:
+        return self.layers if layers is None else self.layers[layers.start : layers.stop]
+
+    def factors(self, flat: torch.Tensor, layers: range | None = None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """A [r, in] and B [out, r] by module name, as views of a vector that is laid out like the shadow.
+
+        layers: of these alone; the vector holds nothing else.
+        """
+        views, found = self._views(flat, layers), {}
+        for layer in self._chosen(layers):
             found.update(layer.factors(next(views), next(views)))
         return found
+
+    def sizes(self, layers: range | None = None) -> list[int]:
+        """Coordinates of each layer in the shadow."""
+        return [layer.shadow_a.numel() + layer.shadow_b.numel() for layer in self._chosen(layers)]
+
+    def part(self, flat: torch.Tensor, layers: range) -> torch.Tensor:
+        """What lies in these layers, as a view of a vector that is laid out like the shadow."""
+        start = sum(self.sizes(range(layers.start)))
+        return flat[start : start + sum(self.sizes(layers))]
+
+    def holders(self, name: str) -> int:
+        """How many of the peers compute the same part of a module's product B A."""
+        of_a, of_b = self._cuts[name]
+        return (of_b if of_b.span is not None else of_a).holders(self.peers.size)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -166,29 +186,6 @@ class AdapterBank:
         factors = {name: (state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]) for name in self.names}
         for layer in self.layers:
             layer.fill_slot(slot, factors)
-
-    def product_error(self, mean: torch.Tensor, mine: torch.Tensor) -> tuple[float, float]:
-        """Squared Frobenius norms, summed over layers, of (B_i - Bbar)(A_i - Abar) and of Bbar Abar.
-
-        mean, mine: flat shadows. From r x r Gram matrices: |B A|^2 = <B^T B, A A^T>, in which parts of A or of B add
-        up. Collective over the peers.
-        """
-        found = [self._products_norm2(mine - mean), self._products_norm2(mean)]
-        apart, whole = self.peers.sum_(torch.tensor(found, dtype=torch.float64, device=mean.device)).tolist()
-        return apart, whole
-
-    def _products_norm2(self, flat: torch.Tensor) -> float:
-        """Of each product once, however many peers hold the same rows of B."""
-        total = 0.0
-        for name, (a, b) in self.factors(flat).items():
-            of_a, of_b = self._cuts[name]
-            part = of_b if of_b.span is not None else of_a
-            total += _product_norm2(a, b) / part.holders(self.peers.size)
-        return total
-
-
-def _product_norm2(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float(((b.T @ b) * (a @ a.T)).sum())
 
 
 def inject(stack: CausalStack, config: AdapterConfig) -> AdapterBank:

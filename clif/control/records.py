@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def row_of(ended: Round) -> dict[str, Any]:
         "train_loss": train_loss(results),
         "heldout_candidate": candidate,
         "heldout_active": active,
-        "product_error": product_error(ended.results, votes),
+        "product_error": product_error(votes) if len(votes) == len(ended.plan.members) else None,
         "noise_scale": _mean([r.noise_scale for r in results]),
         "started_s": ended.began_s,
         "trained_s": ended.trained_s,
@@ -157,11 +157,13 @@ def row_of(ended: Round) -> dict[str, Any]:
     }
 
 
-def product_error(results: Mapping[int, RoundResult], votes: Sequence[Vote]) -> float | None:
-    """Mean of the members' own errors, weighted as FedAvg weights them: by samples. None when nobody knows one."""
-    known = [(results[v.replica].samples, v.product_error) for v in votes if v.product_error is not None]
-    total = sum(weight for weight, _ in known)
-    return sum(weight * error for weight, error in known) / total if total else None
+def product_error(votes: Sequence[Vote]) -> float | None:
+    """Relative error of averaging A and B apart, from the shares of all members. None without them or for B = 0."""
+    shares = [(v.error2, v.product2) for v in votes if v.error2 is not None and v.product2 is not None]
+    product2 = sum(product for _, product in shares)
+    if len(shares) < len(votes) or not product2 > 0:
+        return None
+    return math.sqrt(sum(error for error, _ in shares) / product2)
 
 
 def train_loss(results: list[RoundResult]) -> float | None:

@@ -164,7 +164,7 @@ _CONTROL = (
         _f("train_loss", "nat/token", "mean training loss over all answer tokens of all members' steps", NAN),
         _f("heldout_candidate", "nat/token", "held-out loss of the averaged adapter", NAN),
         _f("heldout_active", "nat/token", "held-out loss of the active adapter", NAN),
-        _f("product_error", "1", "relative error of averaging A and B apart, from above", NAN),
+        _f("product_error", "1", "relative error of averaging A and B apart", NAN),
         _f("noise_scale", "samples", "gradient noise scale", NAN),
         _f("started_s", "s", "stamp: members admitted"),
         _f("trained_s", "s", "stamp: local steps done", NAN),

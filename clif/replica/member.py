@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from clif.adapters.peft_io import config_json, read_weights, write_weights
+from clif.adapters.product_error import ErrorShare, deal, deviation_
 from clif.adapters.slots import SlotTable
-from clif.collectives import RoundBroken, WeightedMean
+from clif.collectives import Exchange, Group, RoundBroken, WeightedMean
 from clif.models.dual_linear import SHADOW
 from clif.replica.checkpoint import Checkpoint, CheckpointWriter
 from clif.replica.heldout import Heldout
-from clif.replica.jobs import WAIT, Slices
+from clif.replica.jobs import WAIT, Slice, Slices
 from clif.replica.trainer import ShadowTrainer, StepResult
 from clif.topology import Topology
 from clif.types import HeldoutLoss, RoundPlan, RoundResult, Vote
@@ -93,11 +94,11 @@ class Member:
                 break
         return sum_up(plan.round_id, self.topology.replica, results, time.monotonic() - started)
 
-    def _average(self, plan: RoundPlan, result: RoundResult) -> Slices[float | None]:
+    def _average(self, plan: RoundPlan, result: RoundResult) -> Slices[tuple[float, float] | None]:
         """FedAvg over the members, weighted by samples; leaves the mean in the shadow.
 
-        Returns |(B_i - Bbar)(A_i - Abar)| / |Bbar Abar| of this member: averaged with the members' weights it
-        bounds the relative error of averaging A and B apart (exact for two members of equal weight).
+        Returns this member's share of the squares in Vote: of the error of averaging A and B apart, and of the product
+        of their means. None if no member has a weight.
         """
         bank = self.trainer.bank
         mine = bank.shadow.detach().clone()
@@ -109,19 +110,37 @@ class Member:
         if self._buffer is None:
             self._buffer = mine.new_empty(mine.numel() + 1)
         roll = self.topology.roll(members, plan.round_id)
-        mean = WeightedMean(mine, result.samples if result.finite else 0, group.result(), roll, self._buffer)
+        weight = result.samples if result.finite else 0
+        mean = WeightedMean(mine, weight, group.result(), roll, self._buffer)
         # Together: who sees the end first would else go on alone, and its peers are waiting in other collectives.
         while not self._all(mean.done()):
             yield WAIT
         self._unbroken(mean.error)
-        average, weight = mean.result()
-        if weight == 0:
+        average, total = mean.result()
+        if total == 0:
             average.fill_(math.nan)
         bank.shadow.data.copy_(average)
-        if not result.finite:
+        if total == 0:
             return None
-        error, total = bank.product_error(average, mine)
-        return math.sqrt(error / total) if total > 0 else None
+        deviation_(mine, average, weight / total)
+        return (yield from self._product_error(plan, group.result(), average, mine))
+
+    def _product_error(
+        self, plan: RoundPlan, group: Group, average: torch.Tensor, deviation: torch.Tensor
+    ) -> Slices[tuple[float, float]]:
+        """All members come here, those without weight too. Parts are as large on one peer as on the next."""
+        bank, roll = self.trainer.bank, self.topology.roll((plan.members, plan.lives), plan.round_id)
+        shares = dict(zip(plan.members, deal(bank.sizes(), len(plan.members)), strict=True))
+        # The group is in the order of ranks, which need not be that of the replicas.
+        wanted = [shares[self.topology.layout.replica_of(rank)] for rank in roll.ranks]
+        exchange = Exchange([bank.part(deviation, layers) for layers in wanted], roll.place, group, roll)
+        while not self._all(exchange.done()):
+            yield WAIT
+        self._unbroken(exchange.error)
+        share = ErrorShare(bank, average, exchange.result(), wanted[roll.place])
+        while share.modules:
+            yield Slice("product_error", 1, share.modules, share.add)
+        return share.result()
 
     def _unbroken(self, error: BaseException | None) -> None:
         """Raises RoundBroken on all ranks of this replica if one of them saw an error."""
@@ -132,7 +151,8 @@ class Member:
         """Whether it holds on all ranks of this replica."""
         return self.topology.peers.every(flag, self.topology.device)
 
-    def _vote(self, plan: RoundPlan, active: float, candidate: float, error: float | None) -> Vote:
+    def _vote(self, plan: RoundPlan, active: float, candidate: float, error: tuple[float, float] | None) -> Vote:
+        apart, product = error or (None, None)
         return Vote(
             round_id=plan.round_id,
             replica=self.topology.replica,
@@ -140,7 +160,8 @@ class Member:
             candidate_loss=candidate,
             active_loss=active,
             tokens=self.heldout.tokens,
-            product_error=error,
+            error2=apart,
+            product2=product,
         )
 
     def _promote(self, settle: Settle, candidate: float) -> Slices[None]:

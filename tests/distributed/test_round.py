@@ -7,7 +7,10 @@ from pathlib import Path
 import bodies
 import pytest
 import torch
+from helpers import relative_error
 from ranks import run_ranks
+
+from clif.control.records import product_error
 
 
 @pytest.fixture
@@ -25,8 +28,22 @@ def test_round_is_averaged_promoted_and_reaches_replicas_outside_it(model, data,
     assert [r["committed"] for r in results] == [24, 24, 0], "samples count once, when their round is settled"
     vote = results[0]["vote"]
     assert vote.finite and vote.candidate_loss < vote.active_loss
-    assert results[0]["result"].samples == 24 and 0 < vote.product_error < 10
+    assert results[0]["result"].samples == 24
+    assert 0 < product_error([r["vote"] for r in results[:2]]) < 10
     assert len(list((tmp_path / "checkpoints").glob("*.safetensors"))) == 3
+
+
+@pytest.mark.parametrize("layout", [{}, {"replica_gpus": [[0, 5], [1, 3], [2, 4]]}])
+def test_product_error_of_a_round_is_exact_for_members_of_unequal_weight(model, data, tmp_path, layout):
+    """Also for replicas of two ranks, whose second ranks are in another order than their replicas."""
+    results = run_ranks(6 if layout else 3, bodies.round_of_unequal_members, model, data, str(tmp_path), layout=layout)
+    members = [r for r in results if r["leads"]]
+    samples = [r["samples"] for r in members]
+    assert samples == [4, 8, 12]
+    names = {key.removesuffix(".lora_A.weight") for key in members[0]["mine"] if key.endswith(".lora_A.weight")}
+    factors = [{n: (r["mine"][f"{n}.lora_A.weight"], r["mine"][f"{n}.lora_B.weight"]) for n in names} for r in members]
+    expected = relative_error(factors, [n / sum(samples) for n in samples])
+    assert product_error([r["vote"] for r in members]) == pytest.approx(expected, rel=1e-3)
 
 
 def test_broken_member_neither_poisons_the_average_nor_keeps_its_own(model, data, tmp_path):

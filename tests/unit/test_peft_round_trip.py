@@ -172,27 +172,6 @@ def test_a_folder_without_weights_or_a_file_is_refused(rig, tmp_path):
             peft_io.read_folder(rig.bank, path)
 
 
-def test_error_of_averaging_factors_is_that_of_the_products(rig):
-    """For two members of equal weight: |sum w_i (B_i - Bbar)(A_i - Abar)| / |Bbar Abar|, here from full products."""
-    bank = rig.bank
-    states = [random_state(bank, seed) for seed in (1, 2)]
-    flat = []
-    for state in states:
-        bank.set_shadow(state)
-        flat.append(bank.shadow.detach().clone())
-    mean = (flat[0] + flat[1]) / 2
-    error, total = bank.product_error(mean, flat[0])
-    wrong = right = 0.0
-    for name in bank.names:
-        a = [s[f"{name}.lora_A.weight"] for s in states]
-        b = [s[f"{name}.lora_B.weight"] for s in states]
-        product = (b[0] + b[1]) / 2 @ ((a[0] + a[1]) / 2)
-        true = (b[0] @ a[0] + b[1] @ a[1]) / 2
-        wrong += float((true - product).square().sum())
-        right += float(product.square().sum())
-    assert error / total == pytest.approx(wrong / right, rel=1e-4)
-
-
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
 def test_the_written_configuration_is_the_one_that_peft_makes(tiny_config, tmp_path, targets):
     rig = make_rig(f"random:{tiny_config}", adapter={"target_modules": targets})
