@@ -1,4 +1,4 @@
-"""A federated round from a member's side, on real gloo ranks with a small real engine."""
+"""A federated round from a member's side, on real gloo ranks with a small real engine: promises 2 and 8."""
 
 from __future__ import annotations
 

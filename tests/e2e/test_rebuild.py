@@ -1,4 +1,4 @@
-"""Whole runs in which a replica fails and is rebuilt in place: the others go on, and nothing is lost."""
+"""Whole runs in which a replica fails and is rebuilt in place: the others go on, nothing is lost (promise 1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Whole runs in which something is killed or told to end: nothing accepted is lost, nothing is counted twice."""
+"""Whole runs in which something is killed or told to end: nothing accepted is lost, nothing is counted twice.
+
+Promise 1 for the requests, promise 6 for rounds and measurements.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Collecting with a real MPI, as on a cluster. What needs one is skipped, with the reason, where none is installed."""
+"""Promise 6 with a real MPI, as on a cluster. What needs one is skipped, with the reason, where none is installed."""
 
 from __future__ import annotations
 

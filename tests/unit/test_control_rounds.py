@@ -1,4 +1,4 @@
-"""Rounds: who may be promoted (promise 3), and how a round ends whatever happens to its members."""
+"""Rounds: who may be promoted (promise 3), and how a round ends, once (promise 6), whatever happens to its members."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Promises of co-serving: neither side changes what the other computes, and serving never waits for long."""
+"""Promise 5 in the engine: neither side changes what the other computes, and serving never waits for long."""
 
 from __future__ import annotations
 

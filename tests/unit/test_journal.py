@@ -1,4 +1,4 @@
-"""The journal: what was written is there after any death, whole, and only one process writes it."""
+"""The journal (promises 1 and 6): what was written is there after any death, whole, and one process writes it."""
 
 from __future__ import annotations
 

@@ -63,6 +63,7 @@ def test_replicas_of_different_sizes_are_read():
     ],
 )
 def test_wrong_layouts_say_what_to_change(arguments, sentence):
+    """Promise 7: what cannot be honoured is an error."""
     with pytest.raises(LayoutError, match=sentence):
         make_layout(**arguments)
 

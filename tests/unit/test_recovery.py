@@ -1,4 +1,4 @@
-"""What a restarted control process goes on with: no accepted request is lost, none comes twice."""
+"""What a restarted control process goes on with: no accepted request is lost, none comes twice (promise 1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preemption and prefix reuse with a real model: the answers are those of an engine that needs neither."""
+"""Preemption and prefix reuse with a real model: the answers are those of an engine that needs neither (promise 2)."""
 
 from __future__ import annotations
 
