@@ -168,12 +168,23 @@ class DataConfig(Section):
     train_split: str = "train"
     heldout_split: str = "test"
     """Rows of these values in the field "split"."""
+    heldout_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """For rows that have no field "split": this share of the different prompts is held out, chosen by run.seed."""
     heldout_rows: Positive | None = None
     """Held-out rows that are used, all replicas together; None: all."""
     shard: Literal["round_robin", "client"] = "round_robin"
     """How training rows are shared among replicas: in turn, or by the field "client"."""
     max_sample_tokens: Positive = 512
     """A longer sample, or one longer than model.max_context, is rejected with a reason."""
+
+    @model_validator(mode="after")
+    def _apart(self) -> DataConfig:
+        if self.heldout_share is not None and self.train_split == self.heldout_split:
+            raise ValueError(
+                f"data.heldout_share needs two splits, but data.train_split and data.heldout_split are both "
+                f'"{self.train_split}": change one'
+            )
+        return self
 
 
 class TrainConfig(Section):

@@ -21,6 +21,12 @@ import tokenizers
 from clif.errors import InputError
 
 Message = dict[str, str]
+
+
+class ChatError(InputError):
+    """A conversation that the model's template or tokenizer does not take; the message says why."""
+
+
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_FILE = "chat.json"
 
@@ -49,9 +55,13 @@ class ChatTokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> ChatTokenizer:
-        chat = json.loads((folder / CHAT_FILE).read_text())
-        tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-        return cls(tokenizer, chat["template"], chat["eos_ids"], chat["special"])
+        """What save() wrote. Raises InputError if it is not whole."""
+        try:
+            chat = json.loads((folder / CHAT_FILE).read_text())
+            tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+            return cls(tokenizer, chat["template"], chat["eos_ids"], chat["special"])
+        except Exception as error:  # tokenizers has no class of its own for a damaged file.
+            raise InputError(f"{folder} holds no tokenizer that can be read ({error}): start the run anew") from error
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,17 +70,31 @@ class ChatTokenizer:
         (folder / CHAT_FILE).write_text(json.dumps(chat, indent=1))
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation up to where the assistant answers."""
+        """Ids of a conversation up to where the assistant answers. Raises ChatError."""
         if self._compiled is None:
-            text = "\n".join(m["content"] for m in messages) + "\n"
-            return list(self.tokenizer.encode(text).ids)
-        text = self._compiled.render(messages=list(messages), add_generation_prompt=True, **self.special)
+            return self._ids("\n".join(m["content"] for m in messages) + "\n", add_special_tokens=True)
         # The template writes the special tokens itself: adding them again would double the first one.
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._ids(self._render(self._compiled, messages), add_special_tokens=False)
 
     def encode_answer(self, text: str) -> list[int]:
-        """Ids of an answer with the end-of-text token that closes it."""
-        return [*self.tokenizer.encode(text, add_special_tokens=False).ids, self.eos_ids[0]]
+        """Ids of an answer with the end-of-text token that closes it. Raises ChatError."""
+        return [*self._ids(text, add_special_tokens=False), self.eos_ids[0]]
+
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        except TypeError as error:
+            raise ChatError("half of a character (a lone surrogate) is no text: remove it") from error
+
+    def _render(self, template: jinja2.Template, messages: Sequence[Message]) -> str:
+        """The conversation as text. A template is a program of the model's makers: it may refuse, and it may fail."""
+        try:
+            return template.render(messages=list(messages), add_generation_prompt=True, **self.special)
+        except _OF_TEMPLATES as error:
+            roles = ", ".join(m["role"] for m in messages)
+            raise ChatError(
+                f"the model's chat template does not take messages of the roles {roles} ({error}): change them"
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -86,7 +110,10 @@ class ChatTokenizer:
         environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda fmt: datetime.datetime.now().strftime(fmt)
-        return environment.from_string(self.template)
+        try:
+            return environment.from_string(self.template)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise InputError(f"the model's chat template is no valid Jinja ({error}): correct it") from error
 
 
 def from_transformers(tokenizer: Any, eos_ids: Sequence[int]) -> ChatTokenizer:
@@ -103,6 +130,12 @@ def from_transformers(tokenizer: Any, eos_ids: Sequence[int]) -> ChatTokenizer:
     # The answer's own end token comes first: generation configs may list others before it.
     ids = [i for i in (tokenizer.eos_token_id, *eos_ids) if i is not None]
     return ChatTokenizer(backend, template, ids, special)
+
+
+# What Jinja raises, and what Python does for an expression in a template: "a" + none, a range too long.
+_OF_TEMPLATES = (
+    jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
 
 
 def _raise(message: str) -> None:

@@ -26,7 +26,7 @@ from clif.control.records import Records
 from clif.control.recovery import Recorded, add_up, recover
 from clif.control.server import ControlServer
 from clif.control.status import Status, StatusHandler
-from clif.data.instruct import read_rows
+from clif.data.heldout import read_data
 from clif.data.load import make_load
 from clif.metrics.sources import earlier_rows
 from clif.store import AdapterStore, write_atomic
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace, status: Status, config: Config, outside: 
     """
     run_dir: Path = arguments.run_dir
     tokenizer = ChatTokenizer.load(run_dir / "tokenizer")
-    rows = read_rows(config.data.path) if config.data.path is not None else []
+    rows = read_data(config)
     load, store = make_load(config, rows, tokenizer), AdapterStore(run_dir)
     # First the lock that comes with it: until the old control process is gone, nothing is read or written.
     journal = Journal(run_dir)

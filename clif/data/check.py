@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from clif.config import Config
-from clif.data.instruct import read_rows, split_rows
+from clif.data.heldout import read_data
+from clif.data.instruct import split_rows
 from clif.data.traces import read_trace
 
 
 def check_inputs(config: Config) -> None:
     """Raises DataError or TraceError, with file and line, for what would otherwise end the run minutes later."""
     if config.data.path is not None:
-        rows = read_rows(config.data.path)
+        rows = read_data(config)
         if config.train.enabled:
             split_rows(rows, config.data.train_split)
         if config.train.enabled or config.quality.exact_match_rows:

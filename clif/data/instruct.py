@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from clif.data.lines import json_object, read_lines
 from clif.errors import InputError
-from clif.text import ChatTokenizer, Message
+from clif.text import ChatError, ChatTokenizer, Message
 from clif.types import TrainSample
 
 ACCEPTED = "instruction[/input]/output, messages, or prompt/completion"
@@ -21,7 +22,11 @@ class DataError(InputError):
 
 
 class SampleRejected(DataError):
-    """This one row cannot be a training sample; others may."""
+    """This one row cannot be a training sample; others may. tokens: of a sample that is too long; else 0."""
+
+    def __init__(self, sentence: str, tokens: int = 0) -> None:
+        super().__init__(sentence)
+        self.tokens = tokens
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,27 +47,24 @@ def read_rows(path: Path) -> list[Row]:
     rows: list[Row] = []
     for number, line in read_lines(path, DataError):
         try:
-            rows.append(_row(len(rows), _object(line)))
-        except DataError as error:
+            rows.append(_row(len(rows), json_object(line)))
+        except InputError as error:
             raise DataError(f"{path}, line {number}: {error}") from error
     if not rows:
         raise DataError(f"{path} holds no rows: put one JSON object on each line")
     return rows
 
 
-def read_lines(path: Path, error: type[ValueError]) -> Iterator[tuple[int, str]]:
-    """Line numbers (from 1) and lines of a UTF-8 file, blank ones left out. Raises `error` if it is not UTF-8."""
-    # Not splitlines(): it also splits at U+2028 and its like, which JSON allows inside strings.
-    with path.open(encoding="utf-8-sig") as lines:
-        try:
-            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-        except UnicodeDecodeError as cause:
-            raise error(f"{path} is not UTF-8 text: convert it") from cause
-
-
-def split_rows(rows: Sequence[Row], split: str) -> list[Row]:
-    """Rows of one split. Raises DataError, listing the splits there are, if none."""
+def split_rows(rows: Sequence[Row], split: str, needed: bool = True) -> list[Row]:
+    """Rows of one split. Raises DataError, listing the splits there are, if some are needed and none is there."""
     chosen = [row for row in rows if row.split == split]
+    if not needed:
+        return chosen
+    if not chosen and all(row.split is None for row in rows):
+        raise DataError(
+            f'no row has the field "split", and "{split}" is needed: add it to every row, e.g. "split": "{split}", '
+            "or set data.heldout_share=0.1, which holds out a tenth of rows that have none"
+        )
     if not chosen:
         present = ", ".join(sorted({"(none)" if row.split is None else row.split for row in rows}))
         raise DataError(f'no row has the split "{split}": choose one that the data has ({present})')
@@ -98,15 +100,19 @@ def encode_sample(row: Row, tokenizer: ChatTokenizer, max_tokens: int) -> TrainS
 
     Raises SampleRejected if it is longer than max_tokens or if no token of the answer is left to learn.
     """
-    prompt = tokenizer.encode_chat(row.messages)
-    answer = tokenizer.encode_answer(row.answer)
+    try:
+        prompt, answer = tokenizer.encode_chat(row.messages), tokenizer.encode_answer(row.answer)
+    except ChatError as error:
+        raise SampleRejected(f"row {row.id}: {error}") from error
     # The end-of-text token alone teaches only silence, and a first token has nothing that predicts it.
     if len(answer) < 2 or not prompt:
         raise SampleRejected(f"row {row.id}: no target token: its prompt or its answer encodes to nothing")
     ids = (*prompt, *answer)
     if len(ids) > max_tokens:
         raise SampleRejected(
-            f"row {row.id}: {len(ids)} tokens exceed data.max_sample_tokens {max_tokens}: raise it or shorten the row"
+            f"row {row.id}: {len(ids)} tokens exceed {max_tokens}, the lesser of data.max_sample_tokens and "
+            "model.max_context: raise it or shorten the row",
+            len(ids),
         )
     return TrainSample(id=row.id, ids=ids, target_start=len(prompt))
 
@@ -125,14 +131,23 @@ def encode_samples(
     return samples, reasons
 
 
-def _object(line: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"not valid JSON ({error.msg} at column {error.colno}): write one object a line") from error
-    if not isinstance(value, dict):
-        raise DataError(f"a {type(value).__name__} instead of an object: write {ACCEPTED}")
-    return value
+def check_some_fit(rows: Sequence[Row], what: str, tokenizer: ChatTokenizer, max_tokens: int) -> None:
+    """Raises DataError, with the reason, if no row at all can be a sample. what: they are, in the plural.
+
+    Ends at the first that can be one, so that every rank can ask this of all replicas' rows.
+    """
+    rejections: list[SampleRejected] = []
+    for row in rows:
+        try:
+            encode_sample(row, tokenizer, max_tokens)
+        except SampleRejected as rejected:
+            rejections.append(rejected)
+        else:
+            return
+    if rejections:
+        # The shortest of those that are too long says how far a limit must go.
+        closest = min(rejections, key=lambda r: r.tokens or math.inf)
+        raise DataError(f"none of the {len(rows)} {what} can be used; that which comes closest, {closest}")
 
 
 def _row(number: int, value: dict[str, Any]) -> Row:

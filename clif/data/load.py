@@ -14,7 +14,7 @@ from clif.config import Config, LoadConfig, SloConfig
 from clif.data.instruct import DataError, Row, split_rows
 from clif.data.traces import Arrival, read_trace
 from clif.errors import InputError
-from clif.text import ChatTokenizer
+from clif.text import ChatError, ChatTokenizer
 from clif.types import Request, Sampling, Slo
 
 
@@ -113,7 +113,10 @@ def _random_times(gap: Callable[[], float], duration_s: float, max_requests: int
 
 
 def _prompt(row: Row, tokenizer: ChatTokenizer) -> tuple[int, ...]:
-    ids = tuple(tokenizer.encode_chat(row.messages))
+    try:
+        ids = tuple(tokenizer.encode_chat(row.messages))
+    except ChatError as error:
+        raise DataError(f"row {row.id} (from 0): {error}") from error
     if not ids:
         raise DataError(f"row {row.id}: its prompt encodes to no token: remove the row")
     return ids

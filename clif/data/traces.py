@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from clif.data.instruct import read_lines
+from clif.data.lines import read_lines
 from clif.errors import InputError
 
 TraceFormat = Literal["azure", "burstgpt", "mooncake"]

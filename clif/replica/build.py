@@ -14,7 +14,8 @@ from clif.adapters.peft_io import read_folder
 from clif.adapters.slots import SlotTable
 from clif.collectives import Peers
 from clif.config import Config, ConfigError
-from clif.data.instruct import Row, encode_samples, read_rows, shard_rows, split_rows
+from clif.data.heldout import read_data
+from clif.data.instruct import Row, check_some_fit, encode_samples, shard_rows, split_rows
 from clif.replica.base import Base
 from clif.replica.checkpoint import CheckpointWriter, find_checkpoint
 from clif.replica.engine import Engine
@@ -47,23 +48,34 @@ class ReplicaData:
 def load_data(config: Config, tokenizer: ChatTokenizer, replica: int, replicas: int) -> ReplicaData:
     """Read, share out and tokenise the instruction data; rows that cannot be used are logged with the reason.
 
-    Raises DataError.
+    Raises DataError, the same in every replica, also when a trainer would have no sample or nobody could judge.
     """
     if config.data.path is None:
         return ReplicaData([], [])
-    rows = read_rows(config.data.path)
-    train: list[Row] = []
+    rows = read_data(config)
+    limit = min(config.data.max_sample_tokens, config.model.max_context)
+    train = _training_rows(config, rows, replica, replicas) if config.train.enabled else {}
+    for trainer, shard in train.items():
+        check_some_fit(shard, f"training rows of replica {trainer}", tokenizer, limit)
+    # Without training they may be missing: then quality is not measured by them.
+    judged = split_rows(rows, config.data.heldout_split, needed=config.train.enabled)[: config.data.heldout_rows]
     if config.train.enabled:
-        trainers = [r for r in range(replicas) if role_of(r, replicas, config.run).trains] or [replica]
-        # A replica that only serves needs no shard; it gets one, so that all are built alike.
-        place = trainers.index(replica) if replica in trainers else 0
-        train = shard_rows(split_rows(rows, config.data.train_split), config.data.shard, place, len(trainers))
-    heldout = split_rows(rows, config.data.heldout_split)[: config.data.heldout_rows][replica::replicas]
-    return ReplicaData(_encode(config, tokenizer, train), _encode(config, tokenizer, heldout))
+        check_some_fit(judged, "held-out rows", tokenizer, limit)
+    # A replica that only serves needs no shard; it gets one, so that all are built alike.
+    mine = train.get(replica) or next(iter(train.values()), [])
+    return ReplicaData(_encode(mine, tokenizer, limit), _encode(judged[replica::replicas], tokenizer, limit))
 
 
-def _encode(config: Config, tokenizer: ChatTokenizer, rows: list[Row]) -> list[TrainSample]:
-    samples, reasons = encode_samples(rows, tokenizer, min(config.data.max_sample_tokens, config.model.max_context))
+def _training_rows(config: Config, rows: list[Row], replica: int, replicas: int) -> dict[int, list[Row]]:
+    """The shards of all replicas that train, by replica: each looks at all, so that all end with the same sentence."""
+    trainers = [r for r in range(replicas) if role_of(r, replicas, config.run).trains] or [replica]
+    chosen = split_rows(rows, config.data.train_split)
+    places = enumerate(trainers)
+    return {r: shard_rows(chosen, config.data.shard, place, len(trainers)) for place, r in places}
+
+
+def _encode(rows: list[Row], tokenizer: ChatTokenizer, limit: int) -> list[TrainSample]:
+    samples, reasons = encode_samples(rows, tokenizer, limit)
     for reason in reasons:
         log.warning("sample rejected: %s", reason)
     return samples

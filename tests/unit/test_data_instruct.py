@@ -12,6 +12,7 @@ from clif.data.instruct import (
     DataError,
     Row,
     SampleRejected,
+    check_some_fit,
     encode_sample,
     encode_samples,
     read_rows,
@@ -92,6 +93,11 @@ def test_every_accepted_form_becomes_prompt_and_answer(tmp_path):
         ({"prompt": "", "completion": "c"}, "row without a prompt"),
         ({"prompt": 3, "completion": "c"}, '"prompt" must be text, not int'),
         (GOOD | {"client": 3.5}, '"client" must be text, not float'),
+        ('{"prompt": "x \\ud83d", "completion": "c"}', r"\\ud83d is half of a character"),
+        ('{"prompt": "x", "completion": "\\ude00\\ud83d"}', r"\\ude00 is half of a character"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"prompt": ' + "[" * 100_000, "nested too deeply"),
+        ('{"prompt": "p", "completion": "c", "id": ' + "9" * 5000 + "}", "holds a number that is too large"),
     ],
 )
 def test_a_bad_row_is_an_error_that_names_file_line_and_cause(tmp_path, line, expected):
@@ -114,6 +120,25 @@ def test_a_missing_split_is_an_error_that_lists_those_present():
     assert [row.id for row in split_rows(rows, "test")] == [1]
     with pytest.raises(DataError, match=r'"dev".*\(none\), test, train'):
         split_rows(rows, "dev")
+    assert split_rows(rows, "dev", needed=False) == []
+
+
+def test_rows_without_any_split_are_an_error_that_says_what_to_add():
+    with pytest.raises(DataError, match=r'"split": "train", or set data\.heldout_share=0\.1'):
+        split_rows(rows_of("a", "b"), "train")
+
+
+def test_a_file_that_cannot_be_opened_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(DataError, match=r"gone\.jsonl cannot be read \(No such file or directory\)"):
+        read_rows(tmp_path / "gone.jsonl")
+    with pytest.raises(DataError, match=r"cannot be read \(Is a directory\)"):
+        read_rows(tmp_path)
+
+
+def test_whole_pairs_and_escaped_backslashes_are_no_halves(tmp_path):
+    path = write(tmp_path / "rows.jsonl", '{"prompt": "\\ud83d\\ude00", "completion": "\\\\ud83d \\u00e9"}')
+    (row,) = read_rows(path)
+    assert (row.messages[0]["content"], row.answer) == ("\U0001f600", "\\ud83d é")
 
 
 def test_loss_is_on_the_answer_and_its_end_only(tokenizer):
@@ -129,7 +154,22 @@ def test_a_sample_that_never_fits_is_rejected_with_a_reason_and_the_others_stay(
     samples, reasons = encode_samples(rows, tokenizer, longest)
     assert [sample.id for sample in samples] == [0, 2]
     assert len(reasons) == 1
-    assert reasons[0].startswith(f"row 1: {longest + 48} tokens exceed data.max_sample_tokens {longest}")
+    assert reasons[0].startswith(f"row 1: {longest + 48} tokens exceed {longest}, the lesser of data.max_sample_tokens")
+
+
+def test_rows_of_which_none_fits_are_an_error_that_says_how_far_the_limit_must_go(tokenizer):
+    rows = [Row(id=i, messages=(user("q"),), answer="a" * n) for i, n in enumerate((50, 20, 70))]
+    sentence = r"none of the 3 training rows of replica 1 can be used; .* row 1: 39 tokens exceed 30, .*: raise it"
+    with pytest.raises(DataError, match=sentence):
+        check_some_fit(rows, "training rows of replica 1", tokenizer, 30)
+    check_some_fit(rows, "training rows", tokenizer, 39)
+    check_some_fit([], "training rows", tokenizer, 39)
+
+
+def test_a_row_that_the_chat_template_refuses_is_rejected_and_the_others_stay(tokenizer):
+    strict = ChatTokenizer(tokenizer.tokenizer, "{{ raise_exception('no ' + messages[0]['role']) }}", [256])
+    with pytest.raises(SampleRejected, match=r"row 0: .* does not take messages of the roles user \(no user\)"):
+        encode_sample(rows_of("a")[0], strict, 100)
 
 
 def test_a_sample_without_target_tokens_is_rejected(tokenizer):

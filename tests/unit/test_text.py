@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jinja2
 import pytest
 import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from clif.errors import InputError
-from clif.text import ChatTokenizer, from_transformers
+from clif.text import CHAT_FILE, TOKENIZER_FILE, ChatError, ChatTokenizer, from_transformers
 
 GGUF = Path(__file__).resolve().parents[2] / "assets" / "smollm2-135m-instruct.gguf"
 
@@ -96,15 +95,46 @@ def test_chats_get_the_ids_of_transformers(template, prepend_bos, chat):
 def test_what_a_template_refuses_is_refused_with_its_own_words():
     tokenizer = fast_tokenizer(LLAMA_LIKE, bos_token="<s>", eos_token="<|im_end|>")
     wrong = [{"role": "assistant", "content": "first"}]
-    with pytest.raises(jinja2.TemplateError, match="roles must alternate"):
+    with pytest.raises(ChatError, match="roles must alternate"):
         from_transformers(tokenizer, []).encode_chat(wrong)
 
 
 def test_a_template_cannot_reach_out_of_its_sandbox(chatml):
     attack = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
     ours = ChatTokenizer(chatml.backend_tokenizer, attack, [0])
-    with pytest.raises(jinja2.exceptions.SecurityError, match="__class__"):
+    with pytest.raises(ChatError, match="__class__"):
         ours.encode_chat(CHATS[0])
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 'a' + none }}", "{{ 1 // 0 }}", "{{ range(10**9) }}", "{{ messages[7].content.x }}"]
+)
+def test_a_template_that_fails_is_an_error_that_says_why(chatml, template):
+    with pytest.raises(ChatError, match="does not take messages of the roles user"):
+        ChatTokenizer(chatml.backend_tokenizer, template, [0]).encode_chat(CHATS[0])
+
+
+def test_a_template_that_is_no_jinja_is_an_error_that_says_where(chatml):
+    with pytest.raises(InputError, match="no valid Jinja"):
+        ChatTokenizer(chatml.backend_tokenizer, "{% for %}", [0]).encode_chat(CHATS[0])
+
+
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_half_a_character_is_no_text(chatml, template):
+    ours = ChatTokenizer(chatml.backend_tokenizer, template, [0])
+    with pytest.raises(ChatError, match="half of a character"):
+        ours.encode_chat([{"role": "user", "content": "x \ud83d"}])
+    with pytest.raises(ChatError, match="half of a character"):
+        ours.encode_answer("x \ud83d")
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("name", [CHAT_FILE, TOKENIZER_FILE])
+def test_a_damaged_folder_is_an_error_that_names_it(chatml, tmp_path, name, damage):
+    from_transformers(chatml, []).save(tmp_path)
+    (tmp_path / name).write_bytes(damage)
+    with pytest.raises(InputError, match=f"{tmp_path} holds no tokenizer"):
+        ChatTokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA_LIKE, None], ids=["chatml", "llama-like", "base"])

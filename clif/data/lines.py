@@ -1,0 +1,47 @@
+"""Text files that people give: their lines, and the JSON objects on these. Free of torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from clif.errors import InputError
+
+# In turn: an escaped backslash, a whole pair, and what is left alone. Only the last is a group.
+_HALF = re.compile(r"\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)")
+
+
+def read_lines(path: Path, error: type[ValueError]) -> Iterator[tuple[int, str]]:
+    """Line numbers (from 1) and lines of a UTF-8 file, blank ones left out.
+
+    Raises `error` if it cannot be read or is not UTF-8.
+    """
+    try:
+        # Not splitlines(): it also splits at U+2028 and its like, which JSON allows inside strings.
+        with path.open(encoding="utf-8-sig") as lines:
+            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    except UnicodeDecodeError as cause:
+        raise error(f"{path} is not UTF-8 text: convert it") from cause
+    except OSError as cause:
+        raise error(f"{path} cannot be read ({cause.strerror}): name a file that can") from cause
+
+
+def json_object(line: str) -> dict[str, Any]:
+    """The object that a line holds. All its text can be encoded. Raises InputError, without the place."""
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"not valid JSON ({error.msg} at column {error.colno}): write one object a line") from error
+    except RecursionError as error:
+        raise InputError("nested too deeply: write one object a line, without more depth than it needs") from error
+    except ValueError as error:
+        # Python reads no integer of more than some thousand digits.
+        raise InputError(f"holds a number that is too large ({error}): correct it") from error
+    if not isinstance(value, dict):
+        raise InputError(f"a {type(value).__name__} instead of an object: write one object a line")
+    if half := next((match[1] for match in _HALF.finditer(line) if match[1]), None):
+        raise InputError(f"{half} is half of a character (a lone surrogate) and no text: remove it or add its half")
+    return value
