@@ -1,41 +1,124 @@
 """Gradient noise scale: the batch size, in samples, beyond which averaging more samples stops paying.
 
-McCandlish et al., "An Empirical Model of Large-Batch Training" (2018), appendix A: from n micro-batches of b
-samples with gradients g_i and mean g,
+From n disjoint groups of b_i samples, of which each has the mean gradient g_i at the same parameters, and with
+s = g_1 + .. + g_n,
 
-    |G|^2     = (n |g|^2 - mean |g_i|^2) / (n - 1)
-    tr(Sigma) = b n / (n - 1) * (mean |g_i|^2 - |g|^2)        phi = tr(Sigma) / |G|^2
+    |G|^2     = (|s|^2 - sum |g_i|^2) / (n (n - 1))        the mean of all g_i . g_j
+    tr(Sigma) = mean of b_i (|g_i|^2 - |G|^2)              phi = tr(Sigma) / |G|^2
 
-Both estimates are unbiased but noisy, so each is smoothed before the ratio is taken.
+Both are unbiased, for |g_i|^2 is |G|^2 + tr(Sigma) / b_i on average; but noisy, so each is smoothed before the ratio is
+taken. For Adam the gradients are those that it sees: divided by the root of its second moment.
+
+Where the groups come from, with what a step does anyway where that is possible:
+
+* several micro-batches per step (train.accumulation): each is a group, and every step is observed.
+* one micro-batch of several samples: its two halves. Every HALVED-th step computes them one after the other instead of
+  together, and reads the gradient between them; their sum is the step's gradient as before. The price is one more pass
+  of half the rows: what a pass costs however few rows it has, once in HALVED steps.
+* one sample: it and that of the step after, once in HALVED steps. Their parameters differ by one step, along which the
+  gradient turns: |G|^2 comes out a little low and phi a little high. Without this a coordinator that has gone down to
+  one sample would never learn that the noise has grown since.
+
+Members are not compared with each other: after several steps of their own they have gone where different gradients led
+them, and the difference of their averages is no longer that of gradients at one point.
+
+Source: McCandlish et al., "An Empirical Model of Large-Batch Training" (2018), appendix A.1, there for b_i = B_small
+and the whole batch B_big.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+
+from clif.adapters.bank import AdapterBank
+
+STRIDE = 8
+"""The noise scale, a ratio of two sums over coordinates, is estimated on every eighth: a step must stay short."""
+AFTER_STEPS = 5
+"""Steps after which Adam's second moment has settled."""
+FLOOR = 0.01
+"""Of the mean moment, added to each: coordinates that hardly ever move must not drown all others."""
+HALVED = 4
 
 
 @dataclass
 class NoiseScale:
-    """Running estimate. smoothing: weight of the newest observation."""
+    """Running estimate. smoothing: weight of the newest observation once there are many; of few it is the mean."""
 
     smoothing: float = 0.1
-    _signal: float | None = None
-    _noise: float | None = None
+    seen: int = 0
+    _signal: float = 0.0
+    _noise: float = 0.0
 
-    def observe(self, micro_norms2: list[float], mean_norm2: float, micro_batch: float) -> None:
-        """micro_norms2: |g_i|^2 of each micro-batch; mean_norm2: |g|^2. Fewer than two say nothing."""
-        n = len(micro_norms2)
-        if n < 2:
+    def observe(self, norms2: Sequence[float], sum_norm2: float, sizes: Sequence[int]) -> None:
+        """norms2: |g_i|^2 of each group; sum_norm2: |s|^2; sizes: b_i.
+
+        Fewer than two groups say nothing, and one that is not finite would stay in the average for ever.
+        """
+        n = len(norms2)
+        if n < 2 or not math.isfinite(sum_norm2 + sum(norms2)):
             return
-        mean_of_norms = sum(micro_norms2) / n
-        signal = (n * mean_norm2 - mean_of_norms) / (n - 1)
-        noise = micro_batch * n / (n - 1) * (mean_of_norms - mean_norm2)
-        self._signal = signal if self._signal is None else self._signal + self.smoothing * (signal - self._signal)
-        self._noise = noise if self._noise is None else self._noise + self.smoothing * (noise - self._noise)
+        signal = (sum_norm2 - sum(norms2)) / (n * (n - 1))
+        noise = sum(size * (norm2 - signal) for size, norm2 in zip(sizes, norms2, strict=True)) / n
+        self.seen += 1
+        weight = max(self.smoothing, 1 / self.seen)
+        self._signal += weight * (signal - self._signal)
+        self._noise += weight * (noise - self._noise)
 
     @property
     def samples(self) -> float | None:
         """phi, or None while the estimates do not allow one."""
-        if self._signal is None or self._noise is None or self._signal <= 0 or self._noise <= 0:
+        if self._signal <= 0 or self._noise <= 0:
             return None
         return self._noise / self._signal
+
+
+class NoiseWatch:
+    """Observes the noise scale of a bank's gradient, on coordinates of which no peer sees a part only."""
+
+    def __init__(self, bank: AdapterBank) -> None:
+        self.scale = NoiseScale()
+        self._bank, self._watched = bank, bank.own(STRIDE)
+        self._single: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def group_size(self, samples: int, micro_batch: int, steps: int) -> int:
+        """How many samples to compute at a time, so that a step of so many has groups. steps: done before it."""
+        halves = steps % HALVED == 0 and steps >= AFTER_STEPS and 1 < samples <= micro_batch
+        return -(-samples // 2) if halves else micro_batch
+
+    def gradient(self) -> torch.Tensor:
+        """A copy of the watched coordinates of the gradient as it is now."""
+        return self._bank.gradient[self._watched].clone()
+
+    def observe(self, groups: list[torch.Tensor], sizes: list[int], moment: torch.Tensor | None, steps: int) -> None:
+        """groups: mean gradients of disjoint groups of a step's samples; steps: done before it.
+
+        moment [n]: Adam's second one of the steps before: one that holds the gradient itself would bias the ratio.
+        """
+        if moment is None or steps < AFTER_STEPS:
+            return
+        if len(groups) > 1:
+            scale = self._scale(moment)
+            self._compare([group * scale for group in groups], sizes)
+        elif sizes == [1] and self._single is not None:
+            (first, scale), self._single = self._single, None
+            self._compare([first, groups[0] * scale], [1, 1])
+        elif sizes == [1] and steps % HALVED == 0:
+            scale = self._scale(moment)
+            self._single = groups[0] * scale, scale
+
+    def forget(self) -> None:
+        """The shadow is changed by something else than steps: the next one does not go on from the last."""
+        self._single = None
+
+    def _scale(self, moment: torch.Tensor) -> torch.Tensor:
+        watched = moment[self._watched]
+        return (watched + FLOOR * watched.mean()).rsqrt_()
+
+    def _compare(self, seen: list[torch.Tensor], sizes: list[int]) -> None:
+        total = torch.stack(seen).sum(0)
+        self.scale.observe([float(g.dot(g)) for g in seen], float(total.dot(total)), sizes)

@@ -12,17 +12,12 @@ from typing import Any
 import torch
 
 from clif.adapters.bank import AdapterBank
-from clif.adapters.noise import NoiseScale
+from clif.adapters.noise import NoiseWatch
 from clif.config import TrainConfig
 from clif.data.cursor import SampleCursor
 from clif.replica.jobs import Slice, Slices
 from clif.replica.runner import ModelRunner
 from clif.types import TrainSample
-
-NOISE_STRIDE = 8
-"""The noise scale, a ratio of two sums over coordinates, is estimated on every eighth: a step must stay short."""
-NOISE_AFTER_STEPS = 5
-NOISE_FLOOR = 0.01
 
 
 @dataclass(frozen=True)
@@ -53,9 +48,8 @@ class ShadowTrainer:
         self.runner, self.bank, self.samples, self.config = runner, bank, samples, config
         self.cursor = SampleCursor(len(samples), seed) if config.enabled else None
         self.steps = 0
-        self.noise = NoiseScale()
+        self.noise = NoiseWatch(bank)
         self._claimed: list[int] = []
-        self._watched = bank.own(NOISE_STRIDE)
         self._optimizer = torch.optim.AdamW(
             [bank.shadow], lr=config.lr, weight_decay=config.weight_decay, foreach=False, fused=True
         )
@@ -67,21 +61,29 @@ class ShadowTrainer:
         self._claimed += claimed
         chosen = [self.samples[i] for i in claimed]
         targets = sum(s.targets for s in chosen)
-        gradient, watched = self.bank.gradient, self._watched
+        gradient, noise = self.bank.gradient, self.noise
         gradient.zero_()
-        total, parts = 0.0, []
-        for start in range(0, len(chosen), micro_batch):
-            part = chosen[start : start + micro_batch]
-            before = gradient[watched].clone()
+        total, parts = 0.0, self._parts(chosen, micro_batch)
+        groups, before = [], noise.gradient()
+        for part in parts:
             total += yield from self.runner.loss_and_gradients(part, targets)
+            after = noise.gradient()
             # The part's own mean gradient: what it added, as if its targets had been all there are.
-            parts.append((gradient[watched] - before) * (targets / sum(s.targets for s in part)))
-        return (yield Slice("optimizer", 1, 1, lambda _: self._finish(total / targets, chosen, parts, micro_batch)))
+            groups.append((after - before) * (targets / sum(s.targets for s in part)))
+            before = after
+        sizes = [len(part) for part in parts]
+        return (yield Slice("optimizer", 1, 1, lambda _: self._finish(total / targets, chosen, groups, sizes)))
+
+    def _parts(self, chosen: list[TrainSample], micro_batch: int) -> list[list[TrainSample]]:
+        """What is computed at a time."""
+        size = self.noise.group_size(len(chosen), micro_batch, self.steps)
+        return [chosen[start : start + size] for start in range(0, len(chosen), size)]
 
     def _finish(
-        self, loss: float, chosen: list[TrainSample], parts: list[torch.Tensor], micro_batch: int
+        self, loss: float, chosen: list[TrainSample], groups: list[torch.Tensor], sizes: list[int]
     ) -> StepResult:
-        self._observe_noise(parts, micro_batch)
+        moment = self._optimizer.state[self.bank.shadow].get("exp_avg_sq")
+        self.noise.observe(groups, sizes, moment, self.steps)
         return self._update(loss, chosen)
 
     def _update(self, loss: float, chosen: list[TrainSample]) -> StepResult:
@@ -93,7 +95,7 @@ class ShadowTrainer:
             self._optimizer.step()
             self.steps += 1
         tokens, targets = sum(len(s.ids) for s in chosen), sum(s.targets for s in chosen)
-        return StepResult(self.steps, len(chosen), tokens, targets, loss, norm, lr, finite, self.noise.samples)
+        return StepResult(self.steps, len(chosen), tokens, targets, loss, norm, lr, finite, self.noise.scale.samples)
 
     def _clip(self) -> float:
         """Scale the gradient down to clip_norm; returns the norm that it had."""
@@ -102,22 +104,9 @@ class ShadowTrainer:
         self.bank.gradient.mul_((self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         return float(norm)
 
-    def _observe_noise(self, parts: list[torch.Tensor], micro_batch: int) -> None:
-        """Norms as Adam sees them: gradients divided by the root of its second moment, once that has settled.
-
-        The moment is that of the steps before: one that holds the gradient itself would bias the ratio. Its floor
-        keeps coordinates that hardly ever move from drowning all others.
-        """
-        if len(parts) < 2 or self.steps < NOISE_AFTER_STEPS:
-            return
-        moment = self._optimizer.state[self.bank.shadow]["exp_avg_sq"][self._watched]
-        scale = (moment + NOISE_FLOOR * moment.mean()).rsqrt_()
-        seen = [part * scale for part in parts]
-        mean = torch.stack(seen).mean(0)
-        self.noise.observe([float(g.dot(g)) for g in seen], float(mean.dot(mean)), micro_batch)
-
     def commit(self) -> None:
         """The steps since the last settlement count."""
+        self.noise.forget()
         if self.cursor is not None:
             self.cursor.commit(self._claimed)
         self._claimed = []
@@ -156,3 +145,4 @@ class ShadowTrainer:
             self.bank.shadow.copy_(snapshot["shadow"])
         self._optimizer.state[self.bank.shadow] = {name: value.clone() for name, value in snapshot["moments"].items()}
         self.steps = snapshot["steps"]
+        self.noise.forget()

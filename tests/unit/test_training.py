@@ -10,7 +10,6 @@ import torch
 from helpers import answer, finish, make_rig, random_state, request
 
 from clif.adapters import peft_io
-from clif.adapters.noise import NoiseScale
 from clif.config import TrainConfig
 from clif.models.loading import load_model
 from clif.replica.heldout import Heldout
@@ -166,20 +165,3 @@ def test_heldout_loss_is_the_mean_over_answer_tokens_of_the_model_itself(rig):
     loss, _ = peft_gradients(rig)
     heldout = Heldout(rig.runner, SAMPLES, max_tokens=40)
     assert finish(heldout.loss(-1)) / heldout.tokens == pytest.approx(loss, rel=1e-5)
-
-
-def test_noise_scale_recovers_a_known_one():
-    """Gradients drawn around a known mean with known noise: phi = tr(Sigma) / |G|^2."""
-    rng = torch.Generator().manual_seed(0)
-    mean, sigma, batch, n = torch.full((200,), 0.1), 0.5, 4, 8
-    noise = NoiseScale(smoothing=0.01)
-    for _ in range(800):
-        micro = mean + sigma / batch**0.5 * torch.randn(n, 200, generator=rng)
-        noise.observe(micro.square().sum(1).tolist(), float(micro.mean(0).square().sum()), batch)
-    assert noise.samples == pytest.approx(200 * sigma**2 / 2.0, rel=0.1)
-
-
-def test_one_micro_batch_says_nothing_about_noise():
-    noise = NoiseScale()
-    noise.observe([1.0], 1.0, 4)
-    assert noise.samples is None
