@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 from clif.section import Positive, PositiveFloat, Section
 from clif.types import Sampling
 
+Scale = Annotated[float, Field(gt=0, le=1000)]
+
 
 class TraceConfig(Section):
     path: Path
@@ -20,13 +22,26 @@ class TraceConfig(Section):
     """Offset into the trace, seconds of trace time."""
     lengths: Literal["trace", "data"] = "data"
     """trace: prompt and answer lengths of the trace (end-of-text ignored); data: those of the data set's rows."""
+    prompt_scale: Scale = 1.0
+    answer_scale: Scale = 1.0
+    """The trace's lengths are multiplied by these, then cut to those below; one token at least stays."""
+    max_prompt_tokens: Positive | None = None
+    max_answer_tokens: Positive | None = None
+
+    @model_validator(mode="after")
+    def _of_lengths(self) -> TraceConfig:
+        for field in ("prompt_scale", "answer_scale", "max_prompt_tokens", "max_answer_tokens"):
+            value = getattr(self, field)
+            if self.lengths != "trace" and value != type(self).model_fields[field].default:
+                raise ValueError(f"load.trace.{field} {value} needs load.trace.lengths trace: change one of them")
+        return self
 
 
 class LoadConfig(Section):
     kind: Literal["none", "constant", "poisson", "gamma", "trace"] = "none"
     rate_rps: PositiveFloat = 1.0
     """Of generated load; a trace has its own."""
-    cv: PositiveFloat = 3.0
+    cv: Annotated[float, Field(ge=0.01, le=100)] = 3.0
     """Coefficient of variation of the gaps of gamma load: 1 is Poisson, more is burstier."""
     duration_s: PositiveFloat = 60.0
     """A trace is cut off after this time, too (at its replayed speed)."""

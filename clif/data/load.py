@@ -12,10 +12,16 @@ import numpy as np
 
 from clif.config import Config, LoadConfig, SloConfig
 from clif.data.instruct import DataError, Row, split_rows
+from clif.data.lengths import BlockText, fit
 from clif.data.traces import Arrival, read_trace
 from clif.errors import InputError
 from clif.text import ChatError, ChatTokenizer
 from clif.types import Request, Sampling, Slo
+
+MOST_REQUESTS = 2_000_000
+"""Of a generated load: it is made before the run."""
+WORDS_FROM = 200
+"""Prompts of the data set whose tokens make up the prompts of a trace that names its blocks."""
 
 
 class LoadError(InputError):
@@ -35,28 +41,48 @@ def make_load(config: Config, rows: Sequence[Row], tokenizer: ChatTokenizer) -> 
     Nothing is dropped here: a request that exceeds model.max_context is rejected, with a reason, by the dispatcher.
     Raises LoadError, TraceError or DataError.
     """
-    load = config.load
-    arrivals = _arrivals(load, config.run.seed)
+    load, seed, slo = config.load, config.run.seed, _slo(config.slo)
+    arrivals = read_arrivals(load, seed)
     if not arrivals:
         return []
     pool = split_rows(rows, load.split)
-    rng = np.random.default_rng([config.run.seed, 1])
+    rng = np.random.default_rng([seed, 1])
     picks = rng.integers(len(pool), size=len(arrivals))
     seeds = rng.integers(2**31, size=len(arrivals))
-    exact = load.trace is not None and load.trace.lengths == "trace"
-    slo = _slo(config.slo)
 
     @cache
     def prompt(index: int) -> tuple[int, ...]:
         return _prompt(pool[index], tokenizer)
 
+    @cache
+    def blocks() -> BlockText:
+        words = {token for index in range(min(len(pool), WORDS_FROM)) for token in prompt(index)}
+        return BlockText(words, load.trace.prompt_scale if load.trace else 1.0, seed)
+
     def request(number: int, arrival: Arrival) -> Request:
         ids, sampling = prompt(int(picks[number])), load.sampling(int(seeds[number]))
-        if exact:
-            ids, sampling = _resize(ids, arrival.prompt_tokens), _fixed_length(sampling, arrival.answer_tokens)
+        if arrival.prompt_tokens is not None and arrival.answer_tokens is not None:
+            # Of a trace whose lengths count.
+            length, sampling = arrival.prompt_tokens, _fixed_length(sampling, arrival.answer_tokens)
+            ids = blocks().prompt(arrival.blocks, length, number) if arrival.blocks else _resize(ids, length)
         return Request(id=number, prompt=ids, sampling=sampling, slo=slo)
 
     return [ScheduledRequest(at_s=a.at_s, request=request(number, a)) for number, a in enumerate(arrivals)]
+
+
+def read_arrivals(load: LoadConfig, seed: int) -> list[Arrival]:
+    """When requests come; with token numbers where those of a trace count. Raises LoadError or TraceError."""
+    if load.kind == "none":
+        return []
+    if load.kind != "trace":
+        return generate_arrivals(load.kind, load.rate_rps, load.duration_s, seed, load.cv, load.max_requests)
+    trace = load.trace
+    if trace is None:
+        raise LoadError('load.kind is "trace" but the section load.trace is missing: add it')
+    arrivals = read_trace(trace.path, trace.format, trace.speed, trace.start_s, load.duration_s, load.max_requests)
+    if trace.lengths == "trace":
+        return fit(arrivals, trace)
+    return [Arrival(at_s=arrival.at_s) for arrival in arrivals]
 
 
 def generate_arrivals(
@@ -69,30 +95,25 @@ def generate_arrivals(
 ) -> list[Arrival]:
     """Arrivals in [0, duration_s): evenly spaced, or with random gaps of mean 1 / rate_rps seconds.
 
-    cv: coefficient of variation of gamma gaps. Raises LoadError if no request falls into the time.
+    cv: coefficient of variation of gamma gaps. Raises LoadError if no request falls into the time, or too many.
     """
+    most = MOST_REQUESTS + 1 if max_requests is None else max_requests
     if kind == "constant":
         # The small number keeps rounding, as in 0.1 * 30 > 3, from adding a request at the very end.
-        number = math.ceil(rate_rps * duration_s - 1e-9)
+        number = math.ceil(min(rate_rps * duration_s - 1e-9, most))
         times = [k / rate_rps for k in range(number)]
     else:
-        times = _random_times(_gaps(kind, rate_rps, cv, seed), duration_s, max_requests)
+        times = _random_times(_gaps(kind, rate_rps, cv, seed), duration_s, most)
+    if len(times) > MOST_REQUESTS:
+        raise LoadError(
+            f"more than {MOST_REQUESTS:,} requests come in {duration_s:g} s at {rate_rps:g} requests/s: lower "
+            "load.duration_s or load.rate_rps, or set load.max_requests"
+        )
     if not times:
         raise LoadError(
             f"no request comes in {duration_s:g} s at {rate_rps:g} requests/s: raise load.duration_s or load.rate_rps"
         )
-    return [Arrival(at_s=time) for time in times[:max_requests]]
-
-
-def _arrivals(load: LoadConfig, seed: int) -> list[Arrival]:
-    if load.kind == "none":
-        return []
-    if load.kind != "trace":
-        return generate_arrivals(load.kind, load.rate_rps, load.duration_s, seed, load.cv, load.max_requests)
-    trace = load.trace
-    if trace is None:
-        raise LoadError('load.kind is "trace" but the section load.trace is missing: add it')
-    return read_trace(trace.path, trace.format, trace.speed, trace.start_s, load.duration_s, load.max_requests)
+    return [Arrival(at_s=time) for time in times]
 
 
 def _gaps(kind: Literal["poisson", "gamma"], rate_rps: float, cv: float, seed: int) -> Callable[[], float]:
@@ -103,10 +124,10 @@ def _gaps(kind: Literal["poisson", "gamma"], rate_rps: float, cv: float, seed: i
     return lambda: float(rng.gamma(shape, 1 / (rate_rps * shape)))
 
 
-def _random_times(gap: Callable[[], float], duration_s: float, max_requests: int | None) -> list[float]:
+def _random_times(gap: Callable[[], float], duration_s: float, most: int) -> list[float]:
     times: list[float] = []
     time = gap()
-    while time < duration_s and (max_requests is None or len(times) < max_requests):
+    while time < duration_s and len(times) < most:
         times.append(time)
         time += gap()
     return times
@@ -122,21 +143,14 @@ def _prompt(row: Row, tokenizer: ChatTokenizer) -> tuple[int, ...]:
     return ids
 
 
-def _resize(ids: tuple[int, ...], length: int | None) -> tuple[int, ...]:
-    """ids cut or repeated to length. A trace may log 0 tokens; a model needs one to start from."""
-    length = max(1, _known(length))
+def _resize(ids: tuple[int, ...], length: int) -> tuple[int, ...]:
+    """ids cut or repeated to length."""
     return (ids * (length // len(ids) + 1))[:length]
 
 
-def _fixed_length(sampling: Sampling, length: int | None) -> Sampling:
-    """Exactly length tokens; 0 in a trace is a request that failed there, and asks for one token here."""
-    return msgspec.structs.replace(sampling, max_tokens=max(1, _known(length)), ignore_eos=True)
-
-
-def _known(length: int | None) -> int:
-    if length is None:
-        raise LoadError('the trace has no token numbers: set load.trace.lengths to "data"')
-    return length
+def _fixed_length(sampling: Sampling, length: int) -> Sampling:
+    """Exactly length tokens."""
+    return msgspec.structs.replace(sampling, max_tokens=length, ignore_eos=True)
 
 
 def _slo(slo: SloConfig) -> Slo:

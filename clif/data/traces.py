@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import datetime
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,10 +11,16 @@ from typing import Any, Literal
 
 import msgspec
 
-from clif.data.lines import read_lines
+from clif.data.lines import json_object, read_lines
 from clif.errors import InputError
 
 TraceFormat = Literal["azure", "burstgpt", "mooncake"]
+BLOCK_TOKENS = 512
+"""Tokens of a prompt that one of Mooncake's hash_ids stands for."""
+MOST_TOKENS = 10_000_000
+"""Of a prompt or an answer; more is an error of the trace."""
+LATEST_S = 1e12
+"""Seconds since any beginning, 30,000 years; more are of another unit."""
 
 
 class TraceError(InputError):
@@ -23,11 +28,15 @@ class TraceError(InputError):
 
 
 class Arrival(msgspec.Struct, frozen=True, kw_only=True):
-    """A request arrives at at_s, seconds from the start. The token numbers are known only from a trace."""
+    """A request arrives at at_s, seconds from the start. The token numbers are known only from a trace.
+
+    blocks: names of the prompt's blocks of BLOCK_TOKENS; prompts share what they begin with as their blocks are equal.
+    """
 
     at_s: float
     prompt_tokens: int | None = None
     answer_tokens: int | None = None
+    blocks: tuple[int, ...] = ()
 
 
 def read_trace(
@@ -79,37 +88,38 @@ def _read_csv(path: Path, expected: str, columns: Sequence[str], seconds: Callab
     time, prompt, answer = (names.index(column) for column in columns)
     for number, line in lines:
         try:
-            cells = next(csv.reader([line], strict=True))
+            cells = next(csv.reader([line], strict=True), [])
             if len(cells) != len(names):
                 raise ValueError(f"{len(cells)} cells under {len(names)} columns")
             arrival = _arrival(seconds(cells[time]), int(cells[prompt]), int(cells[answer]))
-        except (ValueError, csv.Error) as error:
+        except (ValueError, ArithmeticError, csv.Error) as error:
             raise TraceError(f"{path}, line {number}: {error}: expected {expected}") from error
         yield arrival
 
 
 def _read_mooncake(path: Path) -> Iterator[Arrival]:
-    """hash_ids (shared prefixes) are not used: prompts come from the data set."""
     expected = '{"timestamp": 27482, "input_length": 6955, "output_length": 52, "hash_ids": [...]} (milliseconds)'
     for number, line in read_lines(path, TraceError):
         try:
-            value = json.loads(line)
-            if not isinstance(value, dict):
-                raise ValueError(f"a {type(value).__name__} instead of an object")
+            value = json_object(line)
             keys = ("timestamp", "input_length", "output_length")
             timestamp, prompt, answer = (_number(value, key) for key in keys)
-            arrival = _arrival(timestamp / 1000, int(prompt), int(answer))
-        except ValueError as error:
+            arrival = _arrival(timestamp / 1000, _whole(prompt), _whole(answer), _blocks(value))
+        except (ValueError, ArithmeticError) as error:
             raise TraceError(f"{path}, line {number}: {error}: expected {expected}") from error
         yield arrival
 
 
-def _arrival(at_s: float, prompt_tokens: int, answer_tokens: int) -> Arrival:
+def _arrival(at_s: float, prompt_tokens: int, answer_tokens: int, blocks: tuple[int, ...] = ()) -> Arrival:
     if not math.isfinite(at_s):
         raise ValueError(f"the time {at_s} is not finite")
+    if abs(at_s) > LATEST_S:
+        raise ValueError(f"the time {at_s:g} s is more than {LATEST_S:g} s: correct it, or its unit")
     if prompt_tokens < 0 or answer_tokens < 0:
         raise ValueError("a number of tokens is negative")
-    return Arrival(at_s=at_s, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens)
+    if max(prompt_tokens, answer_tokens) > MOST_TOKENS:
+        raise ValueError(f"a number of tokens is above {MOST_TOKENS:,}")
+    return Arrival(at_s=at_s, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens, blocks=blocks)
 
 
 def _number(value: dict[str, Any], key: str) -> float:
@@ -117,6 +127,20 @@ def _number(value: dict[str, Any], key: str) -> float:
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise ValueError(f'"{key}" is {"missing" if number is None else "not a number"}')
     return number
+
+
+def _whole(number: float) -> int:
+    if number != int(number):
+        raise ValueError(f"{number} is no whole number of tokens")
+    return int(number)
+
+
+def _blocks(value: dict[str, Any]) -> tuple[int, ...]:
+    """hash_ids, which a trace may leave out."""
+    names = value.get("hash_ids") or []
+    if not isinstance(names, list) or not all(type(name) is int and name >= 0 for name in names):
+        raise ValueError('"hash_ids" must be a list of whole numbers from 0')
+    return tuple(names)
 
 
 def _date(text: str) -> float:

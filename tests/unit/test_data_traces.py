@@ -25,8 +25,12 @@ MOONCAKE = (
 )
 
 
-def arrival(at_s: float, prompt: int, answer: int) -> Arrival:
-    return Arrival(at_s=pytest.approx(at_s), prompt_tokens=prompt, answer_tokens=answer)
+def arrival(at_s: float, prompt: int, answer: int, *blocks: int) -> Arrival:
+    return Arrival(at_s=pytest.approx(at_s), prompt_tokens=prompt, answer_tokens=answer, blocks=blocks)
+
+
+def mooncake(timestamp: object, prompt: object, answer: object, blocks: str = "[]") -> str:
+    return f'{{"timestamp": {timestamp}, "input_length": {prompt}, "output_length": {answer}, "hash_ids": {blocks}}}'
 
 
 AZURE_ARRIVALS = [arrival(0, 4808, 10), arrival(1, 110, 27), arrival(2, 3180, 8)]
@@ -44,7 +48,7 @@ def put(tmp_path: Path, text: str) -> Path:
         ("azure", AZURE, AZURE_ARRIVALS),
         ("azure", AZURE.replace("99600,", "99600+00:00,"), AZURE_ARRIVALS),
         ("burstgpt", BURSTGPT, [arrival(0, 472, 18), arrival(40.5, 1087, 0)]),
-        ("mooncake", MOONCAKE, [arrival(0, 6758, 500), arrival(3.052, 7322, 490)]),
+        ("mooncake", MOONCAKE, [arrival(0, 6758, 500, 0, 1), arrival(3.052, 7322, 490, 0)]),
     ],
 )
 def test_each_format_gives_sorted_arrivals_from_zero(tmp_path, format, text, expected):
@@ -73,6 +77,27 @@ def test_offset_is_in_trace_time_and_duration_in_replay_time(tmp_path):
         ("mooncake", MOONCAKE, "[]", "a list instead of an object"),
         ("mooncake", MOONCAKE, '{"timestamp": 1, "input_length": 2}', '"output_length" is missing'),
         ("mooncake", MOONCAKE, '{"timestamp": 1, "input_length": "2", "output_length": 1}', "is not a number"),
+        ("azure", AZURE, f"2023-11-16 18:17:05.9799600,{10**18},8", "a number of tokens is above 10,000,000"),
+        ("azure", AZURE, f"2023-11-16 18:17:05.9799600,{'9' * 5000},8", "Exceeds the limit"),
+        ("burstgpt", BURSTGPT, f"{'9' * 400},ChatGPT,1,1,2,API log", "not finite"),
+        (
+            "burstgpt",
+            BURSTGPT,
+            "1700000000000000000,ChatGPT,1,1,2,API log",
+            "more than 1e+12 s: correct it, or its unit",
+        ),
+        ("mooncake", MOONCAKE, mooncake("Infinity", 1, 1), "not finite"),
+        ("mooncake", MOONCAKE, mooncake("9" * 400, 1, 1), "too large"),
+        ("mooncake", MOONCAKE, mooncake(1, "Infinity", 1), "cannot convert float infinity"),
+        ("mooncake", MOONCAKE, mooncake(1, "NaN", 1), "cannot convert float NaN"),
+        ("mooncake", MOONCAKE, mooncake(1, "1" + "0" * 400, 1), "above 10,000,000"),
+        ("mooncake", MOONCAKE, mooncake(1, 1, 10**18), "above 10,000,000"),
+        ("mooncake", MOONCAKE, mooncake(1, 1.5, 1), "1.5 is no whole number"),
+        ("mooncake", MOONCAKE, mooncake(1, 1, 1, "[-1]"), '"hash_ids" must be a list'),
+        ("mooncake", MOONCAKE, mooncake(1, 1, 1, '["a"]'), '"hash_ids" must be a list'),
+        ("mooncake", MOONCAKE, mooncake(1, 1, 1, "[true]"), '"hash_ids" must be a list'),
+        ("mooncake", MOONCAKE, mooncake(1, 1, 1, "7"), '"hash_ids" must be a list'),
+        ("mooncake", MOONCAKE, "[" * 100_000, "nested too deeply"),
     ],
 )
 def test_a_malformed_line_is_an_error_that_names_file_line_and_expectation(tmp_path, format, good, line, expected):

@@ -9,6 +9,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+import clif.data.load
 from clif.config import Config, config_from_tree
 from clif.data.instruct import DataError, Row
 from clif.data.load import LoadError, generate_arrivals, make_load
@@ -86,6 +87,14 @@ def test_max_requests_cuts_the_load_and_the_seed_fixes_it(kind):
         assert generate_arrivals(kind, 5.0, 20.0, seed=4, cv=2.0) != whole
 
 
+@pytest.mark.parametrize("kind", ["constant", "poisson", "gamma"])
+def test_a_load_of_too_many_requests_is_an_error_that_comes_at_once(kind, monkeypatch):
+    monkeypatch.setattr(clif.data.load, "MOST_REQUESTS", 1000)
+    with pytest.raises(LoadError, match=r"more than 1,000 requests come in 60 s .*: lower load\.duration_s"):
+        generate_arrivals(kind, 1e300, 60.0, seed=0, cv=100)
+    assert len(generate_arrivals(kind, 1e300, 60.0, seed=0, cv=100, max_requests=7)) == 7
+
+
 def test_a_load_without_any_request_is_an_error():
     with pytest.raises(LoadError, match=r"raise load\.duration_s or load\.rate_rps"):
         generate_arrivals("poisson", 1e-6, 1.0, seed=0)
@@ -118,6 +127,53 @@ def test_trace_lengths_are_met_exactly_and_too_long_requests_are_not_dropped(tmp
     asked = [(len(s.request.prompt), s.request.sampling.max_tokens) for s in load]
     assert asked == [(2, 5), (1000, 7), (1, 1)]
     assert all(s.request.sampling.ignore_eos for s in load)
+
+
+def test_trace_lengths_are_scaled_then_cut_and_a_line_says_how_many(tmp_path, rows, tokenizer, caplog):
+    tree = trace(tmp_path, (2, 5), (1000, 70), (12, 4)) | {"lengths": "trace", "prompt_scale": 0.25}
+    tree |= {"answer_scale": 2, "max_prompt_tokens": 100, "max_answer_tokens": 12}
+    caplog.set_level("INFO")
+    load = make_load(config(tmp_path, kind="trace", trace=tree), rows, tokenizer)
+    assert [(len(s.request.prompt), s.request.sampling.max_tokens) for s in load] == [(1, 10), (100, 12), (3, 8)]
+    assert "3 prompts and 3 answers of 3 were scaled or cut" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "field", [{"prompt_scale": 0.5}, {"answer_scale": 2}, {"max_prompt_tokens": 8}, {"max_answer_tokens": 8}]
+)
+def test_lengths_of_a_trace_that_do_not_count_cannot_be_changed(tmp_path, field):
+    with pytest.raises(ConfigError, match=rf"load\.trace\.{next(iter(field))} .* needs load\.trace\.lengths trace"):
+        config(tmp_path, kind="trace", trace=trace(tmp_path, (2, 5)) | field)
+
+
+def test_a_trace_that_no_memory_holds_is_refused_before_it_is_made(tmp_path, rows, tokenizer):
+    tree = trace(tmp_path, *[(9_000_000, 1)] * 50) | {"lengths": "trace"}
+    with pytest.raises(TraceError, match=r"450,000,000 tokens together.* set load\.trace\.max_prompt_tokens"):
+        make_load(config(tmp_path, kind="trace", trace=tree), rows, tokenizer)
+    make_load(config(tmp_path, kind="trace", trace=tree | {"max_prompt_tokens": 9}), rows, tokenizer)
+
+
+def shared(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """Tokens with which both begin."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+@pytest.mark.parametrize(("scale", "block"), [(1.0, 512), (0.1, 51.2), (0.001, 0.512)])
+def test_prompts_share_their_beginnings_as_the_hash_ids_of_the_trace_say(tmp_path, rows, tokenizer, scale, block):
+    requests = [
+        (1600, [7, 8, 9, 10]), (1600, [7, 8, 9, 10]), (1500, [7, 8, 11]), (2000, [7]), (700, [8, 9]), (600, [12]),
+    ]  # fmt: skip
+    tree = trace(tmp_path, *[(length, 5) for length, _ in requests]) | {"lengths": "trace", "prompt_scale": scale}
+    file = tmp_path / "trace.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("\n".join(json.dumps(x | {"hash_ids": r[1]}) for x, r in zip(lines, requests, strict=True)))
+    load = make_load(config(tmp_path, kind="trace", trace=tree), rows, tokenizer)
+    prompts = [s.request.prompt for s in load]
+    assert [len(p) for p in prompts] == [max(1, round(length * scale)) for length, _ in requests]
+    assert prompts[0] == prompts[1]
+    # What differs is drawn at random, of 8 tokens: it may be equal for a while.
+    for a, b, blocks in ((0, 2, 2), (0, 3, 1), (2, 3, 1), (0, 4, 0), (4, 5, 0)):
+        assert round(blocks * block) <= shared(prompts[a], prompts[b]) <= round(blocks * block) + 6
 
 
 def test_trace_times_with_data_lengths_use_whole_prompts(tmp_path, rows, tokenizer):
