@@ -49,7 +49,7 @@ class Scale:
     """Training steps as (samples, tokens of each)."""
 
 
-FULL = Scale(("llama-1b", "llama-8b"), "cuda", "bfloat16", 64, 256, 256, 3.0, 3, ((4, 128), (8, 512), (32, 512)))
+FULL = Scale(("llama-1b", "llama-8b"), "cuda", "bfloat16", 64, 256, 256, 2.0, 3, ((4, 128), (8, 512), (32, 512)))
 DRY = Scale(("tiny-llama",), "cpu", "float32", 4, 12, 12, 0.2, 2, ((2, 16),))
 
 

@@ -126,7 +126,7 @@ class EngineConfig(Section):
     auto: triton for the shapes that `make tune-gpu` found faster on this make of GPU, else torch."""
     decode_kernel: Literal["auto", "torch", "triton"] = "auto"
     """Attention of rows that continue an answer. triton: reads the KV cache in place (GPU; a CPU only in Triton's
-    interpreter). auto: torch, until the kernel has been measured on a GPU."""
+    interpreter). auto: triton on a GPU that can run it, else torch."""
     max_prefill_tokens: Positive = 512
     """Prompt tokens computed in one tick at most; longer prompts go in chunks."""
     coserving: Literal["auto", "mixed", "beside", "turns"] = "auto"

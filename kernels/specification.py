@@ -1,7 +1,9 @@
 """What the dual LoRA kernels must compute, and how near: one specification for GPU, interpreter and plain torch.
 
 A result is judged against float64: its Frobenius error is at most 1.25 times that of torch's products in the same
-type on the same data, and every element is within what the roundings of that element allow.
+type on the same data, and every element is within what the roundings of that element allow. In float32, where nothing
+else is rounded, torch's error depends on how its library cuts a sum: there the error of adding up in one sequence is
+allowed as well.
 """
 
 from __future__ import annotations
@@ -135,14 +137,27 @@ def violations(batch: Batch, found: Results) -> list[str]:
         if not got.isfinite().all():
             wrong.append(f"{name} is not finite")
             continue
-        error, allowed = (got - want).norm() / want.norm(), 1.25 * (torchs - want).norm() / want.norm()
+        error, torch_error = (float((x - want).norm() / want.norm()) for x in (got, torchs))
         # Where torch happens to be exact, a rounding of the last bit is no fault.
-        if error > allowed + torch.finfo(batch.x.dtype).eps / 8:
-            wrong.append(f"{name}: relative error {error:.2e}, torch's is {allowed / 1.25:.2e}")
+        allowed = max(1.25 * torch_error + torch.finfo(batch.x.dtype).eps / 8, 1.25 * _in_one_sequence(batch, name))
+        if error > allowed:
+            wrong.append(f"{name}: relative error {error:.2e}, torch's is {torch_error:.2e}, allowed {allowed:.2e}")
         excess = ((got - want).abs() / getattr(bounds, name)).max()
         if excess > 1:
             wrong.append(f"{name}: an element is off by {excess:.1f} times what roundings allow")
     return wrong
+
+
+def _in_one_sequence(batch: Batch, name: str) -> float:
+    """Relative error of a float32 sum of n products of random sign that is added up one after the other.
+
+    A rounding has a relative error of 0.42 * 2^-24 (root mean square, mantissas as likely as their logarithms), and the
+    k-th meets a partial sum that is sqrt(k / n) of the whole: 0.42 * 2^-24 * sqrt(n / 2) for all of them together.
+    Measured on an H100: 3.5e-7 for n = 768, where this is 4.9e-7 and cuBLAS, which cuts the sum, has 2.2e-7.
+    """
+    out, depth = batch.packed.weight.shape
+    n = {"y": depth, "grad_x": out, "grad_a": len(batch.grad), "grad_b": len(batch.grad)}[name]
+    return float(0.42 * 2.0**-24 * (n / 2) ** 0.5)
 
 
 def _bounds(batch: Batch) -> Results:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import bodies
 import pytest
 import torch
@@ -17,6 +19,23 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 GPUS = torch.cuda.device_count()
 
 
+@pytest.fixture(scope="module")
+def model(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Weights that were drawn on a CPU: a GPU draws others from the same seed, and nothing could be compared."""
+    folder = tmp_path_factory.mktemp("model")
+    drawn = make_rig(f"random:{tiny_config}").loaded
+    drawn.model.save_pretrained(folder)
+    drawn.tokenizer.save(folder)
+    return str(folder)
+
+
+def test_both_devices_hold_the_same_weights(model):
+    cpu, gpu = (make_rig(model, device=device).runner.stack for device in ("cpu", "cuda"))
+    assert len(cpu.linears) == len(gpu.linears) > 0
+    assert all(torch.equal(a.weight, b.weight.cpu()) for a, b in zip(cpu.linears, gpu.linears, strict=True))
+    assert torch.equal(cpu.head.weight, gpu.head.weight.cpu())
+
+
 def test_average_on_nccl_with_one_rank():
     assert run_ranks(1, bodies.mean_over_members, (0,), None, device="cuda") == [pytest.approx([1.0] * 6)]
 
@@ -28,8 +47,8 @@ def test_average_on_nccl_is_over_exactly_the_combined_replicas():
     assert results[0] == results[2] == results[3] == pytest.approx([26 / 8] * 5 + [8.0])
 
 
-def test_tokens_on_the_gpu_are_those_of_the_cpu(tiny_config):
-    rigs = [make_rig(f"random:{tiny_config}", device=device) for device in ("cpu", "cuda")]
+def test_tokens_on_the_gpu_are_those_of_the_cpu(model):
+    rigs = [make_rig(model, device=device) for device in ("cpu", "cuda")]
     answers = []
     for rig in rigs:
         rig.fill(1, seed=4)
@@ -39,11 +58,11 @@ def test_tokens_on_the_gpu_are_those_of_the_cpu(tiny_config):
     assert answers[0] == answers[1]
 
 
-def test_gradients_on_the_gpu_are_those_of_the_cpu(tiny_config):
+def test_gradients_on_the_gpu_are_those_of_the_cpu(model):
     samples = [TrainSample(id=i, ids=tuple(range(5 + i, 40 + 2 * i)), target_start=12) for i in range(3)]
     gradients = []
     for device in ("cpu", "cuda"):
-        rig = make_rig(f"random:{tiny_config}", device=device)
+        rig = make_rig(model, device=device)
         rig.bank.set_shadow(random_state(rig.bank, 5))
         trainer = ShadowTrainer(rig.runner, rig.bank, samples, TrainConfig(clip_norm=1e9))
         finish(trainer.step(3, 1))
@@ -51,11 +70,11 @@ def test_gradients_on_the_gpu_are_those_of_the_cpu(tiny_config):
     assert (gradients[0] - gradients[1]).norm() <= 1e-4 * gradients[0].norm()
 
 
-def test_forwards_that_ride_on_ticks_change_neither_side(tiny_config):
+def test_forwards_that_ride_on_ticks_change_neither_side(model):
     samples = [TrainSample(id=i, ids=tuple(range(5 + i, 40 + 2 * i)), target_start=12) for i in range(3)]
     outcomes = []
     for way in ("turns", "mixed"):
-        rig = make_rig(f"random:{tiny_config}", device="cuda")
+        rig = make_rig(model, device="cuda")
         rig.engine.coserving = way
         # A clock that stands still: every promise has all its time left.
         rig.engine.clock = lambda: 0.0

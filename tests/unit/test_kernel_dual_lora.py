@@ -16,7 +16,16 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 from clif.kernels import fused
 from clif.kernels.dual_lora import Packed, Segment
 from clif.kernels.fused import INTERPRET, FusedLinear, Launcher, Workspace
-from clif.kernels.specification import SHADOW, Batch, Results, computed, random_batch, random_layer, violations
+from clif.kernels.specification import (
+    SHADOW,
+    Batch,
+    Results,
+    by_torch,
+    computed,
+    random_batch,
+    random_layer,
+    violations,
+)
 from clif.kernels.tiles import GradTiles, LinearTiles, RowTable
 from clif.kernels.tuning import Defaults, Fixed
 
@@ -277,6 +286,19 @@ def test_the_bar_is_not_cleared_with(fault: str) -> None:
     batch = random_batch(random_layer([32, 32], 64, 8, dtype=torch.bfloat16, bias=True), MIXED)
     assert violations(batch, compute(batch, Broken("none"))) == []
     assert violations(batch, compute(batch, Broken(fault)))
+
+
+def test_a_float32_sum_in_one_sequence_clears_the_bar_and_products_of_fewer_bits_do_not() -> None:
+    batch = random_batch(random_layer([768], 96, 8, dtype=torch.float32, scale=0.0), ((21, SHADOW),))
+    exact = by_torch(batch)
+    weight, grad_x = batch.packed.weight, torch.zeros_like(exact.grad_x)
+    for row in range(768):
+        grad_x += batch.grad[:, row : row + 1] * weight[row]
+    assert violations(batch, replace(exact, grad_x=grad_x)) == []
+    # As tensor cores multiply float32 unless told otherwise: 10 bits of mantissa.
+    coarse = (weight.view(torch.int32) & ~0x1FFF).view(torch.float32)
+    (wrong, *_) = violations(batch, replace(exact, grad_x=batch.grad @ coarse))
+    assert wrong.startswith("grad_x: relative error")
 
 
 def test_segments_that_overlap_or_leave_the_batch_are_refused() -> None:

@@ -110,6 +110,17 @@ def test_a_wish_that_cannot_be_met_is_an_error_and_says_what_to_change(monkeypat
         choose_kernels("triton", cpu, torch.float32, 8)
 
 
+def test_on_a_gpu_that_can_run_it_auto_means_the_decode_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, capability = torch.device("cuda"), (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_decode("auto", gpu, torch.bfloat16) is not None
+    assert choose_decode("torch", gpu, torch.bfloat16) is None
+    assert choose_decode("auto", gpu, torch.float64) is None
+    capability = (7, 5)
+    assert choose_decode("auto", gpu, torch.bfloat16) is None
+    assert choose_decode("auto", torch.device("cpu"), torch.bfloat16) is None
+
+
 def test_on_a_cpu_auto_means_torch(tiny_config) -> None:
     rig = rig_with("auto", f"random:{tiny_config}")
     assert all(layer._fused is None for layer in rig.bank.layers)

@@ -1,0 +1,127 @@
+"""Compiles the kernels that later GPU stages launch, in parallel and without launching any: Triton keeps what it made.
+
+    python benchmarks/gpu_ahead.py            # started by gpu_stages.py beside the first stages
+    python benchmarks/gpu_ahead.py --dry      # in the interpreter, tiny shapes: shows that every job reaches its kernel
+
+A job builds what a stage builds and calls it as the stage does, so that each kernel is compiled for the very arguments
+it will get. Its launch is turned into a warm-up, which compiles and returns.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+if "--dry" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+import triton
+from bench_kernels import CASES
+from tune_gpu import MODELS, Tuner
+
+from clif.kernels.fused import FusedLinear, Launcher
+from clif.kernels.paged import PagedDecode
+from clif.kernels.paged_decode_reference import random_decode
+from clif.kernels.specification import SHADOW, computed, random_batch, random_layer
+
+DRY_RUN = "--dry" in sys.argv
+DEVICE = torch.device("cpu" if DRY_RUN else "cuda")
+
+
+@dataclass(frozen=True)
+class LinearJob:
+    """Forward of a packed layer, and its backward if rows of the shadow are among them."""
+
+    sizes: tuple[int, ...]
+    depth: int
+    r: int
+    lengths: tuple[tuple[int, int | None], ...]
+    dtype: str = "bfloat16"
+    bias: bool = False
+
+    def __call__(self) -> None:
+        dtype = getattr(torch, self.dtype)
+        layer = random_layer(self.sizes, self.depth, self.r, dtype=dtype, device=str(DEVICE), bias=self.bias)
+        computed(random_batch(layer, self.lengths), FusedLinear(layer, Launcher(DEVICE, Tuner.here(DRY_RUN).defaults)))
+
+
+@dataclass(frozen=True)
+class DecodeJob:
+    """Attention of decode rows with heads of one size."""
+
+    heads: int
+    kv_heads: int
+    d: int
+    block_size: int
+    dtype: str
+
+    def __call__(self) -> None:
+        dtype = getattr(torch, self.dtype)
+        lengths = (3, 17) if DRY_RUN else (384,) * 64
+        batch = random_decode(
+            lengths, self.heads, self.kv_heads, self.d, self.block_size, dtype=dtype, device=str(DEVICE)
+        )
+        out = batch.q.new_zeros(batch.q.shape).flatten(1)
+        PagedDecode(DEVICE).attend(batch.q, batch.cache, batch.table(), batch.scale, out)
+
+
+def jobs(dry: bool) -> Iterator[LinearJob | DecodeJob]:
+    """In the order in which the stages need them."""
+    if dry:
+        yield LinearJob((32, 16), 32, 8, ((3, 0), (4, SHADOW)))
+        yield DecodeJob(4, 2, 16, 4, "float32")
+        return
+    kinds = ((13, 0), (5, None), (40, 1), (71, SHADOW))
+    yield LinearJob((512, 256), 1024, 16, kinds, "float32", bias=True)
+    yield LinearJob((4096,), 4096, 16, ((48, 0), (16, 1)))
+    yield DecodeJob(21, 7, 80, 12, "float32")
+    for model, d in (("1b", 64), ("8b", 128)):
+        yield DecodeJob(32, 8, d, 16, "bfloat16")
+        for sizes, depth in MODELS[model]:
+            yield LinearJob(sizes, depth, 8, ((64, 0),))
+    for case in CASES:
+        yield LinearJob(case.sizes, case.depth, case.r, case.lengths)
+
+
+def compile_only() -> None:
+    """Every launch of this process compiles its kernel and runs nothing."""
+    if DRY_RUN:
+        return
+    launch = triton.runtime.JITFunction.run
+
+    def warm_up(kernel: Any, *args: Any, warmup: bool, **options: Any) -> Any:
+        return launch(kernel, *args, warmup=True, **options)
+
+    triton.runtime.JITFunction.run = warm_up
+
+
+def _work(job: LinearJob | DecodeJob) -> float:
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
+
+
+def main() -> int:
+    wanted = list(jobs(DRY_RUN))
+    processes = max(1, (os.cpu_count() or 2) // 2)
+    context, failed = multiprocessing.get_context("spawn"), 0
+    with ProcessPoolExecutor(min(processes, len(wanted)), context, initializer=compile_only) as pool:
+        running = {pool.submit(_work, job): job for job in wanted}
+        for done in as_completed(running):
+            error = done.exception()
+            failed += error is not None
+            told = f"{type(error).__name__}: {error}" if error else f"{done.result():.1f} s"
+            print(f"{running[done]}: {told}", flush=True)
+    print(f"{len(wanted) - failed} of {len(wanted)} compiled")
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""The stages of make gpu, with commands that need no GPU: what was found is on disk, whatever becomes of the next."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gpu_stages
+import pytest
+from gpu_stages import STAGES, Session, Stage, chosen
+
+
+def stage(name: str, code: str, limit_s: float = 20) -> Stage:
+    return Stage(name, "a question", limit_s, (sys.executable, "-c", code))
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    (tmp_path / "logs").mkdir()
+    return Session(tmp_path, dict(os.environ), time.monotonic() + 60, dry=False, about="# About")
+
+
+def test_a_stage_that_hangs_is_ended_with_all_that_it_started_and_keeps_what_it_said(session, tmp_path):
+    child = f"import time; time.sleep(3); open({str(tmp_path / 'late')!r}, 'w')"
+    code = (
+        "import subprocess, sys, time; print('### found', flush=True)\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    )
+    assert not session.run(1, stage("hangs", code, limit_s=1.5))
+    text = session.result(1, stage("hangs", code)).read_text()
+    assert "* outcome: ended after 2 s" in text and "### found" in text
+    time.sleep(3)
+    assert not (tmp_path / "late").exists()
+
+
+def test_each_result_is_on_disk_before_the_next_stage_begins(session, tmp_path):
+    session.run(1, stage("first", "print('### 42 tokens/s')"))
+    looks = f"text = open({str(tmp_path / 'gpu.md')!r}).read(); assert '42 tokens/s' in text and '# About' in text"
+    assert session.run(2, stage("second", looks))
+
+
+def test_a_second_call_repeats_what_failed_and_skips_what_passed(session):
+    good, bad = stage("good", "print('fine')"), stage("bad", "raise SystemExit(3)")
+    assert session.run(1, good) and not session.run(2, bad)
+    assert session.passed(1, good) and not session.passed(2, bad)
+    assert "failed with code 3" in session.result(2, bad).read_text()
+
+
+def test_a_stage_without_a_table_shows_the_end_of_its_log(session):
+    session.run(1, stage("trace", "1 / 0"))
+    assert "ZeroDivisionError" in (session.folder / "gpu.md").read_text()
+
+
+def test_stages_are_chosen_by_name_and_an_unknown_name_is_refused():
+    assert [(n, s.name) for n, s in chosen("run,faults")] == [(1, "faults"), (5, "run")]
+    assert len(chosen("")) == len(STAGES)
+    with pytest.raises(ValueError, match="no stage decoding: choose from faults, decode"):
+        chosen("decoding")
+
+
+def test_the_first_four_stages_fit_in_four_minutes_and_come_first():
+    assert [s.name for s in STAGES[:4]] == ["faults", "decode", "training", "coserving"]
+    assert sum(s.limit_s for s in STAGES[:4]) <= 240
+
+
+def test_no_stage_is_begun_when_time_is_up(session):
+    session.end_s = time.monotonic() + 1
+    good = stage("good", "print('fine')")
+    assert not session.take(1, good, again=False) and not session.result(1, good).exists()
+    session.end_s += 60
+    assert session.take(1, good, again=False)
+
+
+def test_compiling_ahead_is_ended_with_the_stages(tmp_path, monkeypatch):
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setattr(gpu_stages, "script", lambda name: (sys.executable, "-c", "import time; time.sleep(60)"))
+    with gpu_stages.compiling_ahead(tmp_path, dict(os.environ)):
+        pass
+    assert (tmp_path / "logs" / "ahead.log").read_bytes() == b""
+
+
+def test_every_job_that_compiles_ahead_reaches_its_kernel():
+    command = [sys.executable, "benchmarks/gpu_ahead.py", "--dry"]
+    done = subprocess.run(command, cwd=gpu_stages.REPO, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "2 of 2 compiled" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_checkout_is_importable_without_having_been_installed(tmp_path):
+    env = {**gpu_stages.environment(tmp_path, None), "PYTHONSAFEPATH": "1"}
+    code = "import clif.control.server, clif.kernels.tiles, clif.launch.run; print(clif.__path__[0])"
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd="/", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "site" / "clif")
