@@ -38,7 +38,7 @@ test-gpu: $(READY)  ## Tests that need an NVIDIA GPU
 	$(BIN)/python -P -m pytest -m gpu
 
 bench: $(READY) $(ASSETS)  ## The engine alone against transformers and PEFT, then CLIF against its baselines; idle cores
-	$(BIN)/python -P benchmarks/engine.py --model assets/smollm2-135m-instruct.gguf
+	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/coserving.py
 
 # The kernels need torch and Triton only: no network and no installation, where there is no .venv.

@@ -1,211 +1,98 @@
 """Speed of the engine alone, as ratios within one run: serving against transformers, training against PEFT.
 
-    python benchmarks/engine.py --model assets/smollm2-135m-instruct.gguf --out benchmarks
+    python benchmarks/engine.py --model assets/smollm2-135m-instruct.gguf     # about 5 minutes; idle cores
+    python benchmarks/engine.py --dry --out /tmp                              # shows within a minute that all runs
 
-Every contender does the same work on the same weights in the same dtype with all cores; contenders take turns
-within each repeat, so that a slow moment of the machine hits all of them.
+Each contender is a process of its own, pinned to the same cores, with the same limit of memory; they take turns within
+each repeat. All of them get the same prompts and samples in a repeat and new ones in the next.
 """
 
 from __future__ import annotations
 
 import datetime
+import os
 import platform
-import statistics
+import shlex
 import sys
-import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
-import transformers
+import contenders as c
 import typer
+from turns import Contender, Limits, race, table
 
-from clif.adapters.slots import SlotTable
-from clif.config import Config, config_from_tree
 from clif.metrics.provenance import cpu_model, git_commit
-from clif.models.loading import LoadedModel, load_model
-from clif.replica.base import build_runner
-from clif.replica.engine import Engine
-from clif.replica.jobs import Job
-from clif.replica.scheduler import Scheduler
-from clif.replica.trainer import ShadowTrainer
-from clif.types import Request, Sampling, TrainSample
 
-REQUESTS, PROMPT, ANSWER = 32, 48, 64
-SAMPLES, LENGTH, TARGETS = 4, 128, 64
-CPU = torch.device("cpu")
-Contender = tuple[str, Callable[[], None]]
+REPO = Path(__file__).resolve().parents[1]
+TURN_S = 180.0
+"""For the slowest contender on slow cores, and for loading."""
 
 
-def prompts(vocab: int) -> list[list[int]]:
-    """Token ids of REQUESTS different prompts; special tokens, which lie at the beginning, are left out."""
-    rng = torch.Generator().manual_seed(0)
-    return torch.randint(100, vocab, (REQUESTS, PROMPT), generator=rng).tolist()
+def first_tokens(ours: list[int], theirs: list[int]) -> str:
+    """Answers that begin alike: in bfloat16 a few do not, where two tokens are as good as equally likely."""
+    same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    return f"{same} of {len(ours)} answers begin alike"
 
 
-def clif_serving(config: Config, loaded: LoadedModel) -> Callable[[], None]:
-    runner, _ = build_runner(config, loaded)
-    scheduler = Scheduler(config.engine, SlotTable(2), loaded.tokenizer.eos_ids, loaded.tokenizer.decode)
-    engine = Engine(runner, scheduler, config.slo)
-
-    def run() -> None:
-        for i, ids in enumerate(prompts(runner.stack.vocab_size)):
-            sampling = Sampling(max_tokens=ANSWER, ignore_eos=True)
-            scheduler.add(Request(id=i, prompt=tuple(ids), sampling=sampling), 0.0)
-        while engine.serving:
-            engine.serve()
-
-    return run
+def losses(ours: float, theirs: float) -> str:
+    return f"loss {theirs:.3f}"
 
 
-def static_batch(model: Any) -> Callable[[], None]:
-    """transformers.generate on one batch; equal prompt lengths, so that nothing is padded."""
-
-    def run() -> None:
-        ids = torch.tensor(prompts(model.config.vocab_size))
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False
-        )
-        assert out.shape[1] == PROMPT + ANSWER
-
-    return run
-
-
-def continuous_batch(model: Any) -> Callable[[], None]:
-    """transformers' own continuous batching."""
-    settings = transformers.GenerationConfig(max_new_tokens=ANSWER, do_sample=False, eos_token_id=-1, pad_token_id=0)
-
-    def run() -> None:
-        out = model.generate_batch(prompts(model.config.vocab_size), generation_config=settings, progress_bar=False)
-        assert sum(len(r.generated_tokens) for r in out.values()) == REQUESTS * ANSWER
-
-    return run
+def measure(work: c.Work, repeats: int, limits: Limits) -> tuple[list[str], bool]:
+    """Markdown of both comparisons, and whether all contenders went through."""
+    serving = [
+        Contender("CLIF", c.clif_serving, (work,)),
+        Contender("transformers.generate, static batch", c.static_batch, (work,)),
+        Contender("transformers generate_batch", c.continuous_batch, (work,)),
+    ]
+    training = [Contender("CLIF", c.clif_training, (work,)), Contender("PEFT + AdamW", c.peft_training, (work,))]
+    race(serving, repeats, limits)
+    race(training, repeats, limits)
+    asked = f"{work.requests} requests at once, {work.prompt} + {work.answer} tokens each"
+    learned = f"{work.steps} steps of {work.samples} x {work.length} tokens, {work.targets} targets each"
+    lines = table(f"Greedy serving, {asked}, base model", work.requests * work.answer, serving, first_tokens)
+    lines += table(f"LoRA training, {learned}", work.steps * work.samples * work.length, training, losses)
+    return lines, not any(one.failed for one in (*serving, *training))
 
 
-def samples(vocab: int) -> list[TrainSample]:
-    rng = torch.Generator().manual_seed(1)
-    ids = torch.randint(100, vocab, (SAMPLES, LENGTH), generator=rng).tolist()
-    return [TrainSample(id=i, ids=tuple(row), target_start=LENGTH - TARGETS) for i, row in enumerate(ids)]
-
-
-def clif_training(config: Config, loaded: LoadedModel) -> Callable[[], None]:
-    runner, bank = build_runner(config, loaded)
-    trainer = ShadowTrainer(runner, bank, samples(runner.stack.vocab_size), config.train)
-
-    def run() -> None:
-        job = Job("step", trainer.step(SAMPLES, 1))
-        while job.upcoming is not None:
-            job.run()
-
-    return run
-
-
-def peft_training(config: Config, model: Any) -> Callable[[], None]:
-    """A plain step: PEFT's adapters in float32 under autocast where the base is not, AdamW, clipping."""
-    import peft  # a machine with a GPU may lack it: see gpu.py
-
-    adapter = config.adapter
-    lora = peft.LoraConfig(r=adapter.r, lora_alpha=int(adapter.lora_alpha), target_modules="all-linear")
-    wrapped = peft.get_peft_model(model, lora)
-    trained = [p for p in wrapped.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.train.lr, fused=True)
-    batch = samples(model.config.vocab_size)
-    ids = torch.tensor([s.ids for s in batch], device=model.device)
-    labels = ids.clone()
-    labels[:, : LENGTH - TARGETS] = -100
-    half = model.dtype != torch.float32
-
-    def run() -> None:
-        with torch.autocast(model.device.type, model.dtype, enabled=half):
-            loss = wrapped(ids, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, config.train.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
-
-
-def race(contenders: list[Contender], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each contender in each repeat, after one warm-up of each."""
-    seconds: dict[str, list[float]] = {name: [] for name, _ in contenders}
-    for repeat in range(repeats + 1):
-        for name, run in contenders:
-            start = time.perf_counter()
-            run()
-            if repeat:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def table(title: str, tokens: int, seconds: dict[str, list[float]]) -> list[str]:
-    """Markdown: tokens/s as median (least to most), and CLIF's median ratio to each with its spread."""
-    ours = next(iter(seconds.values()))
-    lines = [f"## {title}", "", "| contender | tokens/s | CLIF is faster by |", "|---|---|---|"]
-    for name, times in seconds.items():
-        rates = sorted(tokens / t for t in times)
-        ratios = sorted(t / o for t, o in zip(times, ours, strict=True))
-        rate = f"{statistics.median(rates):.0f} ({rates[0]:.0f} to {rates[-1]:.0f})"
-        lines.append(f"| {name} | {rate} | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |")
-    return [*lines, ""]
+def provenance(repeats: int, limits: Limits, busy: float) -> list[str]:
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    return [
+        f"* command: `python {shlex.join(sys.argv)}`",
+        f"* machine: {cpu_model()}, {platform.system()}; each contender's threads are pinned to cores "
+        f"{', '.join(map(str, limits.cores))}; load average before {busy:.2f}",
+        f"* versions: Python {platform.python_version()}, {versions}; commit {git_commit() or 'unknown'}",
+        f"* median of {repeats} repeats in turns after a warm-up, with the least and the most; new prompts and samples "
+        f"in each; a process per contender with at most {limits.memory_bytes / (1 << 30):g} GiB",
+        "",
+    ]
 
 
 def main(
-    model: Annotated[str, typer.Option(help="as model.path in a configuration")],
-    out: Annotated[Path, typer.Option(help="folder for the dated file")] = Path("benchmarks"),
+    model: Annotated[str, typer.Option(help="as model.path in a configuration")] = str(
+        REPO / "assets" / "smollm2-135m-instruct.gguf"
+    ),
+    out: Annotated[Path, typer.Option(help="folder for the dated file")] = REPO / "benchmarks",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
-    repeats: Annotated[int, typer.Option(min=3)] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="5 or more for figures to be published")] = 5,
+    memory_gib: Annotated[float, typer.Option(min=1, help="that each contender may allocate")] = 6.0,
+    dry: Annotated[bool, typer.Option(help="2 repeats of a tiny random model: its figures mean nothing")] = False,
 ) -> None:
     """Compare serving and training speed on a CPU and write a dated file."""
-    config = config_from_tree(
-        {
-            "model": {"path": model, "dtype": dtype, "device": "cpu", "max_context": 256},
-            "engine": {"max_batch": REQUESTS, "kv_tokens": 8192, "max_prefill_tokens": 2048},
-            "train": {"enabled": False},
-        }
-    )
-    config = config.model_copy(update={"train": config.train.model_copy(update={"enabled": True})})
-
-    def fresh() -> LoadedModel:
-        return load_model(config.model, CPU)
-
-    serving: list[Contender] = [
-        ("CLIF", clif_serving(config, fresh())),
-        ("transformers.generate, static batch", static_batch(fresh().model)),
-        ("transformers generate_batch", continuous_batch(fresh().model)),
-    ]
-    training: list[Contender] = [
-        ("CLIF", clif_training(config, fresh())),
-        ("PEFT + AdamW", peft_training(config, fresh().model)),
-    ]
+    busy, cores = os.getloadavg()[0], tuple(sorted(os.sched_getaffinity(0)))
+    work, stem = c.Work(model, dtype), f"engine-{dtype}"
+    if dry:
+        # One core: of so small a model more threads only wait for each other, for ever beside other programs.
+        tiny = f"random:{REPO / 'configs' / 'models' / 'tiny-llama.json'}"
+        work, stem, repeats, cores = c.Work(tiny, dtype, 4, 12, 6, 2, 2, 24, 12), f"{stem}-dry", 2, cores[:1]
+    limits = Limits(cores, int(memory_gib * (1 << 30)), TURN_S)
     today = datetime.date.today().isoformat()
-    lines = [f"# Engine alone, {today}, {dtype}", "", *_provenance(repeats)]
-    lines += table(
-        f"Greedy serving, {REQUESTS} requests at once, {PROMPT} + {ANSWER} tokens each, base model",
-        REQUESTS * ANSWER,
-        race(serving, repeats),
-    )
-    lines += table(
-        f"LoRA training step, {SAMPLES} x {LENGTH} tokens, {TARGETS} targets each, r={config.adapter.r}, all-linear",
-        SAMPLES * LENGTH,
-        race(training, repeats),
-    )
-    path = out / f"engine-{dtype}-{today}.md"
-    path.write_text("\n".join(lines))
+    lines, whole = measure(work, repeats, limits)
+    path = out / f"{stem}-{today}.md"
+    path.write_text("\n".join([f"# Engine alone, {today}, {dtype}", "", *provenance(repeats, limits, busy), *lines]))
     print(path.read_text())
-
-
-def _provenance(repeats: int) -> list[str]:
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
-    return [
-        f"* command: `python {' '.join(sys.argv)}`",
-        f"* machine: {cpu_model()}, {torch.get_num_threads()} threads, {platform.system()}",
-        f"* versions: Python {platform.python_version()}, {versions}; commit {git_commit() or 'unknown'}",
-        f"* median of {repeats} repeats in turns, with the least and the most",
-        "",
-    ]
+    raise typer.Exit(0 if whole else 1)
 
 
 if __name__ == "__main__":

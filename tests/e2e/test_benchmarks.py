@@ -1,4 +1,4 @@
-"""The co-serving comparison as a whole, on a random model: its figures mean nothing here."""
+"""Benchmarks as a whole, on random models: their figures mean nothing here."""
 
 from __future__ import annotations
 
@@ -23,6 +23,18 @@ def test_the_comparison_runs_in_every_mode_and_reports(tmp_path):
     for mode in ("clif", "serve_only", "time_slice", "split"):
         assert any(line.startswith(f"| {mode} | 70% |") for line in lines), mode
     assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+@pytest.mark.slow
+def test_the_engine_s_comparison_runs_dry_with_all_contenders(tmp_path):
+    command = [sys.executable, "benchmarks/engine.py", "--dry", "--dtype", "float32", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (report,) = tmp_path.glob("engine-float32-dry-*.md")
+    lines = report.read_text().splitlines()
+    for name in ("CLIF", "transformers.generate, static batch", "transformers generate_batch"):
+        assert any(line.startswith(f"| {name} |") and "4 of 4 answers begin alike" in line for line in lines), name
+    assert sum("| loss 6." in line for line in lines) == 2
 
 
 @pytest.mark.timeout(240)

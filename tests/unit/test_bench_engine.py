@@ -1,0 +1,105 @@
+"""The engine's benchmark: all contenders do the same work in every repeat, none sees another, none stops the others."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import turn_bodies
+from contenders import Work, clif_serving, clif_training, peft_training, static_batch
+from turns import Contender, Limits, Ready, race, table
+
+REPO = Path(__file__).resolve().parents[2]
+CORE = min(os.sched_getaffinity(0))
+LIMITS = Limits((CORE,), 2 << 30, 120.0)
+
+
+def contenders(**bodies: tuple[Any, ...]) -> list[Contender]:
+    return [Contender(name, getattr(turn_bodies, name.split("_")[0]), arguments) for name, arguments in bodies.items()]
+
+
+def test_contenders_take_turns_forwards_and_backwards_in_processes_of_their_own(tmp_path):
+    log = str(tmp_path / "log")
+    found = contenders(recording_a=(log, "a"), recording_b=(log, "b"))
+    before = dict(os.environ)
+    race(found, 2, LIMITS)
+    assert Path(log).read_text().split() == ["a0", "b0", "b1", "a1", "a2", "b2"]
+    assert dict(os.environ) == before
+    for one in found:
+        assert not one.failed and len(one.seconds) == 2 and one.peak_mib > 1
+        assert [result[1:] for result in one.results] == [(1, "1", [CORE]), (2, "1", [CORE])], "the warm-up is left out"
+    processes = [{result[0] for result in one.results} for one in found]
+    assert len(processes[0] | processes[1]) == 2 and os.getpid() not in processes[0] | processes[1]
+
+
+def test_a_contender_that_breaks_dies_or_wants_too_much_is_reported_and_stops_nobody(tmp_path):
+    log = str(tmp_path / "log")
+    found = contenders(recording=(log, "a"), breaking=(), dying=(), greedy=())
+    race(found, 2, LIMITS)
+    said = {one.name: one.failed for one in found}
+    assert said == {
+        "recording": "",
+        "breaking": "ValueError: out of luck",
+        "dying": "ended with code 3",
+        "greedy": "MemoryError: ",
+    }
+    assert Path(log).read_text().split() == ["a0", "a1", "a2"]
+    assert "| breaking | | | ValueError: out of luck |" in "\n".join(table("t", 1, found, lambda a, b: "")).strip()
+
+
+def test_a_contender_that_hangs_is_ended():
+    (found,) = contenders(hanging=())
+    race([found], 2, Limits((CORE,), 2 << 30, 0.5))
+    assert found.failed == "no answer within 0.5 s" and not found.process.is_alive()
+
+
+def test_the_table_has_ratios_of_each_repeat_with_their_spread():
+    ours, theirs = Contender("ours", turn_bodies.breaking, ()), Contender("theirs", turn_bodies.breaking, ())
+    ours.seconds, theirs.seconds, ours.settings = [1.0, 2.0, 4.0], [2.0, 2.0, 4.4], "none"
+    ours.results = theirs.results = [7]
+    lines = table("Race", 100, [ours, theirs], lambda a, b: f"{a} and {b}")
+    assert "| ours | 50 (25 to 100) | 1.00 (1.00 to 1.00) | 7 and 7 | 0 |" in lines
+    assert "| theirs | 50 (23 to 50) | 1.10 (1.00 to 2.00) | 7 and 7 | 0 |" in lines
+    assert "* ours: none" in lines
+
+
+@pytest.fixture(scope="module")
+def work(tiny_config) -> Work:
+    serving = {"requests": 3, "prompt": 20, "answer": 5}
+    return Work(f"random:{tiny_config}", "float32", **serving, steps=2, samples=2, length=16, targets=8)
+
+
+def test_every_repeat_has_new_prompts_and_samples_and_all_contenders_have_the_same(work):
+    repeats = [work.prompts(n, 300) for n in range(4)]
+    beginnings = {tuple(ids[:8]) for prompts in repeats for ids in prompts}
+    assert len(beginnings) == 4 * work.requests, "half a block in common could be reused"
+    assert work.prompts(2, 300) == repeats[2]
+    assert {len(ids) for prompts in repeats for ids in prompts} == {work.prompt}
+    samples = [[s.ids for s in work.training(n, 300)] for n in range(4)]
+    assert len({ids for found in samples for ids in found}) == 4 * work.steps * work.samples
+
+
+def turns_of(ready: Ready, repeats: int = 2) -> list[Any]:
+    return [ready.turn(number)() for number in range(repeats)]
+
+
+def test_clif_computes_every_prompt_as_its_rival_does(work):
+    assert turns_of(clif_serving(work)) == turns_of(static_batch(work))
+
+
+def test_prompts_that_come_again_are_found_out(work, monkeypatch):
+    """With prefix reuse on, the default, a repeat of the same prompts would compute a part of them only."""
+    same = work.prompts(0, 300)
+    monkeypatch.setattr(Work, "prompts", lambda self, repeat, vocab: same)
+    ready = clif_serving(work)
+    ready.turn(0)()
+    with pytest.raises(AssertionError, match="CLIF left out prompt tokens that the others compute"):
+        ready.turn(1)()
+
+
+def test_clif_and_peft_learn_from_the_same_samples(work):
+    """The adapter begins as nothing, so the first step's loss is the model's own. In one step no order counts."""
+    one = Work(**{**vars(work), "steps": 1})
+    assert turns_of(clif_training(one), 1) == pytest.approx(turns_of(peft_training(one), 1), rel=1e-4)
