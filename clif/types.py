@@ -95,6 +95,44 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     """Final text when a stop string cut it; otherwise the receiver decodes the tokens."""
 
 
+class SlackLimit(str, enum.Enum):
+    """What decides how long training may take before the next serving tick."""
+
+    NOBODY = "nobody"
+    FIRST_TOKEN = "first_token"
+    NEXT_TOKEN = "next_token"
+    DEADLINE = "deadline"
+    FULL = "full"
+    RIDE = "ride"
+    SHARE = "share"
+
+
+_LIMITS = {
+    SlackLimit.NOBODY: "nobody waits",
+    SlackLimit.FULL: "every place is taken",
+    SlackLimit.RIDE: "a forward waits for a tick to go along with",
+    SlackLimit.SHARE: "serving and training take turns: {ms:.0f} ms of training's share are left",
+    SlackLimit.FIRST_TOKEN: "first token of request {request} has {ms:.0f} ms of slack",
+    SlackLimit.NEXT_TOKEN: "next token of request {request} has {ms:.0f} ms of slack",
+    SlackLimit.DEADLINE: "deadline of request {request} has {ms:.0f} ms of slack",
+}
+
+
+class TrainingSlack(msgspec.Struct, frozen=True):
+    """Seconds that training may take before the next serving tick, and what allows no more; request: -1 for none.
+
+    Made at every tick, so the sentence about it is made only where it is shown.
+    """
+
+    seconds: float
+    limit: SlackLimit
+    request: int = -1
+
+    @property
+    def reason(self) -> str:
+        return _LIMITS[self.limit].format(ms=self.seconds * 1000, request=self.request)
+
+
 class TrainSample(msgspec.Struct, frozen=True, kw_only=True):
     """One tokenised training sample. Tokens from target_start on carry loss; `id` is its row in the data set."""
 

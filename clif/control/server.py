@@ -27,7 +27,7 @@ from clif.control.rounds import Round
 from clif.control.slow import SlowLoop
 from clif.control.status import Recent, Snapshot, Status, count_states
 from clif.store import AdapterStore
-from clif.types import AdapterVersion, FinishReason, Purpose
+from clif.types import AdapterVersion, FinishReason, Purpose, TrainingSlack
 from clif.wire import messages as wire
 from clif.wire.channels import ControlChannel
 
@@ -96,6 +96,7 @@ class ControlServer:
         self.finished: Counter[FinishReason] = Counter()
         self._last_loss: float | None = None
         self._steps: dict[int, int] = {}
+        self._slack: dict[int, TrainingSlack | None] = {}
         self._unreachable: set[int] = set()
         self._goodbyes: set[int] = set()
         self._entered_s = self._opened_s = clock()
@@ -200,6 +201,7 @@ class ControlServer:
     def _on_report(self, now: float, message: wire.Report) -> None:
         self.fleet.report(now, message)
         self._steps[message.replica] = message.training_steps
+        self._slack[message.replica] = message.slack
         if message.last_loss is not None:
             self._last_loss = message.last_loss
 
@@ -381,6 +383,7 @@ class ControlServer:
             itl_s=self._recent.itl_s,
             last_loss=self._last_loss,
             training_steps=sum(self._steps.values()),
+            slack={r: slack.reason for r in self.fleet.alive if (slack := self._slack.get(r)) is not None},
             version=self.federation.history.version,
             round=f"{current.plan.round_id} {current.state.value}" if current else self._slow.round_reason or "-",
         )

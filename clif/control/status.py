@@ -7,7 +7,7 @@ import os
 import sys
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TextIO
 
 import numpy as np
@@ -18,6 +18,7 @@ from rich.table import Table
 PLAIN_S = 3.0
 LIVE_S = 0.25
 RECENT = 200
+SLACK_SHOWN = 3
 Mode = Literal["live", "plain", "off"]
 
 
@@ -26,7 +27,7 @@ class Snapshot:
     """What is shown. States: number of replicas in each; seconds since the start.
 
     finished: requests of users by finish reason, in this start; the words are those of the summary.
-    last_loss: of the last optimizer step, nats per answer token.
+    last_loss: of the last optimizer step, nats per answer token. slack: by replica, what its training is held against.
     """
 
     seconds: float
@@ -43,6 +44,7 @@ class Snapshot:
     training_steps: int
     version: int
     round: str
+    slack: Mapping[int, str] = field(default_factory=dict)
 
     def cells(self) -> list[tuple[str, str]]:
         """Titles and texts, in the order in which they are shown."""
@@ -59,6 +61,7 @@ class Snapshot:
             ("pressure", self.pressure),
             ("states", states),
             ("training", f"{self.training_steps} steps, loss of the last {loss}"),
+            ("slack", _slack(self.slack)),
             ("round", self.round),
             ("adapter", f"v{self.version}"),
         ]
@@ -140,6 +143,12 @@ def choose_mode(
 
 def count_states(states: Sequence[str]) -> dict[str, int]:
     return dict(Counter(states))
+
+
+def _slack(reasons: Mapping[int, str]) -> str:
+    shown = [f"replica {replica}: {reason}" for replica, reason in list(reasons.items())[:SLACK_SHOWN]]
+    more = len(reasons) - len(shown)
+    return "; ".join([*shown, *([f"and {more} more"] if more else [])]) or "-"
 
 
 def _percentiles(seconds: Sequence[float]) -> str:

@@ -232,6 +232,9 @@ _RANK = (
         _s("regime", "alone; mixed: a training forward rode along; beside: a slice ran on other threads", SHORT, ""),
         _i("preemptions", "", "preemptions so far", 0),
         _i("reused_tokens", "tokens", "prompt tokens found in the prefix cache so far", 0),
+        _f("slack_s", "s", "what training might have taken; inf: nobody waits; NaN: no training beside serving", NAN),
+        _s("slack_limit", "what allowed no more; empty: no training beside serving", SHORT, ""),
+        _i("slack_request", "", "the request that allowed no more; -1: none", -1),
     ),
     _table(
         "train_steps",

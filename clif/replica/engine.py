@@ -20,16 +20,17 @@ from clif.collectives import Peers
 from clif.config import EngineConfig, SloConfig
 from clif.replica.jobs import WAIT, Job, Slice
 from clif.replica.passes import Pass
-from clif.replica.price import UNLIMITED, Prices, may_train, slack_s
+from clif.replica.price import UNLIMITED, Prices, may_train, training_slack
 from clif.replica.runner import ModelRunner
 from clif.replica.sampling import choose, make_rng
 from clif.replica.scheduler import Chunk, Scheduler
 from clif.replica.sidecar import Sidecar
-from clif.types import TokenEvent
+from clif.types import SlackLimit, TokenEvent, TrainingSlack
 
 log = logging.getLogger(__name__)
 LONGEST = 4
 """Longest training slice, as a multiple of engine.slice_ms."""
+FULL = TrainingSlack(-1.0, SlackLimit.FULL)
 
 
 @dataclass
@@ -37,6 +38,7 @@ class TurnRecord:
     """What one turn did. Seconds; 0 rows: nothing was served.
 
     train_s: of the slice that was finished in this turn. gap_s: by how much training made the turn itself longer.
+    slack: what training might have taken, where there was both training to do and serving; else None.
     """
 
     decode_rows: int = 0
@@ -46,6 +48,7 @@ class TurnRecord:
     train_s: float = 0.0
     gap_s: float = 0.0
     regime: str = "alone"
+    slack: TrainingSlack | None = None
 
 
 @dataclass
@@ -215,6 +218,7 @@ class Engine:
     def _whole_step(self) -> None:
         """A whole optimizer step (or evaluation) once serving has had its share since the last one."""
         self._credit_s += self.record.serve_s * self.share
+        self.record.slack = TrainingSlack(self._credit_s, SlackLimit.SHARE)
         while self._credit_s >= 0 and (piece := self._upcoming()) not in (None, WAIT):
             self._here(piece, piece.units)
             if piece.kind == "optimizer":
@@ -251,13 +255,16 @@ class Engine:
     def _rider(self, chunks: Sequence[Chunk]) -> Slice | None:
         """The forward that this tick takes along, if there is one and everybody can afford it."""
         piece = self._upcoming()
-        if self.coserving != "mixed" or piece is None or piece.rider is None or self._full:
+        if self.coserving != "mixed" or piece is None or piece.rider is None:
+            return None
+        if self._full:
+            self.record.slack = FULL
             return None
         rows, context = sum(c.stop - c.start for c in chunks), sum(c.stop for c in chunks)
         alone = self.prices.tick_s(rows, context)
         more = max(0.0, self.prices.tick_s(rows + piece.tokens, context, "mixed") - alone)
         sequences = (*self.scheduler.running, *self.scheduler.waiting)
-        may = may_train(self.clock(), more, alone, sequences, self.slo)[0]
+        may, self.record.slack = may_train(self.clock(), more, alone, sequences, self.slo)
         return piece if self._leaders(may) else None
 
     def _may_ride(self, piece: Slice) -> bool:
@@ -266,8 +273,11 @@ class Engine:
         if not isinstance(run, Pass):
             return False
         rows, context = self.next_tick
-        seconds = self.prices.tick_s(rows + piece.tokens, context, "mixed")
-        return seconds <= self.slo.tpot_ms / 1000 * (1 - self.slo.margin)
+        left = self.slo.tpot_ms / 1000 * (1 - self.slo.margin)
+        left -= self.prices.tick_s(rows + piece.tokens, context, "mixed")
+        if left >= 0 and self.record.slack is None:
+            self.record.slack = TrainingSlack(left, SlackLimit.RIDE)
+        return left >= 0
 
     @property
     def next_tick(self) -> tuple[int, int]:
@@ -289,8 +299,11 @@ class Engine:
         """
         sequences = (*self.scheduler.running, *self.scheduler.waiting)
         if self._full:
-            return -1.0
-        return slack_s(self.clock(), self.prices.tick_s(*self.next_tick, regime), sequences, self.slo)[0]
+            self.record.slack = FULL
+        else:
+            tick_s = self.prices.tick_s(*self.next_tick, regime)
+            self.record.slack = training_slack(self.clock(), tick_s, sequences, self.slo)
+        return self.record.slack.seconds
 
     def _note(self, chunks: Sequence[Chunk], rider: Slice | None, seconds: float) -> None:
         decode = sum(c.is_decode for c in chunks)

@@ -1,17 +1,18 @@
 """What the next piece of work will take, learnt from the engine's own turns; and whether training may take it.
 
-Free of torch. Training only gets what serving leaves (promise 5): slack_s is asked before every slice.
+Free of torch. Training only gets what serving leaves (promise 5): training_slack is asked before every slice.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from clif.config import SloConfig
 from clif.latency import Fit, LatencyModel
 from clif.replica.scheduler import Sequence
-from clif.types import Purpose
+from clif.types import Purpose, SlackLimit, TrainingSlack
 
 UNLIMITED = 1 << 30
 TRUSTED = 32
@@ -116,33 +117,33 @@ class Prices:
         return UNLIMITED if per_row <= 0 else max(0, int((seconds - base) / per_row))
 
 
-def slack_s(now: float, tick_s: float, sequences: Iterable[Sequence], slo: SloConfig) -> tuple[float, str]:
-    """Seconds that training may take before the next serving tick, which takes tick_s; and who allows no more.
+def training_slack(now: float, tick_s: float, sequences: Iterable[Sequence], slo: SloConfig) -> TrainingSlack:
+    """What training may take before the next serving tick, which takes tick_s; and who allows no more.
 
     So that every sequence still gets its next token in time: the first within its own TTFT promise, later ones
     within its TPOT promise (slo's where it has none), both less the margin; and a sequence with a deadline still
     makes it if all its ticks take tick_s. Infinite when nobody waits.
     """
-    worst, reason = float("inf"), "nobody waits"
+    worst, limit, request = math.inf, SlackLimit.NOBODY, -1
     for sequence in sequences:
         if sequence.request.purpose is Purpose.PROBE:
             continue
-        kind = "first token" if sequence.last_s is None else "next token"
+        kind = SlackLimit.FIRST_TOKEN if sequence.last_s is None else SlackLimit.NEXT_TOKEN
         slack = _budget(sequence, slo) * (1 - slo.margin) - (now - _since(sequence)) - tick_s
         deadline = _deadline_slack(now, tick_s, sequence, slo)
         if deadline < slack:
-            slack, kind = deadline, "deadline"
+            slack, kind = deadline, SlackLimit.DEADLINE
         if slack < worst:
-            worst, reason = slack, f"{kind} of request {sequence.request.id} has {slack * 1000:.0f} ms of slack"
-    return worst, reason
+            worst, limit, request = slack, kind, sequence.request.id
+    return TrainingSlack(worst, limit, request)
 
 
 def may_train(
     now: float, slice_s: float, tick_s: float, sequences: Iterable[Sequence], slo: SloConfig
-) -> tuple[bool, str]:
+) -> tuple[bool, TrainingSlack]:
     """May training that takes slice_s seconds come before the next serving tick? Returns (yes or no, the reason)."""
-    slack, reason = slack_s(now, tick_s, sequences, slo)
-    return slack >= slice_s, reason
+    slack = training_slack(now, tick_s, sequences, slo)
+    return slack.seconds >= slice_s, slack
 
 
 def _budget(sequence: Sequence, slo: SloConfig) -> float:

@@ -14,7 +14,7 @@ from clif.replica.engine import TurnRecord
 from clif.replica.jobs import STEP_KINDS
 from clif.replica.scheduler import Scheduler
 from clif.replica.trainer import StepResult
-from clif.types import RoundPlan
+from clif.types import RoundPlan, TrainingSlack
 
 TABLES = ("ticks", "train_steps", "versions", "device")
 
@@ -58,6 +58,7 @@ class RankRecords:
             regime=record.regime,
             preemptions=scheduler.preemptions,
             reused_tokens=scheduler.reused_tokens,
+            **_slack(record.slack),
         )
 
     def step(self, plan: RoundPlan, result: StepResult) -> None:
@@ -94,3 +95,10 @@ class RankRecords:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _slack(slack: TrainingSlack | None) -> dict[str, Any]:
+    """Columns of `ticks`; left to their defaults where nothing was decided."""
+    if slack is None:
+        return {}
+    return {"slack_s": slack.seconds, "slack_limit": slack.limit.value, "slack_request": slack.request}

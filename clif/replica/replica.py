@@ -16,7 +16,7 @@ from clif.replica.engine import Engine
 from clif.replica.jobs import STEP_KINDS, Job
 from clif.replica.member import Member, RoundOrders
 from clif.replica.records import RankRecords
-from clif.types import TokenEvent
+from clif.types import TokenEvent, TrainingSlack
 from clif.wire import messages as m
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class Replica:
         self._serve_samples: list[tuple[float, float, float]] = []
         self._train_samples: list[tuple[float, float, float]] = []
         self._train_work = 0.0
+        self._slack: TrainingSlack | None = None
         self._orders: dict[type, Callable[[Any], None]] = {
             m.Submit: self._submit,
             m.Cancel: self._cancel,
@@ -115,6 +116,7 @@ class Replica:
         self.ticks += 1
         record, scheduler, now = self.engine.record, self.engine.scheduler, time.monotonic()
         self._busy_s += record.serve_s
+        self._slack = record.slack or self._slack
         if record.serve_s and not record.prefill_tokens:
             training = float(self.member.micro_batch) if self.engine.training else 0.0
             # What a slice took of the turn is part of the gap between two tokens.
@@ -146,9 +148,10 @@ class Replica:
                 last_loss=last.loss if last else None,
                 serve_samples=tuple(self._serve_samples),
                 train_samples=tuple(self._train_samples),
+                slack=self._slack,
             )
         )
-        self._reported, self._busy_s = now, 0.0
+        self._reported, self._busy_s, self._slack = now, 0.0, None
         self._serve_samples, self._train_samples = [], []
 
     def _submit(self, order: m.Submit) -> None:

@@ -11,7 +11,7 @@ from typing import Union
 import msgspec
 
 from clif.states import ReplicaState
-from clif.types import HeldoutLoss, Request, RoundPlan, RoundResult, TokenEvent, Vote
+from clif.types import HeldoutLoss, Request, RoundPlan, RoundResult, TokenEvent, TrainingSlack, Vote
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -140,6 +140,7 @@ class Report(Message, frozen=True):
     serve_samples / train_samples: (running requests, micro-batch in progress or 0, seconds) of ticks and
     (micro-batch, running requests, seconds of training work) of micro-batches, to fit latency models.
     last_loss: of the last optimizer step, nats per answer token; None before the first.
+    slack: what training was last held against since the last report; None if it was not.
     """
 
     replica: int
@@ -152,6 +153,7 @@ class Report(Message, frozen=True):
     last_loss: float | None
     serve_samples: tuple[tuple[float, float, float], ...] = ()
     train_samples: tuple[tuple[float, float, float], ...] = ()
+    slack: TrainingSlack | None = None
 
 
 class StepsDone(Message, frozen=True):

@@ -5,17 +5,21 @@ from __future__ import annotations
 import threading
 import time
 
+import h5py
+import numpy as np
 import pytest
 import torch
 from helpers import answer, finish, make_rig, random_state, request
 
-from clif.config import ConfigError, TrainConfig
+from clif.config import ConfigError, MetricsConfig, TrainConfig
 from clif.models.dual_linear import SHADOW
+from clif.replica.engine import TurnRecord
 from clif.replica.jobs import Job, Slice
 from clif.replica.passes import Pass, pack
+from clif.replica.records import RankRecords
 from clif.replica.sidecar import Sidecar
 from clif.replica.trainer import ShadowTrainer
-from clif.types import TrainSample
+from clif.types import SlackLimit, TrainingSlack, TrainSample
 
 SAMPLES = [
     TrainSample(id=0, ids=tuple(range(5, 25)), target_start=11),
@@ -205,6 +209,8 @@ def test_training_stands_still_when_a_burst_leaves_no_slack_and_comes_back_after
     got = {}
     turn(rig, got)
     assert got and not rig.engine.record.train_s, "a slice of 0.1 s and a tick of 0.15 s do not fit 0.2 s less 30 %"
+    slack = rig.engine.record.slack
+    assert slack.seconds < 0 and slack.limit is SlackLimit.NEXT_TOKEN and slack.request in got, "the reason is kept"
     while rig.engine.serving:
         turn(rig, got)
     rig.engine.learn()
@@ -300,6 +306,7 @@ def test_nothing_is_trained_while_every_place_is_taken(tiny_config):
         turn(rig, got)
         if taken and len(rig.engine.scheduler.running) == len(REQUESTS):
             full.append(rig.engine.record.train_s)
+            assert rig.engine.record.slack.limit is SlackLimit.FULL
     assert full and not any(full)
     assert not rig.engine.jobs or rig.engine.jobs[0].upcoming.kind != "forward", "it went on when places were free"
 
@@ -331,3 +338,16 @@ def test_a_job_given_up_beside_serving_takes_its_slice_along_and_no_other_job(ti
         while rig.engine.serving or rig.engine.jobs:
             turn(rig, {})
     assert done == ["kept"] if breaks else done == ["kept", "dropped"], "each slice was done once"
+
+
+def test_the_reason_of_the_price_is_in_the_table_ticks(tiny_config, tmp_path):
+    rig = build(tiny_config)
+    records = RankRecords(tmp_path, 0, MetricsConfig(), {})
+    slack = TrainingSlack(0.012, SlackLimit.DEADLINE, 3)
+    for number, decided in enumerate((slack, None)):
+        records.tick(number, TurnRecord(serve_s=0.1, slack=decided), rig.engine.scheduler)
+    records.close()
+    with h5py.File(tmp_path / "rank-00000.h5") as file:
+        with_slack, without = file["ticks"][:]
+    assert (with_slack["slack_s"], with_slack["slack_limit"], with_slack["slack_request"]) == (0.012, b"deadline", 3)
+    assert np.isnan(without["slack_s"]) and (without["slack_limit"], without["slack_request"]) == (b"", -1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import pytest
 from helpers import request
@@ -9,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clif.config import SloConfig
-from clif.replica.price import Prices, Rate, may_train
+from clif.replica.price import Prices, Rate, may_train, training_slack
 from clif.replica.scheduler import Sequence
-from clif.types import Purpose, Slo
+from clif.types import Purpose, SlackLimit, Slo, TrainingSlack
 
 SLO = SloConfig(ttft_ms=1000, tpot_ms=100, margin=0.3)
 
@@ -25,14 +27,31 @@ def waiting(arrived_s: float, id: int = 1) -> Sequence:
 
 
 def test_nobody_waits_so_training_may_run():
-    assert may_train(0.0, 99.0, 99.0, [], SLO) == (True, "nobody waits")
+    answer, slack = may_train(0.0, 99.0, 99.0, [], SLO)
+    assert answer and slack.reason == "nobody waits"
 
 
 @pytest.mark.parametrize(("slice_ms", "allowed"), [(39, True), (41, False)])
 def test_the_margin_is_never_spent(slice_ms, allowed):
     """Budget of a gap: 100 ms less 30 %; 10 ms are gone and the next tick takes 20."""
-    answer, reason = may_train(0.010, slice_ms / 1000, 0.020, [running(0.0)], SLO)
-    assert answer is allowed and "next token of request 0" in reason
+    answer, slack = may_train(0.010, slice_ms / 1000, 0.020, [running(0.0)], SLO)
+    assert answer is allowed and "next token of request 0" in slack.reason
+
+
+@pytest.mark.parametrize(
+    ("sequences", "limit", "request_id"),
+    [([running(0.0, 7)], "next_token", 7), ([waiting(-0.6, 8), running(0.0, 7)], "next_token", 7), ([], "nobody", -1)],
+)
+def test_the_reason_names_the_promise_that_allows_no_more(sequences, limit, request_id):
+    slack = training_slack(0.010, 0.020, sequences, SLO)
+    assert (slack.limit.value, slack.request) == (limit, request_id)
+    assert slack.seconds == pytest.approx(0.04) if sequences else math.isinf(slack.seconds)
+
+
+def test_each_limit_has_a_sentence_that_is_made_when_it_is_shown():
+    for limit in SlackLimit:
+        assert TrainingSlack(0.012, limit, 3).reason
+    assert TrainingSlack(0.012, SlackLimit.DEADLINE, 3).reason == "deadline of request 3 has 12 ms of slack"
 
 
 @given(gone_s=st.floats(0, 0.2), tick_s=st.floats(0, 0.2), margin=st.floats(0, 1))
@@ -47,8 +66,8 @@ def test_the_margin_holds_at_the_exact_edge(gone_s, tick_s, margin):
 
 @pytest.mark.parametrize(("slice_ms", "allowed"), [(190, True), (210, False)])
 def test_a_waiting_request_has_its_first_token_to_lose(slice_ms, allowed):
-    answer, reason = may_train(0.4, slice_ms / 1000, 0.1, [waiting(0.0)], SLO)
-    assert answer is allowed and "first token of request 1" in reason
+    answer, slack = may_train(0.4, slice_ms / 1000, 0.1, [waiting(0.0)], SLO)
+    assert answer is allowed and "first token of request 1" in slack.reason
 
 
 @pytest.mark.parametrize(
@@ -100,8 +119,8 @@ def test_a_deadline_counts_all_the_ticks_that_are_left():
     sequence = Sequence(request(0, [1], max_tokens=10), 0.0, [1], last_s=0.0)
     sequence.request = msgspec.structs.replace(sequence.request, slo=Slo(tpot_s=9.0, deadline_s=0.3 / 0.7))
     assert may_train(0.0, 0.09, 0.02, [sequence], SLO)[0]
-    answer, reason = may_train(0.0, 0.11, 0.02, [sequence], SLO)
-    assert not answer and "deadline" in reason
+    answer, slack = may_train(0.0, 0.11, 0.02, [sequence], SLO)
+    assert not answer and "deadline" in slack.reason
     assert may_train(1.0, 0.11, 0.02, [sequence], SLO)[0], "a lost deadline holds nobody back"
 
 
