@@ -69,8 +69,17 @@ class Slo(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float | None = None
 
 
+ID_SPACE = 2**40
+"""Ids of requests that one source may give: more than any of them ever has."""
+
+
+def first_id(source: int) -> int:
+    """First id of a source's own. 0: the load of users, over all starts; 1 + n: the probes of start n."""
+    return source * ID_SPACE
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """A tokenised request. prompt holds token ids; id is unique within a run."""
+    """A tokenised request. prompt holds token ids; id is unique within a run's folder, see first_id()."""
 
     id: int
     prompt: tuple[int, ...]

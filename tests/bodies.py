@@ -17,7 +17,6 @@ from clif.replica.base import build_base
 from clif.replica.build import build_replica, load_data
 from clif.replica.records import RankRecords
 from clif.replica.replica import Replica
-from clif.states import ReplicaState
 from clif.topology import Topology
 from clif.types import RoundPlan, TokenEvent
 from clif.wire import messages as m
@@ -138,7 +137,7 @@ class Driver:
             accumulation=1,
             base_version=0,
         )
-        self.tick(m.SetState(state=ReplicaState.COMBINED), m.BeginRound(plan=plan))
+        self.tick(m.BeginRound(plan=plan))
 
 
 def serve_alone(driver: Driver, id: int) -> list[int]:

@@ -74,7 +74,6 @@ class FakeLeader(threading.Thread):
         self.pretends_to_run = 0
         self.gone = threading.Event()
         self.serves_after: threading.Event | None = None
-        self.states: list[str] = []
         self.installed: list[int] = []
         self.running: dict[int, tuple[Request, int, int]] = {}
         self.plan: RoundPlan | None = None
@@ -163,8 +162,6 @@ class FakeLeader(threading.Thread):
             self.running[message.request.id] = (message.request, version, len(message.answer))
         elif isinstance(message, wire.Cancel):
             self.running.pop(message.request_id, None)
-        elif isinstance(message, wire.SetState):
-            self.states.append(message.state.value)
         elif isinstance(message, wire.BeginRound):
             self.plan = message.plan
             done = RoundResult(

@@ -10,7 +10,7 @@ from clif.control.dispatcher import Send
 from clif.control.view import ClusterView, ReplicaTracker, ReplicaView
 from clif.roles import role_of
 from clif.states import ReplicaState, advance
-from clif.wire.messages import Hello, Limits, Report, SetState, Welcome
+from clif.wire.messages import Hello, Limits, Report, Welcome
 
 log = logging.getLogger(__name__)
 OnTransition = Callable[[int, ReplicaState, ReplicaState, str], None]
@@ -102,15 +102,13 @@ class Fleet:
         self._trackers[replica].version = version
 
     def set_state(self, now: float, replica: int, state: ReplicaState, reason: str) -> None:
-        """Change a state and tell the replica. Raises IllegalTransition for what the table does not list."""
+        """Change a state. Raises IllegalTransition for what the table does not list."""
         tracker = self._trackers[replica]
         before, tracker.state = tracker.state, advance(tracker.state, state)
         tracker.state_since = now
         if state is ReplicaState.COMBINED:
             tracker.joined += 1
         self._on_transition(replica, before, state, reason)
-        if state is not ReplicaState.FAILED:
-            self._send(replica, SetState(state=state))
 
     def set_limits(self, replica: int, max_batch: int | None = None, micro_batch: int | None = None) -> bool:
         """Set the batch bounds (None: as configured) and tell the replica; False if they were so already."""

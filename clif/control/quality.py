@@ -10,9 +10,7 @@ from clif.config import Config
 from clif.control.dispatcher import RequestRecord
 from clif.data.instruct import Row, split_rows
 from clif.text import ChatTokenizer
-from clif.types import HeldoutLoss, Purpose, Request, Sampling
-
-FIRST_PROBE_ID = 1_000_000
+from clif.types import HeldoutLoss, Purpose, Request, Sampling, first_id
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class QualityCheck:
         self._sampling = Sampling(max_tokens=config.quality.max_tokens)
         count = config.quality.exact_match_rows
         self._rows = split_rows(rows, config.data.heldout_split)[:count] if count else []
-        self._next_id = FIRST_PROBE_ID * (start + 1)
+        self._next_id = first_id(1 + start)
         self._evaluating: set[int] = set()
         self._losses: list[HeldoutLoss] = []
         self._answers: dict[int, str] = {}

@@ -56,7 +56,6 @@ class Replica:
         self._orders: dict[type, Callable[[Any], None]] = {
             m.Submit: self._submit,
             m.Cancel: self._cancel,
-            m.SetState: self._set_state,
             m.Limits: self._limits,
             m.BeginRound: self._begin_round,
             m.FinishSteps: self._finish_steps,
@@ -163,10 +162,6 @@ class Replica:
         event = self.engine.scheduler.cancel(order.request_id)
         if event is not None:
             self._send([event])
-
-    def _set_state(self, order: m.SetState) -> None:
-        # What follows from a state comes as orders of its own; the name is for whoever reads the log.
-        log.debug("replica %d is %s", self.id, order.state.value)
 
     def _limits(self, order: m.Limits) -> None:
         self.engine.scheduler.max_batch = order.max_batch

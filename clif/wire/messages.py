@@ -10,7 +10,6 @@ from typing import Union
 
 import msgspec
 
-from clif.states import ReplicaState
 from clif.types import HeldoutLoss, Request, RoundPlan, RoundResult, TokenEvent, TrainingSlack, Vote
 
 
@@ -31,10 +30,6 @@ class Submit(Message, frozen=True):
 
 class Cancel(Message, frozen=True):
     request_id: int
-
-
-class SetState(Message, frozen=True):
-    state: ReplicaState
 
 
 class Limits(Message, frozen=True):
@@ -222,7 +217,6 @@ class Goodbye(Message, frozen=True):
 Down = Union[
     Submit,
     Cancel,
-    SetState,
     Limits,
     BeginRound,
     FinishSteps,
