@@ -12,13 +12,9 @@ help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 # Modules instead of scripts (python -m ...): a package of the machine's own Python has no script in .venv.
-# A machine that has a torch keeps it; a bare one gets the CPU build that CLIF is tested with.
-$(READY): setup.py pyproject.toml
-	@if $(PYTHON) -c "import torch" 2>/dev/null; then \
-		echo "using the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
-	else \
-		$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet torch==2.13.0; \
-	fi
+# A torch that PYTHON has is kept, also that of an active environment; TORCH=cpu gives .venv one of its own all the same.
+$(READY): setup.py pyproject.toml .ci/make_venv.py
+	$(PYTHON) .ci/make_venv.py $(VENV) $(if $(filter cpu,$(TORCH)),--cpu-torch)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $(READY)
 
