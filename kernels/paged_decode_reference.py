@@ -4,11 +4,13 @@
 
 One specification for GPU and interpreter. A result is judged against float64: every element is within what the
 roundings of that element allow, and, where there are elements enough to compare two sums of chance, its Frobenius error
-is at most 1.25 times that of torch's products in the same type on the same data. Free of Triton.
+is at most 1.25 times that of torch's products in the same type on the same data, beside what the hardware's exponential
+adds. Free of Triton.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +19,9 @@ from torch.nn.functional import pad
 
 from clif.kernels.decode_table import DecodeRow, DecodeTable
 
+EXP2 = 2.0**-22
+"""The kernel's weights come from the hardware's 2^x, right to two units in the last place (CUDA C++ Programming Guide,
+exp2f), torch's from a more exact one. It shows in float32 alone: 3.13e-7 against torch's 1.74e-7 on an H200."""
 FEW = 512
 """Below so many elements it is a matter of luck whose error is larger: up to 1.8 times in 65 float32 batches."""
 
@@ -92,8 +97,8 @@ def violations(batch: DecodeBatch, found: torch.Tensor) -> list[str]:
         return ["the result is not finite"]
     wrong, unit = [], torch.finfo(batch.q.dtype).eps
     error, allowed = ((x - exact).norm() / exact.norm() for x in (found.double(), torchs))
-    # Where torch happens to be exact, a rounding of the last bit is no fault.
-    if exact.numel() >= FEW and error > 1.25 * allowed + unit / 8:
+    # Where torch happens to be exact, a rounding of the last bit is no fault. Independent errors add by their squares.
+    if exact.numel() >= FEW and error > math.hypot(1.25 * allowed + unit / 8, EXP2):
         wrong.append(f"relative error {error:.2e}, torch's is {allowed:.2e}")
     excess = ((found.double() - exact).abs() / _bound(batch, exact)).max()
     if excess > 1:

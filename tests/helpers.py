@@ -69,7 +69,8 @@ def random_state(bank: AdapterBank, seed: int) -> dict[str, torch.Tensor]:
 def stack_logits(stack: CausalStack, ids: torch.Tensor, slot: int | None = None) -> torch.Tensor:
     """Logits [tokens, vocabulary] of one sequence under an adapter slot."""
     segments = () if slot is None else (Segment(0, len(ids), slot),)
-    part = stack.part(Rows(len(ids), segments), torch.arange(len(ids)), CausalSequences([len(ids)], ids.device))
+    positions = torch.arange(len(ids), device=ids.device)
+    part = stack.part(Rows(len(ids), segments), positions, CausalSequences([len(ids)], ids.device))
     (hidden,) = stack.layers(0, stack.num_layers, [stack.embed(ids)], [part])
     return stack.logits(stack.norm(hidden))
 
