@@ -1,7 +1,7 @@
 """Causal attention within each of several packed sequences, forward and backward, as a few batched products.
 
 Sequences of like length share one right-padded batch: padding lies after a sequence's last token, so that causality
-alone keeps it from being seen. The query heads of a KV head stand in for rows: no copy of K and V per head.
+alone keeps it from being seen. On a CPU the query heads of a KV head stand in for rows: no copy of K and V per head.
 """
 
 from __future__ import annotations
@@ -67,8 +67,22 @@ class CausalSequences:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """query [rows, heads, d], key and value [rows, kv_heads, d] -> [rows, heads * d]."""
+        if query.is_cuda:
+            return self._fused(query, key, value, scale).flatten(1)
         out: torch.Tensor = _Attend.apply(query, key, value, self, scale)
         return out.flatten(1)
+
+    def _fused(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        """By torch's fused attention, whose backward never holds a matrix of length x length: [rows, heads, d]."""
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        for group in self.groups:
+            q, k, v = (_pad(t, group).transpose(1, 2) for t in (query, key, value))
+            padded = sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+            flat = padded.reshape(-1, *query.shape[1:])
+            if group.rows is None or group.places is None:
+                return flat
+            out.index_copy_(0, group.rows, flat.index_select(0, group.places))
+        return out
 
 
 def _pad(x: torch.Tensor, group: _Group) -> torch.Tensor:
@@ -117,10 +131,6 @@ class _Attend(torch.autograd.Function):
     ) -> torch.Tensor:
         out, kept = torch.empty_like(query, memory_format=torch.contiguous_format), []
         for group in plan.groups:
-            if query.is_cuda:
-                q, k, v = (_pad(t, group).transpose(1, 2) for t in (query, key, value))
-                _put(sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2), group, out)
-                continue
             q, k, v = _queries(_pad(query, group), key.shape[1]), *_keys(key, value, group)
             p = _probabilities(q, k, group, scale)
             _put(_rows(p @ v, group.longest), group, out)
@@ -133,8 +143,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         query, key, value, *kept = ctx.saved_tensors
         grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
-        # Without a kept matrix (a GPU's fused forward, a long sequence) the probabilities are computed again.
-        kept += [None] * (len(ctx.plan.groups) - len(kept))
+        # Without a kept matrix (a long sequence) the probabilities are computed again.
         for group, p in zip(ctx.plan.groups, kept, strict=True):
             q, k, v = _queries(_pad(query, group), key.shape[1]), *_keys(key, value, group)
             go = _queries(_pad(gradients[0], group), key.shape[1])

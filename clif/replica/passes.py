@@ -19,8 +19,9 @@ from clif.models.loss import head_loss
 from clif.models.stack import CausalStack
 from clif.types import TrainSample
 
-HEAD_ROWS = 64
-"""Rows whose logits are held at a time: with a large vocabulary they are the largest tensor there is."""
+HEAD_ROWS = {"cpu": 64, "cuda": 1024}
+"""Rows whose logits are held at a time, by type of device: with a large vocabulary they are the largest tensor there is
+(1.3 GB of 1,024 rows of 128k, with softmax and gradient). A GPU reads the whole head for every such piece."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,9 @@ class Pass:
         If it learns, also the gradient of (that sum / divisor).
         """
         stop, total = min(start + rows, len(self.batch.targets)), 0.0
-        for at in range(start, stop, HEAD_ROWS):
-            total += self._head(at, min(at + HEAD_ROWS, stop), divisor)
+        piece = HEAD_ROWS.get(self.hidden.device.type, 64)
+        for at in range(start, stop, piece):
+            total += self._head(at, min(at + piece, stop), divisor)
         return total, stop
 
     def _head(self, start: int, stop: int, divisor: float) -> float:

@@ -75,7 +75,7 @@ def test_there_is_one_all_reduce_per_attention_and_one_per_mlp_and_few_of_the_he
         assert found["forward alone"] == {"sum_": 2 * layers}
         assert found["greedy tick"] == {"sum_": 2 * layers + 1}, "the best of each rank, which nobody has to be told"
         assert found["tick that draws"] == {"sum_": 2 * layers + 1, "leaders": 1}, "whole rows, and what was drawn"
-        blocks = -(-sum(sample.targets for sample in bodies_head.SAMPLES) // HEAD_ROWS)
+        blocks = -(-sum(sample.targets for sample in bodies_head.SAMPLES) // HEAD_ROWS["cpu"])
         # Nothing below the first layer's attention learns: its gradient goes no further down.
         forward, backward = {"sum_": 2 * layers}, {"sum_": 2 * layers - 1}
         assert found["training"] == {"forward": forward, "head": {"sum_": 2 * blocks}, "backward": backward}
