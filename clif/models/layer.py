@@ -27,6 +27,7 @@ NEEDED = (
     *(f"self_attn.{name}" for name in ATTENTION),
     *(f"mlp.{name}" for name in (*MLP, "act_fn")),
 )
+KNOWN = tuple(f"{name}." for name in (*NEEDED, "self_attn.q_norm", "self_attn.k_norm"))
 
 
 class AttentionPlan(Protocol):
@@ -68,7 +69,7 @@ class DecoderLayer:
 
     def __init__(self, module: Any, name: str, index: int, head_dim: int, spans: Spans, peers: Peers) -> None:
         """spans: this rank's parts of the linear layers. With peers the module is left no more than these."""
-        check_make(module)
+        check_layer(module)
         attention, mlp = module.self_attn, module.mlp
         self.index, self.head_dim = index, head_dim
         self.qkv = _packed(attention, f"{name}.self_attn", ATTENTION[:3], spans, peers)
@@ -134,11 +135,14 @@ class _SwiGLU(torch.autograd.Function):
         return grad
 
 
-def check_make(module: Any) -> None:
-    """Raises ConfigError for a decoder layer that is not built like Llama's."""
-    missing = [name for name in NEEDED if not _has(module, name)]
+def check_layer(module: Any) -> None:
+    """Raises ConfigError for a decoder layer that is not built like Llama's: parts are missing, or there are more."""
+    name, missing = type(module).__name__, [name for name in NEEDED if not _has(module, name)]
     if missing:
-        raise ConfigError(f"{type(module).__name__} is not a Llama-style layer ({', '.join(missing)} not found)")
+        raise ConfigError(f"{name} is not a Llama-style layer ({', '.join(missing)} not found): choose another model")
+    more = [n for n, _ in module.named_parameters() if not n.startswith(KNOWN)]
+    if more:
+        raise ConfigError(f"{name} has more than a Llama-style layer ({', '.join(more[:3])}): choose another model")
 
 
 def _has(module: Any, path: str) -> bool:

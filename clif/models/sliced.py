@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 
 from clif.collectives import Peers
 from clif.config import ConfigError
-from clif.models.drawn import check_make
 from clif.models.parts import Slice, build
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -25,17 +24,13 @@ def can_slice(path: str) -> bool:
     return folder.is_dir() and any((folder / name).is_file() for name in (INDEX, SINGLE))
 
 
-def load_sliced(path: str, dtype: torch.dtype, device: torch.device, peers: Peers) -> Any:
+def load_sliced(path: str, config: Any, dtype: torch.dtype, device: torch.device, peers: Peers) -> Any:
     """A model in which linear layers and head have this rank's weights only. It cannot run by itself.
 
-    Raises ConfigError when a tensor is missing or has another shape, when weights are quantised, or for a model that
-    we would compute wrongly; LayoutError when the peers cannot share it.
+    config: of the transformers model. Raises ConfigError when a tensor is missing or has another shape, LayoutError
+    when the peers cannot share it.
     """
     folder = Path(path)
-    config = transformers.AutoConfig.from_pretrained(path)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(f"{folder} holds quantised weights, which cannot be cut: choose a model with plain ones")
-    check_make(config)
     with ExitStack() as stack:
         files = _files(folder, stack)
 

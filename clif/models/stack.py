@@ -16,6 +16,8 @@ from clif.models.head import Head
 from clif.models.layer import AttentionPlan, DecoderLayer, Part, Rope
 from clif.models.shard import layer_spans
 
+PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
+
 
 class CausalStack:
     """The parts of a Llama-style model. Batches are packed: hidden states are [rows, hidden size].
@@ -56,6 +58,11 @@ class CausalStack:
         """Rows of one kind at positions [rows]."""
         like = self._inner.embed_tokens.weight
         cos, sin = (t[0].unsqueeze(1) for t in self._inner.rotary_emb(like, positions.unsqueeze(0)))
+        if cos.shape[-1] != self.head_dim:
+            raise ConfigError(
+                f"{type(self.model).__name__} turns {cos.shape[-1]} of the {self.head_dim} numbers of a head "
+                "(partial rotary embedding), which is not supported: choose another model"
+            )
         half = self.head_dim // 2
         return Part(rows, Rope(cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)), plan)
 
@@ -88,34 +95,13 @@ class CausalStack:
 
 def check_model(model: transformers.PreTrainedModel) -> Any:
     """The part of a model that has embedding, layers and norm. Raises ConfigError for a model of another make."""
-    inner = getattr(model, "model", None)
-    missing = [n for n in ("embed_tokens", "layers", "norm", "rotary_emb") if not hasattr(inner, n)]
+    inner: Any = getattr(model, "model", None)
+    name = type(model).__name__
+    missing = [part for part in PARTS if not hasattr(inner, part)]
     if missing:
-        raise ConfigError(
-            f"{type(model).__name__} is not a Llama-style model ({', '.join(missing)} not found): choose another"
-        )
-    if _window(model.config):
-        raise ConfigError(f"{type(model).__name__} uses sliding-window attention, which is not supported")
+        raise ConfigError(f"{name} is not a Llama-style model ({', '.join(missing)} not found): choose another")
+    known = tuple(f"model.{part}." for part in PARTS)
+    more = [n for n, _ in model.named_parameters() if not n.startswith((*known, "lm_head."))]
+    if more:
+        raise ConfigError(f"{name} has more than a Llama-style model ({', '.join(more[:3])}): choose another")
     return inner
-
-
-def check_stack(stack: CausalStack, plan: AttentionPlan, ids: torch.Tensor, expected: torch.Tensor) -> None:
-    """Compare the stack with the model's own forward: models that scale embeddings or logits would differ.
-
-    plan: attention of one causal sequence; expected: [rows, vocabulary] from the model. Raises ConfigError.
-    """
-    part = stack.part(Rows(len(ids)), torch.arange(len(ids), device=ids.device), plan)
-    (hidden,) = stack.layers(0, stack.num_layers, [stack.embed(ids)], [part])
-    error = (stack.logits(stack.norm(hidden)) - expected).float().norm() / expected.float().norm()
-    if not error < 0.05:
-        raise ConfigError(
-            f"{type(stack.model).__name__} computes more than embedding, layers, norm and head "
-            f"(relative difference {error:.2g}): it is not supported"
-        )
-
-
-def _window(config: Any) -> bool:
-    window = getattr(config, "sliding_window", None)
-    if not window or getattr(config, "use_sliding_window", True) is False:
-        return False
-    return window < getattr(config, "max_position_embeddings", window)

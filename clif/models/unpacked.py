@@ -21,7 +21,8 @@ import transformers
 
 from clif.collectives import Peers
 from clif.config import ConfigError, ModelConfig
-from clif.models.loading import LoadedModel, check_context, choose_dtype, load_model, pretrained
+from clif.models.guard import reading
+from clif.models.loading import LoadedModel, choose_dtype, load_model, load_whole, pretrained
 from clif.models.sliced import load_sliced
 from clif.starts import KeyValues
 from clif.text import ChatTokenizer
@@ -120,8 +121,7 @@ def _unpack(config: ModelConfig, device: torch.device, folder: Path, part: Path)
     Raises ConfigError for a file that cannot be loaded and a place that cannot be written to.
     """
     dtype, reason = choose_dtype(config.dtype, device)
-    model, tokenizer = pretrained(config.path, dtype)
-    check_context(model, config)
+    model, tokenizer = pretrained(config, dtype)
     described: dict[str, Any] = model.config.to_dict()
     # It says how the GGUF file was packed; these weights are plain.
     described.pop("quantization_config", None)
@@ -146,13 +146,15 @@ def _unpack(config: ModelConfig, device: torch.device, folder: Path, part: Path)
 
 def read(folder: Path, device: torch.device, peers: Peers) -> LoadedModel:
     """The model that was unpacked to a folder; with peers this rank's part of it. Raises LayoutError."""
-    if peers.size > 1:
-        model = load_sliced(str(folder), transformers.AutoConfig.from_pretrained(str(folder)).dtype, device, peers)
-    else:
-        transformers.utils.logging.disable_progress_bar()
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype="auto", attn_implementation="sdpa", local_files_only=True
-        )
+    # Whoever unpacked it has proved its make.
+    with reading(str(folder)):
+        if peers.size > 1:
+            shape = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+            model = load_sliced(str(folder), shape, shape.dtype, device, peers)
+        else:
+            transformers.utils.logging.disable_progress_bar()
+            place = {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
+            model = load_whole(str(folder), **place, trust_remote_code=False, dtype="auto")
     model.eval().requires_grad_(False).to(device)
     reason = (folder / "dtype.txt").read_text()
     return LoadedModel(model, ChatTokenizer.load(folder / "tokenizer"), device, model.dtype, reason, peers.size == 1)

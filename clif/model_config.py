@@ -1,0 +1,141 @@
+"""What a model's config.json says, and which of it cannot be honoured. Free of torch.
+
+The same function looks at the file in a dry run and at what transformers makes of it in a start. What no field tells is
+proved by computing, in clif/models/proof.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from clif.errors import ConfigError, InputError
+
+Tree = dict[str, Any]
+LARGEST = {
+    "vocab_size": 1 << 24, "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_hidden_layers": 1000,
+    "num_attention_heads": 1 << 14, "num_key_value_heads": 1 << 14, "head_dim": 1 << 12,
+}  # fmt: skip
+"""Sizes of a model, each with a number that none exceeds: 10^9 layers would be built for days."""
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+FILE_BYTES = 16 << 20
+"""More than any config.json has."""
+OWN_CODE = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+
+
+def read_tree(file: Path) -> Tree:
+    """The fields of a config.json. Raises ConfigError, with the file's name, for one that is none."""
+    try:
+        if file.stat().st_size > FILE_BYTES:
+            raise ConfigError(f"{file} is too large for a config.json: correct model.path")
+        tree = json.loads(file.read_text())
+    except InputError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error.strerror}): correct model.path") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is not JSON ({error}): correct it or get it again") from error
+    if not isinstance(tree, dict) or not isinstance(tree.get("model_type"), str):
+        raise ConfigError(f"{file} is not a transformers configuration: it names no model_type")
+    return tree
+
+
+def check_tree(tree: Tree, name: str, max_context: int) -> None:
+    """Raises ConfigError for a model that cannot be served as it is named, or not at every position of max_context.
+
+    tree: of a config.json, with or without the fields that have transformers' defaults. name: of the model.
+    """
+    for problem in _problems(tree, max_context):
+        raise ConfigError(f"model.path {name} {problem}")
+
+
+def _problems(tree: Tree, max_context: int) -> Iterator[str]:
+    yield from _code_and_weights(tree)
+    yield from _sizes(tree)
+    yield from _context(tree, max_context)
+
+
+def _code_and_weights(tree: Tree) -> Iterator[str]:
+    own = tree.get("auto_map")
+    if isinstance(own, dict) and any(key in own for key in OWN_CODE):
+        yield (
+            "names code of its own (auto_map in its config.json), and CLIF runs no code from model folders: if "
+            "transformers' own model is meant, remove auto_map"
+        )
+    for field in ("quantization_config", "compression_config"):
+        if tree.get(field):
+            yield (
+                f"holds quantised weights ({_method(tree[field])}), which CLIF does not compute with: choose the model "
+                "with plain weights, or as a GGUF file, which is unpacked"
+            )
+
+
+def _method(quantisation: Any) -> str:
+    """The name of a way to quantise: of a mapping, or of one of transformers' objects."""
+    found = quantisation if isinstance(quantisation, dict) else vars(quantisation)
+    method = found.get("quant_method")
+    return str(getattr(method, "value", method) or "of a method that is not named")
+
+
+def _sizes(tree: Tree) -> Iterator[str]:
+    for field, most in LARGEST.items():
+        size = tree.get(field)
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= most):
+            yield f"has {field} {str(size)[:40]} in its config.json: it must be from 1 to {most}"
+    heads, hidden = tree.get("num_attention_heads"), tree.get("hidden_size")
+    if heads and hidden and not tree.get("head_dim") and hidden % heads:
+        yield f"cannot have {heads} attention heads in hidden_size {hidden}: correct its config.json"
+    kv_heads = tree.get("num_key_value_heads")
+    if heads and kv_heads and heads % kv_heads:
+        yield f"cannot share {kv_heads} key/value heads among {heads} attention heads: correct its config.json"
+
+
+def _context(tree: Tree, max_context: int) -> Iterator[str]:
+    limit = tree.get("max_position_embeddings")
+    if limit is not None and not isinstance(limit, int):
+        yield f"has max_position_embeddings {str(limit)[:40]} in its config.json: it must be a number of tokens"
+        return
+    if limit is not None and max_context > limit:
+        yield f"takes {limit} tokens: model.max_context {max_context} exceeds the model's own {limit}, lower it"
+    window = window_of(tree)
+    if window is not None and window < max_context:
+        yield (
+            f"has sliding-window attention over {window} tokens, which is not supported: lower model.max_context "
+            f"{max_context} to {window}, within which it makes no difference"
+        )
+    yield from _rope(tree, max_context)
+
+
+def window_of(tree: Tree) -> int | None:
+    """Tokens that the narrowest attention of a model looks back over; None: all."""
+    kinds = tree.get("layer_types")
+    kinds = set(kinds) if isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds) else None
+    found = []
+    # Qwen's family has the field also where it is switched off.
+    if tree.get("use_sliding_window") is not False and (kinds is None or "sliding_attention" in kinds):
+        found.append(tree.get("sliding_window"))
+    if kinds is None or "chunked_attention" in kinds:
+        found.append(tree.get("attention_chunk_size"))
+    return min((window for window in found if isinstance(window, int) and window > 0), default=None)
+
+
+def _rope(tree: Tree, max_context: int) -> Iterator[str]:
+    rope = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        yield f"has rope_parameters {str(rope)[:40]} in its config.json: it must be a mapping"
+        return
+    for factor in (tree.get("partial_rotary_factor"), rope.get("partial_rotary_factor")):
+        if factor not in (None, 1):
+            yield f"turns a share of {str(factor)[:20]} of each head (partial rotary embedding), which is not supported"
+    kind = rope.get("rope_type", rope.get("type"))
+    first = rope.get("original_max_position_embeddings") or tree.get("original_max_position_embeddings")
+    first = first or tree.get("max_position_embeddings")
+    scaled = rope.get("llama_4_scaling_beta")
+    if isinstance(first, int) and max_context > first and (kind in ("longrope", "su") or scaled):
+        what = f"a query scale that grows (llama_4_scaling_beta {scaled})" if scaled else "other rotary embeddings"
+        yield (
+            f"has {what} beyond {first} tokens, which is not supported: lower model.max_context {max_context} to "
+            f"{first}, within which it makes no difference"
+        )
