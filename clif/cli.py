@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from clif.errors import InputError
+from clif.files import keep_private
+from clif.last_words import sentence_of
+
 if TYPE_CHECKING:
     from clif.metrics.world import Comm
 
@@ -49,8 +53,11 @@ def main() -> None:
     """Entry point. What the user can correct is one line and exit status 2, not a traceback."""
     try:
         app()
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+    except Exception as error:
+        said = sentence_of(error)
+        if said is None:
+            raise
+        typer.echo(f"error: {said}", err=True)
         raise SystemExit(2) from error
 
 
@@ -74,12 +81,13 @@ def _check_alone() -> None:
     from clif.metrics.world import announced
 
     if (announced(os.environ) or 1) > 1:
-        raise ValueError("clif report is done by one process: start it without a launcher, after mpirun clif collect")
+        raise InputError("clif report is done by one process: start it without a launcher, after mpirun clif collect")
 
 
 def _check_folder(run: Path) -> None:
+    keep_private()
     if not run.is_dir():
-        raise ValueError(f"{run} is not a folder: name the folder of a run, e.g. runs/run")
+        raise InputError(f"{run} is not a folder: name the folder of a run, e.g. runs/run")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which start of the ranks this is: they agree on a name for it, on the run's folder, and on whether it is a restart.
+"""Which start of the ranks this is: they agree on a name for it, and on how many restarts are left.
 
 torchrun restarts the ranks but not its key-value store: what an earlier start wrote is still there, under the same
 names. A rank must not take that for an answer of this start. The count of restarts that torchrun gives is no help,
@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from pathlib import Path
 from typing import Protocol
 
-from clif.config import Config, ConfigError
-
-RUN_DIR = "clif/run_dir"
 POLL_S = 0.005
 
 
@@ -80,26 +76,3 @@ def fewest_restarts(store: KeyValues, rank: int, world_size: int, mine: int) -> 
     if rank != 0:
         return mine
     return min(int(store.get(f"clif/restarts_left/{r}")) for r in range(world_size))
-
-
-def choose_run_dir(config: Config, launch: KeyValues) -> tuple[Path, bool]:
-    """(folder of the run, whether this is a restart by the launcher), chosen by rank 0.
-
-    A restart goes on in the folder of the start before; run.resume takes the one that run.name names; otherwise it is
-    one that no former run used. launch: the store that outlives restarts. Raises ConfigError.
-    """
-    if launch.check([RUN_DIR]):
-        folder = Path(launch.get(RUN_DIR).decode())
-        # Otherwise the start before died in between, and had nothing yet to go on from.
-        if (folder / "config.json").is_file():
-            return folder, True
-    folder = config.run_dir
-    if config.run.resume and not (folder / "config.json").is_file():
-        raise ConfigError(f"run.resume: {folder} holds no run: correct run.name or run.out_dir, or start anew")
-    for n in range(2, 10_000):
-        if config.run.resume or not folder.exists():
-            break
-        folder = config.run_dir.with_name(f"{config.run_dir.name}-{n}")
-    folder.mkdir(parents=True, exist_ok=config.run.resume)
-    launch.set(RUN_DIR, str(folder))
-    return folder, False

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from clif.errors import InputError
+from clif.files import write_atomic, write_synced
 from clif.types import AdapterVersion
 
 CONFIG_FILE = "adapter_config.json"
@@ -44,8 +45,8 @@ class AdapterStore:
         temporary = self.folder / f".{final.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        _write(temporary / CONFIG_FILE, config_json.encode())
-        _write(temporary / WEIGHTS_FILE, weights)
+        write_synced(temporary / CONFIG_FILE, config_json.encode())
+        write_synced(temporary / WEIGHTS_FILE, weights)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
         kept = [known for known in self.committed() if known.number < version.number]
@@ -101,17 +102,3 @@ class _Current(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if not self.committed or self.committed[-1].number != self.version:
             raise ValueError("version is not the last committed one")
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace a file as a whole: readers see the old or the new content."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    _write(temporary, content)
-    os.replace(temporary, path)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,8 @@ import torch.distributed as dist
 from clif.addresses import address_towards
 from clif.collectives import PeersLost
 from clif.config import Config
+from clif.files import keep_private, write_atomic
+from clif.last_words import Over, last_words
 from clif.launchers import TORCHRUN, RankEnv, restarts_left
 from clif.leaving import Leaving
 from clif.metrics.provenance import provenance
@@ -30,7 +33,8 @@ from clif.replica.build import build_replica, load_data
 from clif.replica.lives import Lives
 from clif.replica.records import RankRecords
 from clif.replica.replica import Replica
-from clif.starts import choose_run_dir, fewest_restarts
+from clif.run_folder import CONFIG_FILE, PRIVATE, RunFolder, take_folder
+from clif.starts import fewest_restarts
 from clif.text import ChatTokenizer
 from clif.topology import Topology, make_topology
 from clif.wire.channels import LeaderChannel
@@ -47,25 +51,41 @@ ALONE_S = 60.0
 
 
 def run_rank(config: Config, env: RankEnv) -> int:
-    """Everything that one rank does; returns its exit code. Raises ConfigError and LayoutError before any work."""
+    """Everything that one rank does; returns its exit code. Raises InputError before work, Over after it was said."""
     torch.set_num_threads(config.dist.threads_per_rank or _threads(env))
     leaving = Leaving(config.run.drain_s)
     topology = make_topology(config, env)
-    run_dir, restarted = _agree_on_run_dir(config, topology)
-    if restarted:
+    folder = _agree_on_folder(config, topology)
+    leaving.on_signal = lambda _: folder.leave()
+    try:
+        code = _live(config, topology, folder, leaving)
+    finally:
+        folder.leave()
+    dist.destroy_process_group()
+    return code
+
+
+def _live(config: Config, topology: Topology, folder: RunFolder, leaving: Leaving) -> int:
+    env, run_dir = topology.env, folder.path
+    if folder.restarted:
         log.info("restarted by the launcher: the run goes on in %s", run_dir)
         config = _resuming(config)
+    if env.rank == 0:
+        write_atomic(run_dir / CONFIG_FILE, config.model_dump_json(indent=1).encode())
     restarts = fewest_restarts(topology.store, env.rank, env.world_size, restarts_left(os.environ))
     started = time.monotonic()
-    loaded = _load(config, topology, run_dir, restarted)
+    loaded = _load(config, topology, run_dir, folder.restarted)
+    # Not before: what loading puts into a cache may be meant for others as well.
+    keep_private()
     load_s = time.monotonic() - started
     log.info("rank %d: %s in %s (%s), %.1f s", env.rank, config.model.path, loaded.dtype, loaded.dtype_reason, load_s)
-    with _control_process(config, topology, run_dir, loaded.tokenizer, restarted, restarts, leaving) as control:
-        code = _serve(config, topology, run_dir, loaded, load_s, control, leaving)
+    with _control_process(config, topology, folder, loaded.tokenizer, restarts, leaving) as control:
+        # Inside: a control process that is told to end has less to say than what this rank met.
+        with last_words(env.rank, topology.store):
+            code = _serve(config, topology, run_dir, loaded, load_s, control, leaving)
         code = _code_for(env, code) if control is None else control.wait()
     if env.local_rank == 0 and code == 0:
         drop(run_dir)
-    dist.destroy_process_group()
     return code
 
 
@@ -161,7 +181,7 @@ def _loop(lives: Lives, channel: LeaderChannel | None, control: Control | None, 
         lives.turn(channel.receive(lives.replica.wait_s()) if channel is not None else None)
         # Nobody would ever say Stop again; torchrun ends the other ranks when this one fails.
         if control is not None and not lives.replica.stopping and control.poll() is not None:
-            raise RuntimeError(f"the control process ended with code {control.returncode} in the middle of the run")
+            raise _left_alone(control)
 
 
 def _gpu(device: torch.device) -> str | None:
@@ -189,17 +209,18 @@ def _hello(
     )
 
 
-def _agree_on_run_dir(config: Config, topology: Topology) -> tuple[Path, bool]:
-    """(folder of the run, whether the launcher has restarted the ranks): rank 0 chooses, the others learn it."""
+def _agree_on_folder(config: Config, topology: Topology) -> RunFolder:
+    """The folder of the run: rank 0 takes it, the others learn which it is. Raises InputError on rank 0."""
     if topology.env.rank == 0:
-        folder, restarted = choose_run_dir(config, topology.launch_store)
+        folder = take_folder(config, topology.launch_store)
         # Left by the run that is resumed: its address must not be taken for the new one's.
-        (folder / ADDRESS_FILE).unlink(missing_ok=True)
-        topology.store.set("clif/run_dir", json.dumps([str(folder), restarted]))
+        (folder.path / ADDRESS_FILE).unlink(missing_ok=True)
+        topology.store.set("clif/run_dir", json.dumps([str(folder.path), folder.restarted]))
+        return folder
     name, restarted = json.loads(topology.store.get("clif/run_dir"))
-    folder = Path(name)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder, restarted
+    # Another host may not see rank 0's folder.
+    Path(name).mkdir(PRIVATE, parents=True, exist_ok=True)
+    return RunFolder(Path(name), restarted)
 
 
 def _resuming(config: Config) -> Config:
@@ -215,9 +236,8 @@ def _connect(topology: Topology) -> LeaderChannel:
 def _control_process(
     config: Config,
     topology: Topology,
-    run_dir: Path,
+    folder: RunFolder,
     tokenizer: ChatTokenizer,
-    restarted: bool,
     restarts: int,
     leaving: Leaving,
 ) -> Iterator[Control | None]:
@@ -225,19 +245,19 @@ def _control_process(
 
     A process of its own, so that Python's lock never makes replica 0 the slow one.
     """
-    if topology.env.rank != 0:
+    if folder.lock is None:
         yield None
         return
+    run_dir, lock = folder.path, folder.lock.fileno()
     tokenizer.save(run_dir / "tokenizer")
-    (run_dir / "config.json").write_text(config.model_dump_json(indent=1))
     secret = secrets.token_hex(16)
     topology.store.set("clif/secret", secret)
     command = [sys.executable, "-P", "-m", "clif.control", "--run-dir", str(run_dir)]
     command += ["--replicas", str(len(topology.layout.replicas)), "--host", _host(config, topology)]
     command += ["--parent", str(os.getpid()), "--restarts-left", str(restarts)]
-    command += ["--restarted"] if restarted else []
-    process = subprocess.Popen(command, env={**os.environ, SECRET: secret})
-    leaving.on_signal = lambda _: _pass_on(process, leaving)
+    command += ["--lock", str(lock), *(["--restarted"] if folder.restarted else [])]
+    process = subprocess.Popen(command, env={**os.environ, SECRET: secret}, pass_fds=[lock])
+    leaving.on_signal = lambda _: _pass_on(process, leaving, folder)
     try:
         topology.store.set("clif/control", _address(run_dir / ADDRESS_FILE, process, config.dist.timeout_s))
         yield process
@@ -247,11 +267,19 @@ def _control_process(
             _wait(process, CONTROL_LEAVES_S)
 
 
-def _pass_on(process: Control, leaving: Leaving) -> None:
+def _pass_on(process: Control, leaving: Leaving, folder: RunFolder) -> None:
     """A launcher knows nothing of the control process: rank 0 passes signals on, and waits if it does not serve yet."""
-    process.terminate()
+    process.send_signal(getattr(signal, leaving.signal))
     if not leaving.serving:
         _wait(process, CONTROL_LEAVES_S)
+        folder.leave()
+
+
+def _left_alone(process: Control) -> Exception:
+    """The control process is no more. It has said why, unless it was killed."""
+    if process.returncode < 0:
+        return RuntimeError(f"the control process was killed by signal {-process.returncode}")
+    return Over(process.returncode or 1)
 
 
 def _wait(process: Control, timeout_s: float) -> None:
@@ -273,7 +301,7 @@ def _address(file: Path, process: Control, timeout_s: float) -> str:
     deadline = time.monotonic() + timeout_s
     while not file.exists():
         if process.poll() is not None:
-            raise RuntimeError(f"the control process ended with code {process.returncode} before it could be reached")
+            raise _left_alone(process)
         if time.monotonic() > deadline:
             raise RuntimeError(f"the control process gave no address within {timeout_s:.0f} s")
         time.sleep(0.02)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,7 @@ import typer
 from clif.config import Config, load_config
 from clif.data.check import check_inputs
 from clif.errors import InputError
+from clif.last_words import Over, last_words
 from clif.launchers import RankEnv, discover
 from clif.layout import Layout, make_layout
 from clif.metrics.provenance import gpu_names
@@ -23,7 +23,6 @@ from clif.roles import check_roles
 
 log = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-SPEAK_S = 2.0
 # deepspeed names the local rank by argument, in one of two spellings; torchrun by environment.
 LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]
 
@@ -49,19 +48,15 @@ def main(
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     log.info("%s", env)
     try:
-        settings = load_config(config, tuple(overrides or ()))
-        layout = _layout(settings, env, dry_run)
-        check_roles(settings, layout)
-        if env.rank == 0:
-            check_inputs(settings)
-        code = _print(settings, layout) if dry_run else _run(settings, env)
-    except InputError as error:
-        if env.rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            # A launcher kills the others when one ends: rank 0 must have spoken by then.
-            time.sleep(SPEAK_S)
-        raise typer.Exit(2) from error
+        with last_words(env.rank):
+            settings = load_config(config, tuple(overrides or ()))
+            layout = _layout(settings, env, dry_run)
+            check_roles(settings, layout)
+            if env.rank == 0:
+                check_inputs(settings)
+            code = _print(settings, layout) if dry_run else _run(settings, env)
+    except Over as over:
+        raise typer.Exit(over.code) from over
     raise typer.Exit(code)
 
 

@@ -28,8 +28,12 @@ from clif.control.server import ControlServer
 from clif.control.status import Status, StatusHandler
 from clif.data.heldout import read_data
 from clif.data.load import make_load
+from clif.files import keep_private, write_atomic
+from clif.folder_lock import FolderLock
+from clif.last_words import sentence_of
 from clif.metrics.sources import earlier_rows
-from clif.store import AdapterStore, write_atomic
+from clif.run_folder import began
+from clif.store import AdapterStore
 from clif.text import ChatTokenizer
 from clif.types import Purpose
 from clif.wire.channels import ControlChannel
@@ -39,13 +43,16 @@ SECRET = "CLIF_SECRET"
 """Environment variable with what a leader must say in its Hello; arguments could be read by other users."""
 
 
+SIGNALS = {signal.SIGTERM: "got SIGTERM", signal.SIGINT: "interrupted (SIGINT)"}
+
+
 class Outside:
     """Watches for signals and for the death of the parent process (rank 0). Each method gives a reason, or ""."""
 
     def __init__(self, parent: int | None) -> None:
         self._parent = os.getppid() if parent is None else parent
         self._signal = ""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
     def parent_died(self) -> str:
@@ -55,7 +62,8 @@ class Outside:
         return self._signal
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        self._signal = f"got {signal.Signals(number).name}"
+        # The first one tells why: a terminal interrupts all processes, and then the launcher ends what it started.
+        self._signal = self._signal or SIGNALS[signal.Signals(number)]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -65,6 +73,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parent", type=int, help="process id of rank 0 (default: the parent process)")
     parser.add_argument("--restarted", action="store_true", help="the launcher has started all ranks anew")
     parser.add_argument("--restarts-left", type=int, default=0, help="how often the launcher will still do so")
+    parser.add_argument("--lock", type=int, help="open file with the folder's lock, from the parent process")
     parser.add_argument("--host", help="address to bind (default: dist.control_host, else loopback)")
     return parser.parse_args(arguments)
 
@@ -72,14 +81,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(arguments: argparse.Namespace, status: Status, config: Config, outside: Outside) -> str:
     """Everything between reading the configuration and the summary. Returns why the run was drained; empty: it was not.
 
-    Raises ControlError, ValueError or OSError.
+    Raises ControlError, InputError or OSError.
     """
     run_dir: Path = arguments.run_dir
+    # First: while another control process has the folder, nothing is read or written.
+    lock = FolderLock(run_dir) if arguments.lock is None else FolderLock.inherited(run_dir, arguments.lock)
     tokenizer = ChatTokenizer.load(run_dir / "tokenizer")
     rows = read_data(config)
     load, store = make_load(config, rows, tokenizer), AdapterStore(run_dir)
-    # First the lock that comes with it: until the old control process is gone, nothing is read or written.
-    journal = Journal(run_dir)
+    journal = Journal(run_dir, lock=lock)
     store.sweep()
     recovery = recover(add_up(journal.past), load, arguments.restarted, store.rounds(), read_recorded(run_dir))
     channel = open_channel(arguments.host or config.dist.control_host or "127.0.0.1")
@@ -140,6 +150,7 @@ def main() -> int:
     The last line on stderr says why it did not go through.
     """
     arguments = parse()
+    keep_private()
     outside = Outside(arguments.parent)
     try:
         config = Config.model_validate_json((arguments.run_dir / "config.json").read_text())
@@ -148,23 +159,37 @@ def main() -> int:
         return 2
     status = Status(config.run.status)
     logging.basicConfig(handlers=[StatusHandler(status)], level=logging.INFO, format="%(message)s")
-    problem = drained = ""
     try:
         drained = run(arguments, status, config, outside)
-    except (ControlError, ValueError, OSError) as error:
-        problem = f"the run did not go through: {error}"
+    except Exception as error:
+        said = str(error) if isinstance(error, ControlError) else sentence_of(error)
+        if said is None:
+            raise
+        print(f"clif: the run did not go through: {said}", file=sys.stderr)
+        return 1
     finally:
         status.close()
-    if drained:
-        print(f"clif: drained: {drained}; run.resume=true goes on from here", file=sys.stderr)
+    return _went(arguments.run_dir, drained)
+
+
+def _went(run_dir: Path, drained: str) -> int:
+    """Summarise what ran, say why it ended early if it did, and return the exit code."""
+    if drained and not began(run_dir):
+        print(f"clif: ended before all replicas were there: {drained}", file=sys.stderr)
         return DRAINED
-    if not problem:
-        try:
-            summarise(arguments.run_dir)
-        except (RuntimeError, ValueError, OSError) as error:
-            problem = f"the run went through, but its files could not be summarised: {error}"
+    problem = ""
+    try:
+        summarise(run_dir)
+    except Exception as error:
+        said = sentence_of(error)
+        if said is None:
+            raise
+        problem = f", but its files could not be summarised: {said}"
+    if drained:
+        print(f"clif: drained: {drained}{problem}; run.resume=true goes on from here", file=sys.stderr)
+        return DRAINED
     if problem:
-        print(f"clif: {problem}", file=sys.stderr)
+        print(f"clif: the run went through{problem}", file=sys.stderr)
     return 1 if problem else 0
 
 

@@ -5,14 +5,12 @@ before anything follows from it: the death of any process loses nothing. It is f
 thread of its own, for all lines since the last time together: the death of the host loses at most that. Requests
 accepted in that time are then offered again by the load, and those that ended in it are answered again.
 
-The file is locked while a control process lives, so that two never write it.
+The folder is locked while a control process lives, so that two never write it (clif/folder_lock.py).
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,17 +19,16 @@ from typing import Any, Union
 
 import msgspec
 
+from clif.errors import InputError
+from clif.folder_lock import FolderLock
 from clif.types import FinishReason, Request
 
 JOURNAL_FILE = "journal.jsonl"
-LOCK_FILE = "journal.lock"
 SYNC_S = 0.5
-LOCK_S = 10.0
-"""How long a new control process waits for the old one to be gone, seconds."""
 
 
-class JournalError(ValueError):
-    """The journal is damaged, or another process holds it; the message says what to do."""
+class JournalError(InputError):
+    """The journal is damaged; the message says what to do."""
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -125,17 +122,20 @@ def parse(content: bytes) -> tuple[list[Line], int]:
 class Journal:
     """Reads what is there and appends to it. clock: monotonic seconds.
 
-    past: the lines found, in order. Raises JournalError when the file is damaged or another process keeps it locked.
+    past: the lines found, in order. lock: of the folder, by default taken here, and closed with the journal. Raises
+    JournalError when the file is damaged, InUse when another process has the folder.
     """
 
-    def __init__(self, run_dir: Path, clock: Callable[[], float] = time.monotonic, wait_s: float = LOCK_S) -> None:
-        self._clock = clock
+    def __init__(
+        self, run_dir: Path, clock: Callable[[], float] = time.monotonic, lock: FolderLock | None = None
+    ) -> None:
+        self.run_dir, self._clock = run_dir, clock
         # Wall time at 0 of the clock. Fixed, so that stamps of one process stay as far apart as they were.
         self._unix = time.time() - clock()
-        self._lock = _lock(run_dir / LOCK_FILE, wait_s)
+        self._lock = FolderLock(run_dir) if lock is None else lock
         path = run_dir / JOURNAL_FILE
         self.past, whole = parse(path.read_bytes()) if path.exists() else ([], 0)
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.ftruncate(self._file, whole)
         self._encoder = msgspec.json.Encoder()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
@@ -173,24 +173,5 @@ class Journal:
         self._thread.shutdown()
         os.fsync(self._file)
         os.close(self._file)
-        os.close(self._lock)
-        self._file = self._lock = -1
-
-
-def _lock(path: Path, wait_s: float) -> int:
-    """Lock for the life of this process; the system frees it when the process dies, however that happens."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT)
-    deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                holder = os.pread(file, 200, 0).decode() or "another process"
-                os.close(file)
-                raise JournalError(f"{path.parent} is in use by {holder}: end that process first") from None
-            time.sleep(0.05)
-    os.ftruncate(file, 0)
-    os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    return file
+        self._file = -1
+        self._lock.close()

@@ -12,6 +12,7 @@ from clif.control.records import ROUND_STAMPS, Records, row_of
 from clif.control.recovery import Recovery
 from clif.control.rounds import Round
 from clif.data.load import ScheduledRequest
+from clif.run_folder import begin
 from clif.states import RequestState, RoundState
 from clif.types import AdapterVersion, Purpose
 
@@ -52,6 +53,8 @@ class Ledger:
             )
 
     def entered(self, phase: Phase) -> None:
+        if phase not in (Phase.DRAIN, Phase.STOPPING, Phase.DONE):
+            begin(self._journal.run_dir)
         self.write(Entered(phase=phase.value))
 
     def storing(self, current: Round, version: AdapterVersion) -> None:

@@ -21,6 +21,7 @@ import transformers
 
 from clif.collectives import Peers
 from clif.config import ConfigError, ModelConfig
+from clif.files import keep_from_others
 from clif.models.guard import reading
 from clif.models.loading import LoadedModel, choose_dtype, load_model, load_whole, pretrained
 from clif.models.sliced import load_sliced
@@ -133,6 +134,8 @@ def _unpack(config: ModelConfig, device: torch.device, folder: Path, part: Path)
         (part / "config.json").write_text(json.dumps(described, default=str))
         (part / "dtype.txt").write_text(reason)
         safetensors.torch.save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
+        # By hand: the process is still loading, and what it puts into a cache may be meant for others as well.
+        keep_from_others(part)
         os.replace(part, folder)
     except (OSError, safetensors.SafetensorError) as error:
         # Another host's was there, unseen as yet: a full folder is not replaced, and the two are the same.

@@ -146,6 +146,8 @@ def test_sigterm_lets_running_requests_end_and_the_run_goes_on_later(tmp_path):
     assert "drain: " in run.log.read_text() and "clif: drained: " in run.log.read_text()
     ends = assert_nothing_lost_and_nothing_twice(run)
     assert set(ends) <= {"stop", "length"}, "what ran had time enough"
+    ours = [line for line in run.log.read_text().splitlines() if line.startswith(("clif: ", "run folder: ", "| acc"))]
+    assert ours[0] == ours[-1] == f"run folder: {run.run_dir}" and ours[-3].startswith("| accepted"), "a summary, too"
     before = accepted_ids(run.run_dir)
     again = Launched(tmp_path, "run.resume=true")
     assert again.end() == 0, again.say()

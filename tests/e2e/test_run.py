@@ -80,6 +80,11 @@ def test_promoted_adapters_are_peft_folders(finished_run):
     assert (folder / "adapter_model.safetensors").stat().st_size > 0
 
 
+def test_all_of_a_run_is_its_owners_alone(finished_run):
+    modes = {path: (path.is_dir(), path.stat().st_mode & 0o777) for path in (finished_run, *finished_run.rglob("*"))}
+    assert len(modes) > 12 and set(modes.values()) == {(True, 0o700), (False, 0o600)}, modes
+
+
 def test_run_resumes_from_its_last_committed_round(finished_run):
     before = json.loads((finished_run / "adapters" / "current.json").read_text())["version"]
     overrides = ("run.resume=true", "federation.rounds=1", "load.duration_s=2", "quality.exact_match_rows=0")

@@ -49,7 +49,7 @@ LINES = [
 
 
 def reopened(folder) -> list:
-    journal = Journal(folder, wait_s=0.0)
+    journal = Journal(folder)
     journal.close()
     return journal.past
 
@@ -96,22 +96,6 @@ def test_a_last_line_that_is_damaged_but_ended_is_torn_too():
 def test_damage_in_the_middle_is_an_error_that_names_the_line():
     with pytest.raises(JournalError, match=r"line 2 .* damaged"):
         parse(b'{"type":"RoundBegan","round_id":7}\nrubbish\n{"type":"RoundBegan","round_id":7}\n')
-
-
-def test_a_second_process_waits_and_then_says_who_holds_the_journal(tmp_path):
-    journal = Journal(tmp_path)
-    code = f"""
-from pathlib import Path
-from clif.control.journal import Journal, JournalError
-try:
-    Journal(Path({str(tmp_path)!r}), wait_s=0.2)
-except JournalError as error:
-    print(error)
-"""
-    said = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
-    assert "in use by process" in said.stdout and "end that process first" in said.stdout, said.stderr
-    journal.close()
-    assert reopened(tmp_path) == []
 
 
 KILLED = """

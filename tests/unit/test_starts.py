@@ -8,8 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from clif.config import ConfigError, config_from_tree
-from clif.starts import agree_on_start, choose_run_dir, fewest_restarts
+from clif.starts import agree_on_start, fewest_restarts
 
 
 def start(store: dist.Store, ranks: int, absent: tuple[int, ...] = (), timeout_s: float = 20.0) -> list[str]:
@@ -46,29 +45,3 @@ def test_the_host_with_the_fewest_restarts_left_decides():
     with ThreadPoolExecutor(3) as pool:
         parts = [pool.submit(fewest_restarts, store, rank, 3, mine) for rank, mine in enumerate(left)]
     assert parts[0].result() == 1
-
-
-def config(tmp_path, **run):
-    return config_from_tree(
-        {"model": {"path": "m"}, "train": {"enabled": False}, "run": {"out_dir": str(tmp_path), **run}}
-    )
-
-
-def test_a_new_start_takes_a_new_folder_and_a_restart_the_same(tmp_path):
-    first, second = dist.HashStore(), dist.HashStore()
-    folder, restarted = choose_run_dir(config(tmp_path), first)
-    (folder / "config.json").write_text("{}")
-    assert (folder, restarted) == (tmp_path / "run", False)
-    assert choose_run_dir(config(tmp_path), second) == (tmp_path / "run-2", False)
-    assert choose_run_dir(config(tmp_path), first) == (tmp_path / "run", True)
-
-
-def test_a_start_that_died_before_it_began_leaves_nothing_to_go_on_from(tmp_path):
-    store = dist.HashStore()
-    choose_run_dir(config(tmp_path), store)
-    assert choose_run_dir(config(tmp_path), store) == (tmp_path / "run-2", False)
-
-
-def test_resume_needs_a_run(tmp_path):
-    with pytest.raises(ConfigError, match="holds no run"):
-        choose_run_dir(config(tmp_path, resume=True), dist.HashStore())

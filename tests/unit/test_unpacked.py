@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,17 @@ def test_every_rank_of_a_host_reads_what_one_of_them_unpacked(file, tmp_path, un
         assert not any(p.requires_grad for p in loaded.model.parameters()) and not loaded.model.training
         assert loaded.tokenizer.eos_ids == direct.tokenizer.eos_ids
         assert loaded.tokenizer.encode_answer("the") == direct.tokenizer.encode_answer("the")
+
+
+def test_unpacked_weights_are_their_owners_alone_whatever_the_umask(file, tmp_path):
+    before = os.umask(0)
+    try:
+        models(start(file, {tmp_path / "run": 1}))
+    finally:
+        os.umask(before)
+    (folder,) = (tmp_path / "run").glob("base-*")
+    modes = {(path.is_dir(), path.stat().st_mode & 0o777) for path in (folder, *folder.rglob("*"))}
+    assert modes == {(True, 0o700), (False, 0o600)}
 
 
 def test_a_rank_of_several_reads_its_part_of_a_gguf_file(file, tmp_path):

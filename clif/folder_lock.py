@@ -1,0 +1,118 @@
+"""The right to write to a run's folder, for one start at a time. Free of torch.
+
+Rank 0 takes it before it touches anything and hands it to the control process: the lock belongs to the open file, so
+the system frees it when both are gone, however they went. It reaches other hosts where the file system carries locks
+between them (NFS, GPFS, Lustre with -o flock). Elsewhere a journal that grows tells of a run on another host.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+
+from clif.errors import InputError
+
+log = logging.getLogger(__name__)
+LOCK_FILE = "journal.lock"
+GROWS_FILE = "journal.jsonl"
+WAIT_S = 10.0
+"""How long a start waits for the processes of the one before it to be gone, seconds."""
+WATCH_S = 3.0
+"""How long the journal is watched when the last holder was on another host: it grows once a second."""
+POLL_S = 0.05
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+
+
+class InUse(InputError):
+    """Another start writes to the folder; the message says which."""
+
+
+class FolderLock:
+    """Held from construction to close(). Nothing but the lock's own file is made or changed by taking it.
+
+    Raises InUse when somebody has it for longer than wait_s, InputError where files cannot be locked, OSError.
+    """
+
+    def __init__(self, folder: Path, wait_s: float = WAIT_S, watch_s: float = WATCH_S) -> None:
+        self.folder = folder
+        self._file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            self._wait(wait_s)
+            self._watch(watch_s)
+        except BaseException:
+            os.close(self._file)
+            raise
+        self._sign()
+
+    @classmethod
+    def inherited(cls, folder: Path, file: int) -> FolderLock:
+        """The lock that the parent process holds, by the number of its open file: held until both have closed it."""
+        lock = cls.__new__(cls)
+        lock.folder, lock._file = folder, file
+        lock._sign()
+        return lock
+
+    def fileno(self) -> int:
+        return self._file
+
+    def close(self) -> None:
+        """Closing twice is harmless."""
+        if self._file < 0:
+            return
+        os.close(self._file)
+        self._file = -1
+
+    def _wait(self, wait_s: float) -> None:
+        deadline, said = time.monotonic() + wait_s, False
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise self._in_use() from None
+            except OSError as error:
+                if error.errno in NO_LOCKS:
+                    raise InputError(
+                        f"files in {self.folder} cannot be locked ({error.strerror}): set run.out_dir to another file "
+                        "system (Lustre: mount it with -o flock)"
+                    ) from error
+                raise
+            if not said:
+                log.info("waiting for %s, which still uses %s", self._holder(), self.folder)
+                said = True
+            time.sleep(POLL_S)
+
+    def _watch(self, watch_s: float) -> None:
+        """Raises InUse when the last holder was on another host and the journal grows all the same."""
+        _, _, host = self._holder().partition(" on ")
+        if host in ("", socket.gethostname()):
+            return
+        first, deadline = self._size(), time.monotonic() + watch_s
+        while time.monotonic() < deadline:
+            time.sleep(POLL_S)
+            if self._size() != first:
+                raise self._in_use()
+
+    def _size(self) -> int:
+        # Opened anew each time: only that makes a network file system ask its server.
+        try:
+            with (self.folder / GROWS_FILE).open("rb") as file:
+                return os.fstat(file.fileno()).st_size
+        except FileNotFoundError:
+            return 0
+
+    def _holder(self) -> str:
+        return os.pread(self._file, 200, 0).decode(errors="replace") or "another process"
+
+    def _in_use(self) -> InUse:
+        return InUse(f"{self.folder} is in use by {self._holder()}: end that process first, or give another run.name")
+
+    def _sign(self) -> None:
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)

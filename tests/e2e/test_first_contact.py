@@ -1,0 +1,42 @@
+"""What a person sees of a start that goes wrong: the cause, in a sentence, and nothing left behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def start(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """One rank without a launcher, whose own traceback would hide ours."""
+    command = [sys.executable, "-P", "launch/run.py", "--config", "configs/smoke.yaml", f"run.out_dir={folder}"]
+    command += ["run.status=plain", *overrides]
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.parametrize(
+    ("override", "says", "code"),
+    [
+        ("adapter.target_modules=[nonsense]", "error: adapter.target_modules", 2),
+        ("dist.control_host=203.0.113.7", "set dist.control_host to an own address", 1),
+    ],
+)
+def test_a_late_error_is_told_as_what_it_is_and_leaves_no_folder(tmp_path, override, says, code):
+    done = start(tmp_path, override)
+    assert done.returncode == code, done.stderr
+    lines = done.stderr.splitlines()
+    (cause,) = [number for number, line in enumerate(lines) if says in line]
+    assert not any("got SIG" in line for line in lines[:cause]), "the cause comes first"
+    assert "Traceback" not in done.stderr and "run.resume=true" not in done.stderr
+    assert not list(tmp_path.iterdir()) and lines[-1] == f"nothing ran: {tmp_path}/smoke is removed"
+
+
+def test_a_place_that_cannot_hold_a_run_is_told_before_anything_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = start(tmp_path / "file")
+    assert done.returncode == 2 and "error: the run's folder cannot be used: " in done.stderr
+    assert "Traceback" not in done.stderr and "rank 0: random" not in done.stderr
