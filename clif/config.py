@@ -1,39 +1,57 @@
 """The configuration: typed, frozen and strict. Free of torch.
 
 Every field carries its unit in its name or in its comment. Unknown keys and impossible combinations are errors
-that say what to change. A file is YAML; `section.key=value` arguments override it, parsed as YAML too.
+that say what to change, and so are fields that were given and cannot matter (clif/relevance.py). A file is YAML;
+`section.key=value` arguments override it, parsed as YAML too.
 """
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from clif.config_load import LoadConfig, MetricsConfig, QualityConfig
+from clif.config_train import ControlConfig, FederationConfig, TrainConfig
 from clif.errors import ConfigError
-from clif.refusals import sentence
-from clif.section import Positive, PositiveFloat, Section, Share
-from clif.strict_yaml import apply_override, strict_yaml
+from clif.given import Given, read_given
+from clif.refusals import sentences
+from clif.relevance import check_relevance
+from clif.section import (
+    NotNegative,
+    NotNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Ranks,
+    Section,
+    Share,
+    is_there,
+)
+
+log = logging.getLogger(__name__)
+NAME = re.compile(r"\w[\w.=+@-]*")
+MAX_NAME = 100
+"""Bytes: a folder's name may have 255, and -2 and so on must fit behind it."""
 
 
 class RunConfig(Section):
     name: str = "run"
-    """Folder of the run under out_dir."""
+    """Folder of the run under out_dir: letters, digits and . _ - = + @, no path."""
     out_dir: Path = Path("runs")
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     max_s: PositiveFloat = 3600.0
     """The run ends after this many seconds even when the load or the rounds are not through."""
-    linger_s: Annotated[float, Field(ge=0)] = 60.0
+    linger_s: NotNegativeFloat = 60.0
     """How long a round that is under way when the load ends may still take, seconds."""
-    drain_s: Annotated[float, Field(ge=0)] = 20.0
+    drain_s: NotNegativeFloat = 20.0
     """After SIGTERM or SIGINT: how long running requests may still take, seconds. Keep it 5 s under what the launcher
     allows before it kills (torchrun 30 s)."""
     status: Literal["auto", "live", "plain", "off"] = "auto"
     """Progress on rank 0: a live table on a terminal, plain lines elsewhere, off under CI (auto)."""
-    rebuilds: Annotated[int, Field(ge=0)] = 3
+    rebuilds: NotNegative = 3
     """How often in ten minutes a replica is rebuilt in place after an error, on the weights that it has; then its rank
     ends."""
     resume: bool = False
@@ -43,17 +61,20 @@ class RunConfig(Section):
     take turns by whole optimizer steps; replicas that only serve beside replicas that only train."""
     training_share: Share = 0.5
     """time_slice: share of a replica's time that training gets while there is both to do."""
-    trainers: Positive = 1
+    trainers: Ranks = 1
     """split: how many replicas train, those with the highest numbers; the others serve."""
 
-    @model_validator(mode="after")
-    def _of_one_mode(self) -> RunConfig:
-        # By value and not by what was given: config.json, which the control process reads, gives everything.
-        for field, mode in (("training_share", "time_slice"), ("trainers", "split")):
-            value = getattr(self, field)
-            if self.mode != mode and value != type(self).model_fields[field].default:
-                raise ValueError(f"run.{field} {value} needs run.mode {mode}, not {self.mode}: change one of them")
-        return self
+    @field_validator("name")
+    @classmethod
+    def _folder(cls, name: str) -> str:
+        if not NAME.fullmatch(name):
+            raise ValueError(
+                "name must be one folder's name of letters, digits and . _ - = + @, beginning with a letter or digit: "
+                "where runs go is run.out_dir"
+            )
+        if len(name.encode()) > MAX_NAME:
+            raise ValueError(f"name has {len(name.encode())} bytes: give at most {MAX_NAME}")
+        return name
 
     @property
     def adaptive(self) -> bool:
@@ -62,30 +83,38 @@ class RunConfig(Section):
 
 
 class LayoutConfig(Section):
-    replicas: Positive | None = None
+    replicas: Ranks | None = None
     """Number of replicas; by default all ranks divided by tp_size."""
-    tp_size: Positive = 1
+    tp_size: Ranks = 1
     """Ranks that hold one copy of the model together."""
-    replica_gpus: tuple[tuple[int, ...], ...] | None = None
+    replica_gpus: tuple[tuple[Annotated[int, Field(ge=0, lt=65536)], ...], ...] | None = None
     """Explicit form: the ranks (one GPU each) of each replica, e.g. [[0, 1], [2, 3]]."""
     across_hosts: bool = False
     """A replica's ranks may be on several hosts: every layer then waits for the network between them."""
 
-    @property
-    def ranks(self) -> int:
-        """Ranks that this section asks for when no launcher says how many there are."""
+    @model_validator(mode="after")
+    def _size(self) -> LayoutConfig:
+        if self.ranks(1) > 65536:
+            raise ValueError(f"layout asks for {self.ranks(1)} ranks: lower layout.replicas or layout.tp_size")
+        return self
+
+    def ranks(self, replicas: int) -> int:
+        """Ranks that this section asks for when no launcher says how many there are.
+
+        replicas: how many there are to be if the section does not say it either.
+        """
         if self.replica_gpus is not None:
             return sum(map(len, self.replica_gpus))
-        return (self.replicas or 1) * self.tp_size
+        return (self.replicas or replicas) * self.tp_size
 
 
 class DistConfig(Section):
     backend: Literal["auto", "nccl", "gloo"] = "auto"
-    timeout_s: PositiveFloat = 120.0
+    timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 120.0
     """A collective that takes longer is an error."""
-    ranks_per_gpu: Positive = 1
+    ranks_per_gpu: Annotated[int, Field(gt=0, le=256)] = 1
     """Ranks that share a GPU and its memory equally. More than one needs gloo: NCCL wants a GPU per rank."""
-    threads_per_rank: Positive | None = None
+    threads_per_rank: Annotated[int, Field(gt=0, le=4096)] | None = None
     """CPU threads of a rank; by default the host's cores divided by its ranks."""
     control_host: str | None = None
     """Address to which the control process binds; by default loopback on one host, else where others reach rank 0."""
@@ -102,16 +131,29 @@ class ModelConfig(Section):
 
 
 class AdapterConfig(Section):
-    r: Positive = 8
+    r: Annotated[int, Field(gt=0, le=4096)] = 8
     lora_alpha: PositiveFloat = 16.0
     target_modules: str | tuple[str, ...] = "all-linear"
-    """As in peft.LoraConfig: "all-linear" or the last part of module names."""
-    serving_slots: Annotated[int, Field(ge=2)] = 3
+    """As in peft.LoraConfig: "all-linear", a regular expression on full names, or the last parts of module names."""
+    serving_slots: Annotated[int, Field(ge=2, le=1024)] = 3
     """Versions that can answer at the same time: one active, the others retiring."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _targets(cls, targets: object) -> object:
+        """One sentence instead of one for each type; names are held against the model where it is known."""
+        if isinstance(targets, str):
+            _check_pattern(targets)
+            return targets
+        if not isinstance(targets, (list, tuple)) or not all(isinstance(name, str) for name in targets):
+            raise ValueError('target_modules must be "all-linear", a regular expression, or a list of names of modules')
+        if len(set(targets)) < len(targets):
+            raise ValueError("target_modules lists a name twice: remove one")
+        return targets
 
 
 class EngineConfig(Section):
-    max_batch: Positive = 16
+    max_batch: Annotated[int, Field(gt=0, le=65536)] = 16
     """Requests that run at the same time in a replica."""
     kv_tokens: Positive = 8192
     """Size of a replica's KV cache, tokens."""
@@ -187,84 +229,6 @@ class DataConfig(Section):
         return self
 
 
-class TrainConfig(Section):
-    enabled: bool = True
-    lr: PositiveFloat = 2e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 5
-    clip_norm: PositiveFloat = 1.0
-    micro_batch: Positive = 4
-    """Samples packed into one forward; the coordinator may choose less or more, up to max_micro_batch."""
-    max_micro_batch: Positive = 8
-    accumulation: Positive = 1
-    """Micro-batches per optimizer step."""
-
-    @model_validator(mode="after")
-    def _micro(self) -> TrainConfig:
-        if self.micro_batch > self.max_micro_batch:
-            raise ValueError(
-                f"train.micro_batch {self.micro_batch} exceeds train.max_micro_batch "
-                f"{self.max_micro_batch}: raise the latter"
-            )
-        return self
-
-
-class FederationConfig(Section):
-    rounds: Annotated[int, Field(ge=0)] | None = None
-    """Rounds to complete, not more, before the run may end; None: as many as fit while load lasts."""
-    local_steps: Positive = 20
-    """Optimizer steps of a member in one round at the configured micro-batch: what counts are their samples."""
-    min_members: Positive = 1
-    round_timeout_s: PositiveFloat = 120.0
-    """Local steps are cut off after this time; members are weighted by the samples they did."""
-    settle_timeout_s: PositiveFloat = 120.0
-    """A round whose aggregation and votes take longer is discarded."""
-    tolerance: Annotated[float, Field(ge=0)] = 0.0
-    """A candidate is promoted if its held-out loss is at most active * (1 + tolerance)."""
-    strategy: Literal["fedavg"] = "fedavg"
-
-
-class ControlConfig(Section):
-    period_s: PositiveFloat = 0.25
-    """Slow loop: states, pressure, batch sizes, rounds."""
-    report_s: PositiveFloat = 0.1
-    """How often a replica reports."""
-    lost_after_s: PositiveFloat = 20.0
-    """A replica that is silent for longer is FAILED."""
-    retries: Annotated[int, Field(ge=0)] = 2
-    """How often a request whose replica failed is given to another one; then it ends as failed."""
-    idle_below: Share = 0.6
-    """Smoothed utilisation under which a replica has slack."""
-    serving_above: Share = 0.9
-    """Smoothed utilisation above which it has none. Between the two nothing changes (hysteresis)."""
-    hold_s: Annotated[float, Field(ge=0)] = 1.0
-    """Slack, or its lack, must last this long before the state changes."""
-    smoothing_s: PositiveFloat = 2.0
-    """Time constant of the utilisation average."""
-    window_s: PositiveFloat = 10.0
-    """Requests finished in this window tell the service pressure."""
-    medium_share: Share = 0.5
-    """Part of the idle replicas that may train under medium pressure, rounded up."""
-    high_below: Share = 0.8
-    """SLO attainment in the window under which pressure is high."""
-    medium_below: Share = 0.95
-    """SLO attainment in the window under which pressure is medium."""
-    reference_batch: Positive = 8
-    """M0 of the coordinator's objective, samples."""
-
-    @model_validator(mode="after")
-    def _order(self) -> ControlConfig:
-        if self.idle_below >= self.serving_above:
-            raise ValueError(
-                f"control.idle_below {self.idle_below} must be under control.serving_above {self.serving_above}"
-            )
-        if self.high_below > self.medium_below:
-            raise ValueError(
-                f"control.high_below {self.high_below} must not exceed control.medium_below {self.medium_below}"
-            )
-        return self
-
-
 class Config(Section):
     """All of a run. Read it with load_config."""
 
@@ -296,13 +260,12 @@ class Config(Section):
         ]
         if self.data.path is None and needs_data:
             raise ValueError(f"{', '.join(needs_data)} need instruction data: set data.path")
-        if self.data.path is not None and not self.data.path.is_file():
+        if self.data.path is not None and not is_there(self.data.path):
             raise ValueError(f"data.path {self.data.path} does not exist: {_get_it(self.data.path)}")
-        if self.load.trace is not None and not self.load.trace.path.is_file():
+        if self.load.trace is not None and not is_there(self.load.trace.path):
             raise ValueError(f"load.trace.path {self.load.trace.path} does not exist: correct it")
         self._check_mode()
-        if not self.train.enabled and self.federation.rounds:
-            raise ValueError("federation.rounds asks for rounds but train.enabled is false: change one of them")
+        self._check_training()
         if self.model.max_context > self.engine.kv_tokens:
             raise ValueError(
                 f"model.max_context {self.model.max_context} does not fit engine.kv_tokens {self.engine.kv_tokens}: "
@@ -319,9 +282,35 @@ class Config(Section):
         if mode == "train_only" and self.load.kind != "none":
             raise ValueError(f"run.mode train_only takes no load: set load.kind=none, not {self.load.kind}")
 
+    def _check_training(self) -> None:
+        train, rounds = self.train, self.federation.rounds
+        if not train.enabled and rounds:
+            raise ValueError("federation.rounds asks for rounds but train.enabled is false: change one of them")
+        if train.enabled and self.load.kind == "none" and not self.run.linger_s:
+            raise ValueError(
+                "train.enabled is true but there is no time to train: without load rounds last for run.linger_s, "
+                "which is 0: raise it, or set train.enabled=false"
+            )
+        # The baselines leave the size as it is: there the largest one means nothing.
+        if self.run.adaptive and train.micro_batch > train.max_micro_batch:
+            raise ValueError(
+                f"train.micro_batch {train.micro_batch} exceeds train.max_micro_batch {train.max_micro_batch}: raise "
+                "the latter"
+            )
+
     @property
     def run_dir(self) -> Path:
         return self.run.out_dir / self.run.name
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(
+            f"target_modules {pattern[:60]!r} is not a regular expression ({error}): correct it, or give a list of the "
+            "last parts of module names"
+        ) from error
 
 
 def _get_it(path: Path) -> str:
@@ -331,26 +320,23 @@ def _get_it(path: Path) -> str:
 def load_config(path: Path | str, overrides: tuple[str, ...] = ()) -> Config:
     """Read a YAML file, apply `a.b=value` overrides and validate.
 
-    Raises ConfigError with one sentence per mistake.
+    What an override leaves without effect of the file is told in the log. Raises ConfigError with one sentence per
+    mistake.
     """
-    try:
-        tree = strict_yaml(Path(path).read_text()) or {}
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not a text file: name a YAML file, as in configs/") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must be a mapping of sections, not a {type(tree).__name__}")
-    for override in overrides:
-        apply_override(tree, override)
-    return config_from_tree(tree)
+    given = read_given(path, overrides)
+    config = _validate(given)
+    for note in check_relevance(config, given.origins):
+        log.info("%s", note)
+    return config
 
 
 def config_from_tree(tree: dict[str, Any]) -> Config:
     """Validate a tree of plain values. Raises ConfigError."""
+    return _validate(Given(tree))
+
+
+def _validate(given: Given) -> Config:
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(given.tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(sentence(dict(e), Config) for e in error.errors())) from error
+        raise ConfigError(sentences(error.errors(), Config, given.where)) from error

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from clif.section import Positive, PositiveFloat, Section
+from clif.section import NotNegative, NotNegativeFloat, Period, Positive, PositiveFloat, Section
 from clif.types import Sampling
 
 Scale = Annotated[float, Field(gt=0, le=1000)]
@@ -18,7 +18,7 @@ class TraceConfig(Section):
     format: Literal["azure", "burstgpt", "mooncake"] = "azure"
     speed: PositiveFloat = 1.0
     """2 replays twice as fast."""
-    start_s: Annotated[float, Field(ge=0)] = 0.0
+    start_s: NotNegativeFloat = 0.0
     """Offset into the trace, seconds of trace time."""
     lengths: Literal["trace", "data"] = "data"
     """trace: prompt and answer lengths of the trace (end-of-text ignored); data: those of the data set's rows."""
@@ -28,18 +28,10 @@ class TraceConfig(Section):
     max_prompt_tokens: Positive | None = None
     max_answer_tokens: Positive | None = None
 
-    @model_validator(mode="after")
-    def _of_lengths(self) -> TraceConfig:
-        for field in ("prompt_scale", "answer_scale", "max_prompt_tokens", "max_answer_tokens"):
-            value = getattr(self, field)
-            if self.lengths != "trace" and value != type(self).model_fields[field].default:
-                raise ValueError(f"load.trace.{field} {value} needs load.trace.lengths trace: change one of them")
-        return self
-
 
 class LoadConfig(Section):
     kind: Literal["none", "constant", "poisson", "gamma", "trace"] = "none"
-    rate_rps: PositiveFloat = 1.0
+    rate_rps: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     """Of generated load; a trace has its own."""
     cv: Annotated[float, Field(ge=0.01, le=100)] = 3.0
     """Coefficient of variation of the gaps of gamma load: 1 is Poisson, more is burstier."""
@@ -51,7 +43,7 @@ class LoadConfig(Section):
     max_tokens: Positive = 64
     temperature: float = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
     ignore_eos: bool = False
     trace: TraceConfig | None = None
 
@@ -83,13 +75,13 @@ class LoadConfig(Section):
 
 
 class QualityConfig(Section):
-    exact_match_rows: Annotated[int, Field(ge=0)] = 0
+    exact_match_rows: NotNegative = 0
     """Held-out rows whose answers are generated and compared before and after the run; 0: none."""
     max_tokens: Positive = 64
 
 
 class MetricsConfig(Section):
-    flush_s: PositiveFloat = 1.0
+    flush_s: Period = 1.0
     flush_rows: Positive = 2000
-    device_s: PositiveFloat = 1.0
+    device_s: Period = 1.0
     """Interval of device samples."""

@@ -30,6 +30,12 @@ def role_of(replica: int, replicas: int, run: RunConfig) -> Role:
     return BOTH
 
 
+def fewest_replicas(config: Config) -> int:
+    """The least number of replicas that can do what run.mode and federation ask."""
+    trainers = config.federation.min_members if config.train.enabled else 1
+    return config.run.trainers + 1 if config.run.mode == "split" else trainers
+
+
 def check_roles(config: Config, layout: Layout) -> None:
     """Raises ConfigError when the replicas that were started cannot do what run.mode and federation ask."""
     run, least, replicas = config.run, config.federation.min_members, len(layout.replicas)

@@ -1,14 +1,26 @@
-"""What all sections of the configuration share. Free of torch."""
+"""What all sections of the configuration share. Free of torch.
+
+Every number has a largest value, far above what makes sense: beyond it lie overflows and endless waits, not wishes.
+"""
 
 from __future__ import annotations
 
+import unicodedata
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-Positive = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=10**9)]
+NotNegative = Annotated[int, Field(ge=0, le=10**9)]
+Ranks = Annotated[int, Field(gt=0, le=65536)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e9)]
+NotNegativeFloat = Annotated[float, Field(ge=0, le=1e9)]
+Period = Annotated[float, Field(ge=0.001, le=3600)]
+"""Seconds between two times that something is done."""
 Share = Annotated[float, Field(ge=0, le=1)]
+MAX_TEXT = 4096
+"""Characters: the longest path of Linux."""
 
 
 class Section(BaseModel):
@@ -18,8 +30,28 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML reads yes and on as true, and true would pass for 1."""
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
-            raise ValueError(f"{info.field_name} is {str(value).lower()}: give a value, not yes or no")
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        """true would pass for 1. Text that no file system, file or terminal takes would fail far from here."""
+        name = info.field_name or ""
+        if isinstance(value, bool) and cls.model_fields[name].annotation is not bool:
+            raise ValueError(f"{name} is {str(value).lower()}: give a value, not true or false")
+        if isinstance(value, str):
+            _check_text(name, value)
         return value
+
+
+def _check_text(name: str, text: str) -> None:
+    if not text.strip():
+        raise ValueError(f"{name} is empty: give a value or leave it out")
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"{name} has {len(text)} characters: give at most {MAX_TEXT}")
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
+        raise ValueError(f"{name} holds a control character or half a character: remove it")
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path names a file that can be seen. A name that is too long, or a folder that is closed, is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False

@@ -1,53 +1,128 @@
-"""YAML without surprises: no key twice (PyYAML would drop the first one in silence), and overrides that merge."""
+"""YAML without surprises: the core schema of YAML 1.2, and nothing that a configuration has no use for.
+
+Read are mappings with names as keys, lists, and plain values: null, true, false, numbers, text. So `off`, `no`,
+`2026-11-27` and `12:30` are text, as they look. Refused, with the place, are a key twice (PyYAML would drop the first
+one in silence), tags, anchors, nesting without end, numbers of hundreds of digits, and control characters in text.
+"""
 
 from __future__ import annotations
 
+import re
+import unicodedata
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from clif.errors import ConfigError
+Place = tuple[str, ...]
+"""Names from the top of a document to a value."""
+MAX_DEPTH = 20
+MAX_NUMBER = 40
+"""Characters of a number."""
+NUMBERS = {
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"),
+    "tag:yaml.org,2002:float": re.compile(
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+    ),
+}
+WORDS = {
+    "tag:yaml.org,2002:null": re.compile(r"~|null|Null|NULL|"),
+    "tag:yaml.org,2002:bool": re.compile(r"true|True|TRUE|false|False|FALSE"),
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    """What was read. lines: on which line, from 1, each mapping's value begins."""
+
+    value: Any
+    lines: dict[Place, int]
+
+
+def read_yaml(text: str) -> Document:
+    """Raises yaml.YAMLError, whose text names the place and says what to change."""
+    try:
+        node = yaml.compose(text, _Core)
+    except ValueError as error:
+        # PyYAML's scanner lets it through: an escape beyond Unicode, a version of thousands of digits.
+        raise yaml.YAMLError(f"a character or number out of range ({error})") from error
+    lines: dict[Place, int] = {}
+    return Document(None if node is None else _value(node, (), lines), lines)
 
 
 def strict_yaml(text: str) -> Any:
     """Plain values of a document. Raises yaml.YAMLError."""
-    return yaml.load(text, _UniqueKeys)
+    return read_yaml(text).value
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+class _Core(yaml.SafeLoader):
+    """Composes nodes and resolves plain scalars by the core schema."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: Node | None, index: int) -> Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise _refusal("anchors and aliases are not read: write the value out", event.start_mark)
+        if getattr(event, "tag", None) is not None:
+            raise _refusal("tags, as in !!int, are not read: leave them out", event.start_mark)
+        if self._depth == MAX_DEPTH:
+            raise _refusal(f"values are nested more than {MAX_DEPTH} deep: no field is", event.start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
-def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set `section.key=value` in a tree of plain values; the value is YAML. Raises ConfigError."""
-    key, equals, value = override.partition("=")
-    parts = key.split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f'"{override}" is not an override: write section.key=value')
-    node = tree
-    for part in parts[:-1]:
-        child = node.setdefault(part, {})
-        if child is None:
-            child = node[part] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f'"{override}": {part} is a value, not a section')
-        node = child
-    try:
-        given = strict_yaml(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f'"{override}": the value is not valid YAML') from error
-    _merge(node, parts[-1], given)
+# Instead of PyYAML's. In this order: 12 is an int, though a float could be written so as well.
+_Core.yaml_implicit_resolvers = {}
+for _tag, _form in {**WORDS, **NUMBERS}.items():
+    _Core.add_implicit_resolver(_tag, re.compile(f"(?:{_form.pattern})$"), None)
 
 
-def _merge(node: dict[str, Any], key: str, given: Any) -> None:
-    """Put a value in its place; of a section, only the fields that are given, so that no other is dropped."""
-    if isinstance(given, dict) and isinstance(node.get(key), dict):
-        for name, value in given.items():
-            _merge(node[key], name, value)
-    else:
-        node[key] = given
+def _refusal(problem: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(None, None, problem, mark)
+
+
+def _value(node: Node, place: Place, lines: dict[Place, int]) -> Any:
+    if isinstance(node, MappingNode):
+        return _mapping(node, place, lines)
+    if isinstance(node, SequenceNode):
+        return [_value(item, place, {}) for item in node.value]
+    assert isinstance(node, ScalarNode)
+    return _scalar(node)
+
+
+def _mapping(node: MappingNode, place: Place, lines: dict[Place, int]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in node.value:
+        key = _scalar(name) if isinstance(name, ScalarNode) else None
+        if not isinstance(key, str):
+            raise _refusal("a key is no name: write section: and key: value, as in configs/", name.start_mark)
+        if key in found:
+            raise _refusal(f"{key} is given twice: remove one", name.start_mark)
+        lines[*place, key] = name.start_mark.line + 1
+        found[key] = _value(value, (*place, key), lines)
+    return found
+
+
+def _scalar(node: ScalarNode) -> Any:
+    kind, text = node.tag.rpartition(":")[2], node.value
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return text.lower() == "true"
+    if kind in ("int", "float"):
+        if len(text) > MAX_NUMBER:
+            raise _refusal(f"a number of {len(text)} characters: no field needs more than 20", node.start_mark)
+        return _integer(text) if kind == "int" else float(re.sub(r"\.(inf|nan)", r"\1", text.lower()))
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
+        raise _refusal("text with a control character or half a character: remove it", node.start_mark)
+    return text
+
+
+def _integer(text: str) -> int:
+    return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))

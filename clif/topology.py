@@ -123,8 +123,13 @@ def _tensor_parallel(topology: Topology, life: int) -> tuple[Group, Roll]:
 
 
 def choose_device(wanted: str, local_rank: int, ranks_per_gpu: int = 1) -> torch.device:
-    """The GPU of this rank, or its share of one. Raises ConfigError when a GPU is asked for and this rank has none."""
+    """The GPU of this rank, or its share of one.
+
+    Raises ConfigError when a GPU, or a share of one, is asked for and this rank has none.
+    """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        if ranks_per_gpu > 1:
+            raise ConfigError(f"dist.ranks_per_gpu {ranks_per_gpu} has no effect on a CPU: leave it out")
         return torch.device("cpu")
     gpu = local_rank // ranks_per_gpu
     if gpu >= torch.cuda.device_count():

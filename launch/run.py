@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Start one rank: torchrun --standalone --nproc-per-node N launch/run.py --config configs/X.yaml [key=value ...]"""
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from clif.layout import Layout, make_layout
 from clif.metrics.provenance import gpu_names
 from clif.mpi import ask_mpi
 from clif.plan import plan_lines
-from clif.roles import check_roles
+from clif.roles import check_roles, fewest_replicas
 
 log = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -53,7 +54,7 @@ def main(
             layout = _layout(settings, env, dry_run)
             check_roles(settings, layout)
             if env.rank == 0:
-                check_inputs(settings)
+                check_inputs(settings, layout)
             code = _print(settings, layout) if dry_run else _run(settings, env)
     except Over as over:
         raise typer.Exit(over.code) from over
@@ -62,8 +63,12 @@ def main(
 
 def _layout(settings: Config, env: RankEnv, dry_run: bool) -> Layout:
     wanted = settings.layout
-    # Without a launcher, a dry run shows what the configuration asks for.
-    world = wanted.ranks if dry_run and env.world_size == 1 else env.world_size
+    world = env.world_size
+    if dry_run and world == 1:
+        # Without a launcher, a dry run shows what the configuration asks for.
+        world = wanted.ranks(fewest_replicas(settings))
+        if world > 1:
+            log.info("no launcher: planned for %d ranks", world)
     return make_layout(world, wanted.tp_size, wanted.replicas, wanted.replica_gpus)
 
 

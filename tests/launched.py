@@ -28,6 +28,11 @@ LOAD = ("load.duration_s=12", "load.rate_rps=8", "load.max_tokens=100", "model.m
 ROUNDS = ("federation.rounds=4", "federation.local_steps=8", "quality.exact_match_rows=0", "run.max_s=150")
 
 
+def latest(*overrides: str) -> list[str]:
+    """Of overrides of the same field the last one: the command itself refuses one that is given twice."""
+    return [f"{key}={value}" for key, value in dict(override.split("=", 1) for override in overrides).items()]
+
+
 class Launched:
     """torchrun with a run of a random model under it. agents: one torchrun for each host, all of them on this one.
 
@@ -51,7 +56,7 @@ class Launched:
         torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", *meet, "--nproc-per-node", str(ranks)]
         place = [f"run.out_dir={folder}", "run.name=run", "run.status=plain"]
         command = [*torchrun, f"--max-restarts={restarts}", script, "--config", "configs/smoke.yaml"]
-        command += [*place, *LOAD, *ROUNDS, *overrides]
+        command += [*place, *latest(*LOAD, *ROUNDS, *overrides)]
         with self.log.open("a") as log:
             start = partial(subprocess.Popen, command, cwd=REPO, stdout=log, stderr=log, env=environment)
             self.agents = [start() for _ in range(hosts)]

@@ -89,7 +89,7 @@ def target_reached(history: History, config: Config) -> tuple[bool, str]:
 
 def wants_rounds(history: History, config: Config) -> bool:
     """Whether rounds are to begin even after the load: federation.rounds asks for more, or training is all there is."""
-    asked = config.federation.rounds is not None or config.run.mode == "train_only"
+    asked = config.federation.rounds is not None or config.load.kind == "none"
     return asked and not target_reached(history, config)[0]
 
 

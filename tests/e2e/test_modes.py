@@ -10,21 +10,22 @@ from typing import Any
 import h5py
 
 REPO = Path(__file__).resolve().parents[2]
+SHORT = ("federation.rounds=1", "load.duration_s=3")
 
 
 def run(folder: Path, ranks: int, *overrides: str) -> dict[str, Any]:
     """Run configs/smoke.yaml to its end; returns the tables of its run.h5."""
     command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["launch/run.py", "--config", "configs/smoke.yaml", f"run.out_dir={folder}", "run.name=run"]
-    common = ["run.status=plain", "federation.rounds=1", "load.duration_s=3"]
-    done = subprocess.run([*command, *common, *overrides], cwd=REPO, capture_output=True, text=True, timeout=200)
+    command += ["run.status=plain", *overrides]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     with h5py.File(folder / "run" / "run.h5") as file:
         return {name: data[:] for name, data in file.items() if isinstance(data, h5py.Dataset)}
 
 
 def test_split_trains_on_one_replica_and_serves_its_adapter_on_the_other(tmp_path):
-    tables = run(tmp_path, 2, "run.mode=split")
+    tables = run(tmp_path, 2, "run.mode=split", *SHORT)
     assert {r["replica"] for r in tables["requests"]} == {0}, "probes of quality included"
     assert [(r["members"], r["state"]) for r in tables["rounds"]] == [(b"1", b"committed")]
     assert {r["rank"] for r in tables["train_steps"]} == {1}
@@ -36,7 +37,7 @@ def test_split_trains_on_one_replica_and_serves_its_adapter_on_the_other(tmp_pat
 
 
 def test_time_slice_serves_and_trains_on_the_same_replica(tmp_path):
-    tables = run(tmp_path, 1, "run.mode=time_slice", "run.training_share=0.5")
+    tables = run(tmp_path, 1, "run.mode=time_slice", "run.training_share=0.5", *SHORT)
     assert {r["finish"] for r in tables["requests"]} <= {b"length", b"stop"}
     assert len(tables["load"]) == sum(r["purpose"] == b"user" for r in tables["requests"])
     (ended,) = tables["rounds"]

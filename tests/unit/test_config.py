@@ -31,6 +31,14 @@ def rows(tmp_path) -> str:
     return str(path)
 
 
+@pytest.fixture
+def busy(tmp_path, rows) -> Path:
+    """A file that serves and trains: nearly every field matters."""
+    path = tmp_path / "busy.yaml"
+    path.write_text(yaml.safe_dump({"model": {"path": "m"}, "data": {"path": rows}, "load": {"kind": "poisson"}}))
+    return path
+
+
 def merged(**sections) -> dict:
     """ALONE with more sections; model keeps its path."""
     tree = {name: dict(values) for name, values in ALONE.items()}
@@ -96,8 +104,6 @@ def refusal(tree: dict) -> str:
             {**TRAINS, "run": {"mode": "train_only"}, "load": {"kind": "poisson"}},
             "run.mode train_only takes no load: set load.kind=none, not poisson",
         ),
-        ({"run": {"training_share": 0.3}}, "run.training_share 0.3 needs run.mode time_slice, not clif: change one"),
-        ({"run": {"mode": "time_slice", "trainers": 2}}, "run.trainers 2 needs run.mode split, not time_slice: change"),
         ({"run": {"training_share": 1.5}}, "run.training_share: Input should be less than or equal to 1"),
         ({"federation": {"rounds": 2}}, "federation.rounds asks for rounds but train.enabled is false: change one"),
         (
@@ -106,6 +112,36 @@ def refusal(tree: dict) -> str:
         ),
         ({"layout": {"replica_gpus": [[0, "x"]]}}, "layout.replica_gpus.0.1: Input should be a valid integer"),
         ({"engine": 5}, "engine: Input should be a valid dictionary"),
+        (
+            {"run": {"name": "/abs/x"}},
+            "run.name must be one folder's name of letters, digits and . _ - = + @, beginning",
+        ),
+        ({"run": {"name": "."}}, "run.name must be one folder's name"),
+        ({"run": {"name": ".."}}, "run.name must be one folder's name"),
+        ({"run": {"name": "a/b"}}, "run.name must be one folder's name"),
+        ({"run": {"name": "-x"}}, "run.name must be one folder's name"),
+        ({"run": {"name": "n" * 300}}, "run.name has 300 bytes: give at most 100"),
+        ({"run": {"name": 2026}}, "run.name: Input should be a valid string (given: 2026): write it in quotes"),
+        ({"run": {"name": " "}}, "run.name is empty: give a value or leave it out"),
+        ({"run": {"out_dir": "x" * 5000}}, "run.out_dir has 5000 characters: give at most 4096"),
+        ({"data": {"train_split": "a\x1b[31m"}}, "data.train_split holds a control character or half a character"),
+        ({"run": {"seed": -1}}, "run.seed: Input should be greater than or equal to 0 (given: -1)"),
+        ({"run": {"seed": 10**30}}, "run.seed: Input should be less than 9223372036854775808"),
+        ({"run": {"status": False}}, "run.status is false: give a value, not true or false"),
+        ({"dist": {"timeout_s": 2.0**63}}, "dist.timeout_s: Input should be less than or equal to 1000000"),
+        ({"control": {"report_s": 1e9}}, "control.report_s: Input should be less than or equal to 3600"),
+        (
+            {"control": {"report_s": 30}},
+            "control.report_s 30 must be under control.lost_after_s 20: every replica would be lost",
+        ),
+        ({"layout": {"replicas": 1000, "tp_size": 1000}}, "layout asks for 1000000 ranks: lower layout.replicas or"),
+        ({"adapter": {"target_modules": "[a-z"}}, "adapter.target_modules '[a-z' is not a regular expression"),
+        ({"adapter": {"target_modules": ["q", "q"]}}, "adapter.target_modules lists a name twice: remove one"),
+        ({"adapter": {"target_modules": [1]}}, 'adapter.target_modules must be "all-linear", a regular expression, or'),
+        (
+            {**TRAINS, "run": {"linger_s": 0}},
+            "train.enabled is true but there is no time to train: without load rounds",
+        ),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_with_what_to_change(sections, sentence):
@@ -178,13 +214,33 @@ def test_a_file_that_is_no_text_is_refused_with_a_sentence(tmp_path):
         load_config(path)
 
 
-@pytest.mark.parametrize("key, said", [("1", "1: Keys should"), ("null", "None: Keys should")])
-def test_keys_that_are_no_names_are_refused(tmp_path, key, said):
+@pytest.mark.parametrize("key", ["1", "null", "[a]", "true"])
+def test_keys_that_are_no_names_are_refused(tmp_path, key):
     path = tmp_path / "c.yaml"
-    for text, where in ((f"{key}: 2\n", ""), (f"engine: {{{key}: 2}}\n", r"engine\.")):
+    for text in (f"{key}: 2\n", f"engine: {{{key}: 2}}\n"):
         path.write_text(yaml.safe_dump(ALONE) + text)
-        with pytest.raises(ConfigError, match=f"^{where}{said} be strings"):
+        with pytest.raises(ConfigError, match=r"a key is no name: write section: and key: value.*line 5, column"):
             load_config(path)
+
+
+def test_a_file_without_end_is_not_read_to_its_end():
+    with pytest.raises(ConfigError, match=r"/dev/zero is larger than 1 MiB: name a YAML file, as in configs/"):
+        load_config("/dev/zero")
+
+
+def test_a_refusal_names_the_file_with_its_line_or_the_override(file):
+    file.write_text(yaml.safe_dump(merged(engine={"max_batch": 0})))
+    with pytest.raises(ConfigError) as refused:
+        load_config(file, ("slo.margin=2", "engine.kv_token=1"))
+    lines = str(refused.value).splitlines()
+    assert lines[0].endswith(f"(given: 0) ({file}, line 2)")
+    assert lines[1].startswith("unknown key engine.kv_token") and lines[1].endswith('(override "engine.kv_token=1")')
+    assert lines[2].endswith('(given: 2) (override "slo.margin=2")')
+
+
+def test_of_a_thousand_mistakes_the_first_are_told():
+    said = refusal(merged(engine={f"typo{n}": 1 for n in range(1000)})).splitlines()
+    assert len(said) == 21 and said[-1] == "and 980 more"
 
 
 @pytest.mark.parametrize(
@@ -200,11 +256,17 @@ def test_keys_that_are_no_names_are_refused(tmp_path, key, said):
         ("adapter.target_modules=[q_proj, v_proj]", "adapter", "target_modules", ("q_proj", "v_proj")),
         ("adapter.target_modules=all-linear", "adapter", "target_modules", "all-linear"),
         ("run.name=a=b", "run", "name", "a=b"),
+        ("run.name=2026-13-45", "run", "name", "2026-13-45"),
+        ("run.status=off", "run", "status", "off"),
+        ("train.enabled=on", "train", "enabled", True),
+        ("engine.prefix_reuse=no", "engine", "prefix_reuse", False),
+        ("engine.kv_tokens=0x4000", "engine", "kv_tokens", 16384),
+        ("dist.control_host=12:30", "dist", "control_host", "12:30"),
         ("model.path=random:x/config.json", "model", "path", "random:x/config.json"),
     ],
 )
-def test_overrides_are_read_like_yaml(file, override, section, key, value):
-    got = getattr(getattr(load_config(file, (override,)), section), key)
+def test_overrides_are_read_like_yaml(busy, override, section, key, value):
+    got = getattr(getattr(load_config(busy, (override,)), section), key)
     assert got == value and type(got) is type(value)
 
 
@@ -218,13 +280,22 @@ def test_an_override_reaches_into_sections_that_the_file_does_not_have(file, row
 def test_an_override_fills_a_section_that_the_file_leaves_empty(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("model: {path: m}\ntrain: {enabled: false}\nengine:\n")
-    assert load_config(path, ("engine.max_batch=3",)).engine.max_batch == 3
+    assert load_config(path, ("engine.kv_tokens=4096",)).engine.kv_tokens == 4096
+    assert load_config(path).engine.kv_tokens == 8192
 
 
 def test_an_override_of_a_section_keeps_its_other_fields(file):
     file.write_text(yaml.safe_dump(merged(engine={"kv_tokens": 4096})))
-    config = load_config(file, ("engine={max_batch: 5}",))
-    assert (config.engine.kv_tokens, config.engine.max_batch) == (4096, 5)
+    config = load_config(file, ("engine={block_size: 8}",))
+    assert (config.engine.kv_tokens, config.engine.block_size) == (4096, 8)
+
+
+def test_null_takes_back_what_the_file_says_of_a_section(file):
+    file.write_text(yaml.safe_dump(merged(engine={"kv_tokens": 4096, "block_size": 8})))
+    assert load_config(file, ("engine=null",)).engine.kv_tokens == 8192
+    # In whatever order: what is given beside it counts.
+    config = load_config(file, ("engine.block_size=32", "engine=null"))
+    assert (config.engine.kv_tokens, config.engine.block_size) == (8192, 32)
 
 
 @pytest.mark.parametrize("key", ["slo.ttft_ms", "train.lr", "run.max_s"])
@@ -234,8 +305,13 @@ def test_a_number_that_is_not_finite_is_refused(file, key, value):
         load_config(file, (f"{key}={value}",))
 
 
-def test_the_last_override_wins(file):
-    assert load_config(file, ("engine.max_batch=3", "engine.max_batch=5")).engine.max_batch == 5
+@pytest.mark.parametrize(
+    "overrides", [("model.dtype=auto", "model.dtype=float32"), ("model.dtype=auto", "model={dtype: float32}")]
+)
+def test_an_override_given_twice_is_refused(file, overrides):
+    with pytest.raises(ConfigError) as refused:
+        load_config(file, overrides)
+    assert str(refused.value) == f'model.dtype is given twice, by "{overrides[0]}" and "{overrides[1]}": remove one'
 
 
 @pytest.mark.parametrize(
@@ -250,7 +326,18 @@ def test_the_last_override_wins(file):
         ("engine.max_bach=3", "unknown key engine.max_bach"),
         ("engin.max_batch=3", "unknown key engin"),
         ("engine.max_batch=", "engine.max_batch: Input should be a valid integer"),
-        ("engine.max_batch=yes", "max_batch is true: give a value, not yes or no"),
+        ("engine.max_batch=true", "engine.max_batch is true: give a value, not true or false"),
+        ("engine.max_batch=yes", "engine.max_batch: Input should be a valid integer"),
+        ("run.seed=!!int x", "the value is not valid YAML: tags, as in !!int, are not read: leave them out"),
+        ("run.name=!!timestamp x", "tags, as in !!int, are not read"),
+        ("run.resume=!!bool x", "tags, as in !!int, are not read"),
+        ("run=!!map [a]", "tags, as in !!int, are not read"),
+        ("run.name=&a [*a]", "anchors and aliases are not read: write the value out"),
+        ("run.name=" + "[" * 100_000, "values are nested more than 20 deep"),
+        ("run.seed=" + "9" * 5000, "a number of 5000 characters"),
+        ('run.name="\\ud83d"', "text with a control character or half a character: remove it"),
+        ('run.name="\\U00110000"', "a character or number out of range"),
+        ("run.name=\x00", "unacceptable character"),
         ("slo={ttft_ms: 1, ttft_ms: 2}", "the value is not valid YAML"),
     ],
 )
@@ -271,10 +358,10 @@ def test_values_never_change_after_reading(file):
         config.engine = config.engine  # type: ignore[misc]
 
 
-def test_the_control_process_reads_back_what_rank_0_wrote_down(file):
+def test_the_control_process_reads_back_what_rank_0_wrote_down(busy):
     """config.json carries the configuration from rank 0 to the control process."""
     config = load_config(
-        file,
+        busy,
         ("layout.replica_gpus=[[0,1]]", "adapter.target_modules=[q_proj]", "slo.deadline_ms=9"),
     )
     assert Config.model_validate_json(config.model_dump_json()) == config

@@ -15,6 +15,7 @@ from clif.data.check import check_inputs
 from clif.data.heldout import hold_out, read_data
 from clif.data.instruct import DataError, Row
 from clif.errors import ConfigError
+from clif.layout import make_layout
 from clif.replica.build import load_data
 from clif.text import ChatTokenizer
 
@@ -59,14 +60,14 @@ def config(tmp_path, rows: list[dict[str, str]], **data: object) -> Config:
 
 def test_own_data_without_splits_are_trained_on_with_a_held_out_share(tmp_path):
     settings = config(tmp_path, [{"prompt": f"p{i}", "completion": "c"} for i in range(20)], heldout_share=0.1)
-    check_inputs(settings)
+    check_inputs(settings, make_layout(1))
     assert sum(row.split == "test" for row in read_data(settings)) == 2
 
 
 def test_a_share_beside_rows_that_have_a_split_is_refused(tmp_path):
     rows = [{"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": "c", "split": "test"}]
     with pytest.raises(DataError, match=r'row 1 \(from 0\) has the split "test", but data\.heldout_share'):
-        check_inputs(config(tmp_path, rows, heldout_share=0.5))
+        check_inputs(config(tmp_path, rows, heldout_share=0.5), make_layout(1))
 
 
 def test_a_share_needs_two_splits(tmp_path):

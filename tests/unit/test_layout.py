@@ -84,9 +84,7 @@ def test_every_profile_is_laid_out_by_a_dry_run(profile):
     if profile in ("demo", "tp_cpu"):
         # Model and data are fetched, and may not be here.
         command += ["model.path=random:configs/models/tiny-llama.json", "data.path=configs/data/words.jsonl"]
-        command += ["layout.tp_size=2"]
-    if profile == "launch":
-        command += ["layout.replicas=4"]
+        command += ["layout.tp_size=2", *(["quality.exact_match_rows=8"] if profile == "demo" else [])]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 0, done.stderr

@@ -138,14 +138,6 @@ def test_trace_lengths_are_scaled_then_cut_and_a_line_says_how_many(tmp_path, ro
     assert "3 prompts and 3 answers of 3 were scaled or cut" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "field", [{"prompt_scale": 0.5}, {"answer_scale": 2}, {"max_prompt_tokens": 8}, {"max_answer_tokens": 8}]
-)
-def test_lengths_of_a_trace_that_do_not_count_cannot_be_changed(tmp_path, field):
-    with pytest.raises(ConfigError, match=rf"load\.trace\.{next(iter(field))} .* needs load\.trace\.lengths trace"):
-        config(tmp_path, kind="trace", trace=trace(tmp_path, (2, 5)) | field)
-
-
 def test_a_trace_that_no_memory_holds_is_refused_before_it_is_made(tmp_path, rows, tokenizer):
     tree = trace(tmp_path, *[(9_000_000, 1)] * 50) | {"lengths": "trace"}
     with pytest.raises(TraceError, match=r"450,000,000 tokens together.* set load\.trace\.max_prompt_tokens"):

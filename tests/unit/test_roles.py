@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from clif.config import Config, ConfigError, config_from_tree
+from clif.config import Config, ConfigError, config_from_tree, load_config
 from clif.control.coordinator import choose_batches
 from clif.control.launcher import History, plan_round, wants_rounds
 from clif.control.policy import next_state, state_after_round
@@ -19,7 +19,7 @@ from clif.control.routing import Dispatch, choose_replica
 from clif.control.view import ClusterView, ReplicaView
 from clif.latency import Fit
 from clif.layout import make_layout
-from clif.roles import Role, check_roles, role_of
+from clif.roles import Role, check_roles, fewest_replicas, role_of
 from clif.states import ReplicaState
 from clif.types import Request, Sampling
 
@@ -120,6 +120,19 @@ def test_split_servers_never_join_a_round_and_trainers_join_under_any_pressure()
 # --- all baselines -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("overrides", "ranks"),
+    [((), 1), (("federation.min_members=2",), 2), (("run.mode=split", "run.trainers=2"), 3)],
+)
+def test_a_dry_run_without_a_launcher_plans_for_as_many_replicas_as_the_configuration_needs(overrides, ranks) -> None:
+    config = load_config(REPO / "configs/smoke.yaml", (f"data.path={REPO}/configs/data/words.jsonl", *overrides))
+    assert fewest_replicas(config) == ranks
+    check_roles(config, make_layout(ranks))
+    if ranks > 1:
+        with pytest.raises(ConfigError, match="start more ranks"):
+            check_roles(config, make_layout(ranks - 1))
+
+
 @pytest.mark.parametrize("mode", ["time_slice", "train_only"])
 def test_rounds_of_a_mode_that_does_not_look_at_pressure_take_every_replica(mode: str) -> None:
     config = make_config(mode)
@@ -161,8 +174,11 @@ def test_baselines_keep_the_configured_batch_sizes() -> None:
 
 
 def test_rounds_without_load_are_wanted_if_asked_for_or_if_training_is_all_there_is() -> None:
-    assert wants_rounds(History(completed=9), make_config("train_only"))
-    assert not wants_rounds(History(), make_config("time_slice"))
+    """Training that is switched on takes place: without load for run.linger_s, in every mode."""
+    for mode in ("train_only", "clif", "time_slice", "split"):
+        assert wants_rounds(History(completed=9), make_config(mode))
+    assert not wants_rounds(History(), make_config("clif", load={"kind": "poisson"}))
+    assert not wants_rounds(History(), make_config("serve_only"))
     target = make_config("train_only", federation={"rounds": 2})
     assert wants_rounds(History(completed=1), target) and not wants_rounds(History(completed=2), target)
 
@@ -176,7 +192,7 @@ def dry_run(*overrides: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_split_of_one_replica_is_refused_before_anything_starts() -> None:
-    done = dry_run("run.mode=split")
+    done = dry_run("run.mode=split", "layout.replicas=1")
     assert done.returncode == 2
     assert "run.mode split with run.trainers 1 needs at least 2 replicas, not 1" in done.stderr
 

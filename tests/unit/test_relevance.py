@@ -1,0 +1,240 @@
+"""Promise 7: a field that was given and cannot matter is refused, in files and in overrides."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+
+from clif.config import Config, ConfigError, load_config
+from clif.relevance import ALWAYS, RELEVANCE, Either, Need, value_of
+
+REPO = Path(__file__).resolve().parents[2]
+DOCS = (REPO / "docs" / "configuration.md").read_text()
+SERVE_ONLY = {"train": {"enabled": False}}
+
+
+def fields(section: Any = Config, before: str = "") -> dict[str, Any]:
+    """Every field of the configuration, as section.field, with pydantic's description of it."""
+    found: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        inner = next((t for t in (field.annotation, *get_args(field.annotation)) if hasattr(t, "model_fields")), None)
+        found |= {before + name: field} if inner is None else fields(inner, f"{before}{name}.")
+    return found
+
+
+@pytest.fixture
+def rows(tmp_path) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("")
+    return str(path)
+
+
+def write(tmp_path: Path, rows: str, sections: dict[str, Any]) -> Path:
+    """A file that serves and trains, with more sections."""
+    tree: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": rows}, "load": {"kind": "poisson"}}
+    for name, values in sections.items():
+        tree[name] = {**tree.get(name, {}), **values}
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+def test_every_field_has_its_line_in_the_table():
+    """Who adds a field says when it matters."""
+    assert RELEVANCE.keys() == fields().keys()
+
+
+def test_the_table_names_fields_and_values_that_there_are():
+    known = fields()
+    for needs in RELEVANCE.values():
+        for need in (part for n in needs for part in (n.needs if isinstance(n, Either) else (n,))):
+            allowed = get_args(known[need.field].annotation)
+            strings = {value for value in (*need.among, *need.but) if isinstance(value, str)}
+            assert strings <= set(allowed), need
+            assert bool(need.among) != bool(need.but), need
+
+
+def test_what_a_field_needs_never_needs_the_field():
+    """Else neither could be given."""
+    for field, needs in RELEVANCE.items():
+        for need in needs:
+            assert not (isinstance(need, Need) and field in str(RELEVANCE[need.field])), field
+
+
+def test_the_documentation_has_the_table_as_it_is():
+    groups: dict[str, list[str]] = {}
+    for field, needs in RELEVANCE.items():
+        if needs != ALWAYS:
+            groups.setdefault(", and ".join(map(str, needs)), []).append(f"`{field}`")
+    lines = [f"| {', '.join(names)} | {need} |" for need, names in groups.items()]
+    wanted = "\n".join(["| given | matters only with |", "|---|---|", *lines])
+    assert wanted in DOCS, f"docs/configuration.md must hold:\n{wanted}"
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+WITHOUT_EFFECT = [
+    ({"run": {"mode": "time_slice"}, "engine": {"coserving": "mixed"}}, "engine.coserving", "run.mode is time_slice"),
+    ({"load": {"top_p": 0.5}}, "load.top_p", "load.temperature is 0"),
+    ({"load": {"top_k": 5}}, "load.top_k", "load.temperature is 0"),
+    ({"load": {"cv": 2.0}}, "load.cv", "load.kind is poisson"),
+    ({"load": {"kind": "trace", "trace": {"path": __file__}, "rate_rps": 2}}, "load.rate_rps", "load.kind is trace"),
+    ({"load": {"kind": "trace", "trace": {"path": __file__}, "cv": 2}}, "load.cv", "load.kind is trace"),
+    (
+        {"load": {"kind": "trace", "trace": {"path": __file__, "lengths": "trace"}, "max_tokens": 9}},
+        "load.max_tokens",
+        "load.trace.lengths is trace",
+    ),
+    *(
+        ({"load": {"kind": "trace", "trace": {"path": __file__, name: 2}}}, f"load.trace.{name}", "lengths is data")
+        for name in ("prompt_scale", "answer_scale", "max_prompt_tokens", "max_answer_tokens")
+    ),
+    ({**SERVE_ONLY, "train": {"enabled": False, "lr": 0.1}}, "train.lr", "train.enabled is false"),
+    ({**SERVE_ONLY, "federation": {"local_steps": 3}}, "federation.local_steps", "train.enabled is false"),
+    ({**SERVE_ONLY, "federation": {"min_members": 9}}, "federation.min_members", "train.enabled is false"),
+    ({**SERVE_ONLY, "data": {"shard": "client"}}, "data.shard", "train.enabled is false"),
+    ({**SERVE_ONLY, "engine": {"slice_ms": 20}}, "engine.slice_ms", "train.enabled is false"),
+    ({"run": {"mode": "split"}, "control": {"idle_below": 0.5}}, "control.idle_below", "run.mode is split"),
+    ({"run": {"mode": "split"}, "control": {"medium_share": 0.2}}, "control.medium_share", "run.mode is split"),
+    ({"run": {"mode": "time_slice"}, "control": {"high_below": 0.2}}, "control.high_below", "run.mode is time_slice"),
+    ({"run": {"mode": "split"}, "control": {"reference_batch": 2}}, "control.reference_batch", "run.mode is split"),
+    ({"run": {"mode": "split"}, "train": {"max_micro_batch": 9}}, "train.max_micro_batch", "run.mode is split"),
+    ({"slo": {"late": "reject"}}, "slo.late", "slo.deadline_ms is null"),
+    ({"quality": {"max_tokens": 9}}, "quality.max_tokens", "quality.exact_match_rows is 0"),
+    ({"model": {"device": "cpu"}, "dist": {"ranks_per_gpu": 4}}, "dist.ranks_per_gpu", "model.device is cpu"),
+    ({"engine": {"coserving": "turns", "beside_slice_ms": 9}}, "engine.beside_slice_ms", "engine.coserving is turns"),
+    ({"run": {"training_share": 0.3}}, "run.training_share", "run.mode is clif"),
+    ({"run": {"mode": "time_slice", "trainers": 2}}, "run.trainers", "run.mode is time_slice"),
+    ({"load": {"kind": "none"}, "slo": {"ttft_ms": 5}}, "slo.ttft_ms", "load.kind is none"),
+    ({"load": {"kind": "none"}, "engine": {"max_batch": 5}}, "engine.max_batch", "quality.exact_match_rows is 0"),
+    ({"layout": {"across_hosts": True}}, "layout.across_hosts", "layout.tp_size is 1"),
+    (
+        {"model": {"dtype": "float32"}, "engine": {"pack_weights": True}},
+        "engine.pack_weights",
+        "model.dtype is float32",
+    ),
+]
+
+
+@pytest.mark.parametrize(("sections", "field", "why"), WITHOUT_EFFECT, ids=[case[1] for case in WITHOUT_EFFECT])
+def test_what_a_file_gives_and_cannot_matter_is_refused(tmp_path, rows, sections, field, why):
+    path = write(tmp_path, rows, sections)
+    with pytest.raises(ConfigError) as refused:
+        load_config(path)
+    said = str(refused.value)
+    assert re.match(rf"{re.escape(field)} \({re.escape(str(path))}, line \d+\): no effect while ", said)
+    assert why in said and ": remove or change the latter" in said and "\n" not in said
+
+
+@pytest.mark.parametrize(("sections", "field", "why"), WITHOUT_EFFECT, ids=[case[1] for case in WITHOUT_EFFECT])
+def test_what_overrides_give_and_cannot_matter_is_refused(tmp_path, rows, sections, field, why):
+    overrides = [f"{name}.{key}={json.dumps(value)}" for name, keys in sections.items() for key, value in keys.items()]
+    with pytest.raises(ConfigError) as refused:
+        load_config(write(tmp_path, rows, {}), tuple(overrides))
+    said = str(refused.value)
+    assert said.startswith(f'{field} (override "') and why in said
+
+
+def test_an_override_that_cannot_matter_in_the_file_is_refused(tmp_path, rows):
+    path = write(tmp_path, rows, SERVE_ONLY)
+    with pytest.raises(
+        ConfigError, match=r'^train\.lr \(override "train\.lr=1"\): no effect while train\.enabled is f'
+    ):
+        load_config(path, ("train.lr=1",))
+
+
+def test_a_whole_section_without_effect_is_one_sentence(tmp_path, rows):
+    path = write(tmp_path, rows, {"train": {"enabled": False, "lr": 0.1, "micro_batch": 2, "clip_norm": 1}})
+    with pytest.raises(ConfigError) as refused:
+        load_config(path)
+    assert re.match(
+        r"train\.lr \(.*\), train\.clip_norm \(.*\), train\.micro_batch \(.*\): no effect", str(refused.value)
+    )
+    assert "\n" not in str(refused.value)
+
+
+# --- what is not ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["clif", "serve_only", "train_only", "time_slice", "split"])
+def test_defaults_that_cannot_matter_stay_silent(tmp_path, rows, mode, caplog):
+    sections = {"run": {"mode": mode}, "train": {"enabled": mode != "serve_only"}}
+    with caplog.at_level(logging.INFO):
+        load_config(write(tmp_path, rows, {**sections, **({"load": {"kind": "none"}} if mode == "train_only" else {})}))
+    assert not caplog.messages
+
+
+def test_an_override_that_switches_off_tells_what_of_the_file_it_leaves_without_effect(tmp_path, rows, caplog):
+    path = write(
+        tmp_path,
+        rows,
+        {"train": {"lr": 0.1}, "control": {"hold_s": 2}, "quality": {"max_tokens": 9}}
+        | {"quality": {"exact_match_rows": 1, "max_tokens": 9}},
+    )
+    with caplog.at_level(logging.INFO):
+        config = load_config(path, ("train.enabled=false", "quality.exact_match_rows=0"))
+    assert not config.train.enabled
+    assert caplog.messages == [
+        'without effect under override "train.enabled=false": train.lr, control.hold_s',
+        'without effect under override "quality.exact_match_rows=0": quality.max_tokens',
+    ]
+
+
+def test_an_override_excuses_only_what_it_switches_off(tmp_path, rows):
+    """The file gave top_p without a temperature before anybody touched the load."""
+    path = write(tmp_path, rows, {"load": {"top_p": 0.5}})
+    with pytest.raises(
+        ConfigError, match=r"^load\.top_p \(.*line \d+\): no effect while load\.kind is none and load\.tem"
+    ):
+        load_config(path, ("load.kind=none",))
+
+
+def test_null_takes_a_wish_back(tmp_path, rows):
+    path = write(tmp_path, rows, {"load": {"kind": "none"}})
+    assert load_config(path, ("slo.deadline_ms=null", "load.max_requests=null")).slo.deadline_ms is None
+
+
+@pytest.mark.parametrize("mode", ["serve_only", "split"])
+def test_config_json_gives_everything_and_is_read_back(tmp_path, rows, mode):
+    config = load_config(write(tmp_path, rows, {"run": {"mode": mode}, "train": {"enabled": mode == "split"}}))
+    assert Config.model_validate_json(config.model_dump_json()) == config
+
+
+# --- docs/configuration.md -----------------------------------------------------------------------
+
+
+def documented() -> dict[str, str]:
+    """Field to default, as the tables of docs/configuration.md have them."""
+    found, section = {}, ""
+    for line in DOCS.splitlines():
+        if heading := re.match(r"#{2,3} ([a-z.]+)$", line):
+            section = heading[1]
+        elif row := re.match(r"\| `([a-z_]+)` \| (?:`([^`]*)`|(required)) \|", line):
+            found[f"{section}.{row[1]}"] = row[2] or row[3]
+    return found
+
+
+def test_the_documentation_lists_every_field():
+    # load.trace is a row of load and a section of its own.
+    assert documented().keys() - {"load.trace"} == fields().keys()
+
+
+@pytest.mark.parametrize("field", [name for name, known in fields().items() if not known.is_required()])
+def test_the_documentation_has_the_default_that_holds(field):
+    wanted = fields()[field].default
+    said = yaml.safe_load(documented()[field])
+    assert (str(wanted) if isinstance(wanted, Path) else wanted) == said
+
+
+def test_values_are_found_by_their_name(tmp_path, rows):
+    config = load_config(write(tmp_path, rows, {}))
+    assert value_of(config, "load.kind") == "poisson" and value_of(config, "load.trace.speed") is None
