@@ -203,6 +203,13 @@ def check_relevance(config: object, origins: Mapping[Place, Origin]) -> list[str
     return [f"without effect under {switches}: {', '.join(fields)}" for switches, fields in told.items()]
 
 
+def check_device(config: object, device: str) -> None:
+    """What model.device=auto leaves open until the device is known. Raises ConfigError."""
+    share = value_of(config, "dist.ranks_per_gpu")
+    if device == "cpu" and share > 1:
+        raise ConfigError(f"dist.ranks_per_gpu {share}: no effect on a CPU, and there is no GPU here: remove it")
+
+
 def _given_fields(config: object, origins: Mapping[Place, Origin]) -> Iterator[tuple[str, Origin]]:
     for field in RELEVANCE:
         place = tuple(field.split("."))

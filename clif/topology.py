@@ -16,6 +16,7 @@ from clif.collectives import Group, Peers, Roll, make_group
 from clif.config import Config, ConfigError
 from clif.launchers import RankEnv
 from clif.layout import Layout, check_hosts, make_layout
+from clif.relevance import check_device
 from clif.starts import agree_on_start
 
 Members = tuple[tuple[int, ...], tuple[int, ...]]
@@ -123,13 +124,8 @@ def _tensor_parallel(topology: Topology, life: int) -> tuple[Group, Roll]:
 
 
 def choose_device(wanted: str, local_rank: int, ranks_per_gpu: int = 1) -> torch.device:
-    """The GPU of this rank, or its share of one.
-
-    Raises ConfigError when a GPU, or a share of one, is asked for and this rank has none.
-    """
+    """The GPU of this rank, or its share of one. Raises ConfigError when a GPU is asked for and this rank has none."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        if ranks_per_gpu > 1:
-            raise ConfigError(f"dist.ranks_per_gpu {ranks_per_gpu} has no effect on a CPU: leave it out")
         return torch.device("cpu")
     gpu = local_rank // ranks_per_gpu
     if gpu >= torch.cuda.device_count():
@@ -163,6 +159,7 @@ def make_topology(config: Config, env: RankEnv, store: dist.Store | None = None)
     check_hosts(layout, env.local_world_size, wanted.across_hosts)
     share = config.dist.ranks_per_gpu
     device = choose_device(config.model.device, env.local_rank, share)
+    check_device(config, device.type)
     timeout = datetime.timedelta(seconds=config.dist.timeout_s)
     launch_store = _store(env, timeout) if store is None else store
     if store is None:

@@ -20,6 +20,7 @@ from clif.layout import Layout, make_layout
 from clif.metrics.provenance import gpu_names
 from clif.mpi import ask_mpi
 from clif.plan import plan_lines
+from clif.relevance import check_device
 from clif.roles import check_roles, fewest_replicas
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ def _layout(settings: Config, env: RankEnv, dry_run: bool) -> Layout:
 def _print(settings: Config, layout: Layout) -> int:
     wanted = settings.model.device
     gpu = wanted == "cuda" or (wanted == "auto" and bool(gpu_names()))
+    check_device(settings, "cuda" if gpu else "cpu")
     for line in plan_lines(settings, layout, "cuda" if gpu else "cpu"):
         print(line)
     return 0

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from clif.config import Config, ConfigError, load_config
-from clif.relevance import ALWAYS, RELEVANCE, Either, Need, value_of
+from clif.relevance import ALWAYS, RELEVANCE, Either, Need, check_device, value_of
 
 REPO = Path(__file__).resolve().parents[2]
 DOCS = (REPO / "docs" / "configuration.md").read_text()
@@ -196,6 +196,13 @@ def test_an_override_excuses_only_what_it_switches_off(tmp_path, rows):
         ConfigError, match=r"^load\.top_p \(.*line \d+\): no effect while load\.kind is none and load\.tem"
     ):
         load_config(path, ("load.kind=none",))
+
+
+def test_a_share_of_a_gpu_is_refused_where_auto_finds_only_a_cpu(tmp_path, rows):
+    config = load_config(write(tmp_path, rows, {"dist": {"ranks_per_gpu": 2}}))
+    check_device(config, "cuda")
+    with pytest.raises(ConfigError, match=r"^dist\.ranks_per_gpu 2: no effect on a CPU, .*: remove it"):
+        check_device(config, "cpu")
 
 
 def test_null_takes_a_wish_back(tmp_path, rows):
