@@ -213,7 +213,8 @@ class DataConfig(Section):
     heldout_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     """For rows that have no field "split": this share of the different prompts is held out, chosen by run.seed."""
     heldout_rows: Positive | None = None
-    """Held-out rows that are used, all replicas together; None: all."""
+    """Held-out rows that are used for the loss, all replicas together: half of their prompts decide promotions, half
+    measure quality. None: all."""
     shard: Literal["round_robin", "client"] = "round_robin"
     """How training rows are shared among replicas: in turn, or by the field "client"."""
     max_sample_tokens: Positive = 512

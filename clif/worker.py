@@ -201,7 +201,7 @@ def _hello(
         max_batch=config.engine.max_batch,
         kv_tokens=config.engine.kv_tokens,
         max_context=config.model.max_context,
-        heldout_rows=replica.member.heldout.rows,
+        heldout_rows=replica.member.report.rows,
         dtype=str(loaded.dtype).removeprefix("torch."),
         load_s=load_s,
         life=life,

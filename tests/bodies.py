@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from helpers import answer, request
+from helpers import finish as finish_slices
 
 from clif.collectives import Group, WeightedMean
 from clif.config import config_from_tree
@@ -202,6 +203,20 @@ def round_of_unequal_members(topology: Topology, model: str, data: str, run_dir:
     driver.tick(m.Aggregate(round_id=1))
     vote = driver.wait_for(m.Voted).vote
     return {"samples": result.samples, "mine": mine, "vote": vote, "leads": topology.is_leader}
+
+
+def gate_and_report(topology: Topology, model: str, data: str, run_dir: str) -> dict[str, Any]:
+    """What a member votes on and what it reports, beside the losses of its own two parts."""
+    driver = Driver(topology, model, data, run_dir)
+    member = driver.replica.member
+    driver.tick(m.Evaluate())
+    evaluated = driver.wait_for(m.Evaluated).result
+    driver.begin((0,), steps=1)
+    driver.wait_for(m.StepsDone)
+    driver.tick(m.Aggregate(round_id=1))
+    vote = driver.wait_for(m.Voted).vote
+    parts = {name: finish_slices(part.loss(None)) for name, part in (("gate", member.gate), ("report", member.report))}
+    return {"vote": vote.active_loss, "reported": evaluated.loss, **parts}
 
 
 def round_with_a_broken_member(topology: Topology, model: str, data: str, run_dir: str) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from clif.config import Config
 from clif.control.dispatcher import RequestRecord
-from clif.data.instruct import Row, split_rows
+from clif.data.heldout import probe_rows
+from clif.data.instruct import Row
 from clif.text import ChatTokenizer
 from clif.types import HeldoutLoss, Purpose, Request, Sampling, first_id
 
@@ -33,8 +34,7 @@ class QualityCheck:
     def __init__(self, config: Config, rows: Sequence[Row], tokenizer: ChatTokenizer, start: int = 0) -> None:
         self._tokenizer = tokenizer
         self._sampling = Sampling(max_tokens=config.quality.max_tokens)
-        count = config.quality.exact_match_rows
-        self._rows = split_rows(rows, config.data.heldout_split)[:count] if count else []
+        self._rows = probe_rows(rows, config)
         self._next_id = first_id(1 + start)
         self._evaluating: set[int] = set()
         self._losses: list[HeldoutLoss] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from clif.config import Config
-from clif.data.heldout import read_data
+from clif.data.heldout import probe_rows, read_data
 from clif.data.instruct import DataError, Row, shard_rows, split_rows
 from clif.data.load import read_arrivals
 from clif.layout import Layout
@@ -37,6 +37,7 @@ def _check_rows(config: Config, layout: Layout, rows: Sequence[Row]) -> None:
                     f'{field} asks for {count} rows, but {present} have the split "{data.heldout_split}": lower it, or '
                     "give more rows"
                 )
+        probe_rows(rows, config)
 
 
 def _check_shards(config: Config, layout: Layout, rows: Sequence[Row]) -> None:

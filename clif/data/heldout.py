@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 
 from clif.config import Config, DataConfig
-from clif.data.instruct import DataError, Row, read_rows
+from clif.data.instruct import DataError, Row, read_rows, split_rows
 
 
 def read_data(config: Config) -> list[Row]:
@@ -48,5 +49,64 @@ def hold_out(rows: Sequence[Row], data: DataConfig, share: float, seed: int) -> 
     ]
 
 
-def _digest(row: Row, seed: int) -> bytes:
+@dataclass(frozen=True)
+class HeldoutParts:
+    """The two parts of the held-out rows. gate: decides which adapter is promoted. report: measures quality.
+
+    What is promoted was chosen by the gate, so its loss there is lower than on other rows: quality would flatter.
+    """
+
+    gate: tuple[Row, ...]
+    report: tuple[Row, ...]
+
+    @property
+    def shared(self) -> bool:
+        """One prompt only is used, which has to do for both."""
+        return bool(self.gate) and self.gate == self.report
+
+
+def heldout_parts(rows: Sequence[Row], config: Config) -> HeldoutParts:
+    """data.heldout_rows of the held-out rows, drawn by run.seed, half of their prompts for each part.
+
+    All rows of a prompt go together. Without training nothing is promoted, and all are for the report. Raises DataError
+    if there is no such row and training needs some.
+    """
+    held = _drawn(rows, config, needed=config.train.enabled)
+    used = tuple(row for _, row in held[: config.data.heldout_rows])
+    prompts = sorted({digest for digest, _ in held[: config.data.heldout_rows]})
+    if not config.train.enabled:
+        return HeldoutParts((), used)
+    if len(prompts) < 2:
+        return HeldoutParts(used, used)
+    out = set(prompts[: (len(prompts) + 1) // 2])
+    gate = sum(digest in out for digest, _ in held[: len(used)])
+    return HeldoutParts(used[:gate], used[gate:])
+
+
+def probe_rows(rows: Sequence[Row], config: Config) -> list[Row]:
+    """quality.exact_match_rows of the held-out rows whose prompts decide no promotion, drawn by run.seed.
+
+    Raises DataError if there are fewer.
+    """
+    count = config.quality.exact_match_rows
+    if not count:
+        return []
+    deciding = {json.dumps(row.messages) for row in heldout_parts(rows, config).gate}
+    held = [row for _, row in _drawn(rows, config, needed=True)]
+    free = [row for row in held if json.dumps(row.messages) not in deciding] or held
+    if len(free) < count:
+        raise DataError(
+            f"quality.exact_match_rows {count} exceeds the {len(free)} held-out rows that decide no promotion, of "
+            f"{len(held)}: lower it or data.heldout_rows, or hold out more rows"
+        )
+    return free[:count]
+
+
+def _drawn(rows: Sequence[Row], config: Config, needed: bool) -> list[tuple[bytes, Row]]:
+    """The held-out rows in an order drawn by run.seed, rows of one prompt together, each with its prompt's digest."""
+    held = split_rows(rows, config.data.heldout_split, needed)
+    return sorted(((_digest(row, f"parts/{config.run.seed}"), row) for row in held), key=lambda d: (d[0], d[1].id))
+
+
+def _digest(row: Row, seed: int | str) -> bytes:
     return hashlib.sha256(f"{seed}/{json.dumps(row.messages)}".encode()).digest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from clif.adapters.peft_io import read_folder
 from clif.adapters.slots import SlotTable
 from clif.collectives import Peers
 from clif.config import Config, ConfigError
-from clif.data.heldout import read_data
+from clif.data.heldout import heldout_parts, read_data
 from clif.data.instruct import Row, check_some_fit, encode_samples, shard_rows, split_rows
 from clif.replica.base import Base
 from clif.replica.checkpoint import CheckpointWriter, find_checkpoint
@@ -39,10 +39,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReplicaData:
-    """This replica's training and held-out samples."""
+    """This replica's samples: to train on, to judge candidates by, and to report quality by."""
 
     train: list[TrainSample]
-    heldout: list[TrainSample]
+    gate: list[TrainSample]
+    report: list[TrainSample]
 
 
 def load_data(config: Config, tokenizer: ChatTokenizer, replica: int, replicas: int) -> ReplicaData:
@@ -51,19 +52,23 @@ def load_data(config: Config, tokenizer: ChatTokenizer, replica: int, replicas: 
     Raises DataError, the same in every replica, also when a trainer would have no sample or nobody could judge.
     """
     if config.data.path is None:
-        return ReplicaData([], [])
+        return ReplicaData([], [], [])
     rows = read_data(config)
     limit = min(config.data.max_sample_tokens, config.model.max_context)
     train = _training_rows(config, rows, replica, replicas) if config.train.enabled else {}
     for trainer, shard in train.items():
         check_some_fit(shard, f"training rows of replica {trainer}", tokenizer, limit)
     # Without training they may be missing: then quality is not measured by them.
-    judged = split_rows(rows, config.data.heldout_split, needed=config.train.enabled)[: config.data.heldout_rows]
+    parts = heldout_parts(rows, config)
     if config.train.enabled:
-        check_some_fit(judged, "held-out rows", tokenizer, limit)
+        check_some_fit(parts.gate, "held-out rows that decide promotions", tokenizer, limit)
+        check_some_fit(parts.report, "held-out rows that quality is measured on", tokenizer, limit)
+    if parts.shared:
+        log.warning("one held-out prompt is used: it decides promotions and quality is measured on it as well")
     # A replica that only serves needs no shard; it gets one, so that all are built alike.
     mine = train.get(replica) or next(iter(train.values()), [])
-    return ReplicaData(_encode(mine, tokenizer, limit), _encode(judged[replica::replicas], tokenizer, limit))
+    judged = (_encode(part[replica::replicas], tokenizer, limit) for part in (parts.gate, parts.report))
+    return ReplicaData(_encode(mine, tokenizer, limit), *judged)
 
 
 def _training_rows(config: Config, rows: list[Row], replica: int, replicas: int) -> dict[int, list[Row]]:
@@ -74,7 +79,7 @@ def _training_rows(config: Config, rows: list[Row], replica: int, replicas: int)
     return {r: shard_rows(chosen, config.data.shard, place, len(trainers)) for place, r in places}
 
 
-def _encode(rows: list[Row], tokenizer: ChatTokenizer, limit: int) -> list[TrainSample]:
+def _encode(rows: Sequence[Row], tokenizer: ChatTokenizer, limit: int) -> list[TrainSample]:
     samples, reasons = encode_samples(rows, tokenizer, limit)
     for reason in reasons:
         log.warning("sample rejected: %s", reason)
@@ -109,7 +114,8 @@ def build_replica(
     member = Member(
         topology=topology,
         trainer=trainer,
-        heldout=Heldout(runner, data.heldout, config.engine.eval_tokens),
+        gate=Heldout(runner, data.gate, config.engine.eval_tokens),
+        report=Heldout(runner, data.report, config.engine.eval_tokens),
         slots=slots,
         base=config.model.path,
         tell=tell,

@@ -1,4 +1,4 @@
-"""Held-out loss of an adapter on this replica's part of the held-out rows, in slices."""
+"""Held-out loss of an adapter on this replica's part of some held-out rows, in slices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from clif.types import TrainSample
 
 
 class Heldout:
-    """This replica's held-out samples.
+    """Held-out samples of this replica, of one part: the gate's or the report's.
 
     rows: how many; tokens: answer tokens among them; max_tokens: tokens of one forward at most.
     """
@@ -20,6 +20,11 @@ class Heldout:
         self.rows = len(samples)
         self.tokens = sum(s.targets for s in samples)
         self._known: tuple[int, float] | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether the loss of some version is known."""
+        return self._known is not None
 
     def loss(self, slot: int | None) -> Slices[float]:
         """Summed cross-entropy in nats under an adapter slot."""

@@ -40,11 +40,15 @@ class RoundOrders:
 
 @dataclass
 class Member:
-    """Takes part in rounds. tell sends a message up; on_step sees every optimizer step, on_version every promotion."""
+    """Takes part in rounds. tell sends a message up; on_step sees every optimizer step, on_version every promotion.
+
+    gate: the held-out rows that candidates are judged by; report: those that quality is measured on.
+    """
 
     topology: Topology
     trainer: ShadowTrainer
-    heldout: Heldout
+    gate: Heldout
+    report: Heldout
     slots: SlotTable
     base: str
     tell: Callable[[Up], None]
@@ -65,13 +69,13 @@ class Member:
         self._snapshot = self.trainer.snapshot()
         # Made while there are steps to do, by all members who have just been told.
         self.topology.combined_group((plan.members, plan.lives), plan.round_id)
-        _, active_loss = yield from self.heldout.active_loss(self.slots)
+        _, active_loss = yield from self.gate.active_loss(self.slots)
         result = yield from self._local_steps(orders)
         self.tell(StepsDone(result=result))
         while not orders.aggregate:
             yield WAIT
         error = yield from self._average(plan, result)
-        candidate = yield from self.heldout.loss(SHADOW)
+        candidate = yield from self.gate.loss(SHADOW)
         vote = self._vote(plan, active_loss, candidate, error)
         if vote.finite:
             # First on disk, then the vote: whichever round is committed, each member can go on from it after a crash.
@@ -159,14 +163,14 @@ class Member:
             finite=self._all(bool(self.trainer.bank.shadow.isfinite().all())) and math.isfinite(candidate),
             candidate_loss=candidate,
             active_loss=active,
-            tokens=self.heldout.tokens,
+            tokens=self.gate.tokens,
             error2=apart,
             product2=product,
         )
 
     def _promote(self, settle: Settle, candidate: float) -> Slices[None]:
         yield from self._activate(settle.version, settle.round_id)
-        self.heldout.remember(settle.version, candidate)
+        self.gate.remember(settle.version, candidate)
         self.trainer.commit()
         self.checkpoints.committed()
         self.on_version(settle.version, settle.round_id)
@@ -196,9 +200,14 @@ class Member:
         self.tell(Settled(replica=self.topology.replica, round_id=round_id, version=version, tick=self.tick()))
 
     def evaluate(self) -> Slices[None]:
-        """Report the held-out loss of the active version."""
-        version, loss = yield from self.heldout.active_loss(self.slots)
-        result = HeldoutLoss(replica=self.topology.replica, version=version, loss=loss, tokens=self.heldout.tokens)
+        """Report the held-out loss of the active version.
+
+        Before the load also that of the gate: the first round needs it, and would compute it beside requests.
+        """
+        if self.trainer.cursor is not None and not self.gate.known:
+            yield from self.gate.active_loss(self.slots)
+        version, loss = yield from self.report.active_loss(self.slots)
+        result = HeldoutLoss(replica=self.topology.replica, version=version, loss=loss, tokens=self.report.tokens)
         self.tell(Evaluated(result=result))
 
     def discard(self) -> None:

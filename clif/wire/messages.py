@@ -105,7 +105,8 @@ class Stop(Message, frozen=True):
 class Hello(Message, frozen=True):
     """First message of a leader, and again when its replica was rebuilt. Token and KV capacities are in tokens.
 
-    life: how often it was rebuilt; version: what it answers new requests with.
+    heldout_rows: those that it measures quality on. life: how often it was rebuilt; version: what it answers new
+    requests with.
     """
 
     replica: int

@@ -56,6 +56,12 @@ def test_broken_member_neither_poisons_the_average_nor_keeps_its_own(model, data
     assert torch.equal(broken["after"][6:], whole["after"][6:]), "discarding gives both the shadow of before the round"
 
 
+def test_the_rows_that_decide_a_promotion_are_not_those_that_quality_is_measured_on(model, data, tmp_path):
+    (found,) = run_ranks(1, bodies.gate_and_report, model, data, str(tmp_path))
+    assert found["vote"] == pytest.approx(found["gate"]) and found["reported"] == pytest.approx(found["report"])
+    assert found["vote"] != pytest.approx(found["reported"])
+
+
 def test_discarded_round_leaves_no_trace(model, data, tmp_path):
     (result,) = run_ranks(1, bodies.discard_in_the_middle, model, data, str(tmp_path))
     assert result["settled"] == 0 and result["undone"]
