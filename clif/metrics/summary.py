@@ -18,8 +18,10 @@ import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from clif.metrics.collect import collect
+from clif.metrics.figures import count_reasons, wilson
 from clif.metrics.sources import sources
 from clif.states import ReplicaState
 from clif.types import FinishReason
@@ -28,6 +30,7 @@ Rows = np.ndarray[Any, Any]
 
 ANSWERED = (FinishReason.STOP.value, FinishReason.LENGTH.value)
 PERCENTILES = (50, 90, 99)
+PHASES = ("before", "after")
 
 
 def summarize(run_h5: Path) -> dict[str, Any]:
@@ -35,12 +38,14 @@ def summarize(run_h5: Path) -> dict[str, Any]:
 
     requests: submitted counts what the load generator submitted or what ended, whichever tells of it; unfinished had
     no terminal event; duplicate_ends counts terminal events beyond the first of a request (there should be none).
+    reasons: of those that were not answered, by how they ended; reasons that differ in numbers only count together.
     slo: attainment is the share of requests with a terminal event that were answered (stop, length) and met all
     their promises, so that rejected, failed and cancelled ones count as missed; goodput_rps is their number over
     duration_s, first arrival to last terminal event. Percentiles of ttft, tpot and itl take every request that has
     the figure, those of e2e the answered ones. Milliseconds.
     training: samples and tokens are those of committed rounds; optimizer_steps counts every step done, also in
     discarded rounds; tokens_per_s is tokens over span_s, start of the first round to end of the last.
+    quality: exact_match_*_interval is the 95 % interval (Wilson) of the share, of exact_match_*_rows answers.
     states: seconds in each state from a replica's first transition to the end of the run, states_end_s.
     failures: of replicas, in order, with the reason and the seconds until it was rebuilt; null: it was not.
     run.unclosed: files that their process has not closed, with the stamp of their last row in seconds.
@@ -127,7 +132,15 @@ def _requests(users: Rows, load: Rows) -> dict[str, Any]:
         "finished": finished,
         "unfinished": len(submitted - ended),
         "duplicate_ends": len(users) - len(ended),
+        "reasons": {r.value: reasons for r in FinishReason if (reasons := _reasons(users, r))},
     }
+
+
+def _reasons(users: Rows, finish: FinishReason) -> list[dict[str, Any]]:
+    if finish.value in ANSWERED:
+        return []
+    details = users["detail"][users["finish"] == finish.value.encode()]
+    return count_reasons(detail.decode(errors="replace") or "no reason given" for detail in details)
 
 
 def _answered(users: Rows) -> Rows:
@@ -168,13 +181,19 @@ def _training(rounds: Rows, steps: Rows) -> dict[str, Any]:
     }
 
 
-def _quality(rows: Rows) -> dict[str, float | None]:
+def _quality(rows: Rows) -> dict[str, Any]:
     """The first figure of "before" and the last of "after": a resumed run compares with its very beginning."""
-    result: dict[str, float | None] = {}
-    for figure in ("heldout_loss", "exact_match"):
-        for phase, position in (("before", 0), ("after", -1)):
-            known = rows[figure][(rows["phase"] == phase.encode()) & np.isfinite(rows[figure])]
-            result[f"{figure}_{phase}"] = float(known[position]) if len(known) else None
+    result: dict[str, Any] = {}
+    for phase, position in zip(PHASES, (0, -1), strict=True):
+        mine = rows[rows["phase"] == phase.encode()]
+        losses, shares = (mine[np.isfinite(mine[figure])] for figure in ("heldout_loss", "exact_match"))
+        result[f"heldout_loss_{phase}"] = float(losses["heldout_loss"][position]) if len(losses) else None
+        share = float(shares["exact_match"][position]) if len(shares) else None
+        count = int(shares["exact_match_rows"][position]) if len(shares) else 0
+        interval = wilson(round((share or 0.0) * count), count)
+        result[f"exact_match_{phase}"] = share
+        result[f"exact_match_{phase}_interval"] = None if interval is None else list(interval)
+        result[f"exact_match_{phase}_rows"] = count
     return result
 
 
@@ -231,7 +250,8 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
         table = Table("", "", title=title, title_justify="left", show_header=False, box=box.ASCII)
         table.columns[0].min_width = 22
         for name, text in rows:
-            table.add_row(name, text)
+            # Not as markup: reasons come from other processes and may hold brackets.
+            table.add_row(name, Text(text))
         console.print(table)
 
 
@@ -246,15 +266,28 @@ def _sections(summary: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]
         (
             "Requests",
             [(k, _text(requests[k])) for k in ("submitted", "accepted", "unfinished", "duplicate_ends")]
-            + [("finished", _pairs(requests["finished"]))],
+            + [("finished", _pairs(requests["finished"]))]
+            + [(k, f"{r['count']}: {r['reason']}") for k, reasons in requests["reasons"].items() for r in reasons],
         ),
         ("SLO", [(k, _text(slo[k])) for k in ("attainment", "goodput_rps", "duration_s")] + latencies),
         ("Training", [(key, _text(value)) for key, value in training.items()]),
-        ("Quality", [(key, _text(value)) for key, value in summary["quality"].items()]),
+        ("Quality", _quality_rows(summary["quality"])),
         ("Adapters (requests by version)", [("served", _pairs(adapters["versions_served"])), *promotions]),
         ("Replica states, seconds", states),
         *([("Failures of replicas", failures)] if failures else []),
     ]
+
+
+def _quality_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [(key, _text(figures[key])) for key in ("heldout_loss_before", "heldout_loss_after")]
+    for phase in PHASES:
+        key = f"exact_match_{phase}"
+        text, interval = _text(figures[key]), figures[f"{key}_interval"]
+        if interval is not None:
+            low, high = map(_text, interval)
+            text += f" (95 %: {low} to {high}, {figures[f'{key}_rows']} answers)"
+        rows.append((key, text))
+    return rows
 
 
 def _back(seconds: float | None) -> str:

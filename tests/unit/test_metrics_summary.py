@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from clif.metrics.collect import collect
+from clif.metrics.figures import count_reasons, wilson
 from clif.metrics.schema import CONTROL_TABLES, RANK_TABLES
 from clif.metrics.summary import print_summary, summarize, write_summary
 from clif.metrics.writer import TableWriter, next_path
@@ -49,7 +52,7 @@ def run_dir(tmp_path: Path) -> Path:
         for number, ttft in ((1, 0.1), (2, 0.2), (3, 0.3)):
             request(writer, number, "stop", ttft_s=ttft, tpot_s=0.01, e2e_s=1.0, slo_met=number != 3)
         request(writer, 4, "failed", ttft_s=0.4, e2e_s=9.0, version=1, finished_s=11.0)
-        request(writer, 5, "rejected", output_tokens=0)
+        request(writer, 5, "rejected", output_tokens=0, detail="too long: 9 [tokens]")
         request(writer, 6, "cancelled", version=1)
         request(writer, 100, "stop", purpose="probe", ttft_s=77.0, e2e_s=77.0, slo_met=False, finished_s=90.0)
         for gap in (0.01, 0.02, 0.03):
@@ -77,6 +80,11 @@ def test_promise_1_each_submitted_request_is_counted_by_its_one_terminal_event(r
     assert write_summary(run_dir)["requests"] == {
         "submitted": 7, "accepted": 6, "unfinished": 1, "duplicate_ends": 0,
         "finished": {"stop": 3, "length": 0, "cancelled": 1, "rejected": 1, "failed": 1},
+        "reasons": {
+            end: [{"count": 1, "reason": reason}]
+            for end, reason in (("cancelled", "no reason given"), ("rejected", "too long: 9 [tokens]"),
+                                ("failed", "no reason given"))
+        },
     }  # fmt: skip
 
 
@@ -137,7 +145,9 @@ def test_quality_and_adapters(run_dir: Path) -> None:
     summary = write_summary(run_dir)
     assert summary["quality"] == {
         "heldout_loss_before": 3.5, "heldout_loss_after": 0.5,
-        "exact_match_before": None, "exact_match_after": 0.25,
+        "exact_match_before": None, "exact_match_before_interval": None, "exact_match_before_rows": 0,
+        "exact_match_after": 0.25, "exact_match_after_rows": 8,
+        "exact_match_after_interval": [pytest.approx(0.0715, abs=1e-3), pytest.approx(0.5907, abs=1e-3)],
     }  # fmt: skip
     assert summary["adapters"] == {
         "versions_served": {"0": 3, "1": 2},
@@ -185,3 +195,30 @@ def test_printed_summary_is_plain_ascii(run_dir: Path) -> None:
     out = io.StringIO()
     print_summary(write_summary(run_dir), Console(file=out, width=100))
     assert out.getvalue().isascii() and "attainment" in out.getvalue() and "rejected 1" in out.getvalue()
+    assert "1: too long: 9 [tokens]" in out.getvalue(), "brackets are text"
+    assert "0.25 (95 %: 0.07148 to 0.5907, 8 answers)" in out.getvalue()
+
+
+@given(st.integers(1, 400), st.data())
+def test_the_interval_of_a_share_holds_it_stays_within_0_and_1_and_tightens(count: int, data: st.DataObject) -> None:
+    hits = data.draw(st.integers(0, count))
+    low, high = wilson(hits, count) or (2.0, -1.0)
+    assert 0 <= low <= hits / count <= high <= 1 and low < high
+    narrow = wilson(hits * 4, count * 4)
+    assert narrow is not None and narrow[1] - narrow[0] < high - low
+    assert wilson(0, 0) is None
+
+
+def test_the_interval_of_a_share_is_wilsons() -> None:
+    """The textbook case: 0 of 10 is 0 to 0.278."""
+    assert wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson(45, 64) == pytest.approx((0.5823, 0.8009), abs=1e-4)
+
+
+def test_reasons_that_differ_in_numbers_only_are_counted_together_with_their_range() -> None:
+    sentences = [f"prompt {n} + max_tokens 64 exceed 512 tokens" for n in (600, 500, 700)] + ["replica 2 was lost"]
+    assert count_reasons(sentences) == [
+        {"count": 3, "reason": "prompt 500 to 700 + max_tokens 64 exceed 512 tokens"},
+        {"count": 1, "reason": "replica 2 was lost"},
+    ]
+    assert count_reasons([]) == []
