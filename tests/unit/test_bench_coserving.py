@@ -161,7 +161,7 @@ def results() -> Results:
 
 
 def test_figures_are_medians_with_the_least_and_the_most() -> None:
-    assert spread([3.0, 1.0, 2.0], ".1f") == "2.0 (1.0 to 3.0)"
+    assert spread([9.0, 1.0, 2.0], ".1f") == "2.0 (1.0 to 9.0)"
     assert spread([1.0, math.nan], ".0f") == "1" and spread([], ".0f") == "-"
 
 
@@ -182,12 +182,31 @@ def test_the_report_holds_where_the_figures_come_from() -> None:
     text = markdown("coserving", ["command: x"], "run: {name: bench}", results(), ["a.png"])
     for part in ("# coserving", "* command: x", "run: {name: bench}", "![a.png](a.png)", "share 0.30, 0.20"):
         assert part in text
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## Goals", "## Alone", "## Together", "## Configuration",
+    ]  # fmt: skip
+    alone = text.partition("## Alone")[2].partition("## Together")[0]
+    assert "| serving only, saturated | 100 (100 to 100) |" in alone and "| training only | 1000 (" in alone
 
 
-def test_plots_are_written(tmp_path: Path) -> None:
+def test_plots_show_every_mode_the_promises_and_what_ran_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr("plots.plt.close", figures.append)
     plot_latency({"clif": [RUN, RUN], "split": [RUN]}, (1500.0, 200.0), tmp_path / "l.png")
     plot_timeline(RUN, 10.0, 500.0, tmp_path / "t.png")
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("l.png", "t.png"))
+    (latency, timeline), drawn = figures, []
+    for axis in latency.axes:
+        clif, split, promise = (line.get_xdata() for line in axis.lines)
+        drawn.append((list(clif), list(split), promise[0]))
+        assert [text.get_text() for text in axis.get_legend().get_texts()][:2] == ["clif", "split"]
+    assert drawn[0] == ([100.0, 100.0, 300.0, 300.0], [100.0, 300.0], 1500.0)
+    assert drawn[1] == (pytest.approx([100, 100, 200, 200, 300, 300]), pytest.approx([100, 200, 300]), 200.0)
+    above, below = timeline.axes
+    (area,) = above.collections
+    assert area.get_paths()[0].vertices[:, 1].max() == 2.0, "two requests at once"
+    assert [bar.get_height() for bar in below.patches] == training_rates(RUN, 10.0)[1].tolist()
+    assert below.lines[0].get_ydata()[0] == 500.0
 
 
 def test_what_is_plotted_is_what_was_measured() -> None:

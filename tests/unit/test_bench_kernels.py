@@ -91,8 +91,11 @@ def test_the_worst_case_counts_and_what_was_not_measured_is_said() -> None:
     goal = Goal("x", ("a", "b"), "ours", "base", 1.1, 1.05)
     findings = Findings({c: {"ours": Timing(0, us, 0), "base": Timing(0, 10, 0)} for c, us in (("a", 10), ("b", 10.8))})
     assert findings.ratio(goal) == pytest.approx(1.08) and verdict(goal, 1.08) == "must"
-    assert verdict(goal, 1.2) == "missed" and verdict(goal, 1.0) == "stretch" and verdict(goal, None) == "not measured"
-    assert verdict(replace(goal, at_most=False), 1.2) == "stretch"
+    least = Goal("x", ("a", "b"), "base", "ours", 1.6, 1.8, at_most=False)
+    assert findings.ratio(least) == pytest.approx(1 / 1.08)
+    assert [verdict(goal, r) for r in (1.11, 1.1, 1.06, 1.05)] == ["missed", "must", "must", "stretch"]
+    assert [verdict(least, r) for r in (1.59, 1.6, 1.79, 1.8)] == ["missed", "must", "must", "stretch"]
+    assert verdict(goal, None) == "not measured"
     del findings.timings["b"]
     assert findings.ratio(goal) is None
 
