@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,8 @@ class Work:
                 "train": {"enabled": False},
             }
         )
-        return config.model_copy(update={"train": config.train.model_copy(update={"enabled": True})})
+        # The rate is reached at once, as PEFT's loop does.
+        return config.model_copy(update={"train": config.train.model_copy(update={"enabled": True, "warmup_steps": 0})})
 
     def prompts(self, repeat: int, vocab: int) -> list[list[int]]:
         """Token ids that no other repeat has, the same for all contenders. Special tokens, at the start, are left out.
@@ -60,12 +62,17 @@ class Work:
         rng = random.Random(f"prompts of repeat {repeat}")
         return [rng.choices(range(100, vocab), k=self.prompt) for _ in range(self.requests)]
 
-    def training(self, repeat: int, vocab: int) -> list[TrainSample]:
-        """Samples of all steps of a repeat."""
+    def training(self, repeat: int, vocab: int) -> list[list[TrainSample]]:
+        """Samples of a repeat, by step; they are new in each, and the same for all contenders."""
         rng = random.Random(f"samples of repeat {repeat}")
-        count, start = self.steps * self.samples, self.length - self.targets
-        rows = (tuple(rng.choices(range(100, vocab), k=self.length)) for _ in range(count))
-        return [TrainSample(id=i, ids=ids, target_start=start) for i, ids in enumerate(rows)]
+        start = self.length - self.targets
+        return [
+            [
+                TrainSample(id=i, ids=tuple(rng.choices(range(100, vocab), k=self.length)), target_start=start)
+                for i in range(self.samples)
+            ]
+            for _ in range(self.steps)
+        ]
 
 
 def clif_serving(work: Work) -> Ready:
@@ -118,6 +125,7 @@ def static_batch(work: Work) -> Ready:
 
 def continuous_batch(work: Work) -> Ready:
     """transformers' own continuous batching, made once and kept. Left alone it sizes its cache by the free memory."""
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     model = load_model(work.config().model, CPU).model
     settings = transformers.GenerationConfig(
         max_new_tokens=work.answer, do_sample=False, eos_token_id=-1, pad_token_id=0
@@ -148,17 +156,17 @@ def clif_training(work: Work) -> Ready:
     """Results of training: the mean loss of a repeat."""
     config = work.config()
     runner, bank = build_runner(config, load_model(config.model, CPU))
-    trainer = ShadowTrainer(runner, bank, work.training(0, runner.stack.vocab_size), config.train)
+    trainer = ShadowTrainer(runner, bank, work.training(0, runner.stack.vocab_size)[0], config.train)
 
     def turn(repeat: int) -> Any:
-        # An epoch of the trainer is a repeat: each sample is used once.
-        trainer.samples = work.training(repeat, runner.stack.vocab_size)
+        batches = work.training(repeat, runner.stack.vocab_size)
 
         def run() -> float:
             losses: list[float] = []
 
             def steps() -> Any:
-                for _ in range(work.steps):
+                # An epoch of the trainer is a step.
+                for trainer.samples in batches:
                     losses.append((yield from trainer.step(work.samples, 1)).loss)
 
             job = Job("steps", steps())
@@ -180,7 +188,7 @@ def peft_training(work: Work) -> Ready:
     lora = peft.LoraConfig(r=config.adapter.r, lora_alpha=int(config.adapter.lora_alpha), target_modules="all-linear")
     wrapped = peft.get_peft_model(model, lora)
     trained = [p for p in wrapped.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.train.lr, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=config.train.lr, weight_decay=config.train.weight_decay, fused=True)
     half = model.dtype != torch.float32
 
     def step(ids: torch.Tensor) -> float:
@@ -195,8 +203,9 @@ def peft_training(work: Work) -> Ready:
         return float(loss.detach())
 
     def turn(repeat: int) -> Any:
-        ids = torch.tensor([sample.ids for sample in work.training(repeat, model.config.vocab_size)])
-        return lambda: sum(step(batch) for batch in ids.split(work.samples)) / work.steps
+        steps = work.training(repeat, model.config.vocab_size)
+        batches = [torch.tensor([sample.ids for sample in samples]) for samples in steps]
+        return lambda: sum(map(step, batches)) / work.steps
 
     return Ready(f"r={config.adapter.r}, all linear layers, AdamW, clipping; autocast {'on' if half else 'off'}", turn)
 

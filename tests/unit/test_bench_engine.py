@@ -77,7 +77,7 @@ def test_every_repeat_has_new_prompts_and_samples_and_all_contenders_have_the_sa
     assert len(beginnings) == 4 * work.requests, "half a block in common could be reused"
     assert work.prompts(2, 300) == repeats[2]
     assert {len(ids) for prompts in repeats for ids in prompts} == {work.prompt}
-    samples = [[s.ids for s in work.training(n, 300)] for n in range(4)]
+    samples = [[s.ids for step in work.training(n, 300) for s in step] for n in range(4)]
     assert len({ids for found in samples for ids in found}) == 4 * work.steps * work.samples
 
 
@@ -100,6 +100,7 @@ def test_prompts_that_come_again_are_found_out(work, monkeypatch):
 
 
 def test_clif_and_peft_learn_from_the_same_samples(work):
-    """The adapter begins as nothing, so the first step's loss is the model's own. In one step no order counts."""
-    one = Work(**{**vars(work), "steps": 1})
-    assert turns_of(clif_training(one), 1) == pytest.approx(turns_of(peft_training(one), 1), rel=1e-4)
+    """Adapters begin as nothing, so the first loss is the model's own; later ones differ with A's random numbers."""
+    single = Work(**{**vars(work), "steps": 1})
+    ours, theirs = turns_of(clif_training(single), 3), turns_of(peft_training(single), 3)
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-5) and ours == pytest.approx(theirs, rel=0.02)
