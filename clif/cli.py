@@ -49,6 +49,26 @@ def report(run: RunDir) -> None:
     print_summary(write_summary(run))
 
 
+@app.command()
+def mend(run: RunDir) -> None:
+    """Cut damaged lines out of RUN/journal.jsonl, so that run.resume=true can go on."""
+    _check_folder(run)
+    from clif.control.journal import mend as mend_journal
+    from clif.folder_lock import FolderLock
+
+    lock = FolderLock(run)
+    damaged, aside = mend_journal(lock)
+    lock.close()
+    if not damaged:
+        typer.echo("no line of the journal is damaged")
+        return
+    typer.echo(f"cut out: {len(damaged)} damaged lines, {', '.join(map(str, damaged[:20]))}. As it was: {aside}")
+    typer.echo(
+        "What stood there is forgotten: a request whose acceptance it was is offered again or lost, one whose end it "
+        "was may be answered a second time, a round that it committed has no row."
+    )
+
+
 def main() -> None:
     """Entry point. What the user can correct is one line and exit status 2, not a traceback."""
     try:

@@ -38,11 +38,11 @@ class FolderLock:
     Raises InUse when somebody has it for longer than wait_s, InputError where files cannot be locked, OSError.
     """
 
-    def __init__(self, folder: Path, wait_s: float = WAIT_S, watch_s: float = WATCH_S) -> None:
+    def __init__(self, folder: Path, wait_s: float | None = None, watch_s: float = WATCH_S) -> None:
         self.folder = folder
         self._file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            self._wait(wait_s)
+            self._wait(WAIT_S if wait_s is None else wait_s)
             self._watch(watch_s)
         except BaseException:
             os.close(self._file)

@@ -18,7 +18,7 @@ import zmq
 from clif.addresses import refuse_link_local
 from clif.config import Config
 from clif.control.ending import DRAINED, Ending
-from clif.control.journal import Journal
+from clif.control.journal import JOURNAL_FILE, Journal
 from clif.control.ledger import Ledger
 from clif.control.phases import ControlError
 from clif.control.quality import QualityCheck
@@ -38,6 +38,7 @@ from clif.text import ChatTokenizer
 from clif.types import Purpose
 from clif.wire.channels import ControlChannel
 
+log = logging.getLogger(__name__)
 ADDRESS_FILE = "control.address"
 SECRET = "CLIF_SECRET"
 """Environment variable with what a leader must say in its Hello; arguments could be read by other users."""
@@ -92,6 +93,12 @@ def run(arguments: argparse.Namespace, status: Status, config: Config, outside: 
     journal = Journal(run_dir, lock=lock)
     store.sweep()
     recovery = recover(add_up(journal.past), load, arguments.restarted, store.rounds(), read_recorded(run_dir))
+    if recovery.lost:
+        log.warning(
+            "%d requests of before are lost: they were submitted, but %s does not name them. They count as unfinished",
+            len(recovery.lost),
+            run_dir / JOURNAL_FILE,
+        )
     channel = open_channel(arguments.host or config.dist.control_host or "127.0.0.1")
     records = Records(run_dir, config, time.monotonic)
     try:
@@ -124,6 +131,7 @@ def read_recorded(run_dir: Path) -> Recorded:
     users = requests[requests["purpose"] == Purpose.USER.value.encode()]
     return Recorded(
         frozenset(users["id"].tolist()),
+        frozenset(earlier_rows(run_dir, "load")["request"].tolist()),
         frozenset(earlier_rows(run_dir, "rounds")["round_id"].tolist()),
         frozenset(earlier_rows(run_dir, "adapters")["version"].tolist()),
     )

@@ -20,6 +20,7 @@ from typing import Any, Union
 import msgspec
 
 from clif.errors import InputError
+from clif.files import write_atomic
 from clif.folder_lock import FolderLock
 from clif.types import FinishReason, Request
 
@@ -113,10 +114,32 @@ def parse(content: bytes) -> tuple[list[Line], int]:
             if content.find(b"\n", end + 1) < 0 and not content[end + 1 :]:
                 break
             raise JournalError(
-                f"line {len(lines) + 1} of the journal is damaged ({error}): restore the file"
+                f"line {len(lines) + 1} of the journal is damaged ({error}): `clif mend RUN` cuts out what is damaged, "
+                "and says what that may cost"
             ) from error
         start = end + 1
     return lines, start
+
+
+def mend(lock: FolderLock) -> tuple[list[int], Path]:
+    """Cut damaged lines out of a journal: (their numbers, from 1; where the file is kept as it was).
+
+    Nothing is changed when no line is damaged. Raises OSError.
+    """
+    path = lock.folder / JOURNAL_FILE
+    kept, damaged = [], []
+    content = path.read_bytes()
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+        try:
+            _DECODER.decode(line)
+            kept.append(line if line.endswith(b"\n") else line + b"\n")
+        except msgspec.DecodeError:
+            damaged.append(number)
+    aside = path.with_name(f"{JOURNAL_FILE}.damaged-{time.time_ns()}")
+    if damaged:
+        write_atomic(aside, content)
+        write_atomic(path, b"".join(kept))
+    return damaged, aside
 
 
 class Journal:
@@ -134,7 +157,11 @@ class Journal:
         self._unix = time.time() - clock()
         self._lock = FolderLock(run_dir) if lock is None else lock
         path = run_dir / JOURNAL_FILE
-        self.past, whole = parse(path.read_bytes()) if path.exists() else ([], 0)
+        try:
+            self.past, whole = parse(path.read_bytes()) if path.exists() else ([], 0)
+        except JournalError:
+            self._lock.close()
+            raise
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.ftruncate(self._file, whole)
         self._encoder = msgspec.json.Encoder()

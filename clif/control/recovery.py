@@ -86,9 +86,13 @@ def _add(past: Past, line: Line) -> None:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What has a row in the tables of earlier processes: user requests by id, rounds and adapter versions by number."""
+    """What has a row in the tables of earlier processes: user requests by id, rounds and adapter versions by number.
+
+    requests: those that ended; offered: those that the load submitted.
+    """
 
     requests: frozenset[int] = frozenset()
+    offered: frozenset[int] = frozenset()
     rounds: frozenset[int] = frozenset()
     versions: frozenset[int] = frozenset()
 
@@ -100,7 +104,8 @@ class Recovery:
     load: what is still to come, with ids that no request of this folder had; fingerprint: what it is made from.
     first_id: id of the load's first request. load_s: how long it came already; run_s: how long the run took already.
     open: accepted requests without an end, to be answered from their first token. unrecorded: requests that ended but
-    have no row in any table; rounds and adapters the same. over: nothing is left to do but to stop.
+    have no row in any table; rounds and adapters the same. lost: ids of requests that were submitted, of which the
+    journal does not know: it was damaged or deleted. over: nothing is left to do but to stop.
     """
 
     load: tuple[ScheduledRequest, ...] = ()
@@ -116,6 +121,7 @@ class Recovery:
     last_version: int = 0
     completed: int = 0
     open: tuple[Accepted, ...] = ()
+    lost: frozenset[int] = frozenset()
     unrecorded: tuple[tuple[Accepted, Ended], ...] = ()
     unrecorded_rounds: tuple[RoundStored, ...] = ()
     unrecorded_adapters: tuple[RoundStored, ...] = ()
@@ -145,12 +151,13 @@ def recover(
     print_ = fingerprint(load)
     over = past.done and relaunched and past.starts > 0
     continued = past.starts > 0 and (over or (not past.done and past.load == print_))
-    first_id = past.first_id if continued else max((past.next_id - 1, *recorded.requests), default=-1) + 1
+    first_id = past.first_id if continued else max((past.next_id - 1, *recorded.requests, *recorded.offered)) + 1
     shifted = [_shift(s, first_id) for s in load]
     stored = [r for r in past.stored.values() if r.round_id in committed]
     known = past.accepted.keys() | past.ended.keys() | recorded.requests
+    to_come = () if over else tuple(s for s in shifted if s.request.id not in known)
     return Recovery(
-        load=() if over else tuple(s for s in shifted if s.request.id not in known),
+        load=to_come,
         fingerprint=print_,
         first_id=first_id,
         starts=past.starts,
@@ -159,10 +166,11 @@ def recover(
         continued=continued,
         opened=continued and past.opened,
         over=over,
-        last_round=past.last_round,
-        last_version=past.last_version,
+        last_round=max((past.last_round, *recorded.rounds)),
+        last_version=max((past.last_version, *recorded.versions)),
         completed=len(past.rounds & committed) if continued else 0,
         open=tuple(a for i, a in past.accepted.items() if i not in past.ended and i not in recorded.requests),
+        lost=recorded.offered - known - {s.request.id for s in to_come},
         unrecorded=tuple(
             (past.accepted[i], e) for i, e in past.ended.items() if i in past.accepted and i not in recorded.requests
         ),

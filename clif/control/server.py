@@ -128,6 +128,14 @@ class ControlServer:
         Raises ControlError when the run did not go through.
         """
         try:
+            self._run()
+        finally:
+            # What was shown last may be of some time ago.
+            if self._status.mode != "off":
+                self._status.show(self._clock(), self._snapshot(self._clock()))
+
+    def _run(self) -> None:
+        try:
             self._take_over()
             while self.phase is not Phase.DONE:
                 self._ending.check(self.phase)

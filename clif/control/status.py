@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from clif.control.phases import Phase
+
 PLAIN_S = 3.0
 LIVE_S = 0.25
 RECENT = 200
@@ -85,11 +87,10 @@ class Status:
 
     def __init__(self, wanted: Literal["auto", "live", "plain", "off"], stream: TextIO = sys.stderr) -> None:
         self.mode: Mode = choose_mode(wanted, stream.isatty(), os.environ)
-        self._console = Console(file=stream, highlight=False, soft_wrap=True)
+        # A table whose lines are folded by the terminal is taller than rich believes, and leaves its upper part behind.
+        self._console = Console(file=stream, highlight=False, soft_wrap=self.mode != "live")
         self._live = Live(console=self._console, auto_refresh=False) if self.mode == "live" else None
         self._next_s = 0.0
-        if self._live is not None:
-            self._live.start()
 
     def due(self, now: float) -> bool:
         """Whether a snapshot would be shown now; making one is not free."""
@@ -98,7 +99,10 @@ class Status:
     def show(self, now: float, snapshot: Snapshot) -> None:
         self._next_s = now + (LIVE_S if self._live is not None else PLAIN_S)
         if self._live is not None:
-            self._live.update(_table(snapshot), refresh=True)
+            # While ranks load they write to the terminal as well, which would tear the table.
+            if snapshot.phase != Phase.GATHER.value:
+                self._live.start()
+                self._live.update(_table(snapshot), refresh=True)
         else:
             self._print(" | ".join(f"{title} {text}" for title, text in snapshot.cells()))
 

@@ -10,6 +10,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,14 @@ def summarize(run_h5: Path) -> dict[str, Any]:
     reasons: of those that were not answered, by how they ended; reasons that differ in numbers only count together.
     slo: attainment is the share of requests with a terminal event that were answered (stop, length) and met all
     their promises, so that rejected, failed and cancelled ones count as missed; goodput_rps is their number over
-    duration_s, first arrival to last terminal event. Percentiles of ttft, tpot and itl take every request that has
-    the figure, those of e2e the answered ones. Milliseconds.
+    duration_s, first arrival to last terminal event; output_tokens_per_s counts the tokens of all. Percentiles of
+    ttft, tpot and itl take every request that has the figure, those of e2e the answered ones. Milliseconds.
     training: samples and tokens are those of committed rounds; optimizer_steps counts every step done, also in
     discarded rounds; tokens_per_s is tokens over span_s, start of the first round to end of the last.
     quality: exact_match_*_interval is the 95 % interval (Wilson) of the share, of exact_match_*_rows answers.
     states: seconds in each state from a replica's first transition to the end of the run, states_end_s.
     failures: of replicas, in order, with the reason and the seconds until it was rebuilt; null: it was not.
+    run: name is that of its folder; mode as configured last; started is the wall time of the first start (UTC).
     run.unclosed: files that their process has not closed, with the stamp of their last row in seconds.
     """
     with h5py.File(run_h5, "r") as run:
@@ -59,6 +61,8 @@ def summarize(run_h5: Path) -> dict[str, Any]:
     control_s = sum(end for name, end in ends.items() if name.startswith("control"))
     summary = {
         "run": {
+            "name": run_h5.resolve().parent.name,
+            **_identity({name: attributes for name, attributes in files.items() if name.startswith("control")}),
             "duration_s": control_s,
             "sources": sorted(files),
             "unreadable": unreadable,
@@ -100,6 +104,22 @@ def _end(name: str, attributes: dict[str, Any], tables: dict[str, Rows]) -> floa
         return end
     stamps = [rows["t"][rows["source"] == name.encode()] for rows in tables.values()]
     return max((float(t.max()) for t in stamps if len(t)), default=0.0)
+
+
+def _identity(controls: dict[str, dict[str, Any]]) -> dict[str, str | None]:
+    """Mode and date, from the files of the control processes."""
+    starts = sorted((a for a in controls.values() if "start_unix" in a), key=lambda a: float(a["start_unix"]))
+    if not starts:
+        return {"mode": None, "started": None}
+    started = datetime.fromtimestamp(float(starts[0]["start_unix"]), UTC).isoformat(timespec="seconds")
+    return {"mode": _mode(str(starts[-1].get("config", ""))), "started": started}
+
+
+def _mode(config: str) -> str | None:
+    try:
+        return str(json.loads(config)["run"]["mode"])
+    except (ValueError, LookupError, TypeError):
+        return None
 
 
 def _unclosed(files: dict[str, dict[str, Any]], ends: dict[str, float]) -> list[dict[str, Any]]:
@@ -153,6 +173,7 @@ def _slo(users: Rows, gaps: Rows) -> dict[str, Any]:
     return {
         "attainment": met / len(users) if len(users) else None,
         "goodput_rps": met / duration if duration > 0 else None,
+        "output_tokens_per_s": int(users["output_tokens"].sum()) / duration if duration > 0 else None,
         "duration_s": duration,
         "ttft_ms": _percentiles(users["ttft_s"]),
         "tpot_ms": _percentiles(users["tpot_s"]),
@@ -269,7 +290,11 @@ def _sections(summary: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]
             + [("finished", _pairs(requests["finished"]))]
             + [(k, f"{r['count']}: {r['reason']}") for k, reasons in requests["reasons"].items() for r in reasons],
         ),
-        ("SLO", [(k, _text(slo[k])) for k in ("attainment", "goodput_rps", "duration_s")] + latencies),
+        (
+            "SLO",
+            [(k, _text(slo[k])) for k in ("attainment", "goodput_rps", "output_tokens_per_s", "duration_s")]
+            + latencies,
+        ),
         ("Training", [(key, _text(value)) for key, value in training.items()]),
         ("Quality", _quality_rows(summary["quality"])),
         ("Adapters (requests by version)", [("served", _pairs(adapters["versions_served"])), *promotions]),

@@ -28,7 +28,7 @@ MAY_IMPORT = {
 ENTRIES = {
     "clif.worker": ("clif.metrics", "clif.models", "clif.replica", "clif.wire"),
     "clif.plan": (),
-    "clif.cli": ("clif.data", "clif.metrics"),
+    "clif.cli": ("clif.data", "clif.metrics", "clif.control"),
 }
 """What starts or describes a run as a whole, and which packages it may import. Only clif.launch imports these."""
 BACKENDS = {"clif.ops": ("clif.kernels",)}

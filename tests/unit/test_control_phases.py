@@ -1,8 +1,10 @@
 """Phases as data, the status display, and what the control plane may import."""
 
+import dataclasses
 import io
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,14 +131,36 @@ def test_plain_progress_is_one_line_with_what_matters() -> None:
     assert "round 2 [committed]" in stream.getvalue()
 
 
-def test_live_progress_ends_cleanly() -> None:
-    stream = io.StringIO()
-    status = Status("live", stream)
-    status.show(0.0, SNAPSHOT)
-    status.note("a line")
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """A narrow one, as rich sees it by the environment."""
+    for name, value in {"COLUMNS": "40", "LINES": "50", "FORCE_COLOR": "1", "TERM": "xterm"}.items():
+        monkeypatch.setenv(name, value)
+    return io.StringIO()
+
+
+def lines_of(terminal: io.StringIO) -> list[str]:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue()).replace("\r", "\n").split("\n")
+
+
+def test_no_line_of_the_live_table_is_wider_than_the_terminal_so_that_no_frame_stays_behind(terminal) -> None:
+    status = Status("live", terminal)
+    for now in range(3):
+        status.show(float(now), SNAPSHOT)
+        status.note("a line that is longer than forty columns, as the reasons of rounds are")
     status.close()
     status.close()
-    assert "a line" in stream.getvalue()
+    lines = lines_of(terminal)
+    assert "clif: a line that is longer than forty" in " ".join(line.strip() for line in lines)
+    assert max(map(len, lines)) <= 40, max(lines, key=len)
+
+
+def test_there_is_no_live_table_while_ranks_load_and_write_to_the_terminal(terminal) -> None:
+    status = Status("live", terminal)
+    status.show(0.0, dataclasses.replace(SNAPSHOT, phase="gather"))
+    status.note("waiting")
+    status.close()
+    assert terminal.getvalue() == "clif: waiting\n"
 
 
 def test_off_is_silent_but_for_warnings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,9 +26,11 @@ from clif.wire import messages as wire
 from clif.wire.channels import LeaderChannel
 
 
-def test_a_run_goes_through_all_phases_and_commits_a_round(tmp_path: Path) -> None:
+def test_a_run_goes_through_all_phases_and_commits_a_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = Run(make_config(tmp_path))
     run.go()
+    last = [line for line in capsys.readouterr().err.splitlines() if line.startswith("clif: time")][-1]
+    assert "phase done" in last and "0 to come" in last, "what is shown last is how it ended"
     assert run.server.phase is Phase.DONE
     run.assert_promise_1()
     requests = run.table("requests")

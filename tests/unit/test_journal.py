@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clif.cli import main
 from clif.control.journal import (
     Accepted,
     Began,
@@ -20,8 +21,10 @@ from clif.control.journal import (
     RoundBegan,
     RoundStored,
     VersionGiven,
+    mend,
     parse,
 )
+from clif.folder_lock import FolderLock
 from clif.types import FinishReason, Request, Sampling
 
 
@@ -96,6 +99,58 @@ def test_a_last_line_that_is_damaged_but_ended_is_torn_too():
 def test_damage_in_the_middle_is_an_error_that_names_the_line():
     with pytest.raises(JournalError, match=r"line 2 .* damaged"):
         parse(b'{"type":"RoundBegan","round_id":7}\nrubbish\n{"type":"RoundBegan","round_id":7}\n')
+
+
+def journal_of(folder, content: bytes) -> None:
+    (folder / "journal.jsonl").write_bytes(content)
+
+
+GOOD = b'{"type":"RoundBegan","round_id":%d}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "damaged"),
+    [
+        (GOOD % 1 + b"\n" + GOOD % 2, [2]),
+        (GOOD % 1 + b'{"type":"Ro\n' + b"\x00\x00\n" + GOOD % 2, [2, 3]),
+        (b"rubbish\n" + GOOD % 1 + GOOD % 2 + b'{"type":"Rou', [1, 4]),
+        (GOOD % 1 + (GOOD % 2).rstrip(b"\n"), []),
+    ],
+    ids=["empty line", "two torn lines", "first and last", "whole"],
+)
+def test_what_a_damaged_journal_is_refused_for_can_be_cut_out_and_the_rest_goes_on(tmp_path, content, damaged):
+    journal_of(tmp_path, content)
+    if len(damaged) and damaged != [4]:
+        with pytest.raises(JournalError, match=rf"line {damaged[0]} .* damaged .*`clif mend RUN` cuts out"):
+            Journal(tmp_path)
+    lock = FolderLock(tmp_path)
+    found, aside = mend(lock)
+    lock.close()
+    assert found == damaged and aside.exists() == bool(damaged)
+    if damaged:
+        assert aside.read_bytes() == content, "as it was"
+        assert reopened(tmp_path) == [RoundBegan(round_id=1), RoundBegan(round_id=2)]
+
+
+def test_the_command_mends_a_journal_and_says_what_that_may_cost(tmp_path, monkeypatch, capsys):
+    journal_of(tmp_path, GOOD % 1 + b"\n" + GOOD % 2)
+    for said in ("cut out: 1 damaged lines, 2. As it was: ", "no line of the journal is damaged"):
+        monkeypatch.setattr("sys.argv", ["clif", "mend", str(tmp_path)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out = capsys.readouterr().out
+        assert not ended.value.code and out.startswith(said)
+    assert reopened(tmp_path) == [RoundBegan(round_id=1), RoundBegan(round_id=2)]
+
+
+def test_a_journal_of_a_run_that_is_under_way_is_not_mended(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("clif.folder_lock.WAIT_S", 0.0)
+    journal = Journal(tmp_path)
+    monkeypatch.setattr("sys.argv", ["clif", "mend", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    journal.close()
+    assert ended.value.code == 2 and "is in use by process" in capsys.readouterr().err
 
 
 KILLED = """

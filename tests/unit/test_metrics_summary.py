@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,6 +75,22 @@ def run_dir(tmp_path: Path) -> Path:
             for step in range(3):
                 writer.row("train_steps", step=step, round_id=1, samples=4, tokens=50, loss=1.0, lr=1e-3, seconds=0.1)
     return tmp_path
+
+
+def test_a_summary_tells_of_which_run_it_is_and_how_fast_tokens_came(run_dir: Path) -> None:
+    config = {"run": {"mode": "split"}}
+    with TableWriter(run_dir / "control.r1.h5", CONTROL_TABLES, {"config": json.dumps(config)}) as writer:
+        resumed = writer.path
+    with h5py.File(run_dir / "control.h5", "a") as first, h5py.File(resumed, "a") as second:
+        first.attrs["start_unix"], second.attrs["start_unix"] = 1_700_000_000.0, 1_700_000_900.0
+    summary = write_summary(run_dir)
+    told = {key: summary["run"][key] for key in ("name", "mode", "started")}
+    assert told == {"name": run_dir.name, "mode": "split", "started": "2023-11-14T22:13:20+00:00"}
+    # Five requests of two tokens each, from 1 s to 11 s.
+    assert summary["slo"]["output_tokens_per_s"] == 1.0
+    console = Console(file=io.StringIO(), width=100)
+    print_summary(summary, console)
+    assert "split" in console.file.getvalue() and "output_tokens_per_s" in console.file.getvalue()
 
 
 def test_promise_1_each_submitted_request_is_counted_by_its_one_terminal_event(run_dir: Path) -> None:

@@ -131,6 +131,24 @@ def test_rounds_count_once_and_only_if_their_adapter_became_current():
     assert anew.completed == 0 and (anew.last_round, anew.last_version) == (4, 3), "numbers are never given twice"
 
 
+def test_after_a_deleted_journal_no_id_is_given_again_and_what_was_lost_is_known():
+    """The tables of the killed process say what was submitted; the journal alone said what was open."""
+    recorded = Recorded(
+        requests=frozenset({0, 1}), offered=frozenset(range(5)), rounds=frozenset({3}), versions=frozenset({2})
+    )
+    found = recovered([], load_of(3), relaunched=False, recorded=recorded)
+    assert ids(found.load) == [5, 6, 7] and found.lost == {2, 3, 4}
+    assert (found.last_round, found.last_version) == (3, 2), "numbers of rounds and versions neither"
+
+
+def test_nothing_is_called_lost_that_is_still_to_come_or_that_the_journal_knows():
+    """A host lost power: the load offers again what the journal does not have, under the same id."""
+    load = load_of(4)
+    lines = [began(load), Entered(phase="open"), accept(load[0]), accept(load[1]), end(0)]
+    found = recovered(lines, load, recorded=Recorded(offered=frozenset({0, 1, 2})))
+    assert ids(found.load) == [2, 3] and not found.lost
+
+
 @st.composite
 def lives(draw: st.DrawFn) -> tuple[int, list[tuple[int, bool]]]:
     """(requests of the load, deaths as (lines that were written since the restart, row of the last end flushed))."""
