@@ -85,3 +85,6 @@ class MetricsConfig(Section):
     flush_rows: Positive = 2000
     device_s: Period = 1.0
     """Interval of device samples."""
+    answers: Literal["none", "sample", "all"] = "none"
+    """Which answers of users are kept, with their prompts, in RUN/answers.jsonl; sample: every twentieth by id. Those
+    of probes are kept always."""

@@ -171,6 +171,7 @@ RELEVANCE: dict[str, Needs] = {
     "metrics.flush_s": ALWAYS,
     "metrics.flush_rows": ALWAYS,
     "metrics.device_s": ALWAYS,
+    "metrics.answers": (LOAD,),
 }
 """All of a field's needs must be met for it to matter. A test holds that every field has its line here."""
 

@@ -12,6 +12,7 @@ import tokenizers
 
 from clif.config import Config, config_from_tree
 from clif.control.__main__ import read_recorded
+from clif.control.answers import Answers
 from clif.control.ending import Ending
 from clif.control.journal import Journal
 from clif.control.ledger import Ledger
@@ -229,6 +230,7 @@ class Run:
             quality=QualityCheck(config, rows, tokenizer, recovery.starts),
             store=store,
             records=Records(config.run_dir, config, time.monotonic),
+            answers=Answers(config.run_dir, config.metrics.answers, tokenizer.decode),
             status=Status("plain"),
             ledger=Ledger(self.journal, recovery),
             ending=Ending(**{k: options.pop(k) for k in ("stop_reason", "signalled", "restarts_left") if k in options}),

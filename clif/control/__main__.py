@@ -17,6 +17,7 @@ import zmq
 
 from clif.addresses import refuse_link_local
 from clif.config import Config
+from clif.control.answers import Answers
 from clif.control.ending import DRAINED, Ending
 from clif.control.journal import JOURNAL_FILE, Journal
 from clif.control.ledger import Ledger
@@ -101,6 +102,7 @@ def run(arguments: argparse.Namespace, status: Status, config: Config, outside: 
         )
     channel = open_channel(arguments.host or config.dist.control_host or "127.0.0.1")
     records = Records(run_dir, config, time.monotonic)
+    answers = Answers(run_dir, config.metrics.answers, tokenizer.decode)
     try:
         server = ControlServer(
             config,
@@ -111,6 +113,7 @@ def run(arguments: argparse.Namespace, status: Status, config: Config, outside: 
             quality=QualityCheck(config, rows, tokenizer, recovery.starts),
             store=store,
             records=records,
+            answers=answers,
             status=status,
             ledger=Ledger(journal, recovery),
             ending=Ending(outside.parent_died, outside.signalled, arguments.restarts_left),
@@ -120,6 +123,7 @@ def run(arguments: argparse.Namespace, status: Status, config: Config, outside: 
         server.run()
     finally:
         records.close()
+        answers.close()
         journal.close()
         channel.close()
     return server.drained

@@ -11,7 +11,7 @@ from clif.control.dispatcher import RequestRecord
 from clif.data.heldout import probe_rows
 from clif.data.instruct import Row
 from clif.text import ChatTokenizer
-from clif.types import HeldoutLoss, Purpose, Request, Sampling, first_id
+from clif.types import FinishReason, HeldoutLoss, Purpose, Request, Sampling, first_id
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,14 @@ class Quality:
     exact_match: float
     probes: int
     version: int
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A probe that ended: the known answer, and whether it was given; match None: nothing was answered."""
+
+    expected: str
+    match: bool | None
 
 
 class QualityCheck:
@@ -78,14 +86,19 @@ class QualityCheck:
         """Its part of the held-out rows is missing from the pool."""
         self._evaluating.discard(replica)
 
-    def on_probe(self, record: RequestRecord) -> bool | None:
-        """Judge a probe that ended: whether the answer is the known one. None: not a probe of this measurement."""
+    def on_probe(self, record: RequestRecord) -> Judgement | None:
+        """Judge a probe that ended. None: not a probe of this measurement.
+
+        One that failed or was cancelled is no answer, and counts as neither right nor wrong.
+        """
         answer = self._answers.pop(record.request.id, None)
         if answer is None:
             return None
+        if record.finish not in (FinishReason.STOP, FinishReason.LENGTH):
+            return Judgement(answer, None)
         text = record.text if record.text is not None else self._tokenizer.decode(record.tokens)
         self._matches.append(text.strip() == answer.strip())
-        return self._matches[-1]
+        return Judgement(answer, self._matches[-1])
 
     def _probe(self, request_id: int, row: Row) -> Request:
         prompt = tuple(self._tokenizer.encode_chat(row.messages))

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from clif.config import Config
+from clif.control.answers import Answers
 from clif.control.dispatcher import Dispatcher, Hooks, RequestRecord
 from clif.control.ending import DRAINED, Ending
 from clif.control.federation import Federation
@@ -53,6 +54,7 @@ class ControlServer:
         quality: QualityCheck,
         store: AdapterStore,
         records: Records,
+        answers: Answers,
         status: Status,
         ledger: Ledger,
         ending: Ending,
@@ -62,7 +64,7 @@ class ControlServer:
         self._channel, self._clock = channel, clock
         self._ledger, self._ending = ledger, ending
         self._load = deque(ledger.recovery.load)
-        self._quality, self._records, self._status = quality, records, status
+        self._quality, self._records, self._answers, self._status = quality, records, answers, status
         hooks = Hooks(finished=self._on_finished, dispatched=records.dispatch)
         self.dispatcher = Dispatcher(config, self._send, hooks)
         load_of, transition = self.dispatcher.load_of, records.transition
@@ -350,8 +352,9 @@ class ControlServer:
 
     def _on_finished(self, record: RequestRecord) -> None:
         self._ledger.ended(record)
-        match = self._quality.on_probe(record)
-        self._records.request(record, match)
+        judgement = self._quality.on_probe(record)
+        self._records.request(record, judgement.match if judgement else None)
+        self._answers.keep(record, judgement)
         if record.request.purpose is not Purpose.USER:
             return
         assert record.finish is not None

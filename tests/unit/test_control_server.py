@@ -43,6 +43,8 @@ def test_a_run_goes_through_all_phases_and_commits_a_round(tmp_path: Path, capsy
     assert (before["phase"], before["heldout_loss"], before["exact_match"]) == ("before", 2.0, 0.0)
     assert (after["phase"], after["heldout_loss"], after["exact_match"]) == ("after", pytest.approx(0.1), 1.0)
     assert json.loads((run.config.run_dir / "adapters" / "current.json").read_text())["version"] == 1
+    kept = [json.loads(line) for line in (run.config.run_dir / "answers.jsonl").read_text().splitlines()]
+    assert [(a["purpose"], a["exact_match"]) for a in kept] == [("probe", False)] * 2 + [("probe", True)] * 2
     first = [row for row in run.table("transitions") if row["from_state"] == row["to_state"]]
     assert sorted((row["replica"], row["to_state"]) for row in first) == [(0, "serving"), (1, "serving")]
     combined = [row["replica"] for row in run.table("transitions") if row["to_state"] == "combined"]
