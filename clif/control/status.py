@@ -85,7 +85,8 @@ class Recent:
 class Status:
     """Shows snapshots at its own pace, and single lines (note) above them. A logging handler may write by note."""
 
-    def __init__(self, wanted: Literal["auto", "live", "plain", "off"], stream: TextIO = sys.stderr) -> None:
+    def __init__(self, wanted: Literal["auto", "live", "plain", "off"], stream: TextIO | None = None) -> None:
+        stream = sys.stderr if stream is None else stream
         self.mode: Mode = choose_mode(wanted, stream.isatty(), os.environ)
         # A table whose lines are folded by the terminal is taller than rich believes, and leaves its upper part behind.
         self._console = Console(file=stream, highlight=False, soft_wrap=self.mode != "live")
