@@ -59,6 +59,7 @@ TRACE_LENGTHS = Need("load.trace.lengths", among=("trace",))
 SAMPLES = Need("load.temperature", but=(0.0,))
 GPU = Need("model.device", but=("cpu",))
 CPU = Need("model.device", but=("cuda",))
+ALONE_ON_CPU = (CPU, Need("layout.tp_size", among=(1,)))
 SEVERAL_RANKS = Either((Need("layout.tp_size", but=(1,)), Need("layout.replica_gpus", but=(None,))))
 
 Needs = tuple[Need | Either, ...]
@@ -95,7 +96,7 @@ RELEVANCE: dict[str, Needs] = {
     "adapter.serving_slots": (TRAINS,),
     "engine.max_batch": (SERVES,),
     "engine.kv_tokens": ALWAYS,
-    "engine.block_size": ALWAYS,
+    "engine.block_size": (SERVES,),
     "engine.prefix_reuse": (SERVES,),
     "engine.pack_weights": (CPU, Need("model.dtype", among=("auto", "bfloat16"))),
     "engine.lora_kernel": ALWAYS,
@@ -103,7 +104,7 @@ RELEVANCE: dict[str, Needs] = {
     "engine.max_prefill_tokens": (SERVES,),
     "engine.coserving": (TRAINS, LOAD, ADAPTS),
     "engine.slice_ms": (TRAINS,),
-    "engine.beside_slice_ms": (TRAINS, LOAD, ADAPTS, Need("engine.coserving", among=("auto", "beside"))),
+    "engine.beside_slice_ms": (TRAINS, LOAD, ADAPTS, Need("engine.coserving", among=("auto", "beside")), *ALONE_ON_CPU),
     "engine.activation_mib": (TRAINS,),
     "engine.eval_tokens": (DATA,),
     "slo.ttft_ms": (LOAD,),

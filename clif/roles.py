@@ -38,6 +38,7 @@ def fewest_replicas(config: Config) -> int:
 
 def check_roles(config: Config, layout: Layout) -> None:
     """Raises ConfigError when the replicas that were started cannot do what run.mode and federation ask."""
+    _check_coserving(config, layout)
     run, least, replicas = config.run, config.federation.min_members, len(layout.replicas)
     trainers = [r for r in range(replicas) if config.train.enabled and role_of(r, replicas, run).trains]
     sizes = {len(layout.replicas[r]) for r in trainers}
@@ -55,3 +56,19 @@ def check_roles(config: Config, layout: Layout) -> None:
         which = "trainers" if run.mode == "split" else "replicas"
         more = "raise run.trainers" if run.mode == "split" else "start more ranks"
         raise ConfigError(f"federation.min_members {least} exceeds the {len(trainers)} {which}: lower it or {more}")
+
+
+def _check_coserving(config: Config, layout: Layout) -> None:
+    """What can be known of it before a model is loaded: that the replica's ranks and device allow it."""
+    mode, way = config.run.mode, config.engine.coserving
+    clocked = f"run.mode {mode}" if mode == "time_slice" else f"engine.coserving {way}" if way == "beside" else ""
+    if clocked and any(len(ranks) > 1 for ranks in layout.replicas):
+        # Both are paced by the clock of each rank; and collectives belong to one thread.
+        raise ConfigError(f"{clocked} needs replicas of one rank: set layout.tp_size=1, or change it")
+    if way == "beside" and config.model.device == "cuda":
+        raise ConfigError("engine.coserving beside runs on CPU threads, but model.device is cuda: change one of them")
+    if way == "beside" and config.dist.threads_per_rank == 1:
+        raise ConfigError(
+            "engine.coserving beside needs at least 2 threads of a rank: raise dist.threads_per_rank, or set "
+            "engine.coserving=turns"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pydantic
@@ -285,17 +286,33 @@ def test_an_override_fills_a_section_that_the_file_leaves_empty(tmp_path):
 
 
 def test_an_override_of_a_section_keeps_its_other_fields(file):
-    file.write_text(yaml.safe_dump(merged(engine={"kv_tokens": 4096})))
-    config = load_config(file, ("engine={block_size: 8}",))
-    assert (config.engine.kv_tokens, config.engine.block_size) == (4096, 8)
+    file.write_text(yaml.safe_dump(merged(adapter={"r": 4})))
+    config = load_config(file, ("adapter={lora_alpha: 8}",))
+    assert (config.adapter.r, config.adapter.lora_alpha) == (4, 8.0)
 
 
 def test_null_takes_back_what_the_file_says_of_a_section(file):
-    file.write_text(yaml.safe_dump(merged(engine={"kv_tokens": 4096, "block_size": 8})))
-    assert load_config(file, ("engine=null",)).engine.kv_tokens == 8192
-    # In whatever order: what is given beside it counts.
-    config = load_config(file, ("engine.block_size=32", "engine=null"))
-    assert (config.engine.kv_tokens, config.engine.block_size) == (8192, 32)
+    file.write_text(yaml.safe_dump(merged(adapter={"r": 4, "lora_alpha": 8})))
+    assert load_config(file, ("adapter=null",)).adapter.r == 8
+    # What is given beside it counts.
+    config = load_config(file, ("adapter.lora_alpha=32", "adapter=null"))
+    assert (config.adapter.r, config.adapter.lora_alpha) == (8, 32.0)
+
+
+def test_the_order_of_overrides_never_matters(busy):
+    """Which of two counts is never a question: they cannot be about the same field."""
+    draw = random.Random(0)
+    fields = [
+        "run.seed=3",
+        "train.lr=0.1",
+        "engine={kv_tokens: 4096}",
+        "engine.max_batch=2",
+        "slo=null",
+        "slo.margin=0.1",
+    ]
+    first = load_config(busy, tuple(fields))
+    assert (first.engine.kv_tokens, first.engine.max_batch, first.slo.margin) == (4096, 2, 0.1)
+    assert all(load_config(busy, tuple(draw.sample(fields, len(fields)))) == first for _ in range(20))
 
 
 @pytest.mark.parametrize("key", ["slo.ttft_ms", "train.lr", "run.max_s"])

@@ -121,6 +121,26 @@ def test_split_servers_never_join_a_round_and_trainers_join_under_any_pressure()
 
 
 @pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        ({"run": {"mode": "time_slice"}}, "run.mode time_slice needs replicas of one rank: set layout.tp_size=1"),
+        ({"engine": {"coserving": "beside"}}, "engine.coserving beside needs replicas of one rank: set layout.tp"),
+    ],
+)
+def test_what_needs_replicas_of_one_rank_is_refused_before_a_model_is_loaded(sections, sentence) -> None:
+    config = make_config(sections.pop("run", {}).get("mode", "clif"), **sections)
+    check_roles(config, make_layout(2))
+    with pytest.raises(ConfigError, match=sentence):
+        check_roles(config, make_layout(4, 2))
+
+
+@pytest.mark.parametrize("sections", [{"model": {"path": "m", "device": "cuda"}}, {"dist": {"threads_per_rank": 1}}])
+def test_slices_beside_serving_are_refused_where_there_are_no_threads_for_them(sections) -> None:
+    with pytest.raises(ConfigError, match=r"engine\.coserving beside .*(change one of them|coserving=turns)"):
+        check_roles(make_config("clif", engine={"coserving": "beside"}, **sections), make_layout(1))
+
+
+@pytest.mark.parametrize(
     ("overrides", "ranks"),
     [((), 1), (("federation.min_members=2",), 2), (("run.mode=split", "run.trainers=2"), 3)],
 )
