@@ -167,7 +167,7 @@ class FakeLeader(threading.Thread):
             self.plan = message.plan
             done = RoundResult(
                 round_id=self.plan.round_id, replica=me, samples=8, tokens=80, targets=40, steps=2, loss=1.0,
-                finite=True,
+                finite=True, noise_scale=1e6,
             )  # fmt: skip
             self.channel.send(wire.StepsDone(result=done))
         elif isinstance(message, wire.Aggregate):

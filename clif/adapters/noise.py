@@ -14,7 +14,9 @@ Where the groups come from, with what a step does anyway where that is possible:
 * several micro-batches per step (train.accumulation): each is a group, and every step is observed.
 * one micro-batch of several samples: its two halves. Every HALVED-th step computes them one after the other instead of
   together, and reads the gradient between them; their sum is the step's gradient as before. The price is one more pass
-  of half the rows: what a pass costs however few rows it has, once in HALVED steps.
+  of half the rows: what a pass costs however few rows it has, once in HALVED steps. Measured on one core with 4 samples
+  of 60 tokens and 10 layers of SmolLM2's shape: the passes of such a step take 1.15 times as long in bfloat16 and 1.01
+  times in float32, so 4 % and 0.3 % of all passes.
 * one sample: it and that of the step after, once in HALVED steps. Their parameters differ by one step, along which the
   gradient turns: |G|^2 comes out a little low and phi a little high. Without this a coordinator that has gone down to
   one sample would never learn that the noise has grown since.

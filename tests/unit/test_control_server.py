@@ -38,6 +38,7 @@ def test_a_run_goes_through_all_phases_and_commits_a_round(tmp_path: Path, capsy
     assert {row["finish"] for row in requests} == {"stop"}
     (ended,) = run.table("rounds")
     assert (ended["state"], ended["members"], ended["version"], ended["samples"]) == ("committed", "0,1", 1, 16)
+    assert ended["noise_scale"] == run.server.federation.noise_scale == 1e6, "what the coordinator is given"
     assert ended["heldout_candidate"] == pytest.approx(0.1) and ended["heldout_active"] == pytest.approx(2.0)
     before, after = run.table("quality")
     assert (before["phase"], before["heldout_loss"], before["exact_match"]) == ("before", 2.0, 0.0)
