@@ -6,16 +6,14 @@ the Python process and, on a GPU, its context.
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from clif.config import AdapterConfig, Config
-from clif.errors import InputError
+from clif.errors import ConfigError, InputError
+from clif.model_files import locate, read_model
+from clif.shape import Group, Shape, is_target, shape_of
 
-RANDOM = "random:"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MASTER = 4
 """Bytes of a number of the shadow and of all that belongs to its training: float32."""
@@ -24,47 +22,6 @@ Device = Literal["cpu", "cuda"]
 
 class EstimateError(InputError):
     """The shape of the model cannot be known from here; the message says why."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Linear layers that read the same input, as in DualLinear. sizes: outputs of each; width: inputs of all.
-
-    by_rows: which side tensor parallelism cuts: the outputs (rows of the weight), or the inputs.
-    """
-
-    names: tuple[str, ...]
-    sizes: tuple[int, ...]
-    width: int
-    by_rows: bool
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model's sizes, in numbers per layer or row."""
-
-    vocab: int
-    hidden: int
-    inner: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    tied: bool
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        """The linear layers of one decoder layer."""
-        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        attention, mlp = "self_attn", "mlp"
-        qkv = tuple(f"{attention}.{name}_proj" for name in "qkv")
-        gate_up = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
-        return (
-            Group(qkv, (query, key, key), self.hidden, True),
-            Group((f"{attention}.o_proj",), (self.hidden,), query, False),
-            Group(gate_up, (self.inner, self.inner), self.hidden, True),
-            Group((f"{mlp}.down_proj",), (self.hidden,), self.inner, False),
-        )
 
 
 @dataclass(frozen=True)
@@ -86,33 +43,29 @@ class Memory:
         return sum(asdict(self).values())
 
 
-def read_shape(path: str) -> Shape:
-    """The sizes of the model that model.path names: a folder, or random:<folder or config.json>.
+@dataclass(frozen=True)
+class Room:
+    """Memory in bytes that `ranks` ranks share: those of a host, or of a GPU."""
 
-    Raises EstimateError where there is no config.json, or it lacks a size.
+    bytes: int
+    ranks: int
+
+
+def read_shape(path: str) -> Shape:
+    """The sizes of the model that model.path names: a folder, a GGUF file, or random:<folder or config.json>.
+
+    Raises EstimateError where it is not here, or lacks a size.
     """
-    place = Path(path.removeprefix(RANDOM))
-    file = place / "config.json" if place.is_dir() else place
-    if file.suffix != ".json" or not file.is_file():
+    try:
+        place = locate(path)
+    except ConfigError as error:
+        raise EstimateError(str(error)) from error
+    if place is None:
         raise EstimateError(f"model.path {path} has no config.json here to read sizes from")
     try:
-        return _shape(json.loads(file.read_text()))
-    except (KeyError, TypeError, ValueError) as error:
-        raise EstimateError(f"{file} is not the config.json of a Llama-style model ({error})") from error
-
-
-def _shape(tree: dict[str, Any]) -> Shape:
-    heads = int(tree["num_attention_heads"])
-    return Shape(
-        vocab=int(tree["vocab_size"]),
-        hidden=int(tree["hidden_size"]),
-        inner=int(tree["intermediate_size"]),
-        layers=int(tree["num_hidden_layers"]),
-        heads=heads,
-        kv_heads=int(tree.get("num_key_value_heads") or heads),
-        head_dim=int(tree.get("head_dim") or tree["hidden_size"] // heads),
-        tied=bool(tree.get("tie_word_embeddings", False)),
-    )
+        return shape_of(read_model(place))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise EstimateError(f"{place} is not that of a Llama-style model ({error})") from error
 
 
 def dtype_of(config: Config, device: Device) -> str:
@@ -165,17 +118,8 @@ def _adapters(config: AdapterConfig, shape: Shape, tp_size: int) -> tuple[int, i
     for layer in range(shape.layers):
         for group in shape.groups:
             rows, width = _rows(group, tp_size), _width(group, tp_size)
-            adapted = [i for i, name in enumerate(group.names) if _is_target(f"model.layers.{layer}.{name}", config)]
+            adapted = [i for i, name in enumerate(group.names) if is_target(f"model.layers.{layer}.{name}", config)]
             rank = config.r * len(adapted)
             slot += rank * (width + sum(rows)) if adapted else 0
             shadow += rank * width + config.r * sum(rows[i] for i in adapted)
     return slot, shadow
-
-
-def _is_target(name: str, config: AdapterConfig) -> bool:
-    targets = config.target_modules
-    if targets == "all-linear":
-        return True
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name.endswith(f".{target}") for target in targets)

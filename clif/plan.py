@@ -6,19 +6,22 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from clif.config import Config
-from clif.estimate import Device, EstimateError, dtype_of, estimate, read_shape
+from clif.estimate import Device, EstimateError, Room, dtype_of, estimate, read_shape
 from clif.layout import Layout, check_shares
 from clif.roles import role_of
 
 
-def plan_lines(config: Config, layout: Layout, device: Device) -> Iterator[str]:
-    """The layout, the groups and the estimate, a line each. device: what ranks of this host would run on."""
+def plan_lines(config: Config, layout: Layout, device: Device, room: Room | None = None) -> Iterator[str]:
+    """The layout, the groups and the estimate, a line each. device: what ranks of this host would run on.
+
+    room: None where nobody knows.
+    """
     for replica, ranks in enumerate(layout.replicas):
         role = role_of(replica, len(layout.replicas), config.run)
         only = "" if role.serves and role.trains else f", only {'serves' if role.serves else 'trains'}"
         yield f"replica {replica}: ranks {list(ranks)}, leader {ranks[0]}{only}"
     yield from group_lines(config, layout)
-    yield from memory_lines(config, layout, device)
+    yield from memory_lines(config, layout, device, room)
 
 
 def group_lines(config: Config, layout: Layout) -> Iterator[str]:
@@ -32,7 +35,7 @@ def group_lines(config: Config, layout: Layout) -> Iterator[str]:
         yield f"federation group of tp_rank {tp_rank}, all members: ranks {list(layout.peers(members, tp_rank))}"
 
 
-def memory_lines(config: Config, layout: Layout, device: Device) -> Iterator[str]:
+def memory_lines(config: Config, layout: Layout, device: Device, room: Room | None = None) -> Iterator[str]:
     """An estimate for a rank of each size of replica, or why there is none; activations are their budget.
 
     Raises LayoutError for a model that a replica's ranks cannot share.
@@ -51,6 +54,17 @@ def memory_lines(config: Config, layout: Layout, device: Device) -> Iterator[str
         for name, size in asdict(memory).items():
             if size:
                 yield f"  {name.replace('_', ' '):<15}{_mib(size):>12}"
+        yield _fits(memory.total, device, room)
+
+
+def _fits(size: int, device: Device, room: Room | None) -> str:
+    what = "GPU" if device == "cuda" else "host"
+    if room is None:
+        return f"whether that fits is not known: no {what} to ask"
+    whole = f"{room.ranks} such rank{'s' if room.ranks > 1 else ''} on a {what} of {_mib(room.bytes)}"
+    if size * room.ranks <= room.bytes:
+        return f"fits: {whole}, {_mib(room.bytes - size * room.ranks)} left for what is not counted"
+    return f"does not fit: {whole}, {_mib(size * room.ranks - room.bytes)} too much"
 
 
 def _mib(size: int) -> str:

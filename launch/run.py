@@ -17,9 +17,9 @@ from clif.errors import InputError
 from clif.last_words import Over, last_words
 from clif.launchers import RankEnv, discover
 from clif.layout import Layout, make_layout
-from clif.metrics.provenance import gpu_names
 from clif.mpi import ask_mpi
 from clif.plan import plan_lines
+from clif.preflight import check_gpu, check_model, check_room, device_of, prove, room_of
 from clif.relevance import check_device
 from clif.roles import check_roles, fewest_replicas
 
@@ -56,7 +56,8 @@ def main(
             check_roles(settings, layout)
             if env.rank == 0:
                 check_inputs(settings, layout)
-            code = _print(settings, layout) if dry_run else _run(settings, env)
+                check_model(settings, layout)
+            code = _print(settings, layout, env) if dry_run else _run(settings, layout, env)
     except Over as over:
         raise typer.Exit(over.code) from over
     raise typer.Exit(code)
@@ -73,16 +74,19 @@ def _layout(settings: Config, env: RankEnv, dry_run: bool) -> Layout:
     return make_layout(world, wanted.tp_size, wanted.replicas, wanted.replica_gpus)
 
 
-def _print(settings: Config, layout: Layout) -> int:
-    wanted = settings.model.device
-    gpu = wanted == "cuda" or (wanted == "auto" and bool(gpu_names()))
-    check_device(settings, "cuda" if gpu else "cpu")
-    for line in plan_lines(settings, layout, "cuda" if gpu else "cpu"):
+def _print(settings: Config, layout: Layout, env: RankEnv) -> int:
+    device, ranks = device_of(settings), env.local_world_size if env.world_size > 1 else layout.world_size
+    check_device(settings, device)
+    for line in plan_lines(settings, layout, device, room_of(settings, device, ranks)):
         print(line)
+    check_gpu(settings)
+    print(prove(settings))
     return 0
 
 
-def _run(settings: Config, env: RankEnv) -> int:
+def _run(settings: Config, layout: Layout, env: RankEnv) -> int:
+    if env.local_rank == 0:
+        check_room(settings, layout, env.local_world_size)
     # Every rank would draw its own bar over the run's status.
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Late, so that --help and wrong input need neither torch nor seconds.

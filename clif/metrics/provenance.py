@@ -8,8 +8,10 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pynvml
 
@@ -59,13 +61,21 @@ def cpu_model() -> str:
 
 def gpu_names() -> list[str]:
     """Names of the host's GPUs; empty where NVML does not answer."""
+    return [str(name) for name in _each_gpu(pynvml.nvmlDeviceGetName)]
+
+
+def gpu_bytes() -> list[int]:
+    """Memory of each of the host's GPUs; empty where NVML does not answer."""
+    return [int(memory.total) for memory in _each_gpu(pynvml.nvmlDeviceGetMemoryInfo)]
+
+
+def _each_gpu(ask: Callable[[Any], Any]) -> list[Any]:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return []
     try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
+        return [ask(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())]
     except pynvml.NVMLError:
         return []
     finally:

@@ -34,4 +34,4 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # A KeyError's text is the key alone.
     bare = not lines or isinstance(error, LookupError)
-    return f"{type(error).__name__}: {' '.join(lines[:1])[:300]}" if bare else lines[0][:300]
+    return f"{type(error).__name__}: {' '.join(lines[:1])[:200]}" if bare else lines[0][:200]

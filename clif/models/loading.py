@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,8 @@ import transformers
 
 from clif.collectives import Peers
 from clif.config import ConfigError, ModelConfig
-from clif.model_config import check_tree
+from clif.model_config import check_tree, read_tree
+from clif.model_files import RANDOM, check_tensors, is_gguf, locate
 from clif.models.bytes_tokenizer import byte_tokenizer
 from clif.models.drawn import draw_model
 from clif.models.guard import reading
@@ -26,10 +24,7 @@ from clif.models.sliced import can_slice, load_sliced
 from clif.text import ChatTokenizer, from_transformers
 
 log = logging.getLogger(__name__)
-RANDOM = "random:"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DERIVED = re.compile(r"rotary_emb\.|\.masked_bias$")
-"""Tensors in older files that are computed and not loaded."""
 
 
 @dataclass(frozen=True)
@@ -68,36 +63,48 @@ def load_model(config: ModelConfig, device: torch.device, seed: int = 0, peers: 
     return LoadedModel(model, tokenizer, device, dtype, reason, whole=not shared)
 
 
-def check_config(shape: Any, config: ModelConfig) -> None:
-    """Raises ConfigError for a model, known by its transformers configuration, that cannot be served as it is named."""
+def check_start(config: ModelConfig) -> None:
+    """Everything that is checked before weights are read or drawn. Raises ConfigError."""
+    _checked(config, config.path)
+
+
+def _checked(config: ModelConfig, folder: str) -> Any:
+    """The transformers configuration of a model that can be served as it is named. Raises ConfigError.
+
+    folder: model.path, or where a hub name is kept here.
+    """
+    place = locate(folder)
+    with reading(f"model.path {config.path}"):
+        if config.path.startswith(RANDOM) and place is not None:
+            shape = transformers.AutoConfig.for_model(**read_tree(place))
+        else:
+            shape = transformers.AutoConfig.from_pretrained(**_source(folder))
     tree = shape.to_dict()
-    if config.path.endswith(".gguf"):
+    if is_gguf(config.path):
         # It says how the file is packed: it is unpacked.
         tree.pop("quantization_config", None)
     check_tree(tree, config.path, config.max_context)
     check_make(shape, config.max_context)
+    return shape
+
+
+def _source(path: str) -> dict[str, Any]:
+    """How transformers is told where to read. It would ask on the terminal whether to run code of a folder."""
+    place = Path(path)
+    file = {"gguf_file": place.name} if is_gguf(path) else {}
+    name = str(place.parent) if file else path
+    return {"pretrained_model_name_or_path": name, "trust_remote_code": False, **file}
 
 
 def pretrained(config: ModelConfig, dtype: torch.dtype) -> tuple[Any, ChatTokenizer]:
     """What transformers loads, on the CPU: hub name, folder or GGUF file. Raises ConfigError."""
     path = config.path
-    source: dict[str, Any] = {"pretrained_model_name_or_path": path, "trust_remote_code": False}
-    if path.endswith(".gguf"):
-        file = Path(path)
-        if not file.is_file():
-            hint = "run `clif fetch`" if file.parts[:1] == ("assets",) else "correct it"
-            raise ConfigError(f"model.path {path} does not exist: {hint}")
-        source |= {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    elif path.startswith((".", "/")) and not Path(path).is_dir():
-        raise ConfigError(f"model.path {path} is not a folder: correct it")
     # Every rank would draw its own bar over the run's status.
     transformers.utils.logging.disable_progress_bar()
+    shape = _checked(config, path)
     with reading(f"model.path {path}"):
-        shape = transformers.AutoConfig.from_pretrained(**source)
-    check_config(shape, config)
-    with reading(f"model.path {path}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-        model = load_whole(path, config=shape, **source, **_dense_gguf(path), dtype=dtype)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**_source(path))
+        model = load_whole(path, config=shape, **_source(path), **_dense_gguf(path), dtype=dtype)
         return model, from_transformers(tokenizer, _eos_ids(model))
 
 
@@ -112,31 +119,10 @@ def load_whole(name: str, **source: Any) -> Any:
     return model
 
 
-def check_tensors(name: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
-    """Raises ConfigError for weights that a model lacks, which would be random ones, or has and would not use."""
-    if missing:
-        raise ConfigError(f"{name} lacks {_some(missing)}, which would be random: get it again")
-    unused = [
-        tensor for tensor in unexpected if tensor.startswith(("model.", "lm_head.")) and not DERIVED.search(tensor)
-    ]
-    if unused:
-        raise ConfigError(
-            f"{name} holds {_some(unused)}, which the model that its config.json describes does not have: "
-            "correct that, or get it again"
-        )
-
-
-def _some(tensors: Sequence[str]) -> str:
-    more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
-    return f"the tensors {', '.join(tensors[:3])}{more}"
-
-
 def _sliced(
     config: ModelConfig, folder: str, dtype: torch.dtype, device: torch.device, peers: Peers
 ) -> tuple[Any, ChatTokenizer]:
-    with reading(folder):
-        shape = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    check_config(shape, config)
+    shape = _checked(config, folder)
     with reading(folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = load_sliced(folder, shape, dtype, device, peers)
@@ -145,7 +131,7 @@ def _sliced(
 
 def _dense_gguf(path: str) -> dict[str, Any]:
     """transformers since 5.2x keeps GGUF blocks packed unless told otherwise; LoRA and bf16 GEMMs need them dense."""
-    if path.endswith(".gguf") and hasattr(transformers, "GgufConfig"):
+    if is_gguf(path) and hasattr(transformers, "GgufConfig"):
         return {"quantization_config": transformers.GgufConfig(dequantize=True)}
     return {}
 
@@ -154,13 +140,8 @@ def _random(
     config: ModelConfig, dtype: torch.dtype, seed: int, device: torch.device, peers: Peers
 ) -> tuple[Any, ChatTokenizer]:
     """Random weights of a given shape, for benchmarks; one seed gives one model, however many ranks share it."""
-    place = Path(config.path.removeprefix(RANDOM))
-    file = place / "config.json" if place.is_dir() else place
-    if not file.is_file():
-        raise ConfigError(f"model.path {config.path}: there is no {file}; name a config.json or a folder with one")
-    with reading(f"{file}, which is to be a transformers configuration,"):
-        shape = transformers.AutoConfig.for_model(**json.loads(file.read_text()))
-    check_config(shape, config)
+    shape, file = _checked(config, config.path), locate(config.path)
+    assert file is not None
     with reading(str(file)):
         model = draw_model(shape, dtype, device, seed, peers)
         if (file.parent / "tokenizer.json").is_file():

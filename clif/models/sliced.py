@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from clif.collectives import Peers
 from clif.config import ConfigError
+from clif.model_files import INDEX, SINGLE, check_tensors, read_index
 from clif.models.parts import Slice, build
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def can_slice(path: str) -> bool:
@@ -37,11 +35,13 @@ def load_sliced(path: str, config: Any, dtype: torch.dtype, device: torch.device
         def read(name: str, shape: torch.Size, part: Slice) -> torch.Tensor:
             if name not in files:
                 raise ConfigError(
-                    f"{folder} holds no tensor {name}: it cannot be loaded in parts, set layout.tp_size=1"
+                    f"{folder} lacks the tensor {name}: get it again, or set layout.tp_size=1 if its tensors have "
+                    "other names"
                 )
             return _read(files[name], name, shape, part)
 
         model = build(config, read, dtype, device, peers)
+        check_tensors(str(folder), (), sorted(files.keys() - model.state_dict().keys()))
     if (folder / "generation_config.json").is_file():
         # End-of-sequence tokens and the like.
         model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder))
@@ -50,11 +50,10 @@ def load_sliced(path: str, config: Any, dtype: torch.dtype, device: torch.device
 
 def _files(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """Tensor name -> the opened file that holds it."""
-    index = folder / INDEX
-    names = json.loads(index.read_text())["weight_map"] if index.is_file() else None
+    names = read_index(folder) or {}
     opened: dict[str, Any] = {}
     try:
-        for file in sorted(set(names.values())) if names else [SINGLE]:
+        for file in sorted(set(names.values())) or [SINGLE]:
             opened[file] = stack.enter_context(safe_open(folder / file, framework="pt"))
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{folder} lacks a part ({error}): get it again") from error

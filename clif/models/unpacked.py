@@ -22,6 +22,7 @@ import transformers
 from clif.collectives import Peers
 from clif.config import ConfigError, ModelConfig
 from clif.files import keep_from_others
+from clif.model_files import is_gguf
 from clif.models.guard import reading
 from clif.models.loading import LoadedModel, choose_dtype, load_model, load_whole, pretrained
 from clif.models.sliced import load_sliced
@@ -37,7 +38,7 @@ ALL = "/"
 
 def is_packed(path: str) -> bool:
     """Whether a model (model.path) is slow to load, and cannot be loaded in parts."""
-    return path.endswith(".gguf")
+    return is_gguf(path)
 
 
 class Store(KeyValues, Protocol):

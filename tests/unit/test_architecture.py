@@ -28,6 +28,7 @@ MAY_IMPORT = {
 ENTRIES = {
     "clif.worker": ("clif.metrics", "clif.models", "clif.replica", "clif.wire"),
     "clif.plan": (),
+    "clif.preflight": ("clif.metrics", "clif.models"),
     "clif.cli": ("clif.data", "clif.metrics", "clif.control"),
 }
 """What starts or describes a run as a whole, and which packages it may import. Only clif.launch imports these."""
@@ -47,7 +48,8 @@ TORCH_FREE = [
     "clif.control", "clif.wire", "clif.data", "clif.metrics", "clif.types", "clif.states", "clif.config", "clif.layout",
     "clif.latency", "clif.text", "clif.cli", "clif.errors", "clif.replica.scheduler", "clif.replica.price",
     "clif.replica.blocks", "clif.replica.prefix", "clif.replica.jobs", "clif.roles", "clif.refusals",
-    "clif.launchers", "clif.slurm", "clif.mpi", "clif.addresses", "clif.estimate", "clif.plan", "clif.files",
+    "clif.launchers", "clif.slurm", "clif.mpi", "clif.addresses", "clif.estimate", "clif.plan", 
+    "clif.preflight", "clif.shape", "clif.model_config", "clif.model_files", "clif.gguf_header", "clif.files",
     "clif.folder_lock", "clif.last_words", "clif.run_folder", "clif.store",
 ]  # fmt: skip
 

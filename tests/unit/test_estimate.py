@@ -116,7 +116,7 @@ def test_a_model_whose_sizes_are_not_here_gets_no_estimate_but_the_layout(path):
 
 
 def test_a_config_without_a_size_is_refused_with_its_name(tmp_path):
-    (tmp_path / "config.json").write_text('{"hidden_size": 64, "num_attention_heads": 4}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}')
     with pytest.raises(EstimateError, match="vocab_size"):
         read_shape(str(tmp_path))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ import pytest
 import torch
 import transformers
 from helpers import answer, make_rig, request, stack_logits
+from model_folders import SMALL, saved, shaped
 
 from clif.config import ConfigError, ModelConfig
 from clif.models import loading
-from clif.models.bytes_tokenizer import byte_tokenizer
 from clif.models.layer import DecoderLayer, Rope
 from clif.models.loading import LoadedModel, load_model
 from clif.models.proof import Expected, ask, check_make, compare, ends_of
@@ -22,11 +21,6 @@ from clif.models.stack import CausalStack
 
 CPU = torch.device("cpu")
 
-SMALL = {
-    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256, "initializer_range": 0.2,
-    "eos_token_id": 256, "bos_token_id": None, "pad_token_id": None,
-}  # fmt: skip
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
 SCALED = {
     "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64,
@@ -78,21 +72,6 @@ RIGHT = {
     "qwen2 with biases": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3"},
 }  # fmt: skip
-
-
-def shaped(folder: Path, fields: dict[str, Any]) -> str:
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL, **fields}))
-    return f"random:{folder}"
-
-
-def saved(folder: Path, fields: dict[str, Any]) -> str:
-    """A folder as its makers write it, with random weights and a tokenizer."""
-    shape = {"model_type": "llama", **SMALL, **fields}
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**shape))
-    model.save_pretrained(folder)
-    byte_tokenizer(300).save(folder)
-    return str(folder)
 
 
 def config_of(fields: dict[str, Any]) -> Any:
