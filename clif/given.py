@@ -12,7 +12,7 @@ import yaml
 from clif.errors import ConfigError
 from clif.strict_yaml import Place, read_yaml
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 16
 """Of a file: a configuration is a few lines, and /dev/zero has no end."""
 SHOWN = 80
 """Characters of a value that a sentence repeats."""
@@ -55,7 +55,7 @@ def _read_file(path: Path) -> Given:
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {getattr(error, 'strerror', error)}") from error
     if len(content) > MAX_BYTES:
-        raise ConfigError(f"{path} is larger than {MAX_BYTES >> 20} MiB: name a YAML file, as in configs/")
+        raise ConfigError(f"{path} is larger than {MAX_BYTES >> 10} KiB: name a YAML file, as in configs/")
     try:
         document = read_yaml(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

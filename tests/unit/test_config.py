@@ -225,7 +225,7 @@ def test_keys_that_are_no_names_are_refused(tmp_path, key):
 
 
 def test_a_file_without_end_is_not_read_to_its_end():
-    with pytest.raises(ConfigError, match=r"/dev/zero is larger than 1 MiB: name a YAML file, as in configs/"):
+    with pytest.raises(ConfigError, match=r"/dev/zero is larger than 64 KiB: name a YAML file, as in configs/"):
         load_config("/dev/zero")
 
 
