@@ -75,7 +75,7 @@ RELEVANCE: dict[str, Needs] = {
     "run.rebuilds": ALWAYS,
     "run.resume": ALWAYS,
     "run.mode": ALWAYS,
-    "run.training_share": (Need("run.mode", among=("time_slice",)),),
+    "run.training_share": (Need("run.mode", among=("time_slice",)), LOAD),
     "run.trainers": (Need("run.mode", among=("split",)),),
     "layout.replicas": ALWAYS,
     "layout.tp_size": ALWAYS,

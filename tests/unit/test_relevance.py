@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from clif.config import Config, ConfigError, load_config
-from clif.relevance import ALWAYS, RELEVANCE, Either, Need, check_device, value_of
+from clif.given import Origin
+from clif.relevance import ALWAYS, RELEVANCE, Either, Need, check_device, check_relevance, value_of
 
 REPO = Path(__file__).resolve().parents[2]
 DOCS = (REPO / "docs" / "configuration.md").read_text()
@@ -78,6 +79,74 @@ def test_the_documentation_has_the_table_as_it_is():
     lines = [f"| {', '.join(names)} | {need} |" for need, names in groups.items()]
     wanted = "\n".join(["| given | matters only with |", "|---|---|", *lines])
     assert wanted in DOCS, f"docs/configuration.md must hold:\n{wanted}"
+
+
+MEETS = {
+    "load.kind": "gamma",
+    "quality.exact_match_rows": 1,
+    "slo.deadline_ms": 100.0,
+    "layout.tp_size": 2,
+    "load.temperature": 1.0,
+    "model.device": "auto",
+    "load.trace.lengths": "data",
+}
+"""A value with which a need is met that names only the others."""
+EXAMPLES = {
+    "slo.deadline_ms": 50.0, "load.max_requests": 5, "data.heldout_share": 0.5, "data.heldout_rows": 1,
+    "load.trace.max_prompt_tokens": 5, "load.trace.max_answer_tokens": 5, "federation.rounds": 1,
+    "load.trace.path": __file__,
+}  # fmt: skip
+"""Something to give to a field whose default is nothing."""
+NEEDY = [field for field, needs in RELEVANCE.items() if needs != ALWAYS]
+
+
+def wishes(field: str) -> dict[str, Any]:
+    """Overrides that give a field something, and all that it needs."""
+    given: dict[str, Any] = {}
+    for need in RELEVANCE[field]:
+        part = need.needs[0] if isinstance(need, Either) else need
+        if part.field != "data.path":
+            given[part.field] = MEETS[part.field] if part.but else part.among[-1]
+    if field.startswith("load.trace.") or given.get("load.kind") == "trace" or given.get("load.trace.lengths"):
+        given |= {"load.kind": "trace", "load.trace.path": __file__}
+    default = fields()[field].default
+    return given | {field: EXAMPLES.get(field, str(default) if isinstance(default, Path) else default)}
+
+
+def as_overrides(given: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(f"{field}={json.dumps(value)}" for field, value in given.items())
+
+
+@pytest.mark.parametrize("field", NEEDY)
+def test_a_field_is_accepted_with_all_that_it_needs(tmp_path, rows, field):
+    """So no field needs what excludes each other."""
+    given = wishes(field)
+    config = load_config(write(tmp_path, rows, {}), as_overrides(given))
+    assert all(need.met(config) for need in RELEVANCE[field])
+
+
+def without(config: Config, need: Need) -> Config:
+    """The same with a value that does not meet a need, whether such a whole would be accepted or not."""
+    section, _, field = need.field.partition(".")
+    if field == "trace.lengths":
+        trace = config.load.trace.model_copy(update={"lengths": (*need.but, "data")[0]})
+        return config.model_copy(update={"load": config.load.model_copy(update={"trace": trace})})
+    allowed = get_args(fields()[need.field].annotation) or (False, 2)
+    wrong = need.but[0] if need.but else next(value for value in allowed if value not in need.among)
+    return config.model_copy(update={section: getattr(config, section).model_copy(update={field: wrong})})
+
+
+@pytest.mark.parametrize("field", NEEDY)
+def test_a_field_is_refused_as_soon_as_one_of_its_needs_is_not_met(tmp_path, rows, field):
+    accepted = load_config(write(tmp_path, rows, {}), as_overrides(wishes(field)))
+    origins = {tuple(field.split(".")): Origin("here")}
+    assert not check_relevance(accepted, origins)
+    for need in RELEVANCE[field]:
+        config = accepted
+        for part in need.needs if isinstance(need, Either) else (need,):
+            config = without(config, part)
+        with pytest.raises(ConfigError, match=rf"^{re.escape(field)} \(here\): no effect while .*needs "):
+            check_relevance(config, origins)
 
 
 # --- what is refused -----------------------------------------------------------------------------
