@@ -44,7 +44,8 @@ def report(run: RunDir) -> None:
     """Write RUN/summary.json and print it."""
     _check_folder(run)
     _check_alone()
-    from clif.metrics.summary import print_summary, write_summary
+    from clif.metrics.summary import write_summary
+    from clif.metrics.summary_print import print_summary
 
     print_summary(write_summary(run))
 

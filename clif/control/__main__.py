@@ -151,7 +151,8 @@ def open_channel(host: str) -> ControlChannel:
 
 def summarise(run_dir: Path) -> None:
     """Merge the files of all ranks, write RUN/summary.json and print it."""
-    from clif.metrics.summary import print_summary, write_summary
+    from clif.metrics.summary import write_summary
+    from clif.metrics.summary_print import print_summary
 
     print_summary(write_summary(run_dir))
 

@@ -17,7 +17,8 @@ from rich.console import Console
 from clif.metrics.collect import collect
 from clif.metrics.figures import count_reasons, wilson
 from clif.metrics.schema import CONTROL_TABLES, RANK_TABLES
-from clif.metrics.summary import print_summary, summarize, write_summary
+from clif.metrics.summary import summarize, write_summary
+from clif.metrics.summary_print import print_summary
 from clif.metrics.writer import TableWriter, next_path
 
 
