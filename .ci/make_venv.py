@@ -60,7 +60,7 @@ def site_packages(venv: Path) -> Path:
 
 def install_cpu_torch(python: Path) -> None:
     """From PyTorch's own index for CPUs: for Linux, PyPI has the build for CUDA, which brings NVIDIA's libraries."""
-    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    pip = [str(python), "-m", "pip", "install", "-qq"]
     print(f"installing the CPU build of {CPU_TORCH}", flush=True)
     if subprocess.run([*pip, "--retries", "1", "--timeout", "10", "--index-url", CPU_INDEX, CPU_TORCH]).returncode:
         print("PyTorch's index for CPUs does not answer: taking the build that pip finds by itself", flush=True)

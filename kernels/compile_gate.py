@@ -1,6 +1,7 @@
 """Compiles the kernels for GPUs that need not be there, and reads what the compiler made of them.
 
-    python -m clif.kernels.compile_gate      # needs Triton and no GPU; exits with 1 if a kernel breaks a limit
+    python -m clif.kernels.compile_gate              # needs Triton, no GPU; exits with 1 if a kernel breaks a limit
+    python -m clif.kernels.compile_gate --corners    # the cases nearest to a limit, of each kernel and form
 
 Limits: nothing spilled to local memory, shared memory within a multiprocessor's, tensor-core products used, and none
 of the interpreter's casts left.
@@ -186,6 +187,20 @@ def cases() -> Iterator[Case]:
                           dtype="fp16", bias=True)  # fmt: skip
 
 
+CORNERS = frozenset(
+    {
+        "1 rows 4096->4096 r=16 x1",
+        "2112 rows 4096->6144 r=64 x3",
+        "2112 rows 4096->6144 r=64 x3, backward",
+        "pair, first, r=64",
+        "pair, second, r=64",
+        "gradients of the factors, r=64",
+        "float16, bias",
+    }
+)
+"""Names of the smallest case and of the largest of each form: they need most registers and shared memory."""
+
+
 def _line(number: int) -> tuple[str, bool]:
     """What one of the cases came to, and whether all limits hold. By number, since kernels cannot be sent elsewhere."""
     case = next(itertools.islice(cases(), number, None))
@@ -195,15 +210,15 @@ def _line(number: int) -> tuple[str, bool]:
     return line + (f": {'; '.join(broken)}" if broken else ""), not broken
 
 
-def main() -> int:
-    """Compile all cases, print a line for each, and return how many broke a limit."""
-    bad = 0
+def main(corners: bool = False) -> int:
+    """Compile all cases, or the corners, print a line for each, and return how many broke a limit."""
+    bad, numbers = 0, [i for i, case in enumerate(cases()) if not corners or case.name in CORNERS]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("forkserver")) as pool:
-        for line, good in pool.map(_line, range(len(list(cases())))):
+        for line, good in pool.map(_line, numbers):
             print(line, flush=True)
             bad += not good
     return bad
 
 
 if __name__ == "__main__":
-    sys.exit(bool(main()))
+    sys.exit(bool(main("--corners" in sys.argv[1:])))

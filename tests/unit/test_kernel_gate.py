@@ -15,15 +15,28 @@ from clif.kernels.tiles import GradTiles, LinearTiles, column_tiles, grad_tiles,
 from clif.kernels.tuning import Defaults, Shape, Table, kernel_tiles, load_table, save_table, table_path
 
 
+def test_the_corners_are_cases_for_both_makes_of_gpu_and_every_kernel() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    from clif.kernels.compile_gate import CORNERS, cases
+
+    found = [case for case in cases() if case.name in CORNERS]
+    assert {case.name for case in found} == CORNERS and len(found) == 12
+    every = {(case.capability, case.kernel, case.constants.get("FORM")) for case in cases()}
+    assert {(case.capability, case.kernel, case.constants.get("FORM")) for case in found} == every
+
+
 @pytest.mark.timeout(600)
-def test_the_kernels_compile_for_hopper_and_ampere_within_their_limits(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("which", "count"), [(["--corners"], 12), pytest.param([], 58, marks=pytest.mark.slow)], ids=["corners", "all"]
+)
+def test_the_kernels_compile_for_hopper_and_ampere_within_their_limits(tmp_path: Path, which: list[str], count: int):
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     # Compiled in a process of its own: in this one the interpreter has taken the kernels' place.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-P", "-m", "clif.kernels.compile_gate"]
+    command = [sys.executable, "-P", "-m", "clif.kernels.compile_gate", *which]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert "sm_90" in done.stdout and "sm_80" in done.stdout
+    assert "sm_90" in done.stdout and "sm_80" in done.stdout and len(done.stdout.splitlines()) == count
 
 
 def test_a_kernel_that_breaks_a_limit_is_found() -> None:

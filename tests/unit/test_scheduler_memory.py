@@ -356,13 +356,16 @@ def test_running_requests_share_blocks_and_the_memory_counts_once():
     bench.ended_well()
 
 
-def test_prefix_of_another_version_is_never_reused():
-    bench = Bench(kv_tokens=128)
-    for _ in range(2):
-        bench.add([1] * 13, max_tokens=3)
-        bench.drain()
+def test_a_prefix_is_reused_by_requests_of_its_own_version_only():
+    bench = Bench(kv_tokens=256)
+    reused = []
+    for _ in range(3):
+        for _ in range(2):
+            bench.add([1] * 13, max_tokens=3)
+            bench.drain()
+            reused.append(bench.scheduler.reused_tokens)
         bench.promote()
-    assert bench.scheduler.reused_tokens == 0
+    assert reused == [0, 12, 12, 24, 24, 36]
     bench.ended_well()
 
 
