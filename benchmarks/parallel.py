@@ -3,7 +3,8 @@
     python benchmarks/parallel.py            # needs the demo's assets; idle cores
 
 Ratios within one run. Every measurement starts new processes, and every request has a prompt of its own: no cache gives
-one layout what another one computed. Ranks are processes on gloo. *Communication* is the time in all-reduces of one rank's ticks.
+one layout what another one computed. Ranks are processes on gloo. *Communication* is the time in all-reduces of one
+rank's ticks.
 """
 
 from __future__ import annotations
