@@ -107,8 +107,8 @@ def _notes(results: Results) -> list[str]:
     return [
         "* load: share of the serving capacity of the first repeat, which all repeats take, on average: bursty "
         "arrivals of a minute scatter about it. A repeat has the same requests at the same times in all modes.",
-        "* prompts: what they begin with in common is computed once, in all modes alike. No run finds what a former one "
-        "computed, since each has processes of its own. Within a run each promotion empties the prefix cache: that "
+        "* prompts: what they begin with in common is computed once, in all modes alike. No run finds what a former "
+        "one computed, since each has processes of its own. Within a run each promotion empties the prefix cache: that "
         "costs the modes that train, and serve_only nothing.",
         "* training tokens/s: of optimizer steps that ended within the load and whose round was committed.",
         "* gap: between two tokens of a request, all gaps of all requests.",
