@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from clif.errors import InputError
 from clif.files import write_atomic, write_synced
+from clif.room import Room
 from clif.types import AdapterVersion
 
 CONFIG_FILE = "adapter_config.json"
@@ -26,10 +28,11 @@ log = logging.getLogger(__name__)
 
 
 class AdapterStore:
-    """Writes and finds the promoted adapters of a run."""
+    """Writes and finds the promoted adapters of a run. room: how long a full disk is waited for."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, room: Room | None = None) -> None:
         self.folder = run_dir / "adapters"
+        self._room = room or Room(self.folder)
 
     def place(self, version: int) -> Path:
         """The PEFT folder of a version."""
@@ -39,7 +42,11 @@ class AdapterStore:
         """Store a version and make it the current one; a crash leaves the old or the new, never a part.
 
         The replacement of current.json commits its round, and nothing else does. Writing it again is harmless.
+        Raises OSError, InputError as committed() does.
         """
+        return self._room.repeat(partial(self._write, version, config_json, weights))
+
+    def _write(self, version: AdapterVersion, config_json: str, weights: bytes) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
         final = self.place(version.number)
         temporary = self.folder / f".{final.name}.tmp"

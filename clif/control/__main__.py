@@ -33,6 +33,7 @@ from clif.files import keep_private, write_atomic
 from clif.folder_lock import FolderLock
 from clif.last_words import sentence_of
 from clif.metrics.sources import earlier_rows
+from clif.room import Room
 from clif.run_folder import began
 from clif.store import AdapterStore
 from clif.text import ChatTokenizer
@@ -90,8 +91,10 @@ def run(arguments: argparse.Namespace, status: Status, config: Config, outside: 
     lock = FolderLock(run_dir) if arguments.lock is None else FolderLock.inherited(run_dir, arguments.lock)
     tokenizer = ChatTokenizer.load(run_dir / "tokenizer")
     rows = read_data(config)
-    load, store = make_load(config, rows, tokenizer), AdapterStore(run_dir)
-    journal = Journal(run_dir, lock=lock)
+    load = make_load(config, rows, tokenizer)
+    room = Room(run_dir, give_up=lambda: outside.parent_died() or outside.signalled())
+    store = AdapterStore(run_dir, room)
+    journal = Journal(run_dir, lock=lock, room=room)
     store.sweep()
     recovery = recover(add_up(journal.past), load, arguments.restarted, store.rounds(), read_recorded(run_dir))
     if recovery.lost:

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Union
 
@@ -22,6 +23,7 @@ import msgspec
 from clif.errors import InputError
 from clif.files import write_atomic
 from clif.folder_lock import FolderLock
+from clif.room import Room, is_full
 from clif.types import FinishReason, Request
 
 JOURNAL_FILE = "journal.jsonl"
@@ -145,12 +147,17 @@ def mend(lock: FolderLock) -> tuple[list[int], Path]:
 class Journal:
     """Reads what is there and appends to it. clock: monotonic seconds.
 
-    past: the lines found, in order. lock: of the folder, by default taken here, and closed with the journal. Raises
-    JournalError when the file is damaged, InUse when another process has the folder.
+    past: the lines found, in order. lock: of the folder, by default taken here, and closed with the journal. room: how
+    long a full disk is waited for, and all that would follow from a line with it. Raises JournalError when the file is
+    damaged, InUse when another process has the folder.
     """
 
     def __init__(
-        self, run_dir: Path, clock: Callable[[], float] = time.monotonic, lock: FolderLock | None = None
+        self,
+        run_dir: Path,
+        clock: Callable[[], float] = time.monotonic,
+        lock: FolderLock | None = None,
+        room: Room | None = None,
     ) -> None:
         self.run_dir, self._clock = run_dir, clock
         # Wall time at 0 of the clock. Fixed, so that stamps of one process stay as far apart as they were.
@@ -164,26 +171,45 @@ class Journal:
             raise
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.ftruncate(self._file, whole)
+        self._room, self._sync_room = room or Room(path), Room(path, clock=clock)
         self._encoder = msgspec.json.Encoder()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._sync: Future[None] | None = None
         self._dirty, self._synced = False, clock()
 
     def write(self, line: Line) -> None:
-        """Append a line; it survives this process from now on. Raises OSError."""
+        """Append a line; it survives this process from now on. Raises OSError, and has then written nothing."""
         data = self._encoder.encode(line) + b"\n"
-        while data:
-            data = data[os.write(self._file, data) :]
+        start = os.fstat(self._file).st_size
+        try:
+            while data:
+                # Of a line that only fits in part the rest follows, so that it stays one line.
+                written = self._room.repeat(partial(os.write, self._file, data))
+                data = data[written:]
+        except OSError:
+            os.ftruncate(self._file, start)
+            raise
         self._dirty = True
 
     def maybe_sync(self) -> None:
         """Force what was written to disk, if SYNC_S have passed, without waiting. Raises what the last one raised."""
         if self._sync is not None and self._sync.done():
             done, self._sync = self._sync, None
-            done.result()
+            self._after_sync(done)
         if self._dirty and self._sync is None and self._clock() - self._synced >= SYNC_S:
             self._dirty, self._synced = False, self._clock()
             self._sync = self._thread.submit(os.fsync, self._file)
+
+    def _after_sync(self, done: Future[None]) -> None:
+        try:
+            done.result()
+        except OSError as error:
+            if not is_full(error):
+                raise
+            self._sync_room.refused(error)
+            self._dirty = True
+        else:
+            self._sync_room.accepted()
 
     def unix(self, stamp: float) -> float:
         """A stamp of the clock as wall time."""

@@ -6,7 +6,9 @@ rows to the operating system: they survive the death of the process, not that of
 
 from __future__ import annotations
 
+import errno
 import operator
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,10 @@ import h5py
 import numpy as np
 
 from clif.metrics.schema import REQUIRED, TABLES, Column, Table, create
+from clif.room import POLL_S, Room, free_bytes, is_full
+
+SPARE_BYTES = 1 << 20
+"""What is left free beside the rows: for HDF5's own structures, and for others who write at the same time."""
 
 
 class MetricsError(ValueError):
@@ -54,6 +60,9 @@ class TableWriter:
             raise MetricsError(f"unknown table {', '.join(sorted(unknown))}: known are {', '.join(TABLES)}")
         self._clock, self._flush_s, self._flush_rows = clock, flush_s, flush_rows
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._room = Room(path, clock=clock)
+        if free_bytes(path.parent) < SPARE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         try:
             self._file = h5py.File(path, "x")
         except FileExistsError as error:
@@ -88,27 +97,51 @@ class TableWriter:
     def maybe_flush(self) -> bool:
         """Flush if flush_rows rows wait or flush_s seconds passed; tells whether it did."""
         due = self._pending >= self._flush_rows or self._clock() - self._flushed >= self._flush_s
-        if due:
-            self.flush()
-        return due
+        return due and self.flush()
 
-    def flush(self) -> None:
-        """Append what is buffered. Raises OSError when the disk refuses; the rows stay buffered then."""
-        if self._pending:
-            for buffer in self._tables.values():
-                buffer.write()
-            self._file.flush()
-            for buffer in self._tables.values():
-                buffer.settle()
-            self._pending = 0
+    def flush(self) -> bool:
+        """Append what is buffered; tells whether it did: when the disk is full the rows wait for the next flush.
+
+        Raises OSError when the disk has been full for room.LIMIT_S, and for other errors of it.
+        """
         self._flushed = self._clock()
+        if not self._pending:
+            return True
+        try:
+            written = self._has_room() and self._append()
+        except (OSError, RuntimeError) as error:
+            if not is_full(error):
+                raise
+            written = False
+        if written:
+            self._room.accepted()
+        else:
+            self._room.refused()
+        return written
+
+    def _has_room(self) -> bool:
+        """Asked before HDF5 is, which leaves files that it cannot close when it runs out of room in the middle."""
+        return free_bytes(self.path.parent) >= SPARE_BYTES + sum(b.waiting_bytes for b in self._tables.values())
+
+    def _append(self) -> bool:
+        for buffer in self._tables.values():
+            buffer.write()
+        self._file.flush()
+        for buffer in self._tables.values():
+            buffer.settle()
+        self._pending = 0
+        return True
 
     def close(self) -> None:
-        """Flush, note the end (attribute end_s) and close. Closing twice is harmless."""
+        """Flush, note the end (attribute end_s) and close, with patience for a full disk. Closing twice is harmless.
+
+        Raises OSError as flush() does.
+        """
         if not self._file:
             return
+        while not self.flush():
+            time.sleep(POLL_S)
         try:
-            self.flush()
             self._file.attrs.modify("end_s", self._clock() - self.start)
         finally:
             self._file.close()
@@ -131,6 +164,12 @@ class _Buffer:
         self._converters = [(c.name, _converter(c)) for c in table.columns]
         self._rows: list[tuple[Any, ...]] = []
         self._stored = 0
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Room that the waiting rows need at most: the last chunk may be a new one."""
+        chunk: int = self._data.chunks[0]
+        return (len(self._rows) + chunk) * self._dtype.itemsize if self._rows else 0
 
     def add(self, values: dict[str, Any]) -> None:
         given = self._defaults | values

@@ -12,12 +12,16 @@ import os
 import threading
 from collections.abc import Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
+
+from clif.errors import InputError
+from clif.room import Room
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Checkpoint:
 class CheckpointWriter:
     """Two files per rank: the kept and the prepared checkpoint. Each is replaced as a whole, in a thread of its own.
 
-    All methods but done() and wait() may wait for the write before, and raise what it ended with, say OSError or
-    SafetensorError.
+    A full disk is waited for in that thread. All methods but done() and wait() may wait for the write before, and raise
+    what it ended with, say OSError or SafetensorError.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -89,7 +93,7 @@ class CheckpointWriter:
 
     def _write(self, checkpoint: Checkpoint, path: Path) -> None:
         try:
-            _replace(checkpoint, path)
+            Room(path).repeat(partial(_replace, checkpoint, path))
         except Exception as error:  # noqa: BLE001 - a thread cannot raise: wait() does, in the loop's thread
             self._error = error
 
@@ -111,19 +115,25 @@ def _replace(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def load_checkpoint(path: Path, device: torch.device) -> Checkpoint:
-    """Raises FileNotFoundError or safetensors.SafetensorError."""
-    with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    moments = {k.removeprefix("moments."): v for k, v in tensors.items() if k.startswith("moments.")}
-    trainer = {"shadow": tensors["shadow"], "moments": moments, "steps": int(metadata["steps"])}
-    return Checkpoint(int(metadata["version"]), int(metadata["round_id"]), trainer, json.loads(metadata["cursor"]))
+    """Raises FileNotFoundError, and InputError for a damaged file."""
+    try:
+        with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        moments = {k.removeprefix("moments."): v for k, v in tensors.items() if k.startswith("moments.")}
+        trainer = {"shadow": tensors["shadow"], "moments": moments, "steps": int(metadata["steps"])}
+        return Checkpoint(int(metadata["version"]), int(metadata["round_id"]), trainer, json.loads(metadata["cursor"]))
+    except (safetensors.SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the checkpoint {path} is damaged ({error}): restore it or delete it. Without it this rank goes on from "
+            "its other checkpoint, or with fresh moments and from the first sample"
+        ) from error
 
 
 def find_checkpoint(writer: CheckpointWriter, rounds: Set[int], device: torch.device) -> Checkpoint | None:
     """The rank's state after the last committed round it knows; rounds: those that were committed. None: it has none.
 
-    The writer then keeps that one. Raises safetensors.SafetensorError for a damaged file.
+    The writer then keeps that one. Raises InputError for a damaged file.
     """
     found = [load_checkpoint(path, device) for path in (writer.path, writer.prepared) if path.is_file()]
     known = [c for c in found if c.round_id in rounds]

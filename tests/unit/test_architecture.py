@@ -48,9 +48,9 @@ TORCH_FREE = [
     "clif.control", "clif.wire", "clif.data", "clif.metrics", "clif.types", "clif.states", "clif.config", "clif.layout",
     "clif.latency", "clif.text", "clif.cli", "clif.errors", "clif.replica.scheduler", "clif.replica.price",
     "clif.replica.blocks", "clif.replica.prefix", "clif.replica.jobs", "clif.roles", "clif.refusals",
-    "clif.launchers", "clif.slurm", "clif.mpi", "clif.addresses", "clif.estimate", "clif.plan", 
+    "clif.launchers", "clif.slurm", "clif.mpi", "clif.addresses", "clif.estimate", "clif.plan",
     "clif.preflight", "clif.shape", "clif.model_config", "clif.model_files", "clif.gguf_header", "clif.files",
-    "clif.folder_lock", "clif.last_words", "clif.run_folder", "clif.store",
+    "clif.folder_lock", "clif.last_words", "clif.room", "clif.run_folder", "clif.store",
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from clif.errors import InputError
 from clif.replica.checkpoint import Checkpoint, CheckpointWriter, find_checkpoint, load_checkpoint
 
 CPU = torch.device("cpu")
@@ -169,3 +170,37 @@ def test_a_replica_outside_the_round_keeps_its_own_state(tmp_path):
     assert rounds_found(tmp_path, {1, 2}) == 2
     write(writer, 3, commit=False)
     assert rounds_found(tmp_path, {1, 2}) == 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_named_with_what_can_be_done(tmp_path, share):
+    writer = CheckpointWriter(tmp_path, 0)
+    write(writer, 1, commit=True)
+    content = writer.prepared.read_bytes()
+    writer.prepared.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(InputError, match=r"rank-00000\.prepared\.safetensors is damaged .*: restore it or delete it"):
+        find_checkpoint(writer, {1}, CPU)
+
+
+def test_a_checkpoint_that_lacks_what_every_one_has_is_damaged(tmp_path):
+    path = tmp_path / "rank-00000.safetensors"
+    for metadata in ({}, {"version": "1", "round_id": "x", "steps": "1", "cursor": "{}"}, None):
+        safetensors.torch.save_file({"shadow": torch.zeros(2)}, path, metadata)
+        with pytest.raises(InputError, match="is damaged"):
+            load_checkpoint(path, CPU)
+
+
+def test_a_disk_that_is_full_for_a_moment_delays_a_checkpoint(tmp_path, monkeypatch):
+    refusals, save = iter(range(3)), safetensors.torch.save_file
+
+    def full(*args):
+        if next(refusals, None) is not None:
+            raise safetensors.SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+        save(*args)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr("clif.room.POLL_S", 0.0)
+    writer = CheckpointWriter(tmp_path, 0)
+    writer.prepare(checkpoint(1))
+    writer.wait()
+    assert_whole(load_checkpoint(writer.prepared, CPU))
