@@ -67,7 +67,10 @@ def load_data(config: Config, tokenizer: ChatTokenizer, replica: int, replicas: 
         log.warning("one held-out prompt is used: it decides promotions and quality is measured on it as well")
     # A replica that only serves needs no shard; it gets one, so that all are built alike.
     mine = train.get(replica) or next(iter(train.values()), [])
-    judged = (_encode(part[replica::replicas], tokenizer, limit) for part in (parts.gate, parts.report))
+    # A round whose members had no row to judge by would be discarded: of few rows some are judged by several members.
+    few = 0 < len(parts.gate) <= replica
+    gate = [parts.gate[replica % len(parts.gate)]] if few else parts.gate[replica::replicas]
+    judged = (_encode(part, tokenizer, limit) for part in (gate, parts.report[replica::replicas]))
     return ReplicaData(_encode(mine, tokenizer, limit), *judged)
 
 

@@ -182,3 +182,14 @@ def test_replicas_share_each_part_and_say_when_one_prompt_has_to_do_for_both(tmp
     assert "one held-out prompt is used" not in caplog.text
     load_data(config(tmp_path, rows[9:]), ChatTokenizer(words, None, [1]), 0, 1)
     assert "one held-out prompt is used: it decides promotions and" in caplog.text
+
+
+def test_every_replica_has_a_row_to_judge_by_and_none_is_reported_twice(tmp_path):
+    """A round of members without any would be discarded: no held-out token was judged."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"p{i}": i for i in range(20)}, unk_token="p0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    rows = [{"prompt": f"p{i}", "completion": "p1", "split": "test" if i < 4 else "train"} for i in range(20)]
+    data = [load_data(config(tmp_path, rows), ChatTokenizer(words, None, [1]), r, 5) for r in range(5)]
+    gate, report = [[s.id for s in d.gate] for d in data], [s.id for d in data for s in d.report]
+    assert [len(ids) for ids in gate] == [1] * 5 and len({i for ids in gate for i in ids}) == 2
+    assert len(report) == len(set(report)) == 2
