@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from clif.strict_yaml import Place, read_yaml
 
 MAX_BYTES = 1 << 16
 """Of a file: a configuration is a few lines, and /dev/zero has no end."""
+FIELD = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")
 SHOWN = 80
 """Characters of a value that a sentence repeats."""
 
@@ -33,11 +35,18 @@ class Given:
     tree: dict[str, Any] = field(default_factory=dict)
     origins: dict[Place, Origin] = field(default_factory=dict)
 
-    def where(self, loc: Iterable[int | str]) -> str:
-        """What to add to a sentence about a value: in which place it, or the section around it, was given."""
+    def where(self, loc: Iterable[int | str], sentence: str) -> str:
+        """What to add to a sentence about a value: where it was given.
+
+        A sentence about a section, or about several, names the fields that it means: it gets where these were given.
+        """
         place = tuple(map(str, loc))
-        found = (self.origins.get(place[:end]) for end in range(len(place), 0, -1))
-        return next((f" ({origin.where})" for origin in found if origin is not None), "")
+        places = [tuple(name.split(".")) for name in FIELD.findall(sentence)] if len(place) < 2 else []
+        # Of an item of a list, the list; of a field that is missing, its section.
+        around = [place[:end] for end in range(len(place), 0, -1) if place[:end] in self.origins][:1]
+        found = dict.fromkeys(self.origins[at].where for at in places if at in self.origins)
+        shown = list(found) or [self.origins[at].where for at in around]
+        return f" ({', '.join(shown)})" if shown else ""
 
 
 def read_given(path: Path | str, overrides: tuple[str, ...]) -> Given:

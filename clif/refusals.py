@@ -13,9 +13,10 @@ SHOWN = 60
 """Characters of a value, or of a name, that are repeated."""
 
 
-def sentences(errors: Iterable[Any], root: type[BaseModel], where: Callable[[tuple[int | str, ...]], str]) -> str:
-    """The errors of pydantic, a line each. root: the model of the whole tree; where: says where a value was given."""
-    lines = [sentence(error, root) + where(error["loc"]) for error in errors]
+def sentences(errors: Iterable[Any], root: type[BaseModel], where: Callable[[tuple[int | str, ...], str], str]) -> str:
+    """The errors of pydantic, a line each. root: the model of the whole tree; where: what to add to a sentence."""
+    told = ((error["loc"], sentence(error, root)) for error in errors)
+    lines = [said + where(loc, said) for loc, said in told]
     return "\n".join([*lines[:MOST], *([f"and {len(lines) - MOST} more"] if len(lines) > MOST else [])])
 
 

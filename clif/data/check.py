@@ -18,7 +18,11 @@ def check_inputs(config: Config, layout: Layout) -> None:
     A number of rows that the data does not have is refused too: it would silently be a smaller one.
     """
     if config.data.path is not None:
-        _check_rows(config, layout, read_data(config))
+        rows = read_data(config)
+        try:
+            _check_rows(config, layout, rows)
+        except DataError as error:
+            raise DataError(f"{config.data.path}: {error}") from error
     read_arrivals(config.load, config.run.seed)
 
 

@@ -239,6 +239,18 @@ def test_a_refusal_names_the_file_with_its_line_or_the_override(file):
     assert lines[2].endswith('(given: 2) (override "slo.margin=2")')
 
 
+def test_a_refusal_of_what_does_not_fit_together_names_where_each_of_both_was_given(busy):
+    busy.write_text(busy.read_text() + "engine: {block_size: 7}\n")
+    with pytest.raises(ConfigError) as refused:
+        load_config(busy, ("engine.kv_tokens=8",))
+    said = f'engine.kv_tokens 8 is not a multiple of engine.block_size 7 (override "engine.kv_tokens=8", {busy}, line '
+    assert str(refused.value).startswith(said)
+    busy.write_text(busy.read_text().replace("block_size: 7", "block_size: 8"))
+    with pytest.raises(ConfigError) as refused:
+        load_config(busy, ("train.micro_batch=9",))
+    assert str(refused.value).endswith('raise the latter (override "train.micro_batch=9")')
+
+
 def test_of_a_thousand_mistakes_the_first_are_told():
     said = refusal(merged(engine={f"typo{n}": 1 for n in range(1000)})).splitlines()
     assert len(said) == 21 and said[-1] == "and 980 more"

@@ -29,12 +29,12 @@ def config(tmp_path: Path, **sections: Any) -> Config:
     [
         (
             {"quality": {"exact_match_rows": 100_000}},
-            r'^quality\.exact_match_rows asks for 100000 rows, but 3 have the split "test": lower it',
+            r': quality\.exact_match_rows asks for 100000 rows, but 3 have the split "test": lower it',
         ),
-        ({"data": {"heldout_rows": 4}}, r'^data\.heldout_rows asks for 4 rows, but 3 have the split "test": lower it'),
+        ({"data": {"heldout_rows": 4}}, r': data\.heldout_rows asks for 4 rows, but 3 have the split "test": lower it'),
         (
             {"data": {"heldout_rows": 4}, "train": {"enabled": False}},
-            r"^data\.heldout_rows asks for 4 rows, but 3 have",
+            r": data\.heldout_rows asks for 4 rows, but 3 have",
         ),
     ],
 )
@@ -50,9 +50,9 @@ def test_as_many_rows_as_there_are_are_accepted(tmp_path):
 def test_shards_that_leave_a_trainer_without_rows_are_refused(tmp_path):
     by_client = config(tmp_path, data={"shard": "client"})
     check_inputs(by_client, make_layout(2))
-    with pytest.raises(DataError, match=r"^2 clients cannot be shared by 3 replicas"):
+    with pytest.raises(DataError, match=r": 2 clients cannot be shared by 3 replicas"):
         check_inputs(by_client, make_layout(3))
-    with pytest.raises(DataError, match=r"^4 training rows cannot be shared by 5 replicas"):
+    with pytest.raises(DataError, match=r": 4 training rows cannot be shared by 5 replicas"):
         check_inputs(config(tmp_path), make_layout(5))
     # Of those that only serve none needs a client.
     check_inputs(config(tmp_path, data={"shard": "client"}, run={"mode": "split", "trainers": 2}), make_layout(5))
@@ -60,5 +60,5 @@ def test_shards_that_leave_a_trainer_without_rows_are_refused(tmp_path):
 
 def test_rows_without_a_client_are_refused_where_clients_share(tmp_path):
     settings = config(tmp_path, data={"shard": "client", "train_split": "test", "heldout_split": "train"})
-    with pytest.raises(DataError, match=r'^row 4 .*has no "client": add the field, or set data\.shard to round_robin'):
+    with pytest.raises(DataError, match=r': row 4 .*has no "client": add the field, or set data\.shard to round_robin'):
         check_inputs(settings, make_layout(1))
