@@ -6,25 +6,37 @@ was rolled back. Every epoch commits each of the n samples once, whatever was re
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import msgspec
+
 from clif.errors import InputError
+from clif.types import TrainSample
+
+
+def fingerprint(samples: Iterable[TrainSample]) -> str:
+    """Tells whether two lists of samples are the same, in the same order."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(msgspec.msgpack.encode(sample))
+    return digest.hexdigest()[:16]
 
 
 class SampleCursor:
     """Hands out the positions 0..n-1 of n samples, epoch after epoch, in an order fixed by the seed.
 
-    committed: samples committed so far, over all epochs.
+    committed: samples committed so far, over all epochs. data: fingerprint() of the samples.
     """
 
-    def __init__(self, n: int, seed: int) -> None:
+    def __init__(self, n: int, seed: int, data: str = "") -> None:
         """Raises ValueError if there is no sample to hand out."""
         if n < 1:
             raise ValueError("there is no training sample: give this replica at least one usable row")
-        self.n, self.seed, self.epoch, self.committed = n, seed, 0, 0
+        self.n, self.seed, self.data, self.epoch, self.committed = n, seed, data, 0, 0
         self._next = 0
         self._order = self._shuffled()
         self._released: deque[int] = deque()
@@ -60,25 +72,33 @@ class SampleCursor:
         return {
             "n": self.n,
             "seed": self.seed,
+            "data": self.data,
             "epoch": self.epoch,
             "next": self._next,
             "committed": self.committed + (len(self._claimed) if commit else 0),
             "released": [*self._released] if commit else [*self._claimed, *self._released],
         }
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any], n: int | None = None) -> SampleCursor:
-        """Continue from state(). Raises InputError if n is given and the checkpoint was made for another number."""
-        if n is not None and n != state["n"]:
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from state(). Raises InputError, and changes nothing, if it is not of these samples in this order."""
+        if state["n"] != self.n:
             raise InputError(
-                f"the checkpoint was made with {state['n']} training samples but there are {n} now: "
+                f"the checkpoint was made with {state['n']} training samples but there are {self.n} now: "
                 "resume with the same data and replicas, or start a new run"
             )
-        cursor = cls(state["n"], state["seed"])
-        cursor.epoch, cursor.committed, cursor._next = state["epoch"], state["committed"], state["next"]
-        cursor._order = cursor._shuffled()
-        cursor._released = deque(state["released"])
-        return cursor
+        if state["seed"] != self.seed:
+            raise InputError(
+                f"the order of the samples in this folder was drawn with run.seed={state['seed']}, not {self.seed}: "
+                f"resume with run.seed={state['seed']}, or start a new run"
+            )
+        if state["data"] != self.data:
+            raise InputError(
+                "the training samples are not those of the checkpoint, though as many: resume with the same data.path, "
+                "rows, model and lengths, or start a new run"
+            )
+        self.epoch, self.committed, self._next = state["epoch"], state["committed"], state["next"]
+        self._order = self._shuffled()
+        self._released, self._claimed = deque(state["released"]), []
 
     def _advance(self) -> int:
         if self._next == self.n:

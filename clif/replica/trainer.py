@@ -14,7 +14,7 @@ import torch
 from clif.adapters.bank import AdapterBank
 from clif.adapters.noise import NoiseWatch
 from clif.config import TrainConfig
-from clif.data.cursor import SampleCursor
+from clif.data.cursor import SampleCursor, fingerprint
 from clif.replica.jobs import Slice, Slices
 from clif.replica.runner import ModelRunner
 from clif.types import TrainSample
@@ -46,7 +46,7 @@ class ShadowTrainer:
     ) -> None:
         """Raises ValueError when training is enabled and there is no sample."""
         self.runner, self.bank, self.samples, self.config = runner, bank, samples, config
-        self.cursor = SampleCursor(len(samples), seed) if config.enabled else None
+        self.cursor = SampleCursor(len(samples), seed, fingerprint(samples)) if config.enabled else None
         self.steps = 0
         self.noise = NoiseWatch(bank)
         self._claimed: list[int] = []
@@ -119,10 +119,10 @@ class ShadowTrainer:
         self._claimed = []
 
     def resume(self, snapshot: dict[str, Any], cursor: dict[str, Any]) -> None:
-        """Go on from a checkpoint. Raises ValueError if it was made for another number of samples."""
+        """Go on from a checkpoint. Raises InputError if it was made for other samples, or another order of them."""
         self.restore(snapshot)
         if self.cursor is not None and cursor:
-            self.cursor = SampleCursor.from_state(cursor, len(self.samples))
+            self.cursor.restore(cursor)
 
     def cursor_state(self, commit: bool = False) -> dict[str, Any]:
         """Where the samples stand, as JSON values; empty when there is no training.

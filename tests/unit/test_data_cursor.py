@@ -7,13 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clif.data.cursor import SampleCursor
+from clif.data.cursor import SampleCursor, fingerprint
+from clif.errors import InputError
+from clif.types import TrainSample
 
 STEPS = st.lists(st.tuples(st.sampled_from(("commit", "release", "keep", "crash")), st.integers(0, 7)), max_size=40)
 
 
 def resumed(cursor: SampleCursor) -> SampleCursor:
-    return SampleCursor.from_state(json.loads(json.dumps(cursor.state())), cursor.n)
+    again = SampleCursor(cursor.n, cursor.seed, cursor.data)
+    again.restore(json.loads(json.dumps(cursor.state())))
+    return again
 
 
 @given(st.integers(1, 9), st.integers(0, 2**32), STEPS)
@@ -86,11 +90,34 @@ def test_settling_what_is_not_claimed_is_an_error_and_changes_nothing():
         cursor.claim(-1)
 
 
-def test_a_cursor_needs_samples_and_resumes_only_with_the_same_number():
+def test_a_cursor_needs_samples():
     with pytest.raises(ValueError, match="no training sample"):
         SampleCursor(0, 0)
-    with pytest.raises(ValueError, match="made with 4 training samples but there are 5"):
-        SampleCursor.from_state(SampleCursor(4, 0).state(), 5)
+
+
+def samples(*words: int) -> list[TrainSample]:
+    return [TrainSample(id=i, ids=(word, 1), target_start=1) for i, word in enumerate(words)]
+
+
+DATA = fingerprint(samples(5, 6, 7, 8))
+
+
+@pytest.mark.parametrize(
+    ("cursor", "message"),
+    [
+        (SampleCursor(5, 3, DATA), r"made with 4 training samples but there are 5 now: resume with the same data"),
+        (SampleCursor(4, 77, DATA), r"drawn with run\.seed=3, not 77: resume with run\.seed=3, or start a new run"),
+        (SampleCursor(4, 3, fingerprint(samples(5, 6, 7, 9))), r"not those of the checkpoint.* same data\.path"),
+        (SampleCursor(4, 3, fingerprint(samples(6, 5, 7, 8))), r"not those of the checkpoint.* same data\.path"),
+    ],
+    ids=["number", "seed", "data", "order"],
+)
+def test_a_run_goes_on_only_with_the_samples_and_the_order_that_it_began_with(cursor, message):
+    began = SampleCursor(4, 3, DATA)
+    began.commit(began.claim(3))
+    with pytest.raises(InputError, match=message):
+        cursor.restore(began.state())
+    assert cursor.committed == 0, "nothing is taken over"
 
 
 @given(n=st.integers(1, 20), before=st.integers(0, 30), claimed=st.integers(0, 30), released=st.integers(0, 5))
