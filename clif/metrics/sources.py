@@ -6,7 +6,8 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import h5py
 import numpy as np
 
+from clif.metrics.damage import DAMAGE, checked_attributes, checked_table, cleaned
+from clif.metrics.isolated import Crashed, isolated
 from clif.metrics.schema import TABLES, Column, Table
 
 log = logging.getLogger(__name__)
@@ -64,6 +67,7 @@ class Problem:
 
 
 Part = Attributes | Rows | Problem
+Alive = Callable[[], None]
 
 
 def sources(run_dir: Path) -> list[Source]:
@@ -80,18 +84,13 @@ def earlier_rows(run_dir: Path, table: str) -> np.ndarray[Any, Any]:
     """
     parts = [np.empty(0, dtype=TABLES[table].dtype)]
     for source in sources(run_dir):
-        if source.rank >= 0:
-            continue
-        try:
-            with h5py.File(source.path, "r") as file:
-                found = file[table][: _written(file[table], max(1, len(file[table])))]
-        except (OSError, RuntimeError, KeyError) as error:
-            log.warning("%s cannot be read, so its rows do not count: %s", source.path.name, error)
-            continue
-        part = np.full(len(found), TABLES[table].fill, dtype=TABLES[table].dtype)
-        for column in set(found.dtype.names) & set(part.dtype.names):
-            part[column] = found[column]
-        parts.append(part)
+        if source.rank < 0:
+            for part in _read(source, source.path, (table,)):
+                if isinstance(part, Rows):
+                    # By name: without the columns that only run.h5 has.
+                    parts.append(part.rows[list(parts[0].dtype.names or ())].astype(parts[0].dtype))
+                elif isinstance(part, Problem):
+                    log.warning("%s: %s: what is damaged does not count", source.path.name, part.text)
     return np.concatenate(parts)
 
 
@@ -104,54 +103,75 @@ def merged_table(name: str) -> Table:
 def read(source: Source) -> Generator[Part, None, None]:
     """What a file holds, up to its last flush: attributes, pieces of tables, and what could not be read.
 
-    A table that is damaged anywhere gives a problem and no rows. Close the iterator to end early.
+    A table that is damaged anywhere gives a problem and no rows. Whatever the file makes of HDF5's library, it is a
+    problem of this file. Close the iterator to end early.
     """
     # A copy stands still: the process may be writing, and HDF5 refuses a file that is open for writing.
     with tempfile.TemporaryDirectory(prefix=".collect-", dir=source.path.parent) as folder:
         try:
-            copy = shutil.copy(source.path, folder)
-            with h5py.File(copy, "r") as file:
-                yield Attributes(dict(file.attrs))
-                # A list: h5py keeps its lock as long as an iterator over a file is suspended.
-                for name, data in list(file.items()):
-                    yield from _table(source, name, data)
-        except (OSError, RuntimeError) as error:
-            yield Problem(str(error))
+            copy = Path(shutil.copy(source.path, folder))
+        except OSError as error:
+            yield _problem(error)
+            return
+        yield from _read(source, copy)
 
 
-def _table(source: Source, name: str, data: Any) -> Iterator[Part]:
-    if name not in TABLES:
-        yield Problem(f"unknown table {name}")
-        return
-    step = max(1, PIECE_BYTES // merged_table(name).dtype.itemsize)
+def _read(source: Source, path: Path, tables: Collection[str] | None = None) -> Generator[Part, None, None]:
     try:
-        count = _written(data, step)
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
-        yield Problem(f"table {name}: {error}")
+        yield from isolated(lambda alive: _parts(source, path, tables, alive))
+    except Crashed as error:
+        yield _problem(f"damaged: {error}")
+
+
+def _parts(source: Source, path: Path, tables: Collection[str] | None, alive: Alive) -> Iterator[Part]:
+    try:
+        with h5py.File(path, "r") as file:
+            values, problems = checked_attributes(file)
+            yield Attributes(values)
+            yield from map(_problem, problems)
+            for name in list(file):
+                alive()
+                if tables is None or name in tables:
+                    yield from _table(source, name, file, alive)
+    except DAMAGE as error:
+        yield _problem(error)
+
+
+def _table(source: Source, name: str, file: h5py.File, alive: Alive) -> Iterator[Part]:
+    if name not in TABLES:
+        yield _problem(f"unknown table {name}")
         return
-    for start in range(0, count, step):
-        yield Rows(name, _merged(source, name, data[start : min(start + step, count)]))
-    known = merged_table(name).dtype.names or ()
-    for column in data.dtype.names or ():
-        if column not in known:
-            yield Problem(f"table {name}: unknown column {column}")
+    table = merged_table(name)
+    step = max(1, PIECE_BYTES // table.dtype.itemsize)
+    damage: Counter[str] = Counter()
+    try:
+        data, unknown = checked_table(file[name], table)
+        count = _written(data, step, alive)
+        for start in range(0, count, step):
+            rows = cleaned(_merged(source, table, data[start : min(start + step, count)]), name, damage)
+            yield Rows(name, rows)
+    except DAMAGE as error:
+        yield _problem(f"table {name}: {error}")
+        return
+    yield from (_problem(f"table {name}: {text} in {number} rows") for text, number in damage.items())
+    yield from (_problem(f"table {name}: unknown column {column}") for column in unknown)
 
 
-def _written(data: Any, step: int) -> int:
+def _written(data: h5py.Dataset, step: int, alive: Alive) -> int:
     """Number of rows without those at the end that a kill left unwritten.
 
     Reads all of the table, so that damage shows before a row is taken.
     """
     count = 0
     for start in range(0, len(data), step):
+        alive()
         good = np.flatnonzero(~np.isnan(data[start : start + step]["t"]))
         if len(good):
             count = start + int(good[-1]) + 1
     return count
 
 
-def _merged(source: Source, name: str, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    table = merged_table(name)
+def _merged(source: Source, table: Table, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     merged = np.full(len(rows), table.fill, dtype=table.dtype)
     # By name: a file of an older CLIF may lack a column, which then keeps its fill value.
     for column in rows.dtype.names or ():
@@ -159,3 +179,9 @@ def _merged(source: Source, name: str, rows: np.ndarray[Any, Any]) -> np.ndarray
             merged[column] = rows[column]
     merged["source"], merged["rank"] = source.name.encode(), source.rank
     return merged
+
+
+def _problem(words: object) -> Problem:
+    """What a damaged file says of itself may be anything; this can be printed and stored."""
+    text = str(words).encode("utf-8", "backslashreplace").decode()
+    return Problem("".join(c if c.isprintable() else "?" for c in text)[:400])

@@ -14,11 +14,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from clif.metrics.collect import collect
 from clif.metrics.figures import count_reasons, wilson
+from clif.metrics.merged import load_merged
 from clif.metrics.sources import sources
 from clif.states import ReplicaState
 from clif.types import FinishReason
@@ -47,11 +47,10 @@ def summarize(run_h5: Path) -> dict[str, Any]:
     failures: of replicas, in order, with the reason and the seconds until it was rebuilt; null: it was not.
     run: name is that of its folder; mode as configured last; started is the wall time of the first start (UTC).
     run.unclosed: files that their process has not closed, with the stamp of their last row in seconds.
+    Raises CollectError when the file cannot be read.
     """
-    with h5py.File(run_h5, "r") as run:
-        tables = {name: data[:] for name, data in run.items() if isinstance(data, h5py.Dataset)}
-        files = {name: dict(group.attrs) for name, group in run["sources"].items()}
-        unreadable = [str(problem) for problem in run.attrs["unreadable"]]
+    merged = load_merged(run_h5)
+    tables, files = merged.tables, merged.files
     users = tables["requests"][tables["requests"]["purpose"] == b"user"]
     ends = {name: _end(name, attributes, tables) for name, attributes in files.items()}
     control_s = sum(end for name, end in ends.items() if name.startswith("control"))
@@ -61,7 +60,7 @@ def summarize(run_h5: Path) -> dict[str, Any]:
             **_identity({name: attributes for name, attributes in files.items() if name.startswith("control")}),
             "duration_s": control_s,
             "sources": sorted(files),
-            "unreadable": unreadable,
+            "unreadable": merged.unreadable,
             "unclosed": _unclosed(files, ends),
         },
         "requests": _requests(users, tables["load"]),
