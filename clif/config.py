@@ -118,6 +118,9 @@ class DistConfig(Section):
     """CPU threads of a rank; by default the host's cores divided by its ranks."""
     control_host: str | None = None
     """Address to which the control process binds; by default loopback on one host, else where others reach rank 0."""
+    secret_file: Path | None = None
+    """A file with at least 32 secret bytes, the same on every host and open to its user alone. Needed where hosts do
+    not share the run's folder, in which rank 0 leaves the keys of the control port otherwise."""
 
 
 class ModelConfig(Section):

@@ -6,8 +6,18 @@ Times are seconds. A stamp is comparable only with stamps of the same process (t
 from __future__ import annotations
 
 import enum
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
+
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Amount = Annotated[float, Meta(ge=0, le=1e9)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+"""Bounds of numbers that come from another process: msgspec holds them when it decodes. None of the floats is NaN."""
 
 
 class FinishReason(str, enum.Enum):
@@ -95,9 +105,9 @@ NO_TOKEN = -1
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     """New tokens of a request, all computed by adapter `version`; finish is set on the last event only."""
 
-    request_id: int
-    tokens: tuple[int, ...] = ()
-    version: int = 0
+    request_id: Count
+    tokens: tuple[TokenId, ...] = ()
+    version: Count = 0
     finish: FinishReason | None = None
     detail: str = ""
     text: str | None = None
@@ -192,15 +202,15 @@ class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     round_id: int
-    replica: int
-    samples: int
-    tokens: int
-    targets: int
-    steps: int
+    replica: Count
+    samples: Count
+    tokens: Count
+    targets: Count
+    steps: Count
     loss: float
     finite: bool
     noise_scale: float | None = None
-    seconds: float = 0.0
+    seconds: Seconds = 0.0
 
 
 class Vote(msgspec.Struct, frozen=True, kw_only=True):
@@ -212,11 +222,11 @@ class Vote(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     round_id: int
-    replica: int
+    replica: Count
     finite: bool
     candidate_loss: float
     active_loss: float
-    tokens: int
+    tokens: Count
     error2: float | None = None
     product2: float | None = None
 
@@ -224,7 +234,7 @@ class Vote(msgspec.Struct, frozen=True, kw_only=True):
 class HeldoutLoss(msgspec.Struct, frozen=True, kw_only=True):
     """Held-out loss of the active version on this replica's part: sum over `tokens` answer tokens, in nats."""
 
-    replica: int
-    version: int
+    replica: Count
+    version: Count
     loss: float
-    tokens: int
+    tokens: Count

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import torch
 import torch.distributed as dist
 
@@ -28,7 +29,8 @@ from clif.leaving import Leaving
 from clif.metrics.provenance import provenance
 from clif.models.loading import LoadedModel, load_model
 from clif.models.unpacked import drop, is_packed, load_packed
-from clif.replica.base import build_base
+from clif.peft_files import describe
+from clif.replica.base import Base, build_base
 from clif.replica.build import build_replica, load_data
 from clif.replica.lives import Lives
 from clif.replica.records import RankRecords
@@ -38,12 +40,14 @@ from clif.starts import fewest_restarts
 from clif.text import ChatTokenizer
 from clif.topology import Topology, make_topology
 from clif.wire.channels import LeaderChannel
+from clif.wire.keys import Invitation, Keys, accept, read_secret
 from clif.wire.messages import Goodbye, Hello, Signalled, Trouble, Up
 
 log = logging.getLogger(__name__)
 Control = subprocess.Popen[bytes]
 ADDRESS_FILE = "control.address"
-SECRET = "CLIF_SECRET"
+INVITATION = "clif/control"
+"""Key of torch's store, which anybody who reaches rank 0's host may read."""
 CONTROL_LEAVES_S = 20.0
 """Less than the 30 s after which torchrun kills."""
 ALONE_S = 60.0
@@ -54,6 +58,8 @@ def run_rank(config: Config, env: RankEnv) -> int:
     """Everything that one rank does; returns its exit code. Raises InputError before work, Over after it was said."""
     torch.set_num_threads(config.dist.threads_per_rank or _threads(env))
     leaving = Leaving(config.run.drain_s)
+    # Before anything that takes time.
+    _given_secret(config)
     topology = make_topology(config, env)
     folder = _agree_on_folder(config, topology)
     leaving.on_signal = lambda _: folder.leave()
@@ -125,7 +131,7 @@ def _serve(
     leaving: Leaving,
 ) -> int:
     """Join, loop until Stop, leave; returns the exit code that Stop gave."""
-    channel = _connect(topology) if topology.is_leader else None
+    channel = _connect(config, topology, run_dir) if topology.is_leader else None
 
     def tell(message: Up) -> None:
         if channel is not None:
@@ -141,7 +147,7 @@ def _serve(
         return build_replica(_resuming(config) if life else config, topology, base, data, run_dir, records, tell, ticks)
 
     def say_hello(replica: Replica, life: int) -> None:
-        tell(_hello(config, topology, replica, loaded, load_s, life))
+        tell(_hello(config, topology, replica, base, load_s, life))
 
     # The group of all replicas is the one that most rounds need: made while nobody is being served.
     everybody = tuple(range(len(topology.layout.replicas)))
@@ -189,20 +195,19 @@ def _gpu(device: torch.device) -> str | None:
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
 
 
-def _hello(
-    config: Config, topology: Topology, replica: Replica, loaded: LoadedModel, load_s: float, life: int
-) -> Hello:
+def _hello(config: Config, topology: Topology, replica: Replica, base: Base, load_s: float, life: int) -> Hello:
     return Hello(
         replica=replica.id,
         rank=topology.env.rank,
         host=socket.gethostname(),
         pid=os.getpid(),
-        secret=topology.store.get("clif/secret").decode(),
         max_batch=config.engine.max_batch,
         kv_tokens=config.engine.kv_tokens,
         max_context=config.model.max_context,
+        vocabulary=base.stack.vocab_size,
+        adapter=describe(base.bank.shapes()),
         heldout_rows=replica.member.report.rows,
-        dtype=str(loaded.dtype).removeprefix("torch."),
+        dtype=str(base.loaded.dtype).removeprefix("torch."),
         load_s=load_s,
         life=life,
         version=replica.engine.scheduler.slots.active,
@@ -228,8 +233,16 @@ def _resuming(config: Config) -> Config:
     return config.model_copy(update={"run": config.run.model_copy(update={"resume": True})})
 
 
-def _connect(topology: Topology) -> LeaderChannel:
-    return LeaderChannel(topology.store.get("clif/control").decode(), topology.replica)
+def _given_secret(config: Config) -> bytes | None:
+    """What dist.secret_file holds on this host; None without one. Raises InputError."""
+    return None if config.dist.secret_file is None else read_secret(config.dist.secret_file)
+
+
+def _connect(config: Config, topology: Topology, run_dir: Path) -> LeaderChannel:
+    """The channel to the control process. Raises InputError when this host has not got the run's keys."""
+    invitation = msgspec.json.decode(topology.store.get(INVITATION), type=Invitation)
+    keys = accept(invitation, run_dir, _given_secret(config))
+    return LeaderChannel(invitation.address, keys, topology.replica)
 
 
 @contextmanager
@@ -250,16 +263,18 @@ def _control_process(
         return
     run_dir, lock = folder.path, folder.lock.fileno()
     tokenizer.save(run_dir / "tokenizer")
-    secret = secrets.token_hex(16)
-    topology.store.set("clif/secret", secret)
+    salt = secrets.token_hex(16)
+    keys = Keys.new(_given_secret(config), salt)
+    keys.write(run_dir)
     command = [sys.executable, "-P", "-m", "clif.control", "--run-dir", str(run_dir)]
     command += ["--replicas", str(len(topology.layout.replicas)), "--host", _host(config, topology)]
     command += ["--parent", str(os.getpid()), "--restarts-left", str(restarts)]
     command += ["--lock", str(lock), *(["--restarted"] if folder.restarted else [])]
-    process = subprocess.Popen(command, env={**os.environ, SECRET: secret}, pass_fds=[lock])
+    process = subprocess.Popen(command, pass_fds=[lock])
     leaving.on_signal = lambda _: _pass_on(process, leaving, folder)
     try:
-        topology.store.set("clif/control", _address(run_dir / ADDRESS_FILE, process, config.dist.timeout_s))
+        address = _address(run_dir / ADDRESS_FILE, process, config.dist.timeout_s)
+        topology.store.set(INVITATION, msgspec.json.encode(Invitation(address, salt, keys.fingerprint)).decode())
         yield process
     finally:
         if process.poll() is None:

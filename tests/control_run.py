@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
+import safetensors.numpy
 import tokenizers
 
 from clif.config import Config, config_from_tree
@@ -23,14 +25,24 @@ from clif.control.server import ControlServer
 from clif.control.status import Status
 from clif.data.instruct import read_rows
 from clif.data.load import make_load
+from clif.peft_files import PREFIX, describe
 from clif.store import AdapterStore
 from clif.text import ChatTokenizer
 from clif.types import FinishReason, HeldoutLoss, Request, RoundPlan, RoundResult, TokenEvent, Vote
 from clif.wire import messages as wire
 from clif.wire.channels import ControlChannel, LeaderChannel, decode_down
+from clif.wire.keys import Keys
 
 ANSWER = "yes please"
 HELDOUT_TOKENS = 10
+KEYS = Keys(b"0123456789abcdef" * 2)
+SHAPES = {"layer.lora_A.weight": (8, 4), "layer.lora_B.weight": (4, 8)}
+ADAPTER_JSON = json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 16.0})
+
+
+def adapter_bytes(value: float = 0.5) -> bytes:
+    """A whole adapter in PEFT's naming."""
+    return safetensors.numpy.save({PREFIX + name: np.full(shape, value, np.float32) for name, shape in SHAPES.items()})
 
 
 def make_tokenizer() -> ChatTokenizer:
@@ -63,9 +75,9 @@ def make_config(tmp_path: Path, **sections: dict[str, Any]) -> Config:
 class FakeLeader(threading.Thread):
     """A scripted replica: answers one token per turn and knows the right answer from version 1 on."""
 
-    def __init__(self, address: str, replica: int, secret: str = "s", silent_after: int | None = None) -> None:
+    def __init__(self, address: str, replica: int, silent_after: int | None = None) -> None:
         super().__init__(daemon=True)
-        self.address, self.replica, self.secret = address, replica, secret
+        self.address, self.replica = address, replica
         self.silent_after = silent_after
         self.fails_after: int | None = None
         self.fails_for_s = 0.2
@@ -84,7 +96,7 @@ class FakeLeader(threading.Thread):
         self.exit_code: int | None = None
 
     def run(self) -> None:
-        self.channel = LeaderChannel(self.address, self.replica)
+        self.channel = LeaderChannel(self.address, KEYS, self.replica)
         self.channel.send(self.hello())
         reported = 0.0
         while not self.end.is_set():
@@ -130,8 +142,9 @@ class FakeLeader(threading.Thread):
 
     def hello(self) -> wire.Hello:
         return wire.Hello(
-            replica=self.replica, rank=self.replica, host="h", pid=1, secret=self.secret, max_batch=4, kv_tokens=8192,
-            max_context=2048, heldout_rows=1, dtype="float32", load_s=0.0, life=self.life, version=self.version,
+            replica=self.replica, rank=self.replica, host="h", pid=1, max_batch=4, kv_tokens=8192,
+            max_context=2048, vocabulary=8, adapter=describe(SHAPES),
+            heldout_rows=1, dtype="float32", load_s=0.0, life=self.life, version=self.version,
         )  # fmt: skip
 
     def report(self) -> wire.Report:
@@ -198,8 +211,9 @@ class FakeLeader(threading.Thread):
             self.version = message.version
         if message.publish:
             published = wire.Published(
-                version=message.version, round_id=message.round_id, config_json="{}", weights=b"weights"
-            )
+                replica=self.replica, version=message.version, round_id=message.round_id, config_json=ADAPTER_JSON,
+                weights=adapter_bytes(),
+            )  # fmt: skip
             self.channel.send(published)
         settled = wire.Settled(replica=self.replica, round_id=message.round_id, version=self.version, tick=1)
         self.channel.send(settled)
@@ -215,7 +229,7 @@ class Run:
         assert path is not None
         rows = read_rows(path)
         self.load = make_load(config, rows, tokenizer)
-        self.channel = ControlChannel()
+        self.channel = ControlChannel(KEYS, leaders)
         config.run_dir.mkdir(exist_ok=True)
         store = AdapterStore(config.run_dir)
         self.journal = Journal(config.run_dir)
@@ -226,7 +240,6 @@ class Run:
             self.channel,
             time.monotonic,
             replicas=leaders,
-            secret="s",
             quality=QualityCheck(config, rows, tokenizer, recovery.starts),
             store=store,
             records=Records(config.run_dir, config, time.monotonic),

@@ -11,9 +11,8 @@ import torch
 
 from clif.adapters.bank import AdapterBank, State
 from clif.errors import InputError
+from clif.peft_files import ELSEWHERE, PREFIX
 from clif.store import CONFIG_FILE, WEIGHTS_FILE
-
-PREFIX = "base_model.model."
 
 
 class AdapterError(InputError):
@@ -119,7 +118,7 @@ def read_folder(bank: AdapterBank, folder: Path) -> State:
     for key, ours in (("r", bank.config.r), ("lora_alpha", bank.config.lora_alpha)):
         if config.get(key) != ours:
             raise AdapterError(f"{folder} has {key}={config.get(key)}, the run has {ours}: change adapter.{key}")
-    for key in ("modules_to_save", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
+    for key in ELSEWHERE:
         if config.get(key):
             raise AdapterError(f"{folder} uses {key}, which cannot be served: export it without")
     return read_weights(bank, weights)

@@ -1,6 +1,7 @@
 """The control process: python -P -m clif.control --run-dir RUN --replicas N. Started by rank 0.
 
-Reads RUN/config.json and RUN/tokenizer, writes its address to RUN/control.address and runs until the run is through.
+Reads RUN/config.json, RUN/tokenizer and the keys of RUN/control.key, writes its address to RUN/control.address and runs
+until the run is through.
 """
 
 from __future__ import annotations
@@ -39,11 +40,10 @@ from clif.store import AdapterStore
 from clif.text import ChatTokenizer
 from clif.types import Purpose
 from clif.wire.channels import ControlChannel
+from clif.wire.keys import Keys
 
 log = logging.getLogger(__name__)
 ADDRESS_FILE = "control.address"
-SECRET = "CLIF_SECRET"
-"""Environment variable with what a leader must say in its Hello; arguments could be read by other users."""
 
 
 SIGNALS = {signal.SIGTERM: "got SIGTERM", signal.SIGINT: "interrupted (SIGINT)"}
@@ -103,7 +103,8 @@ def run(arguments: argparse.Namespace, status: Status, config: Config, outside: 
             len(recovery.lost),
             run_dir / JOURNAL_FILE,
         )
-    channel = open_channel(arguments.host or config.dist.control_host or "127.0.0.1")
+    host = arguments.host or config.dist.control_host or "127.0.0.1"
+    channel = open_channel(host, Keys.read(run_dir), arguments.replicas)
     records = Records(run_dir, config, time.monotonic)
     answers = Answers(run_dir, config.metrics.answers, tokenizer.decode)
     try:
@@ -112,7 +113,6 @@ def run(arguments: argparse.Namespace, status: Status, config: Config, outside: 
             channel,
             time.monotonic,
             replicas=arguments.replicas,
-            secret=os.environ.get(SECRET, ""),
             quality=QualityCheck(config, rows, tokenizer, recovery.starts),
             store=store,
             records=records,
@@ -144,10 +144,10 @@ def read_recorded(run_dir: Path) -> Recorded:
     )
 
 
-def open_channel(host: str) -> ControlChannel:
+def open_channel(host: str, keys: Keys, replicas: int) -> ControlChannel:
     refuse_link_local("dist.control_host", host)
     try:
-        return ControlChannel(host)
+        return ControlChannel(keys, replicas, host)
     except zmq.ZMQError as error:
         raise ControlError(f"cannot listen on {host} ({error}): set dist.control_host to an own address") from error
 

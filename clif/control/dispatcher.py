@@ -162,9 +162,13 @@ class Dispatcher:
             self._hooks.dispatched(record, route.predicted_s, reason)
             view = view.with_dispatched(route.replica, tokens_of(record.request))
 
+    def held_by(self, replica: int, request_id: int) -> RequestRecord | None:
+        """The request, if the replica holds it: what it says of others is ignored."""
+        return self._held.get(replica, {}).get(request_id)
+
     def on_event(self, now: float, replica: int, event: TokenEvent) -> None:
-        """Take tokens or the end of a request from the replica that holds it."""
-        record = self._held.get(replica, {}).get(event.request_id)
+        """Take tokens or the end of a request from the replica that holds it. The event must be one that can be."""
+        record = self.held_by(replica, event.request_id)
         if record is None:
             # Of a request that ended here before (cancelled, or moved away from a lost replica), or a second end.
             self.ignored_events += 1
@@ -173,9 +177,6 @@ class Dispatcher:
         if event.tokens:
             if record.state is RequestState.DISPATCHED:
                 self._begin(record, event.version)
-            if event.version != record.version:
-                self._break_off(now, record, f"version changed from {record.version} to {event.version}")
-                return
             record.tokens.extend(event.tokens)
             record.token_times.extend([now] * len(event.tokens))
         if event.finish is not None:
@@ -246,11 +247,6 @@ class Dispatcher:
         record.state = advance(record.state, RequestState.DISPATCHED)
         record.replica, record.dispatched_s = replica, now
         self._held.setdefault(replica, {})[record.request.id] = record
-
-    def _break_off(self, now: float, record: RequestRecord, detail: str) -> None:
-        log.error("request %d: %s; its tokens are no answer of one adapter", record.request.id, detail)
-        self._tell_cancel(record)
-        self._finish(now, record, FinishReason.FAILED, detail)
 
     def _tell_cancel(self, record: RequestRecord) -> None:
         if record.replica is not None:

@@ -61,6 +61,15 @@ class Federation:
         """Whether a round is under way or a replica has not installed the last promotion yet."""
         return self.current is not None or bool(self._installing)
 
+    @property
+    def newest(self) -> int:
+        """The newest version that any replica may serve: the last that a round was decided for."""
+        return max(self._last_version, self.current.version if self.current is not None else 0)
+
+    def awaits(self, message: Published) -> bool:
+        """Whether these are weights to be stored."""
+        return self.current is not None and self.current.awaits(message)
+
     def resume(self, last_round: int = 0, last_version: int = 0, completed: int = 0) -> None:
         """Continue after the last promoted version on disk, if there is one.
 
@@ -116,7 +125,7 @@ class Federation:
         """Store the promoted adapter, and only then give it to the replicas that were not in the round."""
         current = self.current
         if current is None or not current.publication(now, message):
-            log.info("version %d was published again or by nobody asked: ignored", message.version)
+            log.debug("version %d was published again: ignored", message.version)
             return
         loss = current.promotion.candidate_loss if current.promotion else math.nan
         version = AdapterVersion(number=message.version, round_id=message.round_id, heldout_loss=loss)

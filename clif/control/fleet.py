@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 from clif.config import Config
@@ -12,7 +11,6 @@ from clif.roles import role_of
 from clif.states import ReplicaState, advance
 from clif.wire.messages import Hello, Limits, Report, Welcome
 
-log = logging.getLogger(__name__)
 OnTransition = Callable[[int, ReplicaState, ReplicaState, str], None]
 LoadOf = Callable[[int], tuple[int, int]]
 
@@ -20,11 +18,8 @@ LoadOf = Callable[[int], tuple[int, int]]
 class Fleet:
     """Trackers by replica id. load_of: the dispatcher's (requests, tokens) at a replica."""
 
-    def __init__(
-        self, config: Config, replicas: int, secret: str, send: Send, load_of: LoadOf, on_transition: OnTransition
-    ) -> None:
+    def __init__(self, config: Config, replicas: int, send: Send, load_of: LoadOf, on_transition: OnTransition) -> None:
         self._config = config
-        self._secret = secret
         self._send = send
         self._load_of = load_of
         self._on_transition = on_transition
@@ -49,6 +44,13 @@ class Fleet:
     def hellos(self) -> tuple[Hello, ...]:
         return tuple(self._trackers[r].hello for r in sorted(self._trackers))
 
+    def hello_of(self, replica: int) -> Hello:
+        return self._trackers[replica].hello
+
+    def version_of(self, replica: int) -> int:
+        """The newest version that it answers with."""
+        return self._trackers[replica].version
+
     def is_alive(self, replica: int) -> bool:
         tracker = self._trackers.get(replica)
         return tracker is not None and tracker.state is not ReplicaState.FAILED
@@ -62,16 +64,7 @@ class Fleet:
         return self._trackers[replica].role.serves
 
     def join(self, now: float, hello: Hello) -> bool:
-        """Take a leader in, or back when its replica was lost and rebuilt.
-
-        A wrong secret, an unknown number or a second Hello of the same life is logged and ignored.
-        """
-        if hello.secret != self._secret:
-            log.warning("a leader from %s (pid %d) gave a wrong secret: ignored", hello.host, hello.pid)
-            return False
-        if not 0 <= hello.replica < self._expected:
-            log.warning("replica %d is not one of %d: ignored", hello.replica, self._expected)
-            return False
+        """Take a leader in, or back when its replica was lost and rebuilt. False: it says Hello out of turn."""
         former = self._trackers.get(hello.replica)
         if former is not None:
             return self._return(now, former, hello)
@@ -82,7 +75,6 @@ class Fleet:
 
     def _return(self, now: float, former: ReplicaTracker, hello: Hello) -> bool:
         if former.state is not ReplicaState.FAILED or hello.life <= former.hello.life:
-            log.warning("replica %d said Hello again: ignored, it is %s", hello.replica, former.state.value)
             return False
         self._trackers[hello.replica] = former.reborn(now, hello)
         # Before all else that is sent to it.

@@ -96,9 +96,27 @@ class Losses:
             self._send(replica, Stop())
             self._sent_away.add(replica)
 
+    def broken(self, now: float, replica: int, why: str) -> None:
+        """It says what cannot be, so nothing of it is relied upon: it begins anew, or leaves."""
+        if replica in self._due or replica in self._sent_away:
+            return
+        again = bool(self._config.run.rebuilds) and self._phase() is not Phase.STOPPING
+        if again:
+            self._expect(now, replica)
+        else:
+            self._sent_away.add(replica)
+        if self._fleet.is_alive(replica):
+            self.lose(now, replica, f"broken: {why}")
+        else:
+            log.error("replica %d is broken: %s", replica, why)
+        self._send(replica, Rebuild(reason=why) if again else Stop())
+
     def join(self, now: float, hello: Hello) -> None:
         """Take a replica in, or back."""
+        if hello.replica in self._sent_away and self._fleet.was_here(hello.replica):
+            return
         if not self._fleet.join(now, hello):
+            self.broken(now, hello.replica, f"it says Hello again in life {hello.life}")
             return
         if self._due.pop(hello.replica, None) is not None:
             log.info("replica %d is back, life %d", hello.replica, hello.life)

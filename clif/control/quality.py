@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from clif.config import Config
 from clif.control.dispatcher import RequestRecord
 from clif.data.heldout import probe_rows
-from clif.data.instruct import Row
+from clif.data.instruct import Row, split_rows
 from clif.text import ChatTokenizer
 from clif.types import FinishReason, HeldoutLoss, Purpose, Request, Sampling, first_id
 
@@ -36,13 +36,16 @@ class Judgement:
 class QualityCheck:
     """Collects one measurement at a time from the replicas' evaluations and the probes' answers.
 
-    start: number of control processes that were in this run's folder before; no two share a probe's id.
+    start: number of control processes that were in this run's folder before; no two share a probe's id. most_tokens:
+    answer tokens that anybody can judge by, as all held-out rows together have no more.
     """
 
     def __init__(self, config: Config, rows: Sequence[Row], tokenizer: ChatTokenizer, start: int = 0) -> None:
         self._tokenizer = tokenizer
         self._sampling = Sampling(max_tokens=config.quality.max_tokens)
         self._rows = probe_rows(rows, config)
+        held = split_rows(rows, config.data.heldout_split, needed=False)
+        self.most_tokens = len(held) * min(config.data.max_sample_tokens, config.model.max_context)
         self._next_id = first_id(1 + start)
         self._evaluating: set[int] = set()
         self._losses: list[HeldoutLoss] = []

@@ -75,6 +75,7 @@ class Round:
         self._members = set(plan.members)
         self._awaited: set[int] = set()
         self._publisher: int | None = None
+        self._asked: set[int] = set()
         self._due_s = now + config.round_timeout_s
         self._asked_to_finish = False
 
@@ -90,6 +91,11 @@ class Round:
     def members(self) -> tuple[int, ...]:
         """Members that are still there."""
         return tuple(sorted(self._members))
+
+    @property
+    def asked(self) -> frozenset[int]:
+        """Members that may publish: they were asked to, and have not done so yet."""
+        return frozenset(self._asked)
 
     def begin(self) -> Outgoing:
         return [(m, BeginRound(plan=self.plan)) for m in self.members]
@@ -126,10 +132,17 @@ class Round:
         self._awaited.discard(replica)
         self._maybe_over(now)
 
+    def awaits(self, message: Published) -> bool:
+        """Whether these are the promoted weights, and nobody has sent them yet."""
+        awaited = self.state is RoundState.SETTLING and not self.published
+        return awaited and message.replica in self._asked and self._is_promoted(message)
+
     def publication(self, now: float, message: Published) -> bool:
         """Whether these are the promoted weights, to be stored and installed."""
-        expected = (self.plan.round_id, self.version)
-        if self.state is not RoundState.SETTLING or self.published or (message.round_id, message.version) != expected:
+        awaited = self.awaits(message)
+        if self._is_promoted(message):
+            self._asked.discard(message.replica)
+        if not awaited:
             return False
         self.published = True
         self._maybe_over(now)
@@ -207,6 +220,7 @@ class Round:
         self.version = self._next_version
         self._awaited = set(self._members)
         self._publisher = self.members[0]
+        self._asked.add(self._publisher)
         self._due_s = now + self._config.settle_timeout_s
         return [(m, self._settle(m == self._publisher)) for m in self.members]
 
@@ -224,6 +238,7 @@ class Round:
             self._maybe_over(now)
             return []
         self._publisher = later[0]
+        self._asked.add(self._publisher)
         self._due_s = now + self._config.settle_timeout_s
         return [(self._publisher, self._settle(publish=True))]
 
@@ -232,6 +247,9 @@ class Round:
             self.state = advance(self.state, RoundState.COMMITTED)
         if self.over and self.over_s is None:
             self.over_s = now
+
+    def _is_promoted(self, message: Published) -> bool:
+        return (message.round_id, message.version) == (self.plan.round_id, self.version)
 
     def _is_member(self, replica: int, round_id: int) -> bool:
         return replica in self._members and round_id == self.plan.round_id

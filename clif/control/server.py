@@ -10,18 +10,20 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
+from msgspec.structs import replace
 
 from clif.config import Config
 from clif.control.answers import Answers
+from clif.control.claims import Claims
 from clif.control.dispatcher import Dispatcher, Hooks, RequestRecord
 from clif.control.ending import DRAINED, Ending
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
+from clif.control.inbox import Inbox, printable
 from clif.control.launcher import wants_rounds
 from clif.control.ledger import Ledger
 from clif.control.losses import Losses
-from clif.control.phases import ControlError, Facts, Phase, next_phase, rounds_may_start
+from clif.control.phases import Facts, Phase, next_phase, rounds_may_start
 from clif.control.quality import QualityCheck
 from clif.control.records import Records, train_loss
 from clif.control.rounds import Round
@@ -50,7 +52,6 @@ class ControlServer:
         clock: Callable[[], float],
         *,
         replicas: int,
-        secret: str,
         quality: QualityCheck,
         store: AdapterStore,
         records: Records,
@@ -68,7 +69,7 @@ class ControlServer:
         hooks = Hooks(finished=self._on_finished, dispatched=records.dispatch)
         self.dispatcher = Dispatcher(config, self._send, hooks)
         load_of, transition = self.dispatcher.load_of, records.transition
-        self.fleet = Fleet(config, replicas, secret, self._send, load_of, transition)
+        self.fleet = Fleet(config, replicas, self._send, load_of, transition)
         self.federation = Federation(
             config,
             self.fleet,
@@ -105,7 +106,8 @@ class ControlServer:
         # Time that the run took before a restart counts, the outage does not.
         self._started_s = self._entered_s - ledger.recovery.run_s
         self._next_slow_s = 0.0
-        self._handlers: dict[type[wire.Message], Callable[[float, Any], None]] = {
+        self._claims = Claims(config, self.fleet, self.federation, quality.most_tokens)
+        handlers: dict[type[wire.Message], Callable[[float, Any], None]] = {
             wire.Tokens: self._on_tokens,
             wire.Report: self._on_report,
             wire.StepsDone: self.federation.on_steps,
@@ -118,6 +120,7 @@ class ControlServer:
             wire.Signalled: ending.on_signalled,
             wire.Goodbye: self._on_goodbye,
         }
+        self._inbox = Inbox(channel, clock, self._claims, self.fleet, self._losses, lambda: self.phase, handlers)
 
     @property
     def drained(self) -> str:
@@ -159,7 +162,7 @@ class ControlServer:
 
     def step(self) -> None:
         """One turn of the loop."""
-        self._receive(self._patience_s())
+        self._inbox.turn(self._patience_s())
         now = self._clock()
         self._submit_due(now)
         self.federation.tick(now)
@@ -183,30 +186,14 @@ class ControlServer:
 
     # --- messages ------------------------------------------------------------------------------------
 
-    def _receive(self, timeout_s: float) -> None:
-        try:
-            for message in self._channel.receive(timeout_s):
-                self._handle(self._clock(), message)
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
-            log.warning("a message that nobody here understands was dropped: %s", error)
-
-    def _handle(self, now: float, message: Any) -> None:
-        if isinstance(message, wire.Hello):
-            self._losses.join(now, message)
-            return
-        replica = wire.sender_of(message)
-        if self.phase is Phase.GATHER and isinstance(message, wire.Trouble) and not message.returning:
-            raise ControlError(f"replica {message.replica} could not start: {message.error}")
-        if replica is not None and self.fleet.is_alive(replica):
-            self.fleet.heard(now, replica)
-        elif replica is not None and not isinstance(message, wire.Trouble | wire.Goodbye):
-            self._losses.speaks(now, replica)
-            return
-        self._handlers[type(message)](now, message)
-
     def _on_tokens(self, now: float, message: wire.Tokens) -> None:
         for event in message.events:
-            self.dispatcher.on_event(now, message.replica, event)
+            record = self.dispatcher.held_by(message.replica, event.request_id)
+            objection = self._claims.to_event(message.replica, event, record)
+            if objection:
+                self._losses.broken(now, message.replica, objection)
+                return
+            self.dispatcher.on_event(now, message.replica, replace(event, detail=printable(event.detail)))
 
     def _on_report(self, now: float, message: wire.Report) -> None:
         self.fleet.report(now, message)

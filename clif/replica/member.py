@@ -181,6 +181,7 @@ class Member:
         """Send the promoted adapter, which the shadow still equals: a new round would have to begin to change it."""
         bank = self.trainer.bank
         published = Published(
+            replica=self.topology.replica,
             version=settle.version,
             round_id=settle.round_id,
             config_json=config_json(bank, self.base),

@@ -1,60 +1,119 @@
 """Channels for the messages: ZeroMQ sockets and MessagePack (msgspec). Free of torch; no pickle.
 
-The control process binds one ROUTER; each leader connects one DEALER. ZeroMQ keeps the order of a sender's
-messages, reconnects, and never blocks a sender here: high-water marks are off, because a lost token event
-would be a lost request.
+The control process binds one ROUTER; each leader connects one DEALER. ZeroMQ keeps the order of a sender's messages and
+reconnects. High-water marks are off where a message would be dropped, because a lost token event would be a lost
+request; the control process's own makes a sender's queue grow instead of its.
+
+Invariant: who a message is from is told by the key (CURVE) of its connection, and by nothing in the message. Nothing is
+read from a connection that has none of the run's keys.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import msgspec
 import zmq
+from zmq.auth import Authenticator
 from zmq.utils.monitor import recv_monitor_message
 
 from clif.addresses import in_url
+from clif.wire.keys import Keys
 from clif.wire.messages import Down, Up
 
 DRAIN_MS = 5000
+PART_BYTES = 2**20
+"""Longer messages travel in parts. A larger part ends the connection: a stranger cannot make this process hold it."""
+OVERHEAD_BYTES = 1024
+"""What encryption adds to a part, and more."""
+HANDSHAKE_MS = 5000
+QUEUE_MESSAGES = 1000
+"""Messages of one sender that wait here; more wait at the sender."""
+TURN_MESSAGES = 512
+TURN_BYTES = 2**24
+TURN_S = 0.05
+TURN_STRANGERS = 512
 
 
 class ControlChannel:
-    """The control process's end: receives Up from all leaders, sends Down to one by its replica id."""
+    """The control process's end: receives from all leaders, sends to one by its replica id.
 
-    def __init__(self, host: str = "127.0.0.1") -> None:
+    keys, replicas: who may connect. clock: seconds.
+    """
+
+    def __init__(
+        self, keys: Keys, replicas: int, host: str = "127.0.0.1", clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
+        self._names = {keys.replica(r).public: r for r in range(replicas)}
+        self._routes: dict[int, bytes] = {}
         self._context = zmq.Context()
+        # Answers who may connect in this thread, on its way to the messages: there is no other one.
+        self._door = Authenticator(self._context)
+        self._door.start()
+        self._door.configure_curve_callback("*", self)
         self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.set_hwm(0)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, QUEUE_MESSAGES)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, PART_BYTES + OVERHEAD_BYTES)
+        self._socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+        self._socket.setsockopt(zmq.CURVE_SERVER, 1)
+        self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.control.secret)
         # An unknown peer is an error for the caller, not a silent drop.
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.IPV6, int(":" in host))
+        self._refusals = self._watch_refusals()
         port = self._socket.bind_to_random_port(f"tcp://{in_url(host)}")
         self.address = f"tcp://{in_url(host)}:{port}"
+        self._poller = zmq.Poller()
+        for socket in (self._door.zap_socket, self._socket):
+            self._poller.register(socket, zmq.POLLIN)
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(Up)
 
-    def receive(self, timeout_s: float) -> Iterator[Up]:
-        """Yield every message at hand, waiting up to timeout_s for the first.
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Whether a connection has one of the run's keys. Called by the authenticator."""
+        return key in self._names
 
-        Raises msgspec.DecodeError at one that is none of ours; those behind it come with the next call.
+    def receive(self, timeout_s: float) -> Iterator[tuple[int, bytes]]:
+        """Yield (replica, encoded message) for what is at hand, waiting up to timeout_s for the first.
+
+        Not more in one call than TURN_MESSAGES, TURN_BYTES and TURN_S allow, the caller's own time included: what is
+        left comes with the next call. ZeroMQ takes turns among the senders.
         """
-        if not self._socket.poll(max(0, int(timeout_s * 1000))):
+        if not self._wait(timeout_s):
             return
-        while True:
+        began, room = self._clock(), TURN_BYTES
+        for _ in range(TURN_MESSAGES):
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                route, *parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            if len(frames) != 2:
-                raise msgspec.DecodeError(f"a message of {len(frames)} frames; leaders send one beside their name")
-            yield self._decoder.decode(frames[1])
+            # Told by ZeroMQ, from the key of the connection.
+            sender = self._names[str(parts[-1].get("User-Id")).encode()]
+            # The newest connection of a key is its owner's: that an older one broke may take long to be noticed here.
+            self._routes[sender] = route.bytes
+            payload = b"".join(part.buffer for part in parts)
+            room -= len(payload)
+            yield sender, payload
+            if room <= 0 or self._clock() - began >= TURN_S:
+                return
+
+    def refused(self) -> int:
+        """How many connections without a key have been refused since the last call."""
+        count = 0
+        while count < TURN_STRANGERS and self._refusals.poll(0):
+            self._refusals.recv_multipart()
+            count += 1
+        return count
 
     def send(self, replica: int, message: Down) -> bool:
         """Send to a replica's leader. False when it is not connected (any more)."""
+        if replica not in self._routes:
+            return False
         try:
-            self._socket.send_multipart([leader_name(replica), self._encoder.encode(message)])
+            self._socket.send_multipart([self._routes[replica], self._encoder.encode(message)])
         except zmq.ZMQError as error:
             if error.errno == zmq.EHOSTUNREACH:
                 return False
@@ -62,19 +121,47 @@ class ControlChannel:
         return True
 
     def close(self) -> None:
+        self._socket.disable_monitor()
+        self._refusals.close(linger=0)
         self._socket.close(linger=DRAIN_MS)
+        self._door.stop()
         self._context.term()
+
+    def _wait(self, timeout_s: float) -> bool:
+        """Wait for a message, and answer who knocks meanwhile. False: none came."""
+        deadline = self._clock() + timeout_s
+        while ready := dict(self._poller.poll(max(0, int((deadline - self._clock()) * 1000)))):
+            if self._door.zap_socket in ready:
+                # A coroutine that never waits, as callback() does not.
+                with suppress(StopIteration):
+                    self._door.handle_zap_message(self._door.zap_socket.recv_multipart()).send(None)
+            if self._socket in ready:
+                return True
+        return False
+
+    def _watch_refusals(self) -> zmq.Socket[bytes]:
+        address = f"inproc://refused-{id(self)}"
+        failures = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        self._socket.monitor(address, failures | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+        watch = self._context.socket(zmq.PAIR)
+        # ZeroMQ would wait for room with all connections.
+        watch.setsockopt(zmq.RCVHWM, 0)
+        watch.connect(address)
+        return watch
 
 
 class LeaderChannel:
     """A replica leader's end."""
 
-    def __init__(self, address: str, replica: int) -> None:
+    def __init__(self, address: str, keys: Keys, replica: int) -> None:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.set_hwm(0)
-        self._socket.setsockopt(zmq.IDENTITY, leader_name(replica))
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECTED)
+        mine = keys.replica(replica)
+        self._socket.setsockopt(zmq.CURVE_SERVERKEY, keys.control.public)
+        self._socket.setsockopt(zmq.CURVE_PUBLICKEY, mine.public)
+        self._socket.setsockopt(zmq.CURVE_SECRETKEY, mine.secret)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._lost_s: float | None = None
         self._socket.setsockopt(zmq.IPV6, int("[" in address))
         self._socket.connect(address)
@@ -82,10 +169,11 @@ class LeaderChannel:
 
     @property
     def lost_s(self) -> float | None:
-        """Seconds since the connection broke, if it was not made again; None while it stands."""
+        """Seconds since the connection broke, if it was not made again with the same process; None while it stands."""
         while self._monitor.poll(0):
             broke = recv_monitor_message(self._monitor)["event"] == zmq.EVENT_DISCONNECTED
-            self._lost_s = time.monotonic() if broke else None
+            since = time.monotonic() if self._lost_s is None else self._lost_s
+            self._lost_s = since if broke else None
         return None if self._lost_s is None else time.monotonic() - self._lost_s
 
     def receive(self, timeout_s: float) -> list[bytes]:
@@ -100,7 +188,8 @@ class LeaderChannel:
                 return received
 
     def send(self, message: Up) -> None:
-        self._socket.send(self._encoder.encode(message))
+        payload = self._encoder.encode(message)
+        self._socket.send_multipart([payload[at : at + PART_BYTES] for at in range(0, len(payload), PART_BYTES)])
 
     def close(self) -> None:
         """Close; what was sent gets a moment to be delivered, unless the other end is gone."""
@@ -111,14 +200,15 @@ class LeaderChannel:
         self._context.term()
 
 
-def leader_name(replica: int) -> bytes:
-    """ZeroMQ identity of a replica's leader."""
-    return f"replica-{replica}".encode()
-
-
 _DOWN = msgspec.msgpack.Decoder(Down)
+_UP = msgspec.msgpack.Decoder(Up)
 
 
 def decode_down(payload: bytes) -> Down:
     """Decode a control-to-leader message. Raises msgspec.DecodeError on anything else."""
     return _DOWN.decode(payload)
+
+
+def decode_up(payload: bytes) -> Up:
+    """Decode a leader-to-control message. Raises msgspec.DecodeError on anything else."""
+    return _UP.decode(payload)

@@ -2,6 +2,9 @@
 
 Down = control to leader, Up = leader to control. Both are tagged unions: the tag is the class name.
 Messages of one sender arrive in the order in which they were sent.
+
+What a leader sends is decoded under the bounds that are written here and in clif/types.py as types: a number outside of
+them makes the whole message one that nobody understands. What depends on the run is checked in clif/control/claims.py.
 """
 
 from __future__ import annotations
@@ -10,7 +13,20 @@ from typing import Union
 
 import msgspec
 
-from clif.types import HeldoutLoss, Request, RoundPlan, RoundResult, TokenEvent, TrainingSlack, Vote
+from clif.types import (
+    Amount,
+    Count,
+    HeldoutLoss,
+    Request,
+    RoundPlan,
+    RoundResult,
+    Seconds,
+    Share,
+    Size,
+    TokenEvent,
+    TrainingSlack,
+    Vote,
+)
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -105,27 +121,29 @@ class Stop(Message, frozen=True):
 class Hello(Message, frozen=True):
     """First message of a leader, and again when its replica was rebuilt. Token and KV capacities are in tokens.
 
-    heldout_rows: those that it measures quality on. life: how often it was rebuilt; version: what it answers new
-    requests with.
+    vocabulary: token ids are below it. adapter: the tensors of a promoted adapter, as describe() of clif/peft_files.py
+    tells them. heldout_rows: those that it measures quality on. life: how often it was rebuilt; version: what it
+    answers new requests with.
     """
 
-    replica: int
-    rank: int
+    replica: Count
+    rank: Count
     host: str
-    pid: int
-    secret: str
-    max_batch: int
-    kv_tokens: int
-    max_context: int
-    heldout_rows: int
+    pid: Count
+    max_batch: Size
+    kv_tokens: Size
+    max_context: Size
+    vocabulary: Size
+    adapter: str
+    heldout_rows: Count
     dtype: str
-    load_s: float
-    life: int = 0
-    version: int = 0
+    load_s: Seconds
+    life: Count = 0
+    version: Count = 0
 
 
 class Tokens(Message, frozen=True):
-    replica: int
+    replica: Count
     events: tuple[TokenEvent, ...]
 
 
@@ -139,16 +157,16 @@ class Report(Message, frozen=True):
     slack: what training was last held against since the last report; None if it was not.
     """
 
-    replica: int
-    running: int
-    waiting: int
-    kv_used: int
-    busy: float
-    version: int
-    training_steps: int
+    replica: Count
+    running: Count
+    waiting: Count
+    kv_used: Count
+    busy: Share
+    version: Count
+    training_steps: Count
     last_loss: float | None
-    serve_samples: tuple[tuple[float, float, float], ...] = ()
-    train_samples: tuple[tuple[float, float, float], ...] = ()
+    serve_samples: tuple[tuple[Amount, Amount, Seconds], ...] = ()
+    train_samples: tuple[tuple[Amount, Amount, Seconds], ...] = ()
     slack: TrainingSlack | None = None
 
 
@@ -164,14 +182,15 @@ class RoundFailed(Message, frozen=True):
     """A member cannot go on with the round (say: the all-reduce failed); its own serving goes on."""
 
     round_id: int
-    replica: int
+    replica: Count
     error: str
 
 
 class Published(Message, frozen=True):
     """The promoted adapter, sent by the round's publisher: PEFT adapter_config.json and safetensors bytes."""
 
-    version: int
+    replica: Count
+    version: Count
     round_id: int
     config_json: str
     weights: bytes
@@ -180,10 +199,10 @@ class Published(Message, frozen=True):
 class Settled(Message, frozen=True):
     """The replica answers new requests with `version` from engine tick `tick` on."""
 
-    replica: int
+    replica: Count
     round_id: int
-    version: int
-    tick: int
+    version: Count
+    tick: Count
 
 
 class Evaluated(Message, frozen=True):
@@ -196,7 +215,7 @@ class Trouble(Message, frozen=True):
     gone: the error is that a peer is lost.
     """
 
-    replica: int
+    replica: Count
     error: str
     returning: bool = False
     gone: bool = False
@@ -205,14 +224,14 @@ class Trouble(Message, frozen=True):
 class Signalled(Message, frozen=True):
     """The replica's process was told to end (say by torchrun); it waits for Stop for the length of a drain."""
 
-    replica: int
+    replica: Count
     signal: str
 
 
 class Goodbye(Message, frozen=True):
     """Last message of a leader: its files are closed."""
 
-    replica: int
+    replica: Count
 
 
 Down = Union[
@@ -235,10 +254,8 @@ Up = Union[
 ]
 
 
-def sender_of(message: Up) -> int | None:
-    """Replica that sent a message; None for Published, which names its round instead."""
+def sender_of(message: Up) -> int:
+    """Replica that a message names as its sender."""
     if isinstance(message, StepsDone | Evaluated):
         return message.result.replica
-    if isinstance(message, Voted):
-        return message.vote.replica
-    return None if isinstance(message, Published) else message.replica
+    return message.vote.replica if isinstance(message, Voted) else message.replica

@@ -12,7 +12,7 @@ from clif.control.dispatcher import Dispatcher, Hooks, RequestRecord
 from clif.control.view import ClusterView, ReplicaView
 from clif.states import ReplicaState
 from clif.types import FinishReason, Purpose, Request, Sampling, Slo, TokenEvent
-from clif.wire.messages import Cancel, Down, Submit
+from clif.wire.messages import Down, Submit
 
 
 def make_config(**slo: Any) -> Config:
@@ -116,19 +116,6 @@ def test_promise_1_a_second_terminal_event_is_ignored_and_counted() -> None:
     rig.dispatcher.on_event(2.0, 0, event(1, 0, FinishReason.FAILED))
     assert [r.finish for r in rig.ended] == [FinishReason.STOP]
     assert rig.dispatcher.ignored_events == 1
-
-
-def test_promise_2_tokens_of_another_version_break_the_request_off() -> None:
-    rig = Rig()
-    rig.dispatcher.submit(0.0, request(1))
-    rig.dispatch(0.0)
-    rig.dispatcher.on_event(1.0, 0, event(1, version=3))
-    rig.dispatcher.on_event(2.0, 0, event(1, version=4))
-    rig.dispatcher.on_event(3.0, 0, event(1, finish=FinishReason.STOP, version=4))
-    (record,) = rig.ended
-    assert record.finish is FinishReason.FAILED and record.detail == "version changed from 3 to 4"
-    assert record.version == 3 and record.tokens == [7]
-    assert (0, Cancel(request_id=1)) in rig.sent
 
 
 def test_a_terminal_event_without_tokens_need_not_name_the_version() -> None:

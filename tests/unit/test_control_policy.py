@@ -86,8 +86,8 @@ def test_after_a_round_a_busy_member_serves_and_the_others_are_idle() -> None:
 
 def hello(max_batch: int = 4) -> Hello:
     return Hello(
-        replica=0, rank=0, host="h", pid=1, secret="s", max_batch=max_batch, kv_tokens=1000, max_context=500,
-        heldout_rows=0, dtype="float32", load_s=0.0,
+        replica=0, rank=0, host="h", pid=1, max_batch=max_batch, kv_tokens=1000, max_context=500, vocabulary=9,
+        adapter="a", heldout_rows=0, dtype="float32", load_s=0.0,
     )  # fmt: skip
 
 

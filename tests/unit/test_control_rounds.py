@@ -44,8 +44,8 @@ def make_round(members: tuple[int, ...] = (0, 1)) -> Round:
     return Round(plan, next_version=4, now=0.0, config=CONFIG)
 
 
-def published(version: int = 4, round_id: int = 1) -> Published:
-    return Published(version=version, round_id=round_id, config_json="{}", weights=b"w")
+def published(version: int = 4, round_id: int = 1, replica: int = 0) -> Published:
+    return Published(replica=replica, version=version, round_id=round_id, config_json="{}", weights=b"w")
 
 
 def targets(messages: Outgoing, kind: type[Any]) -> list[int]:
@@ -249,7 +249,7 @@ def test_every_round_comes_to_an_end_whatever_happens(events: list[tuple[str, in
             "fail": lambda m=member, t=now: current.failed(t, m, "x"),
             "lose": lambda m=member, t=now: current.lost(t, m, "x"),
             "settle": lambda m=member, t=now: current.settled(t, m),
-            "publish": lambda t=now: current.publication(t, published()),
+            "publish": lambda m=member, t=now: current.publication(t, published(replica=m)),
             "tick": lambda t=now: current.tick(t),
             "discard": lambda t=now: current.discard(t, "x"),
         }

@@ -13,7 +13,7 @@ from typing import Any
 
 import h5py
 import pytest
-from control_run import SERVES, FakeLeader, Run, came_back, make_config, make_tokenizer
+from control_run import KEYS, SERVES, FakeLeader, Run, came_back, make_config, make_tokenizer
 
 import clif
 from clif.config import Config
@@ -334,22 +334,11 @@ def test_a_signal_while_all_leave_changes_nothing(tmp_path: Path) -> None:
     assert run.server.phase is Phase.DONE and not run.server.drained
 
 
-def test_a_leader_with_a_wrong_secret_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def both_spoke() -> bool:
-        return run.server.fleet.missing == (1,) and "wrong secret" in caplog.text
-
-    run = Run(make_config(tmp_path), stop_reason=lambda: "enough" if both_spoke() else "")
-    run.leaders[1].secret = "wrong"
-    with pytest.raises(ControlError, match="enough"):
-        run.go()
-    assert run.server.phase is Phase.GATHER
-
-
 def test_a_replica_that_cannot_start_ends_the_run_with_its_reason(tmp_path: Path) -> None:
     run = Run(make_config(tmp_path), leaders=1)
 
     def fail(leader: FakeLeader = run.leaders[0]) -> None:
-        channel = LeaderChannel(leader.address, 0)
+        channel = LeaderChannel(leader.address, KEYS, 0)
         channel.send(wire.Trouble(replica=0, error="model file is missing"))
         channel.close()
 
@@ -366,8 +355,9 @@ def prepare(tmp_path: Path) -> tuple[Config, list[str], dict[str, str]]:
     config.run_dir.mkdir()
     (config.run_dir / "config.json").write_text(config.model_dump_json())
     make_tokenizer().save(config.run_dir / "tokenizer")
+    KEYS.write(config.run_dir)
     command = [sys.executable, "-P", "-m", "clif.control", "--run-dir", str(config.run_dir)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(clif.__file__).parents[1]), "CLIF_SECRET": "s"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(clif.__file__).parents[1])}
     return config, [*command, "--replicas", "1"], environment
 
 

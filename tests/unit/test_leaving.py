@@ -12,6 +12,7 @@ import pytest
 
 from clif.wire import messages as m
 from clif.wire.channels import ControlChannel, LeaderChannel, decode_down
+from clif.wire.keys import Keys
 from clif.worker import ALONE_S, _loop
 
 RANK = """
@@ -51,8 +52,9 @@ def test_a_signalled_rank_passes_the_signal_on_and_leaves(state, code, said, num
 
 
 def test_a_leader_knows_when_the_control_process_is_gone():
-    control = ControlChannel()
-    leader = LeaderChannel(control.address, 0)
+    keys = Keys(b"k" * 32)
+    control = ControlChannel(keys, 1)
+    leader = LeaderChannel(control.address, keys, 0)
     leader.send(m.Goodbye(replica=0))
     end = time.monotonic() + 30
     while not list(control.receive(0.1)):

@@ -1,0 +1,109 @@
+"""Everything that the replicas say: bound to its sender, held against what it was given, then carried to its handler.
+
+A message is of the replica whose key its connection has (clif/wire/channels.py). A replica that speaks for another one,
+says what nobody understands, or claims what cannot be, is broken: it is lost as any other and may begin anew. Nothing
+that is said ends the run, but that a replica cannot start.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from clif.control.claims import Claims
+from clif.control.fleet import Fleet
+from clif.control.losses import Losses
+from clif.control.phases import ControlError, Phase
+from clif.wire import messages as wire
+from clif.wire.channels import ControlChannel, decode_up
+
+log = logging.getLogger(__name__)
+LONGEST_TEXT = 500
+TEXTS = {
+    wire.Hello: ("host", "dtype"),
+    wire.RoundFailed: ("error",),
+    wire.Trouble: ("error",),
+    wire.Signalled: ("signal",),
+}
+"""Text of replicas that is shown and stored."""
+Handlers = Mapping[type[wire.Message], Callable[[float, Any], None]]
+
+
+class Inbox:
+    """Reads the channel for the server. phase: of the run; handlers: by message, called as (now, message)."""
+
+    def __init__(
+        self,
+        channel: ControlChannel,
+        clock: Callable[[], float],
+        claims: Claims,
+        fleet: Fleet,
+        losses: Losses,
+        phase: Callable[[], Phase],
+        handlers: Handlers,
+    ) -> None:
+        self._channel, self._clock = channel, clock
+        self._claims, self._fleet, self._losses = claims, fleet, losses
+        self._phase, self._handlers = phase, handlers
+        self._strangers = 0
+
+    def turn(self, timeout_s: float) -> None:
+        """Take what came, as much as one turn may; wait up to timeout_s for the first. Raises ControlError."""
+        for sender, payload in self._channel.receive(timeout_s):
+            self._take(self._clock(), sender, payload)
+        self._count_strangers(self._channel.refused())
+
+    def _take(self, now: float, sender: int, payload: bytes) -> None:
+        try:
+            message = tidy(decode_up(payload))
+        except msgspec.DecodeError as error:
+            self._losses.broken(now, sender, f"it says what nobody understands ({printable(str(error))})")
+            return
+        if wire.sender_of(message) != sender:
+            self._losses.broken(now, sender, f"it speaks for replica {wire.sender_of(message)}")
+        elif isinstance(message, wire.Hello):
+            self._join(now, message)
+        elif self._phase() is Phase.GATHER and isinstance(message, wire.Trouble) and not message.returning:
+            raise ControlError(f"replica {sender} could not start: {message.error}")
+        elif self._fleet.is_alive(sender):
+            self._hear(now, sender, message)
+        elif isinstance(message, wire.Trouble | wire.Goodbye):
+            self._handlers[type(message)](now, message)
+        else:
+            self._losses.speaks(now, sender)
+
+    def _join(self, now: float, hello: wire.Hello) -> None:
+        objection = self._claims.objection(hello)
+        if objection:
+            self._losses.broken(now, hello.replica, objection)
+        else:
+            self._losses.join(now, hello)
+
+    def _hear(self, now: float, sender: int, message: wire.Up) -> None:
+        self._fleet.heard(now, sender)
+        objection = self._claims.objection(message)
+        if objection:
+            self._losses.broken(now, sender, objection)
+        else:
+            self._handlers[type(message)](now, message)
+
+    def _count_strangers(self, more: int) -> None:
+        """One line for the first connection without a key, and one whenever there are ten times as many."""
+        before, self._strangers = self._strangers, self._strangers + more
+        if (more and len(str(self._strangers)) > len(str(before))) or (more and not before):
+            log.warning("%d connections to the control port did not have the run's keys: refused", self._strangers)
+
+
+def tidy(message: wire.Up) -> wire.Up:
+    """The same with text that can be shown."""
+    names = TEXTS.get(type(message), ())
+    return msgspec.structs.replace(message, **{name: printable(getattr(message, name)) for name in names})
+
+
+def printable(text: str) -> str:
+    """One line without escape codes, of LONGEST_TEXT characters at most."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: LONGEST_TEXT + 1])
+    return shown if len(shown) <= LONGEST_TEXT else f"{shown[: LONGEST_TEXT - 1]}…"
