@@ -55,8 +55,7 @@ def peer(control: ControlChannel, name: bytes = b"", server: bytes = b"", own: K
     try:
         yield stranger
     finally:
-        stranger.close(linger=0)
-        context.term()
+        context.destroy(linger=0)
 
 
 def hear(control: ControlChannel, count: int) -> list[tuple[int, m.Up]]:
@@ -151,7 +150,6 @@ def test_a_message_of_many_parts_arrives_whole_and_one_too_large_part_does_not_a
             else:
                 raise AssertionError("the connection stands")
             liar.disable_monitor()
-            thrown_out.close()
             leader.send(m.Goodbye(replica=0))
             assert hear(control, 1) == [(0, m.Goodbye(replica=0))]
 
