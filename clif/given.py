@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ SHOWN = 80
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value was given. where: file and line, or the override."""
+    """Where a value was given. where: file and line, or the override. taken_back: null took back what a file said."""
 
     where: str
     override: bool = False
+    taken_back: bool = False
 
 
 @dataclass
@@ -133,7 +134,8 @@ def _put(given: Given, place: Place, value: Any, origin: Origin) -> None:
         node[place[-1]], given.origins[place] = value, origin
     elif value is None:
         node.pop(place[-1], None)
-        given.origins = {at: known for at, known in given.origins.items() if at[: len(place)] != place}
+        gone = replace(origin, taken_back=True)
+        given.origins |= {at: gone for at in given.origins if at[: len(place)] == place}
     elif value != {}:
         node[place[-1]], given.origins[place] = value, origin
 

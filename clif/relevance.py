@@ -215,9 +215,10 @@ def check_device(config: object, device: str) -> None:
 def _given_fields(config: object, origins: Mapping[Place, Origin]) -> Iterator[tuple[str, Origin]]:
     for field in RELEVANCE:
         place = tuple(field.split("."))
+        origin = origins.get(place)
         # null takes a wish back: it says that nothing is wanted.
-        if place in origins and value_of(config, field) is not None:
-            yield field, origins[place]
+        if origin is not None and not origin.taken_back and value_of(config, field) is not None:
+            yield field, origin
 
 
 def _switches(unmet: list[Need | Either], origins: Mapping[Place, Origin]) -> str | None:

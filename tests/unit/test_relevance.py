@@ -274,6 +274,15 @@ def test_a_share_of_a_gpu_is_refused_where_auto_finds_only_a_cpu(tmp_path, rows)
         check_device(config, "cpu")
 
 
+def test_a_section_that_an_override_takes_back_is_a_switch_too(tmp_path, rows, caplog):
+    path = write(tmp_path, rows, {"load": {"cv": 2, "kind": "gamma"}, "slo": {"ttft_ms": 5}})
+    with caplog.at_level(logging.INFO):
+        assert load_config(path, ("load=null",)).load.kind == "none"
+    assert caplog.messages == ['without effect under override "load=null": slo.ttft_ms']
+    with pytest.raises(ConfigError, match=r'^load\.cv \(override "load\.cv=3"\): no effect while load\.kind is none'):
+        load_config(path, ("load=null", "load.cv=3"))
+
+
 def test_null_takes_a_wish_back(tmp_path, rows):
     path = write(tmp_path, rows, {"load": {"kind": "none"}})
     assert load_config(path, ("slo.deadline_ms=null", "load.max_requests=null")).slo.deadline_ms is None
