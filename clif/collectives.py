@@ -6,6 +6,7 @@ Rule: all ranks of the group call the same function in the same order, from the 
 from __future__ import annotations
 
 import datetime
+import threading
 import time
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -14,9 +15,7 @@ import torch
 import torch.distributed as dist
 
 
-class Group(Protocol):
-    """A process group of torch's C++ backends: Gloo's and NCCL's take the same calls."""
-
+class _Backend(Protocol):
     def allreduce(self, tensors: list[torch.Tensor]) -> dist.Work: ...
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> dist.Work: ...
@@ -24,6 +23,56 @@ class Group(Protocol):
     def alltoall_base(
         self, output: torch.Tensor, input: torch.Tensor, output_split_sizes: list[int], input_split_sizes: list[int]
     ) -> dist.Work: ...
+
+    def abort(self) -> None: ...
+
+
+class Group:
+    """A process group of torch's C++ backends: Gloo's and NCCL's take the same calls.
+
+    Invariant: nobody else refers to it, so that closing it frees its descriptors and threads.
+    """
+
+    def __init__(self, backend: _Backend) -> None:
+        self._held = [backend]
+
+    @property
+    def on_gloo(self) -> bool:
+        return isinstance(self._backend, dist.ProcessGroupGloo)
+
+    def allreduce(self, tensors: list[torch.Tensor]) -> dist.Work:
+        return self._backend.allreduce(tensors)
+
+    def broadcast(self, tensor: torch.Tensor, root: int) -> dist.Work:
+        return self._backend.broadcast(tensor, root)
+
+    def alltoall_base(
+        self, output: torch.Tensor, input: torch.Tensor, output_split_sizes: list[int], input_split_sizes: list[int]
+    ) -> dist.Work:
+        return self._backend.alltoall_base(output, input, output_split_sizes, input_split_sizes)
+
+    def close(self) -> None:
+        """Give up what is pending and free what the group holds; it cannot be used again.
+
+        In a thread of its own: gloo has no abort, and frees nothing until what is pending has ended. That it does as
+        soon as the other ranks close the group as well or are gone, and after the group's timeout at the latest.
+        """
+        held, self._held = self._held, []
+        threading.Thread(target=_free, args=(held,), name="clif/close-group", daemon=True).start()
+
+    @property
+    def _backend(self) -> _Backend:
+        if not self._held:
+            raise RuntimeError("the process group is closed")
+        return self._held[0]
+
+
+def _free(held: list[_Backend]) -> None:
+    """Drop the last reference. It is in a list, so that no frame of the caller holds another one."""
+    if held and not isinstance(held[0], dist.ProcessGroupGloo):
+        # A kernel that waits for another rank would never end.
+        held[0].abort()
+    held.clear()
 
 
 def make_group(backend: str, store: dist.Store, name: str, rank: int, size: int, timeout: datetime.timedelta) -> Group:
@@ -34,10 +83,10 @@ def make_group(backend: str, store: dist.Store, name: str, rank: int, size: int,
     """
     place = dist.PrefixStore(name, store)
     if backend == "gloo":
-        return cast(Group, dist.ProcessGroupGloo(place, rank, size, timeout))
+        return Group(cast(_Backend, dist.ProcessGroupGloo(place, rank, size, timeout)))
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
-    return cast(Group, dist.ProcessGroupNCCL(place, rank, size, options))
+    return Group(cast(_Backend, dist.ProcessGroupNCCL(place, rank, size, options)))
 
 
 class PeersLost(RuntimeError):
@@ -181,7 +230,6 @@ class Peers:
     def __init__(self, group: Group | None = None, roll: Roll | None = None) -> None:
         """roll: of the same ranks, the leader first. Raises RuntimeError, here and later, when a peer is missing."""
         self._group, self._roll = group, roll
-        self._former: list[Group] = []
         self.size = 1 if roll is None else len(roll.ranks)
         self.rank = 0 if roll is None else roll.place
 
@@ -191,12 +239,9 @@ class Peers:
             self._roll.leave(why)
 
     def meet_again(self, group: Group, roll: Roll) -> None:
-        """Go on with a new group of the same ranks after one has left.
-
-        The old one is kept: to close it would wait for what is still pending there.
-        """
+        """Go on with a new group of the same ranks after one has left; what is pending in the old one is given up."""
         assert self._group is not None
-        self._former.append(self._group)
+        self._group.close()
         self._group, self._roll = group, roll
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -261,7 +306,7 @@ class Peers:
 
     def _wait(self, work: dist.Work) -> None:
         """Until it is done on gloo, until it is queued on NCCL, whose work is waited for by the stream."""
-        while isinstance(self._group, dist.ProcessGroupGloo) and not _over(work):
+        while self._group is not None and self._group.on_gloo and not _over(work):
             left = self._roll.left() if self._roll is not None else None
             if left is not None:
                 raise left

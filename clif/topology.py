@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
-import threading
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,10 +16,9 @@ from clif.config import Config, ConfigError
 from clif.launchers import RankEnv
 from clif.layout import Layout, check_hosts, make_layout
 from clif.relevance import check_device
+from clif.round_groups import RoundGroups
 from clif.starts import agree_on_start
-
-Members = tuple[tuple[int, ...], tuple[int, ...]]
-"""Member replicas of a round, and how often each of them had been rebuilt by then."""
+from clif.types import Members
 
 
 @dataclass
@@ -38,8 +36,9 @@ class Topology:
     backend: str
     peers: Peers
     launch_store: dist.Store
-    _combined: dict[Members, Future[Group]] = field(default_factory=dict)
-    _retired: list[Future[Group]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._groups = RoundGroups(self.env.rank, self.backend, self.store, self.device, self.timeout)
 
     @property
     def replica(self) -> int:
@@ -53,34 +52,13 @@ class Topology:
     def is_leader(self) -> bool:
         return self.tp_rank == 0
 
-    def combined_group(self, members: Members, round_id: int) -> Future[Group]:
-        """The group that averages this rank's shard over the member replicas; all of them must ask for it.
+    def combined_group(self, members: Members, number: int) -> Future[Group]:
+        """The group that averages this rank's shard over the member replicas; all of them must ask for this number.
 
-        Made by its members alone, so that non-members go on serving, once per member set, under the id of the first
-        round that needs it, and in a thread of its own: a member may be late, or fail before it comes.
+        Made by its members alone, so that non-members go on serving, and used again as long as its number is the same.
+        The control process gives a member set a new number when something may still be pending in its group.
         """
-        if members not in self._combined:
-            ranks = self.layout.peers(members[0], self.tp_rank)
-            name = f"clif/combined/{round_id}/{'-'.join(map(str, ranks))}"
-            self._combined[members] = self._make(name, ranks)
-        return self._combined[members]
-
-    def _make(self, name: str, ranks: tuple[int, ...]) -> Future[Group]:
-        # A copy of the store (torch's stubs lack clone): one that waits in it blocks all others who use it.
-        store, made = self.store.clone(), Future[Group]()  # type: ignore[attr-defined]
-
-        def make() -> None:
-            try:
-                if self.device.type == "cuda":
-                    # Which GPU is the current one is known by thread.
-                    torch.cuda.set_device(self.device)
-                place = ranks.index(self.env.rank)
-                made.set_result(make_group(self.backend, store, name, place, len(ranks), self.timeout))
-            except Exception as error:  # noqa: BLE001 - a thread cannot raise: result() does, in the loop's thread
-                made.set_exception(error)
-
-        threading.Thread(target=make, name=name, daemon=True).start()
-        return made
+        return self._groups.get(members, self.layout.peers(members[0], self.tp_rank), number)
 
     def roll(self, members: Members, round_id: int) -> Roll:
         """Who averages this rank's shard in a round."""
@@ -88,13 +66,8 @@ class Topology:
         return Roll(self.store, f"all-reduce of round {round_id}", self.env.rank, ranks)
 
     def retire_group(self, members: Members) -> None:
-        """Never use this member set's group again: an all-reduce that was given up may still be pending in it.
-
-        Else that old one could meet the next round's. The group is kept, since closing it would wait for it.
-        """
-        group = self._combined.pop(members, None)
-        if group is not None:
-            self._retired.append(group)
+        """Close this member set's group: an all-reduce that was given up may still be pending in it."""
+        self._groups.retire(members)
 
     @property
     def can_meet_again(self) -> bool:
@@ -107,8 +80,7 @@ class Topology:
         Groups of rounds are not used again either: the others know this replica's life, and make new ones.
         Raises RuntimeError when a rank does not come.
         """
-        for members in list(self._combined):
-            self.retire_group(members)
+        self._groups.retire_all()
         if self.peers.size > 1:
             self.peers.meet_again(*_tensor_parallel(self, life))
 

@@ -173,6 +173,12 @@ class AdapterVersion(msgspec.Struct, frozen=True, kw_only=True):
     heldout_loss: float
 
 
+Members = tuple[tuple[int, ...], tuple[int, ...]]
+"""Member replicas of a round, and how often each of them had been rebuilt by then."""
+GROUPS_KEPT = 8
+"""Process groups of rounds that a rank keeps, for as many member sets."""
+
+
 class RoundPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What the members of a federated round are asked to do.
 
@@ -187,6 +193,10 @@ class RoundPlan(msgspec.Struct, frozen=True, kw_only=True):
     micro_batch: int
     accumulation: int
     base_version: int
+
+    @property
+    def member_set(self) -> Members:
+        return self.members, self.lives
 
     @property
     def samples(self) -> int:

@@ -151,7 +151,7 @@ def _serve(
 
     # The group of all replicas is the one that most rounds need: made while nobody is being served.
     everybody = tuple(range(len(topology.layout.replicas)))
-    topology.combined_group((everybody, (0,) * len(everybody)), round_id=0).result()
+    topology.combined_group((everybody, (0,) * len(everybody)), number=0).result()
     # So every rank has its model: a leader comes here only when its peers have built theirs with it.
     if topology.env.local_rank == 0 and not restarts_left(os.environ):
         drop(run_dir)

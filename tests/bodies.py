@@ -33,9 +33,9 @@ def finish(mean: WeightedMean) -> list[float]:
     return [*average.tolist(), total]
 
 
-def group_of(topology: Topology, members: tuple[int, ...], round_id: int) -> Group:
+def group_of(topology: Topology, members: tuple[int, ...], number: int) -> Group:
     """The group of replicas that were never rebuilt."""
-    return topology.combined_group((members, (0,) * len(members)), round_id).result()
+    return topology.combined_group((members, (0,) * len(members)), number).result()
 
 
 def mean_over_members(topology: Topology, members: tuple[int, ...], nan_member: int | None) -> list[float] | None:
@@ -43,7 +43,7 @@ def mean_over_members(topology: Topology, members: tuple[int, ...], nan_member: 
     if topology.replica not in members:
         return None
     group = group_of(topology, members, 1)
-    assert group_of(topology, members, 2) is group, "made once per member set"
+    assert group_of(topology, members, 1) is group, "made once"
     value = float("nan") if topology.replica == nan_member else float(topology.replica + 1)
     weight = 0 if topology.replica == nan_member else topology.replica + 1
     return finish(WeightedMean(torch.full((5,), value, device=topology.device), weight, group))
@@ -128,7 +128,7 @@ class Driver:
     def events(self, request_id: int) -> list[TokenEvent]:
         return [e for x in self.said if isinstance(x, m.Tokens) for e in x.events if e.request_id == request_id]
 
-    def begin(self, members: tuple[int, ...], steps: int, round_id: int = 1) -> None:
+    def begin(self, members: tuple[int, ...], steps: int, round_id: int = 1, group: int = 1) -> None:
         plan = RoundPlan(
             round_id=round_id,
             members=members,
@@ -138,7 +138,7 @@ class Driver:
             accumulation=1,
             base_version=0,
         )
-        self.tick(m.BeginRound(plan=plan))
+        self.tick(m.BeginRound(plan=plan, group=group))
 
 
 def serve_alone(driver: Driver, id: int) -> list[int]:

@@ -91,7 +91,7 @@ class Alive:
             accumulation=1,
             base_version=base_version,
         )
-        self.turn(m.BeginRound(plan=plan))
+        self.turn(m.BeginRound(plan=plan, group=plan.round_id))
 
     def commit(self, round_id: int, version: int) -> None:
         """A whole round of this replica alone, stored as the control process would."""
@@ -202,7 +202,7 @@ def a_member_that_never_comes(topology: Topology, model: str, data: str, run_dir
     plan = RoundPlan(
         round_id=1, members=(0, 1), lives=(0, 0), local_steps=2, micro_batch=4, accumulation=1, base_version=0
     )
-    alive.turn(m.BeginRound(plan=plan))
+    alive.turn(m.BeginRound(plan=plan, group=plan.round_id))
     alive.wait_for(m.StepsDone)
     alive.turn(m.Aggregate(round_id=1))
     answered = answer_of(alive, 1)

@@ -13,6 +13,7 @@ from clif.control.fleet import Fleet
 from clif.control.journal import Line, RoundBegan, VersionGiven
 from clif.control.launcher import History
 from clif.control.policy import state_after_round
+from clif.control.round_groups import GroupNumbers
 from clif.control.rounds import Outgoing, Round
 from clif.states import ReplicaState, RoundState
 from clif.store import AdapterStore
@@ -54,6 +55,7 @@ class Federation:
         self._on_adapter = on_adapter
         self._note, self._before_store = note, before_store
         self._last_version = 0
+        self._groups = GroupNumbers(fleet.expected)
         self._installing: dict[int, int] = {}
 
     @property
@@ -88,7 +90,8 @@ class Federation:
         if self.current is not None:
             raise RuntimeError(f"round {self.current.plan.round_id} is still under way")
         self._note(RoundBegan(round_id=plan.round_id))
-        self.current = Round(plan, self._last_version + 1, now, self._config.federation)
+        group = self._groups.of(plan.member_set, plan.round_id)
+        self.current = Round(plan, self._last_version + 1, now, self._config.federation, group)
         self.history = replace(self.history, last_round=plan.round_id)
         for member in plan.members:
             self._fleet.set_state(now, member, ReplicaState.COMBINED, f"round {plan.round_id}: {reason}")
@@ -182,6 +185,8 @@ class Federation:
 
     def _close(self, now: float, ended: Round) -> None:
         committed = ended.state is RoundState.COMMITTED
+        if not ended.left_group_clean:
+            self._groups.spoil(ended.plan.member_set)
         # A number once given out is never given to other weights, not even when nobody could publish them.
         self._last_version = max(self._last_version, ended.version)
         self.history = replace(

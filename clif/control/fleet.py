@@ -16,20 +16,21 @@ LoadOf = Callable[[int], tuple[int, int]]
 
 
 class Fleet:
-    """Trackers by replica id. load_of: the dispatcher's (requests, tokens) at a replica."""
+    """Trackers by replica id. expected: how many replicas the run has. load_of: the dispatcher's (requests, tokens) at
+    a replica."""
 
     def __init__(self, config: Config, replicas: int, send: Send, load_of: LoadOf, on_transition: OnTransition) -> None:
         self._config = config
         self._send = send
         self._load_of = load_of
         self._on_transition = on_transition
-        self._expected = replicas
+        self.expected = replicas
         self._trackers: dict[int, ReplicaTracker] = {}
 
     @property
     def missing(self) -> tuple[int, ...]:
         """Replicas that have not said Hello."""
-        return tuple(r for r in range(self._expected) if r not in self._trackers)
+        return tuple(r for r in range(self.expected) if r not in self._trackers)
 
     @property
     def alive(self) -> tuple[int, ...]:
@@ -68,7 +69,7 @@ class Fleet:
         former = self._trackers.get(hello.replica)
         if former is not None:
             return self._return(now, former, hello)
-        role = role_of(hello.replica, self._expected, self._config.run)
+        role = role_of(hello.replica, self.expected, self._config.run)
         self._trackers[hello.replica] = ReplicaTracker(now, hello, self._config, role)
         self._on_transition(hello.replica, ReplicaState.SERVING, ReplicaState.SERVING, "joined")
         return True
@@ -121,4 +122,4 @@ class Fleet:
 
     def view(self, queued: int) -> ClusterView:
         """Everything at this moment; all replicas must have joined."""
-        return ClusterView(tuple(self.view_of(r) for r in range(self._expected)), queued)
+        return ClusterView(tuple(self.view_of(r) for r in range(self.expected)), queued)

@@ -56,8 +56,11 @@ class Round:
     Once commit is decided it stands: losing members afterwards changes only who publishes.
     """
 
-    def __init__(self, plan: RoundPlan, next_version: int, now: float, config: FederationConfig) -> None:
-        self.plan = plan
+    def __init__(
+        self, plan: RoundPlan, next_version: int, now: float, config: FederationConfig, group: int = 0
+    ) -> None:
+        """group: number of the members' process group."""
+        self.plan, self.group = plan, group
         self.state = RoundState.TRAINING
         self.reason = ""
         self.began_s = now
@@ -77,7 +80,7 @@ class Round:
         self._publisher: int | None = None
         self._asked: set[int] = set()
         self._due_s = now + config.round_timeout_s
-        self._asked_to_finish = False
+        self._asked_to_finish = self._told_to_average = False
 
     @property
     def decided(self) -> bool:
@@ -97,8 +100,13 @@ class Round:
         """Members that may publish: they were asked to, and have not done so yet."""
         return frozenset(self._asked)
 
+    @property
+    def left_group_clean(self) -> bool:
+        """Whether nothing can be pending in the members' group: no all-reduce was begun in it, or all have ended."""
+        return not self._told_to_average or set(self.votes) == set(self.plan.members)
+
     def begin(self) -> Outgoing:
-        return [(m, BeginRound(plan=self.plan)) for m in self.members]
+        return [(m, BeginRound(plan=self.plan, group=self.group)) for m in self.members]
 
     def steps_done(self, now: float, result: RoundResult) -> Outgoing:
         """A member's local steps are done; when all are, they average."""
@@ -111,6 +119,7 @@ class Round:
         if not any(r.finite and r.samples > 0 for r in self.results.values()):
             return self.discard(now, "no member has a finite result from any sample")
         self.state = advance(self.state, RoundState.AGGREGATING)
+        self._told_to_average = True
         self._due_s = now + self._config.settle_timeout_s
         return [(m, Aggregate(round_id=self.plan.round_id)) for m in self.members]
 

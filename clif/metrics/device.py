@@ -15,7 +15,7 @@ NAN = float("nan")
 
 
 class DeviceMonitor:
-    """Gives rows of the table `device`. A machine without NVML gives NaN and never an error.
+    """Gives rows of the table `device`. What cannot be read is NaN and never an error; each kind is logged once.
 
     gpu: NVML index, or a UUID as torch or nvidia-smi print it (safer: CUDA may number GPUs in another order),
     or None for a rank that computes on the CPU. note: why there are no GPU figures, empty if there are; logged once.
@@ -26,6 +26,7 @@ class DeviceMonitor:
         self._process.cpu_percent()  # The first call only sets the mark from which the next one measures.
         self._handle: Any = None
         self._open = False
+        self._said: set[str] = set()
         self.note = "this rank uses no GPU" if gpu is None else self._attach(gpu)
         if self.note:
             log.info("no GPU samples: %s", self.note)
@@ -42,18 +43,26 @@ class DeviceMonitor:
 
     def sample(self) -> dict[str, float]:
         """Columns of one row of the table `device`."""
-        try:
-            cpu, rss = self._process.cpu_percent(), float(self._process.memory_info().rss)
-        except psutil.Error as error:
-            log.debug("no process sample: %s", error)
-            cpu = rss = NAN
         return {
-            "cpu_percent": cpu,
-            "rss_bytes": rss,
+            "cpu_percent": self._of_process("cpu_percent", self._process.cpu_percent),
+            "rss_bytes": self._of_process("rss_bytes", lambda: self._process.memory_info().rss),
             "gpu_util": self._read(lambda handle: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu),
             "gpu_mem_bytes": self._read(lambda handle: pynvml.nvmlDeviceGetMemoryInfo(handle).used),
             "gpu_power_w": self._read(lambda handle: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000),
         }
+
+    def _of_process(self, name: str, figure: Callable[[], float]) -> float:
+        try:
+            return float(figure())
+        except (psutil.Error, OSError) as error:
+            # OSError: psutil reads /proc, which a process out of descriptors cannot.
+            self._say(name, error)
+            return NAN
+
+    def _say(self, name: str, error: Exception) -> None:
+        if name not in self._said:
+            self._said.add(name)
+            log.warning("a device sample is missing (%s; said once): %s", name, error)
 
     def _read(self, figure: Callable[[Any], float]) -> float:
         """One figure; some devices lack some (a MIG slice has no utilisation)."""

@@ -33,6 +33,7 @@ class RoundOrders:
     """What the control process has said about the round so far."""
 
     plan: RoundPlan
+    group: int
     finish_steps: bool = False
     aggregate: bool = False
     settle: Settle | None = None
@@ -61,20 +62,23 @@ class Member:
     """Samples per forward; the coordinator may change it within a round."""
     _snapshot: dict[str, Any] | None = None
     _buffer: torch.Tensor | None = None
+    _averaging: bool = False
 
     def take_part(self, orders: RoundOrders) -> Slices[None]:
         """One round: local steps, average, vote, promote. Discarding is done by discard(), from outside."""
         self.orders, plan, self.micro_batch = orders, orders.plan, orders.plan.micro_batch
+        # Made while there are steps to do, by all members who have just been told.
+        self.topology.combined_group(plan.member_set, orders.group)
         yield WAIT
         self._snapshot = self.trainer.snapshot()
-        # Made while there are steps to do, by all members who have just been told.
-        self.topology.combined_group((plan.members, plan.lives), plan.round_id)
         _, active_loss = yield from self.gate.active_loss(self.slots)
         result = yield from self._local_steps(orders)
         self.tell(StepsDone(result=result))
         while not orders.aggregate:
             yield WAIT
-        error = yield from self._average(plan, result)
+        self._averaging = True
+        error = yield from self._average(orders, result)
+        self._averaging = False
         candidate = yield from self.gate.loss(SHADOW)
         vote = self._vote(plan, active_loss, candidate, error)
         if vote.finite:
@@ -98,22 +102,21 @@ class Member:
                 break
         return sum_up(plan.round_id, self.topology.replica, results, time.monotonic() - started)
 
-    def _average(self, plan: RoundPlan, result: RoundResult) -> Slices[tuple[float, float] | None]:
+    def _average(self, orders: RoundOrders, result: RoundResult) -> Slices[tuple[float, float] | None]:
         """FedAvg over the members, weighted by samples; leaves the mean in the shadow.
 
         Returns this member's share of the squares in Vote: of the error of averaging A and B apart, and of the product
         of their means. None if no member has a weight.
         """
-        bank = self.trainer.bank
+        bank, plan = self.trainer.bank, orders.plan
         mine = bank.shadow.detach().clone()
-        members = (plan.members, plan.lives)
-        group = self.topology.combined_group(members, plan.round_id)
+        group = self.topology.combined_group(plan.member_set, orders.group)
         while not self._all(group.done()):
             yield WAIT
         self._unbroken(group.exception())
         if self._buffer is None:
             self._buffer = mine.new_empty(mine.numel() + 1)
-        roll = self.topology.roll(members, plan.round_id)
+        roll = self.topology.roll(plan.member_set, plan.round_id)
         weight = result.samples if result.finite else 0
         mean = WeightedMean(mine, weight, group.result(), roll, self._buffer)
         # Together: who sees the end first would else go on alone, and its peers are waiting in other collectives.
@@ -133,7 +136,7 @@ class Member:
         self, plan: RoundPlan, group: Group, average: torch.Tensor, deviation: torch.Tensor
     ) -> Slices[tuple[float, float]]:
         """All members come here, those without weight too. Parts are as large on one peer as on the next."""
-        bank, roll = self.trainer.bank, self.topology.roll((plan.members, plan.lives), plan.round_id)
+        bank, roll = self.trainer.bank, self.topology.roll(plan.member_set, plan.round_id)
         shares = dict(zip(plan.members, deal(bank.sizes(), len(plan.members)), strict=True))
         # The group is in the order of ranks, which need not be that of the replicas.
         wanted = [shares[self.topology.layout.replica_of(rank)] for rank in roll.ranks]
@@ -215,8 +218,10 @@ class Member:
         """The round came to nothing: the shadow is again what it was, and what was active stays active."""
         if self.orders is None:
             return
-        # Whether all members have made it, and whether something is pending in it, nobody knows.
-        self.topology.retire_group((self.orders.plan.members, self.orders.plan.lives))
+        if self._averaging:
+            # Something may be pending in the group, and still write to the buffer.
+            self.topology.retire_group(self.orders.plan.member_set)
+            self._averaging, self._buffer = False, None
         if self._snapshot is not None:
             self.trainer.rollback(self._snapshot)
         round_id, self.orders, self._snapshot = self.orders.plan.round_id, None, None

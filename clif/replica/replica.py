@@ -168,7 +168,7 @@ class Replica:
         self.member.micro_batch = order.micro_batch
 
     def _begin_round(self, order: m.BeginRound) -> None:
-        orders = RoundOrders(order.plan)
+        orders = RoundOrders(order.plan, order.group)
         self.engine.jobs.append(Job(ROUND, self.member.take_part(orders)))
 
     def _finish_steps(self, order: m.FinishSteps) -> None:

@@ -56,7 +56,10 @@ class Limits(Message, frozen=True):
 
 
 class BeginRound(Message, frozen=True):
+    """group: number of the process group in which the members average; a new one is made if they have none of it."""
+
     plan: RoundPlan
+    group: int
 
 
 class FinishSteps(Message, frozen=True):

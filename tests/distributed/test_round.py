@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import bodies
+import bodies_discards
 import pytest
 import torch
 from helpers import relative_error
@@ -66,6 +68,23 @@ def test_discarded_round_leaves_no_trace(model, data, tmp_path):
     (result,) = run_ranks(1, bodies.discard_in_the_middle, model, data, str(tmp_path))
     assert result["settled"] == 0 and result["undone"]
     assert result["result"].steps == 2
+
+
+@pytest.fixture
+def smallest(tmp_path: Path, tiny_config: Path) -> tuple[str, str]:
+    """(model, data): one layer, and one row of either kind."""
+    shape = json.loads(tiny_config.read_text())
+    shape |= {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    rows = [{"instruction": "a", "output": "b", "split": split} for split in ("train", "train", "test", "test")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"random:{tmp_path / 'config.json'}", str(tmp_path / "rows.jsonl")
+
+
+def test_discarded_rounds_leave_no_descriptor_and_no_thread_behind(smallest, tmp_path):
+    for held in run_ranks(2, bodies_discards.discarded_rounds, *smallest, str(tmp_path), 500, limit_s=120):
+        assert held["last"][0] <= held["first"][0] and held["last"][1] <= held["first"][1], held
+        assert held["most"][0] <= held["first"][0] + 15 and held["most"][1] <= held["first"][1] + 8, held
 
 
 def test_broken_round_ends_for_the_member_and_its_serving_goes_on(model, data, tmp_path):

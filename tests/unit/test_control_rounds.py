@@ -167,6 +167,18 @@ def test_missing_votes_discard_the_round() -> None:
     current.voted(2.0, vote(0))
     assert targets(current.tick(6.0), Settle) == [0, 1]
     assert current.state is RoundState.DISCARDED
+    assert not current.left_group_clean, "the other member may still be in the all-reduce"
+
+
+def test_a_group_is_clean_when_no_all_reduce_was_begun_or_all_have_ended() -> None:
+    called_off, judged = make_round(), make_round()
+    called_off.steps_done(1.0, result(0))
+    called_off.discard(2.0, "a drain")
+    assert called_off.left_group_clean
+    to_votes(judged)
+    judged.voted(2.0, vote(0, candidate=5.0))
+    judged.voted(2.0, vote(1, candidate=5.0))
+    assert judged.state is RoundState.DISCARDED and judged.left_group_clean
 
 
 def test_promise_8_a_member_without_finite_samples_does_not_end_the_round_but_only_such_members_do() -> None:

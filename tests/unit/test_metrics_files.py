@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import subprocess
 import sys
 import time
@@ -224,3 +226,21 @@ def test_device_monitor_reports_bytes_and_watts_and_nan_for_what_a_gpu_lacks(mon
     assert np.isnan(sample["gpu_util"])
     monitor.close()
     assert np.isnan(monitor.sample()["gpu_power_w"])
+
+
+def test_a_sample_that_cannot_be_taken_ends_nothing_and_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process that has no descriptor left cannot open a file of /proc."""
+    monitor = DeviceMonitor(None)
+
+    def no_descriptor() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(monitor._process, "cpu_percent", no_descriptor)
+    first, second = monitor.sample(), monitor.sample()
+    assert math.isnan(first["cpu_percent"]) and math.isnan(second["cpu_percent"])
+    assert first["rss_bytes"] > 0, "the other figures are still taken"
+    assert [r.message for r in caplog.records if "Too many open files" in r.message] == [
+        "a device sample is missing (cpu_percent; said once): [Errno 24] Too many open files"
+    ]

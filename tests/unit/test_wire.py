@@ -31,8 +31,8 @@ RESULT = RoundResult(round_id=1, replica=0, samples=8, tokens=90, targets=90, st
 VOTE = Vote(round_id=1, replica=0, finite=True, candidate_loss=1.0, active_loss=2.0, tokens=5)
 EVENT = TokenEvent(request_id=4, tokens=(7,), version=2, finish=FinishReason.STOP, text="x")
 DOWN = [
-    m.Submit(request=REQUEST), m.Cancel(request_id=4),
-    m.Limits(max_batch=4, micro_batch=2), m.BeginRound(plan=PLAN), m.FinishSteps(round_id=1), m.Aggregate(round_id=1),
+    m.Submit(request=REQUEST), m.Cancel(request_id=4), m.Limits(max_batch=4, micro_batch=2),
+    m.BeginRound(plan=PLAN, group=1), m.FinishSteps(round_id=1), m.Aggregate(round_id=1),
     m.Settle(round_id=1, commit=True, version=3, publish=True), m.Install(version=3, weights=b"\x00\xff"), m.Evaluate(),
     m.Ping(), m.Rebuild(reason="r"), m.Welcome(life=1), m.Stop(), m.Submit(request=REQUEST, answer=(4, 5), version=2),
 ]  # fmt: skip
