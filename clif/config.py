@@ -45,7 +45,7 @@ class RunConfig(Section):
     max_s: PositiveFloat = 3600.0
     """The run ends after this many seconds even when the load or the rounds are not through."""
     linger_s: NotNegativeFloat = 60.0
-    """How long a round that is under way when the load ends may still take, seconds."""
+    """How long rounds may still train after the load, seconds; then what they trained is averaged and judged."""
     drain_s: NotNegativeFloat = 20.0
     """After SIGTERM or SIGINT: how long running requests may still take, seconds. Keep it 5 s under what the launcher
     allows before it kills (torchrun 30 s)."""

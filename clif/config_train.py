@@ -24,12 +24,12 @@ class TrainConfig(Section):
 
 class FederationConfig(Section):
     rounds: Positive | None = None
-    """Rounds to complete, not more, before the run may end; None: as many as fit while load lasts."""
+    """Rounds to complete over all starts, not more, before the run may end; None: as many as fit while load lasts."""
     local_steps: Positive = 20
     """Optimizer steps of a member in one round at the configured micro-batch: what counts are their samples."""
     min_members: Ranks = 1
     round_timeout_s: PositiveFloat = 120.0
-    """Local steps are cut off after this time; members are weighted by the samples they did."""
+    """Local steps are cut off after this time, also within a step; members are weighted by the samples they did."""
     settle_timeout_s: PositiveFloat = 120.0
     """A round whose aggregation and votes take longer is discarded."""
     tolerance: NotNegativeFloat = 0.0

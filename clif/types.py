@@ -184,6 +184,7 @@ class RoundPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     members: replica ids, sorted. lives: how often each of them has been rebuilt.
     local_steps: optimizer steps per member at this micro_batch; each takes micro_batch x accumulation samples.
+    lr_scale: what train.lr is multiplied by.
     """
 
     round_id: int
@@ -193,6 +194,7 @@ class RoundPlan(msgspec.Struct, frozen=True, kw_only=True):
     micro_batch: int
     accumulation: int
     base_version: int
+    lr_scale: float = 1.0
 
     @property
     def member_set(self) -> Members:

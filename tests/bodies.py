@@ -275,6 +275,23 @@ def broken_round(topology: Topology, model: str, data: str, run_dir: str) -> dic
     return {"error": failed.error, "undone": undone, "finish": driver.events(2)[-1].finish.value}
 
 
+def steps_cut_in_the_middle(topology: Topology, model: str, data: str, run_dir: str) -> dict[str, Any]:
+    """The time is up while the fourth step's backward waits for slack; the round goes on with three steps."""
+    driver = Driver(topology, model, data, run_dir)
+    member = driver.replica.member
+    driver.begin((0,), steps=50)
+    driver.until(lambda: member.trainer.steps == 3)
+    driver.until(lambda: driver.replica.engine.jobs[0].upcoming.kind == "backward")
+    driver.tick(m.FinishSteps(round_id=1))
+    result = driver.last(m.StepsDone).result
+    driver.tick(m.Aggregate(round_id=1))
+    driver.wait_for(m.Voted)
+    driver.tick(m.Settle(round_id=1, commit=True, version=1))
+    driver.wait_for(m.Settled)
+    cursor = member.trainer.cursor_state()
+    return {"samples": result.samples, "steps": result.steps, "cursor": cursor}
+
+
 def smaller_batches(topology: Topology, model: str, data: str, run_dir: str) -> tuple[int, int]:
     """The coordinator halves the micro-batch at the beginning of a round."""
     driver = Driver(topology, model, data, run_dir)

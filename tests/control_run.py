@@ -90,6 +90,9 @@ class FakeLeader(threading.Thread):
         self.installed: list[int] = []
         self.running: dict[int, tuple[Request, int, int]] = {}
         self.plan: RoundPlan | None = None
+        self.plans: list[RoundPlan] = []
+        self.trains_until_told = False
+        self.candidate_loss = 1.0
         self.submitted = 0
         self.tokenizer = make_tokenizer()
         self.end = threading.Event()
@@ -178,14 +181,15 @@ class FakeLeader(threading.Thread):
             self.running.pop(message.request_id, None)
         elif isinstance(message, wire.BeginRound):
             self.plan = message.plan
-            done = RoundResult(
-                round_id=self.plan.round_id, replica=me, samples=8, tokens=80, targets=40, steps=2, loss=1.0,
-                finite=True, noise_scale=1e6,
-            )  # fmt: skip
-            self.channel.send(wire.StepsDone(result=done))
+            self.plans.append(message.plan)
+            if not self.trains_until_told:
+                self.steps_done(message.plan.round_id)
+        elif isinstance(message, wire.FinishSteps):
+            self.steps_done(message.round_id)
         elif isinstance(message, wire.Aggregate):
             vote = Vote(
-                round_id=message.round_id, replica=me, finite=True, candidate_loss=1.0, active_loss=20.0,
+                round_id=message.round_id, replica=me, finite=True,
+                candidate_loss=self.candidate_loss, active_loss=20.0,
                 tokens=HELDOUT_TOKENS, error2=0.01, product2=1.0,
             )  # fmt: skip
             self.channel.send(wire.Voted(vote=vote))
@@ -205,6 +209,13 @@ class FakeLeader(threading.Thread):
             self.exit_code = message.code
             self.channel.send(wire.Goodbye(replica=me))
             self.end.set()
+
+    def steps_done(self, round_id: int) -> None:
+        done = RoundResult(
+            round_id=round_id, replica=self.replica, samples=8, tokens=80, targets=40, steps=2, loss=1.0,
+            finite=True, noise_scale=1e6,
+        )  # fmt: skip
+        self.channel.send(wire.StepsDone(result=done))
 
     def settle(self, message: wire.Settle) -> None:
         if message.commit:

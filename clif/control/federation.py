@@ -11,7 +11,7 @@ from clif.config import Config
 from clif.control.dispatcher import Send
 from clif.control.fleet import Fleet
 from clif.control.journal import Line, RoundBegan, VersionGiven
-from clif.control.launcher import History
+from clif.control.launcher import History, given_up
 from clif.control.policy import state_after_round
 from clif.control.round_groups import GroupNumbers
 from clif.control.rounds import Outgoing, Round
@@ -166,6 +166,11 @@ class Federation:
         if self.current is not None and self.current.state is RoundState.TRAINING:
             self.abandon(now, reason)
 
+    def wind_up(self, now: float) -> None:
+        """End the local steps of the round under way: what they trained is averaged and judged."""
+        if self.current is not None:
+            self._step(now, self.current.wind_up(now))
+
     def abandon(self, now: float, reason: str) -> None:
         """Discard the round under way unless it is decided already."""
         if self.current is not None:
@@ -189,13 +194,8 @@ class Federation:
             self._groups.spoil(ended.plan.member_set)
         # A number once given out is never given to other weights, not even when nobody could publish them.
         self._last_version = max(self._last_version, ended.version)
-        self.history = replace(
-            self.history,
-            completed=self.history.completed + committed,
-            discarded=self.history.discarded + (not committed),
-            discarded_in_a_row=0 if committed else self.history.discarded_in_a_row + 1,
-            last_end_s=now,
-        )
+        self.history = self.history.after(now, committed, ended.voted_s is not None)
+        ended.gave_up = given_up(self.history, self._config)
         scales = [r.noise_scale for r in ended.results.values() if r.noise_scale is not None]
         self.noise_scale = sum(scales) / len(scales) if scales else self.noise_scale
         self._on_round(ended)

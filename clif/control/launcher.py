@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from clif.config import Config
 from clif.control.pressure import Pressure
@@ -14,12 +14,18 @@ from clif.types import RoundPlan
 GIVE_UP_FACTOR = 2
 """The launcher gives up after this many times federation.rounds discarded rounds in a row (at least MIN_GIVE_UP)."""
 MIN_GIVE_UP = 4
+GIVE_UP_OPEN = 20
+"""The same where federation.rounds sets no number."""
 MAX_PAUSES = 10
+LEAST_LR_SCALE = 1 / 64
 
 
 @dataclass(frozen=True)
 class History:
-    """What came of the rounds so far. version: the active adapter version of the run."""
+    """What came of the rounds so far. version: the active adapter version of the run.
+
+    lr_scale: what train.lr is multiplied by in the next round.
+    """
 
     last_round: int = 0
     completed: int = 0
@@ -27,6 +33,27 @@ class History:
     discarded_in_a_row: int = 0
     version: int = 0
     last_end_s: float = -math.inf
+    lr_scale: float = 1.0
+
+    def after(self, now: float, committed: bool, judged: bool) -> History:
+        """The history once a round has ended; judged: the average was voted on.
+
+        An average that was judged and not promoted went too far or the wrong way. The next round takes other samples,
+        by each member's cursor, and half the learning rate; each promotion doubles it again, up to train.lr.
+        """
+        scale = self.lr_scale
+        if committed:
+            scale = min(1.0, 2 * scale)
+        elif judged:
+            scale = max(LEAST_LR_SCALE, scale / 2)
+        return replace(
+            self,
+            completed=self.completed + committed,
+            discarded=self.discarded + (not committed),
+            discarded_in_a_row=0 if committed else self.discarded_in_a_row + 1,
+            last_end_s=now,
+            lr_scale=scale,
+        )
 
 
 def plan_round(
@@ -67,9 +94,11 @@ def plan_round(
         micro_batch=config.train.micro_batch,
         accumulation=config.train.accumulation,
         base_version=history.version,
+        lr_scale=history.lr_scale,
     )
+    slower = "" if history.lr_scale == 1 else f", learning rate x {history.lr_scale:g} after discarded rounds"
     why = f"pressure is {pressure.value}" if adaptive else f"run.mode {config.run.mode} looks at no pressure"
-    return plan, f"{why}: {admitted} of {len(idle)} idle replicas"
+    return plan, f"{why}: {admitted} of {len(idle)} idle replicas{slower}"
 
 
 def target_reached(history: History, config: Config) -> tuple[bool, str]:
@@ -77,14 +106,22 @@ def target_reached(history: History, config: Config) -> tuple[bool, str]:
     if not config.train.enabled:
         return True, "train.enabled is false"
     target = config.federation.rounds
-    if target is None:
-        return False, "rounds go on while load lasts"
-    if history.completed >= target:
-        return True, f"{history.completed} of {target} rounds completed"
-    limit = max(MIN_GIVE_UP, GIVE_UP_FACTOR * target)
-    if history.discarded_in_a_row >= limit:
-        return True, f"gave up: {history.discarded_in_a_row} rounds in a row were discarded"
-    return False, f"{history.completed} of {target} rounds completed"
+    done = "rounds go on while load lasts" if target is None else f"{history.completed} of {target} rounds completed"
+    if target is not None and history.completed >= target:
+        return True, done
+    reason = given_up(history, config)
+    return (True, f"gave up: {reason}") if reason else (False, done)
+
+
+def given_up(history: History, config: Config) -> str:
+    """Why no further round is tried although more are wanted; empty: they are, or none are wanted."""
+    target = config.federation.rounds
+    if target is not None and history.completed >= target:
+        return ""
+    limit = GIVE_UP_OPEN if target is None else max(MIN_GIVE_UP, GIVE_UP_FACTOR * target)
+    if history.discarded_in_a_row < limit:
+        return ""
+    return f"{history.discarded_in_a_row} rounds in a row were discarded"
 
 
 def wants_rounds(history: History, config: Config) -> bool:

@@ -126,8 +126,9 @@ def _unfinished(waited: float, facts: Facts, config: Config) -> str:
     if facts.phase is Phase.LINGER:
         if facts.outstanding:
             return f"{facts.outstanding} requests outstanding"
-        # When linger_s is over the server discards the round, which takes its members a moment to settle.
-        if facts.federating and waited < config.run.linger_s + config.federation.settle_timeout_s:
+        # When linger_s is over the server has the round averaged and judged, or discards it if that takes too long;
+        # either takes its members a moment to settle.
+        if facts.federating and waited < config.run.linger_s + 2 * config.federation.settle_timeout_s:
             return "a round is under way"
         if facts.wants_rounds and waited < config.run.linger_s:
             return "more rounds are wanted"

@@ -154,6 +154,7 @@ def row_of(ended: Round) -> dict[str, Any]:
         "ended_s": ended.over_s,
         "running_requests": ended.running_requests,
         "reason": ended.reason,
+        "gave_up": ended.gave_up,
     }
 
 

@@ -51,7 +51,8 @@ def decide_promotion(votes: Sequence[Vote], config: FederationConfig) -> tuple[P
 class Round:
     """A round under way. Over when its state is COMMITTED or DISCARDED and nobody's Settled is awaited.
 
-    Stamps (_s) are seconds of the caller's clock; running_requests: at the decision, filled in by the owner.
+    Stamps (_s) are seconds of the caller's clock. The owner fills in running_requests at the decision, and in gave_up
+    why no further round is tried.
 
     Once commit is decided it stands: losing members afterwards changes only who publishes.
     """
@@ -68,6 +69,7 @@ class Round:
         self.voted_s: float | None = None
         self.over_s: float | None = None
         self.running_requests = 0
+        self.gave_up = ""
         self.results: dict[int, RoundResult] = {}
         self.votes: dict[int, Vote] = {}
         self.promotion: Promotion | None = None
@@ -180,10 +182,7 @@ class Round:
         if self.over or now < self._due_s:
             return []
         if self.state is RoundState.TRAINING and not self._asked_to_finish:
-            self._asked_to_finish = True
-            self._due_s = now + self._config.settle_timeout_s
-            slow = [m for m in self.members if m not in self.results]
-            return [(m, FinishSteps(round_id=self.plan.round_id)) for m in slow]
+            return self.wind_up(now)
         if self.state is RoundState.TRAINING:
             missing = [m for m in self.members if m not in self.results]
             return self.discard(now, f"no result from replicas {missing} after their time was up")
@@ -197,6 +196,15 @@ class Round:
         self._awaited.clear()
         self._maybe_over(now)
         return []
+
+    def wind_up(self, now: float) -> Outgoing:
+        """Cut local steps off, once: who is not through with them reports what it has done."""
+        if self.state is not RoundState.TRAINING or self._asked_to_finish:
+            return []
+        self._asked_to_finish = True
+        self._due_s = now + self._config.settle_timeout_s
+        slow = [m for m in self.members if m not in self.results]
+        return [(m, FinishSteps(round_id=self.plan.round_id)) for m in slow]
 
     def discard(self, now: float, reason: str) -> Outgoing:
         """End the round without a promotion; the members drop the candidate and stay on the base version.

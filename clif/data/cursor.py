@@ -1,7 +1,7 @@
 """Which training sample comes next: shuffled anew in each epoch, and safe to resume from a checkpoint.
 
-Samples are claimed when a step takes them, committed when its optimizer step is done, and released if the step
-was rolled back. Every epoch commits each of the n samples once, whatever was released or interrupted.
+Samples are claimed when a step takes them, committed when its optimizer step is done, and released or deferred if
+the step was rolled back. Every epoch commits each of the n samples once, whatever was rolled back or interrupted.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class SampleCursor:
         self._next = 0
         self._order = self._shuffled()
         self._released: deque[int] = deque()
+        self._deferred: deque[int] = deque()
+        self._deferrals = 0
         # A list, not a set: a claim that crosses an epoch may hold the same sample twice.
         self._claimed: list[int] = []
 
@@ -49,7 +51,7 @@ class SampleCursor:
         return tuple(self._claimed)
 
     def claim(self, k: int) -> list[int]:
-        """The next k samples: released ones first, then on through the epochs. Raises ValueError if k < 0."""
+        """The next k samples: released ones first, deferred ones last of an epoch. Raises ValueError if k < 0."""
         if k < 0:
             raise ValueError(f"cannot claim {k} samples: ask for 0 or more")
         ids = [self._released.popleft() if self._released else self._advance() for _ in range(k)]
@@ -64,6 +66,16 @@ class SampleCursor:
         """The step that used ids was rolled back: they are claimed again first. Raises ValueError like commit."""
         self._released.extendleft(reversed(self._settle(ids)))
 
+    def defer(self, ids: Iterable[int]) -> None:
+        """The steps that used ids came to nothing: they come again late in this epoch, in another order.
+
+        The same samples in the same order would come to the same. Raises ValueError like commit.
+        """
+        again = self._settle(ids)
+        self._deferrals += 1
+        random.Random(f"{self.seed}/{self.epoch}/deferred {self._deferrals}").shuffle(again)
+        self._deferred.extend(again)
+
     def state(self, commit: bool = False) -> dict[str, Any]:
         """All of it as JSON values. What is claimed now counts as released: a resumed run has no step in flight.
 
@@ -77,6 +89,8 @@ class SampleCursor:
             "next": self._next,
             "committed": self.committed + (len(self._claimed) if commit else 0),
             "released": [*self._released] if commit else [*self._claimed, *self._released],
+            "deferred": [*self._deferred],
+            "deferrals": self._deferrals,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -99,8 +113,12 @@ class SampleCursor:
         self.epoch, self.committed, self._next = state["epoch"], state["committed"], state["next"]
         self._order = self._shuffled()
         self._released, self._claimed = deque(state["released"]), []
+        # Checkpoints of an older CLIF know nothing of them.
+        self._deferred, self._deferrals = deque(state.get("deferred", ())), state.get("deferrals", 0)
 
     def _advance(self) -> int:
+        if self._next == self.n and self._deferred:
+            return self._deferred.popleft()
         if self._next == self.n:
             self.epoch, self._next = self.epoch + 1, 0
             self._order = self._shuffled()

@@ -172,6 +172,7 @@ _CONTROL = (
         _f("ended_s", "s", "stamp: committed or discarded"),
         _i("running_requests", "", "requests that ran at the moment of promotion", 0),
         _s("reason", "why it was committed or discarded"),
+        _s("gave_up", "why no further round was tried after this one; empty: further ones could be", default=""),
     ),
     _table(
         "load",

@@ -41,7 +41,8 @@ def summarize(run_h5: Path) -> dict[str, Any]:
     duration_s, first arrival to last terminal event; output_tokens_per_s counts the tokens of all. Percentiles of
     ttft, tpot and itl take every request that has the figure, those of e2e the answered ones. Milliseconds.
     training: samples and tokens are those of committed rounds; optimizer_steps counts every step done, also in
-    discarded rounds; tokens_per_s is tokens over span_s, start of the first round to end of the last.
+    discarded rounds; tokens_per_s is tokens over span_s, start of the first round to end of the last. gave_up: why no
+    further round was tried although more were wanted; null: they were.
     quality: exact_match_*_interval is the 95 % interval (Wilson) of the share, of exact_match_*_rows answers.
     states: seconds in each state from a replica's first transition to the end of the run, states_end_s.
     failures: of replicas, in order, with the reason and the seconds until it was rebuilt; null: it was not.
@@ -194,7 +195,14 @@ def _training(rounds: Rows, steps: Rows) -> dict[str, Any]:
         "optimizer_steps": len(steps),
         "rounds_completed": len(committed),
         "rounds_discarded": int((rounds["state"] == b"discarded").sum()),
+        "gave_up": _gave_up(rounds),
     }
+
+
+def _gave_up(rounds: Rows) -> str | None:
+    """Why training was given up; of the last start that had rounds, since the next one tries again."""
+    last = rounds["gave_up"][-1].decode() if len(rounds) else ""
+    return last or None
 
 
 def _quality(rows: Rows) -> dict[str, Any]:

@@ -167,6 +167,19 @@ class Engine:
             job.close()
             self.jobs.remove(job)
 
+    def interrupt(self, name: str, why: Exception) -> None:
+        """Have the job of this name give up what it would do next; a slice of it that is under way is waited for."""
+        if self._beside is not None and self.sidecar is not None and self.jobs[0].name == name:
+            self._beside = None
+            try:
+                self.sidecar.poll(wait=True)
+            except RuntimeError as error:
+                self._broken = error
+                return
+        for job in self.jobs:
+            if job.name == name:
+                job.interrupt(why)
+
     def close(self) -> None:
         """Give up all training; nothing of it runs any more."""
         for name in {job.name for job in self.jobs}:

@@ -55,6 +55,13 @@ class Job:
         except StopIteration:
             self.upcoming = None
 
+    def interrupt(self, why: Exception) -> None:
+        """The upcoming slice is not done: the work is told why, and says what comes next."""
+        try:
+            self.upcoming = self._work.throw(why)
+        except StopIteration:
+            self.upcoming = None
+
     def close(self) -> None:
         """Give up: `finally` blocks of the work still run."""
         self._work.close()

@@ -22,7 +22,7 @@ from clif.models.dual_linear import SHADOW
 from clif.replica.checkpoint import Checkpoint, CheckpointWriter
 from clif.replica.heldout import Heldout
 from clif.replica.jobs import WAIT, Slice, Slices
-from clif.replica.trainer import ShadowTrainer, StepResult
+from clif.replica.trainer import ShadowTrainer, StepCut, StepResult
 from clif.topology import Topology
 from clif.types import HeldoutLoss, RoundPlan, RoundResult, Vote
 from clif.wire.messages import Evaluated, Install, Published, Settle, Settled, StepsDone, Up, Voted
@@ -63,6 +63,7 @@ class Member:
     _snapshot: dict[str, Any] | None = None
     _buffer: torch.Tensor | None = None
     _averaging: bool = False
+    _stepping: bool = False
 
     def take_part(self, orders: RoundOrders) -> Slices[None]:
         """One round: local steps, average, vote, promote. Discarding is done by discard(), from outside."""
@@ -96,11 +97,26 @@ class Member:
         plan, started = orders.plan, time.monotonic()
         results: list[StepResult] = []
         while sum(r.samples for r in results) < plan.samples and not orders.finish_steps:
-            results.append((yield from self.trainer.step(self.micro_batch, plan.accumulation)))
+            self._stepping = True
+            try:
+                results.append((yield from self.trainer.step(self.micro_batch, plan.accumulation, plan.lr_scale)))
+            except StepCut:
+                break
+            finally:
+                self._stepping = False
             self.on_step(plan, results[-1])
             if not results[-1].finite:
                 break
         return sum_up(plan.round_id, self.topology.replica, results, time.monotonic() - started)
+
+    def finish_steps(self) -> bool:
+        """The time for local steps is up. Returns whether one is under way, which is to be cut.
+
+        It may be held up by a load that leaves no slack, for as long as the load lasts.
+        """
+        if self.orders is not None:
+            self.orders.finish_steps = True
+        return self._stepping
 
     def _average(self, orders: RoundOrders, result: RoundResult) -> Slices[tuple[float, float] | None]:
         """FedAvg over the members, weighted by samples; leaves the mean in the shadow.

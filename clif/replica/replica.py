@@ -16,6 +16,7 @@ from clif.replica.engine import Engine
 from clif.replica.jobs import STEP_KINDS, Job
 from clif.replica.member import Member, RoundOrders
 from clif.replica.records import RankRecords
+from clif.replica.trainer import StepCut
 from clif.types import TokenEvent, TrainingSlack
 from clif.wire import messages as m
 
@@ -172,8 +173,8 @@ class Replica:
         self.engine.jobs.append(Job(ROUND, self.member.take_part(orders)))
 
     def _finish_steps(self, order: m.FinishSteps) -> None:
-        if self._in_round(order.round_id):
-            self.member.orders.finish_steps = True  # type: ignore[union-attr]
+        if self._in_round(order.round_id) and self.member.finish_steps():
+            self.engine.interrupt(ROUND, StepCut("the time of the round is up"))
 
     def _aggregate(self, order: m.Aggregate) -> None:
         if self._in_round(order.round_id):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,10 @@ class StepResult:
     noise_scale: float | None
 
 
+class StepCut(Exception):
+    """Thrown into a step between two slices: its time is up. Its samples come again first."""
+
+
 class ShadowTrainer:
     """Trains the bank's shadow on this replica's samples."""
 
@@ -54,12 +59,22 @@ class ShadowTrainer:
             [bank.shadow], lr=config.lr, weight_decay=config.weight_decay, foreach=False, fused=True
         )
 
-    def step(self, micro_batch: int, accumulation: int) -> Slices[StepResult]:
-        """One optimizer step over micro_batch x accumulation samples; the loss is the mean over all target tokens."""
+    def step(self, micro_batch: int, accumulation: int, lr_scale: float = 1.0) -> Slices[StepResult]:
+        """One optimizer step over micro_batch x accumulation samples; the loss is the mean over all target tokens.
+
+        lr_scale: what the learning rate is multiplied by. StepCut, thrown in between two slices, gives the step up.
+        """
         assert self.cursor is not None, "train.enabled is false: no round may begin"
         claimed = self.cursor.claim(micro_batch * accumulation)
         self._claimed += claimed
-        chosen = [self.samples[i] for i in claimed]
+        try:
+            return (yield from self._step([self.samples[i] for i in claimed], micro_batch, lr_scale))
+        except StepCut:
+            del self._claimed[len(self._claimed) - len(claimed) :]
+            self.cursor.release(claimed)
+            raise
+
+    def _step(self, chosen: list[TrainSample], micro_batch: int, lr_scale: float) -> Slices[StepResult]:
         targets = sum(s.targets for s in chosen)
         gradient, noise = self.bank.gradient, self.noise
         gradient.zero_()
@@ -72,7 +87,8 @@ class ShadowTrainer:
             groups.append((after - before) * (targets / sum(s.targets for s in part)))
             before = after
         sizes = [len(part) for part in parts]
-        return (yield Slice("optimizer", 1, 1, lambda _: self._finish(total / targets, chosen, groups, sizes)))
+        finish = partial(self._finish, total / targets, chosen, groups, sizes, lr_scale)
+        return (yield Slice("optimizer", 1, 1, lambda _: finish()))
 
     def _parts(self, chosen: list[TrainSample], micro_batch: int) -> list[list[TrainSample]]:
         """What is computed at a time."""
@@ -80,14 +96,14 @@ class ShadowTrainer:
         return [chosen[start : start + size] for start in range(0, len(chosen), size)]
 
     def _finish(
-        self, loss: float, chosen: list[TrainSample], groups: list[torch.Tensor], sizes: list[int]
+        self, loss: float, chosen: list[TrainSample], groups: list[torch.Tensor], sizes: list[int], lr_scale: float
     ) -> StepResult:
         moment = self._optimizer.state[self.bank.shadow].get("exp_avg_sq")
         self.noise.observe(groups, sizes, moment, self.steps)
-        return self._update(loss, chosen)
+        return self._update(loss, chosen, lr_scale)
 
-    def _update(self, loss: float, chosen: list[TrainSample]) -> StepResult:
-        lr = self.config.lr * min(1.0, (self.steps + 1) / max(1, self.config.warmup_steps))
+    def _update(self, loss: float, chosen: list[TrainSample], lr_scale: float) -> StepResult:
+        lr = lr_scale * self.config.lr * min(1.0, (self.steps + 1) / max(1, self.config.warmup_steps))
         norm = self._clip()
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
@@ -112,10 +128,10 @@ class ShadowTrainer:
         self._claimed = []
 
     def rollback(self, snapshot: dict[str, Any]) -> None:
-        """Undo the steps since `snapshot`: shadow, moments and counters; their samples will come again."""
+        """Undo the steps since `snapshot`: shadow, moments and counters; their samples come again later, not next."""
         self.restore(snapshot)
         if self.cursor is not None:
-            self.cursor.release(self._claimed)
+            self.cursor.defer(self._claimed)
         self._claimed = []
 
     def resume(self, snapshot: dict[str, Any], cursor: dict[str, Any]) -> None:

@@ -92,6 +92,12 @@ def test_broken_round_ends_for_the_member_and_its_serving_goes_on(model, data, t
     assert result == {"error": "out of memory", "undone": True, "finish": "length"}
 
 
+def test_a_step_that_is_under_way_when_the_time_is_up_is_cut_and_what_was_trained_counts(model, data, tmp_path):
+    (result,) = run_ranks(1, bodies.steps_cut_in_the_middle, model, data, str(tmp_path))
+    assert (result["samples"], result["steps"]) == (12, 3)
+    assert result["cursor"]["committed"] == 12 and len(result["cursor"]["released"]) == 4, "they come again first"
+
+
 def test_smaller_batches_mean_more_steps_and_not_less_training(model, data, tmp_path):
     ((samples, steps),) = run_ranks(1, bodies.smaller_batches, model, data, str(tmp_path))
     assert samples == 24 and 11 <= steps <= 12, "one step may have begun with the larger batch"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from clif.config import Config, config_from_tree
 from clif.control.coordinator import choose_batches, objective
-from clif.control.launcher import History, plan_round, target_reached
+from clif.control.launcher import History, given_up, plan_round, target_reached
 from clif.control.policy import next_state, state_after_round
 from clif.control.pressure import OutcomeWindow, Pressure, ServiceWindow, service_pressure
 from clif.control.routing import Dispatch, Reject, choose_replica, tokens_of
@@ -195,6 +195,35 @@ def test_no_round_without_training_or_after_the_target_or_after_giving_up() -> N
         assert target_reached(history, config)[0]
     plan, _ = plan_round(100.0, view, Pressure.LOW, History(last_round=7, completed=2, version=0), target)
     assert plan is not None and plan.round_id == 8
+
+
+def test_an_average_that_was_no_better_halves_the_learning_rate_and_a_promotion_doubles_it_again() -> None:
+    view, history, scales = cluster(*idle(1)), History(), []
+    for committed, judged in [(False, True), (False, True), (False, False), (True, True), (True, True), (True, True)]:
+        history = history.after(10.0, committed, judged)
+        plan, reason = plan_round(100.0, view, Pressure.LOW, history, make_config())
+        assert plan is not None and ("learning rate" in reason) == (plan.lr_scale < 1)
+        scales.append(plan.lr_scale)
+    assert scales == [0.5, 0.25, 0.25, 0.5, 1.0, 1.0], "a round that was not judged says nothing about it"
+    for _ in range(100):
+        history = history.after(10.0, False, True)
+    assert history.lr_scale == 1 / 64 and history.discarded_in_a_row == 100
+
+
+@pytest.mark.parametrize(("rounds", "limit"), [(None, 20), (1, 4), (3, 6)])
+def test_giving_up_has_a_limit_and_a_reason_also_where_no_number_of_rounds_is_asked_for(
+    rounds: int | None, limit: int
+) -> None:
+    config = make_config(federation={"rounds": rounds})
+    almost, over = (History(discarded_in_a_row=n) for n in (limit - 1, limit))
+    assert given_up(almost, config) == "" and not target_reached(almost, config)[0]
+    assert given_up(over, config) == f"{limit} rounds in a row were discarded"
+    assert target_reached(over, config) == (True, f"gave up: {limit} rounds in a row were discarded")
+
+
+def test_a_run_that_has_its_rounds_gives_nothing_up() -> None:
+    config = make_config(federation={"rounds": 3})
+    assert given_up(History(completed=3, discarded_in_a_row=9), config) == ""
 
 
 def test_only_replicas_that_serve_the_active_version_train() -> None:

@@ -161,6 +161,17 @@ def test_slow_members_are_cut_off_and_silent_ones_discard_the_round() -> None:
     assert current.state is RoundState.DISCARDED and "[1]" in current.reason
 
 
+def test_a_round_that_is_wound_up_is_averaged_and_judged() -> None:
+    current = make_round()
+    current.steps_done(1.0, result(0))
+    assert targets(current.wind_up(2.0), FinishSteps) == [1]
+    assert current.wind_up(2.1) == [], "once"
+    assert targets(current.steps_done(2.5, result(1, samples=4)), Aggregate) == [0, 1]
+    assert current.wind_up(2.6) == [], "what is being averaged is under way already"
+    assert current.tick(7.0) == [] and current.state is RoundState.AGGREGATING
+    assert targets(current.tick(7.5), Settle) == [0, 1], "settle_timeout_s after the steps"
+
+
 def test_missing_votes_discard_the_round() -> None:
     current = make_round()
     to_votes(current)

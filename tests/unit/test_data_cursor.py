@@ -11,7 +11,9 @@ from clif.data.cursor import SampleCursor, fingerprint
 from clif.errors import InputError
 from clif.types import TrainSample
 
-STEPS = st.lists(st.tuples(st.sampled_from(("commit", "release", "keep", "crash")), st.integers(0, 7)), max_size=40)
+STEPS = st.lists(
+    st.tuples(st.sampled_from(("commit", "release", "defer", "keep", "crash")), st.integers(0, 7)), max_size=40
+)
 
 
 def resumed(cursor: SampleCursor) -> SampleCursor:
@@ -34,6 +36,8 @@ def test_every_epoch_commits_each_sample_once_through_rollbacks_and_crashes(n, s
             done.update(ids)
         elif action == "release":
             cursor.release(ids)
+        elif action == "defer":
+            cursor.defer(ids)
         else:
             kept += ids
         assert Counter(cursor.claimed) == Counter(kept)
@@ -53,6 +57,25 @@ def test_a_released_claim_is_claimed_again_first(n, k, more):
     first = cursor.claim(k)
     cursor.release(first)
     assert cursor.claim(k + more)[:k] == first
+
+
+def test_what_came_to_nothing_comes_again_late_in_the_epoch_and_in_another_order():
+    cursor, repeated = SampleCursor(24, 0), SampleCursor(8, 0)
+    first = cursor.claim(8)
+    cursor.defer(first)
+    assert set(cursor.claim(16)).isdisjoint(first), "others first"
+    again = cursor.claim(8)
+    assert sorted(again) == sorted(first) and again != first
+    orders = []
+    for _ in range(4):
+        orders.append(tuple(repeated.claim(8)))
+        repeated.defer(orders[-1])
+    assert len(set(orders)) == 4, "also where each round takes all samples"
+
+
+def test_a_checkpoint_of_before_samples_could_be_deferred_is_taken():
+    old = {name: value for name, value in SampleCursor(4, 0).state().items() if not name.startswith("defer")}
+    assert SampleCursor.from_state(old).claim(4) == SampleCursor(4, 0).claim(4)
 
 
 @given(st.integers(1, 9), st.integers(0, 30), st.integers(0, 9), st.integers(0, 30))
@@ -81,7 +104,7 @@ def test_order_depends_on_seed_and_epoch():
 def test_settling_what_is_not_claimed_is_an_error_and_changes_nothing():
     cursor = SampleCursor(4, 0)
     a, b = cursor.claim(2)
-    for settle in (cursor.commit, cursor.release):
+    for settle in (cursor.commit, cursor.release, cursor.defer):
         with pytest.raises(ValueError, match=rf"samples \[{a}\] are not claimed"):
             settle([a, b, a])
     assert cursor.claimed == (a, b)

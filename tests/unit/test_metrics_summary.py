@@ -131,6 +131,7 @@ def test_training_counts_committed_rounds_and_all_steps(run_dir: Path) -> None:
             "optimizer_steps": 6,
             "rounds_completed": 1,
             "rounds_discarded": 1,
+            "gave_up": None,
         }
     )
 

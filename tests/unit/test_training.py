@@ -15,7 +15,7 @@ from clif.models.loading import load_model
 from clif.replica.heldout import Heldout
 from clif.replica.jobs import Job
 from clif.replica.member import sum_up
-from clif.replica.trainer import ShadowTrainer, StepResult
+from clif.replica.trainer import ShadowTrainer, StepCut, StepResult
 from clif.types import TrainSample
 
 SAMPLES = [
@@ -110,13 +110,33 @@ def test_steps_learn_and_rollback_undoes_them_exactly(rig):
     before = finish(heldout.loss(-1))
     first = [finish(trainer.step(4, 1)) for _ in range(6)]
     assert finish(heldout.loss(-1)) < before
-    claimed = trainer.cursor.claimed
     trainer.rollback(snapshot)
     assert trainer.cursor.claimed == () and trainer.cursor.committed == 2
-    assert torch.equal(rig.bank.shadow.data, snapshot["shadow"])
+    now = trainer.snapshot()
+    assert torch.equal(now["shadow"], snapshot["shadow"]) and now["steps"] == snapshot["steps"]
+    assert now["moments"].keys() == snapshot["moments"].keys()
+    assert all(torch.equal(now["moments"][name], value) for name, value in snapshot["moments"].items())
     second = [finish(trainer.step(4, 1)) for _ in range(6)]
-    assert [r.loss for r in second] == [r.loss for r in first], "moments and samples came back too"
-    assert trainer.cursor.claimed == claimed
+    assert [r.loss for r in second] != [r.loss for r in first], "the same steps again would come to the same"
+
+
+def test_a_step_that_is_cut_changes_nothing_and_gives_its_samples_back(rig):
+    trainer = trainer_for(rig)
+    finish(trainer.step(1, 1))
+    before, claimed = trainer.snapshot(), trainer.cursor.claimed
+    job = Job("step", trainer.step(2, 1))
+    taken = trainer.cursor.claimed[len(claimed) :]
+    while job.upcoming.kind != "backward":
+        job.run()
+    with pytest.raises(StepCut, match="time is up"):
+        job.interrupt(StepCut("time is up"))
+    assert trainer.cursor.claimed == claimed and trainer.cursor.claim(2) == list(taken)
+    assert torch.equal(trainer.snapshot()["shadow"], before["shadow"]) and trainer.steps == 1
+
+
+def test_the_learning_rate_of_a_step_is_scaled(rig):
+    trainer = trainer_for(rig, lr=0.5)
+    assert [finish(trainer.step(1, 1, scale)).lr for scale in (1.0, 0.25)] == [0.5, 0.125]
 
 
 def step_result(**values) -> StepResult:
@@ -145,12 +165,15 @@ def test_a_step_says_how_many_tokens_its_loss_is_the_mean_of(rig):
 
 def test_non_finite_step_changes_nothing(rig):
     trainer = trainer_for(rig)
-    snapshot = trainer.snapshot()
+    finish(trainer.step(2, 1))
     rig.bank.layers[0].shadow_b.data[0, 0] = float("nan")
+    before = trainer.snapshot()
     result = finish(trainer.step(2, 1))
-    assert not result.finite and trainer.steps == 0
-    trainer.rollback(snapshot)
-    assert rig.bank.shadow.isfinite().all()
+    after = trainer.snapshot()
+    assert not result.finite and after["steps"] == before["steps"] == 1
+    assert torch.equal(after["shadow"].nan_to_num(nan=7.0), before["shadow"].nan_to_num(nan=7.0))
+    assert after["moments"].keys() == before["moments"].keys() and len(before["moments"]) == 3
+    assert all(torch.equal(after["moments"][name], value) for name, value in before["moments"].items())
 
 
 def test_no_slice_does_more_than_asked_for(rig):
