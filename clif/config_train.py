@@ -43,7 +43,8 @@ class ControlConfig(Section):
     report_s: Period = 0.1
     """How often a replica reports."""
     lost_after_s: PositiveFloat = 20.0
-    """A replica that is silent for longer is FAILED."""
+    """A replica that is silent for longer while others speak is FAILED. When nobody speaks, dist.timeout_s more is
+    waited, unless the launcher would start all ranks anew."""
     retries: NotNegative = 2
     """How often a request whose replica failed is given to another one; then it ends as failed."""
     idle_below: Share = 0.6

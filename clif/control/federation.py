@@ -166,10 +166,16 @@ class Federation:
         if self.current is not None and self.current.state is RoundState.TRAINING:
             self.abandon(now, reason)
 
-    def wind_up(self, now: float) -> None:
-        """End the local steps of the round under way: what they trained is averaged and judged."""
-        if self.current is not None:
-            self._step(now, self.current.wind_up(now))
+    def wind_up(self, now: float, late_s: float) -> None:
+        """Once rounds have no time left, what the one under way has trained is averaged and judged.
+
+        late_s: since when; negative while there is time. A round for which that takes too long is discarded.
+        """
+        if self.current is None or late_s < 0:
+            return
+        self._step(now, self.current.wind_up(now))
+        if late_s >= self._config.federation.settle_timeout_s:
+            self.abandon(now, f"run.linger_s {self._config.run.linger_s:g} is over")
 
     def abandon(self, now: float, reason: str) -> None:
         """Discard the round under way unless it is decided already."""
@@ -196,6 +202,8 @@ class Federation:
         self._last_version = max(self._last_version, ended.version)
         self.history = self.history.after(now, committed, ended.voted_s is not None)
         ended.gave_up = given_up(self.history, self._config)
+        if ended.gave_up:
+            log.warning("training is given up: %s, the last because: %s", ended.gave_up, ended.reason)
         scales = [r.noise_scale for r in ended.results.values() if r.noise_scale is not None]
         self.noise_scale = sum(scales) / len(scales) if scales else self.noise_scale
         self._on_round(ended)

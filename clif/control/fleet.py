@@ -13,6 +13,8 @@ from clif.wire.messages import Hello, Limits, Report, Welcome
 
 OnTransition = Callable[[int, ReplicaState, ReplicaState, str], None]
 LoadOf = Callable[[int], tuple[int, int]]
+BREAK = 0.05
+"""Part of control.lost_after_s. A longer break between any two messages counts as so much: nobody could speak."""
 
 
 class Fleet:
@@ -26,6 +28,7 @@ class Fleet:
         self._on_transition = on_transition
         self.expected = replicas
         self._trackers: dict[int, ReplicaTracker] = {}
+        self._spoken_s, self._heard_s = 0.0, 0.0
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -71,6 +74,7 @@ class Fleet:
             return self._return(now, former, hello)
         role = role_of(hello.replica, self.expected, self._config.run)
         self._trackers[hello.replica] = ReplicaTracker(now, hello, self._config, role)
+        self.heard(now, hello.replica)
         self._on_transition(hello.replica, ReplicaState.SERVING, ReplicaState.SERVING, "joined")
         return True
 
@@ -78,14 +82,19 @@ class Fleet:
         if former.state is not ReplicaState.FAILED or hello.life <= former.hello.life:
             return False
         self._trackers[hello.replica] = former.reborn(now, hello)
+        self.heard(now, hello.replica)
         # Before all else that is sent to it.
         self._send(hello.replica, Welcome(life=hello.life))
         self.set_state(now, hello.replica, ReplicaState.SERVING, f"rebuilt, life {hello.life}")
         return True
 
     def heard(self, now: float, replica: int) -> None:
-        """Any message is a sign of life."""
+        """Any message is a sign of life. A break in which nobody spoke is no sign that this or that replica is lost."""
+        control = self._config.control
+        self._spoken_s += min(now - self._heard_s, max(BREAK * control.lost_after_s, 2 * control.report_s))
+        self._heard_s = now
         self._trackers[replica].last_seen = now
+        self._trackers[replica].spoken_before_s = self._spoken_s
 
     def report(self, now: float, report: Report) -> None:
         self._trackers[report.replica].observe(now, report, self._load_of(report.replica)[0])
@@ -118,7 +127,7 @@ class Fleet:
             tracker.refit()
 
     def view_of(self, replica: int) -> ReplicaView:
-        return self._trackers[replica].view(*self._load_of(replica))
+        return self._trackers[replica].view(*self._load_of(replica), self._spoken_s)
 
     def view(self, queued: int) -> ClusterView:
         """Everything at this moment; all replicas must have joined."""

@@ -6,9 +6,13 @@ from clif.config import Config
 from clif.control.view import ReplicaView
 from clif.states import ReplicaState
 
+NOBODY_SPEAKS = "nobody speaks"
 
-def next_state(now: float, replica: ReplicaView, config: Config) -> tuple[ReplicaState | None, str]:
-    """State that a replica should take now, or None to stay.
+
+def next_state(
+    now: float, replica: ReplicaView, config: Config, patience_s: float = 0.0
+) -> tuple[ReplicaState | None, str]:
+    """State that a replica should take now, or None to stay. patience_s: how long a silence of all is put up with.
 
     COMBINED is left by the end of its round only; FAILED by nothing in this function. In the baselines
     (run.mode) load changes nothing: who may train is IDLE outside of rounds, who may not is SERVING.
@@ -18,7 +22,9 @@ def next_state(now: float, replica: ReplicaView, config: Config) -> tuple[Replic
         return None, "failed"
     silent = now - replica.last_seen
     if silent > control.lost_after_s:
-        return ReplicaState.FAILED, f"silent for {silent:.1f} s"
+        if replica.missed_s > control.lost_after_s or silent > control.lost_after_s + patience_s:
+            return ReplicaState.FAILED, f"silent for {silent:.1f} s"
+        return None, NOBODY_SPEAKS
     if replica.state is ReplicaState.COMBINED:
         return None, "in a round"
     if not replica.role.trains:

@@ -94,7 +94,8 @@ class ControlServer:
             lambda: self.phase,
             quality.on_lost,
         )
-        self._slow = SlowLoop(config, self.fleet, self.dispatcher, self.federation, records, self._losses.lose)
+        lose, restarts = self._losses.lose, ending.restarts_left
+        self._slow = SlowLoop(config, self.fleet, self.dispatcher, self.federation, records, lose, restarts)
         self._recent = Recent()
         self.finished: Counter[FinishReason] = Counter()
         self._last_loss: float | None = None
@@ -265,20 +266,11 @@ class ControlServer:
         )
 
     def _maybe_next_phase(self, now: float) -> None:
-        self._end_round_in_time(now)
+        if self.phase is Phase.LINGER:
+            self.federation.wind_up(now, now - self._entered_s - self.config.run.linger_s)
         phase, reason = next_phase(now, self._facts(), self.config)
         if phase is not None:
             self._enter(now, phase, reason)
-
-    def _end_round_in_time(self, now: float) -> None:
-        """When run.linger_s is over, what the round under way has trained is averaged and judged, if that can be."""
-        limit = self.config.run.linger_s
-        late = now - self._entered_s - limit
-        if self.phase is not Phase.LINGER or late < 0 or self.federation.current is None:
-            return
-        self.federation.wind_up(now)
-        if late >= self.config.federation.settle_timeout_s:
-            self.federation.abandon(now, f"run.linger_s {limit:g} is over")
 
     def _enter(self, now: float, phase: Phase, reason: str) -> None:
         left, self.phase, self._entered_s = self.phase, phase, now
@@ -364,8 +356,6 @@ class ControlServer:
         trained = "" if loss is None else f", training loss {loss:.3f}"
         version = f" as version {ended.version}" if ended.promotion else ""
         self._status.note(f"round {ended.plan.round_id} {ended.state.value}{version}: {ended.reason}{trained}")
-        if ended.gave_up:
-            log.warning("training is given up: %s, the last because: %s", ended.gave_up, ended.reason)
 
     def _on_adapter(self, version: AdapterVersion) -> None:
         self._records.adapter(version)

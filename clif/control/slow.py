@@ -5,6 +5,7 @@ It only carries out what the pure functions decide, in the order in which each n
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from clif.config import Config
@@ -13,15 +14,20 @@ from clif.control.dispatcher import Dispatcher
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
 from clif.control.launcher import plan_round
-from clif.control.policy import next_state
+from clif.control.policy import NOBODY_SPEAKS, next_state
 from clif.control.pressure import OutcomeWindow, Pressure, ServiceWindow, service_pressure
 from clif.control.records import Records
 from clif.control.view import ClusterView
 from clif.states import ReplicaState
 
+log = logging.getLogger(__name__)
+
 
 class SlowLoop:
-    """lose: called as (now, replica, reason) for a replica that fell silent."""
+    """lose: called as (now, replica, reason) for a replica that fell silent.
+
+    restarts_left: how often the launcher would start all ranks anew, which cures a silence of all sooner than to wait.
+    """
 
     def __init__(
         self,
@@ -31,12 +37,15 @@ class SlowLoop:
         federation: Federation,
         records: Records,
         lose: Callable[[float, int, str], None],
+        restarts_left: int = 0,
     ) -> None:
         self.outcomes = OutcomeWindow(config.control.window_s)
         self.pressure = Pressure.LOW
         self.round_reason = ""
         self._config, self._fleet, self._dispatcher = config, fleet, dispatcher
         self._federation, self._records, self._lose = federation, records, lose
+        self._patience_s = 0.0 if restarts_left else config.dist.timeout_s
+        self._all_silent = False
         self._written: Pressure | None = None
 
     def turn(self, now: float, rounds_may_start: bool) -> str:
@@ -50,12 +59,24 @@ class SlowLoop:
         return line
 
     def _update_states(self, now: float) -> None:
-        for replica in self._fleet.view(self._dispatcher.queued).alive:
-            state, reason = next_state(now, replica, self._config)
+        alive, reasons = self._fleet.view(self._dispatcher.queued).alive, set()
+        for replica in alive:
+            state, reason = next_state(now, replica, self._config, self._patience_s)
+            reasons.add(reason)
             if state is ReplicaState.FAILED:
                 self._lose(now, replica.replica, reason)
             elif state is not None:
                 self._fleet.set_state(now, replica.replica, state, reason)
+
+        self._tell_of_silence(NOBODY_SPEAKS in reasons)
+
+    def _tell_of_silence(self, silent: bool) -> None:
+        if silent and not self._all_silent:
+            limit = self._config.control.lost_after_s
+            log.warning("no replica has spoken for %g s: waiting up to %g s more", limit, self._patience_s)
+        elif self._all_silent and not silent:
+            log.info("the silence of all replicas is over")
+        self._all_silent = silent
 
     def _update_pressure(self, now: float, view: ClusterView) -> None:
         finished, met = self.outcomes.count(now)

@@ -27,7 +27,8 @@ class ReplicaView:
     outstanding: requests handed to it that have not ended; reserved: tokens that they may fill in its KV cache.
     max_batch: outstanding requests it takes at present; batch_cap: the most it was built for.
     utilisation: smoothed, 0 to 1. slack_since / pressure_since: since when it is under idle_below / over
-    serving_above without a break. joined: rounds it took part in.
+    serving_above without a break. joined: rounds it took part in. missed_s: how long others have spoken since it was
+    last heard.
     """
 
     replica: int
@@ -46,6 +47,7 @@ class ReplicaView:
     demand: float = 0.0
     version: int = 0
     last_seen: float = 0.0
+    missed_s: float = math.inf
     slack_since: float | None = None
     pressure_since: float | None = None
     joined: int = 0
@@ -123,6 +125,8 @@ class ReplicaTracker:
         self.state = ReplicaState.SERVING
         self.state_since = now
         self.last_seen = now
+        self.spoken_before_s = 0.0
+        """What the fleet's count of the time in which somebody spoke was when this replica was last heard."""
         self.version = hello.version
         self.joined = 0
         self.max_batch = hello.max_batch
@@ -161,7 +165,8 @@ class ReplicaTracker:
         self.serve.refit()
         self.train.refit()
 
-    def view(self, outstanding: int, reserved: int) -> ReplicaView:
+    def view(self, outstanding: int, reserved: int, spoken_s: float = 0.0) -> ReplicaView:
+        """spoken_s: time in which some replica spoke, until now."""
         report = self.report
         return ReplicaView(
             replica=self.hello.replica,
@@ -180,6 +185,7 @@ class ReplicaTracker:
             demand=self._demand.value,
             version=self.version,
             last_seen=self.last_seen,
+            missed_s=spoken_s - self.spoken_before_s,
             slack_since=self._slack_since,
             pressure_since=self._pressure_since,
             joined=self.joined,
