@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from clif.config import Config
+from clif.control.coordinator import MIN_CONFIDENCE
 from clif.control.dispatcher import Send
 from clif.control.view import ClusterView, ReplicaTracker, ReplicaView
 from clif.roles import role_of
@@ -43,6 +44,12 @@ class Fleet:
     def serving(self) -> tuple[int, ...]:
         """Living replicas that requests may be sent to."""
         return tuple(r for r in self.alive if self._trackers[r].role.serves)
+
+    @property
+    def priced(self) -> bool:
+        """Whether the latency of serving is known of all living replicas that may also train."""
+        both = [t for t in map(self._trackers.__getitem__, self.alive) if t.role.serves and t.role.trains]
+        return all(t.serve.confidence >= MIN_CONFIDENCE for t in both)
 
     @property
     def hellos(self) -> tuple[Hello, ...]:

@@ -53,7 +53,8 @@ class Facts:
     serving: replicas that can answer requests, now or when they are rebuilt. signal: why the run is to drain; empty: it
     is not.
     opened, over: whether the load had begun, or all had been done, before the control process was started again.
-    wants_rounds: more rounds are to begin even without load.
+    wants_rounds: more rounds are to begin even without load. priced: what serving takes is known of all replicas that
+    may train beside it.
     """
 
     phase: Phase
@@ -66,6 +67,7 @@ class Facts:
     outstanding: int = 0
     federating: bool = False
     wants_rounds: bool = False
+    priced: bool = True
     saying_goodbye: tuple[int, ...] = ()
     signal: str = ""
     opened: bool = False
@@ -105,9 +107,14 @@ def next_phase(now: float, facts: Facts, config: Config) -> tuple[Phase | None, 
 
 
 def rounds_may_start(now: float, facts: Facts, config: Config) -> bool:
-    """While load comes; after it only as long as more rounds are wanted and run.linger_s lasts."""
+    """While load comes; after it only as long as more rounds are wanted and run.linger_s lasts.
+
+    Not with the first requests: before it is known what serving takes, nobody can tell what it leaves. Where so few
+    come that this stays unknown, there is enough left.
+    """
     if facts.phase is Phase.OPEN:
-        return True
+        known = facts.priced or now - facts.entered_s >= config.control.window_s
+        return known or not config.run.adaptive
     return facts.phase is Phase.LINGER and facts.wants_rounds and now - facts.entered_s < config.run.linger_s
 
 

@@ -259,6 +259,7 @@ class ControlServer:
             outstanding=self.dispatcher.outstanding,
             federating=self.federation.busy,
             wants_rounds=wants_rounds(self.federation.history, self.config),
+            priced=self.fleet.priced,
             saying_goodbye=tuple(r for r in self._reachable if r not in self._goodbyes),
             signal=self._ending.drain,
             opened=self._ledger.recovery.opened,
