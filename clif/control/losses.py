@@ -46,6 +46,11 @@ class Losses:
         return tuple(sorted(self._due))
 
     @property
+    def patience_s(self) -> float:
+        """How long a silence of all replicas is put up with: a launcher that starts all ranks anew cures it sooner."""
+        return 0.0 if self._ending.restarts_left else self._config.dist.timeout_s
+
+    @property
     def serving(self) -> int:
         """How many replicas can answer requests, now or when they are rebuilt."""
         return len(self._fleet.serving) + sum(map(self._fleet.serves, self._due))

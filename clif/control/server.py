@@ -94,8 +94,7 @@ class ControlServer:
             lambda: self.phase,
             quality.on_lost,
         )
-        lose, restarts = self._losses.lose, ending.restarts_left
-        self._slow = SlowLoop(config, self.fleet, self.dispatcher, self.federation, records, lose, restarts)
+        self._slow = SlowLoop(config, self.fleet, self.dispatcher, self.federation, records, self._losses)
         self._recent = Recent()
         self.finished: Counter[FinishReason] = Counter()
         self._last_loss: float | None = None

@@ -6,7 +6,6 @@ It only carries out what the pure functions decide, in the order in which each n
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 from clif.config import Config
 from clif.control.coordinator import Batches, choose_batches
@@ -14,6 +13,7 @@ from clif.control.dispatcher import Dispatcher
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
 from clif.control.launcher import plan_round
+from clif.control.losses import Losses
 from clif.control.policy import NOBODY_SPEAKS, next_state
 from clif.control.pressure import OutcomeWindow, Pressure, ServiceWindow, service_pressure
 from clif.control.records import Records
@@ -24,11 +24,6 @@ log = logging.getLogger(__name__)
 
 
 class SlowLoop:
-    """lose: called as (now, replica, reason) for a replica that fell silent.
-
-    restarts_left: how often the launcher would start all ranks anew, which cures a silence of all sooner than to wait.
-    """
-
     def __init__(
         self,
         config: Config,
@@ -36,15 +31,13 @@ class SlowLoop:
         dispatcher: Dispatcher,
         federation: Federation,
         records: Records,
-        lose: Callable[[float, int, str], None],
-        restarts_left: int = 0,
+        losses: Losses,
     ) -> None:
         self.outcomes = OutcomeWindow(config.control.window_s)
         self.pressure = Pressure.LOW
         self.round_reason = ""
         self._config, self._fleet, self._dispatcher = config, fleet, dispatcher
-        self._federation, self._records, self._lose = federation, records, lose
-        self._patience_s = 0.0 if restarts_left else config.dist.timeout_s
+        self._federation, self._records, self._losses = federation, records, losses
         self._all_silent = False
         self._written: Pressure | None = None
 
@@ -61,10 +54,10 @@ class SlowLoop:
     def _update_states(self, now: float) -> None:
         alive, reasons = self._fleet.view(self._dispatcher.queued).alive, set()
         for replica in alive:
-            state, reason = next_state(now, replica, self._config, self._patience_s)
+            state, reason = next_state(now, replica, self._config, self._losses.patience_s)
             reasons.add(reason)
             if state is ReplicaState.FAILED:
-                self._lose(now, replica.replica, reason)
+                self._losses.lose(now, replica.replica, reason)
             elif state is not None:
                 self._fleet.set_state(now, replica.replica, state, reason)
 
@@ -73,7 +66,7 @@ class SlowLoop:
     def _tell_of_silence(self, silent: bool) -> None:
         if silent and not self._all_silent:
             limit = self._config.control.lost_after_s
-            log.warning("no replica has spoken for %g s: waiting up to %g s more", limit, self._patience_s)
+            log.warning("no replica has spoken for %g s: waiting up to %g s more", limit, self._losses.patience_s)
         elif self._all_silent and not silent:
             log.info("the silence of all replicas is over")
         self._all_silent = silent
