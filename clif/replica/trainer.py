@@ -1,6 +1,6 @@
 """The shadow's training step: AdamW on the flat float32 master, in slices, with samples that are never lost.
 
-Samples are claimed when a step begins, and committed or released when the round that holds the step is settled.
+Samples are claimed when a step begins, and committed or deferred when the round that holds the step is settled.
 """
 
 from __future__ import annotations
