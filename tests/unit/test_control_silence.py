@@ -20,11 +20,11 @@ class Replicas:
     """Replicas 0 and 1 on a clock of their own."""
 
     def __init__(self) -> None:
-        self.fleet = Fleet(CONFIG, 2, "s", lambda *_: True, lambda _: (0, 0), lambda *_: None)
+        self.fleet = Fleet(CONFIG, 2, lambda *_: True, lambda _: (0, 0), lambda *_: None)
         self.now = 100.0
         for replica in (0, 1):
             hello = Hello(
-                replica=replica, rank=replica, host="h", pid=1, secret="s", max_batch=4, kv_tokens=1000,
+                replica=replica, rank=replica, host="h", pid=1, max_batch=4, kv_tokens=1000,
                 max_context=500, heldout_rows=0, dtype="float32", load_s=0.0,
             )  # fmt: skip
             self.fleet.join(self.now, hello)
