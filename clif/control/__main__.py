@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -144,6 +145,15 @@ def read_recorded(run_dir: Path) -> Recorded:
     )
 
 
+def allow_connections() -> None:
+    """Take all the open files that the system gives: whoever connects holds one until it is refused for want of a key.
+
+    With none left for the run's own files, a stranger could end the run.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def open_channel(host: str, keys: Keys, replicas: int) -> ControlChannel:
     refuse_link_local("dist.control_host", host)
     try:
@@ -167,6 +177,7 @@ def main() -> int:
     """
     arguments = parse()
     keep_private()
+    allow_connections()
     outside = Outside(arguments.parent)
     try:
         config = Config.model_validate_json((arguments.run_dir / "config.json").read_text())

@@ -49,6 +49,7 @@ class ControlChannel:
         self._clock = clock
         self._names = {keys.replica(r).public: r for r in range(replicas)}
         self._routes: dict[int, bytes] = {}
+        self._connections: set[bytes] = set()
         self._context = zmq.Context()
         # Answers who may connect in this thread, on its way to the messages: there is no other one.
         self._door = Authenticator(self._context)
@@ -92,8 +93,10 @@ class ControlChannel:
                 return
             # Told by ZeroMQ, from the key of the connection.
             sender = self._names[str(parts[-1].get("User-Id")).encode()]
-            # The newest connection of a key is its owner's: that an older one broke may take long to be noticed here.
-            self._routes[sender] = route.bytes
+            if route.bytes not in self._connections:
+                # The newest connection of a key is its owner's, whatever an older one that broke has left to be read.
+                self._connections.add(route.bytes)
+                self._routes[sender] = route.bytes
             payload = b"".join(part.buffer for part in parts)
             room -= len(payload)
             yield sender, payload

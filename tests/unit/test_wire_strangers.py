@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -106,13 +108,16 @@ def test_who_speaks_is_told_by_the_key_of_the_connection_and_not_by_its_name() -
 
 
 def test_a_replica_that_connects_again_is_answered_on_its_new_connection() -> None:
-    with control_port() as control:
-        for _ in range(2):
-            with leader_of(control, 0) as leader:
+    with control_port() as control, leader_of(control, 0) as old:
+        old.send(m.Goodbye(replica=0))
+        hear(control, 1)
+        with leader_of(control, 0) as new:
+            for leader in (new, old):
+                # What the old one has left to be read comes after what the new one says.
                 leader.send(m.Goodbye(replica=0))
                 hear(control, 1)
-                assert control.send(0, m.Ping())
-                assert [decode_down(x) for x in leader.receive(20.0)] == [m.Ping()]
+            assert control.send(0, m.Ping())
+            assert [decode_down(x) for x in new.receive(20.0)] == [m.Ping()] and not old.receive(0.0)
 
 
 @pytest.mark.parametrize(
@@ -184,3 +189,24 @@ def test_one_turn_takes_so_long_and_no_longer() -> None:
     with control_port(clock=lambda: next(clock)) as control, leader_of(control, 0) as leader:
         turns = flooded(control, leader, [m.Goodbye(replica=0)] * 20)
         assert max(turns) == 1, "after each message the time of the turn is over"
+
+
+CROWD = """
+import resource, socket
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 600))
+from clif.control.__main__ import allow_connections, open_channel
+from clif.wire.keys import Keys
+allow_connections()
+channel = open_channel("127.0.0.1", Keys(b"k" * 32), 1)
+host, port = channel.address.removeprefix("tcp://").split(":")
+crowd = [socket.create_connection((host, int(port))) for _ in range(200)]
+while list(channel.receive(0.2)):
+    pass
+open("/dev/null").close()
+print("files are left")
+"""
+
+
+def test_a_crowd_of_strangers_leaves_the_run_files_to_open() -> None:
+    done = subprocess.run([sys.executable, "-P", "-c", CROWD], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "files are left\n", done.stderr
