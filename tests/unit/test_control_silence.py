@@ -25,7 +25,7 @@ class Replicas:
         for replica in (0, 1):
             hello = Hello(
                 replica=replica, rank=replica, host="h", pid=1, max_batch=4, kv_tokens=1000,
-                max_context=500, heldout_rows=0, dtype="float32", load_s=0.0,
+                max_context=500, vocabulary=300, adapter="", heldout_rows=0, dtype="float32", load_s=0.0,
             )  # fmt: skip
             self.fleet.join(self.now, hello)
 
