@@ -96,6 +96,7 @@ def test_a_nan_in_the_shadow_changes_no_answer_with_the_kernels(tiny_config) -> 
 
 def test_a_wish_that_cannot_be_met_is_an_error_and_says_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
+    assert_supported("engine.lora_kernel", cpu, torch.bfloat16, 64)
     with pytest.raises(ConfigError, match=r"adapter.r 65 is above 64: lower it, or set engine.lora_kernel=torch"):
         assert_supported("engine.lora_kernel", cpu, torch.bfloat16, 65)
     with pytest.raises(ConfigError, match="float64 is not supported"):

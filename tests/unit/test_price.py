@@ -115,8 +115,8 @@ def test_each_regime_has_its_own_price():
 
 
 def test_a_deadline_counts_all_the_ticks_that_are_left():
-    """10 tokens of 20 ms are left and 0.3 s of a deadline less its margin: 100 ms are to spare."""
-    sequence = Sequence(request(0, [1], max_tokens=10), 0.0, [1], last_s=0.0)
+    """10 of 15 tokens of 20 ms are left and 0.3 s of a deadline less its margin: 100 ms are to spare."""
+    sequence = Sequence(request(0, [1], max_tokens=15), 0.0, [1, 7, 7, 7, 7, 7], last_s=0.0)
     sequence.request = msgspec.structs.replace(sequence.request, slo=Slo(tpot_s=9.0, deadline_s=0.3 / 0.7))
     assert may_train(0.0, 0.09, 0.02, [sequence], SLO)[0]
     answer, slack = may_train(0.0, 0.11, 0.02, [sequence], SLO)
