@@ -27,4 +27,4 @@ def test_a_profile_for_gpus_answers_requests_and_completes_rounds(tmp_path, prof
     with h5py.File(tmp_path / "run" / "run.h5") as file:
         answered = [r["finish"] for r in file["requests"][:] if r["purpose"] == b"user"]
         assert len(answered) > 10 and set(answered) <= {b"stop", b"length"}
-        assert len(file["rounds"]) >= 1 and len(file["train_steps"]) >= 20
+        assert len(file["rounds"]) >= 1 and len(file["train_steps"]) >= 1
