@@ -86,6 +86,7 @@ RELEVANCE: dict[str, Needs] = {
     "dist.ranks_per_gpu": (GPU,),
     "dist.threads_per_rank": ALWAYS,
     "dist.control_host": ALWAYS,
+    "dist.secret_file": ALWAYS,
     "model.path": ALWAYS,
     "model.dtype": ALWAYS,
     "model.device": ALWAYS,

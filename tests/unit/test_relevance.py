@@ -10,23 +10,13 @@ from typing import Any, get_args
 
 import pytest
 import yaml
+from config_fields import fields
 
 from clif.config import Config, ConfigError, load_config
 from clif.given import Origin
 from clif.relevance import ALWAYS, RELEVANCE, Either, Need, check_device, check_relevance, value_of
 
-REPO = Path(__file__).resolve().parents[2]
-DOCS = (REPO / "docs" / "configuration.md").read_text()
 SERVE_ONLY = {"train": {"enabled": False}}
-
-
-def fields(section: Any = Config, before: str = "") -> dict[str, Any]:
-    """Every field of the configuration, as section.field, with pydantic's description of it."""
-    found: dict[str, Any] = {}
-    for name, field in section.model_fields.items():
-        inner = next((t for t in (field.annotation, *get_args(field.annotation)) if hasattr(t, "model_fields")), None)
-        found |= {before + name: field} if inner is None else fields(inner, f"{before}{name}.")
-    return found
 
 
 @pytest.fixture
@@ -49,11 +39,6 @@ def write(tmp_path: Path, rows: str, sections: dict[str, Any]) -> Path:
 # --- the table -----------------------------------------------------------------------------------
 
 
-def test_every_field_has_its_line_in_the_table():
-    """Who adds a field says when it matters."""
-    assert RELEVANCE.keys() == fields().keys()
-
-
 def test_the_table_names_fields_and_values_that_there_are():
     known = fields()
     for needs in RELEVANCE.values():
@@ -69,16 +54,6 @@ def test_what_a_field_needs_never_needs_the_field():
     for field, needs in RELEVANCE.items():
         for need in needs:
             assert not (isinstance(need, Need) and field in str(RELEVANCE[need.field])), field
-
-
-def test_the_documentation_has_the_table_as_it_is():
-    groups: dict[str, list[str]] = {}
-    for field, needs in RELEVANCE.items():
-        if needs != ALWAYS:
-            groups.setdefault(", and ".join(map(str, needs)), []).append(f"`{field}`")
-    lines = [f"| {', '.join(names)} | {need} |" for need, names in groups.items()]
-    wanted = "\n".join(["| given | matters only with |", "|---|---|", *lines])
-    assert wanted in DOCS, f"docs/configuration.md must hold:\n{wanted}"
 
 
 MEETS = {
@@ -292,32 +267,6 @@ def test_null_takes_a_wish_back(tmp_path, rows):
 def test_config_json_gives_everything_and_is_read_back(tmp_path, rows, mode):
     config = load_config(write(tmp_path, rows, {"run": {"mode": mode}, "train": {"enabled": mode == "split"}}))
     assert Config.model_validate_json(config.model_dump_json()) == config
-
-
-# --- docs/configuration.md -----------------------------------------------------------------------
-
-
-def documented() -> dict[str, str]:
-    """Field to default, as the tables of docs/configuration.md have them."""
-    found, section = {}, ""
-    for line in DOCS.splitlines():
-        if heading := re.match(r"#{2,3} ([a-z.]+)$", line):
-            section = heading[1]
-        elif row := re.match(r"\| `([a-z_]+)` \| (?:`([^`]*)`|(required)) \|", line):
-            found[f"{section}.{row[1]}"] = row[2] or row[3]
-    return found
-
-
-def test_the_documentation_lists_every_field():
-    # load.trace is a row of load and a section of its own.
-    assert documented().keys() - {"load.trace"} == fields().keys()
-
-
-@pytest.mark.parametrize("field", [name for name, known in fields().items() if not known.is_required()])
-def test_the_documentation_has_the_default_that_holds(field):
-    wanted = fields()[field].default
-    said = yaml.safe_load(documented()[field])
-    assert (str(wanted) if isinstance(wanted, Path) else wanted) == said
 
 
 def test_values_are_found_by_their_name(tmp_path, rows):
