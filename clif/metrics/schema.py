@@ -4,7 +4,8 @@ A table is one chunked, resizable compound data set: a row is written whole or n
 flush keeps the serving loop cheap, and `file["requests"]["ttft_s"]` reads a column. Text has a fixed width: text of
 variable width lies in a heap of its own, which a killed process may leave out of step with its rows. Longer text is
 cut and ends in "...". Process files are never compressed, because a chunk that changes its size moves, and a kill
-could then take rows that were flushed long ago; run.h5 is compressed.
+could then take rows that were flushed long ago; run.h5 is compressed. Each chunk has a checksum, which does not change
+its size (see checked.py).
 
 All stamps, `t` included, are seconds since the start of the writing process's file on that process's monotonic clock.
 Never subtract stamps of different files. Rows that a kill left unwritten have `t` = NaN, the fill value.
@@ -77,7 +78,14 @@ def create(parent: h5py.Group, table: Table, **options: Any) -> h5py.Dataset:
     dtype = table.dtype
     chunk = max(8, CHUNK_BYTES // dtype.itemsize)
     data = parent.create_dataset(
-        table.name, shape=(0,), maxshape=(None,), dtype=dtype, chunks=(chunk,), fillvalue=table.fill, **options
+        table.name,
+        shape=(0,),
+        maxshape=(None,),
+        dtype=dtype,
+        chunks=(chunk,),
+        fillvalue=table.fill,
+        fletcher32=True,
+        **options,
     )
     data.attrs["doc"] = table.doc
     for column in table.columns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from clif.metrics.checked import Checked
 from clif.metrics.damage import DAMAGE, checked_attributes, checked_table, cleaned
 from clif.metrics.isolated import Crashed, isolated
 from clif.metrics.schema import TABLES, Column, Table
@@ -145,7 +147,8 @@ def _table(source: Source, name: str, file: h5py.File, alive: Alive) -> Iterator
     step = max(1, PIECE_BYTES // table.dtype.itemsize)
     damage: Counter[str] = Counter()
     try:
-        data, unknown = checked_table(file[name], table)
+        found, unknown = checked_table(file[name], table)
+        data = Checked(found, _closed(file))
         count = _written(data, step, alive)
         for start in range(0, count, step):
             rows = cleaned(_merged(source, table, data[start : min(start + step, count)]), name, damage)
@@ -157,7 +160,12 @@ def _table(source: Source, name: str, file: h5py.File, alive: Alive) -> Iterator
     yield from (_problem(f"table {name}: unknown column {column}") for column in unknown)
 
 
-def _written(data: h5py.Dataset, step: int, alive: Alive) -> int:
+def _closed(file: h5py.File) -> bool:
+    """Whether its process has closed it: a kill leaves NaN. Raises what h5py does for a damaged attribute."""
+    return math.isfinite(float(file.attrs.get("end_s", math.nan)))
+
+
+def _written(data: Checked, step: int, alive: Alive) -> int:
     """Number of rows without those at the end that a kill left unwritten.
 
     Reads all of the table, so that damage shows before a row is taken.
