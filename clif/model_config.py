@@ -83,7 +83,7 @@ def _sizes(tree: Tree) -> Iterator[str]:
     for field, most in LARGEST.items():
         size = tree.get(field)
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= most):
-            yield f"has {field} {str(size)[:40]} in its config.json: it must be from 1 to {most}"
+            yield f"has {field} {str(size)[:40]} in its config.json: correct it, sizes are from 1 to {most}"
     heads, hidden = tree.get("num_attention_heads"), tree.get("hidden_size")
     if heads and hidden and not tree.get("head_dim") and hidden % heads:
         yield f"cannot have {heads} attention heads in hidden_size {hidden}: correct its config.json"
@@ -95,7 +95,7 @@ def _sizes(tree: Tree) -> Iterator[str]:
 def _context(tree: Tree, max_context: int) -> Iterator[str]:
     limit = tree.get("max_position_embeddings")
     if limit is not None and not isinstance(limit, int):
-        yield f"has max_position_embeddings {str(limit)[:40]} in its config.json: it must be a number of tokens"
+        yield f"has max_position_embeddings {str(limit)[:40]} in its config.json: correct it, that is a number of tokens"
         return
     if limit is not None and max_context > limit:
         yield f"takes {limit} tokens: model.max_context {max_context} exceeds the model's own {limit}, lower it"
@@ -124,7 +124,7 @@ def window_of(tree: Tree) -> int | None:
 def _rope(tree: Tree, max_context: int) -> Iterator[str]:
     rope = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        yield f"has rope_parameters {str(rope)[:40]} in its config.json: it must be a mapping"
+        yield f"has rope_parameters {str(rope)[:40]} in its config.json: correct it, that is a mapping"
         return
     for factor in (tree.get("partial_rotary_factor"), rope.get("partial_rotary_factor")):
         if factor not in (None, 1):
