@@ -74,9 +74,9 @@ def _code_and_weights(tree: Tree) -> Iterator[str]:
 
 def _method(quantisation: Any) -> str:
     """The name of a way to quantise: of a mapping, or of one of transformers' objects."""
-    found = quantisation if isinstance(quantisation, dict) else vars(quantisation)
+    found = quantisation if isinstance(quantisation, dict) else getattr(quantisation, "__dict__", {})
     method = found.get("quant_method")
-    return str(getattr(method, "value", method) or "of a method that is not named")
+    return str(getattr(method, "value", method) or "of a method that is not named")[:40]
 
 
 def _sizes(tree: Tree) -> Iterator[str]:
@@ -95,7 +95,7 @@ def _sizes(tree: Tree) -> Iterator[str]:
 def _context(tree: Tree, max_context: int) -> Iterator[str]:
     limit = tree.get("max_position_embeddings")
     if limit is not None and not isinstance(limit, int):
-        yield f"has max_position_embeddings {str(limit)[:40]} in its config.json: correct it, that is a number of tokens"
+        yield f"has max_position_embeddings {str(limit)[:40]} in its config.json: correct it to a number of tokens"
         return
     if limit is not None and max_context > limit:
         yield f"takes {limit} tokens: model.max_context {max_context} exceeds the model's own {limit}, lower it"

@@ -64,7 +64,7 @@ def _read(file: Any, name: str, shape: torch.Size, part: Slice) -> torch.Tensor:
     source = file.get_slice(name)
     if list(source.get_shape()) != list(shape):
         raise ConfigError(
-            f"{name} has shape {source.get_shape()}, and {list(shape)} by its config.json: correct that, or get it again"
+            f"{name} has shape {source.get_shape()}, its config.json says {list(shape)}: correct that, or get it again"
         )
     if part is None:
         tensor: torch.Tensor = source[:]
