@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import threading
 import time
 from pathlib import Path
@@ -60,6 +61,22 @@ def test_a_new_number_closes_the_group_of_before(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="closed"):
         first.allreduce([torch.ones(1)])
     second.allreduce([torch.ones(1)]).wait()
+
+
+def test_a_closed_group_leaves_no_descriptor_and_no_thread_behind(tmp_path: Path) -> None:
+    mine = groups(tmp_path)
+    mine.get(ALL, (0,), 0).result(10)
+
+    def held() -> int:
+        return len(os.listdir("/proc/self/fd")) + len(os.listdir("/proc/self/task"))
+
+    before = held()
+    for number in range(1, 20):
+        mine.get(ALL, (0,), number).result(10)
+    end = time.monotonic() + 10
+    while held() > before:
+        assert time.monotonic() < end, f"{held()} descriptors and threads, {before} before"
+        time.sleep(0.01)
 
 
 def test_nobody_waits_any_more_for_the_members_of_a_group_that_was_given_up(tmp_path: Path) -> None:
