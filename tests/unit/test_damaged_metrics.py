@@ -22,7 +22,8 @@ from clif.metrics.collect import CollectError, collect
 from clif.metrics.provenance import provenance
 from clif.metrics.schema import CONTROL_TABLES, RANK_TABLES
 from clif.metrics.sources import Problem, Rows, Source, earlier_rows, read
-from clif.metrics.summary import print_summary, summarize, write_summary
+from clif.metrics.summary import summarize, write_summary
+from clif.metrics.summary_print import print_summary
 from clif.metrics.writer import TableWriter
 
 SETTINGS = config_from_tree({"model": {"path": "m"}, "train": {"enabled": False}})
