@@ -7,3 +7,9 @@ class InputError(ValueError):
 
 class ConfigError(InputError):
     """The configuration cannot be honoured; the message says what to change."""
+
+
+def plain(given: object, longest: int = 400) -> str:
+    """What somebody gave, fit to be part of a sentence: on one line, printable, cut in the middle if it is long."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(given))
+    return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"

@@ -18,7 +18,7 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
-from clif.errors import InputError
+from clif.errors import InputError, plain
 
 Message = dict[str, str]
 
@@ -91,9 +91,9 @@ class ChatTokenizer:
         try:
             return template.render(messages=list(messages), add_generation_prompt=True, **self.special)
         except _OF_TEMPLATES as error:
-            roles = ", ".join(m["role"] for m in messages)
+            roles = plain(", ".join(m["role"] for m in messages))
             raise ChatError(
-                f"the model's chat template does not take messages of the roles {roles} ({error}): change them"
+                f"the model's chat template does not take messages of the roles {roles} ({plain(error)}): change them"
             ) from error
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from checkout import use_checkout
+
+if TYPE_CHECKING:
+    from clif.text import ChatTokenizer
 
 # The kernels' tests also run where CLIF is not installed.
 use_checkout()
@@ -41,6 +45,26 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("tiny") / "config.json"
     file.write_text(json.dumps(TINY))
     return file
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> ChatTokenizer:
+    """One token per byte; id 256 ends the text; messages are <role>content."""
+    # Late: the kernels' tests need neither.
+    import tokenizers
+
+    from clif.text import ChatTokenizer
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, [])
+    bytes_tokenizer = tokenizers.Tokenizer(model)
+    bytes_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    return ChatTokenizer(bytes_tokenizer, template, [256])
 
 
 @pytest.fixture(scope="session")

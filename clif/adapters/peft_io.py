@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from clif.adapters.bank import AdapterBank, State
-from clif.errors import InputError
+from clif.errors import InputError, plain
 from clif.peft_files import ELSEWHERE, PREFIX
 from clif.store import CONFIG_FILE, WEIGHTS_FILE
 
@@ -61,7 +61,8 @@ def read_weights(bank: AdapterBank, weights: bytes) -> State:
     missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unknown:
         raise AdapterError(
-            f"the adapter does not fit: {len(missing)} keys missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
+            f"the adapter does not fit: {len(missing)} keys missing {plain(missing[:3])}, {len(unknown)} unknown "
+            f"{plain(unknown[:3])}"
         )
     for name, tensor in state.items():
         if tensor.shape != expected[name]:
@@ -73,10 +74,12 @@ def _tensors(weights: bytes) -> State:
     try:
         return safetensors.torch.load(weights)
     except safetensors.SafetensorError as error:
-        raise AdapterError(f"the adapter is not a safetensors file: {error}") from error
+        raise AdapterError(f"the adapter is not a safetensors file: {plain(error)}") from error
     except (KeyError, ValueError, RuntimeError) as error:
         # A type of number that this torch has no name for, or a header whose sizes do not fit together.
-        raise AdapterError(f"the adapter holds a tensor that cannot be read ({error}): export it in float32") from error
+        raise AdapterError(
+            f"the adapter holds a tensor that cannot be read ({plain(error)}): export it in float32"
+        ) from error
 
 
 def _by_name(given: State) -> State:
@@ -112,12 +115,12 @@ def read_folder(bank: AdapterBank, folder: Path) -> State:
     except OSError as error:
         raise AdapterError(f"{folder} is not a PEFT adapter folder: {error.strerror} ({error.filename})") from error
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{folder / CONFIG_FILE} is damaged: {error}") from error
+        raise AdapterError(f"{folder / CONFIG_FILE} is damaged: {plain(error)}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise AdapterError(f"{folder / CONFIG_FILE} does not describe a LoRA adapter: export one with peft_type LORA")
     for key, ours in (("r", bank.config.r), ("lora_alpha", bank.config.lora_alpha)):
         if config.get(key) != ours:
-            raise AdapterError(f"{folder} has {key}={config.get(key)}, the run has {ours}: change adapter.{key}")
+            raise AdapterError(f"{folder} has {key}={plain(config.get(key))}, the run has {ours}: change adapter.{key}")
     for key in ELSEWHERE:
         if config.get(key):
             raise AdapterError(f"{folder} uses {key}, which cannot be served: export it without")

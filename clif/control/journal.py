@@ -5,13 +5,18 @@ before anything follows from it: the death of any process loses nothing. It is f
 thread of its own, for all lines since the last time together: the death of the host loses at most that. Requests
 accepted in that time are then offered again by the load, and those that ended in it are answered again.
 
+Each line ends in a checksum of itself: a changed digit would else be another request, answered twice, or a token id
+that the model does not have. Lines of an older CLIF have none; after the first that has one all must.
+
 The folder is locked while a control process lives, so that two never write it (clif/folder_lock.py).
 """
 
 from __future__ import annotations
 
 import os
+import re
 import time
+import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -20,7 +25,7 @@ from typing import Any, Union
 
 import msgspec
 
-from clif.errors import InputError
+from clif.errors import InputError, plain
 from clif.files import write_atomic
 from clif.folder_lock import FolderLock
 from clif.room import Room, is_full
@@ -102,24 +107,51 @@ Line = Union[Began, Entered, Accepted, Ended, Progress, RoundBegan, VersionGiven
 _DECODER = msgspec.json.Decoder(Line)
 
 
+_SEAL = re.compile(rb',"crc":"([0-9a-f]{8})"}')
+_SEAL_BYTES = 18
+
+
+class _Damaged(ValueError):
+    """A line is not as it was written."""
+
+
+def seal(line: bytes) -> bytes:
+    """A JSON object with a checksum as its last member."""
+    return b'%s,"crc":"%08x"}' % (line[:-1], zlib.crc32(line))
+
+
+def unsealed(line: bytes, must: bool) -> tuple[Line, bool]:
+    """(what a line says, whether it has a checksum). must: it needs one. Raises _Damaged."""
+    found = _SEAL.fullmatch(line, max(0, len(line) - _SEAL_BYTES))
+    if found is None and must:
+        raise _Damaged("its checksum is missing")
+    try:
+        if found is not None and zlib.crc32(line[: found.start()] + b"}") != int(found[1], 16):
+            raise _Damaged("its checksum is that of another line")
+        return _DECODER.decode(line), found is not None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise _Damaged(plain(error)) from error
+
+
 def parse(content: bytes) -> tuple[list[Line], int]:
     """(lines, bytes that they take). What follows the last whole line is torn: its writer died in the middle of it.
 
     Raises JournalError for a damaged line that is not the last.
     """
     lines: list[Line] = []
-    start = 0
+    start, must = 0, False
     while (end := content.find(b"\n", start)) >= 0:
         try:
-            lines.append(_DECODER.decode(content[start:end]))
-        except msgspec.DecodeError as error:
+            line, sealed = unsealed(content[start:end], must)
+        except _Damaged as error:
             if content.find(b"\n", end + 1) < 0 and not content[end + 1 :]:
                 break
             raise JournalError(
                 f"line {len(lines) + 1} of the journal is damaged ({error}): `clif mend RUN` cuts out what is damaged, "
                 "and says what that may cost"
             ) from error
-        start = end + 1
+        lines.append(line)
+        start, must = end + 1, must or sealed
     return lines, start
 
 
@@ -129,13 +161,15 @@ def mend(lock: FolderLock) -> tuple[list[int], Path]:
     Nothing is changed when no line is damaged. Raises OSError.
     """
     path = lock.folder / JOURNAL_FILE
-    kept, damaged = [], []
+    kept, damaged, must = [], [], False
     content = path.read_bytes()
-    for number, line in enumerate(content.splitlines(keepends=True), start=1):
+    # Not splitlines(), which would also split at a lone carriage return.
+    lines = content.removesuffix(b"\n").split(b"\n") if content else []
+    for number, line in enumerate(lines, start=1):
         try:
-            _DECODER.decode(line)
-            kept.append(line if line.endswith(b"\n") else line + b"\n")
-        except msgspec.DecodeError:
+            must = unsealed(line, must)[1] or must
+            kept.append(line + b"\n")
+        except _Damaged:
             damaged.append(number)
     aside = path.with_name(f"{JOURNAL_FILE}.damaged-{time.time_ns()}")
     if damaged:
@@ -179,7 +213,7 @@ class Journal:
 
     def write(self, line: Line) -> None:
         """Append a line; it survives this process from now on. Raises OSError, and has then written nothing."""
-        data = self._encoder.encode(line) + b"\n"
+        data = seal(self._encoder.encode(line)) + b"\n"
         start = os.fstat(self._file).st_size
         try:
             while data:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from clif.data.lines import json_object, read_lines
-from clif.errors import InputError
+from clif.errors import InputError, plain
 from clif.text import ChatError, ChatTokenizer, Message
 from clif.types import TrainSample
 
@@ -49,7 +49,7 @@ def read_rows(path: Path) -> list[Row]:
         try:
             rows.append(_row(len(rows), json_object(line)))
         except InputError as error:
-            raise DataError(f"{path}, line {number}: {error}") from error
+            raise DataError(f"{path}, line {number}: {plain(error)}") from error
     if not rows:
         raise DataError(f"{path} holds no rows: put one JSON object on each line")
     return rows
@@ -66,7 +66,7 @@ def split_rows(rows: Sequence[Row], split: str, needed: bool = True) -> list[Row
             "or set data.heldout_share=0.1, which holds out a tenth of rows that have none"
         )
     if not chosen:
-        present = ", ".join(sorted({"(none)" if row.split is None else row.split for row in rows}))
+        present = plain(", ".join(sorted({"(none)" if row.split is None else row.split for row in rows})))
         raise DataError(f'no row has the split "{split}": choose one that the data has ({present})')
     return chosen
 

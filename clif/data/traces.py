@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from clif.data.lines import json_object, read_lines
-from clif.errors import InputError
+from clif.errors import InputError, plain
 
 TraceFormat = Literal["azure", "burstgpt", "mooncake"]
 BLOCK_TOKENS = 512
@@ -93,7 +93,7 @@ def _read_csv(path: Path, expected: str, columns: Sequence[str], seconds: Callab
                 raise ValueError(f"{len(cells)} cells under {len(names)} columns")
             arrival = _arrival(seconds(cells[time]), int(cells[prompt]), int(cells[answer]))
         except (ValueError, ArithmeticError, csv.Error) as error:
-            raise TraceError(f"{path}, line {number}: {error}: expected {expected}") from error
+            raise TraceError(f"{path}, line {number}: {plain(error)}: expected {expected}") from error
         yield arrival
 
 
@@ -106,7 +106,7 @@ def _read_mooncake(path: Path) -> Iterator[Arrival]:
             timestamp, prompt, answer = (_number(value, key) for key in keys)
             arrival = _arrival(timestamp / 1000, _whole(prompt), _whole(answer), _blocks(value))
         except (ValueError, ArithmeticError) as error:
-            raise TraceError(f"{path}, line {number}: {error}: expected {expected}") from error
+            raise TraceError(f"{path}, line {number}: {plain(error)}: expected {expected}") from error
         yield arrival
 
 

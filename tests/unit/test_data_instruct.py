@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,21 +21,11 @@ from clif.data.instruct import (
 from clif.text import ChatTokenizer
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> ChatTokenizer:
-    """One token per byte; id 256 ends the text."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    model = tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, [])
-    bytes_tokenizer = tokenizers.Tokenizer(model)
-    bytes_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    return ChatTokenizer(bytes_tokenizer, TEMPLATE, [256])
+@pytest.fixture
+def tokenizer(byte_tokenizer: ChatTokenizer) -> ChatTokenizer:
+    return byte_tokenizer
 
 
 def write(path: Path, *rows: object) -> Path:

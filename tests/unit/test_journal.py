@@ -101,6 +101,27 @@ def test_damage_in_the_middle_is_an_error_that_names_the_line():
         parse(b'{"type":"RoundBegan","round_id":7}\nrubbish\n{"type":"RoundBegan","round_id":7}\n')
 
 
+def test_promise_1_a_changed_digit_in_the_journal_is_no_other_request(tmp_path):
+    content = written(tmp_path)
+    assert content.count(b'"prompt":[1,2,0]') == 1
+    with pytest.raises(JournalError, match=r"line 3 of the journal is damaged \(its checksum is that of another line"):
+        parse(content.replace(b'"prompt":[1,2,0]', b'"prompt":[1,9,0]'))
+
+
+def test_lines_of_an_older_clif_have_no_checksum_and_those_after_one_that_has_must(tmp_path):
+    content = written(tmp_path)
+    old = b'{"type":"RoundBegan","round_id":7}\n'
+    assert parse(old + content)[0] == [RoundBegan(round_id=7), *LINES]
+    with pytest.raises(JournalError, match=r"line 9 .* \(its checksum is missing"):
+        parse(content + old + content)
+
+
+def test_a_line_nested_too_deeply_is_damage():
+    deep = b'{"type":"RoundStored","round_id":1,"version":1,"heldout_loss":0.5,"row":{"a":' + b"[" * 100_000 + b"\n"
+    with pytest.raises(JournalError, match=r"line 1 .* damaged \(maximum recursion depth"):
+        parse(deep + GOOD % 1)
+
+
 def journal_of(folder, content: bytes) -> None:
     (folder / "journal.jsonl").write_bytes(content)
 
