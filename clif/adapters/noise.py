@@ -18,8 +18,8 @@ Where the groups come from, with what a step does anyway where that is possible:
   of 60 tokens and 10 layers of SmolLM2's shape: the passes of such a step take 1.15 times as long in bfloat16 and 1.01
   times in float32, so 4 % and 0.3 % of all passes.
 * one sample: it and that of the step after, once in HALVED steps. Their parameters differ by one step, along which the
-  gradient turns: |G|^2 comes out a little low and phi a little high. Without this a coordinator that has gone down to
-  one sample would never learn that the noise has grown since.
+  gradient turns: |G|^2 comes out low and phi high, the more so the longer the step. Without this a coordinator that has
+  gone down to one sample would never learn that the noise has grown since.
 
 Members are not compared with each other: after several steps of their own they have gone where different gradients led
 them, and the difference of their averages is no longer that of gradients at one point.
@@ -49,15 +49,15 @@ HALVED = 4
 
 @dataclass
 class NoiseScale:
-    """Running estimate. smoothing: weight of the newest observation once there are many; of few it is the mean."""
+    """Running estimate. smoothing: weight of the newest step; few observations have their mean."""
 
     smoothing: float = 0.1
     seen: int = 0
     _signal: float = 0.0
     _noise: float = 0.0
 
-    def observe(self, norms2: Sequence[float], sum_norm2: float, sizes: Sequence[int]) -> None:
-        """norms2: |g_i|^2 of each group; sum_norm2: |s|^2; sizes: b_i.
+    def observe(self, norms2: Sequence[float], sum_norm2: float, sizes: Sequence[int], steps: int = 1) -> None:
+        """norms2: |g_i|^2 of each group; sum_norm2: |s|^2; sizes: b_i; steps: those since the last observation.
 
         Fewer than two groups say nothing, and one that is not finite would stay in the average for ever.
         """
@@ -67,7 +67,7 @@ class NoiseScale:
         signal = (sum_norm2 - sum(norms2)) / (n * (n - 1))
         noise = sum(size * (norm2 - signal) for size, norm2 in zip(sizes, norms2, strict=True)) / n
         self.seen += 1
-        weight = max(self.smoothing, 1 / self.seen)
+        weight = max(1 - (1 - self.smoothing) ** steps, 1 / self.seen)
         self._signal += weight * (signal - self._signal)
         self._noise += weight * (noise - self._noise)
 
@@ -86,41 +86,46 @@ class NoiseWatch:
         self.scale = NoiseScale()
         self._bank, self._watched = bank, bank.own(STRIDE)
         self._single: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._halved = False
 
     def group_size(self, samples: int, micro_batch: int, steps: int) -> int:
         """How many samples to compute at a time, so that a step of so many has groups. steps: done before it."""
-        halves = steps % HALVED == 0 and steps >= AFTER_STEPS and 1 < samples <= micro_batch
-        return -(-samples // 2) if halves else micro_batch
+        self._halved = steps % HALVED == 0 and steps >= AFTER_STEPS and 1 < samples <= micro_batch
+        return -(-samples // 2) if self._halved else micro_batch
 
     def gradient(self) -> torch.Tensor:
         """A copy of the watched coordinates of the gradient as it is now."""
         return self._bank.gradient[self._watched].clone()
 
-    def observe(self, groups: list[torch.Tensor], sizes: list[int], moment: torch.Tensor | None, steps: int) -> None:
+    def observe(
+        self, groups: list[torch.Tensor], sizes: list[int], moment: torch.Tensor | None, settled: float, steps: int
+    ) -> None:
         """groups: mean gradients of disjoint groups of a step's samples; steps: done before it.
 
         moment [n]: Adam's second one of the steps before: one that holds the gradient itself would bias the ratio.
+        settled: its share of what it will be, 1 - beta2^step, by which Adam divides it.
         """
         if moment is None or steps < AFTER_STEPS:
             return
         if len(groups) > 1:
-            scale = self._scale(moment)
-            self._compare([group * scale for group in groups], sizes)
+            scale = self._scale(moment, settled)
+            self._compare([group * scale for group in groups], sizes, HALVED if self._halved else 1)
         elif sizes == [1] and self._single is not None:
             (first, scale), self._single = self._single, None
-            self._compare([first, groups[0] * scale], [1, 1])
+            self._compare([first, groups[0] * scale], [1, 1], HALVED)
         elif sizes == [1] and steps % HALVED == 0:
-            scale = self._scale(moment)
+            scale = self._scale(moment, settled)
             self._single = groups[0] * scale, scale
 
     def forget(self) -> None:
         """The shadow is changed by something else than steps: the next one does not go on from the last."""
         self._single = None
 
-    def _scale(self, moment: torch.Tensor) -> torch.Tensor:
-        watched = moment[self._watched]
+    def _scale(self, moment: torch.Tensor, settled: float) -> torch.Tensor:
+        """Without `settled` gradients of the first steps would look large, and rule the averages for long."""
+        watched = moment[self._watched] / settled
         return (watched + FLOOR * watched.mean()).rsqrt_()
 
-    def _compare(self, seen: list[torch.Tensor], sizes: list[int]) -> None:
+    def _compare(self, seen: list[torch.Tensor], sizes: list[int], steps: int) -> None:
         total = torch.stack(seen).sum(0)
-        self.scale.observe([float(g.dot(g)) for g in seen], float(total.dot(total)), sizes)
+        self.scale.observe([float(g.dot(g)) for g in seen], float(total.dot(total)), sizes, steps)

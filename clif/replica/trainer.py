@@ -98,8 +98,9 @@ class ShadowTrainer:
     def _finish(
         self, loss: float, chosen: list[TrainSample], groups: list[torch.Tensor], sizes: list[int], lr_scale: float
     ) -> StepResult:
-        moment = self._optimizer.state[self.bank.shadow].get("exp_avg_sq")
-        self.noise.observe(groups, sizes, moment, self.steps)
+        adam, beta2 = self._optimizer.state[self.bank.shadow], self._optimizer.param_groups[0]["betas"][1]
+        settled = 1 - beta2 ** float(adam.get("step", 0))
+        self.noise.observe(groups, sizes, adam.get("exp_avg_sq"), settled, self.steps)
         return self._update(loss, chosen, lr_scale)
 
     def _update(self, loss: float, chosen: list[TrainSample], lr_scale: float) -> StepResult:

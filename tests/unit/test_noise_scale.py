@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import finish, make_rig
 
+from clif.adapters import noise
 from clif.adapters.noise import AFTER_STEPS, HALVED, NoiseScale
 from clif.config import TrainConfig
 from clif.replica.jobs import Slice
@@ -70,21 +71,40 @@ def test_only_one_step_in_some_is_computed_in_halves(bank):
     assert sum(passes) == 4 * (AFTER_STEPS + 2 * HALVED) and passes.count(2) == 2 * passes[AFTER_STEPS:].count(4) / 3
 
 
+def test_gradients_of_the_first_steps_do_not_rule_the_estimate(bank):
+    """Adam's second moment is tiny then. Divided as Adam divides it, equal gradients look equal at any step."""
+    share = SIGNAL**2 / (SIGNAL**2 + NOISE**2 / 4)
+    for steps in (9, 40):
+        scale = train(bank, steps, 4, 1).noise.scale
+        assert scale._signal / bank.gradient[:: noise.STRIDE].numel() == pytest.approx(share, rel=0.25), steps
+
+
+def test_an_observation_in_four_steps_counts_as_four():
+    each, rare = NoiseScale(), NoiseScale()
+    for scale in (each, rare):
+        for _ in range(10):
+            scale.observe([2.0, 2.0], 6.0, [1, 1])
+    for _ in range(4):
+        each.observe([3.0, 3.0], 10.0, [1, 1])
+    rare.observe([3.0, 3.0], 10.0, [1, 1], steps=4)
+    assert rare._signal == pytest.approx(each._signal) and rare._noise == pytest.approx(each._noise)
+
+
 def test_one_group_says_nothing_about_noise():
-    noise = NoiseScale()
-    noise.observe([1.0], 1.0, [4])
-    assert noise.samples is None
+    scale = NoiseScale()
+    scale.observe([1.0], 1.0, [4])
+    assert scale.samples is None
 
 
 def test_groups_of_unequal_size_count_with_their_sizes():
     """Gradients drawn around a known mean with known noise: phi = tr(Sigma) / |G|^2."""
     rng = torch.Generator().manual_seed(0)
     mean, sigma, sizes = torch.full((200,), 0.1), 0.5, [1, 3, 6]
-    noise = NoiseScale(smoothing=0.01)
+    scale = NoiseScale(smoothing=0.01)
     for _ in range(800):
         groups = torch.stack([mean + sigma / size**0.5 * torch.randn(200, generator=rng) for size in sizes])
-        noise.observe(groups.square().sum(1).tolist(), float(groups.sum(0).square().sum()), sizes)
-    assert noise.samples == pytest.approx(200 * sigma**2 / 2.0, rel=0.1)
+        scale.observe(groups.square().sum(1).tolist(), float(groups.sum(0).square().sum()), sizes)
+    assert scale.samples == pytest.approx(200 * sigma**2 / 2.0, rel=0.1)
 
 
 def test_a_gradient_that_is_not_finite_does_not_stay_in_the_estimate(bank):
