@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -33,10 +33,13 @@ class Section(BaseModel):
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
         """true would pass for 1. Text that no file system, file or terminal takes would fail far from here."""
         name = info.field_name or ""
-        if isinstance(value, bool) and cls.model_fields[name].annotation is not bool:
+        kind = cls.model_fields[name].annotation
+        if isinstance(value, bool) and kind is not bool:
             raise ValueError(f"{name} is {str(value).lower()}: give a value, not true or false")
         if isinstance(value, str):
             _check_text(name, value)
+            if value.startswith("~") and Path in (kind, *get_args(kind)):
+                raise ValueError(f"{name} begins with ~, which only a shell knows: write the path out")
         return value
 
 

@@ -51,11 +51,6 @@ def read_yaml(text: str) -> Document:
     return Document(None if node is None else _value(node, (), lines), lines)
 
 
-def strict_yaml(text: str) -> Any:
-    """Plain values of a document. Raises yaml.YAMLError."""
-    return read_yaml(text).value
-
-
 class _Core(yaml.SafeLoader):
     """Composes nodes and resolves plain scalars by the core schema."""
 

@@ -126,6 +126,8 @@ def refusal(tree: dict) -> str:
         ({"run": {"name": "n" * 300}}, "run.name has 300 bytes: give at most 100"),
         ({"run": {"name": 2026}}, "run.name: Input should be a valid string (given: 2026): write it in quotes"),
         ({"run": {"name": " "}}, "run.name is empty: give a value or leave it out"),
+        ({"run": {"out_dir": "~/runs"}}, "run.out_dir begins with ~, which only a shell knows: write the path out"),
+        ({"data": {"path": "~/rows.jsonl"}}, "data.path begins with ~, which only a shell knows: write the path out"),
         ({"run": {"out_dir": "x" * 5000}}, "run.out_dir has 5000 characters: give at most 4096"),
         ({"data": {"train_split": "a\x1b[31m"}}, "data.train_split holds a control character or half a character"),
         ({"run": {"seed": -1}}, "run.seed: Input should be greater than or equal to 0 (given: -1)"),
