@@ -217,16 +217,42 @@ def compiling_ahead(folder: Path, env: dict[str, str]) -> Iterator[None]:
             _end(process)
 
 
-def provenance(env: dict[str, str]) -> str:
-    """Heading of the results: date, machine, versions."""
-    told = subprocess.run(
-        [PYTHON, "-c", "import gpu_bench; print(gpu_bench.provenance())"],
-        cwd=REPO / "benchmarks", env=env, capture_output=True, text=True,
-    )  # fmt: skip
+IMPORTS = (
+    "gpu_bench",
+    "bench_kernels",
+    "helpers",
+    "bodies_tp",
+    "clif.worker",
+    "clif.control.__main__",
+    "clif.launch.run",
+)
+"""What the stages import. Asked first: a package that is missing would cost every stage its start."""
+ASK = """
+import importlib, sys
+sys.path += [{benchmarks!r}, {tests!r}]
+missing = set()
+for name in {names!r}:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing.add(error.name)
+if missing:
+    sys.exit("this machine lacks " + ", ".join(sorted(missing)))
+import gpu_bench
+print(gpu_bench.provenance())
+"""
+
+
+def provenance(env: dict[str, str], dry: bool) -> str:
+    """Heading of the results: date, machine, versions. Raises ValueError where a package of the stages is missing."""
+    folders = {"benchmarks": str(REPO / "benchmarks"), "tests": str(REPO / "tests")}
+    command = [PYTHON, "-c", ASK.format(names=IMPORTS, **folders), *(["--dry"] if dry else [])]
+    told = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True)
+    if told.returncode:
+        why = (told.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ValueError(f"{why}: put wheels of what is missing into a folder and name it (--wheels, make gpu WHEELS=)")
     today = datetime.date.today().isoformat()
-    return (
-        f"# One GPU, {today}\n\n* machine: {told.stdout.strip() or told.stderr.strip()[-300:]}\n* commit: {commit()}\n"
-    )
+    return f"# One GPU, {today}\n\n* machine: {told.stdout.strip()}\n* commit: {commit()}\n"
 
 
 def chosen(only: str, stages: Sequence[Stage] = STAGES) -> list[tuple[int, Stage]]:
@@ -256,7 +282,11 @@ def main() -> int:
     folder = (args.out or REPO / "runs" / f"gpu-{datetime.date.today().isoformat()}").resolve()
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     env = environment(folder, args.wheels)
-    session = Session(folder, env, end, args.dry, provenance(env))
+    try:
+        about = provenance(env, args.dry)
+    except ValueError as error:
+        parser.error(str(error))
+    session = Session(folder, env, end, args.dry, about)
     with nullcontext() if args.dry else compiling_ahead(folder, env):
         left = [stage.name for number, stage in stages if not session.take(number, stage, args.again)]
     print(f"results: {folder.name}/gpu.md{'; not passed: ' + ', '.join(left) if left else ''}")

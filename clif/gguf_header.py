@@ -12,8 +12,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from gguf.constants import GGML_QUANT_SIZES
-
 from clif.errors import ConfigError
 from clif.model_config import Tree
 
@@ -88,6 +86,9 @@ class _Reader:
         name = self._string()
         shape = tuple(self._number("Q") for _ in self._times(self._number("I")))
         kind, offset = self._number("I"), self._number("Q")
+        # Late: a machine that serves no GGUF file need not have the package.
+        from gguf.constants import GGML_QUANT_SIZES
+
         sizes = {int(each): size for each, size in GGML_QUANT_SIZES.items()}
         if kind not in sizes or not shape or 0 in shape:
             raise _DamagedError(f"tensor {name} of type {kind} and shape {list(shape)[:4]}")

@@ -88,6 +88,36 @@ def test_every_job_that_compiles_ahead_reaches_its_kernel():
     assert done.returncode == 0 and "2 of 2 compiled" in done.stdout, done.stdout + done.stderr
 
 
+LACKS = """
+import sys
+class Lacks:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, *rest):
+        return None if name.split(".")[0] in {packages!r} else self.finder.find_spec(name, *rest)
+sys.meta_path[:] = [Lacks(finder) for finder in sys.meta_path]
+"""
+
+
+def without(tmp_path: Path, *packages: str) -> dict[str, str]:
+    """An environment of the stages in which some packages cannot be found."""
+    env = gpu_stages.environment(tmp_path / "out", None)
+    (tmp_path / "out" / "site" / "sitecustomize.py").write_text(LACKS.format(packages=packages))
+    return env
+
+
+def test_a_machine_without_what_only_other_models_and_launchers_need_runs_all_stages(tmp_path):
+    about = gpu_stages.provenance(without(tmp_path, "gguf", "deepspeed", "mpi4py", "peft"), dry=True)
+    assert "machine: " in about
+
+
+def test_a_package_that_is_missing_is_named_before_any_stage_begins(tmp_path):
+    with pytest.raises(ValueError, match=r"this machine lacks msgspec: put wheels .* make gpu WHEELS="):
+        gpu_stages.provenance(without(tmp_path, "msgspec"), dry=True)
+
+
 def test_the_checkout_is_importable_without_having_been_installed(tmp_path):
     env = {**gpu_stages.environment(tmp_path, None), "PYTHONSAFEPATH": "1"}
     code = "import clif.control.server, clif.kernels.tiles, clif.launch.run; print(clif.__path__[0])"
