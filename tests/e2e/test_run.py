@@ -58,6 +58,12 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+def test_all_of_a_run_is_its_owners_alone(finished_run):
+    """Before the other tests collect its files once more, in a process that is not so private."""
+    modes = {path: (path.is_dir(), path.stat().st_mode & 0o777) for path in (finished_run, *finished_run.rglob("*"))}
+    assert len(modes) > 12 and set(modes.values()) == {(True, 0o700), (False, 0o600)}, modes
+
+
 def test_run_ends_by_itself_and_every_request_has_one_terminal_event(finished_run):
     summary = json.loads((finished_run / "summary.json").read_text())
     assert summary["requests"]["submitted"] == summary["requests"]["finished"]["length"] > 0
@@ -78,11 +84,6 @@ def test_promoted_adapters_are_peft_folders(finished_run):
     folder = finished_run / "adapters" / f"v{current['version']:04d}"
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert (folder / "adapter_model.safetensors").stat().st_size > 0
-
-
-def test_all_of_a_run_is_its_owners_alone(finished_run):
-    modes = {path: (path.is_dir(), path.stat().st_mode & 0o777) for path in (finished_run, *finished_run.rglob("*"))}
-    assert len(modes) > 12 and set(modes.values()) == {(True, 0o700), (False, 0o600)}, modes
 
 
 def test_run_resumes_from_its_last_committed_round(finished_run):
