@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Annotated, get_args, get_origin, get_type_hints
+
 import msgspec
 import psutil
 import pytest
@@ -107,3 +110,27 @@ def test_what_is_no_message_is_refused(payload, sentence):
 def test_a_message_that_no_replica_sends_is_refused(message, sentence):
     with pytest.raises(msgspec.ValidationError, match=sentence):
         decode_up(msgspec.msgpack.encode(message))
+
+
+def integers_of(kind: type, seen: set[type]) -> Iterator[tuple[str, object]]:
+    """Fields of a message, and of all that it holds, that are integers: name and annotation."""
+    seen.add(kind)
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        todo = [hint]
+        while todo:
+            hint = todo.pop()
+            if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+                yield from integers_of(hint, seen) if hint not in seen else ()
+            elif hint is int or (get_origin(hint) is Annotated and get_args(hint)[0] is int):
+                yield f"{kind.__name__}.{name}", hint
+            else:
+                todo += [] if get_origin(hint) is Annotated else get_args(hint)
+
+
+def test_every_number_that_is_stored_from_a_replica_has_bounds():
+    """Round numbers are only compared; the request of a slack is only shown."""
+    compared = {"round_id", "request"}
+    found = [one for kind in m.Up.__args__ for one in integers_of(kind, set())]
+    assert len(found) > 40
+    unbounded = {name for name, hint in found if hint is int and name.split(".")[1] not in compared}
+    assert not unbounded
