@@ -62,6 +62,11 @@ class LatencyModel:
     def confidence(self) -> float:
         return self.fit.confidence
 
+    @property
+    def seen(self) -> int:
+        """Measurements in the window."""
+        return len(self._samples)
+
     def predict(self, x_own: float, x_other: float = 0.0) -> float:
         """Predicted seconds, by the latest fit."""
         return self.fit.predict(x_own, x_other)

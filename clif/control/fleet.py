@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from clif.config import Config
-from clif.control.coordinator import MIN_CONFIDENCE
 from clif.control.dispatcher import Send
 from clif.control.view import ClusterView, ReplicaTracker, ReplicaView
 from clif.roles import role_of
@@ -14,6 +13,8 @@ from clif.wire.messages import Hello, Limits, Report, Welcome
 
 OnTransition = Callable[[int, ReplicaState, ReplicaState, str], None]
 LoadOf = Callable[[int], tuple[int, int]]
+PRICED_AFTER = 32
+"""Serving iterations, an answer or two."""
 BREAK = 0.05
 """Part of control.lost_after_s. A longer break between any two messages counts as so much: nobody could speak."""
 
@@ -47,9 +48,12 @@ class Fleet:
 
     @property
     def priced(self) -> bool:
-        """Whether the latency of serving is known of all living replicas that may also train."""
+        """Whether serving was measured often enough on all living replicas that may also train.
+
+        By number and not by confidence: on a busy host measurements scatter for as long as it is busy.
+        """
         both = [t for t in map(self._trackers.__getitem__, self.alive) if t.role.serves and t.role.trains]
-        return all(t.serve.confidence >= MIN_CONFIDENCE for t in both)
+        return all(t.serve.seen >= PRICED_AFTER for t in both)
 
     @property
     def hellos(self) -> tuple[Hello, ...]:
