@@ -23,7 +23,7 @@ from clif.models.parts import Slice, build
 from clif.models.stack import CausalStack
 
 PROBE = 32
-"""So many tokens that one odd one does not decide."""
+"""So many tokens, of one sequence or of two, that one odd one does not decide."""
 EXACT = 1e-4
 """Relative difference of a stage in float32, which nothing but another order of sums accounts for."""
 ROUNDED = 16
@@ -55,12 +55,7 @@ def probe_ids(count: int, vocab_size: int, device: torch.device) -> torch.Tensor
     return torch.arange(1, count + 1, device=device) * 997 % vocab_size
 
 
-def ends_of(max_context: int) -> list[int]:
-    """Where probes begin that see the first and the last positions of the context."""
-    return sorted({0, max(0, max_context - PROBE)})
-
-
-def ask(model: Any, starts: Sequence[int], length: int = PROBE) -> Expected:
+def ask(model: Any, starts: Sequence[int], length: int) -> Expected:
     """Run a model's own forward, once for each sequence of `length` tokens that begins at one of `starts`."""
     device = model.get_input_embeddings().weight.device
     ids = probe_ids(length, model.config.vocab_size, device)
@@ -69,6 +64,12 @@ def ask(model: Any, starts: Sequence[int], length: int = PROBE) -> Expected:
     hidden = [torch.cat(stage) for stage in zip(*(run[0] for run in runs), strict=True)]
     logits = torch.cat([run[1] for run in runs])
     return Expected(ids.repeat(len(runs)), torch.cat(positions), [length] * len(runs), hidden, logits)
+
+
+def ask_ends(model: Any, max_context: int) -> Expected:
+    """Run a model's own forward at the first and at the last positions of the context."""
+    length = min(PROBE // 2, max_context)
+    return ask(model, sorted({0, max_context - length}), length)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from clif.config import Config, EngineConfig
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import Rows
 from clif.models.loading import LoadedModel
-from clif.models.proof import PROBE, ask, compare, ends_of, probe_ids
+from clif.models.proof import PROBE, ask_ends, compare, probe_ids
 from clif.models.stack import CausalStack
 from clif.ops import choose_decode, choose_kernels
 from clif.replica.runner import ModelRunner
@@ -59,7 +59,7 @@ def build_base(config: Config, loaded: LoadedModel, peers: Peers | None = None) 
     """
     with torch.no_grad():
         # A model of which no rank holds the whole has nothing to be compared with but its make, which is proved.
-        expected = ask(loaded.model, ends_of(config.model.max_context)) if loaded.whole else None
+        expected = ask_ends(loaded.model, config.model.max_context) if loaded.whole else None
         shared = peers is not None and peers.size > 1
         if expected is not None and shared:
             # Before it is cut: parts are rounded before they are added, which is no fault of the model's make.
