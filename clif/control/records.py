@@ -161,10 +161,11 @@ def row_of(ended: Round) -> dict[str, Any]:
 def product_error(votes: Sequence[Vote]) -> float | None:
     """Relative error of averaging A and B apart, from the shares of all members. None without them or for B = 0."""
     shares = [(v.error2, v.product2) for v in votes if v.error2 is not None and v.product2 is not None]
-    product2 = sum(product for _, product in shares)
-    if len(shares) < len(votes) or not product2 > 0:
+    error2, product2 = (sum(column) for column in zip(*shares, strict=True)) if shares else (0.0, 0.0)
+    # What a member claims need not be squares.
+    if len(shares) < len(votes) or not (product2 > 0 and error2 >= 0):
         return None
-    return math.sqrt(sum(error for error, _ in shares) / product2)
+    return math.sqrt(error2 / product2)
 
 
 def train_loss(results: list[RoundResult]) -> float | None:

@@ -55,6 +55,8 @@ def test_a_product_error_with_a_share_missing_is_unknown():
     assert product_error([vote(0, 1.0, 4.0), vote(1, None, None)]) is None
     assert product_error([vote(0, 0.0, 0.0)]) is None, "before the first step B is zero"
     assert product_error([]) is None
+    for error2, product2 in ((-1.0, 4.0), (math.nan, 4.0), (1.0, math.nan), (1.0, -4.0)):
+        assert product_error([vote(0, error2, product2)]) is None, "no claim of a member ends the control process"
 
 
 def vote(replica: int, error2: float | None, product2: float | None) -> Vote:
