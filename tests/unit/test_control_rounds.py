@@ -90,6 +90,13 @@ def test_votes_are_pooled_by_tokens() -> None:
     assert verdict.candidate_loss == pytest.approx(80 / 60) and verdict.active_loss == pytest.approx(2.0)
 
 
+def test_a_member_without_held_out_tokens_leaves_the_judgement_to_the_others() -> None:
+    verdict, _ = decide_promotion([vote(0, 0.0, 0.0, 0), vote(1, 10.0, 20.0, 10)], CONFIG)
+    assert verdict is not None and (verdict.candidate_loss, verdict.active_loss) == (1.0, 2.0)
+    refused, reason = decide_promotion([vote(0, tokens=-10), vote(1, tokens=30)], CONFIG)
+    assert refused is None and reason == "no held-out token was judged"
+
+
 def test_tolerance_admits_a_little_worse() -> None:
     tolerant = FederationConfig(tolerance=0.1)
     assert decide_promotion([vote(candidate=2.19)], tolerant)[0] is not None

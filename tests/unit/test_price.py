@@ -114,14 +114,20 @@ def test_each_regime_has_its_own_price():
     assert 15 <= prices.tokens_within(20, 0, seconds=0.05) <= 21
 
 
-def test_a_deadline_counts_all_the_ticks_that_are_left():
+@pytest.mark.parametrize(
+    ("own_s", "configured_ms"),
+    [(0.3 / 0.7, None), (None, 300 / 0.7), (0.3 / 0.7, 9e6), (0.3 / 0.7, 1.0)],
+    ids=["own", "configured", "own before a later one", "own before an earlier one"],
+)
+def test_a_deadline_counts_all_the_ticks_that_are_left(own_s, configured_ms):
     """10 of 15 tokens of 20 ms are left and 0.3 s of a deadline less its margin: 100 ms are to spare."""
+    slo = SLO.model_copy(update={"deadline_ms": configured_ms})
     sequence = Sequence(request(0, [1], max_tokens=15), 0.0, [1, 7, 7, 7, 7, 7], last_s=0.0)
-    sequence.request = msgspec.structs.replace(sequence.request, slo=Slo(tpot_s=9.0, deadline_s=0.3 / 0.7))
-    assert may_train(0.0, 0.09, 0.02, [sequence], SLO)[0]
-    answer, slack = may_train(0.0, 0.11, 0.02, [sequence], SLO)
+    sequence.request = msgspec.structs.replace(sequence.request, slo=Slo(tpot_s=9.0, deadline_s=own_s))
+    assert may_train(0.0, 0.09, 0.02, [sequence], slo)[0]
+    answer, slack = may_train(0.0, 0.11, 0.02, [sequence], slo)
     assert not answer and "deadline" in slack.reason
-    assert may_train(1.0, 0.11, 0.02, [sequence], SLO)[0], "a lost deadline holds nobody back"
+    assert may_train(1.0, 0.11, 0.02, [sequence], slo)[0], "a lost deadline holds nobody back"
 
 
 @given(st.lists(st.floats(0.01, 0.1), min_size=20, max_size=60))
