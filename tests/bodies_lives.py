@@ -31,7 +31,7 @@ class Alive:
 
     def __init__(self, topology: Topology, model: str, data: str, run_dir: str, rebuilds: int = 3) -> None:
         tree = {
-            "run": {"out_dir": run_dir, "name": "."},
+            "run": {"out_dir": str(Path(run_dir).parent), "name": Path(run_dir).name},
             "model": {"path": model, "dtype": "float32", "max_context": 200, "device": topology.device.type},
             "engine": {"kv_tokens": 1024, "max_batch": 8},
             "data": {"path": data},
