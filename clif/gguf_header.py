@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clif.errors import ConfigError
-from clif.model_config import Tree
+from clif.model_config import Tree, check_tree
 
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -43,7 +43,20 @@ class GgufHeader:
         found = {field: self.values.get(f"{kind}.{name}") for field, name in SIZES.items()}
         vocab = self.tensors.get("token_embd.weight", (None,))[0]
         tied = "output.weight" not in self.tensors
-        return {"model_type": kind, "vocab_size": vocab, "tie_word_embeddings": tied, **found}
+        window = self.values.get(f"{kind}.attention.sliding_window")
+        return {"model_type": kind, "vocab_size": vocab, "tie_word_embeddings": tied, "sliding_window": window, **found}
+
+    def check_tree(self, name: str, max_context: int) -> None:
+        """Raises ConfigError for what transformers does not read from such a file, and all that tree() tells."""
+        kinds = [str(value) for key, value in self.values.items() if key.endswith("rope.scaling.type")]
+        scaled = [tensor for tensor in self.tensors if tensor.startswith("rope_")]
+        scaled += [f"scaling {kind}" for kind in kinds if kind != "none"]
+        if scaled:
+            raise ConfigError(
+                f"model.path {name} has scaled rotary frequencies ({scaled[0]}), which transformers does not read from "
+                "GGUF files: choose the model as a folder with safetensors"
+            )
+        check_tree(self.tree(), name, max_context)
 
 
 def read_header(file: Path) -> GgufHeader:

@@ -37,7 +37,10 @@ def check_model(config: Config, layout: Layout) -> Tree | None:
         return None
     header = read_header(place) if is_gguf(place.name) else None
     tree = header.tree() if header else read_model(place)
-    check_tree(tree, path, config.model.max_context)
+    if header is not None:
+        header.check_tree(path, config.model.max_context)
+    else:
+        check_tree(tree, path, config.model.max_context)
     shape = _shape(tree)
     if shape is not None:
         check_targets(config.adapter, shape)

@@ -11,8 +11,12 @@ HIDDEN, LAYERS, HEADS, KV_HEADS, INNER = 96, 2, 6, 3, 192
 CONTEXT = 256
 
 
-def write_gguf(path: Path, seed: int = 0) -> str:
-    """A Llama with tied embeddings and a byte-level tokenizer; returns the path."""
+def write_gguf(path: Path, seed: int = 0, freqs: bool = False, scaling: str | None = None, window: int = 0) -> str:
+    """A Llama with tied embeddings and a byte-level tokenizer; returns the path.
+
+    freqs: with factors of its rotary frequencies, as files of Llama 3.1 have them; scaling: kind of their scaling;
+    window: of its attention, tokens.
+    """
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(CONTEXT)
@@ -24,6 +28,11 @@ def write_gguf(path: Path, seed: int = 0) -> str:
     writer.add_rope_dimension_count(HIDDEN // HEADS)
     writer.add_rope_freq_base(10_000.0)
     writer.add_layer_norm_rms_eps(1e-5)
+    if scaling is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
+        writer.add_rope_scaling_factor(8.0)
+    if window:
+        writer.add_sliding_window(window)
     tokens = [*_letters(), "th", "<|end|>"]
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
@@ -58,6 +67,8 @@ def write_gguf(path: Path, seed: int = 0) -> str:
         ):
             packed(f"blk.{layer}.{name}.weight", rows, columns)
     norm("output_norm.weight")
+    if freqs:
+        writer.add_tensor("rope_freqs.weight", np.full(HIDDEN // HEADS // 2, 8.0, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -13,6 +13,7 @@ import transformers
 
 from clif.collectives import Peers
 from clif.config import ConfigError, ModelConfig
+from clif.gguf_header import read_header
 from clif.model_config import check_tree, read_tree
 from clif.model_files import RANDOM, check_tensors, is_gguf, locate
 from clif.models.bytes_tokenizer import byte_tokenizer
@@ -74,6 +75,8 @@ def _checked(config: ModelConfig, folder: str) -> Any:
     folder: model.path, or where a hub name is kept here.
     """
     place = locate(folder)
+    if place is not None and is_gguf(place.name):
+        read_header(place).check_tree(config.path, config.max_context)
     with reading(f"model.path {config.path}"):
         if config.path.startswith(RANDOM) and place is not None:
             shape = transformers.AutoConfig.for_model(**read_tree(place))

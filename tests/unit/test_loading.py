@@ -44,7 +44,7 @@ def test_a_config_of_random_weights_that_is_none_is_refused(tmp_path, text):
 
 def test_a_gguf_file_that_is_none_is_refused(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + b"\x00" * 64)
-    with pytest.raises(InputError, match=r"m\.gguf cannot be loaded"):
+    with pytest.raises(InputError, match=r"m\.gguf is not a whole GGUF file"):
         load_model(ModelConfig(path=str(tmp_path / "m.gguf"), dtype="float32"), CPU)
 
 

@@ -258,6 +258,26 @@ def test_a_gguf_file_tells_its_sizes_and_lacks_no_tensor(tmp_path):
     assert read_header(renamed).tensors["blk.7.ffn_up.weight"] == (192, 96)
 
 
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"freqs": True}, "scaled rotary frequencies .*: choose the model as a folder with safetensors"),
+        ({"scaling": "yarn"}, "scaled rotary frequencies .*: choose the model as a folder with safetensors"),
+        ({"window": 32}, "sliding-window attention over 32 tokens"),
+    ],
+)
+def test_what_transformers_does_not_read_from_a_gguf_file_is_refused(tmp_path, more, sentence):
+    """It would be served with other positions, or attention to all of the context, without a word."""
+    file = write_gguf(tmp_path / "m.gguf", **more)
+    for ask in (
+        lambda: check_model(configured(file), make_layout(1)),
+        lambda: load_model(ModelConfig(path=file, dtype="float32", max_context=64), CPU),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            ask()
+    check_model(configured(write_gguf(tmp_path / "n.gguf", scaling="none", window=64)), make_layout(1))
+
+
 def test_a_plan_says_whether_it_fits(folder):
     config = configured(folder)
     needed = next(line for line in plan_lines(config, make_layout(2), "cpu") if line.startswith("memory"))
