@@ -181,4 +181,8 @@ def test_without_restarts_left_a_lost_rank_still_ends_every_request(tmp_path):
     time.sleep(0.5)
     run.rank(1).send_signal(signal.SIGKILL)
     assert run.end() != 0
-    assert_nothing_lost_and_nothing_twice(run)
+    ends = assert_nothing_lost_and_nothing_twice(run)
+    assert set(ends) <= {"stop", "length", "cancelled", "failed"} and ends["stop"] + ends["length"], ends
+    with h5py.File(run.run_dir / "run.h5") as file:
+        left = [row["detail"] for row in file["requests"][:] if row["finish"] in (b"cancelled", b"failed")]
+    assert all(left), "what the other replica could not end in the drain has a reason"
