@@ -81,8 +81,9 @@ def smallest(tmp_path: Path, tiny_config: Path) -> tuple[str, str]:
     return f"random:{tmp_path / 'config.json'}", str(tmp_path / "rows.jsonl")
 
 
-def test_discarded_rounds_leave_no_descriptor_and_no_thread_behind(smallest, tmp_path):
-    for held in run_ranks(2, bodies_discards.discarded_rounds, *smallest, str(tmp_path), 500, limit_s=120):
+@pytest.mark.parametrize("rounds", [100, pytest.param(500, marks=pytest.mark.slow)])
+def test_discarded_rounds_leave_no_descriptor_and_no_thread_behind(smallest, tmp_path, rounds):
+    for held in run_ranks(2, bodies_discards.discarded_rounds, *smallest, str(tmp_path), rounds, limit_s=240):
         assert held["last"][0] <= held["first"][0] and held["last"][1] <= held["first"][1], held
         assert held["most"][0] <= held["first"][0] + 15 and held["most"][1] <= held["first"][1] + 8, held
 
