@@ -144,11 +144,11 @@ def test_damaged_journals_say_nothing_that_was_not_written(tmp_path, seeds):
     whole = journal_in(tmp_path)
     for seed in seeds:
         try:
-            lines, size = parse(damaged(whole, seed, (*BINARY, *TEXT)))
+            lines, _ = parse(damaged(whole, seed, (*BINARY, *TEXT)))
         except InputError as refused:
             assert "`clif mend RUN`" in str(refused), seed
         else:
-            assert all(line in LINES for line in lines) and size <= 2 * len(whole), seed
+            assert all(line in LINES for line in lines), seed
             recover(add_up(lines), [], True, frozenset({1}), Recorded())
 
 
