@@ -176,15 +176,20 @@ class Exchange(UnderWay):
         Part i is as large on all ranks.
         """
         sizes = [part.numel() for part in parts]
-        self._parts = parts[0].new_empty(len(sizes), sizes[place])
-        work = group.alltoall_base(self._parts.view(-1), torch.cat(parts), [sizes[place]] * len(sizes), sizes)
+        # Kept until the end: a backend need not hold what it sends.
+        self._sent, self._device = torch.cat(parts), parts[0].device
+        if isinstance(group, dist.ProcessGroupGloo):
+            # For tensors of a GPU it promises sums and broadcasts only.
+            self._sent = self._sent.cpu()
+        self._parts = self._sent.new_empty(len(sizes), sizes[place])
+        work = group.alltoall_base(self._parts.view(-1), self._sent, [sizes[place]] * len(sizes), sizes)
         super().__init__(work, roll)
 
     def result(self) -> torch.Tensor:
         """This rank's parts of all vectors [ranks, size], in the group's order. Raises what the exchange ended with."""
         if self.error is not None:
             raise self.error
-        return self._parts
+        return self._parts.to(self._device)
 
 
 class WeightedMean(UnderWay):
