@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from clif.addresses import free_port
+
 REPO = Path(__file__).resolve().parents[2]
 
 
-def start(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """One rank without a launcher, whose own traceback would hide ours."""
-    command = [sys.executable, "-P", "launch/run.py", "--config", "configs/smoke.yaml", f"run.out_dir={folder}"]
+def start(folder: Path, *overrides: str, fault: str = "") -> subprocess.CompletedProcess[str]:
+    """One rank without torchrun, whose own traceback would hide ours. fault: of rank 0, see faulty_run.py."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment = {**os.environ, **alone, "MASTER_PORT": str(free_port()), "CLIF_FAULTS": fault}
+    command = [sys.executable, "-P", "tests/faulty_run.py", "--config", "configs/smoke.yaml", f"run.out_dir={folder}"]
     command += ["run.status=plain", *overrides]
-    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=100)
 
 
 @pytest.mark.parametrize(
-    ("override", "says", "code"),
+    ("override", "fault", "says", "code"),
     [
-        ("adapter.target_modules=[nonsense]", "error: adapter.target_modules", 2),
-        ("dist.control_host=203.0.113.7", "set dist.control_host to an own address", 1),
+        ("run.seed=1", "0:check_samples:1", "error: injected into call 1 of check_samples: lower engine.kv_tokens", 2),
+        ("dist.control_host=203.0.113.7", "", "set dist.control_host to an own address", 1),
     ],
+    ids=["in a rank", "in the control process"],
 )
-def test_a_late_error_is_told_as_what_it_is_and_leaves_no_folder(tmp_path, override, says, code):
-    done = start(tmp_path, override)
+def test_a_late_error_is_told_as_what_it_is_and_leaves_no_folder(tmp_path, override, fault, says, code):
+    done = start(tmp_path, override, fault=fault)
     assert done.returncode == code, done.stderr
     lines = done.stderr.splitlines()
     (cause,) = [number for number, line in enumerate(lines) if says in line]
