@@ -86,7 +86,8 @@ class Fleet:
         role = role_of(hello.replica, self.expected, self._config.run)
         self._trackers[hello.replica] = ReplicaTracker(now, hello, self._config, role)
         self.heard(now, hello.replica)
-        self._on_transition(hello.replica, ReplicaState.SERVING, ReplicaState.SERVING, "joined")
+        who = f"rank {hello.rank}, process {hello.pid} on {hello.host}, {hello.dtype}, loaded in {hello.load_s:.1f} s"
+        self._on_transition(hello.replica, ReplicaState.SERVING, ReplicaState.SERVING, f"joined: {who}")
         return True
 
     def _return(self, now: float, former: ReplicaTracker, hello: Hello) -> bool:

@@ -48,6 +48,9 @@ def test_a_run_goes_through_all_phases_and_commits_a_round(tmp_path: Path, capsy
     assert [(a["purpose"], a["exact_match"]) for a in kept] == [("probe", False)] * 2 + [("probe", True)] * 2
     first = [row for row in run.table("transitions") if row["from_state"] == row["to_state"]]
     assert sorted((row["replica"], row["to_state"]) for row in first) == [(0, "serving"), (1, "serving")]
+    assert {row["reason"] for row in first} == {
+        f"joined: rank {r}, process 1 on h, float32, loaded in 0.0 s" for r in (0, 1)
+    }
     combined = [row["replica"] for row in run.table("transitions") if row["to_state"] == "combined"]
     assert sorted(combined) == [0, 1]
 
