@@ -106,7 +106,7 @@ def test_run_ends_when_the_control_process_dies(tmp_path):
     control = [p for p in psutil.Process(process.pid).children(recursive=True) if "clif.control" in p.cmdline()]
     control[0].kill()
     assert process.wait(60) != 0
-    assert "the control process ended with code -9" in (tmp_path / "log.txt").read_text()
+    assert "the control process was killed by signal 9" in (tmp_path / "log.txt").read_text()
     assert collect(run_dir).is_file(), "what was flushed is there"
 
 
