@@ -131,15 +131,17 @@ def _parts(source: Source, path: Path, tables: Collection[str] | None, alive: Al
             values, problems = checked_attributes(file)
             yield Attributes(values)
             yield from map(_problem, problems)
+            # A kill leaves NaN; a file whose end is damaged is read as if it had been killed.
+            closed = math.isfinite(values.get("end_s", math.nan))
             for name in list(file):
                 alive()
                 if tables is None or name in tables:
-                    yield from _table(source, name, file, alive)
+                    yield from _table(source, name, file, closed, alive)
     except DAMAGE as error:
         yield _problem(error)
 
 
-def _table(source: Source, name: str, file: h5py.File, alive: Alive) -> Iterator[Part]:
+def _table(source: Source, name: str, file: h5py.File, closed: bool, alive: Alive) -> Iterator[Part]:
     if name not in TABLES:
         yield _problem(f"unknown table {name}")
         return
@@ -148,7 +150,7 @@ def _table(source: Source, name: str, file: h5py.File, alive: Alive) -> Iterator
     damage: Counter[str] = Counter()
     try:
         found, unknown = checked_table(file[name], table)
-        data = Checked(found, _closed(file))
+        data = Checked(found, closed)
         count = _written(data, step, alive)
         for start in range(0, count, step):
             rows = cleaned(_merged(source, table, data[start : min(start + step, count)]), name, damage)
@@ -158,11 +160,6 @@ def _table(source: Source, name: str, file: h5py.File, alive: Alive) -> Iterator
         return
     yield from (_problem(f"table {name}: {text} in {number} rows") for text, number in damage.items())
     yield from (_problem(f"table {name}: unknown column {column}") for column in unknown)
-
-
-def _closed(file: h5py.File) -> bool:
-    """Whether its process has closed it: a kill leaves NaN. Raises what h5py does for a damaged attribute."""
-    return math.isfinite(float(file.attrs.get("end_s", math.nan)))
 
 
 def _written(data: Checked, step: int, alive: Alive) -> int:

@@ -16,9 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from clif.errors import InputError
 from clif.metrics.collect import collect
-from clif.metrics.damage import DAMAGE
 from clif.metrics.figures import count_reasons, wilson
 from clif.metrics.merged import load_merged
 from clif.metrics.sources import sources
@@ -82,18 +80,13 @@ def summarize(run_h5: Path) -> dict[str, Any]:
 def write_summary(run_dir: Path) -> dict[str, Any]:
     """Summarize a run into RUN/summary.json; collects first if run.h5 is missing or older than its sources.
 
-    Raises CollectError when there is nothing to collect, InputError for a damaged run.h5.
+    Raises CollectError when there is nothing to collect, and for a damaged run.h5.
     """
     run_h5 = run_dir / "run.h5"
     newest = max((source.path.stat().st_mtime_ns for source in sources(run_dir)), default=0)
     if not run_h5.exists() or run_h5.stat().st_mtime_ns <= newest:
         collect(run_dir)
-    try:
-        summary = summarize(run_h5)
-    except DAMAGE as error:
-        raise InputError(
-            f"{run_h5} is damaged ({error}): delete it, and it is made anew from the files of the processes"
-        ) from error
+    summary = summarize(run_h5)
     temporary = run_dir / "summary.json.tmp"
     temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
     os.replace(temporary, run_dir / "summary.json")
