@@ -1,4 +1,4 @@
-"""The profiles for GPUs as whole runs of one rank on a CPU: other model, other device, other sizes, nothing else."""
+"""The profiles for GPUs as whole runs of one rank on a CPU: other model, device, sizes, and what a CPU can promise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ REPO = Path(__file__).resolve().parents[2]
 SMALL = (
     "model.path=random:configs/models/tiny-llama.json", "model.device=cpu", "model.dtype=float32",
     "model.max_context=256", "engine.kv_tokens=2048", "engine.max_batch=8", "engine.activation_mib=256",
-    "layout.replicas=1", "layout.tp_size=1", "load.rate_rps=4", "load.duration_s=8", "load.max_tokens=16",
+    "layout.replicas=1", "layout.tp_size=1", "load.rate_rps=2", "load.duration_s=20", "load.max_tokens=16",
+    "slo.ttft_ms=60000", "slo.tpot_ms=10000",
 )  # fmt: skip
 
 
