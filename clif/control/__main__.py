@@ -36,7 +36,6 @@ from clif.folder_lock import FolderLock
 from clif.last_words import sentence_of
 from clif.metrics.sources import earlier_rows
 from clif.room import Room
-from clif.run_folder import began
 from clif.store import AdapterStore
 from clif.text import ChatTokenizer
 from clif.types import Purpose
@@ -82,8 +81,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(arguments: argparse.Namespace, status: Status, config: Config, outside: Outside) -> str:
-    """Everything between reading the configuration and the summary. Returns why the run was drained; empty: it was not.
+def run(arguments: argparse.Namespace, status: Status, config: Config, outside: Outside) -> tuple[str, bool]:
+    """Everything between reading the configuration and the summary. Returns (why the run was drained, or "", and
+    whether all replicas had come).
 
     Raises ControlError, InputError or OSError.
     """
@@ -130,7 +130,7 @@ def run(arguments: argparse.Namespace, status: Status, config: Config, outside: 
         answers.close()
         journal.close()
         channel.close()
-    return server.drained
+    return server.drained, server.began
 
 
 def read_recorded(run_dir: Path) -> Recorded:
@@ -187,7 +187,7 @@ def main() -> int:
     status = Status(config.run.status)
     logging.basicConfig(handlers=[StatusHandler(status)], level=logging.INFO, format="%(message)s")
     try:
-        drained = run(arguments, status, config, outside)
+        drained, began = run(arguments, status, config, outside)
     except Exception as error:
         said = str(error) if isinstance(error, ControlError) else sentence_of(error)
         if said is None:
@@ -196,12 +196,12 @@ def main() -> int:
         return 1
     finally:
         status.close()
-    return _went(arguments.run_dir, drained)
+    return _went(arguments.run_dir, drained, began)
 
 
-def _went(run_dir: Path, drained: str) -> int:
+def _went(run_dir: Path, drained: str, began: bool) -> int:
     """Summarise what ran, say why it ended early if it did, and return the exit code."""
-    if drained and not began(run_dir):
+    if drained and not began:
         print(f"clif: ended before all replicas were there: {drained}", file=sys.stderr)
         return DRAINED
     problem = ""

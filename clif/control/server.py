@@ -42,6 +42,7 @@ class ControlServer:
     """Runs one run from the first Hello to the last Goodbye. clock: monotonic seconds.
 
     ledger: the journal, with the load that is to come and what earlier starts left. ending: what may end the run early.
+    began: whether all replicas were there, in this process.
     finished: requests of users that ended in this start, by reason.
     """
 
@@ -62,6 +63,7 @@ class ControlServer:
     ) -> None:
         self.config = config
         self.phase = Phase.GATHER
+        self.began = False
         self._channel, self._clock = channel, clock
         self._ledger, self._ending = ledger, ending
         self._load = deque(ledger.recovery.load)
@@ -274,6 +276,7 @@ class ControlServer:
 
     def _enter(self, now: float, phase: Phase, reason: str) -> None:
         left, self.phase, self._entered_s = self.phase, phase, now
+        self.began = self.began or phase not in (Phase.DRAIN, Phase.STOPPING, Phase.DONE)
         self._status.note(f"{phase.value}: {reason}")
         if phase is not Phase.DONE:
             self._ledger.entered(phase)
