@@ -230,7 +230,8 @@ def test_promise_3_weights_that_cannot_be_are_not_stored_and_the_next_member_is_
     assert json.loads((folder / "current.json").read_text())["version"] == 1
     assert (folder / "v0001" / "adapter_model.safetensors").read_bytes() == adapter_bytes()
     failed = [row for row in run.table("transitions") if row["to_state"] == "failed"]
-    assert [row["replica"] for row in failed] == [liar] and objection in failed[0]["reason"]
+    # It may be on its way back when the run is through, and then leaves while it is greeted.
+    assert {row["replica"] for row in failed} == {liar} and objection in failed[0]["reason"]
 
 
 # --- floods --------------------------------------------------------------------------------------
