@@ -393,7 +393,7 @@ def test_sigterm_ends_the_process_with_a_clear_last_line(tmp_path: Path) -> None
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert errors.strip().splitlines()[-1] == "clif: drained: got SIGTERM; run.resume=true goes on from here"
+    assert errors.strip().splitlines()[-1] == "clif: ended before all replicas were there: got SIGTERM"
 
 
 def test_an_address_that_is_not_ours_is_named(tmp_path: Path) -> None:

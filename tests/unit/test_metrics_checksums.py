@@ -99,7 +99,7 @@ def test_a_damaged_run_h5_is_named_with_what_can_be_done(tmp_path: Path) -> None
     write(tmp_path / "rank-00000.h5", 700)
     run_h5 = collect(tmp_path)
     flip(run_h5, chunks_of(run_h5)[0][0] + 5)
-    with pytest.raises(InputError, match=r"run\.h5 is damaged .*: delete it, and it is made anew"):
+    with pytest.raises(InputError, match=r"run\.h5 is damaged .*: remove it; it is made anew"):
         write_summary(tmp_path)
     run_h5.unlink()
     assert write_summary(tmp_path)["run"]["unreadable"] == []
