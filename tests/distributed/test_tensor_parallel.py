@@ -105,7 +105,7 @@ def test_a_folder_that_lacks_a_tensor_is_refused_with_its_name(folder, tmp_path)
     tensors = load(file.read_bytes())
     del tensors[name]
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(AssertionError, match=f"holds no tensor {name}"):
+    with pytest.raises(AssertionError, match=f"lacks the tensor {name}"):
         run_ranks(2, bodies_tp.sliced_loading, str(broken), layout={"tp_size": 2})
 
 
