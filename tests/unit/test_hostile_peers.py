@@ -1,4 +1,4 @@
-"""Whatever strangers send and whatever a broken replica says, the run goes on, and every request is answered."""
+"""Promise 9: whatever strangers send and a broken replica says, the run goes on, and every request is answered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was committed is one fact in one place: no kill, at no moment, makes a round count that was not, or twice."""
+"""Promise 6: what was committed is one fact in one place. No kill makes a round count that was not, or count twice."""
 
 from __future__ import annotations
 

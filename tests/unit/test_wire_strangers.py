@@ -1,4 +1,4 @@
-"""The control port reads nothing from anybody without a key of the run, and no more in a turn than a turn may take."""
+"""Promise 9: without a key of the run nothing is read at the control port; with one, no more in a turn than fits it."""
 
 from __future__ import annotations
 
