@@ -53,6 +53,15 @@ FULL = Scale(("llama-1b", "llama-8b"), "cuda", "bfloat16", 64, 256, 256, 2.0, 3,
 DRY = Scale(("tiny-llama",), "cpu", "float32", 4, 12, 12, 0.2, 2, ((2, 16),))
 
 
+def run_stage(measure: Callable[[str, Scale], list[str]], shapes: int) -> None:
+    """Measure the shapes that the command line names, or the first `shapes` of the scale, and print Markdown last."""
+    scale = scale_of(sys.argv)
+    named = [word for word in sys.argv[1:] if not word.startswith("-")]
+    print(provenance(), flush=True)
+    text = ["\n".join(measure(shape, scale)) for shape in named or scale.shapes[:shapes]]
+    print("\n" + "\n\n".join(text))
+
+
 def scale_of(arguments: list[str]) -> Scale:
     """FULL, or with --dry DRY. Exits with a sentence where there is no GPU."""
     scale = DRY if "--dry" in arguments else FULL

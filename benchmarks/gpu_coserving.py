@@ -10,11 +10,10 @@ alone; taking turns gives 1 at most.
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from dataclasses import dataclass, replace
 
-from gpu_bench import Bench, Scale, provenance, scale_of
+from gpu_bench import Bench, Scale, run_stage
 
 from clif.replica.jobs import Job
 from clif.replica.trainer import ShadowTrainer
@@ -89,12 +88,5 @@ def measure(shape: str, scale: Scale) -> list[str]:
     return lines
 
 
-def main() -> None:
-    scale = scale_of(sys.argv)
-    shapes = [a for a in sys.argv[1:] if not a.startswith("-")] or scale.shapes[:1]
-    print(provenance(), flush=True)
-    print("\n" + "\n\n".join("\n".join(measure(shape, scale)) for shape in shapes))
-
-
 if __name__ == "__main__":
-    main()
+    run_stage(measure, shapes=1)

@@ -10,13 +10,12 @@ eager ones bit for bit. Raises no error for a variant that fails: its line says 
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gpu_bench import Bench, Scale, bandwidth, launches, provenance, scale_of, seconds_of, spread
+from gpu_bench import Bench, Scale, bandwidth, launches, run_stage, seconds_of, spread
 
 from clif.kernels.decode_table import DecodeRow, DecodeTable
 from clif.kernels.dual_lora import Segment
@@ -212,13 +211,5 @@ def _line_of(call: Any, arguments: tuple[Any, ...]) -> str:
         return f"| {arguments[-1]} | FAILED {type(error).__name__}: {str(error).splitlines()[0][:200]} | | | |"
 
 
-def main() -> None:
-    scale = scale_of(sys.argv)
-    shapes = [a for a in sys.argv[1:] if not a.startswith("-")] or scale.shapes
-    print(provenance(), flush=True)
-    text = ["\n".join(measure(shape, scale)) for shape in shapes]
-    print("\n" + "\n\n".join(text))
-
-
 if __name__ == "__main__":
-    main()
+    run_stage(measure, shapes=2)

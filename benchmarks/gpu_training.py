@@ -6,12 +6,11 @@ python benchmarks/gpu_training.py [--dry] [SHAPE ...]
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
-from gpu_bench import Bench, Scale, launches, provenance, run_step, samples, scale_of, seconds_of, spread
+from gpu_bench import Bench, Scale, launches, run_stage, run_step, samples, seconds_of, spread
 
 from clif.models.loading import load_model
 
@@ -70,12 +69,5 @@ def measure(shape: str, scale: Scale) -> list[str]:
     return lines
 
 
-def main() -> None:
-    scale = scale_of(sys.argv)
-    shapes = [a for a in sys.argv[1:] if not a.startswith("-")] or scale.shapes[:1]
-    print(provenance(), flush=True)
-    print("\n" + "\n\n".join("\n".join(measure(shape, scale)) for shape in shapes))
-
-
 if __name__ == "__main__":
-    main()
+    run_stage(measure, shapes=1)
