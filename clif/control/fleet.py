@@ -48,12 +48,14 @@ class Fleet:
 
     @property
     def priced(self) -> bool:
-        """Whether serving was measured often enough on all living replicas that may also train.
+        """Whether serving was measured often enough on the living replicas that may also train.
 
-        By number and not by confidence: on a busy host measurements scatter for as long as it is busy.
+        On one of them at least, and on each that has something to answer: where few requests come, one replica may get
+        all of them. By number and not by confidence: on a busy host measurements scatter for as long as it is busy.
         """
-        both = [t for t in map(self._trackers.__getitem__, self.alive) if t.role.serves and t.role.trains]
-        return all(t.serve.seen >= PRICED_AFTER for t in both)
+        both = [r for r in self.alive if self._trackers[r].role.serves and self._trackers[r].role.trains]
+        known = [r for r in both if self._trackers[r].serve.seen >= PRICED_AFTER]
+        return not both or (bool(known) and all(r in known or self._load_of(r)[0] == 0 for r in both))
 
     @property
     def hellos(self) -> tuple[Hello, ...]:

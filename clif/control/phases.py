@@ -53,8 +53,7 @@ class Facts:
     serving: replicas that can answer requests, now or when they are rebuilt. signal: why the run is to drain; empty: it
     is not.
     opened, over: whether the load had begun, or all had been done, before the control process was started again.
-    wants_rounds: more rounds are to begin even without load. priced: what serving takes is known of all replicas that
-    may train beside it.
+    wants_rounds: more rounds are to begin even without load. priced: what serving takes is known, see Fleet.priced.
     """
 
     phase: Phase

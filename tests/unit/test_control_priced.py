@@ -16,17 +16,35 @@ def report(replica: int, *seconds: float) -> Report:
     )  # fmt: skip
 
 
-def test_serving_is_known_after_so_many_iterations_of_each_replica_however_they_scatter() -> None:
-    fleet = Fleet(CONFIG, 2, lambda *_: True, lambda _: (0, 0), lambda *_: None)
+SCATTERED = [0.001, 1.0, 9.0, 0.01] * 8
+
+
+def fleet_with(load: dict[int, int]) -> Fleet:
+    """Two replicas. load: requests at each, read when it is asked for."""
+    fleet = Fleet(CONFIG, 2, lambda *_: True, lambda replica: (load[replica], 0), lambda *_: None)
     for replica in (0, 1):
         hello = Hello(
             replica=replica, rank=replica, host="h", pid=1, max_batch=4, kv_tokens=1000, max_context=500,
             vocabulary=300, adapter="", heldout_rows=0, dtype="float32", load_s=0.0,
         )  # fmt: skip
         fleet.join(0.0, hello)
-    scattered = [0.001, 1.0, 9.0, 0.01] * 8
-    fleet.report(1.0, report(0, *scattered))
-    fleet.report(1.0, report(1, *scattered[:-1]))
+    return fleet
+
+
+def test_serving_is_known_after_so_many_iterations_of_each_replica_however_they_scatter() -> None:
+    fleet = fleet_with({0: 1, 1: 1})
+    fleet.report(1.0, report(0, *SCATTERED))
+    fleet.report(1.0, report(1, *SCATTERED[:-1]))
     assert not fleet.priced
     fleet.report(2.0, report(1, 0.5))
     assert fleet.priced
+
+
+def test_a_replica_that_gets_no_requests_keeps_no_round_from_beginning() -> None:
+    load = {0: 0, 1: 0}
+    fleet = fleet_with(load)
+    assert not fleet.priced, "nothing is known of anybody"
+    fleet.report(1.0, report(0, *SCATTERED))
+    assert fleet.priced
+    load[1] = 1
+    assert not fleet.priced
