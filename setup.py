@@ -1,6 +1,6 @@
 """Packaging of CLIF. Tool settings are in pyproject.toml; what is needed, and why, is here."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 REQUIRES = [
     # Runs the model. Any recent torch is accepted: a machine with GPUs keeps the one it has.
@@ -54,18 +54,7 @@ setup(
     python_requires=">=3.11",
     # kernels/ and launch/ stand at the top for the reader, and are installed inside clif: a top-level package
     # "kernels" on sys.path would be taken for Hugging Face's by transformers.
-    packages=[
-        "clif",
-        "clif.adapters",
-        "clif.control",
-        "clif.data",
-        "clif.metrics",
-        "clif.models",
-        "clif.replica",
-        "clif.wire",
-        "clif.kernels",
-        "clif.launch",
-    ],
+    packages=[*find_packages(include=["clif", "clif.*"]), "clif.kernels", "clif.launch"],
     package_dir={"clif": "clif", "clif.kernels": "kernels", "clif.launch": "launch"},
     package_data={"clif.kernels": ["tuned/*.json"]},
     install_requires=REQUIRES,

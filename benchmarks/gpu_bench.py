@@ -24,12 +24,12 @@ import torch
 
 from clif.adapters.slots import SlotTable
 from clif.config import Config, config_from_tree
-from clif.models.loading import LoadedModel, load_model
+from clif.engine.engine import Engine
+from clif.engine.jobs import Job
+from clif.engine.scheduler import Scheduler
+from clif.models.weights.loading import LoadedModel, load_model
 from clif.replica.base import build_runner
-from clif.replica.engine import Engine
-from clif.replica.jobs import Job
-from clif.replica.scheduler import Scheduler
-from clif.replica.trainer import ShadowTrainer
+from clif.training.trainer import ShadowTrainer
 from clif.types import Request, Sampling, TrainSample
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 from gpu_bench import Bench, Scale, run_stage
 
-from clif.replica.jobs import Job
-from clif.replica.trainer import ShadowTrainer
+from clif.engine.jobs import Job
+from clif.training.trainer import ShadowTrainer
 
 WAYS = ("turns", "mixed")
 LOADS = (1.0, 0.7, 0.25)

@@ -23,20 +23,20 @@ import torch
 import torch.distributed as dist
 from gpu_bench import DRY, FULL, Bench, launches, provenance, run_step, samples, scale_of
 
-from clif.collectives import WeightedMean
 from clif.config import config_from_tree
+from clif.distributed.collectives import WeightedMean
+from clif.distributed.launch_env import RankEnv
+from clif.distributed.topology import make_topology
+from clif.engine.jobs import Job
 from clif.kernels.fused import FusedLinear, Launcher
 from clif.kernels.paged import PagedDecode
 from clif.kernels.paged_decode_reference import random_decode
 from clif.kernels.paged_decode_reference import violations as decode_violations
 from clif.kernels.specification import SHADOW, computed, random_batch, random_layer, violations
 from clif.kernels.tuning import Defaults
-from clif.launchers import RankEnv
-from clif.models.loading import load_model
+from clif.models.weights.loading import load_model
 from clif.replica.base import build_runner
-from clif.replica.jobs import Job
-from clif.replica.trainer import ShadowTrainer
-from clif.topology import make_topology
+from clif.training.trainer import ShadowTrainer
 
 Check = Callable[[], str]
 """Returns what is wrong; empty: nothing."""

@@ -222,7 +222,7 @@ IMPORTS = (
     "bench_kernels",
     "helpers",
     "bodies_tp",
-    "clif.worker",
+    "clif.rank.worker",
     "clif.control.__main__",
     "clif.launch.run",
 )

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from gpu_bench import Bench, Scale, launches, run_stage, run_step, samples, seconds_of, spread
 
-from clif.models.loading import load_model
+from clif.models.weights.loading import load_model
 
 
 def peft_step(bench: Bench, count: int, length: int) -> Callable[[], None]:

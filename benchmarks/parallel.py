@@ -27,15 +27,15 @@ import torch.multiprocessing as mp
 import typer
 
 from clif.adapters.slots import SlotTable
-from clif.collectives import Peers, WeightedMean
 from clif.config import config_from_tree
-from clif.launchers import RankEnv
+from clif.distributed.collectives import Peers, WeightedMean
+from clif.distributed.launch_env import RankEnv
+from clif.distributed.topology import Topology, make_topology
+from clif.engine.engine import Engine
+from clif.engine.scheduler import Scheduler
 from clif.metrics.provenance import cpu_model, git_commit
-from clif.models.loading import load_model
+from clif.models.weights.loading import load_model
 from clif.replica.base import build_runner
-from clif.replica.engine import Engine
-from clif.replica.scheduler import Scheduler
-from clif.topology import Topology, make_topology
 from clif.types import Request, Sampling
 
 os.environ.setdefault("TQDM_DISABLE", "1")

@@ -58,7 +58,7 @@ def wait_for(process: subprocess.Popen[bytes], log: Path, pattern: str, after: i
 
 def first_token_after(run_dir: Path, killed: float) -> float | None:
     """Wall time of the first token of a request whose first token came after the kill; None: none ended yet."""
-    from clif.control.journal import Accepted, Ended, parse
+    from clif.control.durability.journal import Accepted, Ended, parse
 
     lines, _ = parse((run_dir / "journal.jsonl").read_bytes())
     arrivals = {line.request.id: line.arrival_unix for line in lines if isinstance(line, Accepted)}

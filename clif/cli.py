@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clif.errors import InputError
-from clif.files import keep_private
-from clif.last_words import sentence_of
+from clif.exit_report import sentence_of
+from clif.storage.files import keep_private
 
 if TYPE_CHECKING:
     from clif.metrics.world import Comm
@@ -54,8 +54,8 @@ def report(run: RunDir) -> None:
 def mend(run: RunDir) -> None:
     """Cut damaged lines out of RUN/journal.jsonl, so that run.resume=true can go on."""
     _check_folder(run)
-    from clif.control.journal import mend as mend_journal
-    from clif.folder_lock import FolderLock
+    from clif.control.durability.journal import mend as mend_journal
+    from clif.storage.folder_lock import FolderLock
 
     lock = FolderLock(run)
     damaged, aside = mend_journal(lock)

@@ -12,16 +12,16 @@ from typing import Annotated
 import typer
 
 from clif.config import Config, load_config
+from clif.config.relevance import check_device
 from clif.data.check import check_inputs
+from clif.distributed.launch_env import RankEnv, discover
+from clif.distributed.layout import Layout, make_layout
+from clif.distributed.mpi import ask_mpi
+from clif.distributed.roles import check_roles, fewest_replicas
 from clif.errors import InputError
-from clif.last_words import Over, last_words
-from clif.launchers import RankEnv, discover
-from clif.layout import Layout, make_layout
-from clif.mpi import ask_mpi
-from clif.plan import plan_lines
-from clif.preflight import check_gpu, check_model, check_room, device_of, prove, room_of
-from clif.relevance import check_device
-from clif.roles import check_roles, fewest_replicas
+from clif.exit_report import Over, last_words
+from clif.rank.dry_run import plan_lines
+from clif.rank.preflight import check_gpu, check_model, check_room, device_of, prove, room_of
 
 log = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -90,7 +90,7 @@ def _run(settings: Config, layout: Layout, env: RankEnv) -> int:
     # Every rank would draw its own bar over the run's status.
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Late, so that --help and wrong input need neither torch nor seconds.
-    from clif.worker import run_rank
+    from clif.rank.worker import run_rank
 
     return run_rank(settings, env)
 

@@ -11,14 +11,14 @@ import torch
 from helpers import answer, request
 from helpers import finish as finish_slices
 
-from clif.collectives import Group, WeightedMean
 from clif.config import config_from_tree
-from clif.models.loading import load_model
+from clif.distributed.collectives import Group, WeightedMean
+from clif.distributed.topology import Topology
+from clif.models.weights.loading import load_model
 from clif.replica.base import build_base
 from clif.replica.build import build_replica, load_data
 from clif.replica.records import RankRecords
 from clif.replica.replica import Replica
-from clif.topology import Topology
 from clif.types import RoundPlan, TokenEvent
 from clif.wire import messages as m
 

@@ -8,7 +8,7 @@ import time
 from bodies import Driver
 
 from clif.control.round_groups import GroupNumbers
-from clif.topology import Topology
+from clif.distributed.topology import Topology
 from clif.wire import messages as m
 
 EVERYBODY = (0, 1)

@@ -8,12 +8,12 @@ import torch
 from bodies_tp import SAMPLES, Part, counted, list_slices
 from helpers import request
 
+from clif.distributed.topology import Topology
+from clif.engine.sampling import choose, make_rng
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import Rows
 from clif.models.head import Head
 from clif.models.loss import head_loss
-from clif.replica.sampling import choose, make_rng
-from clif.topology import Topology
 from clif.types import Sampling
 
 VOCABULARY = 301

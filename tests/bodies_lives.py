@@ -13,15 +13,15 @@ import msgspec
 import torch
 from helpers import answer, request
 
+from clif.adapters.store import AdapterStore
 from clif.config import config_from_tree
-from clif.models.loading import load_model
+from clif.distributed.topology import Topology
+from clif.models.weights.loading import load_model
+from clif.rank.supervisor import Lives
 from clif.replica.base import build_base
 from clif.replica.build import build_replica, load_data
-from clif.replica.lives import Lives
 from clif.replica.records import RankRecords
 from clif.replica.replica import Replica
-from clif.store import AdapterStore
-from clif.topology import Topology
 from clif.types import AdapterVersion, RoundPlan
 from clif.wire import messages as m
 

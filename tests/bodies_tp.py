@@ -16,17 +16,17 @@ from huggingface_hub import constants
 from clif.adapters.bank import AdapterBank
 from clif.adapters.peft_io import read_weights, write_weights
 from clif.adapters.slots import SlotTable
-from clif.collectives import Peers, PeersLost, WeightedMean
 from clif.config import Config, config_from_tree
-from clif.models.loading import load_model
+from clif.distributed.collectives import Peers, PeersLost, WeightedMean
+from clif.distributed.topology import Topology
+from clif.engine.engine import Engine
+from clif.engine.jobs import Job
+from clif.engine.runner import ModelRunner
+from clif.engine.scheduler import Scheduler
 from clif.models.shard import layer_spans, part_of
+from clif.models.weights.loading import load_model
 from clif.replica.base import build_runner
-from clif.replica.engine import Engine
-from clif.replica.jobs import Job
-from clif.replica.runner import ModelRunner
-from clif.replica.scheduler import Scheduler
-from clif.replica.trainer import ShadowTrainer
-from clif.topology import Topology
+from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
 
 SAMPLES = [TrainSample(id=i, ids=tuple(range(5 + i, 40 + 2 * i)), target_start=12) for i in range(3)]
@@ -196,7 +196,7 @@ def agreements(topology: Topology) -> dict[str, Any]:
 
 def sliced_loading(topology: Topology, model: str) -> dict[str, Any]:
     """What serve_and_train finds, and how many numbers of linear layers this rank has read."""
-    from clif.models import sliced
+    from clif.models.weights import safetensors_shard as sliced
 
     read, original = [0], sliced._read
 

@@ -11,7 +11,7 @@ import pytest
 from checkout import use_checkout
 
 if TYPE_CHECKING:
-    from clif.text import ChatTokenizer
+    from clif.tokenizer import ChatTokenizer
 
 # The kernels' tests also run where CLIF is not installed.
 use_checkout()
@@ -53,7 +53,7 @@ def byte_tokenizer() -> ChatTokenizer:
     # Late: the kernels' tests need neither.
     import tokenizers
 
-    from clif.text import ChatTokenizer
+    from clif.tokenizer import ChatTokenizer
 
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     model = tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, [])

@@ -12,22 +12,22 @@ import numpy as np
 import safetensors.numpy
 import tokenizers
 
+from clif.adapters.peft_files import PREFIX, describe
+from clif.adapters.store import AdapterStore
 from clif.config import Config, config_from_tree
 from clif.control.__main__ import read_recorded
 from clif.control.answers import Answers
-from clif.control.ending import Ending
-from clif.control.journal import Journal
-from clif.control.ledger import Ledger
+from clif.control.durability.journal import Journal
+from clif.control.durability.ledger import Ledger
+from clif.control.durability.recovery import add_up, recover
+from clif.control.durability.shutdown import Ending
+from clif.control.progress import Status
 from clif.control.quality import QualityCheck
 from clif.control.records import Records
-from clif.control.recovery import add_up, recover
 from clif.control.server import ControlServer
-from clif.control.status import Status
 from clif.data.instruct import read_rows
 from clif.data.load import make_load
-from clif.peft_files import PREFIX, describe
-from clif.store import AdapterStore
-from clif.text import ChatTokenizer
+from clif.tokenizer import ChatTokenizer
 from clif.types import FinishReason, HeldoutLoss, Request, RoundPlan, RoundResult, TokenEvent, Vote
 from clif.wire import messages as wire
 from clif.wire.channels import ControlChannel, LeaderChannel, decode_down

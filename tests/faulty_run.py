@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from clif.replica.passes import Pass
-from clif.replica.runner import ModelRunner
+from clif.engine.passes import Pass
+from clif.engine.runner import ModelRunner
 
 
 def break_call(owner: type, method: str, number: int) -> None:

@@ -9,19 +9,19 @@ import torch
 
 from clif.adapters.bank import AdapterBank
 from clif.adapters.slots import SlotTable
-from clif.collectives import Peers
 from clif.config import Config, config_from_tree
+from clif.distributed.collectives import Peers
+from clif.engine.engine import Engine
+from clif.engine.jobs import Slices
+from clif.engine.runner import ModelRunner
+from clif.engine.scheduler import Scheduler
 from clif.kernels.dual_lora import Segment
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import Rows
-from clif.models.loading import LoadedModel, load_model
 from clif.models.shard import layer_spans, part_of, share
 from clif.models.stack import CausalStack
+from clif.models.weights.loading import LoadedModel, load_model
 from clif.replica.base import build_runner
-from clif.replica.engine import Engine
-from clif.replica.jobs import Slices
-from clif.replica.runner import ModelRunner
-from clif.replica.scheduler import Scheduler
 from clif.types import Request, Sampling, TokenEvent
 
 

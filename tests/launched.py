@@ -15,12 +15,12 @@ import h5py
 import psutil
 import torch
 
-from clif.addresses import free_port
-from clif.control.journal import Accepted, Ended, Journal, parse
+from clif.adapters.store import AdapterStore
+from clif.control.durability.journal import Accepted, Ended, Journal, parse
+from clif.distributed.addresses import free_port
 from clif.metrics.collect import collect
 from clif.metrics.summary import write_summary
-from clif.replica.checkpoint import CheckpointWriter, find_checkpoint
-from clif.store import AdapterStore
+from clif.training.checkpoint import CheckpointWriter, find_checkpoint
 
 REPO = Path(__file__).resolve().parents[1]
 # Answers of many tokens, so that a kill finds some of them half given.

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from clif.config import config_from_tree
-from clif.launchers import RankEnv
-from clif.topology import make_topology
+from clif.distributed.launch_env import RankEnv
+from clif.distributed.topology import make_topology
 
 
 def run_ranks(
@@ -42,7 +42,7 @@ def run_ranks(
         "dist": {"timeout_s": timeout_s, "ranks_per_gpu": ranks_per_gpu},
     }
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "clif.topology", "ranks"])
+    context.set_forkserver_preload(["torch", "transformers", "clif.distributed.topology", "ranks"])
     with tempfile.TemporaryDirectory() as folder:
         queue = context.Queue()
         processes = [

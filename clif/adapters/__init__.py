@@ -1,1 +1,1 @@
-"""LoRA adapters: the dual layer, the slots, the shadow, federation and the PEFT format."""
+"""LoRA adapters: the bank of slots, PEFT's format in and out, the versions on disk."""

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from clif.collectives import Peers
 from clif.config import AdapterConfig, ConfigError
+from clif.distributed.collectives import Peers
 from clif.models.dual_linear import Cut, DualLinear
 from clif.models.stack import CausalStack
 

@@ -10,9 +10,9 @@ import safetensors.torch
 import torch
 
 from clif.adapters.bank import AdapterBank, State
+from clif.adapters.peft_files import ELSEWHERE, PREFIX
+from clif.adapters.store import CONFIG_FILE, WEIGHTS_FILE
 from clif.errors import InputError, plain
-from clif.peft_files import ELSEWHERE, PREFIX
-from clif.store import CONFIG_FILE, WEIGHTS_FILE
 
 
 class AdapterError(InputError):

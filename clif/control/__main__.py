@@ -17,27 +17,27 @@ from pathlib import Path
 
 import zmq
 
-from clif.addresses import refuse_link_local
+from clif.adapters.store import AdapterStore
 from clif.config import Config
 from clif.control.answers import Answers
-from clif.control.ending import DRAINED, Ending
-from clif.control.journal import JOURNAL_FILE, Journal
-from clif.control.ledger import Ledger
-from clif.control.phases import ControlError
+from clif.control.durability.journal import JOURNAL_FILE, Journal
+from clif.control.durability.ledger import Ledger
+from clif.control.durability.recovery import Recorded, add_up, recover
+from clif.control.durability.shutdown import DRAINED, Ending
+from clif.control.policy.phases import ControlError
+from clif.control.progress import Status, StatusHandler
 from clif.control.quality import QualityCheck
 from clif.control.records import Records
-from clif.control.recovery import Recorded, add_up, recover
 from clif.control.server import ControlServer
-from clif.control.status import Status, StatusHandler
 from clif.data.heldout import read_data
 from clif.data.load import make_load
-from clif.files import keep_private, write_atomic
-from clif.folder_lock import FolderLock
-from clif.last_words import sentence_of
+from clif.distributed.addresses import refuse_link_local
+from clif.exit_report import sentence_of
 from clif.metrics.sources import earlier_rows
-from clif.room import Room
-from clif.store import AdapterStore
-from clif.text import ChatTokenizer
+from clif.storage.disk_space import Room
+from clif.storage.files import keep_private, write_atomic
+from clif.storage.folder_lock import FolderLock
+from clif.tokenizer import ChatTokenizer
 from clif.types import Purpose
 from clif.wire.channels import ControlChannel
 from clif.wire.keys import Keys

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from clif.adapters.peft_files import config_flaw, weights_flaw
 from clif.config import Config
 from clif.control.dispatcher import RequestRecord
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
+from clif.control.policy.routing import tokens_of
 from clif.control.rounds import Round
-from clif.control.routing import tokens_of
-from clif.peft_files import config_flaw, weights_flaw
 from clif.states import RequestState, RoundState
 from clif.types import FinishReason, HeldoutLoss, RoundResult, TokenEvent, Vote
 from clif.wire import messages as wire

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from clif.config import Config
-from clif.control.routing import Reject, choose_replica, tokens_of
-from clif.control.view import ClusterView
+from clif.control.policy.routing import Reject, choose_replica, tokens_of
+from clif.control.policy.view import ClusterView
 from clif.states import RequestState, advance
 from clif.types import FinishReason, Purpose, Request, Slo, TokenEvent
 from clif.wire.messages import Cancel, Down, Submit

@@ -7,16 +7,16 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+from clif.adapters.store import AdapterStore
 from clif.config import Config
 from clif.control.dispatcher import Send
+from clif.control.durability.journal import Line, RoundBegan, VersionGiven
 from clif.control.fleet import Fleet
-from clif.control.journal import Line, RoundBegan, VersionGiven
-from clif.control.launcher import History, given_up
-from clif.control.policy import state_after_round
+from clif.control.policy.replica_state import state_after_round
+from clif.control.policy.round_admission import History, given_up
 from clif.control.round_groups import GroupNumbers
 from clif.control.rounds import Outgoing, Round
 from clif.states import ReplicaState, RoundState
-from clif.store import AdapterStore
 from clif.types import AdapterVersion, RoundPlan
 from clif.wire.messages import Install, Published, RoundFailed, Settled, StepsDone, Voted
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from clif.config import Config
 from clif.control.dispatcher import Send
-from clif.control.view import ClusterView, ReplicaTracker, ReplicaView
-from clif.roles import role_of
+from clif.control.policy.view import ClusterView, ReplicaTracker, ReplicaView
+from clif.distributed.roles import role_of
 from clif.states import ReplicaState, advance
 from clif.wire.messages import Hello, Limits, Report, Welcome
 

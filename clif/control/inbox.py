@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 
 from clif.control.claims import Claims
+from clif.control.failures import Losses
 from clif.control.fleet import Fleet
-from clif.control.losses import Losses
-from clif.control.phases import ControlError, Phase
+from clif.control.policy.phases import ControlError, Phase
 from clif.wire import messages as wire
 from clif.wire.channels import ControlChannel, decode_up
 

@@ -10,7 +10,7 @@ from clif.config import Config
 from clif.control.dispatcher import RequestRecord
 from clif.data.heldout import probe_rows
 from clif.data.instruct import Row, split_rows
-from clif.text import ChatTokenizer
+from clif.tokenizer import ChatTokenizer
 from clif.types import FinishReason, HeldoutLoss, Purpose, Request, Sampling, first_id
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from clif.config import Config
-from clif.control.coordinator import Batches
 from clif.control.dispatcher import RequestRecord
-from clif.control.pressure import Pressure, ServiceWindow
+from clif.control.policy.batch_sizes import Batches
+from clif.control.policy.pressure import Pressure, ServiceWindow
 from clif.control.quality import Quality
 from clif.control.rounds import Round, pooled_losses
 from clif.data.load import ScheduledRequest

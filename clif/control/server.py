@@ -12,24 +12,24 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from clif.adapters.store import AdapterStore
 from clif.config import Config
 from clif.control.answers import Answers
 from clif.control.claims import Claims
 from clif.control.dispatcher import Dispatcher, Hooks, RequestRecord
-from clif.control.ending import DRAINED, Ending
+from clif.control.durability.ledger import Ledger
+from clif.control.durability.shutdown import DRAINED, Ending
+from clif.control.failures import Losses
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
 from clif.control.inbox import Inbox, printable
-from clif.control.launcher import wants_rounds
-from clif.control.ledger import Ledger
-from clif.control.losses import Losses
-from clif.control.phases import Facts, Phase, next_phase, rounds_may_start
+from clif.control.policy.phases import Facts, Phase, next_phase, rounds_may_start
+from clif.control.policy.round_admission import wants_rounds
+from clif.control.policy_loop import SlowLoop
+from clif.control.progress import Recent, Snapshot, Status, count_states
 from clif.control.quality import QualityCheck
 from clif.control.records import Records, train_loss
 from clif.control.rounds import Round
-from clif.control.slow import SlowLoop
-from clif.control.status import Recent, Snapshot, Status, count_states
-from clif.store import AdapterStore
 from clif.types import AdapterVersion, FinishReason, Purpose, TrainingSlack
 from clif.wire import messages as wire
 from clif.wire.channels import ControlChannel

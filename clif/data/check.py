@@ -8,8 +8,8 @@ from clif.config import Config
 from clif.data.heldout import probe_rows, read_data
 from clif.data.instruct import DataError, Row, shard_rows, split_rows
 from clif.data.load import read_arrivals
-from clif.layout import Layout
-from clif.roles import role_of
+from clif.distributed.layout import Layout
+from clif.distributed.roles import role_of
 
 
 def check_inputs(config: Config, layout: Layout) -> None:

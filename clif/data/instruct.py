@@ -11,7 +11,7 @@ import msgspec
 
 from clif.data.lines import json_object, read_lines
 from clif.errors import InputError, plain
-from clif.text import ChatError, ChatTokenizer, Message
+from clif.tokenizer import ChatError, ChatTokenizer, Message
 from clif.types import TrainSample
 
 ACCEPTED = "instruction[/input]/output, messages, or prompt/completion"

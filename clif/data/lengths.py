@@ -12,7 +12,7 @@ from functools import lru_cache
 import msgspec
 import numpy as np
 
-from clif.config_load import TraceConfig
+from clif.config.load import TraceConfig
 from clif.data.traces import BLOCK_TOKENS, Arrival, TraceError
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from clif.data.instruct import DataError, Row, split_rows
 from clif.data.lengths import BlockText, fit
 from clif.data.traces import Arrival, read_trace
 from clif.errors import InputError
-from clif.text import ChatError, ChatTokenizer
+from clif.tokenizer import ChatError, ChatTokenizer
 from clif.types import Request, Sampling, Slo
 
 MOST_REQUESTS = 2_000_000

@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 
 from clif.metrics.schema import REQUIRED, TABLES, Column, Table, create
-from clif.room import POLL_S, Room, free_bytes, is_full
+from clif.storage.disk_space import POLL_S, Room, free_bytes, is_full
 
 SPARE_BYTES = 1 << 20
 """What is left free beside the rows: for HDF5's own structures, and for others who write at the same time."""

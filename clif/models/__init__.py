@@ -1,1 +1,1 @@
-"""Base models: loading, and taking them apart into resumable pieces."""
+"""Base models: their shape, their layers with dual adapters, and how they are cut over ranks."""

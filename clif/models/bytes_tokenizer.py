@@ -6,7 +6,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from clif.config import ConfigError
-from clif.text import ChatTokenizer
+from clif.tokenizer import ChatTokenizer
 
 EOS = "<|end|>"
 

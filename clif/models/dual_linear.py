@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from clif.collectives import Peers
+from clif.distributed.collectives import Peers
 from clif.kernels.dual_lora import Member, Packed, Segment, add_dual_lora, shadow_backward, shadow_forward
+from clif.models.backends import Linear, frozen_linear
 from clif.models.shard import Span, Split
-from clif.ops import Linear, frozen_linear
 
 if TYPE_CHECKING:
     from clif.kernels.fused import FusedLinear, Launcher

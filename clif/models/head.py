@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from clif.collectives import Peers
+from clif.distributed.collectives import Peers
+from clif.models.backends import Linear, frozen_linear
 from clif.models.shard import cut, share
-from clif.ops import Linear, frozen_linear
 from clif.types import NO_TOKEN
 
 

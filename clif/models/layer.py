@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from clif.collectives import Peers
 from clif.config import ConfigError
+from clif.distributed.collectives import Peers
 from clif.models.dual_linear import DualLinear, Rows
 from clif.models.shard import Span, Split, cut
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from clif.collectives import Peers
 from clif.config import ConfigError
+from clif.distributed.collectives import Peers
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import Rows
 from clif.models.guard import reading
-from clif.models.parts import Slice, build
 from clif.models.stack import CausalStack
+from clif.models.weights.sharded_build import Slice, build
 
 PROBE = 32
 """So many tokens, of one sequence or of two, that one odd one does not decide."""

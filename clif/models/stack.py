@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import transformers
 
-from clif.collectives import Peers
 from clif.config import ConfigError
-from clif.layout import check_shares
+from clif.distributed.collectives import Peers
+from clif.distributed.layout import check_shares
 from clif.models.dual_linear import DualLinear, Rows
 from clif.models.head import Head
 from clif.models.layer import AttentionPlan, DecoderLayer, Part, Rope

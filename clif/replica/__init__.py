@@ -1,1 +1,1 @@
-"""What a rank runs: the engine that serves and learns, and the worker around it."""
+"""One replica, put together from the configuration."""

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from clif.adapters.bank import AdapterBank, inject
-from clif.collectives import Peers
 from clif.config import Config, EngineConfig
+from clif.distributed.collectives import Peers
+from clif.engine.runner import ModelRunner
+from clif.models.backends import choose_decode, choose_kernels
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import Rows
-from clif.models.loading import LoadedModel
 from clif.models.proof import PROBE, ask_ends, compare, probe_ids
 from clif.models.stack import CausalStack
-from clif.ops import choose_decode, choose_kernels
-from clif.replica.runner import ModelRunner
+from clif.models.weights.loading import LoadedModel
 
 if TYPE_CHECKING:
     from clif.kernels.paged import PagedDecode

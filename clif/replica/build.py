@@ -12,25 +12,25 @@ import torch
 from clif.adapters.bank import AdapterBank
 from clif.adapters.peft_io import read_folder
 from clif.adapters.slots import SlotTable
-from clif.collectives import Peers
+from clif.adapters.store import AdapterStore
 from clif.config import Config, ConfigError
 from clif.data.heldout import heldout_parts, read_data
 from clif.data.instruct import Row, check_some_fit, encode_samples, shard_rows, split_rows
+from clif.distributed.collectives import Peers
+from clif.distributed.roles import role_of
+from clif.distributed.topology import Topology
+from clif.engine.engine import Engine
+from clif.engine.runner import ModelRunner
+from clif.engine.scheduler import Scheduler
+from clif.engine.train_thread import Sidecar
 from clif.replica.base import Base
-from clif.replica.checkpoint import CheckpointWriter, find_checkpoint
-from clif.replica.engine import Engine
-from clif.replica.heldout import Heldout
-from clif.replica.member import Member
 from clif.replica.records import RankRecords
 from clif.replica.replica import Replica
-from clif.replica.runner import ModelRunner
-from clif.replica.scheduler import Scheduler
-from clif.replica.sidecar import Sidecar
-from clif.replica.trainer import ShadowTrainer
-from clif.roles import role_of
-from clif.store import AdapterStore
-from clif.text import ChatTokenizer
-from clif.topology import Topology
+from clif.tokenizer import ChatTokenizer
+from clif.training.checkpoint import CheckpointWriter, find_checkpoint
+from clif.training.heldout import Heldout
+from clif.training.member import Member
+from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
 from clif.wire.messages import Up
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from clif.config import MetricsConfig
+from clif.engine.engine import TurnRecord
+from clif.engine.jobs import STEP_KINDS
+from clif.engine.scheduler import Scheduler
 from clif.metrics.device import DeviceMonitor
 from clif.metrics.writer import TableWriter, next_path
-from clif.replica.engine import TurnRecord
-from clif.replica.jobs import STEP_KINDS
-from clif.replica.scheduler import Scheduler
-from clif.replica.trainer import StepResult
+from clif.training.trainer import StepResult
 from clif.types import RoundPlan, TrainingSlack
 
 TABLES = ("ticks", "train_steps", "versions", "device")

@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from clif.collectives import RoundBroken
 from clif.config import Config
-from clif.replica.engine import Engine
-from clif.replica.jobs import STEP_KINDS, Job
-from clif.replica.member import Member, RoundOrders
+from clif.distributed.collectives import RoundBroken
+from clif.engine.engine import Engine
+from clif.engine.jobs import STEP_KINDS, Job
 from clif.replica.records import RankRecords
-from clif.replica.trainer import StepCut
+from clif.training.member import Member, RoundOrders
+from clif.training.trainer import StepCut
 from clif.types import TokenEvent, TrainingSlack
 from clif.wire import messages as m
 

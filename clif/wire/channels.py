@@ -19,7 +19,7 @@ import zmq
 from zmq.auth import Authenticator
 from zmq.utils.monitor import recv_monitor_message
 
-from clif.addresses import in_url
+from clif.distributed.addresses import in_url
 from clif.wire.keys import Keys
 from clif.wire.messages import Down, Up
 

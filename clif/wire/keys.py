@@ -20,7 +20,7 @@ import zmq
 from zmq.utils import z85
 
 from clif.errors import InputError
-from clif.files import write_atomic
+from clif.storage.files import write_atomic
 
 KEY_FILE = "control.key"
 LEAST_BYTES = 32

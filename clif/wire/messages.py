@@ -124,9 +124,9 @@ class Stop(Message, frozen=True):
 class Hello(Message, frozen=True):
     """First message of a leader, and again when its replica was rebuilt. Token and KV capacities are in tokens.
 
-    vocabulary: token ids are below it. adapter: the tensors of a promoted adapter, as describe() of clif/peft_files.py
-    tells them. heldout_rows: those that it measures quality on. life: how often it was rebuilt; version: what it
-    answers new requests with.
+    vocabulary: token ids are below it. adapter: the tensors of a promoted adapter, as describe() of
+    clif/adapters/peft_files.py tells them. heldout_rows: those that it measures quality on. life: how often it was
+    rebuilt; version: what it answers new requests with.
     """
 
     replica: Count

@@ -13,8 +13,8 @@ from bodies_tp import assert_equal
 from conftest import TINY
 from ranks import run_ranks
 
+from clif.engine.passes import HEAD_ROWS
 from clif.models.shard import Span, share
-from clif.replica.passes import HEAD_ROWS
 from clif.types import NO_TOKEN
 
 

@@ -16,8 +16,8 @@ from ranks import run_ranks
 from safetensors.torch import load, save_file
 
 from clif.config import ModelConfig
-from clif.models.loading import load_model
 from clif.models.shard import Span, even_span, kv_span
+from clif.models.weights.loading import load_model
 
 SHAPE = {**TINY, "num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clif.addresses import free_port
+from clif.distributed.addresses import free_port
 
 REPO = Path(__file__).resolve().parents[2]
 

@@ -11,8 +11,8 @@ from helpers import answer, finish, make_rig, random_state, request
 from ranks import run_ranks
 
 from clif.config import TrainConfig
-from clif.replica.jobs import Job
-from clif.replica.trainer import ShadowTrainer
+from clif.engine.jobs import Job
+from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]

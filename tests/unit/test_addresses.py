@@ -8,8 +8,8 @@ import types
 import psutil
 import pytest
 
-from clif import addresses
 from clif.config import ConfigError
+from clif.distributed import addresses
 
 
 def test_the_address_towards_a_loopback_number_is_loopback():

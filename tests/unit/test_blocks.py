@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clif.replica.blocks import BlockPool, places
+from clif.engine.blocks import BlockPool, places
 
 
 def filled(pool: BlockPool, version: int, tokens: list[int]) -> list[int]:

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from clif.errors import InputError
-from clif.replica.checkpoint import Checkpoint, CheckpointWriter, find_checkpoint, load_checkpoint
+from clif.training.checkpoint import Checkpoint, CheckpointWriter, find_checkpoint, load_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -199,7 +199,7 @@ def test_a_disk_that_is_full_for_a_moment_delays_a_checkpoint(tmp_path, monkeypa
         save(*args)
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    monkeypatch.setattr("clif.room.POLL_S", 0.0)
+    monkeypatch.setattr("clif.storage.disk_space.POLL_S", 0.0)
     writer = CheckpointWriter(tmp_path, 0)
     writer.prepare(checkpoint(1))
     writer.wait()

@@ -11,8 +11,8 @@ import yaml
 from config_fields import DOCS, documented, fields
 
 from clif.config import Config, ConfigError, config_from_tree, load_config
+from clif.config.relevance import ALWAYS, RELEVANCE
 from clif.errors import InputError
-from clif.relevance import ALWAYS, RELEVANCE
 
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = {"model": {"path": "m"}, "train": {"enabled": False}}
@@ -424,7 +424,7 @@ def test_every_time_and_size_names_its_unit(name, field):
 
 
 def test_every_field_has_its_line_in_the_table_of_what_matters_when():
-    """Who adds a field says when it matters: in clif/relevance.py."""
+    """Who adds a field says when it matters: in clif/config/relevance.py."""
     assert RELEVANCE.keys() == fields().keys()
 
 

@@ -12,9 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from clif.config import Config, load_config
+from clif.distributed.layout import make_layout
+from clif.distributed.roles import check_roles, fewest_replicas
 from clif.errors import InputError
-from clif.layout import make_layout
-from clif.roles import check_roles, fewest_replicas
 
 REPO = Path(__file__).resolve().parents[2]
 APP = runpy.run_path(str(REPO / "launch" / "run.py"))["app"]

@@ -13,6 +13,7 @@ import safetensors.numpy
 from control_run import ADAPTER_JSON, SHAPES, adapter_bytes, make_config
 from msgspec.structs import replace
 
+from clif.adapters.peft_files import PREFIX, config_flaw, describe, weights_flaw
 from clif.config import FederationConfig
 from clif.control.claims import (
     event_objection,
@@ -27,7 +28,6 @@ from clif.control.claims import (
 from clif.control.dispatcher import RequestRecord
 from clif.control.inbox import LONGEST_TEXT, printable
 from clif.control.rounds import Round
-from clif.peft_files import PREFIX, config_flaw, describe, weights_flaw
 from clif.states import RequestState
 from clif.types import FinishReason, HeldoutLoss, Request, RoundPlan, RoundResult, Sampling, TokenEvent, Vote
 from clif.wire.messages import Hello, Published

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from clif.config import Config, config_from_tree
 from clif.control.dispatcher import Dispatcher, Hooks, RequestRecord
-from clif.control.view import ClusterView, ReplicaView
+from clif.control.policy.view import ClusterView, ReplicaView
 from clif.states import ReplicaState
 from clif.types import FinishReason, Purpose, Request, Sampling, Slo, TokenEvent
 from clif.wire.messages import Down, Submit

@@ -14,8 +14,8 @@ import pytest
 
 import clif
 from clif.config import Config, config_from_tree
-from clif.control.phases import GATHER_S, ControlError, Facts, Phase, next_phase, rounds_may_start
-from clif.control.status import Snapshot, Status, StatusHandler, choose_mode
+from clif.control.policy.phases import GATHER_S, ControlError, Facts, Phase, next_phase, rounds_may_start
+from clif.control.progress import Snapshot, Status, StatusHandler, choose_mode
 
 CONFIG: Config = config_from_tree(
     {"model": {"path": "m"}, "train": {"enabled": False}, "run": {"max_s": 1000.0, "linger_s": 10.0}}
@@ -202,7 +202,7 @@ import clif.control
 for module in pkgutil.iter_modules(clif.control.__path__):
     importlib.import_module("clif.control." + module.name)
 import clif.latency, clif.metrics.summary
-print([m for m in sys.modules if m.startswith(("clif.replica", "clif.adapters", "clif.models"))])
+print([m for m in sys.modules if m.startswith(("clif.replica", "clif.engine", "clif.training", "clif.models"))])
 """
     done = fresh_python("-c", code)
     assert done.returncode == 0, done.stderr

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clif.config import Config, config_from_tree
-from clif.control.coordinator import choose_batches, objective
-from clif.control.launcher import History, given_up, plan_round, target_reached
-from clif.control.policy import next_state, state_after_round
-from clif.control.pressure import OutcomeWindow, Pressure, ServiceWindow, service_pressure
-from clif.control.routing import Dispatch, Reject, choose_replica, tokens_of
-from clif.control.view import ClusterView, ReplicaTracker, ReplicaView
+from clif.control.policy.batch_sizes import choose_batches, objective
+from clif.control.policy.pressure import OutcomeWindow, Pressure, ServiceWindow, service_pressure
+from clif.control.policy.replica_state import next_state, state_after_round
+from clif.control.policy.round_admission import History, given_up, plan_round, target_reached
+from clif.control.policy.routing import Dispatch, Reject, choose_replica, tokens_of
+from clif.control.policy.view import ClusterView, ReplicaTracker, ReplicaView
 from clif.latency import Fit
 from clif.states import ReplicaState
 from clif.types import Request, Sampling, Slo

@@ -17,8 +17,8 @@ from control_run import KEYS, SERVES, FakeLeader, Run, came_back, make_config, m
 
 import clif
 from clif.config import Config
-from clif.control.ending import DRAINED
-from clif.control.phases import ControlError, Phase
+from clif.control.durability.shutdown import DRAINED
+from clif.control.policy.phases import ControlError, Phase
 from clif.control.server import ControlServer
 from clif.metrics.collect import collect
 from clif.types import Purpose

@@ -9,7 +9,7 @@ from control_run import SERVES, Run, make_config
 
 from clif.config import config_from_tree
 from clif.control.fleet import Fleet
-from clif.control.policy import next_state
+from clif.control.policy.replica_state import next_state
 from clif.states import ReplicaState
 from clif.wire.messages import Hello
 

@@ -12,13 +12,13 @@ import torch
 from helpers import answer, finish, make_rig, random_state, request
 
 from clif.config import ConfigError, MetricsConfig, TrainConfig
+from clif.engine.engine import TurnRecord
+from clif.engine.jobs import Job, Slice
+from clif.engine.passes import Pass, pack
+from clif.engine.train_thread import Sidecar
 from clif.models.dual_linear import SHADOW
-from clif.replica.engine import TurnRecord
-from clif.replica.jobs import Job, Slice
-from clif.replica.passes import Pass, pack
 from clif.replica.records import RankRecords
-from clif.replica.sidecar import Sidecar
-from clif.replica.trainer import ShadowTrainer
+from clif.training.trainer import ShadowTrainer
 from clif.types import SlackLimit, TrainingSlack, TrainSample
 
 SAMPLES = [

@@ -12,15 +12,15 @@ from helpers import make_rig, random_state
 from mutations import BINARY, TEXT, damaged
 
 from clif.adapters import peft_io
+from clif.adapters.store import CONFIG_FILE, WEIGHTS_FILE
 from clif.config import DataConfig, config_from_tree
-from clif.control.journal import Accepted, Began, Ended, Entered, Journal, RoundStored, mend, parse
-from clif.control.recovery import Recorded, add_up, recover
+from clif.control.durability.journal import Accepted, Began, Ended, Entered, Journal, RoundStored, mend, parse
+from clif.control.durability.recovery import Recorded, add_up, recover
 from clif.data.heldout import hold_out
 from clif.data.instruct import check_some_fit, encode_samples, read_rows, split_rows
 from clif.data.load import make_load
 from clif.errors import InputError
-from clif.folder_lock import FolderLock
-from clif.store import CONFIG_FILE, WEIGHTS_FILE
+from clif.storage.folder_lock import FolderLock
 from clif.types import FinishReason, Request, Sampling
 
 QUICK = range(300)

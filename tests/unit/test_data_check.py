@@ -11,7 +11,7 @@ import pytest
 from clif.config import Config, config_from_tree
 from clif.data.check import check_inputs
 from clif.data.instruct import DataError
-from clif.layout import make_layout
+from clif.distributed.layout import make_layout
 
 
 def config(tmp_path: Path, **sections: Any) -> Config:

@@ -15,10 +15,10 @@ from clif.config import Config, DataConfig, config_from_tree
 from clif.data.check import check_inputs
 from clif.data.heldout import HeldoutParts, heldout_parts, hold_out, probe_rows, read_data
 from clif.data.instruct import DataError, Row
+from clif.distributed.layout import make_layout
 from clif.errors import ConfigError
-from clif.layout import make_layout
 from clif.replica.build import load_data
-from clif.text import ChatTokenizer
+from clif.tokenizer import ChatTokenizer
 
 DATA = DataConfig(train_split="train", heldout_split="test")
 

@@ -18,7 +18,7 @@ from clif.data.instruct import (
     shard_rows,
     split_rows,
 )
-from clif.text import ChatTokenizer
+from clif.tokenizer import ChatTokenizer
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 

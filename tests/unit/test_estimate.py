@@ -11,12 +11,12 @@ import torch
 from helpers import finish
 
 from clif.config import Config, config_from_tree
-from clif.estimate import EstimateError, Memory, estimate, read_shape
-from clif.layout import make_layout
-from clif.models.loading import load_model
-from clif.plan import group_lines, plan_lines
+from clif.distributed.layout import make_layout
+from clif.models.estimate import EstimateError, Memory, estimate, read_shape
+from clif.models.weights.loading import load_model
+from clif.rank.dry_run import group_lines, plan_lines
 from clif.replica.base import build_runner
-from clif.replica.trainer import ShadowTrainer
+from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
 
 REPO = Path(__file__).resolve().parents[2]

@@ -14,8 +14,8 @@ import msgspec
 import pytest
 from control_run import ADAPTER_JSON, SHAPES, FakeLeader, Run, adapter_bytes, make_config
 
-from clif.control.phases import Phase
-from clif.peft_files import describe, weights_flaw
+from clif.adapters.peft_files import describe, weights_flaw
+from clif.control.policy.phases import Phase
 from clif.states import ReplicaState, RoundState
 from clif.types import Purpose, Request, RoundPlan, RoundResult, Sampling, Vote
 from clif.wire import messages as wire

@@ -15,7 +15,7 @@ import safetensors.numpy
 import zmq
 from control_run import ADAPTER_JSON, KEYS, SERVES, FakeLeader, Run, adapter_bytes, make_config
 
-from clif.control.phases import Phase
+from clif.control.policy.phases import Phase
 from clif.types import FinishReason, RoundResult, TokenEvent, Vote
 from clif.wire import messages as wire
 from clif.wire.channels import TURN_MESSAGES, LeaderChannel

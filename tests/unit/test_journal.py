@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clif.cli import main
-from clif.control.journal import (
+from clif.control.durability.journal import (
     Accepted,
     Began,
     Ended,
@@ -24,7 +24,7 @@ from clif.control.journal import (
     mend,
     parse,
 )
-from clif.folder_lock import FolderLock
+from clif.storage.folder_lock import FolderLock
 from clif.types import FinishReason, Request, Sampling
 
 
@@ -165,7 +165,7 @@ def test_the_command_mends_a_journal_and_says_what_that_may_cost(tmp_path, monke
 
 
 def test_a_journal_of_a_run_that_is_under_way_is_not_mended(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("clif.folder_lock.WAIT_S", 0.0)
+    monkeypatch.setattr("clif.storage.folder_lock.WAIT_S", 0.0)
     journal = Journal(tmp_path)
     monkeypatch.setattr("sys.argv", ["clif", "mend", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
@@ -177,7 +177,7 @@ def test_a_journal_of_a_run_that_is_under_way_is_not_mended(tmp_path, monkeypatc
 KILLED = """
 import os, sys
 from pathlib import Path
-from clif.control.journal import Journal, RoundBegan
+from clif.control.durability.journal import Journal, RoundBegan
 journal = Journal(Path(sys.argv[1]))
 for i in range(1000):
     journal.write(RoundBegan(round_id=i))
@@ -212,7 +212,7 @@ def test_an_error_of_the_disk_is_reported(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("clif.control.journal.os.fsync", full)
+        patch.setattr("clif.control.durability.journal.os.fsync", full)
         journal.write(ended(1))
         now[0] = 10.0
         journal.maybe_sync()

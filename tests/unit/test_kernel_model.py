@@ -7,10 +7,10 @@ import torch
 from helpers import Rig, answer, finish, make_rig, random_state, request
 
 from clif.config import ConfigError, TrainConfig
+from clif.engine.jobs import Job
+from clif.models.backends import assert_supported, choose_decode, choose_kernels
 from clif.models.dual_linear import SHADOW
-from clif.ops import assert_supported, choose_decode, choose_kernels
-from clif.replica.jobs import Job
-from clif.replica.trainer import ShadowTrainer
+from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
 
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
@@ -106,7 +106,7 @@ def test_a_wish_that_cannot_be_met_is_an_error_and_says_what_to_change(monkeypat
         choose_kernels("triton", cpu, torch.float32, 8)
     with pytest.raises(ConfigError, match=r"set TRITON_INTERPRET=1, or set engine\.decode_kernel=torch"):
         choose_decode("triton", cpu, torch.float32)
-    monkeypatch.setattr("clif.ops.find_spec", lambda name: None)
+    monkeypatch.setattr("clif.models.backends.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install triton"):
         choose_kernels("triton", cpu, torch.float32, 8)
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clif.layout import LayoutError, check_hosts, check_shares, make_layout
+from clif.distributed.layout import LayoutError, check_hosts, check_shares, make_layout
 from clif.metrics.provenance import gpu_names
 
 REPO = Path(__file__).resolve().parents[2]

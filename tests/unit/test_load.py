@@ -15,7 +15,7 @@ from clif.data.instruct import DataError, Row
 from clif.data.load import LoadError, generate_arrivals, make_load
 from clif.data.traces import TraceError
 from clif.errors import ConfigError
-from clif.text import ChatTokenizer
+from clif.tokenizer import ChatTokenizer
 from clif.types import Slo
 
 WORDS = ["turn", "the", "light", "in", "kitchen", "on", "off", "please"]

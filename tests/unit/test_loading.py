@@ -11,8 +11,8 @@ from helpers import answer, make_rig, request, stack_logits
 
 from clif.config import ConfigError, ModelConfig
 from clif.errors import InputError
-from clif.models.loading import choose_dtype, load_model
-from clif.ops import frozen_linear
+from clif.models.backends import frozen_linear
+from clif.models.weights.loading import choose_dtype, load_model
 
 CPU = torch.device("cpu")
 SMALL = {

@@ -19,10 +19,12 @@ from helpers import expected_part, place_of
 from huggingface_hub import constants
 
 from clif.config import ConfigError, ModelConfig
-from clif.layout import LayoutError
-from clif.models import drawn, loading, sliced
-from clif.models.hub import is_hub_name
-from clif.models.loading import LoadedModel, load_model
+from clif.distributed.layout import LayoutError
+from clif.models.weights import loading
+from clif.models.weights import random_init as drawn
+from clif.models.weights import safetensors_shard as sliced
+from clif.models.weights.hub import is_hub_name
+from clif.models.weights.loading import LoadedModel, load_model
 
 CPU = torch.device("cpu")
 SHAPE = {**TINY, "num_key_value_heads": 3, "vocab_size": 301, "attention_bias": True}
@@ -136,7 +138,7 @@ def test_of_a_hub_name_a_rank_reads_its_own_slices_only(offline, monkeypatch):
 
 def test_the_hubs_own_settings_say_where_a_name_is(cache):
     """In a process of its own: they are read when it starts."""
-    code = "import sys\nfrom clif.models.hub import snapshot\nprint(snapshot(sys.argv[1]))"
+    code = "import sys\nfrom clif.models.weights.hub import snapshot\nprint(snapshot(sys.argv[1]))"
     environment = {**os.environ, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         environment.pop(variable, None)

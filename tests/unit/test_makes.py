@@ -13,11 +13,11 @@ from helpers import answer, make_rig, request, stack_logits
 from model_folders import SMALL, saved, shaped
 
 from clif.config import ConfigError, ModelConfig
-from clif.models import loading
 from clif.models.layer import DecoderLayer, Rope
-from clif.models.loading import LoadedModel, load_model
 from clif.models.proof import Expected, ask_ends, check_make, compare
 from clif.models.stack import CausalStack
+from clif.models.weights import loading
+from clif.models.weights.loading import LoadedModel, load_model
 
 CPU = torch.device("cpu")
 

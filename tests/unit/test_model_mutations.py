@@ -19,10 +19,10 @@ from model_folders import saved
 from tiny_gguf import write_gguf
 
 from clif.config import Config, config_from_tree
+from clif.distributed.layout import make_layout
 from clif.errors import InputError
-from clif.layout import make_layout
-from clif.models.loading import load_model
-from clif.preflight import check_model
+from clif.models.weights.loading import load_model
+from clif.rank.preflight import check_model
 from clif.replica.base import build_base
 
 CPU = torch.device("cpu")

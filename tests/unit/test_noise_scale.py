@@ -8,11 +8,11 @@ import pytest
 import torch
 from helpers import finish, make_rig
 
-from clif.adapters import noise
-from clif.adapters.noise import AFTER_STEPS, HALVED, NoiseScale
 from clif.config import TrainConfig
-from clif.replica.jobs import Slice
-from clif.replica.trainer import ShadowTrainer
+from clif.engine.jobs import Slice
+from clif.training import noise_scale as noise
+from clif.training.noise_scale import AFTER_STEPS, HALVED, NoiseScale
+from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
 
 SAMPLES = [TrainSample(id=i, ids=tuple(range(5, 11 + i % 7)), target_start=4) for i in range(20)]

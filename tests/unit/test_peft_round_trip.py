@@ -12,10 +12,10 @@ from helpers import make_rig, random_state, stack_logits
 
 from clif.adapters import peft_io
 from clif.adapters.peft_io import AdapterError
+from clif.adapters.store import CONFIG_FILE, WEIGHTS_FILE
 from clif.errors import ConfigError
 from clif.models.dual_linear import SHADOW
-from clif.models.loading import load_model
-from clif.store import CONFIG_FILE, WEIGHTS_FILE
+from clif.models.weights.loading import load_model
 
 IDS = torch.tensor([5, 9, 33, 2, 60, 61, 7])
 

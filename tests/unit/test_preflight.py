@@ -19,15 +19,15 @@ from helpers import place_of
 from model_folders import SMALL, saved
 from tiny_gguf import write_gguf
 
-from clif import preflight
 from clif.config import Config, ConfigError, ModelConfig, config_from_tree
+from clif.distributed.layout import LayoutError, make_layout
 from clif.errors import InputError
-from clif.estimate import Room
-from clif.gguf_header import read_header
-from clif.layout import LayoutError, make_layout
-from clif.models.loading import load_model
-from clif.plan import plan_lines
-from clif.preflight import check_model, check_room, prove, room_of
+from clif.models.estimate import Room
+from clif.models.weights.gguf_header import read_header
+from clif.models.weights.loading import load_model
+from clif.rank import preflight
+from clif.rank.dry_run import plan_lines
+from clif.rank.preflight import check_model, check_room, prove, room_of
 
 REPO = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

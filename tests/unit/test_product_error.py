@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import make_rig, random_state, true_product_error
 
-from clif.adapters.product_error import ErrorShare, deal, deviation_
 from clif.control.records import product_error
+from clif.training.product_error import ErrorShare, deal, deviation_
 from clif.types import Vote
 
 

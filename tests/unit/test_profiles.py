@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from clif.config import Config, load_config
-from clif.control.launcher import History, plan_round
-from clif.control.phases import Facts, Phase, next_phase, rounds_may_start
-from clif.control.pressure import Pressure
-from clif.control.view import ClusterView, ReplicaView
+from clif.control.policy.phases import Facts, Phase, next_phase, rounds_may_start
+from clif.control.policy.pressure import Pressure
+from clif.control.policy.round_admission import History, plan_round
+from clif.control.policy.view import ClusterView, ReplicaView
 from clif.data.check import check_inputs
 from clif.data.load import read_arrivals
-from clif.layout import make_layout
+from clif.distributed.layout import make_layout
 from clif.states import ReplicaState
 
 REPO = Path(__file__).resolve().parents[2]

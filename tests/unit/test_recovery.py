@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clif.control.journal import (
+from clif.control.durability.journal import (
     Accepted,
     Began,
     Ended,
@@ -18,7 +18,7 @@ from clif.control.journal import (
     RoundStored,
     VersionGiven,
 )
-from clif.control.recovery import Recorded, Recovery, add_up, fingerprint, hands_over, recover
+from clif.control.durability.recovery import Recorded, Recovery, add_up, fingerprint, hands_over, recover
 from clif.data.load import ScheduledRequest
 from clif.types import FinishReason, Request, Sampling
 

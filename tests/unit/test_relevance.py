@@ -13,8 +13,8 @@ import yaml
 from config_fields import fields
 
 from clif.config import Config, ConfigError, load_config
-from clif.given import Origin
-from clif.relevance import ALWAYS, RELEVANCE, Either, Need, check_device, check_relevance, value_of
+from clif.config.given import Origin
+from clif.config.relevance import ALWAYS, RELEVANCE, Either, Need, check_device, check_relevance, value_of
 
 SERVE_ONLY = {"train": {"enabled": False}}
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from control_run import make_config, make_tokenizer
 
-from clif.control.journal import Accepted, Began
+from clif.control.durability.journal import Accepted, Began
+from clif.control.durability.recovery import Recorded, add_up, recover
 from clif.control.quality import QualityCheck
-from clif.control.recovery import Recorded, add_up, recover
 from clif.data.instruct import read_rows
 from clif.data.load import ScheduledRequest
 from clif.types import ID_SPACE, Request, Sampling

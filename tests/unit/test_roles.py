@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from clif.config import Config, ConfigError, config_from_tree, load_config
-from clif.control.coordinator import choose_batches
-from clif.control.launcher import History, plan_round, wants_rounds
-from clif.control.policy import next_state, state_after_round
-from clif.control.pressure import Pressure
-from clif.control.routing import Dispatch, choose_replica
-from clif.control.view import ClusterView, ReplicaView
+from clif.control.policy.batch_sizes import choose_batches
+from clif.control.policy.pressure import Pressure
+from clif.control.policy.replica_state import next_state, state_after_round
+from clif.control.policy.round_admission import History, plan_round, wants_rounds
+from clif.control.policy.routing import Dispatch, choose_replica
+from clif.control.policy.view import ClusterView, ReplicaView
+from clif.distributed.layout import make_layout
+from clif.distributed.roles import Role, check_roles, fewest_replicas, role_of
 from clif.latency import Fit
-from clif.layout import make_layout
-from clif.roles import Role, check_roles, fewest_replicas, role_of
 from clif.states import ReplicaState
 from clif.types import Request, Sampling
 

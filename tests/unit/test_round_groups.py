@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from clif.control.round_groups import GroupNumbers
-from clif.round_groups import RoundGroups
+from clif.distributed.round_groups import RoundGroups
 from clif.types import GROUPS_KEPT
 
 ALL = ((0, 1), (0, 0))

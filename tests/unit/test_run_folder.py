@@ -14,13 +14,13 @@ import pytest
 import torch.distributed as dist
 
 from clif.config import ConfigError, config_from_tree
-from clif.control.journal import Journal
-from clif.control.ledger import Ledger
-from clif.control.phases import Phase
-from clif.control.recovery import Recovery
+from clif.control.durability.journal import Journal
+from clif.control.durability.ledger import Ledger
+from clif.control.durability.recovery import Recovery
+from clif.control.policy.phases import Phase
 from clif.errors import InputError
-from clif.folder_lock import FolderLock, InUse
-from clif.run_folder import RunFolder, take_folder
+from clif.storage.folder_lock import FolderLock, InUse
+from clif.storage.run_folder import RunFolder, take_folder
 
 
 def config(tmp_path, **run):
@@ -108,7 +108,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_second_start_in_a_folder_in_use_touches_nothing_in_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("clif.run_folder.WAIT_S", 0.1)
+    monkeypatch.setattr("clif.storage.run_folder.WAIT_S", 0.1)
     first = take_folder(config(tmp_path), dist.HashStore())
     (first.path / "config.json").write_text("{}")
     before = contents(tmp_path)
@@ -121,7 +121,7 @@ def test_a_second_start_in_a_folder_in_use_touches_nothing_in_it(tmp_path, monke
 HOLDER = """
 import subprocess, sys, time
 from pathlib import Path
-from clif.folder_lock import FolderLock
+from clif.storage.folder_lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 if len(sys.argv) > 2:
     number = lock.fileno()
@@ -134,7 +134,7 @@ time.sleep(60)
 HEIR = """
 import sys, time
 from pathlib import Path
-from clif.folder_lock import FolderLock
+from clif.storage.folder_lock import FolderLock
 lock = FolderLock.inherited(Path(sys.argv[1]), int(sys.argv[2]))
 print("has it", flush=True)
 time.sleep(60)
@@ -193,7 +193,7 @@ def test_a_file_system_without_locks_is_refused_with_what_to_change(tmp_path, mo
     def no_locks(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("clif.folder_lock.fcntl.flock", no_locks)
+    monkeypatch.setattr("clif.storage.folder_lock.fcntl.flock", no_locks)
     with pytest.raises(InputError, match=r"cannot be locked .*set run\.out_dir to another file system"):
         FolderLock(tmp_path)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from clif.replica.sampling import distribution, make_rng, sample
+from clif.engine.sampling import distribution, make_rng, sample
 from clif.types import NO_TOKEN, Sampling
 
 

@@ -6,7 +6,7 @@ from helpers import request
 
 from clif.adapters.slots import SlotTable
 from clif.config import EngineConfig
-from clif.replica.scheduler import Scheduler
+from clif.engine.scheduler import Scheduler
 from clif.types import FinishReason
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from clif.adapters.slots import SlotTable
 from clif.config import EngineConfig
-from clif.replica.blocks import places
-from clif.replica.scheduler import Chunk, Scheduler, Sequence
+from clif.engine.blocks import places
+from clif.engine.scheduler import Chunk, Scheduler, Sequence
 from clif.types import FinishReason, Request, TokenEvent
 
 

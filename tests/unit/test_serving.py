@@ -8,7 +8,7 @@ import torch
 from helpers import Rig, answer, make_rig, random_state, request
 
 from clif.adapters import peft_io
-from clif.models.loading import load_model
+from clif.models.weights.loading import load_model
 from clif.types import FinishReason
 
 PROMPTS = [[7, 3, 9], [11, 5, 8, 2, 40, 41, 17], [5], list(range(20, 75)), [33, 34], [9, 9, 9, 1, 2, 3, 4, 5, 6]]

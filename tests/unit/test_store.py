@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import clif.store
-from clif.control.journal import Line, RoundBegan, RoundStored, VersionGiven
-from clif.control.recovery import Recorded, add_up, recover
+import clif.adapters.store
+from clif.adapters.store import AdapterStore
+from clif.control.durability.journal import Line, RoundBegan, RoundStored, VersionGiven
+from clif.control.durability.recovery import Recorded, add_up, recover
 from clif.errors import InputError
-from clif.replica.checkpoint import Checkpoint, CheckpointWriter, find_checkpoint
-from clif.store import AdapterStore
+from clif.training.checkpoint import Checkpoint, CheckpointWriter, find_checkpoint
 from clif.types import AdapterVersion
 
 
@@ -27,14 +27,14 @@ def version(number: int, round_id: int) -> AdapterVersion:
 
 
 def write(store: AdapterStore, number: int, round_id: int, dies_before: str = "") -> None:
-    """Store a version; the process dies before it calls a function of the module os or clif.store by this name."""
+    """Store a version; the process dies before it calls this function of os or of the store's module."""
 
     def die(*_: object) -> None:
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
         if dies_before:
-            owner = clif.store if hasattr(clif.store, dies_before) else clif.store.os
+            owner = clif.adapters.store if hasattr(clif.adapters.store, dies_before) else clif.adapters.store.os
             patch.setattr(owner, dies_before, die)
         store.write(version(number, round_id), "{}", b"weights")
 

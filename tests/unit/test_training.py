@@ -11,11 +11,11 @@ from helpers import answer, finish, make_rig, random_state, request
 
 from clif.adapters import peft_io
 from clif.config import TrainConfig
-from clif.models.loading import load_model
-from clif.replica.heldout import Heldout
-from clif.replica.jobs import Job
-from clif.replica.member import sum_up
-from clif.replica.trainer import ShadowTrainer, StepCut, StepResult
+from clif.engine.jobs import Job
+from clif.models.weights.loading import load_model
+from clif.training.heldout import Heldout
+from clif.training.member import sum_up
+from clif.training.trainer import ShadowTrainer, StepCut, StepResult
 from clif.types import TrainSample
 
 SAMPLES = [

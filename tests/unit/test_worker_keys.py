@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 from control_run import make_config, make_tokenizer
 
+from clif.distributed.launch_env import RankEnv
 from clif.errors import InputError
-from clif.launchers import RankEnv
-from clif.leaving import Leaving
-from clif.run_folder import CONFIG_FILE, take_folder
+from clif.rank.signals import Leaving
+from clif.rank.worker import _connect, _control_process, run_rank
+from clif.storage.run_folder import CONFIG_FILE, take_folder
 from clif.wire.keys import KEY_FILE
 from clif.wire.messages import Trouble
-from clif.worker import _connect, _control_process, run_rank
 
 
 class Store:

@@ -1,0 +1,40 @@
+"""The configuration: typed, frozen and strict, with the sentences that refuse. Free of torch."""
+
+from clif.config.load import LoadConfig, MetricsConfig, QualityConfig, TraceConfig
+from clif.config.schema import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    DistConfig,
+    EngineConfig,
+    LayoutConfig,
+    ModelConfig,
+    RunConfig,
+    SloConfig,
+    config_from_tree,
+    load_config,
+)
+from clif.config.train import ControlConfig, FederationConfig, TrainConfig
+from clif.errors import ConfigError
+
+__all__ = [
+    "AdapterConfig",
+    "Config",
+    "ConfigError",
+    "ControlConfig",
+    "DataConfig",
+    "DistConfig",
+    "EngineConfig",
+    "FederationConfig",
+    "LayoutConfig",
+    "LoadConfig",
+    "MetricsConfig",
+    "ModelConfig",
+    "QualityConfig",
+    "RunConfig",
+    "SloConfig",
+    "TraceConfig",
+    "TrainConfig",
+    "config_from_tree",
+    "load_config",
+]

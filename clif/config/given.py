@@ -1,0 +1,153 @@
+"""What the user gave: the file, the overrides after it, and where each value comes from. Free of torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clif.config.yaml import Place, read_yaml
+from clif.errors import ConfigError
+
+MAX_BYTES = 1 << 16
+"""Of a file: a configuration is a few lines, and /dev/zero has no end."""
+FIELD = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")
+SHOWN = 80
+"""Characters of a value that a sentence repeats."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value was given. where: file and line, or the override. taken_back: null took back what a file said."""
+
+    where: str
+    override: bool = False
+    taken_back: bool = False
+
+
+@dataclass
+class Given:
+    """tree: plain values by section, as they count in the end. origins: of each of them."""
+
+    tree: dict[str, Any] = field(default_factory=dict)
+    origins: dict[Place, Origin] = field(default_factory=dict)
+
+    def where(self, loc: Iterable[int | str], sentence: str) -> str:
+        """What to add to a sentence about a value: where it was given.
+
+        A sentence about a section, or about several, names the fields that it means: it gets where these were given.
+        """
+        place = tuple(map(str, loc))
+        places = [tuple(name.split(".")) for name in FIELD.findall(sentence)] if len(place) < 2 else []
+        # Of an item of a list, the list; of a field that is missing, its section.
+        around = [place[:end] for end in range(len(place), 0, -1) if place[:end] in self.origins][:1]
+        found = dict.fromkeys(self.origins[at].where for at in places if at in self.origins)
+        shown = list(found) or [self.origins[at].where for at in around]
+        return f" ({', '.join(shown)})" if shown else ""
+
+
+def read_given(path: Path | str, overrides: tuple[str, ...]) -> Given:
+    """Read a file and lay `section.key=value` arguments over it. Raises ConfigError."""
+    given = _read_file(Path(path))
+    for place, value, origin in sorted(_changes(overrides), key=_sections_first):
+        _put(given, place, value, origin)
+    return given
+
+
+def _read_file(path: Path) -> Given:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the configuration {path}: {getattr(error, 'strerror', error)}") from error
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{path} is larger than {MAX_BYTES >> 10} KiB: name a YAML file, as in configs/")
+    try:
+        document = read_yaml(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a text file: name a YAML file, as in configs/") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {_said(error)}") from error
+    tree = {} if document.value is None else document.value
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must be a mapping of sections, not a {type(tree).__name__}")
+    # A section whose lines are all commented out is read as null.
+    tree = {name: {} if section is None else section for name, section in tree.items()}
+    origins = {place: Origin(f"{path}, line {line}") for place, line in document.lines.items()}
+    return Given(tree, origins)
+
+
+def _changes(overrides: tuple[str, ...]) -> Iterator[tuple[Place, Any, Origin]]:
+    """Each value that overrides give; a value that is a mapping gives several. Raises ConfigError for one given twice.
+
+    So that which of two counts never depends on their order.
+    """
+    seen: dict[Place, str] = {}
+    for override in overrides:
+        for place, value in _leaves(*_parse(override)):
+            if place in seen:
+                both = f'"{_short(seen[place])}" and "{_short(override)}"'
+                raise ConfigError(f"{'.'.join(place)} is given twice, by {both}: remove one")
+            seen[place] = override
+            yield place, value, Origin(f'override "{_short(override)}"', override=True)
+
+
+def _parse(override: str) -> tuple[Place, Any]:
+    key, equals, value = override.partition("=")
+    parts = tuple(key.split("."))
+    if not equals or not all(parts):
+        raise ConfigError(f'"{_short(override)}" is not an override: write section.key=value')
+    try:
+        return parts, read_yaml(value).value
+    except yaml.YAMLError as error:
+        raise ConfigError(f'"{_short(override)}": the value is not valid YAML: {_said(error)}') from error
+
+
+def _leaves(place: Place, value: Any) -> Iterator[tuple[Place, Any]]:
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from _leaves((*place, name), inner)
+    else:
+        yield place, value
+
+
+def _sections_first(change: tuple[Place, Any, Origin]) -> int:
+    """load=null takes back what the file says there, and load.kind=poisson then counts, in whatever order they came."""
+    return len(change[0])
+
+
+def _put(given: Given, place: Place, value: Any, origin: Origin) -> None:
+    node = given.tree
+    for depth, part in enumerate(place[:-1], 1):
+        child = node.get(part)
+        if child is None:
+            child = node[part] = {}
+            given.origins.setdefault(place[:depth], origin)
+        if not isinstance(child, dict):
+            raise ConfigError(f"{origin.where}: {part} is a value, not a section")
+        node = child
+    if not isinstance(node.get(place[-1]), dict) and len(place) > 1:
+        node[place[-1]], given.origins[place] = value, origin
+    elif value is None:
+        node.pop(place[-1], None)
+        gone = replace(origin, taken_back=True)
+        given.origins |= {at: gone for at in given.origins if at[: len(place)] == place}
+    elif value != {}:
+        node[place[-1]], given.origins[place] = value, origin
+
+
+def _said(error: yaml.YAMLError) -> str:
+    """In one line: what is wrong and where."""
+    mark = getattr(error, "problem_mark", None)
+    place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+    return f"{getattr(error, 'problem', None) or ' '.join(str(error).split())}{place}"
+
+
+def _short(text: str) -> str:
+    """For a sentence of one line: what a terminal would obey is not repeated."""
+    shown = "".join(c if c.isprintable() else "?" for c in text[:SHOWN])
+    return shown if len(text) <= SHOWN else f"{shown}…"

@@ -1,0 +1,103 @@
+"""What the control process writes to the journal and takes from it: between the journal's lines and records."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from clif.control.dispatcher import RequestRecord
+from clif.control.durability.journal import Accepted, Began, Ended, Entered, Journal, Line, Progress, RoundStored
+from clif.control.durability.recovery import Recovery
+from clif.control.policy.phases import Phase
+from clif.control.records import ROUND_STAMPS, Records, row_of
+from clif.control.rounds import Round
+from clif.data.load import ScheduledRequest
+from clif.states import RequestState, RoundState
+from clif.storage.run_folder import begin
+from clif.types import AdapterVersion, Purpose
+
+PROGRESS_S = 1.0
+
+
+class Ledger:
+    """The journal of this run and what is left of the starts before. Stamps are seconds of the server's clock."""
+
+    def __init__(self, journal: Journal, recovery: Recovery) -> None:
+        self.recovery = recovery
+        self._journal = journal
+        self._progressed = float("-inf")
+        began = Began(load=recovery.fingerprint, first_id=recovery.first_id, continued=recovery.continued)
+        self.write(began)
+
+    def write(self, line: Line) -> None:
+        self._journal.write(line)
+
+    def accepted(self, scheduled: ScheduledRequest, arrival_s: float) -> None:
+        """Before the request goes anywhere."""
+        unix = self._journal.unix(arrival_s)
+        self.write(Accepted(request=scheduled.request, arrival_unix=unix, at_s=scheduled.at_s))
+
+    def ended(self, record: RequestRecord) -> None:
+        """Before its row is written: an end that has a row is in the journal as well."""
+        if record.request.purpose is Purpose.USER and record.finish is not None and record.finished_s is not None:
+            self.write(
+                Ended(
+                    id=record.request.id,
+                    finish=record.finish,
+                    detail=record.detail,
+                    replica=record.replica,
+                    version=record.version,
+                    token_s=tuple(round(t - record.arrival_s, 6) for t in record.token_times),
+                    finished_s=round(record.finished_s - record.arrival_s, 6),
+                )
+            )
+
+    def entered(self, phase: Phase) -> None:
+        if phase not in (Phase.DRAIN, Phase.STOPPING, Phase.DONE):
+            begin(self._journal.run_dir)
+        self.write(Entered(phase=phase.value))
+
+    def storing(self, current: Round, version: AdapterVersion) -> None:
+        """A round is committed by what follows now: its adapter becomes the current one."""
+        row: dict[str, Any] = {**row_of(current), "state": RoundState.COMMITTED.value}
+        row["ended_s"] = row["aggregated_s"]
+        row |= {name: row[name] and self._journal.unix(row[name]) for name in ROUND_STAMPS}
+        line = RoundStored(
+            round_id=version.round_id, version=version.number, heldout_loss=version.heldout_loss, row=row
+        )
+        self.write(line)
+
+    def turn(self, now: float, load_s: float, run_s: float) -> None:
+        """Once per turn of the loop: note how far the run is, and see that what was written gets to disk."""
+        if now - self._progressed >= PROGRESS_S:
+            self._progressed = now
+            self.write(Progress(load_s=round(load_s, 3), run_s=round(run_s, 3)))
+        self._journal.maybe_sync()
+
+    def open(self) -> list[tuple[Accepted, float]]:
+        """Accepted requests without an end, and when they arrived: before this process began."""
+        return [(a, self._journal.stamp(a.arrival_unix)) for a in self.recovery.open]
+
+    def restore(self, records: Records) -> None:
+        """Write the rows that a killed process could not: of requests that ended, and of rounds that were committed."""
+        for accepted, ended in self.recovery.unrecorded:
+            records.request(_record(accepted, ended, self._journal.stamp(accepted.arrival_unix)), None)
+        for stored in self.recovery.unrecorded_rounds:
+            stamps = {k: stored.row[k] and self._journal.stamp(stored.row[k]) for k in ROUND_STAMPS}
+            records.round_row({**stored.row, **stamps})
+        for stored in self.recovery.unrecorded_adapters:
+            loss = stored.heldout_loss
+            records.adapter(AdapterVersion(number=stored.version, round_id=stored.round_id, heldout_loss=loss))
+
+
+def _record(accepted: Accepted, ended: Ended, arrival_s: float) -> RequestRecord:
+    record = RequestRecord(accepted.request, arrival_s, RequestState.FINISHED)
+    return replace(
+        record,
+        replica=ended.replica,
+        version=ended.version,
+        token_times=[arrival_s + s for s in ended.token_s],
+        finish=ended.finish,
+        detail=ended.detail,
+        finished_s=arrival_s + ended.finished_s,
+    )

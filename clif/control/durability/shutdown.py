@@ -1,0 +1,63 @@
+"""What may end a run before it is through: a signal, a dead parent, a lost replica that the launcher will restart."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+from clif.control.durability.recovery import hands_over
+from clif.control.policy.phases import ControlError, Phase
+from clif.wire.messages import Signalled
+
+DRAINED = 128 + signal.SIGTERM
+"""Exit code after a signal: every request has its end, but the run is not through."""
+
+
+class Ending:
+    """Watches for reasons and knows what they mean for open requests.
+
+    stop_reason: says why the run must end now (a dead parent); signalled: why it is to drain; empty as long as it need
+    not. restarts_left: how often the launcher will start all ranks anew. drain: why the run drains, if it does.
+    """
+
+    def __init__(
+        self,
+        stop_reason: Callable[[], str] = lambda: "",
+        signalled: Callable[[], str] = lambda: "",
+        restarts_left: int = 0,
+    ) -> None:
+        self.drain = ""
+        self.restarts_left = restarts_left
+        self._stop_reason, self._signalled = stop_reason, signalled
+        self._said = ""
+        self._lost = False
+
+    def check(self, phase: Phase) -> None:
+        """Once per turn. Raises ControlError when the run must end without a drain."""
+        # While all leave, rank 0 may be the first, and signals change nothing: nothing is lost by that any more.
+        if phase is Phase.STOPPING:
+            return
+        reason = self._stop_reason()
+        if reason:
+            raise ControlError(reason)
+        self.drain = self.drain or self._signalled() or self._said
+        if self.drain and phase is Phase.GATHER and self.restarts_left:
+            raise ControlError(f"{self.drain} while replicas loaded")
+
+    def on_signalled(self, now: float, message: Signalled) -> None:
+        """A rank was told to end. One is enough: launchers tell all, and rank 0 may be slower."""
+        self._said = self._said or f"replica {message.replica} got {message.signal}"
+
+    def lose(self, phase: Phase, replica: int, reason: str, gone: bool) -> None:
+        """Raises ControlError when the loss of a replica is to be healed by a restart of all ranks.
+
+        gone: a process of it is no more. In a drain only that tells of a restart to come: a replica that hangs or fails
+        then is one more reason to end.
+        """
+        if self.restarts_left and phase is not Phase.STOPPING and (gone or phase is not Phase.DRAIN):
+            self._lost = True
+            raise ControlError(f"replica {replica} is lost ({reason})")
+
+    def leaves_open(self, phase: Phase) -> bool:
+        """Whether open requests are left to the next start instead of being ended."""
+        return hands_over(self.restarts_left, phase is Phase.GATHER, phase is Phase.DRAIN, self._lost)

@@ -1,0 +1,143 @@
+"""What becomes of replicas that fail: their requests and rounds go on elsewhere, and they may come back.
+
+A replica that meets an error says whether it will be rebuilt. One that fell silent and speaks again is told to begin
+anew, for its requests live elsewhere by then. Whoever does not come back in time is given up.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from clif.config import Config
+from clif.control.dispatcher import Dispatcher, Send
+from clif.control.durability.shutdown import Ending
+from clif.control.federation import Federation
+from clif.control.fleet import Fleet
+from clif.control.policy.phases import Phase
+from clif.states import ReplicaState
+from clif.wire.messages import Hello, Rebuild, Stop, Trouble
+
+log = logging.getLogger(__name__)
+
+
+class Losses:
+    """Counts replicas as lost and takes them back. phase: of the run; forget: told of each lost replica."""
+
+    def __init__(
+        self,
+        config: Config,
+        fleet: Fleet,
+        dispatcher: Dispatcher,
+        federation: Federation,
+        ending: Ending,
+        send: Send,
+        phase: Callable[[], Phase],
+        forget: Callable[[int], None],
+    ) -> None:
+        self._config, self._fleet, self._dispatcher, self._federation = config, fleet, dispatcher, federation
+        self._ending, self._send, self._phase, self._forget = ending, send, phase, forget
+        self._due: dict[int, float] = {}
+        self._sent_away: set[int] = set()
+
+    @property
+    def returning(self) -> tuple[int, ...]:
+        """Replicas that are being rebuilt."""
+        return tuple(sorted(self._due))
+
+    @property
+    def patience_s(self) -> float:
+        """How long a silence of all replicas is put up with: a launcher that starts all ranks anew cures it sooner."""
+        return 0.0 if self._ending.restarts_left else self._config.dist.timeout_s
+
+    @property
+    def serving(self) -> int:
+        """How many replicas can answer requests, now or when they are rebuilt."""
+        return len(self._fleet.serving) + sum(map(self._fleet.serves, self._due))
+
+    def on_trouble(self, now: float, message: Trouble) -> None:
+        if message.returning:
+            self._expect(now, message.replica)
+        else:
+            self._due.pop(message.replica, None)
+        self.lose(now, message.replica, message.error, message.gone)
+
+    def left(self, now: float, replica: int) -> None:
+        """It said goodbye before it was told to stop."""
+        self._due.pop(replica, None)
+        self.lose(now, replica, "it left")
+
+    def lose(self, now: float, replica: int, reason: str, gone: bool = False) -> None:
+        """Count a replica as lost. gone: its process is no more.
+
+        First its state, so that nothing is sent to it by what follows. Raises ControlError when the launcher is to
+        start all ranks anew, which loses less than to go on with the others for good.
+        """
+        if gone:
+            self._due.pop(replica, None)
+        if not self._fleet.is_alive(replica):
+            return
+        log.error("replica %d is lost: %s", replica, reason)
+        if replica not in self._due:
+            self._ending.lose(self._phase(), replica, reason, gone)
+        self._fleet.set_state(now, replica, ReplicaState.FAILED, reason)
+        self._dispatcher.lose(now, replica, reason)
+        self._federation.on_lost(now, replica, reason)
+        self._forget(replica)
+
+    def speaks(self, now: float, replica: int) -> None:
+        """A replica that is lost, or was never here, says something: its requests live elsewhere now."""
+        if replica in self._due or replica in self._sent_away:
+            return
+        if not self._fleet.was_here(replica):
+            log.warning("replica %d speaks without a valid Hello: ignored", replica)
+            self._sent_away.add(replica)
+        elif self._config.run.rebuilds and self._phase() is not Phase.STOPPING:
+            log.warning("replica %d speaks again after it was lost: it is to begin anew", replica)
+            self._send(replica, Rebuild(reason="it was silent, and others have its requests"))
+            self._expect(now, replica)
+        else:
+            log.warning("replica %d speaks again after it was lost: told to stop", replica)
+            self._send(replica, Stop())
+            self._sent_away.add(replica)
+
+    def broken(self, now: float, replica: int, why: str) -> None:
+        """It says what cannot be, so nothing of it is relied upon: it begins anew, or leaves."""
+        if replica in self._due or replica in self._sent_away:
+            return
+        again = bool(self._config.run.rebuilds) and self._phase() is not Phase.STOPPING
+        if again:
+            self._expect(now, replica)
+        else:
+            self._sent_away.add(replica)
+        if self._fleet.is_alive(replica):
+            self.lose(now, replica, f"broken: {why}")
+        else:
+            log.error("replica %d is broken: %s", replica, why)
+        self._send(replica, Rebuild(reason=why) if again else Stop())
+
+    def join(self, now: float, hello: Hello) -> None:
+        """Take a replica in, or back."""
+        if hello.replica in self._sent_away and self._fleet.was_here(hello.replica):
+            return
+        if not self._fleet.join(now, hello):
+            self.broken(now, hello.replica, f"it says Hello again in life {hello.life}")
+            return
+        if self._due.pop(hello.replica, None) is not None:
+            log.info("replica %d is back, life %d", hello.replica, hello.life)
+            self._federation.on_return(hello.replica, hello.version)
+        # Its Stop may have come together with what made it fail.
+        if self._phase() is Phase.STOPPING:
+            self._send(hello.replica, Stop())
+
+    def turn(self, now: float) -> None:
+        """Give up on those that should be back by now. Raises ControlError as lose() does."""
+        for replica in [r for r, due in self._due.items() if now > due]:
+            del self._due[replica]
+            reason = f"not rebuilt within {self._config.dist.timeout_s:g} s"
+            log.error("replica %d is given up: %s", replica, reason)
+            self._ending.lose(self._phase(), replica, reason, gone=False)
+
+    def _expect(self, now: float, replica: int) -> None:
+        """Its ranks meet again before it is back, for which they have as long as for any collective."""
+        self._due[replica] = now + self._config.dist.timeout_s

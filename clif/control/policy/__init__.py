@@ -1,0 +1,1 @@
+"""Decisions as pure functions (now, view, config) -> (decision, reason). Free of torch."""

@@ -1,0 +1,54 @@
+"""State policy of a replica: SERVING <-> IDLE with hysteresis, and when it counts as lost."""
+
+from __future__ import annotations
+
+from clif.config import Config
+from clif.control.policy.view import ReplicaView
+from clif.states import ReplicaState
+
+NOBODY_SPEAKS = "nobody speaks"
+
+
+def next_state(
+    now: float, replica: ReplicaView, config: Config, patience_s: float = 0.0
+) -> tuple[ReplicaState | None, str]:
+    """State that a replica should take now, or None to stay. patience_s: how long a silence of all is put up with.
+
+    COMBINED is left by the end of its round only; FAILED by nothing in this function. In the baselines
+    (run.mode) load changes nothing: who may train is IDLE outside of rounds, who may not is SERVING.
+    """
+    control = config.control
+    if replica.state is ReplicaState.FAILED:
+        return None, "failed"
+    silent = now - replica.last_seen
+    if silent > control.lost_after_s:
+        if replica.missed_s > control.lost_after_s or silent > control.lost_after_s + patience_s:
+            return ReplicaState.FAILED, f"silent for {silent:.1f} s"
+        return None, NOBODY_SPEAKS
+    if replica.state is ReplicaState.COMBINED:
+        return None, "in a round"
+    if not replica.role.trains:
+        return None, "only serves"
+    if not config.run.adaptive:
+        idle = replica.state is ReplicaState.IDLE
+        return None if idle else ReplicaState.IDLE, f"run.mode {config.run.mode} does not wait for slack"
+    if replica.state is ReplicaState.IDLE:
+        if _lasted(now, replica.pressure_since, control.hold_s):
+            return ReplicaState.SERVING, f"utilisation {replica.utilisation:.2f} above {control.serving_above:g}"
+        return None, "idle"
+    # Slack told by an old report may be gone: nobody is called idle by hearsay.
+    if silent > control.hold_s + 5 * control.report_s:
+        return None, f"no report for {silent:.1f} s"
+    if _lasted(now, replica.slack_since, control.hold_s):
+        return ReplicaState.IDLE, f"utilisation {replica.utilisation:.2f} below {control.idle_below:g}"
+    return None, "no lasting slack"
+
+
+def state_after_round(replica: ReplicaView, config: Config) -> ReplicaState:
+    """Where a member goes when its round is over."""
+    has_slack = not config.run.adaptive or replica.utilisation <= config.control.serving_above
+    return ReplicaState.IDLE if has_slack else ReplicaState.SERVING
+
+
+def _lasted(now: float, since: float | None, hold_s: float) -> bool:
+    return since is not None and now - since >= hold_s

@@ -1,0 +1,141 @@
+"""The fine-tuning launcher: decides who enters a federated round, and when."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from clif.config import Config
+from clif.control.policy.pressure import Pressure
+from clif.control.policy.view import ClusterView, ReplicaView
+from clif.states import ReplicaState
+from clif.types import RoundPlan
+
+GIVE_UP_FACTOR = 2
+"""The launcher gives up after this many times federation.rounds discarded rounds in a row (at least MIN_GIVE_UP)."""
+MIN_GIVE_UP = 4
+GIVE_UP_OPEN = 20
+"""The same where federation.rounds sets no number."""
+MAX_PAUSES = 10
+LEAST_LR_SCALE = 1 / 64
+
+
+@dataclass(frozen=True)
+class History:
+    """What came of the rounds so far. version: the active adapter version of the run.
+
+    lr_scale: what train.lr is multiplied by in the next round.
+    """
+
+    last_round: int = 0
+    completed: int = 0
+    discarded: int = 0
+    discarded_in_a_row: int = 0
+    version: int = 0
+    last_end_s: float = -math.inf
+    lr_scale: float = 1.0
+
+    def after(self, now: float, committed: bool, judged: bool) -> History:
+        """The history once a round has ended; judged: the average was voted on.
+
+        An average that was judged and not promoted went too far or the wrong way. The next round takes other samples,
+        by each member's cursor, and half the learning rate; each promotion doubles it again, up to train.lr.
+        """
+        scale = self.lr_scale
+        if committed:
+            scale = min(1.0, 2 * scale)
+        elif judged:
+            scale = max(LEAST_LR_SCALE, scale / 2)
+        return replace(
+            self,
+            completed=self.completed + committed,
+            discarded=self.discarded + (not committed),
+            discarded_in_a_row=0 if committed else self.discarded_in_a_row + 1,
+            last_end_s=now,
+            lr_scale=scale,
+        )
+
+
+def plan_round(
+    now: float, view: ClusterView, pressure: Pressure, history: History, config: Config
+) -> tuple[RoundPlan | None, str]:
+    """Plan the next round, or say why there is none now. The caller sees to it that no round is under way.
+
+    High pressure admits none, medium ceil(medium_share * idle), low all idle replicas; always at least
+    federation.min_members or no round. Those that trained least go first, so that every replica's data count.
+    The baselines of run.mode do not look at the pressure: they admit all.
+    """
+    over, reason = target_reached(history, config)
+    if over:
+        return None, reason
+    adaptive = config.run.adaptive
+    if adaptive and pressure is Pressure.HIGH:
+        return None, "service pressure is high"
+    pause = config.control.hold_s * min(history.discarded_in_a_row, MAX_PAUSES)
+    if now - history.last_end_s < pause:
+        return None, f"pausing {pause:.1f} s after {history.discarded_in_a_row} discarded rounds in a row"
+    # A replica that does not serve the active version yet would train from another base.
+    idle = [r for r in view.in_state(ReplicaState.IDLE) if r.version == history.version]
+    if not idle:
+        return None, "no replica is idle"
+    if _worth_waiting(now, view, idle, config):
+        return None, "more replicas are about to become idle"
+    some = adaptive and pressure is Pressure.MEDIUM
+    admitted = max(1, math.ceil(config.control.medium_share * len(idle))) if some else len(idle)
+    if admitted < config.federation.min_members:
+        return None, f"{admitted} of {len(idle)} idle replicas admitted, {config.federation.min_members} needed"
+    chosen = sorted(idle, key=lambda r: (r.joined, r.utilisation, r.replica))[:admitted]
+    members = sorted(chosen, key=lambda r: r.replica)
+    plan = RoundPlan(
+        round_id=history.last_round + 1,
+        members=tuple(r.replica for r in members),
+        lives=tuple(r.life for r in members),
+        local_steps=config.federation.local_steps,
+        micro_batch=config.train.micro_batch,
+        accumulation=config.train.accumulation,
+        base_version=history.version,
+        lr_scale=history.lr_scale,
+    )
+    slower = "" if history.lr_scale == 1 else f", learning rate x {history.lr_scale:g} after discarded rounds"
+    why = f"pressure is {pressure.value}" if adaptive else f"run.mode {config.run.mode} looks at no pressure"
+    return plan, f"{why}: {admitted} of {len(idle)} idle replicas{slower}"
+
+
+def target_reached(history: History, config: Config) -> tuple[bool, str]:
+    """Whether no further round will ever be planned: training is off, done, or given up."""
+    if not config.train.enabled:
+        return True, "train.enabled is false"
+    target = config.federation.rounds
+    done = "rounds go on while load lasts" if target is None else f"{history.completed} of {target} rounds completed"
+    if target is not None and history.completed >= target:
+        return True, done
+    reason = given_up(history, config)
+    return (True, f"gave up: {reason}") if reason else (False, done)
+
+
+def given_up(history: History, config: Config) -> str:
+    """Why no further round is tried although more are wanted; empty: they are, or none are wanted."""
+    target = config.federation.rounds
+    if target is not None and history.completed >= target:
+        return ""
+    limit = GIVE_UP_OPEN if target is None else max(MIN_GIVE_UP, GIVE_UP_FACTOR * target)
+    if history.discarded_in_a_row < limit:
+        return ""
+    return f"{history.discarded_in_a_row} rounds in a row were discarded"
+
+
+def wants_rounds(history: History, config: Config) -> bool:
+    """Whether rounds are to begin even after the load: federation.rounds asks for more, or training is all there is."""
+    asked = config.federation.rounds is not None or config.load.kind == "none"
+    return asked and not target_reached(history, config)[0]
+
+
+def _worth_waiting(now: float, view: ClusterView, idle: list[ReplicaView], config: Config) -> bool:
+    """Whether others have slack already and become IDLE within hold_s, or are installing the active version.
+
+    The wait is bounded by the idle replica that waits longest: one that flickers must not starve training.
+    """
+    hold = config.control.hold_s
+    soon = any(r.slack_since is not None and r.role.trains for r in view.in_state(ReplicaState.SERVING))
+    soon = soon or len(idle) < len(view.in_state(ReplicaState.IDLE))
+    return soon and now - min(r.state_since for r in idle) < 2 * hold

@@ -1,0 +1,102 @@
+"""The slow loop, every control.period_s: latency models, states, pressure, rounds and batch sizes.
+
+It only carries out what the pure functions decide, in the order in which each needs what the one before changed.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from clif.config import Config
+from clif.control.dispatcher import Dispatcher
+from clif.control.failures import Losses
+from clif.control.federation import Federation
+from clif.control.fleet import Fleet
+from clif.control.policy.batch_sizes import Batches, choose_batches
+from clif.control.policy.pressure import OutcomeWindow, Pressure, ServiceWindow, service_pressure
+from clif.control.policy.replica_state import NOBODY_SPEAKS, next_state
+from clif.control.policy.round_admission import plan_round
+from clif.control.policy.view import ClusterView
+from clif.control.records import Records
+from clif.states import ReplicaState
+
+log = logging.getLogger(__name__)
+
+
+class SlowLoop:
+    def __init__(
+        self,
+        config: Config,
+        fleet: Fleet,
+        dispatcher: Dispatcher,
+        federation: Federation,
+        records: Records,
+        losses: Losses,
+    ) -> None:
+        self.outcomes = OutcomeWindow(config.control.window_s)
+        self.pressure = Pressure.LOW
+        self.round_reason = ""
+        self._config, self._fleet, self._dispatcher = config, fleet, dispatcher
+        self._federation, self._records, self._losses = federation, records, losses
+        self._all_silent = False
+        self._written: Pressure | None = None
+
+    def turn(self, now: float, rounds_may_start: bool) -> str:
+        """One turn. Returns a line about a round that it started, or an empty one."""
+        self._fleet.refit()
+        self._update_states(now)
+        view = self._fleet.view(self._dispatcher.queued)
+        self._update_pressure(now, view)
+        line = self._maybe_round(now, view) if rounds_may_start else ""
+        self._coordinate(now)
+        return line
+
+    def _update_states(self, now: float) -> None:
+        alive, reasons = self._fleet.view(self._dispatcher.queued).alive, set()
+        for replica in alive:
+            state, reason = next_state(now, replica, self._config, self._losses.patience_s)
+            reasons.add(reason)
+            if state is ReplicaState.FAILED:
+                self._losses.lose(now, replica.replica, reason)
+            elif state is not None:
+                self._fleet.set_state(now, replica.replica, state, reason)
+
+        self._tell_of_silence(NOBODY_SPEAKS in reasons)
+
+    def _tell_of_silence(self, silent: bool) -> None:
+        if silent and not self._all_silent:
+            limit = self._config.control.lost_after_s
+            log.warning("no replica has spoken for %g s: waiting up to %g s more", limit, self._losses.patience_s)
+        elif self._all_silent and not silent:
+            log.info("the silence of all replicas is over")
+        self._all_silent = silent
+
+    def _update_pressure(self, now: float, view: ClusterView) -> None:
+        finished, met = self.outcomes.count(now)
+        places = sum(r.max_batch for r in view.serving)
+        window = ServiceWindow(finished, met, self._dispatcher.oldest_wait_s(now), self._dispatcher.queued, places)
+        self.pressure, reason = service_pressure(now, window, self._config)
+        if self.pressure is not self._written:
+            self._written = self.pressure
+            self._records.pressure(self.pressure, window, reason)
+
+    def _maybe_round(self, now: float, view: ClusterView) -> str:
+        if self._federation.current is not None:
+            return ""
+        plan, self.round_reason = plan_round(now, view, self.pressure, self._federation.history, self._config)
+        if plan is None:
+            return ""
+        self._federation.start(now, plan, self.round_reason)
+        return f"round {plan.round_id}: replicas {list(plan.members)} train ({self.round_reason})"
+
+    def _coordinate(self, now: float) -> None:
+        current = self._federation.current
+        if current is None or current.decided:
+            return
+        for member in current.members:
+            view = self._fleet.view_of(member)
+            noise = self._federation.noise_scale
+            batches, reason = choose_batches(now, view, len(current.members), noise, self._config)
+            wanted = batches or Batches(self._config.train.micro_batch, view.batch_cap)
+            if self._fleet.set_limits(member, wanted.max_batch, wanted.micro_batch):
+                self._records.batches(member, wanted, reason)

@@ -1,0 +1,174 @@
+"""Process groups: what make_layout computed, made real. Groups are cached; nobody uses the default group."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from clif.config import Config, ConfigError
+from clif.config.relevance import check_device
+from clif.distributed.addresses import address_towards, in_url, interface_of
+from clif.distributed.collectives import Group, Peers, Roll, make_group
+from clif.distributed.launch_env import RankEnv
+from clif.distributed.layout import Layout, check_hosts, make_layout
+from clif.distributed.rendezvous import agree_on_start
+from clif.distributed.round_groups import RoundGroups
+from clif.types import Members
+
+
+@dataclass
+class Topology:
+    """Where this rank stands, and the groups that it belongs to.
+
+    store: keys of this start of the ranks; launch_store: the one around it, which outlives restarts by torchrun.
+    """
+
+    env: RankEnv
+    layout: Layout
+    device: torch.device
+    timeout: datetime.timedelta
+    store: dist.Store
+    backend: str
+    peers: Peers
+    launch_store: dist.Store
+
+    def __post_init__(self) -> None:
+        self._groups = RoundGroups(self.env.rank, self.backend, self.store, self.device, self.timeout)
+
+    @property
+    def replica(self) -> int:
+        return self.layout.replica_of(self.env.rank)
+
+    @property
+    def tp_rank(self) -> int:
+        return self.layout.tp_rank_of(self.env.rank)
+
+    @property
+    def is_leader(self) -> bool:
+        return self.tp_rank == 0
+
+    def combined_group(self, members: Members, number: int) -> Future[Group]:
+        """The group that averages this rank's shard over the member replicas; all of them must ask for this number.
+
+        Made by its members alone, so that non-members go on serving, and used again as long as its number is the same.
+        The control process gives a member set a new number when something may still be pending in its group.
+        """
+        return self._groups.get(members, self.layout.peers(members[0], self.tp_rank), number)
+
+    def roll(self, members: Members, round_id: int) -> Roll:
+        """Who averages this rank's shard in a round."""
+        ranks = self.layout.peers(members[0], self.tp_rank)
+        return Roll(self.store, f"all-reduce of round {round_id}", self.env.rank, ranks)
+
+    def retire_group(self, members: Members) -> None:
+        """Close this member set's group: an all-reduce that was given up may still be pending in it."""
+        self._groups.retire(members)
+
+    @property
+    def can_meet_again(self) -> bool:
+        """Whether the ranks of this replica can go on after a failure of one: those on NCCL would hang in a kernel."""
+        return self.peers.size == 1 or self.backend == "gloo"
+
+    def meet_again(self, life: int) -> None:
+        """Give the ranks of this replica a new group, after one of them has failed. Collective over them.
+
+        Groups of rounds are not used again either: the others know this replica's life, and make new ones.
+        Raises RuntimeError when a rank does not come.
+        """
+        self._groups.retire_all()
+        if self.peers.size > 1:
+            self.peers.meet_again(*_tensor_parallel(self, life))
+
+
+def _tensor_parallel(topology: Topology, life: int) -> tuple[Group, Roll]:
+    replica, rank = topology.replica, topology.env.rank
+    ranks = topology.layout.replicas[replica]
+    again = f", life {life}" if life else ""
+    roll = Roll(topology.store, f"tensor-parallel group of replica {replica}{again}", rank, ranks)
+    name = f"clif/tp/{replica}/{life}"
+    group = make_group(topology.backend, topology.store, name, ranks.index(rank), len(ranks), topology.timeout)
+    return group, roll
+
+
+def choose_device(wanted: str, local_rank: int, ranks_per_gpu: int = 1) -> torch.device:
+    """The GPU of this rank, or its share of one. Raises ConfigError when a GPU is asked for and this rank has none."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    gpu = local_rank // ranks_per_gpu
+    if gpu >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU ({torch.cuda.device_count()} on this host): "
+            "start fewer ranks, raise dist.ranks_per_gpu, or set model.device=cpu"
+        )
+    torch.cuda.set_device(gpu)
+    if ranks_per_gpu > 1:
+        # Else one rank's cache of free memory would starve the others.
+        torch.cuda.set_per_process_memory_fraction(1 / ranks_per_gpu, gpu)
+    return torch.device("cuda", gpu)
+
+
+def choose_backend(wanted: str, device: torch.device, ranks_per_gpu: int = 1) -> str:
+    """Raises ConfigError for NCCL without a GPU for each rank."""
+    if wanted == "nccl" and (device.type != "cuda" or ranks_per_gpu > 1):
+        raise ConfigError("dist.backend nccl needs a GPU for each rank: use gloo or auto")
+    if wanted == "auto":
+        return "nccl" if device.type == "cuda" and ranks_per_gpu == 1 else "gloo"
+    return wanted
+
+
+def make_topology(config: Config, env: RankEnv, store: dist.Store | None = None) -> Topology:
+    """Start torch.distributed and make the tensor-parallel groups. Collective over all ranks.
+
+    Raises LayoutError or ConfigError before anything is started.
+    """
+    wanted = config.layout
+    layout = make_layout(env.world_size, wanted.tp_size, wanted.replicas, wanted.replica_gpus)
+    check_hosts(layout, env.local_world_size, wanted.across_hosts)
+    share = config.dist.ranks_per_gpu
+    device = choose_device(config.model.device, env.local_rank, share)
+    check_device(config, device.type)
+    timeout = datetime.timedelta(seconds=config.dist.timeout_s)
+    launch_store = _store(env, timeout) if store is None else store
+    if store is None:
+        name = agree_on_start(launch_store, env.rank, env.world_size, config.dist.timeout_s)
+        store = dist.PrefixStore(f"clif/start/{name}", launch_store)
+    _choose_interface(env)
+    backend = choose_backend(config.dist.backend, device, share)
+    dist.init_process_group(
+        backend,
+        rank=env.rank,
+        world_size=env.world_size,
+        timeout=timeout,
+        store=dist.PrefixStore("torch", store),
+    )
+    topology = Topology(env, layout, device, timeout, store, backend, Peers(), launch_store)
+    if len(layout.replicas[topology.replica]) > 1:
+        topology.peers = Peers(*_tensor_parallel(topology, life=0))
+    return topology
+
+
+def _store(env: RankEnv, timeout: datetime.timedelta) -> dist.Store:
+    """The key-value store shared by all ranks, torchrun's or rank 0's; one of our own for a single process.
+
+    By address and not by env://, which would need torch's variables where other launchers set their own.
+    """
+    if env.master is None:
+        return dist.HashStore()
+    host, port = env.master
+    url = f"tcp://{in_url(host)}:{port}?rank={env.rank}&world_size={env.world_size}"
+    store, _, _ = next(dist.rendezvous(url, timeout=timeout))
+    return store
+
+
+def _choose_interface(env: RankEnv) -> None:
+    """Let gloo use the interface towards rank 0: by itself it takes the host's name, often a loopback address."""
+    if env.one_host or env.master is None or "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    interface = interface_of(address_towards(env.master[0]))
+    if interface is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface

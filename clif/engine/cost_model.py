@@ -1,0 +1,167 @@
+"""What the next piece of work will take, learnt from the engine's own turns; and whether training may take it.
+
+Free of torch. Training only gets what serving leaves (promise 5): training_slack is asked before every slice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from clif.config import SloConfig
+from clif.engine.scheduler import Sequence
+from clif.latency import Fit, LatencyModel
+from clif.types import Purpose, SlackLimit, TrainingSlack
+
+UNLIMITED = 1 << 30
+TRUSTED = 32
+"""Measurements after which a fit is believed; before, its predictions are raised by UNTRUSTED."""
+UNTRUSTED = 1.25
+STALL = 3.0
+TICK_PRIOR = Fit(0.002, 0.002, 0.02)
+SLICE_PRIOR = Fit(0.02, 0.001, 0.0)
+
+
+@dataclass
+class Rate:
+    """Running mean and mean absolute deviation. smoothing: weight of the newest observation."""
+
+    mean: float = 0.0
+    deviation: float = 0.0
+    smoothing: float = 0.1
+    seen: int = 0
+
+    def observe(self, rate: float) -> None:
+        self.seen += 1
+        weight = max(self.smoothing, 1 / self.seen)
+        self.deviation += weight * (abs(rate - self.mean) - self.deviation) if self.seen > 1 else 0.0
+        self.mean += weight * (rate - self.mean)
+
+    @property
+    def high(self) -> float:
+        """What is rarely exceeded: the mean itself would be, half the time."""
+        return self.mean + 2 * self.deviation
+
+
+@dataclass
+class Price:
+    """Seconds of one kind of work: a fit, and by what factor it is exceeded. seen: measurements."""
+
+    model: LatencyModel
+    excess: Rate = field(default_factory=lambda: Rate(mean=1.0))
+    seen: int = 0
+
+    def observe(self, own: float, other: float, seconds: float) -> None:
+        self.seen += 1
+        if self.seen > TRUSTED:
+            # The first fits lean on the prior: what they miss says nothing about the spread. One stall is one stall.
+            self.excess.observe(min(STALL, seconds / max(self.model.predict(own, other), 1e-6)))
+        self.model.observe(own, other, seconds)
+
+    def high(self, own: float, other: float) -> float:
+        """Seconds that are rarely exceeded."""
+        return self.model.predict(own, other) * self._factor
+
+    def others_within(self, own_per_other: float, seconds: float) -> int:
+        """Largest whole `other` for which own = own_per_other * other stays within so many seconds; at least 0."""
+        fit = self.model.fit
+        each = fit.a * own_per_other + fit.b
+        return int((seconds / self._factor - fit.c) / each) if each > 0 else UNLIMITED
+
+    @property
+    def _factor(self) -> float:
+        return max(1.0, self.excess.high) if self.excess.seen else UNTRUSTED
+
+
+@dataclass
+class Prices:
+    """Predicted seconds of serving ticks and of training slices, apart for each regime.
+
+    ticks: from rows and the cached tokens that they read (thousands), for "alone", "mixed" (training rows are rows,
+    too) and "beside" (a slice runs on other threads meanwhile). slices: by kind, from tokens times units (thousands)
+    and units: layers, or rows of the head.
+    """
+
+    ticks: dict[str, Price] = field(default_factory=dict)
+    slices: dict[str, Price] = field(default_factory=dict)
+
+    def observe_tick(self, rows: float, context: float, seconds: float, regime: str = "alone") -> None:
+        self._tick(regime).observe(rows, context / 1000, seconds)
+
+    def tick_s(self, rows: float, context: float, regime: str = "alone") -> float:
+        """A regime that is not known yet is priced as "alone" with all its rows."""
+        price = self.ticks.get(regime)
+        if price is None or price.seen < 4:
+            price = self._tick("alone")
+        return price.high(rows, context / 1000)
+
+    def _tick(self, regime: str) -> Price:
+        return self.ticks.setdefault(regime, Price(LatencyModel(TICK_PRIOR)))
+
+    def observe_slice(self, kind: str, tokens: int, units: int, seconds: float) -> None:
+        price = self.slices.setdefault(kind, Price(LatencyModel(SLICE_PRIOR)))
+        price.observe(tokens * units / 1000, units, seconds)
+
+    def units_within(self, kind: str, tokens: int, seconds: float) -> int:
+        """Units of a slice that take at most so long; one while the kind is unknown."""
+        price = self.slices.get(kind)
+        if price is None:
+            return int(seconds >= 0)
+        return max(0, price.others_within(tokens / 1000, seconds)) if seconds > 0 else 0
+
+    def tokens_within(self, rows: float, context: float, seconds: float) -> int:
+        """Training rows that a mixed tick may take along to take at most so long; at least 0."""
+        base = self.tick_s(rows, context, "mixed")
+        per_row = self.tick_s(rows + 1, context, "mixed") - base
+        return UNLIMITED if per_row <= 0 else max(0, int((seconds - base) / per_row))
+
+
+def training_slack(now: float, tick_s: float, sequences: Iterable[Sequence], slo: SloConfig) -> TrainingSlack:
+    """What training may take before the next serving tick, which takes tick_s; and who allows no more.
+
+    So that every sequence still gets its next token in time: the first within its own TTFT promise, later ones
+    within its TPOT promise (slo's where it has none), both less the margin; and a sequence with a deadline still
+    makes it if all its ticks take tick_s. Infinite when nobody waits.
+    """
+    worst, limit, request = math.inf, SlackLimit.NOBODY, -1
+    for sequence in sequences:
+        if sequence.request.purpose is Purpose.PROBE:
+            continue
+        kind = SlackLimit.FIRST_TOKEN if sequence.last_s is None else SlackLimit.NEXT_TOKEN
+        slack = _budget(sequence, slo) * (1 - slo.margin) - (now - _since(sequence)) - tick_s
+        deadline = _deadline_slack(now, tick_s, sequence, slo)
+        if deadline < slack:
+            slack, kind = deadline, SlackLimit.DEADLINE
+        if slack < worst:
+            worst, limit, request = slack, kind, sequence.request.id
+    return TrainingSlack(worst, limit, request)
+
+
+def may_train(
+    now: float, slice_s: float, tick_s: float, sequences: Iterable[Sequence], slo: SloConfig
+) -> tuple[bool, TrainingSlack]:
+    """May training that takes slice_s seconds come before the next serving tick? Returns (yes or no, the reason)."""
+    slack = training_slack(now, tick_s, sequences, slo)
+    return slack.seconds >= slice_s, slack
+
+
+def _budget(sequence: Sequence, slo: SloConfig) -> float:
+    if sequence.last_s is None:
+        return slo.ttft_ms / 1000 if sequence.request.slo.ttft_s is None else sequence.request.slo.ttft_s
+    return slo.tpot_ms / 1000 if sequence.request.slo.tpot_s is None else sequence.request.slo.tpot_s
+
+
+def _since(sequence: Sequence) -> float:
+    return sequence.arrived_s if sequence.last_s is None else sequence.last_s
+
+
+def _deadline_slack(now: float, tick_s: float, sequence: Sequence, slo: SloConfig) -> float:
+    own = sequence.request.slo.deadline_s
+    if own is None and slo.deadline_ms is None:
+        return float("inf")
+    deadline = slo.deadline_ms / 1000 if own is None and slo.deadline_ms is not None else own or 0.0
+    left = sequence.request.sampling.max_tokens - len(sequence.answer)
+    slack = deadline * (1 - slo.margin) - (now - sequence.arrived_s) - left * tick_s
+    # A deadline that is lost anyway holds nobody back: the token promises still do.
+    return slack if slack >= 0 else float("inf")

@@ -1,0 +1,349 @@
+"""The engine of one replica: serving ticks, and training slices in what they leave.
+
+Invariants: a token never waits for more than one slice; a slice is begun only when every running and waiting
+request can afford it; an error in training costs the job and no request. What depends on a clock is the leader's to
+decide, so that all ranks of a replica do the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from clif.config import EngineConfig, SloConfig
+from clif.distributed.collectives import Peers
+from clif.engine.cost_model import UNLIMITED, Prices, may_train, training_slack
+from clif.engine.jobs import WAIT, Job, Slice
+from clif.engine.passes import Pass
+from clif.engine.runner import ModelRunner
+from clif.engine.sampling import choose, make_rng
+from clif.engine.scheduler import Chunk, Scheduler
+from clif.engine.train_thread import Sidecar
+from clif.types import SlackLimit, TokenEvent, TrainingSlack
+
+log = logging.getLogger(__name__)
+LONGEST = 4
+"""Longest training slice, as a multiple of engine.slice_ms."""
+FULL = TrainingSlack(-1.0, SlackLimit.FULL)
+
+
+@dataclass
+class TurnRecord:
+    """What one turn did. Seconds; 0 rows: nothing was served.
+
+    train_s: of the slice that was finished in this turn. gap_s: by how much training made the turn itself longer.
+    slack: what training might have taken, where there was both training to do and serving; else None.
+    """
+
+    decode_rows: int = 0
+    prefill_tokens: int = 0
+    serve_s: float = 0.0
+    train_kind: str = ""
+    train_s: float = 0.0
+    gap_s: float = 0.0
+    regime: str = "alone"
+    slack: TrainingSlack | None = None
+
+
+@dataclass
+class Engine:
+    """Serves and learns. jobs: training work in the order in which it is done; record: what the last turn did.
+
+    coserving: "turns" (slices between ticks), "mixed" (forwards ride on ticks, the rest between them) or "beside"
+    (slices on threads of their own). "time_slice" is a baseline: turns by whole optimizer steps, whoever waits;
+    training gets `share` of the time while there is both to do.
+    """
+
+    runner: ModelRunner
+    scheduler: Scheduler
+    slo: SloConfig
+    coserving: str = "turns"
+    share: float = 0.5
+    clock: Callable[[], float] = time.monotonic
+    prices: Prices = field(default_factory=Prices)
+    jobs: deque[Job] = field(default_factory=deque)
+    record: TurnRecord = field(default_factory=TurnRecord)
+    sidecar: Sidecar | None = None
+    peers: Peers = field(default_factory=Peers)
+    _beside: tuple[Slice, int] | None = None
+    _credit_s: float = 0.0
+    _broken: RuntimeError | None = None
+
+    def __post_init__(self) -> None:
+        self.runner.pace = EnginePace(self)
+
+    @property
+    def config(self) -> EngineConfig:
+        return self.scheduler.config
+
+    def serve(self) -> list[TokenEvent]:
+        """One iteration over all running requests: schedule, run, sample, settle."""
+        self.record = TurnRecord()
+        self._collect()
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return []
+        rider = self._rider(chunks)
+        start = self.clock()
+        sampling = [c.sequence for c in chunks if c.samples]
+        for sequence in sampling:
+            if sequence.rng is None:
+                drawn, size = len(sequence.answer), self.runner.stack.vocab_size
+                sequence.rng = make_rng(sequence.request, self.runner.device, drawn, size)
+        logits = self._run(chunks, rider)
+        params, rngs = [s.request.sampling for s in sampling], [s.rng for s in sampling]
+        tokens = choose(self.runner.stack.head, logits, params, rngs)
+        now = self.clock()
+        self._note(chunks, rider, now - start)
+        return self.scheduler.settle(chunks, tokens, now)
+
+    def _run(self, chunks: Sequence[Chunk], rider: Slice | None) -> torch.Tensor:
+        if rider is None:
+            return self.runner.serve(chunks)
+        try:
+            logits = self.runner.serve(chunks, rider.rider)
+        except RuntimeError as error:
+            if self.peers.size > 1:
+                # The others are in the middle of the same tick.
+                raise
+            # The rows that serve did nothing wrong: they are computed again, over what they have written.
+            self._broken = error
+            return self.runner.serve(chunks)
+        self._resume(None)
+        return logits
+
+    def learn(self) -> None:
+        """At most one slice of the first job, and only if every running and waiting request can afford it.
+
+        Raises the RuntimeError of a slice that broke.
+        """
+        if self._broken is not None:
+            error, self._broken = self._broken, None
+            raise error
+        piece = self._upcoming()
+        if piece is None or self._beside is not None:
+            return
+        if piece is WAIT:
+            self._here(piece, 1)
+        elif not self.serving:
+            self._here(piece, self._leaders(self._units(piece, self.config.slice_ms / 1000) or piece.least))
+        elif self.coserving == "time_slice":
+            self._whole_step()
+        elif self.coserving == "mixed" and self._leaders(self._may_ride(piece)):
+            return
+        elif self.coserving == "beside" and self.sidecar is not None:
+            self._start_beside(piece, self.sidecar)
+        elif units := self._leaders(
+            self._units(piece, min(self._slack("alone"), LONGEST * self.config.slice_ms / 1000))
+        ):
+            self._here(piece, units)
+
+    def _agree(self, values: list[int]) -> list[int]:
+        """The leader's values on all ranks of the replica."""
+        return self.peers.leaders(values, self.runner.device)
+
+    def _leaders(self, value: int) -> int:
+        """What the leader decides: peers have clocks and prices of their own, and must all do the same."""
+        return self._agree([int(value)])[0]
+
+    def drop(self, name: str) -> None:
+        """Give up the jobs of this name; a slice of theirs that is under way is waited for.
+
+        A slice of another job goes on: done twice it would do its layers twice.
+        """
+        if self._beside is not None and self.sidecar is not None and self.jobs[0].name == name:
+            self._beside = None
+            try:
+                self.sidecar.poll(wait=True)
+            except RuntimeError:
+                log.exception("a slice of job %s broke while the job was given up", name)
+        for job in [job for job in self.jobs if job.name == name]:
+            job.close()
+            self.jobs.remove(job)
+
+    def interrupt(self, name: str, why: Exception) -> None:
+        """Have the job of this name give up what it would do next; a slice of it that is under way is waited for."""
+        if self._beside is not None and self.sidecar is not None and self.jobs[0].name == name:
+            self._beside = None
+            try:
+                self.sidecar.poll(wait=True)
+            except RuntimeError as error:
+                self._broken = error
+                return
+        for job in self.jobs:
+            if job.name == name:
+                job.interrupt(why)
+
+    def close(self) -> None:
+        """Give up all training; nothing of it runs any more."""
+        for name in {job.name for job in self.jobs}:
+            self.drop(name)
+        if self.sidecar is not None:
+            self.sidecar.close()
+
+    @property
+    def busy(self) -> bool:
+        """There is something to do at once."""
+        return self.serving or (self._beside is None and any(j.upcoming not in (None, WAIT) for j in self.jobs))
+
+    @property
+    def serving(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    @property
+    def training(self) -> bool:
+        """A slice runs beside this turn, or ran in it."""
+        return self._beside is not None or self.record.train_s > 0
+
+    def _upcoming(self) -> Slice | None:
+        while self.jobs and self.jobs[0].upcoming is None:
+            self.jobs.popleft()
+        return self.jobs[0].upcoming if self.jobs else None
+
+    def _units(self, piece: Slice, seconds: float) -> int:
+        """How much of a slice may be done in so many seconds; 0 if not even the least of it."""
+        units = min(piece.units, self.prices.units_within(piece.kind, piece.tokens, seconds))
+        if piece.kind not in self.prices.slices:
+            return piece.least if units else 0
+        return units if units >= piece.least else 0
+
+    def _here(self, piece: Slice, units: int) -> None:
+        start = self.clock()
+        self.jobs[0].run(units)
+        if piece is not WAIT:
+            seconds = self.clock() - start
+            self._learnt(piece, units, seconds)
+            self.record.gap_s += seconds
+
+    def _start_beside(self, piece: Slice, sidecar: Sidecar) -> None:
+        """A token does not wait for a slice beside it but for the slower ticks while it lasts."""
+        units = self._units(piece, self.config.beside_slice_ms / 1000) or piece.least
+        if self._slack("beside") >= 0:
+            self._beside = piece, units
+            sidecar.start(partial(piece.work, units))
+
+    def _whole_step(self) -> None:
+        """A whole optimizer step (or evaluation) once serving has had its share since the last one."""
+        self._credit_s += self.record.serve_s * self.share
+        self.record.slack = TrainingSlack(self._credit_s, SlackLimit.SHARE)
+        while self._credit_s >= 0 and (piece := self._upcoming()) not in (None, WAIT):
+            self._here(piece, piece.units)
+            if piece.kind == "optimizer":
+                break
+        self._credit_s -= self.record.gap_s * (1 - self.share)
+
+    def _collect(self) -> None:
+        """Take what the sidecar has finished."""
+        if self._beside is None or self.sidecar is None:
+            return
+        piece, units = self._beside
+        try:
+            done = self.sidecar.poll()
+        except RuntimeError as error:
+            self._broken, self._beside = error, None
+            return
+        if done is not None:
+            self._beside = None
+            self._resume(done[0])
+            self._learnt(piece, units, done[1])
+
+    def _resume(self, result: object) -> None:
+        """What a job does between two slices must not reach the tick either: learn() raises it."""
+        try:
+            self.jobs[0].resume(result)
+        except RuntimeError as error:
+            self._broken = error
+
+    def _learnt(self, piece: Slice, units: int, seconds: float) -> None:
+        record = self.record
+        record.train_kind, record.train_s = piece.kind, record.train_s + seconds
+        self.prices.observe_slice(piece.kind, piece.tokens, units, seconds)
+
+    def _rider(self, chunks: Sequence[Chunk]) -> Slice | None:
+        """The forward that this tick takes along, if there is one and everybody can afford it."""
+        piece = self._upcoming()
+        if self.coserving != "mixed" or piece is None or piece.rider is None:
+            return None
+        if self._full:
+            self.record.slack = FULL
+            return None
+        rows, context = sum(c.stop - c.start for c in chunks), sum(c.stop for c in chunks)
+        alone = self.prices.tick_s(rows, context)
+        more = max(0.0, self.prices.tick_s(rows + piece.tokens, context, "mixed") - alone)
+        sequences = (*self.scheduler.running, *self.scheduler.waiting)
+        may, self.record.slack = may_train(self.clock(), more, alone, sequences, self.slo)
+        return piece if self._leaders(may) else None
+
+    def _may_ride(self, piece: Slice) -> bool:
+        """Whether a tick that begins in time could take this forward along: then it does not go alone."""
+        run = piece.rider
+        if not isinstance(run, Pass):
+            return False
+        rows, context = self.next_tick
+        left = self.slo.tpot_ms / 1000 * (1 - self.slo.margin)
+        left -= self.prices.tick_s(rows + piece.tokens, context, "mixed")
+        if left >= 0 and self.record.slack is None:
+            self.record.slack = TrainingSlack(left, SlackLimit.RIDE)
+        return left >= 0
+
+    @property
+    def next_tick(self) -> tuple[int, int]:
+        """Rows and cached tokens of the next tick: a token per answer, and prompts within the tick's budget."""
+        running, waiting = self.scheduler.running, self.scheduler.waiting
+        prompts = sum(s.pending for s in (*running, *waiting) if s.pending > 1)
+        answers = sum(s.pending == 1 for s in running)
+        return answers + min(prompts, self.config.max_prefill_tokens), sum(s.computed for s in running)
+
+    @property
+    def _full(self) -> bool:
+        """Every place is taken: somebody may wait at the dispatcher, whom nobody here can price."""
+        return len(self.scheduler.running) + len(self.scheduler.waiting) >= self.scheduler.max_batch
+
+    def _slack(self, regime: str) -> float:
+        """Seconds that training may take now, if the next tick runs in this regime.
+
+        Negative while every place is taken.
+        """
+        sequences = (*self.scheduler.running, *self.scheduler.waiting)
+        if self._full:
+            self.record.slack = FULL
+        else:
+            tick_s = self.prices.tick_s(*self.next_tick, regime)
+            self.record.slack = training_slack(self.clock(), tick_s, sequences, self.slo)
+        return self.record.slack.seconds
+
+    def _note(self, chunks: Sequence[Chunk], rider: Slice | None, seconds: float) -> None:
+        decode = sum(c.is_decode for c in chunks)
+        rows, context = sum(c.stop - c.start for c in chunks), sum(c.stop for c in chunks)
+        record = self.record
+        record.decode_rows, record.prefill_tokens, record.serve_s = decode, rows - decode, seconds
+        if rider is not None and self._broken is None:
+            record.regime, record.train_kind = "mixed", rider.kind
+            record.gap_s = max(0.0, seconds - self.prices.tick_s(rows, context))
+            # What the forward cost is what it made the tick longer by: the tick's own part is serving.
+            record.train_s, record.serve_s = record.gap_s, seconds - record.gap_s
+            rows += rider.tokens
+        elif self._beside is not None:
+            record.regime = "beside"
+        self.prices.observe_tick(rows, context, seconds, record.regime)
+
+
+@dataclass
+class EnginePace:
+    """Forwards that a tick can take along, while there are ticks."""
+
+    engine: Engine
+
+    def pass_tokens(self) -> int:
+        """Half of a token's budget: a forward that only just fits would hardly ever find a tick to ride on."""
+        engine = self.engine
+        if engine.coserving != "mixed" or not engine.serving:
+            return UNLIMITED
+        seconds = engine.slo.tpot_ms / 1000 * (1 - engine.slo.margin) / 2
+        return engine._leaders(engine.prices.tokens_within(*engine.next_tick, seconds))

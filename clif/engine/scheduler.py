@@ -1,0 +1,232 @@
+"""Iteration-level scheduling: which sequences take part in the next tick, and what becomes of them. Free of torch.
+
+Invariants: a sequence reads one adapter version from its first admission to its end, also when it is preempted in
+between; running and waiting sequences together are always in order of arrival, and only the youngest running one is
+preempted. So the oldest never stops for memory, and everybody becomes the oldest.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from clif.adapters.slots import SlotTable
+from clif.config import EngineConfig
+from clif.engine.blocks import BlockPool
+from clif.types import NO_TOKEN, FinishReason, Request, TokenEvent
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request inside a replica. tokens: prompt and answer; computed: how many have their KV in the cache.
+
+    version: -1 until the first admission. blocks hold at least the computed tokens; both are empty while it waits.
+    arrived_s and last_s (time of the last token) are on the engine's clock.
+    """
+
+    request: Request
+    arrived_s: float
+    tokens: list[int]
+    version: int = -1
+    slot: int | None = None
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+    last_s: float | None = None
+    rng: Any = None
+
+    @property
+    def answer(self) -> list[int]:
+        return self.tokens[len(self.request.prompt) :]
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose KV is not in the cache: 1 for an answer under way, more when there is a prefill to do."""
+        return len(self.tokens) - self.computed
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens [start, stop) of a sequence to be computed in a tick; samples: its last logits choose a token."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @property
+    def samples(self) -> bool:
+        return self.stop == len(self.sequence.tokens)
+
+    @property
+    def is_decode(self) -> bool:
+        """One row that reads the whole cache of its sequence, whether its token is of the answer or of the prompt."""
+        return self.samples and self.stop - self.start == 1
+
+
+class Scheduler:
+    """Waiting and running sequences of one replica, both oldest first.
+
+    preemptions: how often a running sequence lost its blocks; it computes its tokens again, none comes twice.
+    reused_tokens: prompt tokens that were found in the cache when their request was first admitted.
+    """
+
+    def __init__(
+        self, config: EngineConfig, slots: SlotTable, eos_ids: tuple[int, ...], decode: Callable[[list[int]], str]
+    ) -> None:
+        self.config, self.slots = config, slots
+        self.max_batch = config.max_batch
+        self.pool = BlockPool(config.kv_tokens, config.block_size)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions = self.reused_tokens = 0
+        self._eos_ids, self._decode = frozenset(eos_ids), decode
+
+    def add(
+        self, request: Request, now: float, answer: Iterable[int] = (), version: int | None = None
+    ) -> TokenEvent | None:
+        """Take a request in. One that the whole KV cache cannot hold gets its end at once; the others get None.
+
+        answer, version: what another replica has answered so far, under which version. If that one can be read here
+        as well, the answer goes on; else it begins anew.
+        """
+        if longest(request) > self.config.kv_tokens:
+            detail = f"needs {longest(request)} tokens: engine.kv_tokens is {self.config.kv_tokens}"
+            return TokenEvent(request_id=request.id, finish=FinishReason.REJECTED, detail=detail)
+        sequence = Sequence(request, now, list(request.prompt))
+        if version is not None and self.slots.holds(version):
+            sequence.tokens += answer
+            self._read(sequence, version)
+        self.waiting.append(sequence)
+        return None
+
+    def cancel(self, request_id: int) -> TokenEvent | None:
+        """End a request now. None if it is not here (any more)."""
+        for sequence in (*self.running, *self.waiting):
+            if sequence.request.id == request_id:
+                return self._end(sequence, (), FinishReason.CANCELLED, "cancelled by the client")
+        return None
+
+    def schedule(self) -> list[Chunk]:
+        """Chunks of the next tick: one token for each running answer, then tokens to prefill within the tick's budget.
+
+        Sorted by adapter slot, so that each adapter's rows lie together. Their blocks are taken.
+        """
+        self._admit()
+        chunks, budget = [], self.config.max_prefill_tokens
+        # Preemption shortens the list from its end while the loop goes on, so none is preempted that has a chunk.
+        for sequence in self.running:
+            chunk = self._chunk(sequence, budget)
+            if chunk is not None:
+                chunks.append(chunk)
+                budget -= 0 if chunk.is_decode else chunk.stop - chunk.start
+        return sorted(chunks, key=lambda c: (c.sequence.slot is not None, c.sequence.slot or 0))
+
+    def settle(self, chunks: list[Chunk], tokens: list[int], now: float) -> list[TokenEvent]:
+        """Take the tick's outcome: tokens holds one token, or NO_TOKEN, for each chunk that samples, in order."""
+        chosen = iter(tokens)
+        events = []
+        for chunk in chunks:
+            self._advance(chunk)
+            if chunk.samples:
+                events.append(self._append(chunk.sequence, next(chosen), now))
+        return events
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.max_batch and self._start(self.waiting[0]):
+            self.running.append(self.waiting.popleft())
+
+    def _start(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence its version and what the cache has of its tokens. False: there is no room."""
+        new = sequence.version < 0
+        if self.config.prefix_reuse:
+            sequence.blocks = self.pool.share(self.slots.active if new else sequence.version, sequence.tokens)
+        if sum(map(self._due, (*self.running, sequence))) > self.pool.available:
+            self._give_back(sequence)
+            return False
+        sequence.computed = len(sequence.blocks) * self.pool.block_size
+        if new:
+            self.reused_tokens += sequence.computed
+            self._read(sequence, self.slots.active)
+        return True
+
+    def _read(self, sequence: Sequence, version: int) -> None:
+        sequence.version = self.slots.acquire(version)
+        sequence.slot = self.slots.slot_of(version)
+
+    def _due(self, sequence: Sequence) -> int:
+        """Blocks that a sequence takes soon: for the tokens it has, and for a block of answer, if it gets that long."""
+        soon = min(len(sequence.tokens) + self.pool.block_size, longest(sequence.request))
+        return self.pool.blocks_for(soon) - len(sequence.blocks)
+
+    def _chunk(self, sequence: Sequence, budget: int) -> Chunk | None:
+        size = 1 if sequence.pending == 1 else min(sequence.pending, budget)
+        stop = sequence.computed + size
+        if not size or not self._make_room(sequence, stop):
+            return None
+        return Chunk(sequence, sequence.computed, stop)
+
+    def _make_room(self, sequence: Sequence, stop: int) -> bool:
+        """Blocks for tokens [0, stop), taken from the youngest if need be. False: the youngest is the sequence."""
+        while not self.pool.grow(sequence.blocks, stop):
+            youngest = self.running.pop()
+            self._give_back(youngest)
+            self.waiting.appendleft(youngest)
+            self.preemptions += 1
+            if youngest is sequence:
+                return False
+        return True
+
+    def _advance(self, chunk: Chunk) -> None:
+        sequence = chunk.sequence
+        sequence.computed = chunk.stop
+        if self.config.prefix_reuse:
+            self.pool.register(sequence.version, sequence.tokens, sequence.blocks, chunk.start, chunk.stop)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self.pool.give_back(sequence.blocks)
+        sequence.blocks, sequence.computed = [], 0
+
+    def _append(self, sequence: Sequence, token: int, now: float) -> TokenEvent:
+        if token == NO_TOKEN:
+            detail = f"the logits are not finite under adapter version {sequence.version}"
+            return self._end(sequence, (), FinishReason.FAILED, detail)
+        sequence.tokens.append(token)
+        sequence.last_s = now
+        sampling = sequence.request.sampling
+        if token in self._eos_ids and not sampling.ignore_eos:
+            return self._end(sequence, (token,), FinishReason.STOP)
+        if sampling.stop:
+            text = self._decode(sequence.answer)
+            cuts = [at for at in (text.find(stop) for stop in sampling.stop) if at >= 0]
+            if cuts:
+                return self._end(sequence, (token,), FinishReason.STOP, text=text[: min(cuts)])
+        if len(sequence.answer) >= sampling.max_tokens:
+            return self._end(sequence, (token,), FinishReason.LENGTH)
+        return TokenEvent(request_id=sequence.request.id, tokens=(token,), version=sequence.version)
+
+    def _end(
+        self,
+        sequence: Sequence,
+        tokens: tuple[int, ...],
+        finish: FinishReason,
+        detail: str = "",
+        text: str | None = None,
+    ) -> TokenEvent:
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self._give_back(sequence)
+        if sequence.version >= 0:
+            self.slots.release(sequence.version)
+        return TokenEvent(
+            request_id=sequence.request.id,
+            tokens=tokens,
+            version=max(sequence.version, 0),
+            finish=finish,
+            detail=detail,
+            text=text,
+        )
+
+
+def longest(request: Request) -> int:
+    """Tokens that a request may grow to, prompt and answer."""
+    return len(request.prompt) + request.sampling.max_tokens

@@ -1,0 +1,125 @@
+"""What a rank will hold in memory, from the model's config.json and the configuration. Free of torch.
+
+For Llama-style models without biases. Not counted: what a forward computes and drops again, logits, message buffers,
+the Python process and, on a GPU, its context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from clif.config import AdapterConfig, Config
+from clif.errors import ConfigError, InputError
+from clif.models.shape import Group, Shape, is_target, shape_of
+from clif.models.weights.files import locate, read_model
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MASTER = 4
+"""Bytes of a number of the shadow and of all that belongs to its training: float32."""
+Device = Literal["cpu", "cuda"]
+
+
+class EstimateError(InputError):
+    """The shape of the model cannot be known from here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank. activations: the most that training forwards keep; snapshot: while a round is under way."""
+
+    weights: int
+    packed_weights: int
+    kv_cache: int
+    adapter_slots: int
+    shadow: int
+    gradient: int
+    moments: int
+    snapshot: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory in bytes that `ranks` ranks share: those of a host, or of a GPU."""
+
+    bytes: int
+    ranks: int
+
+
+def read_shape(path: str) -> Shape:
+    """The sizes of the model that model.path names: a folder, a GGUF file, or random:<folder or config.json>.
+
+    Raises EstimateError where it is not here, or lacks a size.
+    """
+    try:
+        place = locate(path)
+    except ConfigError as error:
+        raise EstimateError(str(error)) from error
+    if place is None:
+        raise EstimateError(f"model.path {path} has no config.json here to read sizes from")
+    try:
+        return shape_of(read_model(place))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise EstimateError(f"{place} is not that of a Llama-style model ({error})") from error
+
+
+def dtype_of(config: Config, device: Device) -> str:
+    """The dtype that is reckoned with: on a CPU auto may become bfloat16, whose packed copy makes it as large."""
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def estimate(config: Config, shape: Shape, tp_size: int, device: Device) -> Memory:
+    """Bytes of a rank of a replica of tp_size ranks.
+
+    They share linear layers, KV heads and the head, which is a view of the embedding where it is tied to it.
+    """
+    dtype = dtype_of(config, device)
+    linears = shape.layers * sum(sum(_rows(g, tp_size)) * _width(g, tp_size) for g in shape.groups)
+    # The largest share.
+    head = -(-shape.vocab // tp_size) * shape.hidden
+    rest = shape.vocab * shape.hidden + (0 if shape.tied else head) + (2 * shape.layers + 1) * shape.hidden
+    packed = config.engine.pack_weights and device == "cpu" and dtype == "bfloat16"
+    slot, shadow = _adapters(config.adapter, shape, tp_size)
+    trains = config.train.enabled
+    kv_heads = -(-shape.kv_heads // tp_size)
+    return Memory(
+        weights=BYTES[dtype] * (linears + rest),
+        packed_weights=BYTES[dtype] * (linears + head) if packed else 0,
+        kv_cache=BYTES[dtype] * shape.layers * 2 * kv_heads * shape.head_dim * config.engine.kv_tokens,
+        # One more than serve: what the shadow's own rows are multiplied with.
+        adapter_slots=BYTES[dtype] * slot * (config.adapter.serving_slots + 1),
+        shadow=MASTER * shadow,
+        gradient=MASTER * shadow,
+        moments=2 * MASTER * shadow if trains else 0,
+        # Shadow and moments as they were, and the vector that is averaged.
+        snapshot=4 * MASTER * shadow if trains else 0,
+        activations=config.engine.activation_mib << 20 if trains else 0,
+    )
+
+
+def _rows(group: Group, tp_size: int) -> tuple[int, ...]:
+    return tuple(-(-size // tp_size) for size in group.sizes) if group.by_rows else group.sizes
+
+
+def _width(group: Group, tp_size: int) -> int:
+    return group.width if group.by_rows else -(-group.width // tp_size)
+
+
+def _adapters(config: AdapterConfig, shape: Shape, tp_size: int) -> tuple[int, int]:
+    """Numbers of one slot, in the packed form of DualLinear, and of the shadow."""
+    slot = shadow = 0
+    for layer in range(shape.layers):
+        for group in shape.groups:
+            rows, width = _rows(group, tp_size), _width(group, tp_size)
+            adapted = [i for i, name in enumerate(group.names) if is_target(f"model.layers.{layer}.{name}", config)]
+            rank = config.r * len(adapted)
+            slot += rank * (width + sum(rows)) if adapted else 0
+            shadow += rank * width + config.r * sum(rows[i] for i in adapted)
+    return slot, shadow

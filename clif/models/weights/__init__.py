@@ -1,0 +1,1 @@
+"""Weights from files: Hugging Face folders, GGUF, one shard of them, or drawn at random."""

@@ -1,0 +1,195 @@
+"""The files that model.path names: where they are, and whether the weights are all there. Free of torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from clif.errors import ConfigError
+from clif.models.hf_config import Tree, read_tree
+from clif.models.shape import Shape
+from clif.models.weights.gguf_header import GgufHeader, read_header
+
+RANDOM = "random:"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+PLAIN = ("F64", "F32", "F16", "BF16")
+INDEX_BYTES = 64 << 20
+DERIVED = re.compile(r"rotary_emb\.|\.masked_bias$")
+"""Tensors in older files that are computed and not loaded."""
+Sizes = tuple[int, ...]
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def is_gguf(path: str) -> bool:
+    """Whether a model path names a GGUF file."""
+    return path.endswith(".gguf")
+
+
+def locate(path: str) -> Path | None:
+    """The config.json of random weights, the GGUF file or the folder that model.path names; None: a name of the hub.
+
+    Raises ConfigError, with what to change, where there is none.
+    """
+    if path.startswith(RANDOM):
+        place = Path(path.removeprefix(RANDOM))
+        file = place / "config.json" if place.is_dir() else place
+        if not file.is_file():
+            raise ConfigError(f"model.path {path}: there is no {file}; name a config.json or a folder with one")
+        return file
+    place = Path(path)
+    if is_gguf(path):
+        if not place.is_file():
+            hint = "run `clif fetch`" if place.parts[:1] == ("assets",) else "correct it"
+            raise ConfigError(f"model.path {path} does not exist: {hint}")
+        return place
+    if place.is_dir():
+        if not (place / "config.json").is_file():
+            raise ConfigError(f"model.path {path} has no config.json: name a folder with one{_of_adapter(place)}")
+        return place
+    if place.exists():
+        raise ConfigError(f"model.path {path} is not a folder: name one, a .gguf file or {RANDOM}<config.json>")
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ConfigError(f"model.path {path} is not a folder: correct it")
+    return None
+
+
+def read_model(place: Path) -> Tree:
+    """The fields of a config.json, of what locate() found. Raises ConfigError for files that cannot be read."""
+    if is_gguf(place.name):
+        return read_header(place).tree()
+    return read_tree(place / "config.json" if place.is_dir() else place)
+
+
+def _of_adapter(folder: Path) -> str:
+    return ", not of an adapter" if (folder / "adapter_config.json").is_file() else ""
+
+
+def check_gguf(header: GgufHeader, shape: Shape, name: str) -> None:
+    """Raises ConfigError for a file without all tensors of a Llama-style model of this shape."""
+    wanted = dict(_wanted(shape, tied=True))
+    _compare({_in_gguf(tensor): sizes for tensor, sizes in wanted.items()}, header.tensors, name)
+
+
+def _in_gguf(tensor: str) -> str:
+    *where, _ = tensor.split(".")
+    if where[:2] == ["model", "layers"]:
+        return f"blk.{where[2]}.{GGUF_NAMES['.'.join(where[3:])]}.weight"
+    return f"{GGUF_NAMES['.'.join(where)]}.weight"
+
+
+def check_weights(folder: Path, shape: Shape | None, tied: bool | None) -> None:
+    """Raises ConfigError for a folder without all weights of a Llama-style model of this shape.
+
+    shape: None where it is not known; then files and headers are looked at alone. tied: whether the head is the
+    embedding; None: not known. Pickled weights are not looked into.
+    """
+    found = dict(_tensors(folder))
+    if not found or shape is None:
+        return
+    packed = sorted({f"{tensor} in {dtype}" for tensor, (dtype, _) in found.items() if dtype not in PLAIN})
+    if packed:
+        raise ConfigError(f"{folder} holds quantised weights ({packed[0]}): choose the model with plain ones")
+    # A folder of the inner model alone has other names, and no head.
+    inner = "embed_tokens.weight" in found
+    have = {f"model.{tensor}" if inner else tensor: sizes for tensor, (_, sizes) in found.items()}
+    _compare(dict(_wanted(shape, tied is not False)), have, str(folder))
+
+
+def check_tensors(name: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    """Raises ConfigError for weights that a model lacks, which would be random ones, or has and would not use."""
+    if missing:
+        raise ConfigError(f"{name} lacks {_some(missing)}, which would be random: get it again")
+    unused = [
+        tensor for tensor in unexpected if tensor.startswith(("model.", "lm_head.")) and not DERIVED.search(tensor)
+    ]
+    if unused:
+        raise ConfigError(
+            f"{name} holds {_some(unused)}, which the model that its config.json describes does not have: "
+            "correct that, or get it again"
+        )
+
+
+def _some(tensors: Sequence[str]) -> str:
+    more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
+    return f"the tensors {', '.join(tensors[:3])}{more}"
+
+
+def _compare(wanted: dict[str, Sizes], have: dict[str, Sizes], name: str) -> None:
+    check_tensors(name, [tensor for tensor in wanted if tensor not in have], ())
+    for tensor, sizes in wanted.items():
+        if have[tensor] != sizes:
+            raise ConfigError(
+                f"{name}: {tensor} has shape {list(have[tensor])}, and {list(sizes)} by its sizes: correct its "
+                "config.json, or get it again"
+            )
+
+
+def _wanted(shape: Shape, tied: bool) -> Iterator[tuple[str, Sizes]]:
+    """Names and shapes of the tensors that every Llama-style model has."""
+    yield "model.embed_tokens.weight", (shape.vocab, shape.hidden)
+    for layer in range(shape.layers):
+        place = f"model.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{place}.{norm}.weight", (shape.hidden,)
+        for group in shape.groups:
+            for leaf, size in zip(group.names, group.sizes, strict=True):
+                yield f"{place}.{leaf}.weight", (size, group.width)
+    yield "model.norm.weight", (shape.hidden,)
+    if not tied:
+        yield "lm_head.weight", (shape.vocab, shape.hidden)
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, tuple[str, Sizes]]]:
+    """Dtype and shape of each tensor of a folder's safetensors, by name; none where the weights are pickled."""
+    indexed = read_index(folder)
+    if indexed is None:
+        if not any((folder / name).is_file() for name in PICKLES):
+            raise ConfigError(f"{folder} holds no weights ({SINGLE}): get it again")
+        return
+    for file in sorted(set(indexed.values())) or [SINGLE]:
+        try:
+            with safe_open(folder / file, framework="numpy") as opened:
+                names = opened.keys()
+                for name in names:
+                    part = opened.get_slice(name)
+                    yield name, (part.get_dtype(), tuple(part.get_shape()))
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{folder} lacks a part ({file}: {error}): get it again") from error
+        lacking = sorted({name for name, place in indexed.items() if place == file} - set(names))
+        if lacking:
+            raise ConfigError(f"{folder}: {file} lacks {lacking[0]}, which {INDEX} names: get it again")
+
+
+def read_index(folder: Path) -> dict[str, str] | None:
+    """The file of each tensor of a folder with several; empty where there is one, None where there are no safetensors.
+
+    As transformers chooses, if there is both. Raises ConfigError for an index that is none.
+    """
+    index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        return {}
+    if not index.is_file():
+        return None
+    try:
+        if index.stat().st_size > INDEX_BYTES:
+            raise ValueError("too large")
+        found = json.loads(index.read_text())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{index} is not an index of weights ({error}): get it again") from error
+    if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+        raise ConfigError(f"{index} is not an index of weights: get it again")
+    outside = [file for file in found.values() if Path(file).name != file]
+    if outside:
+        raise ConfigError(f"{index} names {outside[0]}, which is not a file beside it: get it again")
+    return found

@@ -1,0 +1,41 @@
+"""Models with random weights, drawn tensor by tensor: whoever wants a part of one draws no other."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+
+from clif.distributed.collectives import Peers
+from clif.models.shard import part_of
+from clif.models.weights.sharded_build import Slice, build
+
+
+def draw_model(config: Any, dtype: torch.dtype, device: torch.device, seed: int, peers: Peers) -> Any:
+    """A model of a transformers configuration; with peers, this rank's part of the one that a single rank draws.
+
+    Each tensor has a generator of its own, and at no time is more than one of them whole beside what is kept.
+    Raises LayoutError for a model that the peers cannot share.
+    """
+    std: float = getattr(config, "initializer_range", 0.02)
+
+    def source(name: str, shape: torch.Size, part: Slice) -> torch.Tensor:
+        # Where it will live: billions of numbers take minutes on a CPU.
+        whole = _draw(name, torch.empty(shape, dtype=dtype, device=device), std, seed)
+        # A copy, so that the whole is freed.
+        return whole if part is None else part_of(whole, *part).clone()
+
+    return build(config, source, dtype, device, peers)
+
+
+def _draw(name: str, tensor: torch.Tensor, std: float, seed: int) -> torch.Tensor:
+    """As transformers begins: matrices normal, biases zero, norms one."""
+    if name.endswith(".bias"):
+        return tensor.zero_()
+    if tensor.dim() == 1:
+        return tensor.fill_(1.0)
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    # The CPU's generator takes no more than 32 bits of a seed.
+    rng = torch.Generator(tensor.device).manual_seed(int.from_bytes(digest[:4], "little"))
+    return tensor.normal_(0.0, std, generator=rng)

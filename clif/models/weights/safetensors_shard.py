@@ -1,0 +1,74 @@
+"""Reading this rank's part of a model from a folder with safetensors."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+
+from clif.config import ConfigError
+from clif.distributed.collectives import Peers
+from clif.models.weights.files import INDEX, SINGLE, check_tensors, read_index
+from clif.models.weights.sharded_build import Slice, build
+
+
+def can_slice(path: str) -> bool:
+    """Whether a model path is a folder with safetensors."""
+    folder = Path(path)
+    return folder.is_dir() and any((folder / name).is_file() for name in (INDEX, SINGLE))
+
+
+def load_sliced(path: str, config: Any, dtype: torch.dtype, device: torch.device, peers: Peers) -> Any:
+    """A model in which linear layers and head have this rank's weights only. It cannot run by itself.
+
+    config: of the transformers model. Raises ConfigError when a tensor is missing or has another shape, LayoutError
+    when the peers cannot share it.
+    """
+    folder = Path(path)
+    with ExitStack() as stack:
+        files = _files(folder, stack)
+
+        def read(name: str, shape: torch.Size, part: Slice) -> torch.Tensor:
+            if name not in files:
+                raise ConfigError(
+                    f"{folder} lacks the tensor {name}: get it again, or set layout.tp_size=1 if its tensors have "
+                    "other names"
+                )
+            return _read(files[name], name, shape, part)
+
+        model = build(config, read, dtype, device, peers)
+        check_tensors(str(folder), (), sorted(files.keys() - model.state_dict().keys()))
+    if (folder / "generation_config.json").is_file():
+        # End-of-sequence tokens and the like.
+        model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder))
+    return model
+
+
+def _files(folder: Path, stack: ExitStack) -> dict[str, Any]:
+    """Tensor name -> the opened file that holds it."""
+    names = read_index(folder) or {}
+    opened: dict[str, Any] = {}
+    try:
+        for file in sorted(set(names.values())) or [SINGLE]:
+            opened[file] = stack.enter_context(safe_open(folder / file, framework="pt"))
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{folder} lacks a part ({error}): get it again") from error
+    return {name: file for file in opened.values() for name in file.keys()}  # noqa: SIM118 - not a mapping
+
+
+def _read(file: Any, name: str, shape: torch.Size, part: Slice) -> torch.Tensor:
+    source = file.get_slice(name)
+    if list(source.get_shape()) != list(shape):
+        raise ConfigError(
+            f"{name} has shape {source.get_shape()}, its config.json says {list(shape)}: correct that, or get it again"
+        )
+    if part is None:
+        tensor: torch.Tensor = source[:]
+        return tensor
+    split, span = part
+    tensor = source[span.start : span.stop] if split == "out" else source[:, span.start : span.stop]
+    return tensor

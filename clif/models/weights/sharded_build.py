@@ -1,0 +1,70 @@
+"""A model built tensor by tensor, of which a rank gets its part only: the whole never exists in one process.
+
+It is made without memory for its weights, which are filled in one by one: of the linear weights that peers share only
+the rank's own slice, everything else whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+
+from clif.config import ConfigError
+from clif.distributed.collectives import Peers
+from clif.distributed.layout import check_shares
+from clif.models.layer import ATTENTION
+from clif.models.shard import Span, Split, layer_spans, share
+from clif.models.stack import check_model
+
+Slice = tuple[Split, Span] | None
+"""This rank's part of a tensor; None: all of it."""
+Source = Callable[[str, torch.Size, Slice], torch.Tensor]
+"""(name, shape of the whole tensor, slice wanted) -> that slice."""
+HEAD = "lm_head"
+
+
+def build(config: Any, source: Source, dtype: torch.dtype, device: torch.device, peers: Peers) -> Any:
+    """The model of a transformers configuration, with each weight from `source`. Buffers are computed, on the CPU.
+
+    Raises ConfigError for a model that cannot be cut, LayoutError for one that the peers cannot share.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    tied = getattr(config, "tie_word_embeddings", False)
+    parts = dict(_parts(model, tied, peers)) if peers.size > 1 else {}
+    for name, parameter in list(model.named_parameters()):
+        if not (tied and name == f"{HEAD}.weight"):
+            _put(model, name, source(name, parameter.shape, parts.get(name)).to(device=device, dtype=dtype))
+    model.tie_weights()
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left:
+        raise ConfigError(f"{type(model).__name__} ties {', '.join(left[:3])}, which is not supported: choose another")
+    return model
+
+
+def _parts(model: Any, tied: bool, peers: Peers) -> Iterator[tuple[str, tuple[Split, Span]]]:
+    """Tensor name -> side and span, for every linear weight (and cut bias) that the peers share."""
+    config = model.config
+    check_model(model)
+    check_shares(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, peers.size)
+    if not tied:
+        rows = share(config.vocab_size, peers.rank, peers.size)
+        yield from ((f"{HEAD}.{leaf}", ("out", rows)) for leaf in ("weight", "bias"))
+    for layer in range(len(model.model.layers)):
+        for leaf, (split, span) in layer_spans(config, peers.rank, peers.size).items():
+            block = "self_attn" if leaf in ATTENTION else "mlp"
+            yield f"model.layers.{layer}.{block}.{leaf}.weight", (split, span)
+            if split == "out":
+                yield f"model.layers.{layer}.{block}.{leaf}.bias", (split, span)
+
+
+def _put(model: Any, name: str, tensor: torch.Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    setattr(module, leaf, torch.nn.Parameter(tensor, requires_grad=False))
+    if leaf == "weight" and isinstance(module, torch.nn.Linear):
+        module.out_features, module.in_features = tensor.shape

@@ -1,0 +1,1 @@
+"""What one process does, from its start to its exit code."""

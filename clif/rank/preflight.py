@@ -1,0 +1,132 @@
+"""What can be known of a model before any rank loads it, from its files and the configuration. Free of torch.
+
+A dry run and the start ask the same; what takes torch to know, the start asks before it reads weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+from huggingface_hub import try_to_load_from_cache
+
+from clif.config import Config
+from clif.distributed.layout import Layout, check_shares
+from clif.errors import ConfigError
+from clif.metrics.provenance import gpu_bytes, gpu_names
+from clif.models.estimate import Device, Room, estimate
+from clif.models.hf_config import Tree, check_tree
+from clif.models.shape import Shape, check_targets, shape_of
+from clif.models.weights.files import check_gguf, check_weights, is_gguf, locate, read_model
+from clif.models.weights.gguf_header import read_header
+
+PROVED = ("llama", "mistral", "qwen2", "qwen3")
+"""Makes of which CLIF's own tests prove that they are computed rightly, whatever fields check_tree lets through."""
+
+
+def check_model(config: Config, layout: Layout) -> Tree | None:
+    """The fields of the model's config.json; None for a name of the hub that was not downloaded yet.
+
+    Raises ConfigError or LayoutError, with what to change, for a model that cannot be loaded, shared or served.
+    """
+    path = config.model.path
+    place = locate(path)
+    here = place is not None
+    place = place or _cached(path)
+    if place is None:
+        return None
+    header = read_header(place) if is_gguf(place.name) else None
+    tree = header.tree() if header else read_model(place)
+    if header is not None:
+        header.check_tree(path, config.model.max_context)
+    else:
+        check_tree(tree, path, config.model.max_context)
+    shape = _shape(tree)
+    if shape is not None:
+        check_targets(config.adapter, shape)
+        for size in {len(ranks) for ranks in layout.replicas}:
+            check_shares(shape.heads, shape.kv_heads, shape.inner, size)
+    if header is not None and shape is not None:
+        check_gguf(header, shape, path)
+    elif here and place.is_dir():
+        check_weights(place, shape, tree.get("tie_word_embeddings"))
+    return tree
+
+
+def check_room(config: Config, layout: Layout, ranks: int) -> None:
+    """Raises ConfigError where the weights alone of this host's ranks exceed its memory, which would end them late.
+
+    ranks: how many of them run on this host.
+    """
+    place = locate(config.model.path)
+    shape = None if place is None or device_of(config) != "cpu" else _shape(read_model(place))
+    if shape is None:
+        return
+    # The choice of auto may be the narrower one.
+    dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
+    narrow = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+    size = max(len(group) for group in layout.replicas)
+    need = ranks * estimate(narrow, shape, size, "cpu").weights
+    have = psutil.virtual_memory().total + psutil.swap_memory().total
+    if need > have:
+        raise ConfigError(
+            f"the weights of {ranks} ranks need {need / 2**30:,.1f} GiB, and this host has {have / 2**30:,.1f}: choose "
+            "a smaller model or dtype, or start fewer ranks on it"
+        )
+
+
+def check_gpu(config: Config) -> None:
+    """Raises ConfigError where a GPU is asked for and none is seen."""
+    if config.model.device == "cuda" and not gpu_names():
+        raise ConfigError(
+            "model.device is cuda, but this host shows no NVIDIA GPU: start where there is one, or set model.device=cpu"
+        )
+
+
+def room_of(config: Config, device: Device, ranks: int) -> Room | None:
+    """The memory that `ranks` ranks of this host share, or those of one of its GPUs; None where there is no GPU."""
+    if device == "cpu":
+        return Room(psutil.virtual_memory().total, ranks)
+    least = min(gpu_bytes(), default=None)
+    return None if least is None else Room(least, config.dist.ranks_per_gpu)
+
+
+def prove(config: Config) -> str:
+    """What is said of a model's make in a dry run, after it was proved where that takes torch.
+
+    Raises ConfigError for one that would be computed wrongly.
+    """
+    place = locate(config.model.path) or _cached(config.model.path)
+    if place is None:
+        return f"model {config.model.path} is not here yet: it is checked when a start has downloaded its config.json"
+    make = read_model(place)["model_type"]
+    if make not in PROVED:
+        try:
+            from clif.models.weights.loading import check_start
+        except ImportError as error:
+            return f"whether {make} is computed rightly is not proved here ({error}): a start does, before it loads"
+        check_start(config.model)
+    return f"model {config.model.path} is of a make that is computed rightly: {make}"
+
+
+def device_of(config: Config) -> Device:
+    """What ranks of this host run on."""
+    wanted = config.model.device
+    return "cuda" if wanted == "cuda" or (wanted == "auto" and gpu_names()) else "cpu"
+
+
+def _cached(name: str) -> Path | None:
+    """The config.json of a hub name, if it was downloaded before; nothing is asked of the network."""
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except ValueError as error:
+        raise ConfigError(f"model.path {name} is neither here nor a name of the hub: correct it") from error
+    return Path(found) if isinstance(found, str) else None
+
+
+def _shape(tree: Tree) -> Shape | None:
+    """None for a model of another make, and where sizes are left to transformers' defaults."""
+    try:
+        return shape_of(tree)
+    except (KeyError, TypeError, ValueError):
+        return None

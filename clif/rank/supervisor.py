@@ -1,0 +1,109 @@
+"""The lives of a replica: when an error ends one, the next begins in the same process, on the same weights.
+
+Invariants: a life begins from what is on disk, as after a restart; no order that was meant for an earlier one is
+carried out, for what comes before Welcome is dropped; all ranks of a replica go from one life to the next together.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+
+from clif.distributed.collectives import PeersLost
+from clif.distributed.topology import Topology
+from clif.replica.replica import Replica
+from clif.wire.channels import decode_down
+from clif.wire.messages import Down, Stop, Trouble, Up, Welcome
+
+log = logging.getLogger(__name__)
+WINDOW_S = 600.0
+"""run.rebuilds are counted over so long."""
+Build = Callable[[int, int], Replica]
+
+
+class Lives:
+    """The replica as it is now. build: makes the replica for (life, ticks so far). tell: as of a replica.
+
+    rebuilds: how many are allowed within WINDOW_S. on_birth: told of each replica once it is built.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        build: Build,
+        tell: Callable[[Up], None],
+        rebuilds: int,
+        on_birth: Callable[[Replica, int], None],
+    ) -> None:
+        self._topology, self._build, self._tell, self._on_birth = topology, build, tell, on_birth
+        self._rebuilds, self._rebuilt_s = rebuilds, list[float]()
+        self.life, self._welcome = 0, True
+        self._replica: Replica | None = build(0, 0)
+        on_birth(self.replica, 0)
+
+    @property
+    def replica(self) -> Replica:
+        if self._replica is None:
+            raise RuntimeError("the replica could not be rebuilt")
+        return self._replica
+
+    def turn(self, payloads: list[bytes] | None) -> None:
+        """One turn of the replica; an error in it begins its next life. Raises what cannot be cured by that.
+
+        payloads: what the leader received, None on the other ranks.
+        """
+        try:
+            inbox = self._topology.peers.share_inbox(payloads, self._topology.device)
+            self.replica.tick(self._meant_for_us([decode_down(payload) for payload in inbox]))
+            return
+        except Exception as error:
+            log.exception("replica %d failed in life %d", self.replica.id, self.life)
+            why = f"{type(error).__name__}: {error}"
+            # Before anything that takes time: others wait for this rank, and requests for another replica.
+            self._topology.peers.leave(why)
+            if not self._curable(error):
+                raise
+        self._tell(Trouble(replica=self.replica.id, error=why, returning=True))
+        # Not in the except clause: the error holds the frames, and these the memory, of what failed.
+        self._begin_anew()
+
+    def close(self) -> None:
+        """Wait for what the replica still writes."""
+        if self._replica is not None:
+            self._replica.close()
+
+    def _curable(self, error: Exception) -> bool:
+        """Whether this failure may be answered by another life: there may be no more of them, or nobody to share it."""
+        self._rebuilt_s = [at for at in self._rebuilt_s if time.monotonic() - at < WINDOW_S]
+        allowed = len(self._rebuilt_s) < self._rebuilds
+        return allowed and self._topology.can_meet_again and not isinstance(error, PeersLost)
+
+    def _begin_anew(self) -> None:
+        started, former = time.monotonic(), self.replica
+        self._rebuilt_s.append(started)
+        self.life += 1
+        former.abandon()
+        replica, ticks = former.id, former.ticks
+        del former
+        self._replica = None
+        gc.collect()
+        if self._topology.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._topology.meet_again(self.life)
+        self._replica = self._build(self.life, ticks)
+        self._welcome = False
+        log.warning("replica %d begins life %d after %.1f s", replica, self.life, time.monotonic() - started)
+        self._on_birth(self.replica, self.life)
+
+    def _meant_for_us(self, orders: list[Down]) -> list[Down]:
+        if self._welcome:
+            return orders
+        for place, order in enumerate(orders):
+            if isinstance(order, Welcome) and order.life == self.life:
+                self._welcome = True
+                return orders[place + 1 :]
+        return [order for order in orders if isinstance(order, Stop)]

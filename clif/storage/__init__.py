@@ -1,0 +1,1 @@
+"""Files of a run's folder: atomic, private, locked, and patient with a full disk. Free of torch."""

@@ -1,0 +1,143 @@
+"""A rank's training state on disk, written beside the serving loop, so that a crash at any moment loses no round.
+
+Before a member votes, what it would be after the round is on disk as the *prepared* checkpoint. The round is committed
+by the control process alone, when it stores the adapter. So for whichever round that was the last, every member finds
+its state after a crash: the prepared one if it belongs to a committed round, otherwise the one that was kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Set
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from clif.errors import InputError
+from clif.storage.disk_space import Room
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State after a round: the trainer's snapshot and the sample cursor, as if the round were committed.
+
+    version: the adapter version it was made under; round_id: the round it belongs to.
+    """
+
+    version: int
+    round_id: int
+    trainer: dict[str, Any]
+    cursor: dict[str, Any]
+
+
+class CheckpointWriter:
+    """Two files per rank: the kept and the prepared checkpoint. Each is replaced as a whole, in a thread of its own.
+
+    A full disk is waited for in that thread. All methods but done() and wait() may wait for the write before, and raise
+    what it ended with, say OSError or SafetensorError.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.path = folder / f"rank-{rank:05d}.safetensors"
+        self.prepared = folder / f"rank-{rank:05d}.prepared.safetensors"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._keep = False
+
+    def prepare(self, checkpoint: Checkpoint) -> None:
+        """Write what will hold if the round is committed. It must be done() before the vote."""
+        self.wait()
+        if self._keep:
+            # Of a committed round. Not moved earlier: until the next round begins, its adapter may not be on disk.
+            os.replace(self.prepared, self.path)
+        self._keep = False
+        self._start(checkpoint, self.prepared)
+
+    def committed(self) -> None:
+        """The prepared checkpoint belongs to a round that was committed: the next one must not replace it."""
+        self._keep = True
+
+    def installed(self, checkpoint: Checkpoint) -> None:
+        """Write what holds after a committed round in which this rank took no part."""
+        self.wait()
+        self._keep = False
+        self._start(checkpoint, self.path)
+
+    def done(self) -> bool:
+        """Whether nothing is being written. Raises what the write ended with."""
+        if self._thread is not None and self._thread.is_alive():
+            return False
+        self.wait()
+        return True
+
+    def wait(self) -> None:
+        """Wait until nothing is being written. Raises what the write ended with."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _start(self, checkpoint: Checkpoint, path: Path) -> None:
+        self._thread = threading.Thread(target=self._write, args=(checkpoint, path), name="checkpoint")
+        self._thread.start()
+
+    def _write(self, checkpoint: Checkpoint, path: Path) -> None:
+        try:
+            Room(path).repeat(partial(_replace, checkpoint, path))
+        except Exception as error:  # noqa: BLE001 - a thread cannot raise: wait() does, in the loop's thread
+            self._error = error
+
+
+def _replace(checkpoint: Checkpoint, path: Path) -> None:
+    tensors = {"shadow": checkpoint.trainer["shadow"]}
+    tensors |= {f"moments.{k}": v for k, v in checkpoint.trainer["moments"].items()}
+    metadata = {
+        "version": str(checkpoint.version),
+        "round_id": str(checkpoint.round_id),
+        "steps": str(checkpoint.trainer["steps"]),
+        "cursor": json.dumps(checkpoint.cursor),
+    }
+    part = path.with_suffix(".part")
+    safetensors.torch.save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part, metadata)
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def load_checkpoint(path: Path, device: torch.device) -> Checkpoint:
+    """Raises FileNotFoundError, and InputError for a damaged file."""
+    try:
+        with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        moments = {k.removeprefix("moments."): v for k, v in tensors.items() if k.startswith("moments.")}
+        trainer = {"shadow": tensors["shadow"], "moments": moments, "steps": int(metadata["steps"])}
+        return Checkpoint(int(metadata["version"]), int(metadata["round_id"]), trainer, json.loads(metadata["cursor"]))
+    except (safetensors.SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the checkpoint {path} is damaged ({error}): restore it or delete it. Without it this rank goes on from "
+            "its other checkpoint, or with fresh moments and from the first sample"
+        ) from error
+
+
+def find_checkpoint(writer: CheckpointWriter, rounds: Set[int], device: torch.device) -> Checkpoint | None:
+    """The rank's state after the last committed round it knows; rounds: those that were committed. None: it has none.
+
+    The writer then keeps that one. Raises InputError for a damaged file.
+    """
+    found = [load_checkpoint(path, device) for path in (writer.path, writer.prepared) if path.is_file()]
+    known = [c for c in found if c.round_id in rounds]
+    best = max(known, key=lambda c: c.round_id, default=None)
+    if best is not None and best is found[-1] and writer.prepared.is_file():
+        writer.committed()
+    return best

@@ -1,0 +1,65 @@
+"""Held-out loss of an adapter on this replica's part of some held-out rows, in slices."""
+
+from __future__ import annotations
+
+from clif.adapters.slots import SlotTable
+from clif.engine.jobs import Slices
+from clif.engine.runner import ModelRunner
+from clif.types import TrainSample
+
+
+class Heldout:
+    """Held-out samples of this replica, of one part: the gate's or the report's.
+
+    rows: how many; tokens: answer tokens among them; max_tokens: tokens of one forward at most.
+    """
+
+    def __init__(self, runner: ModelRunner, samples: list[TrainSample], max_tokens: int) -> None:
+        self._runner = runner
+        self._batches = _batches(samples, max_tokens)
+        self.rows = len(samples)
+        self.tokens = sum(s.targets for s in samples)
+        self._known: tuple[int, float] | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether the loss of some version is known."""
+        return self._known is not None
+
+    def loss(self, slot: int | None) -> Slices[float]:
+        """Summed cross-entropy in nats under an adapter slot."""
+        total = 0.0
+        for batch in self._batches:
+            total += yield from self._runner.loss(batch, slot)
+        return total
+
+    def active_loss(self, slots: SlotTable) -> Slices[tuple[int, float]]:
+        """(version, summed loss) of the active version; computed once per version.
+
+        The version is held as by a request meanwhile, so that a promotion cannot change its slot.
+        """
+        if self._known is None or self._known[0] != slots.active:
+            version = slots.acquire()
+            try:
+                loss = yield from self.loss(slots.slot_of(version))
+            finally:
+                slots.release(version)
+            self._known = (version, loss)
+        return self._known
+
+    def remember(self, version: int, loss: float) -> None:
+        """A candidate that was evaluated became this version."""
+        self._known = (version, loss)
+
+
+def _batches(samples: list[TrainSample], max_tokens: int) -> list[list[TrainSample]]:
+    """Samples of like length together, each batch within max_tokens (or a single longer sample)."""
+    batches: list[list[TrainSample]] = []
+    size = 0
+    for sample in sorted(samples, key=lambda s: len(s.ids)):
+        if not batches or size + len(sample.ids) > max_tokens:
+            batches.append([])
+            size = 0
+        batches[-1].append(sample)
+        size += len(sample.ids)
+    return batches

@@ -1,0 +1,272 @@
+"""A replica's part in a federated round, as one resumable job that reads from top to bottom.
+
+Invariants: the shadow that a round leaves behind is either the committed average or what it was before the
+round; samples of a discarded round are released; nothing is promoted into a slot that somebody reads.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from clif.adapters.peft_io import config_json, read_weights, write_weights
+from clif.adapters.slots import SlotTable
+from clif.distributed.collectives import Exchange, Group, RoundBroken, WeightedMean
+from clif.distributed.topology import Topology
+from clif.engine.jobs import WAIT, Slice, Slices
+from clif.models.dual_linear import SHADOW
+from clif.training.checkpoint import Checkpoint, CheckpointWriter
+from clif.training.heldout import Heldout
+from clif.training.product_error import ErrorShare, deal, deviation_
+from clif.training.trainer import ShadowTrainer, StepCut, StepResult
+from clif.types import HeldoutLoss, RoundPlan, RoundResult, Vote
+from clif.wire.messages import Evaluated, Install, Published, Settle, Settled, StepsDone, Up, Voted
+
+
+@dataclass
+class RoundOrders:
+    """What the control process has said about the round so far."""
+
+    plan: RoundPlan
+    group: int
+    finish_steps: bool = False
+    aggregate: bool = False
+    settle: Settle | None = None
+
+
+@dataclass
+class Member:
+    """Takes part in rounds. tell sends a message up; on_step sees every optimizer step, on_version every promotion.
+
+    gate: the held-out rows that candidates are judged by; report: those that quality is measured on.
+    """
+
+    topology: Topology
+    trainer: ShadowTrainer
+    gate: Heldout
+    report: Heldout
+    slots: SlotTable
+    base: str
+    tell: Callable[[Up], None]
+    checkpoints: CheckpointWriter
+    on_step: Callable[[RoundPlan, StepResult], None]
+    on_version: Callable[[int, int], None]
+    tick: Callable[[], int]
+    orders: RoundOrders | None = None
+    micro_batch: int = 1
+    """Samples per forward; the coordinator may change it within a round."""
+    _snapshot: dict[str, Any] | None = None
+    _buffer: torch.Tensor | None = None
+    _averaging: bool = False
+    _stepping: bool = False
+
+    def take_part(self, orders: RoundOrders) -> Slices[None]:
+        """One round: local steps, average, vote, promote. Discarding is done by discard(), from outside."""
+        self.orders, plan, self.micro_batch = orders, orders.plan, orders.plan.micro_batch
+        # Made while there are steps to do, by all members who have just been told.
+        self.topology.combined_group(plan.member_set, orders.group)
+        yield WAIT
+        self._snapshot = self.trainer.snapshot()
+        _, active_loss = yield from self.gate.active_loss(self.slots)
+        result = yield from self._local_steps(orders)
+        self.tell(StepsDone(result=result))
+        while not orders.aggregate:
+            yield WAIT
+        self._averaging = True
+        error = yield from self._average(orders, result)
+        self._averaging = False
+        candidate = yield from self.gate.loss(SHADOW)
+        vote = self._vote(plan, active_loss, candidate, error)
+        if vote.finite:
+            # First on disk, then the vote: whichever round is committed, each member can go on from it after a crash.
+            self.checkpoints.prepare(self._checkpoint(plan.base_version, plan.round_id))
+        while not self._all(self.checkpoints.done()):
+            yield WAIT
+        self.tell(Voted(vote=vote))
+        while orders.settle is None:
+            yield WAIT
+        yield from self._promote(orders.settle, candidate)
+        self.orders = self._snapshot = None
+
+    def _local_steps(self, orders: RoundOrders) -> Slices[RoundResult]:
+        plan, started = orders.plan, time.monotonic()
+        results: list[StepResult] = []
+        while sum(r.samples for r in results) < plan.samples and not orders.finish_steps:
+            self._stepping = True
+            try:
+                results.append((yield from self.trainer.step(self.micro_batch, plan.accumulation, plan.lr_scale)))
+            except StepCut:
+                break
+            finally:
+                self._stepping = False
+            self.on_step(plan, results[-1])
+            if not results[-1].finite:
+                break
+        return sum_up(plan.round_id, self.topology.replica, results, time.monotonic() - started)
+
+    def finish_steps(self) -> bool:
+        """The time for local steps is up. Returns whether one is under way, which is to be cut.
+
+        It may be held up by a load that leaves no slack, for as long as the load lasts.
+        """
+        if self.orders is not None:
+            self.orders.finish_steps = True
+        return self._stepping
+
+    def _average(self, orders: RoundOrders, result: RoundResult) -> Slices[tuple[float, float] | None]:
+        """FedAvg over the members, weighted by samples; leaves the mean in the shadow.
+
+        Returns this member's share of the squares in Vote: of the error of averaging A and B apart, and of the product
+        of their means. None if no member has a weight.
+        """
+        bank, plan = self.trainer.bank, orders.plan
+        mine = bank.shadow.detach().clone()
+        group = self.topology.combined_group(plan.member_set, orders.group)
+        while not self._all(group.done()):
+            yield WAIT
+        self._unbroken(group.exception())
+        if self._buffer is None:
+            self._buffer = mine.new_empty(mine.numel() + 1)
+        roll = self.topology.roll(plan.member_set, plan.round_id)
+        weight = result.samples if result.finite else 0
+        mean = WeightedMean(mine, weight, group.result(), roll, self._buffer)
+        # Together: who sees the end first would else go on alone, and its peers are waiting in other collectives.
+        while not self._all(mean.done()):
+            yield WAIT
+        self._unbroken(mean.error)
+        average, total = mean.result()
+        if total == 0:
+            average.fill_(math.nan)
+        bank.shadow.data.copy_(average)
+        if total == 0:
+            return None
+        deviation_(mine, average, weight / total)
+        return (yield from self._product_error(plan, group.result(), average, mine))
+
+    def _product_error(
+        self, plan: RoundPlan, group: Group, average: torch.Tensor, deviation: torch.Tensor
+    ) -> Slices[tuple[float, float]]:
+        """All members come here, those without weight too. Parts are as large on one peer as on the next."""
+        bank, roll = self.trainer.bank, self.topology.roll(plan.member_set, plan.round_id)
+        shares = dict(zip(plan.members, deal(bank.sizes(), len(plan.members)), strict=True))
+        # The group is in the order of ranks, which need not be that of the replicas.
+        wanted = [shares[self.topology.layout.replica_of(rank)] for rank in roll.ranks]
+        exchange = Exchange([bank.part(deviation, layers) for layers in wanted], roll.place, group, roll)
+        while not self._all(exchange.done()):
+            yield WAIT
+        self._unbroken(exchange.error)
+        share = ErrorShare(bank, average, exchange.result(), wanted[roll.place])
+        while share.modules:
+            yield Slice("product_error", 1, share.modules, share.add)
+        return share.result()
+
+    def _unbroken(self, error: BaseException | None) -> None:
+        """Raises RoundBroken on all ranks of this replica if one of them saw an error."""
+        if not self._all(error is None):
+            raise RoundBroken(error or "another rank of this replica saw an error") from error
+
+    def _all(self, flag: bool) -> bool:
+        """Whether it holds on all ranks of this replica."""
+        return self.topology.peers.every(flag, self.topology.device)
+
+    def _vote(self, plan: RoundPlan, active: float, candidate: float, error: tuple[float, float] | None) -> Vote:
+        apart, product = error or (None, None)
+        return Vote(
+            round_id=plan.round_id,
+            replica=self.topology.replica,
+            finite=self._all(bool(self.trainer.bank.shadow.isfinite().all())) and math.isfinite(candidate),
+            candidate_loss=candidate,
+            active_loss=active,
+            tokens=self.gate.tokens,
+            error2=apart,
+            product2=product,
+        )
+
+    def _promote(self, settle: Settle, candidate: float) -> Slices[None]:
+        yield from self._activate(settle.version, settle.round_id)
+        self.gate.remember(settle.version, candidate)
+        self.trainer.commit()
+        self.checkpoints.committed()
+        self.on_version(settle.version, settle.round_id)
+        if settle.publish:
+            self.publish(settle)
+
+    def publish(self, settle: Settle) -> None:
+        """Send the promoted adapter, which the shadow still equals: a new round would have to begin to change it."""
+        bank = self.trainer.bank
+        published = Published(
+            replica=self.topology.replica,
+            version=settle.version,
+            round_id=settle.round_id,
+            config_json=config_json(bank, self.base),
+            weights=write_weights(bank.whole(bank.shadow.data)),
+        )
+        self.tell(published)
+
+    def _checkpoint(self, version: int, round_id: int) -> Checkpoint:
+        return Checkpoint(version, round_id, self.trainer.snapshot(), self.trainer.cursor_state(commit=True))
+
+    def _activate(self, version: int, round_id: int) -> Slices[None]:
+        """Copy the shadow into a slot that nobody reads and make it active; running requests keep theirs."""
+        while (slot := self.slots.free_slot()) is None:
+            yield WAIT
+        self.trainer.bank.fill_slot(slot, self.trainer.bank.shadow_state())
+        self.slots.promote(version, slot)
+        self.tell(Settled(replica=self.topology.replica, round_id=round_id, version=version, tick=self.tick()))
+
+    def evaluate(self) -> Slices[None]:
+        """Report the held-out loss of the active version.
+
+        Before the load also that of the gate: the first round needs it, and would compute it beside requests.
+        """
+        if self.trainer.cursor is not None and not self.gate.known:
+            yield from self.gate.active_loss(self.slots)
+        version, loss = yield from self.report.active_loss(self.slots)
+        result = HeldoutLoss(replica=self.topology.replica, version=version, loss=loss, tokens=self.report.tokens)
+        self.tell(Evaluated(result=result))
+
+    def discard(self) -> None:
+        """The round came to nothing: the shadow is again what it was, and what was active stays active."""
+        if self.orders is None:
+            return
+        if self._averaging:
+            # Something may be pending in the group, and still write to the buffer.
+            self.topology.retire_group(self.orders.plan.member_set)
+            self._averaging, self._buffer = False, None
+        if self._snapshot is not None:
+            self.trainer.rollback(self._snapshot)
+        round_id, self.orders, self._snapshot = self.orders.plan.round_id, None, None
+        self.tell(
+            Settled(replica=self.topology.replica, round_id=round_id, version=self.slots.active, tick=self.tick())
+        )
+
+    def install(self, message: Install) -> Slices[None]:
+        """A version that others trained: the shadow goes on from it, too. Raises AdapterError if it does not fit."""
+        yield WAIT
+        self.trainer.bank.set_shadow(read_weights(self.trainer.bank, message.weights))
+        yield from self._activate(message.version, message.round_id)
+        self.on_version(message.version, message.round_id)
+        self.checkpoints.installed(self._checkpoint(message.version, message.round_id))
+
+
+def sum_up(round_id: int, replica: int, steps: list[StepResult], seconds: float) -> RoundResult:
+    """What a member's optimizer steps of one round come to."""
+    done = [s for s in steps if s.finite]
+    targets = sum(s.targets for s in done)
+    return RoundResult(
+        round_id=round_id,
+        replica=replica,
+        samples=sum(s.samples for s in done),
+        tokens=sum(s.tokens for s in done),
+        targets=targets,
+        steps=len(done),
+        loss=sum(s.loss * s.targets for s in done) / targets if targets else math.nan,
+        finite=bool(steps) and len(done) == len(steps),
+        noise_scale=steps[-1].noise_scale if steps else None,
+        seconds=seconds,
+    )

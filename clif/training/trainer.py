@@ -1,0 +1,165 @@
+"""The shadow's training step: AdamW on the flat float32 master, in slices, with samples that are never lost.
+
+Samples are claimed when a step begins, and committed or deferred when the round that holds the step is settled.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from clif.adapters.bank import AdapterBank
+from clif.config import TrainConfig
+from clif.data.cursor import SampleCursor, fingerprint
+from clif.engine.jobs import Slice, Slices
+from clif.engine.runner import ModelRunner
+from clif.training.noise_scale import NoiseWatch
+from clif.types import TrainSample
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step. loss: nats per target token, of which there are `targets`; finite False: nothing was changed.
+
+    tokens: with those of the prompts.
+    """
+
+    step: int
+    samples: int
+    tokens: int
+    targets: int
+    loss: float
+    grad_norm: float
+    lr: float
+    finite: bool
+    noise_scale: float | None
+
+
+class StepCut(Exception):
+    """Thrown into a step between two slices: its time is up. Its samples come again first."""
+
+
+class ShadowTrainer:
+    """Trains the bank's shadow on this replica's samples."""
+
+    def __init__(
+        self, runner: ModelRunner, bank: AdapterBank, samples: list[TrainSample], config: TrainConfig, seed: int = 0
+    ) -> None:
+        """Raises ValueError when training is enabled and there is no sample."""
+        self.runner, self.bank, self.samples, self.config = runner, bank, samples, config
+        self.cursor = SampleCursor(len(samples), seed, fingerprint(samples)) if config.enabled else None
+        self.steps = 0
+        self.noise = NoiseWatch(bank)
+        self._claimed: list[int] = []
+        self._optimizer = torch.optim.AdamW(
+            [bank.shadow], lr=config.lr, weight_decay=config.weight_decay, foreach=False, fused=True
+        )
+
+    def step(self, micro_batch: int, accumulation: int, lr_scale: float = 1.0) -> Slices[StepResult]:
+        """One optimizer step over micro_batch x accumulation samples; the loss is the mean over all target tokens.
+
+        lr_scale: what the learning rate is multiplied by. StepCut, thrown in between two slices, gives the step up.
+        """
+        assert self.cursor is not None, "train.enabled is false: no round may begin"
+        claimed = self.cursor.claim(micro_batch * accumulation)
+        self._claimed += claimed
+        try:
+            return (yield from self._step([self.samples[i] for i in claimed], micro_batch, lr_scale))
+        except StepCut:
+            del self._claimed[len(self._claimed) - len(claimed) :]
+            self.cursor.release(claimed)
+            raise
+
+    def _step(self, chosen: list[TrainSample], micro_batch: int, lr_scale: float) -> Slices[StepResult]:
+        targets = sum(s.targets for s in chosen)
+        gradient, noise = self.bank.gradient, self.noise
+        gradient.zero_()
+        total, parts = 0.0, self._parts(chosen, micro_batch)
+        groups, before = [], noise.gradient()
+        for part in parts:
+            total += yield from self.runner.loss_and_gradients(part, targets)
+            after = noise.gradient()
+            # The part's own mean gradient: what it added, as if its targets had been all there are.
+            groups.append((after - before) * (targets / sum(s.targets for s in part)))
+            before = after
+        sizes = [len(part) for part in parts]
+        finish = partial(self._finish, total / targets, chosen, groups, sizes, lr_scale)
+        return (yield Slice("optimizer", 1, 1, lambda _: finish()))
+
+    def _parts(self, chosen: list[TrainSample], micro_batch: int) -> list[list[TrainSample]]:
+        """What is computed at a time."""
+        size = self.noise.group_size(len(chosen), micro_batch, self.steps)
+        return [chosen[start : start + size] for start in range(0, len(chosen), size)]
+
+    def _finish(
+        self, loss: float, chosen: list[TrainSample], groups: list[torch.Tensor], sizes: list[int], lr_scale: float
+    ) -> StepResult:
+        adam, beta2 = self._optimizer.state[self.bank.shadow], self._optimizer.param_groups[0]["betas"][1]
+        settled = 1 - beta2 ** float(adam.get("step", 0))
+        self.noise.observe(groups, sizes, adam.get("exp_avg_sq"), settled, self.steps)
+        return self._update(loss, chosen, lr_scale)
+
+    def _update(self, loss: float, chosen: list[TrainSample], lr_scale: float) -> StepResult:
+        lr = lr_scale * self.config.lr * min(1.0, (self.steps + 1) / max(1, self.config.warmup_steps))
+        norm = self._clip()
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            self._optimizer.param_groups[0]["lr"] = lr
+            self._optimizer.step()
+            self.steps += 1
+        tokens, targets = sum(len(s.ids) for s in chosen), sum(s.targets for s in chosen)
+        return StepResult(self.steps, len(chosen), tokens, targets, loss, norm, lr, finite, self.noise.scale.samples)
+
+    def _clip(self) -> float:
+        """Scale the gradient down to clip_norm; returns the norm that it had."""
+        self.bank.join_gradient()
+        norm = self.bank.norm(self.bank.gradient)
+        self.bank.gradient.mul_((self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        return float(norm)
+
+    def commit(self) -> None:
+        """The steps since the last settlement count."""
+        self.noise.forget()
+        if self.cursor is not None:
+            self.cursor.commit(self._claimed)
+        self._claimed = []
+
+    def rollback(self, snapshot: dict[str, Any]) -> None:
+        """Undo the steps since `snapshot`: shadow, moments and counters; their samples come again later, not next."""
+        self.restore(snapshot)
+        if self.cursor is not None:
+            self.cursor.defer(self._claimed)
+        self._claimed = []
+
+    def resume(self, snapshot: dict[str, Any], cursor: dict[str, Any]) -> None:
+        """Go on from a checkpoint. Raises InputError if it was made for other samples, or another order of them."""
+        self.restore(snapshot)
+        if self.cursor is not None and cursor:
+            self.cursor.restore(cursor)
+
+    def cursor_state(self, commit: bool = False) -> dict[str, Any]:
+        """Where the samples stand, as JSON values; empty when there is no training.
+
+        commit: as they will stand once the steps since the last settlement count.
+        """
+        return self.cursor.state(commit) if self.cursor is not None else {}
+
+    def snapshot(self) -> dict[str, Any]:
+        """Copies of everything that a step changes: shadow [n], moments [n] and the step counters."""
+        moments = self._optimizer.state.get(self.bank.shadow) or {}
+        return {
+            "shadow": self.bank.shadow.detach().clone(),
+            "moments": {name: value.clone() for name, value in moments.items()},
+            "steps": self.steps,
+        }
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        with torch.no_grad():
+            self.bank.shadow.copy_(snapshot["shadow"])
+        self._optimizer.state[self.bank.shadow] = {name: value.clone() for name, value in snapshot["moments"].items()}
+        self.steps = snapshot["steps"]
+        self.noise.forget()
