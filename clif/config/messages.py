@@ -7,6 +7,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from clif.config.renamed import new_key, new_value
+
 MOST = 20
 """Mistakes that are told at once."""
 SHOWN = 60
@@ -23,6 +25,10 @@ def sentences(errors: Iterable[Any], root: type[BaseModel], where: Callable[[tup
 def sentence(error: Mapping[str, Any], root: type[BaseModel]) -> str:
     """One error of pydantic as a sentence that says what to change; root: the model of the whole tree."""
     where = ".".join(str(part)[:SHOWN] for part in error["loc"])
+    if error["type"] == "extra_forbidden" and (key := new_key(where)):
+        return f"{where} is named {key} now: write that"
+    if error["type"] == "literal_error" and (value := new_value(where, error["input"])):
+        return f"{where} {error['input']} is named {value} now: write that"
     if error["type"] == "extra_forbidden":
         return f"unknown key {where}: remove it or correct its spelling ({_known(error['loc'], root)})"
     if error["type"] == "missing":
