@@ -76,8 +76,8 @@ class DecodeStep:
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [batch, vocabulary] and the greedy tokens [batch]."""
         stack = self.bench.runner.stack
-        part = stack.part(Rows(len(self.ids), self.segments), self.positions, self.plan)
-        (hidden,) = stack.layers(0, stack.num_layers, [stack.embed(self.ids)], [part])
+        sub_batch = stack.sub_batch(Rows(len(self.ids), self.segments), self.positions, self.plan)
+        (hidden,) = stack.layers(0, stack.num_layers, [stack.embed(self.ids)], [sub_batch])
         logits = stack.head(stack.norm(hidden))
         return logits, top(logits)[1]
 

@@ -98,7 +98,7 @@ def communication(topology: Topology, model: str) -> dict[str, Any]:
     """Collectives of this rank: of the layers alone, of whole ticks, and of training by kind of slice."""
     part, ids = Part(topology, model), torch.arange(3, 30)
     stack, engine = part.runner.stack, part.engine
-    rows = stack.part(Rows(len(ids)), ids, CausalSequences([len(ids)], topology.device))
+    rows = stack.sub_batch(Rows(len(ids)), ids, CausalSequences([len(ids)], topology.device))
     found: dict[str, Any] = {"layers": stack.num_layers}
     with counted() as calls:
         stack.layers(0, stack.num_layers, [stack.embed(ids)], [rows])

@@ -70,8 +70,8 @@ def stack_logits(stack: CausalStack, ids: torch.Tensor, slot: int | None = None)
     """Logits [tokens, vocabulary] of one sequence under an adapter slot."""
     segments = () if slot is None else (Segment(0, len(ids), slot),)
     positions = torch.arange(len(ids), device=ids.device)
-    part = stack.part(Rows(len(ids), segments), positions, CausalSequences([len(ids)], ids.device))
-    (hidden,) = stack.layers(0, stack.num_layers, [stack.embed(ids)], [part])
+    sub_batch = stack.sub_batch(Rows(len(ids), segments), positions, CausalSequences([len(ids)], ids.device))
+    (hidden,) = stack.layers(0, stack.num_layers, [stack.embed(ids)], [sub_batch])
     return stack.logits(stack.norm(hidden))
 
 

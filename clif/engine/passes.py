@@ -14,7 +14,7 @@ import torch
 from clif.kernels.dual_lora import Segment
 from clif.models.causal import SAVED_LENGTH, CausalSequences
 from clif.models.dual_linear import Rows
-from clif.models.layer import Part
+from clif.models.layer import SubBatch
 from clif.models.loss import head_loss
 from clif.models.stack import CausalStack
 from clif.types import TrainSample
@@ -97,7 +97,7 @@ class Pass:
         """keep: for a pass that learns."""
         self.stack, self.batch, self.learns = stack, batch, keep is not None
         segments = () if slot is None else (Segment(0, batch.tokens, slot),)
-        self.part = stack.part(
+        self.sub_batch = stack.sub_batch(
             Rows(batch.tokens, segments, self.learns), batch.positions, CausalSequences(batch.lengths, device)
         )
         self.hidden = stack.embed(batch.ids)
@@ -115,13 +115,13 @@ class Pass:
         for _ in range(layers):
             self.layer([], [])
 
-    def layer(self, others: Sequence[torch.Tensor], parts: Sequence[Part]) -> list[torch.Tensor]:
+    def layer(self, others: Sequence[torch.Tensor], sub_batches: Sequence[SubBatch]) -> list[torch.Tensor]:
         """The next layer, together with rows of other kinds; returns their hidden states."""
         keep = self.learns and self.at >= self._first_kept
         # Nothing below the first layer learns: no gradient with respect to the embedding.
         entry = self.hidden.detach().requires_grad_(keep and self.at > 0)
         with torch.set_grad_enabled(keep):
-            *others, out = self.stack.layers(self.at, self.at + 1, [*others, entry], [*parts, self.part])
+            *others, out = self.stack.layers(self.at, self.at + 1, [*others, entry], [*sub_batches, self.sub_batch])
         if self.learns:
             self.cuts.append((entry, out if keep else None))
         self.hidden = out.detach()
@@ -160,7 +160,7 @@ class Pass:
             if out is None:
                 entry.requires_grad_(bool(self.cuts))
                 with torch.enable_grad():
-                    (out,) = self.stack.layers(len(self.cuts), len(self.cuts) + 1, [entry], [self.part])
+                    (out,) = self.stack.layers(len(self.cuts), len(self.cuts) + 1, [entry], [self.sub_batch])
             if out.requires_grad:
                 out.backward(self._gradient)
             self._gradient = entry.grad

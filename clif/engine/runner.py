@@ -16,7 +16,7 @@ from clif.engine.passes import Pass, measure_activations, pack
 from clif.engine.scheduler import Chunk
 from clif.kernels.dual_lora import Segment
 from clif.models.dual_linear import SHADOW, Rows
-from clif.models.layer import Part
+from clif.models.layer import SubBatch
 from clif.models.stack import CausalStack
 from clif.types import TrainSample
 
@@ -80,17 +80,17 @@ class ModelRunner:
         ids = self._tensor([t for c in chunks for t in c.sequence.tokens[c.start : c.stop]])
         positions = self._tensor([p for c in chunks for p in range(c.start, c.stop)])
         plan = PagedRows(self.cache, chunks, self.config.block_size, self.device, self.paged)
-        part = self.stack.part(Rows(plan.count, _segments(chunks)), positions, plan)
-        hidden = self._layers(self.stack.embed(ids), part, rider)
+        sub_batch = self.stack.sub_batch(Rows(plan.count, _segments(chunks)), positions, plan)
+        hidden = self._layers(self.stack.embed(ids), sub_batch, rider)
         ends = torch.tensor([c.stop - c.start for c in chunks]).cumsum(0) - 1
         rows = ends[torch.tensor([c.samples for c in chunks])].to(self.device)
         return self.stack.head(self.stack.norm(hidden[rows]))
 
-    def _layers(self, hidden: torch.Tensor, part: Part, rider: Pass | None) -> torch.Tensor:
+    def _layers(self, hidden: torch.Tensor, sub_batch: SubBatch, rider: Pass | None) -> torch.Tensor:
         joined = self.stack.num_layers if rider is None else rider.at
-        (hidden,) = self.stack.layers(0, joined, [hidden], [part])
+        (hidden,) = self.stack.layers(0, joined, [hidden], [sub_batch])
         while rider is not None and rider.left:
-            (hidden,) = rider.layer([hidden], [part])
+            (hidden,) = rider.layer([hidden], [sub_batch])
         return hidden
 
     def loss_and_gradients(self, samples: Sequence[TrainSample], divisor: float) -> Slices[float]:

@@ -53,7 +53,7 @@ class Rope:
 
 
 @dataclass(frozen=True)
-class Part:
+class SubBatch:
     """Rows of one kind in a batch: their adapters, positions and attention."""
 
     rows: Rows
@@ -86,17 +86,17 @@ class DecoderLayer:
     def linears(self) -> tuple[DualLinear, ...]:
         return self.qkv, self.out, self.gate_up, self.down
 
-    def __call__(self, hidden: Sequence[torch.Tensor], parts: Sequence[Part]) -> list[torch.Tensor]:
+    def __call__(self, hidden: Sequence[torch.Tensor], sub_batches: Sequence[SubBatch]) -> list[torch.Tensor]:
         """hidden: [rows, hidden size] for each part; a part that learns comes last."""
-        rows = [part.rows for part in parts]
+        rows = [sub_batch.rows for sub_batch in sub_batches]
         qkv = self.qkv([self._norm(h) for h in hidden], rows)
-        attended = self.out([self._attend(x, part) for x, part in zip(qkv, parts, strict=True)], rows)
+        attended = self.out([self._attend(x, sub_batch) for x, sub_batch in zip(qkv, sub_batches, strict=True)], rows)
         hidden = [h + x for h, x in zip(hidden, attended, strict=True)]
         wide = self.gate_up([self._mlp_norm(h) for h in hidden], rows)
         narrow = self.down([self._gate(x) for x in wide], rows)
         return [h + x for h, x in zip(hidden, narrow, strict=True)]
 
-    def _attend(self, qkv: torch.Tensor, part: Part) -> torch.Tensor:
+    def _attend(self, qkv: torch.Tensor, sub_batch: SubBatch) -> torch.Tensor:
         q_size, k_size, v_size = self.qkv.sizes
         turned, value = qkv.split([q_size + k_size, v_size], -1)
         turned = turned.unflatten(-1, (-1, self.head_dim))
@@ -104,8 +104,8 @@ class DecoderLayer:
         if self._q_norm is not None and self._k_norm is not None:
             query, key = turned.split(heads, 1)
             turned = torch.cat((self._q_norm(query), self._k_norm(key)), 1)
-        query, key = part.rope.turn(turned).split(heads, 1)
-        return part.plan.attend(self.index, query, key, value.unflatten(-1, (-1, self.head_dim)), self._scale)
+        query, key = sub_batch.rope.turn(turned).split(heads, 1)
+        return sub_batch.plan.attend(self.index, query, key, value.unflatten(-1, (-1, self.head_dim)), self._scale)
 
     def _gate(self, wide: torch.Tensor) -> torch.Tensor:
         if self._is_silu and wide.requires_grad:
@@ -146,8 +146,8 @@ def check_layer(module: Any) -> None:
 
 
 def _has(module: Any, path: str) -> bool:
-    for part in path.split("."):
-        module = getattr(module, part, None)
+    for leaf in path.split("."):
+        module = getattr(module, leaf, None)
     return module is not None
 
 

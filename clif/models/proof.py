@@ -116,10 +116,12 @@ def compare(stack: CausalStack, expected: Expected, bound: float | None = None) 
                 f"{float(apart / change.float().norm()):.2g}): it is not supported, choose another model"
             )
 
-    part = stack.part(Rows(len(expected.ids)), expected.positions, CausalSequences(expected.lengths, hidden[0].device))
+    sub_batch = stack.sub_batch(
+        Rows(len(expected.ids)), expected.positions, CausalSequences(expected.lengths, hidden[0].device)
+    )
     check("embedding", stack.embed(expected.ids), hidden[0])
     for i in range(stack.num_layers):
-        (got,) = stack.layers(i, i + 1, [hidden[i]], [part])
+        (got,) = stack.layers(i, i + 1, [hidden[i]], [sub_batch])
         check(f"layer {i}", got, hidden[i + 1], hidden[i])
     check("norm and head", stack.logits(stack.norm(hidden[-1])), expected.logits)
 

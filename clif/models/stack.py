@@ -13,7 +13,7 @@ from clif.distributed.collectives import Peers
 from clif.distributed.layout import check_shares
 from clif.models.dual_linear import DualLinear, Rows
 from clif.models.head import Head
-from clif.models.layer import AttentionPlan, DecoderLayer, Part, Rope
+from clif.models.layer import AttentionPlan, DecoderLayer, Rope, SubBatch
 from clif.models.shard import layer_spans
 
 PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
@@ -54,7 +54,7 @@ class CausalStack:
         """ids: [rows] -> hidden states [rows, hidden size]."""
         return self._inner.embed_tokens(ids)
 
-    def part(self, rows: Rows, positions: torch.Tensor, plan: AttentionPlan) -> Part:
+    def sub_batch(self, rows: Rows, positions: torch.Tensor, plan: AttentionPlan) -> SubBatch:
         """Rows of one kind at positions [rows]."""
         like = self._inner.embed_tokens.weight
         cos, sin = (t[0].unsqueeze(1) for t in self._inner.rotary_emb(like, positions.unsqueeze(0)))
@@ -64,15 +64,15 @@ class CausalStack:
                 "(partial rotary embedding), which is not supported: choose another model"
             )
         half = self.head_dim // 2
-        return Part(rows, Rope(cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)), plan)
+        return SubBatch(rows, Rope(cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)), plan)
 
     def layers(
-        self, start: int, stop: int, hidden: Sequence[torch.Tensor], parts: Sequence[Part]
+        self, start: int, stop: int, hidden: Sequence[torch.Tensor], sub_batches: Sequence[SubBatch]
     ) -> list[torch.Tensor]:
         """Decoder layers [start, stop) over hidden states [rows, hidden size] of each part."""
         hidden = list(hidden)
         for layer in self._layers[start:stop]:
-            hidden = layer(hidden, parts)
+            hidden = layer(hidden, sub_batches)
         return hidden
 
     def norm(self, hidden: torch.Tensor) -> torch.Tensor:

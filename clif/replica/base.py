@@ -89,7 +89,7 @@ def build_runner(config: Config, loaded: LoadedModel, peers: Peers | None = None
 def _tell(stack: CausalStack, loaded: LoadedModel) -> torch.Tensor:
     """Logits [vocabulary] after the probe, float32, by the base alone."""
     positions = torch.arange(PROBE, device=loaded.device)
-    part = stack.part(Rows(PROBE), positions, CausalSequences([PROBE], loaded.device))
+    sub_batch = stack.sub_batch(Rows(PROBE), positions, CausalSequences([PROBE], loaded.device))
     ids = probe_ids(PROBE, stack.vocab_size, loaded.device)
-    (hidden,) = stack.layers(0, stack.num_layers, [stack.embed(ids)], [part])
+    (hidden,) = stack.layers(0, stack.num_layers, [stack.embed(ids)], [sub_batch])
     return stack.logits(stack.norm(hidden[-1:]))[0].float()
