@@ -28,7 +28,7 @@ import typer
 
 from clif.adapters.slots import SlotTable
 from clif.config import config_from_tree
-from clif.distributed.collectives import Peers, WeightedMean
+from clif.distributed.collectives import TpGroup, WeightedMean
 from clif.distributed.launch_env import RankEnv
 from clif.distributed.topology import Topology, make_topology
 from clif.engine.engine import Engine
@@ -71,24 +71,24 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds, self.calls = 0.0, 0
-        original = Peers.sum_
+        original = TpGroup.all_reduce_
 
-        def timed(peers: Peers, tensor: torch.Tensor) -> torch.Tensor:
+        def timed(tp_group: TpGroup, tensor: torch.Tensor) -> torch.Tensor:
             begin = time.perf_counter()
-            result = original(peers, tensor)
+            result = original(tp_group, tensor)
             self.seconds += time.perf_counter() - begin
             self.calls += 1
             return result
 
-        columns = Peers.columns
+        all_gather_columns = TpGroup.all_gather_columns
 
-        def of_the_head(peers: Peers, part: torch.Tensor, start: int, total: int) -> torch.Tensor:
+        def of_the_head(tp_group: TpGroup, part: torch.Tensor, start: int, total: int) -> torch.Tensor:
             before = self.calls
-            result = columns(peers, part, start, total)
+            result = all_gather_columns(tp_group, part, start, total)
             self.calls = before
             return result
 
-        Peers.sum_, Peers.columns = timed, of_the_head  # type: ignore[method-assign]
+        TpGroup.all_reduce_, TpGroup.all_gather_columns = timed, of_the_head  # type: ignore[method-assign]
 
 
 def serving(topology: Topology, model: str, dtype: str, seconds: float) -> dict[str, float]:
@@ -96,8 +96,9 @@ def serving(topology: Topology, model: str, dtype: str, seconds: float) -> dict[
     engine, layers = build_engine(topology, model, dtype)
     clock = Clock()
     ids, tokens, ticks, begin = iter(range(1 << 60)), 0, 0, 0.0
-    # The leader's clock ends the run for all: see Peers.leaders.
-    while topology.peers.leaders([int(not begin or time.perf_counter() < begin + seconds)], topology.device)[0]:
+    # The leader's clock ends the run for all: see TpGroup.broadcast_ints.
+    go_on, device = topology.tp_group.broadcast_ints, topology.device
+    while go_on([int(not begin or time.perf_counter() < begin + seconds)], device)[0]:
         if ticks == 20:
             begin, tokens, clock.seconds, clock.calls = time.perf_counter(), 0, 0.0, 0
         while len(engine.scheduler.running) + len(engine.scheduler.waiting) < BATCH:
@@ -120,13 +121,13 @@ def build_engine(topology: Topology, model: str, dtype: str) -> tuple[Engine, in
         "train": {"enabled": False},
     }
     config = config_from_tree(tree)
-    loaded = load_model(config.model, topology.device, 0, topology.peers)
-    runner, bank = build_runner(config, loaded, topology.peers)
+    loaded = load_model(config.model, topology.device, 0, topology.tp_group)
+    runner, bank = build_runner(config, loaded, topology.tp_group)
     slots = SlotTable(config.adapter.serving_slots)
     bank.fill_slot(0, bank.shadow_state())
     slots.promote(1, 0)
     scheduler = Scheduler(config.engine, slots, (), loaded.tokenizer.decode)
-    return Engine(runner, scheduler, config.slo, peers=topology.peers), runner.stack.num_layers
+    return Engine(runner, scheduler, config.slo, tp_group=topology.tp_group), runner.stack.num_layers
 
 
 def request(number: int) -> Request:

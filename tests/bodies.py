@@ -52,7 +52,7 @@ def mean_over_members(topology: Topology, members: tuple[int, ...], nan_member: 
 def tensor_parallel_groups(topology: Topology) -> tuple[list[int], list[float]]:
     """With two ranks per replica: the leader's rank, and the mean rank over all replicas' same shard."""
     rank = [topology.env.rank]
-    within = topology.peers.share_inbox([bytes(rank)] if topology.is_leader else None, CPU)
+    within = topology.tp_group.broadcast_messages([bytes(rank)] if topology.is_leader else None, CPU)
     return list(within[0]), finish(WeightedMean(torch.tensor(rank).float(), 1, group_of(topology, (0, 1), 1)))
 
 
@@ -88,8 +88,8 @@ def given_up_all_reduce(topology: Topology) -> list[float]:
 def inbox(topology: Topology) -> tuple[list[bytes], list[bytes]]:
     """The leader's messages reach its peers, whole and in order; so does an empty inbox."""
     messages, nothing = ([b"first", b"", b"third" * 1000], []) if topology.is_leader else (None, None)
-    got = topology.peers.share_inbox(messages, CPU)
-    return got, topology.peers.share_inbox(nothing, CPU)
+    got = topology.tp_group.broadcast_messages(messages, CPU)
+    return got, topology.tp_group.broadcast_messages(nothing, CPU)
 
 
 class Driver:
@@ -107,7 +107,7 @@ class Driver:
         config = config_from_tree(tree)
         self.loaded = load_model(config.model, topology.device, seed=3)
         records = RankRecords(Path(run_dir), topology.env.rank, config.metrics, {})
-        base = build_base(config, self.loaded, topology.peers)
+        base = build_base(config, self.loaded, topology.tp_group)
         data = load_data(config, self.loaded.tokenizer, topology.replica, len(topology.layout.replicas))
         self.replica: Replica = build_replica(config, topology, base, data, Path(run_dir), records, self.said.append)
 

@@ -33,7 +33,7 @@ def exact_head(topology: Topology, tied: bool = False, broken: int | None = None
     linear.bias.data = torch.zeros(VOCABULARY)
     if broken is not None:
         linear.weight.data[broken] = float("nan")
-    return Head(linear.requires_grad_(False).to(topology.device), VOCABULARY, tied, topology.peers)
+    return Head(linear.requires_grad_(False).to(topology.device), VOCABULARY, tied, topology.tp_group)
 
 
 def exact_rows(topology: Topology, broken: bool) -> torch.Tensor:
@@ -81,7 +81,7 @@ def losses(topology: Topology, tied: bool) -> dict[str, Any]:
     linear = torch.nn.Linear(WIDTH, VOCABULARY)
     linear.weight.data = torch.randn(VOCABULARY, WIDTH, generator=rng)
     linear.bias.data = torch.randn(VOCABULARY, generator=rng)
-    head = Head(linear.requires_grad_(False).to(topology.device), VOCABULARY, tied, topology.peers)
+    head = Head(linear.requires_grad_(False).to(topology.device), VOCABULARY, tied, topology.tp_group)
     targets = torch.tensor([0, 74, 75, 99, 100, 149, 150, 151, 200, 201, 226, 300], device=topology.device)
     # Large ones: exponentials without care would be infinite.
     normed = (torch.randn(len(targets), WIDTH, generator=rng) * 30).to(topology.device)

@@ -42,7 +42,7 @@ class Alive:
         resumed = config.model_copy(update={"run": config.run.model_copy(update={"resume": True})})
         loaded = load_model(config.model, topology.device, seed=3)
         records = RankRecords(self.folder, topology.env.rank, config.metrics, {})
-        self.base = build_base(config, loaded, topology.peers)
+        self.base = build_base(config, loaded, topology.tp_group)
         rows = load_data(config, loaded.tokenizer, topology.replica, len(topology.layout.replicas))
         self.tell: Callable[[m.Up], None] = self.said.append if topology.is_leader else lambda _: None
 

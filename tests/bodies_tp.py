@@ -17,7 +17,7 @@ from clif.adapters.bank import AdapterBank
 from clif.adapters.peft_io import read_weights, write_weights
 from clif.adapters.slots import SlotTable
 from clif.config import Config, config_from_tree
-from clif.distributed.collectives import Peers, PeersLost, WeightedMean
+from clif.distributed.collectives import PeersLost, TpGroup, WeightedMean
 from clif.distributed.topology import Topology
 from clif.engine.engine import Engine
 from clif.engine.jobs import Job
@@ -32,10 +32,10 @@ from clif.types import TrainSample
 SAMPLES = [TrainSample(id=i, ids=tuple(range(5 + i, 40 + 2 * i)), target_start=12) for i in range(3)]
 
 
-def add_biases(model: Any, peers: Peers | None = None) -> None:
+def add_biases(model: Any, tp_group: TpGroup | None = None) -> None:
     """Biases that are not zero; with peers, this rank's parts of them."""
-    peers, rng = peers or Peers(), torch.Generator().manual_seed(9)
-    spans = layer_spans(model.config, peers.rank, peers.size)
+    tp_group, rng = tp_group or TpGroup(), torch.Generator().manual_seed(9)
+    spans = layer_spans(model.config, tp_group.rank, tp_group.size)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module.bias is not None:
             split, span = spans[name.rpartition(".")[2]]
@@ -54,17 +54,17 @@ class Part:
             "train": {"enabled": False},
         }
         self.config: Config = config_from_tree(tree)
-        self.peers, loaded = topology.peers, load_model(self.config.model, topology.device, 3, topology.peers)
+        self.tp_group, loaded = topology.tp_group, load_model(self.config.model, topology.device, 3, topology.tp_group)
         if model.startswith("random:"):
-            add_biases(loaded.model, topology.peers)
+            add_biases(loaded.model, topology.tp_group)
         self.runner: ModelRunner
         self.bank: AdapterBank
-        self.runner, self.bank = build_runner(self.config, loaded, self.peers)
+        self.runner, self.bank = build_runner(self.config, loaded, self.tp_group)
         self.slots = SlotTable(self.config.adapter.serving_slots)
         scheduler = Scheduler(self.config.engine, self.slots, (), loaded.tokenizer.decode)
-        self.engine = Engine(self.runner, scheduler, self.config.slo, coserving, peers=self.peers)
+        self.engine = Engine(self.runner, scheduler, self.config.slo, coserving, tp_group=self.tp_group)
         # Ranks whose clocks differ: only the leader's may decide.
-        self.engine.clock = lambda: 0.0 if self.peers.rank == 0 else 1e9 * self.peers.rank
+        self.engine.clock = lambda: 0.0 if self.tp_group.rank == 0 else 1e9 * self.tp_group.rank
         self.bank.set_shadow(self.bank.local(whole_state(self.bank, 5)))
         self.bank.refresh()
 
@@ -122,24 +122,24 @@ def serve_and_train(topology: Topology, model: str, coserving: str, kernel: str 
 
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
-    """How often this rank calls each collective of Peers that others are made of."""
+    """How often this rank calls each collective of TpGroup that others are made of."""
     calls: Counter[str] = Counter()
-    originals = {name: getattr(Peers, name) for name in ("sum_", "leaders")}
+    originals = {name: getattr(TpGroup, name) for name in ("all_reduce_", "broadcast_ints")}
 
     def counting(name: str) -> Any:
-        def called(self: Peers, *arguments: Any) -> Any:
+        def called(self: TpGroup, *arguments: Any) -> Any:
             calls[name] += 1
             return originals[name](self, *arguments)
 
         return called
 
     for name in originals:
-        setattr(Peers, name, counting(name))
+        setattr(TpGroup, name, counting(name))
     try:
         yield calls
     finally:
         for name, original in originals.items():
-            setattr(Peers, name, original)
+            setattr(TpGroup, name, original)
 
 
 def list_slices(work: Any, calls: Counter[str]) -> dict[str, dict[str, int]]:
@@ -183,14 +183,14 @@ def assert_equal(found: dict[str, Any], alone: dict[str, Any]) -> None:
 
 def agreements(topology: Topology) -> dict[str, Any]:
     """What peers tell each other."""
-    peers, device = topology.peers, topology.device
-    rank = peers.rank
+    tp_group, device = topology.tp_group, topology.device
+    rank = tp_group.rank
     return {
-        "sum": peers.sum_(torch.tensor([1.0 + rank], device=device)).tolist(),
-        "leader": peers.leaders([rank * 7 + 1, -2], device),
-        "every": (peers.every(True, device), peers.every(rank != 1, device)),
-        "gather": [t.tolist() for t in peers.gather(torch.tensor([rank], device=device))],
-        "ranks": (rank, peers.size),
+        "sum": tp_group.all_reduce_(torch.tensor([1.0 + rank], device=device)).tolist(),
+        "leader": tp_group.broadcast_ints([rank * 7 + 1, -2], device),
+        "every": (tp_group.all_true(True, device), tp_group.all_true(rank != 1, device)),
+        "gather": [t.tolist() for t in tp_group.all_gather(torch.tensor([rank], device=device))],
+        "ranks": (rank, tp_group.size),
     }
 
 
@@ -235,7 +235,7 @@ def a_peer_that_hangs(topology: Topology) -> str:
         time.sleep(8)
         return "slept"
     try:
-        topology.peers.sum_(torch.ones(3))
+        topology.tp_group.all_reduce_(torch.ones(3))
     except PeersLost as error:
         return str(error)
     return "nothing"
@@ -248,7 +248,7 @@ def a_member_that_hangs(topology: Topology) -> str:
     if topology.env.rank == 1:
         time.sleep(8)
         return "slept"
-    mean = WeightedMean(torch.ones(3), 1, group, topology.roll(members, 7))
+    mean = WeightedMean(torch.ones(3), 1, group, topology.group_members(members, 7))
     while not mean.done():
         time.sleep(0.01)
     return str(mean.error)

@@ -10,7 +10,7 @@ import torch
 from clif.adapters.bank import AdapterBank
 from clif.adapters.slots import SlotTable
 from clif.config import Config, config_from_tree
-from clif.distributed.collectives import Peers
+from clif.distributed.collectives import TpGroup
 from clif.engine.engine import Engine
 from clif.engine.jobs import Slices
 from clif.engine.runner import ModelRunner
@@ -115,11 +115,11 @@ def answer(events: list[TokenEvent]) -> list[int]:
     return [token for event in events for token in event.tokens]
 
 
-def place_of(rank: int, size: int) -> Peers:
+def tp_group_of(rank: int, size: int) -> TpGroup:
     """A rank of several that needs nobody: loading is not collective."""
-    peers = Peers()
-    peers.rank, peers.size = rank, size
-    return peers
+    tp_group = TpGroup()
+    tp_group.rank, tp_group.size = rank, size
+    return tp_group
 
 
 def expected_part(name: str, whole: torch.Tensor, config: Any, rank: int, size: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from clif.config import AdapterConfig, ConfigError
-from clif.distributed.collectives import Peers
+from clif.distributed.collectives import TpGroup
 from clif.models.dual_linear import Cut, DualLinear
 from clif.models.stack import CausalStack
 
@@ -26,8 +26,8 @@ class AdapterBank:
     shadow: the trained vector [n]; gradient [n]: its .grad, allocated once and accumulated in place.
     """
 
-    def __init__(self, layers: list[DualLinear], config: AdapterConfig, peers: Peers | None = None) -> None:
-        self.layers, self.config, self.peers = layers, config, peers or Peers()
+    def __init__(self, layers: list[DualLinear], config: AdapterConfig, tp_group: TpGroup | None = None) -> None:
+        self.layers, self.config, self.tp_group = layers, config, tp_group or TpGroup()
         masters = [m for layer in layers for m in (layer.shadow_a, layer.shadow_b)]
         self.shadow = nn.Parameter(torch.cat([m.data.flatten() for m in masters]))
         self.gradient = self.shadow.grad = torch.zeros_like(self.shadow)
@@ -39,12 +39,12 @@ class AdapterBank:
 
     def _share_of_each(self) -> torch.Tensor | None:
         """1 / how many peers hold a coordinate, [n]; None without peers."""
-        if self.peers.size == 1:
+        if self.tp_group.size == 1:
             return None
         shares = torch.empty_like(self.shadow.data)
         for name, pair in self.factors(shares).items():
             for factor, cut in zip(pair, self._cuts[name], strict=True):
-                factor.fill_(1 / cut.holders(self.peers.size))
+                factor.fill_(1 / cut.holders(self.tp_group.size))
         return shares
 
     def _views(self, flat: torch.Tensor, layers: range | None = None) -> Iterator[torch.Tensor]:
@@ -80,7 +80,7 @@ class AdapterBank:
     def holders(self, name: str) -> int:
         """How many of the peers compute the same part of a module's product B A."""
         of_a, of_b = self._cuts[name]
-        return (of_b if of_b.span is not None else of_a).holders(self.peers.size)
+        return (of_b if of_b.span is not None else of_a).holders(self.tp_group.size)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,20 +124,20 @@ class AdapterBank:
         By PEFT's names, on every peer.
         """
         state = {name: flat.new_empty(shape) for name, shape in self.shapes().items()}
-        for rank, part in enumerate(self.peers.gather(flat)):
+        for rank, part in enumerate(self.tp_group.all_gather(flat)):
             for name, pair in self.factors(part).items():
                 for key, factor, cut in zip("AB", pair, self._cuts[name], strict=True):
-                    cut.at(rank, self.peers.size).of(state[f"{name}.lora_{key}.weight"]).copy_(factor)
+                    cut.at(rank, self.tp_group.size).of(state[f"{name}.lora_{key}.weight"]).copy_(factor)
         return state
 
     def join_gradient(self) -> None:
         """Sum the gradients of factors that several peers hold, each of whom has seen a part. Collective."""
-        if self.peers.size == 1:
+        if self.tp_group.size == 1:
             return
         held: list[tuple[torch.Tensor, Cut, torch.Tensor]] = []
         for name, pair in self.factors(self.gradient).items():
             for factor, cut in zip(pair, self._cuts[name], strict=True):
-                if cut.holders(self.peers.size) > 1:
+                if cut.holders(self.tp_group.size) > 1:
                     # A KV head that some hold: in its place among all, so that one sum serves everybody.
                     sizes = list(factor.shape)
                     if cut.span is not None:
@@ -147,7 +147,7 @@ class AdapterBank:
                     held.append((factor, cut, whole))
         if not held:
             return
-        joined = self.peers.sum_(torch.cat([whole.flatten() for _, _, whole in held]))
+        joined = self.tp_group.all_reduce_(torch.cat([whole.flatten() for _, _, whole in held]))
         for (factor, cut, whole), part in zip(held, joined.split([w.numel() for _, _, w in held]), strict=True):
             factor.copy_(cut.of(part.view(whole.shape)))
 
@@ -155,7 +155,7 @@ class AdapterBank:
         """Euclidean norm of the whole vector of which `flat` is this rank's part. Collective over the peers."""
         if self._shares is None:
             return flat.norm()
-        return self.peers.sum_((flat * flat).dot(self._shares).view(1))[0].sqrt()
+        return self.tp_group.all_reduce_((flat * flat).dot(self._shares).view(1))[0].sqrt()
 
     def own(self, stride: int) -> torch.Tensor | slice:
         """Every stride-th coordinate that no peer holds: of these the gradient is never a partial sum."""
@@ -207,7 +207,7 @@ def inject(stack: CausalStack, config: AdapterConfig) -> AdapterBank:
             f"adapter.target_modules {config.target_modules!r} matches {', '.join(sorted(outside))}, which lies "
             "outside the decoder layers: leave it out"
         )
-    return AdapterBank(layers, config, stack.peers)
+    return AdapterBank(layers, config, stack.tp_group)
 
 
 def _targets(stack: CausalStack, targets: str | tuple[str, ...]) -> set[str]:

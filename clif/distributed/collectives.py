@@ -81,12 +81,12 @@ def make_group(backend: str, store: dist.Store, name: str, rank: int, size: int,
     Not by dist.new_group: it derives the name from the number of groups that a process has made before, which
     differs between replicas that took part in different rounds, and ranks with different names wait for ever.
     """
-    place = dist.PrefixStore(name, store)
+    prefixed = dist.PrefixStore(name, store)
     if backend == "gloo":
-        return Group(cast(_Backend, dist.ProcessGroupGloo(place, rank, size, timeout)))
+        return Group(cast(_Backend, dist.ProcessGroupGloo(prefixed, rank, size, timeout)))
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
-    return Group(cast(_Backend, dist.ProcessGroupNCCL(place, rank, size, options)))
+    return Group(cast(_Backend, dist.ProcessGroupNCCL(prefixed, rank, size, options)))
 
 
 class PeersLost(RuntimeError):
@@ -94,7 +94,7 @@ class PeersLost(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Roll:
+class GroupMembers:
     """Who belongs to a group, so that an error can name those who did not answer.
 
     name: of the group; rank: this one; ranks: all members, global numbers.
@@ -106,14 +106,14 @@ class Roll:
     ranks: tuple[int, ...]
 
     @property
-    def place(self) -> int:
+    def index(self) -> int:
         """This rank's number within the group."""
         return self.ranks.index(self.rank)
 
     def failed(self, error: RuntimeError) -> RuntimeError:
         """A collective's error, with the name of the group and the members who did not see one as well."""
         self.store.set(f"clif/failed/{self.name}/{self.rank}", "")
-        time.sleep(ROLL_CALL_S)
+        time.sleep(FAILURE_SPREAD_S)
         missing = [r for r in self.ranks if not self.store.check([f"clif/failed/{self.name}/{r}"])]
         who = f"no answer from ranks {missing}" if missing else "every rank saw an error"
         kind = PeersLost if missing else RuntimeError
@@ -132,9 +132,9 @@ class Roll:
         return None
 
 
-ROLL_CALL_S = 1.0
+FAILURE_SPREAD_S = 1.0
 """Members who wait for the same collective run into its timeout within so much of each other."""
-LOOK_UP = datetime.timedelta(seconds=0.25)
+POLL_PERIOD = datetime.timedelta(seconds=0.25)
 """How long a peer waits in a collective before it looks whether somebody has left."""
 
 
@@ -142,16 +142,16 @@ class RoundBroken(RuntimeError):
     """The collective of a round failed; all ranks of the replica raise it in the same turn."""
 
 
-class UnderWay:
+class PendingCollective:
     """A collective of a round that goes on while the caller does other things.
 
     roll: who belongs to the group; error: what the collective ended with, once it has.
     """
 
-    def __init__(self, work: dist.Work, roll: Roll | None) -> None:
+    def __init__(self, work: dist.Work, members: GroupMembers | None) -> None:
         self.error: RuntimeError | None = None
         self._work: dist.Work | None = work
-        self._roll = roll
+        self._members = members
 
     def done(self) -> bool:
         """True when the collective has ended; `error` says whether it failed."""
@@ -162,16 +162,18 @@ class UnderWay:
         try:
             self._work.wait()
         except RuntimeError as error:
-            self.error = error if self._roll is None else self._roll.failed(error)
+            self.error = error if self._members is None else self._members.failed(error)
         self._work = None
         return True
 
 
-class Exchange(UnderWay):
+class Exchange(PendingCollective):
     """Gives each rank of a group its part of everybody's vector. Costs a rank the traffic of one vector each way."""
 
-    def __init__(self, parts: list[torch.Tensor], place: int, group: Group, roll: Roll | None = None) -> None:
-        """parts: of this rank's vector, for each rank of the group in its order; place: of this one in the group.
+    def __init__(
+        self, parts: list[torch.Tensor], index: int, group: Group, members: GroupMembers | None = None
+    ) -> None:
+        """parts: of this rank's vector, for each rank of the group in its order; index: of this one in the group.
 
         Part i is as large on all ranks.
         """
@@ -181,9 +183,9 @@ class Exchange(UnderWay):
         if isinstance(group, dist.ProcessGroupGloo):
             # For tensors of a GPU it promises sums and broadcasts only.
             self._sent = self._sent.cpu()
-        self._parts = self._sent.new_empty(len(sizes), sizes[place])
-        work = group.alltoall_base(self._parts.view(-1), self._sent, [sizes[place]] * len(sizes), sizes)
-        super().__init__(work, roll)
+        self._parts = self._sent.new_empty(len(sizes), sizes[index])
+        work = group.alltoall_base(self._parts.view(-1), self._sent, [sizes[index]] * len(sizes), sizes)
+        super().__init__(work, members)
 
     def result(self) -> torch.Tensor:
         """This rank's parts of all vectors [ranks, size], in the group's order. Raises what the exchange ended with."""
@@ -192,7 +194,7 @@ class Exchange(UnderWay):
         return self._parts.to(self._device)
 
 
-class WeightedMean(UnderWay):
+class WeightedMean(PendingCollective):
     """A weighted average of vectors over a group.
 
     The sum of the weights travels in the vector's last place, so the divisor is what was really sent. A rank
@@ -204,7 +206,7 @@ class WeightedMean(UnderWay):
         vector: torch.Tensor,
         weight: float,
         group: Group,
-        roll: Roll | None = None,
+        members: GroupMembers | None = None,
         buffer: torch.Tensor | None = None,
     ) -> None:
         """buffer [n + 1], float32: to be used, and left to whoever reads the result; fresh memory costs as much as
@@ -215,7 +217,7 @@ class WeightedMean(UnderWay):
             self._buffer[-1] = weight
         else:
             self._buffer.zero_()
-        super().__init__(group.allreduce([self._buffer]), roll)
+        super().__init__(group.allreduce([self._buffer]), members)
 
     def result(self) -> tuple[torch.Tensor, float]:
         """(mean [n], sum of weights), once. The mean is undefined when the sum is 0. Raises what the sum ended with."""
@@ -225,37 +227,37 @@ class WeightedMean(UnderWay):
         return self._buffer[:-1].div_(max(total, torch.finfo(torch.float32).tiny)), total
 
 
-class Peers:
+class TpGroup:
     """The ranks of one replica, which hold one model together; the first of them leads.
 
     rank, size: this rank's place among them. Without a group there is one rank: every call gives back what it got.
     Rule: all peers make the same calls in the same order, from the thread that serves.
     """
 
-    def __init__(self, group: Group | None = None, roll: Roll | None = None) -> None:
-        """roll: of the same ranks, the leader first. Raises RuntimeError, here and later, when a peer is missing."""
-        self._group, self._roll = group, roll
-        self.size = 1 if roll is None else len(roll.ranks)
-        self.rank = 0 if roll is None else roll.place
+    def __init__(self, group: Group | None = None, members: GroupMembers | None = None) -> None:
+        """members: of the same ranks, the leader first. Raises RuntimeError, here and later, when a peer is missing."""
+        self._group, self._members = group, members
+        self.size = 1 if members is None else len(members.ranks)
+        self.rank = 0 if members is None else members.index
 
     def leave(self, why: str) -> None:
         """Let the others know that this rank has failed, so that none waits for it until a timeout."""
-        if self._roll is not None:
-            self._roll.leave(why)
+        if self._members is not None:
+            self._members.leave(why)
 
-    def meet_again(self, group: Group, roll: Roll) -> None:
+    def rebuild_group(self, group: Group, members: GroupMembers) -> None:
         """Go on with a new group of the same ranks after one has left; what is pending in the old one is given up."""
         assert self._group is not None
         self._group.close()
-        self._group, self._roll = group, roll
+        self._group, self._members = group, members
 
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all peers, in place; equal bits on all."""
         if self._group is not None:
             self._wait(self._group.allreduce([tensor]))
         return tensor
 
-    def columns(self, part: torch.Tensor, start: int, total: int) -> torch.Tensor:
+    def all_gather_columns(self, part: torch.Tensor, start: int, total: int) -> torch.Tensor:
         """Rows [rows, total] of which each peer gives other columns, this one `part` from `start` on; equal on all.
 
         As a sum with zeros, which changes no number: parts may differ in width, and every backend can do it.
@@ -264,9 +266,9 @@ class Peers:
             return part
         whole = part.new_zeros(part.shape[0], total)
         whole[:, start : start + part.shape[1]] = part
-        return self.sum_(whole)
+        return self.all_reduce_(whole)
 
-    def leaders(self, values: list[int], device: torch.device) -> list[int]:
+    def broadcast_ints(self, values: list[int], device: torch.device) -> list[int]:
         """What the leader gives, on every peer; all give lists of one length."""
         if self._group is None or not values:
             return values
@@ -274,14 +276,14 @@ class Peers:
         self._wait(self._group.broadcast(shared, 0))
         return [int(v) for v in shared.tolist()]
 
-    def every(self, flag: bool, device: torch.device) -> bool:
+    def all_true(self, flag: bool, device: torch.device) -> bool:
         """Whether the flag is set on all peers."""
         if self.size == 1:
             return flag
         missing = torch.tensor([int(not flag)], dtype=torch.int64, device=device)
-        return int(self.sum_(missing)) == 0
+        return int(self.all_reduce_(missing)) == 0
 
-    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """The tensors of all peers, in their order; all give one shape."""
         if self._group is None:
             return [tensor]
@@ -291,7 +293,7 @@ class Peers:
             self._wait(self._group.broadcast(part, rank))
         return parts
 
-    def share_inbox(self, messages: list[bytes] | None, device: torch.device) -> list[bytes]:
+    def broadcast_messages(self, messages: list[bytes] | None, device: torch.device) -> list[bytes]:
         """Give the leader's encoded messages to its peers, so that all act on them at the same tick.
 
         messages: the leader's; None on the others. One size broadcast, and a second one with the bytes only when
@@ -300,7 +302,7 @@ class Peers:
         if self._group is None:
             return messages or []
         packed = b"".join(len(m).to_bytes(8, "little") + m for m in messages or ())
-        (size,) = self.leaders([len(packed)], device)
+        (size,) = self.broadcast_ints([len(packed)], device)
         if not size:
             return []
         data = torch.empty(size, dtype=torch.uint8, device=device)
@@ -312,19 +314,19 @@ class Peers:
     def _wait(self, work: dist.Work) -> None:
         """Until it is done on gloo, until it is queued on NCCL, whose work is waited for by the stream."""
         while self._group is not None and self._group.on_gloo and not _over(work):
-            left = self._roll.left() if self._roll is not None else None
+            left = self._members.left() if self._members is not None else None
             if left is not None:
                 raise left
         try:
             work.wait()
         except RuntimeError as error:
-            raise error if self._roll is None else self._roll.failed(error) from error
+            raise error if self._members is None else self._members.failed(error) from error
 
 
 def _over(work: dist.Work) -> bool:
     """Whether a collective has ended, well or not, after waiting for it a moment."""
     try:
-        work.wait(LOOK_UP)
+        work.wait(POLL_PERIOD)
     except RuntimeError:
         # That the moment is over is told by an error as well; which one it was, the next wait() tells.
         return work.is_completed()

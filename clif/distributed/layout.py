@@ -39,7 +39,7 @@ class Layout:
         """Rank of a replica's leader."""
         return self.replicas[replica][0]
 
-    def peers(self, members: tuple[int, ...], tp_rank: int) -> tuple[int, ...]:
+    def data_parallel_ranks(self, members: tuple[int, ...], tp_rank: int) -> tuple[int, ...]:
         """Ranks that average the same shard: rank tp_rank of each member replica, sorted."""
         return tuple(sorted(self.replicas[m][tp_rank] for m in members))
 

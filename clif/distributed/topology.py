@@ -13,7 +13,7 @@ import torch.distributed as dist
 from clif.config import Config, ConfigError
 from clif.config.relevance import check_device
 from clif.distributed.addresses import address_towards, in_url, interface_of
-from clif.distributed.collectives import Group, Peers, Roll, make_group
+from clif.distributed.collectives import Group, GroupMembers, TpGroup, make_group
 from clif.distributed.launch_env import RankEnv
 from clif.distributed.layout import Layout, check_hosts, make_layout
 from clif.distributed.rendezvous import agree_on_start
@@ -25,7 +25,7 @@ from clif.types import Members
 class Topology:
     """Where this rank stands, and the groups that it belongs to.
 
-    store: keys of this start of the ranks; launch_store: the one around it, which outlives restarts by torchrun.
+    store: keys of this start of the ranks; job_store: the one around it, which outlives restarts by torchrun.
     """
 
     env: RankEnv
@@ -34,8 +34,8 @@ class Topology:
     timeout: datetime.timedelta
     store: dist.Store
     backend: str
-    peers: Peers
-    launch_store: dist.Store
+    tp_group: TpGroup
+    job_store: dist.Store
 
     def __post_init__(self) -> None:
         self._groups = RoundGroups(self.env.rank, self.backend, self.store, self.device, self.timeout)
@@ -58,41 +58,41 @@ class Topology:
         Made by its members alone, so that non-members go on serving, and used again as long as its number is the same.
         The control process gives a member set a new number when something may still be pending in its group.
         """
-        return self._groups.get(members, self.layout.peers(members[0], self.tp_rank), number)
+        return self._groups.get(members, self.layout.data_parallel_ranks(members[0], self.tp_rank), number)
 
-    def roll(self, members: Members, round_id: int) -> Roll:
+    def group_members(self, members: Members, round_id: int) -> GroupMembers:
         """Who averages this rank's shard in a round."""
-        ranks = self.layout.peers(members[0], self.tp_rank)
-        return Roll(self.store, f"all-reduce of round {round_id}", self.env.rank, ranks)
+        ranks = self.layout.data_parallel_ranks(members[0], self.tp_rank)
+        return GroupMembers(self.store, f"all-reduce of round {round_id}", self.env.rank, ranks)
 
     def retire_group(self, members: Members) -> None:
         """Close this member set's group: an all-reduce that was given up may still be pending in it."""
         self._groups.retire(members)
 
     @property
-    def can_meet_again(self) -> bool:
+    def can_rebuild_group(self) -> bool:
         """Whether the ranks of this replica can go on after a failure of one: those on NCCL would hang in a kernel."""
-        return self.peers.size == 1 or self.backend == "gloo"
+        return self.tp_group.size == 1 or self.backend == "gloo"
 
-    def meet_again(self, life: int) -> None:
+    def rebuild_group(self, life: int) -> None:
         """Give the ranks of this replica a new group, after one of them has failed. Collective over them.
 
         Groups of rounds are not used again either: the others know this replica's life, and make new ones.
         Raises RuntimeError when a rank does not come.
         """
         self._groups.retire_all()
-        if self.peers.size > 1:
-            self.peers.meet_again(*_tensor_parallel(self, life))
+        if self.tp_group.size > 1:
+            self.tp_group.rebuild_group(*_tensor_parallel(self, life))
 
 
-def _tensor_parallel(topology: Topology, life: int) -> tuple[Group, Roll]:
+def _tensor_parallel(topology: Topology, life: int) -> tuple[Group, GroupMembers]:
     replica, rank = topology.replica, topology.env.rank
     ranks = topology.layout.replicas[replica]
     again = f", life {life}" if life else ""
-    roll = Roll(topology.store, f"tensor-parallel group of replica {replica}{again}", rank, ranks)
+    members = GroupMembers(topology.store, f"tensor-parallel group of replica {replica}{again}", rank, ranks)
     name = f"clif/tp/{replica}/{life}"
     group = make_group(topology.backend, topology.store, name, ranks.index(rank), len(ranks), topology.timeout)
-    return group, roll
+    return group, members
 
 
 def choose_device(wanted: str, local_rank: int, ranks_per_gpu: int = 1) -> torch.device:
@@ -133,10 +133,10 @@ def make_topology(config: Config, env: RankEnv, store: dist.Store | None = None)
     device = choose_device(config.model.device, env.local_rank, share)
     check_device(config, device.type)
     timeout = datetime.timedelta(seconds=config.dist.timeout_s)
-    launch_store = _store(env, timeout) if store is None else store
+    job_store = _store(env, timeout) if store is None else store
     if store is None:
-        name = agree_on_start(launch_store, env.rank, env.world_size, config.dist.timeout_s)
-        store = dist.PrefixStore(f"clif/start/{name}", launch_store)
+        name = agree_on_start(job_store, env.rank, env.world_size, config.dist.timeout_s)
+        store = dist.PrefixStore(f"clif/start/{name}", job_store)
     _choose_interface(env)
     backend = choose_backend(config.dist.backend, device, share)
     dist.init_process_group(
@@ -146,9 +146,9 @@ def make_topology(config: Config, env: RankEnv, store: dist.Store | None = None)
         timeout=timeout,
         store=dist.PrefixStore("torch", store),
     )
-    topology = Topology(env, layout, device, timeout, store, backend, Peers(), launch_store)
+    topology = Topology(env, layout, device, timeout, store, backend, TpGroup(), job_store)
     if len(layout.replicas[topology.replica]) > 1:
-        topology.peers = Peers(*_tensor_parallel(topology, life=0))
+        topology.tp_group = TpGroup(*_tensor_parallel(topology, life=0))
     return topology
 
 

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from clif.config import EngineConfig, SloConfig
-from clif.distributed.collectives import Peers
+from clif.distributed.collectives import TpGroup
 from clif.engine.cost_model import UNLIMITED, Prices, may_train, training_slack
 from clif.engine.jobs import WAIT, Job, Slice
 from clif.engine.passes import Pass
@@ -70,7 +70,7 @@ class Engine:
     jobs: deque[Job] = field(default_factory=deque)
     record: TurnRecord = field(default_factory=TurnRecord)
     sidecar: Sidecar | None = None
-    peers: Peers = field(default_factory=Peers)
+    tp_group: TpGroup = field(default_factory=TpGroup)
     _beside: tuple[Slice, int] | None = None
     _credit_s: float = 0.0
     _broken: RuntimeError | None = None
@@ -109,7 +109,7 @@ class Engine:
         try:
             logits = self.runner.serve(chunks, rider.rider)
         except RuntimeError as error:
-            if self.peers.size > 1:
+            if self.tp_group.size > 1:
                 # The others are in the middle of the same tick.
                 raise
             # The rows that serve did nothing wrong: they are computed again, over what they have written.
@@ -146,7 +146,7 @@ class Engine:
 
     def _agree(self, values: list[int]) -> list[int]:
         """The leader's values on all ranks of the replica."""
-        return self.peers.leaders(values, self.runner.device)
+        return self.tp_group.broadcast_ints(values, self.runner.device)
 
     def _leaders(self, value: int) -> int:
         """What the leader decides: peers have clocks and prices of their own, and must all do the same."""

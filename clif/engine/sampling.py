@@ -35,7 +35,7 @@ def choose(head: Head, logits: torch.Tensor, params: list[Sampling], rngs: list[
     if all(rng is None for rng in rngs):
         tokens: list[int] = head.best(logits).tolist()
         return tokens
-    return head.peers.leaders(sample(head.whole(logits), params, rngs), logits.device)
+    return head.tp_group.broadcast_ints(sample(head.whole(logits), params, rngs), logits.device)
 
 
 def sample(logits: torch.Tensor, params: list[Sampling], rngs: list[torch.Generator | None]) -> list[int]:

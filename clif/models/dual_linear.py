@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from clif.distributed.collectives import Peers
+from clif.distributed.collectives import TpGroup
 from clif.kernels.dual_lora import Member, Packed, Segment, add_dual_lora, shadow_backward, shadow_forward
 from clif.models.backends import Linear, frozen_linear
 from clif.models.shard import Span, Split
@@ -34,15 +34,15 @@ class Cut:
     dim: int = 0
     span: Span | None = None
 
-    def holders(self, peers: int) -> int:
+    def holders(self, tp_size: int) -> int:
         """How many of the peers hold this part."""
-        return peers if self.span is None else peers * self.span.size // self.span.total
+        return tp_size if self.span is None else tp_size * self.span.size // self.span.total
 
-    def at(self, rank: int, peers: int) -> Cut:
+    def at(self, rank: int, tp_size: int) -> Cut:
         """The part that another peer holds."""
         if self.span is None:
             return self
-        start = rank // self.holders(peers) * self.span.size
+        start = rank // self.holders(tp_size) * self.span.size
         return Cut(self.dim, Span(start, start + self.span.size, self.span.total))
 
     def of(self, whole: torch.Tensor) -> torch.Tensor:
@@ -81,11 +81,11 @@ class DualLinear:
         linears: Sequence[nn.Linear],
         split: Split = "out",
         spans: Sequence[Span] | None = None,
-        peers: Peers | None = None,
+        tp_group: TpGroup | None = None,
     ) -> None:
         """split, spans: which side of each weight is cut over the peers, and this rank's parts, as in `linears`."""
         self.names, self.sizes = tuple(names), [linear.out_features for linear in linears]
-        self.split, self.peers = split, peers or Peers()
+        self.split, self.tp_group = split, tp_group or TpGroup()
         self.spans = list(spans or (Span(0, size, size) for size in self.sizes))
         self.weight, self.bias = _stack(linears)
         self.adapted: list[int] = []
@@ -181,7 +181,7 @@ class DualLinear:
 
     def _join(self, y: torch.Tensor) -> torch.Tensor:
         """Sum the partial results of ranks that hold parts of the inputs, base and low-rank part at once."""
-        return self.peers.sum_(y) if self.split == "in" else y
+        return self.tp_group.all_reduce_(y) if self.split == "in" else y
 
     def _base(self, x: torch.Tensor) -> torch.Tensor:
         return self._packed(x) if self._packed is not None else nn.functional.linear(x, self.weight, self.bias)
@@ -228,7 +228,7 @@ class DualLinear:
 
     def join_down(self, grad_x: torch.Tensor) -> torch.Tensor:
         """Sum what comes down from ranks that hold parts of the outputs."""
-        return self.peers.sum_(grad_x) if self.split == "out" else grad_x
+        return self.tp_group.all_reduce_(grad_x) if self.split == "out" else grad_x
 
     def gather_b(self, b: torch.Tensor) -> torch.Tensor:
         """The blocks of a packed B [out, k r] one below the other: [adapted rows, r]."""

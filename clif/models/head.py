@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from clif.distributed.collectives import Peers
+from clif.distributed.collectives import TpGroup
 from clif.models.backends import Linear, frozen_linear
 from clif.models.shard import cut, share
 from clif.types import NO_TOKEN
@@ -22,9 +22,9 @@ class Head:
     forward. A head that is tied to it is therefore a view of it.
     """
 
-    def __init__(self, module: nn.Linear, vocab_size: int, tied: bool, peers: Peers) -> None:
+    def __init__(self, module: nn.Linear, vocab_size: int, tied: bool, tp_group: TpGroup) -> None:
         """tied: the weight is the embedding's. If not, the module is left no more than this rank's rows."""
-        self.peers, self.span = peers, share(vocab_size, peers.rank, peers.size)
+        self.tp_group, self.span = tp_group, share(vocab_size, tp_group.rank, tp_group.size)
         if not tied:
             cut(module, "out", self.span, first=True)
         rows = slice(self.span.start, self.span.stop) if tied else slice(None)
@@ -42,7 +42,7 @@ class Head:
 
     def whole(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits [rows, vocabulary], equal bits on all peers, from the columns of each. Collective."""
-        return self.peers.columns(logits, self.span.start, self.span.total)
+        return self.tp_group.all_gather_columns(logits, self.span.start, self.span.total)
 
     def best(self, logits: torch.Tensor) -> torch.Tensor:
         """Tokens [rows] with the largest logit, equal on all peers, from the columns of each. Collective.
@@ -50,11 +50,13 @@ class Head:
         As argmax decides over whole rows: of equals the first one. NO_TOKEN where the largest is not finite.
         """
         largest, index = top(logits)
-        if self.peers.size == 1:
+        if self.tp_group.size == 1:
             return or_none(largest, index)
         # As float64, which holds any index exactly: one collective for both.
         pair = torch.stack((largest.double(), (index + self.span.start).double()), 1)
-        pairs = self.peers.columns(pair, 2 * self.peers.rank, 2 * self.peers.size).unflatten(1, (-1, 2))
+        pairs = self.tp_group.all_gather_columns(pair, 2 * self.tp_group.rank, 2 * self.tp_group.size).unflatten(
+            1, (-1, 2)
+        )
         # Ranks are in the order of their columns: the first rank of equals has the first column.
         largest, rank = top(pairs[..., 0])
         return or_none(largest, pairs[..., 1].gather(1, rank[:, None])[:, 0].long())

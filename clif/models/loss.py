@@ -31,11 +31,13 @@ def head_loss(
         # The softmax of this rank's columns is that of all, but for the share of the whole sum that they have.
         p.mul_((own_sum - log_sum).exp_().div_(divisor)[:, None])
         p.scatter_add_(1, columns, mine.float().mul_(-1.0 / divisor))
-        return loss, head.peers.sum_(p.to(normed.dtype) @ head.weight)
+        return loss, head.tp_group.all_reduce_(p.to(normed.dtype) @ head.weight)
 
 
 def _joined(head: Head, log_sum: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The log of the sum of exponentials over all columns, and the target's logit, which is 0 on all ranks but one."""
-    rank, size = head.peers.rank, head.peers.size
-    both = head.peers.columns(torch.stack((log_sum, wanted), 1), 2 * rank, 2 * size).unflatten(1, (size, 2))
+    rank, size = head.tp_group.rank, head.tp_group.size
+    both = head.tp_group.all_gather_columns(torch.stack((log_sum, wanted), 1), 2 * rank, 2 * size).unflatten(
+        1, (size, 2)
+    )
     return both[..., 0].logsumexp(1), both[..., 1].sum(1)

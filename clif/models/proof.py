@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from clif.config import ConfigError
-from clif.distributed.collectives import Peers
+from clif.distributed.collectives import TpGroup
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import Rows
 from clif.models.guard import reading
@@ -140,7 +140,7 @@ def check_make(config: Any, max_context: int) -> None:
     length = min(PROBE, max_context)
     starts = sorted({(max_context - length) * share // 8 for share in (0, 1, 2, 4, 8)})
     with reading(f"a narrow {name} model, which is to prove that CLIF computes it rightly,"):
-        model = build(_narrowed(config), _noise(), torch.float32, torch.device("cpu"), Peers()).eval()
+        model = build(_narrowed(config), _noise(), torch.float32, torch.device("cpu"), TpGroup()).eval()
         compare(CausalStack(model), ask(model, starts, length), EXACT)
 
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from clif.config import ConfigError
-from clif.distributed.collectives import Peers
+from clif.distributed.collectives import TpGroup
 from clif.distributed.layout import check_shares
 from clif.models.dual_linear import DualLinear, Rows
 from clif.models.head import Head
@@ -27,23 +27,23 @@ class CausalStack:
     share.
     """
 
-    def __init__(self, model: transformers.PreTrainedModel, peers: Peers | None = None) -> None:
-        self.peers = peers = peers or Peers()
+    def __init__(self, model: transformers.PreTrainedModel, tp_group: TpGroup | None = None) -> None:
+        self.tp_group = tp_group = tp_group or TpGroup()
         inner = check_model(model)
         self.model, self._inner = model, inner
         config = model.config
         self.num_layers = len(inner.layers)
-        check_shares(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, peers.size)
-        self.num_heads: int = config.num_attention_heads // peers.size
-        self.num_kv_heads: int = max(1, config.num_key_value_heads // peers.size)
+        check_shares(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, tp_group.size)
+        self.num_heads: int = config.num_attention_heads // tp_group.size
+        self.num_kv_heads: int = max(1, config.num_key_value_heads // tp_group.size)
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.vocab_size: int = config.vocab_size
-        spans = layer_spans(config, peers.rank, peers.size)
+        spans = layer_spans(config, tp_group.rank, tp_group.size)
         self._layers = [
-            DecoderLayer(m, f"model.layers.{i}", i, self.head_dim, spans, peers) for i, m in enumerate(inner.layers)
+            DecoderLayer(m, f"model.layers.{i}", i, self.head_dim, spans, tp_group) for i, m in enumerate(inner.layers)
         ]
         head: Any = model.get_output_embeddings()
-        self.head = Head(head, self.vocab_size, head.weight is inner.embed_tokens.weight, peers)
+        self.head = Head(head, self.vocab_size, head.weight is inner.embed_tokens.weight, tp_group)
 
     @property
     def linears(self) -> list[DualLinear]:

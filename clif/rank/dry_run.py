@@ -32,7 +32,8 @@ def group_lines(config: Config, layout: Layout) -> Iterator[str]:
     count = len(layout.replicas)
     members = tuple(r for r in range(count) if config.train.enabled and role_of(r, count, config.run).trains)
     for tp_rank in range(len(layout.replicas[members[0]]) if members else 0):
-        yield f"federation group of tp_rank {tp_rank}, all members: ranks {list(layout.peers(members, tp_rank))}"
+        group = list(layout.data_parallel_ranks(members, tp_rank))
+        yield f"federation group of tp_rank {tp_rank}, all members: ranks {group}"
 
 
 def memory_lines(config: Config, layout: Layout, device: Device, room: Room | None = None) -> Iterator[str]:

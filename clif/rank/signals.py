@@ -21,7 +21,7 @@ HANGS_S = 2.0
 """After that: how long it may take to close its files."""
 
 
-class Leaving:
+class SignalWatcher:
     """From its construction on, SIGTERM and SIGINT are requests. Make it in the main thread.
 
     drain_s: longest drain, seconds. While not `serving`, nothing is lost by leaving at once, and that is what happens.
@@ -40,7 +40,7 @@ class Leaving:
             signal.signal(number, lambda *_: None)
         # Python writes the number there at once, also when the main thread is in the middle of a call into torch.
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(read,), name="leaving", daemon=True).start()
+        threading.Thread(target=self._watch, args=(read,), name="signals", daemon=True).start()
 
     @property
     def late(self) -> bool:

@@ -57,14 +57,14 @@ class Lives:
         payloads: what the leader received, None on the other ranks.
         """
         try:
-            inbox = self._topology.peers.share_inbox(payloads, self._topology.device)
+            inbox = self._topology.tp_group.broadcast_messages(payloads, self._topology.device)
             self.replica.tick(self._meant_for_us([decode_down(payload) for payload in inbox]))
             return
         except Exception as error:
             log.exception("replica %d failed in life %d", self.replica.id, self.life)
             why = f"{type(error).__name__}: {error}"
             # Before anything that takes time: others wait for this rank, and requests for another replica.
-            self._topology.peers.leave(why)
+            self._topology.tp_group.leave(why)
             if not self._curable(error):
                 raise
         self._tell(Trouble(replica=self.replica.id, error=why, returning=True))
@@ -80,7 +80,7 @@ class Lives:
         """Whether this failure may be answered by another life: there may be no more of them, or nobody to share it."""
         self._rebuilt_s = [at for at in self._rebuilt_s if time.monotonic() - at < WINDOW_S]
         allowed = len(self._rebuilt_s) < self._rebuilds
-        return allowed and self._topology.can_meet_again and not isinstance(error, PeersLost)
+        return allowed and self._topology.can_rebuild_group and not isinstance(error, PeersLost)
 
     def _begin_anew(self) -> None:
         started, former = time.monotonic(), self.replica
@@ -93,7 +93,7 @@ class Lives:
         gc.collect()
         if self._topology.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._topology.meet_again(self.life)
+        self._topology.rebuild_group(self.life)
         self._replica = self._build(self.life, ticks)
         self._welcome = False
         log.warning("replica %d begins life %d after %.1f s", replica, self.life, time.monotonic() - started)

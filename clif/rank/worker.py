@@ -30,7 +30,7 @@ from clif.exit_report import Over, last_words
 from clif.metrics.provenance import provenance
 from clif.models.weights.gguf import drop, is_packed, load_packed
 from clif.models.weights.loading import LoadedModel, load_model
-from clif.rank.signals import Leaving
+from clif.rank.signals import SignalWatcher
 from clif.rank.supervisor import Lives
 from clif.replica.base import Base, build_base
 from clif.replica.build import build_replica, load_data
@@ -57,21 +57,21 @@ ALONE_S = 60.0
 def run_rank(config: Config, env: RankEnv) -> int:
     """Everything that one rank does; returns its exit code. Raises InputError before work, Over after it was said."""
     torch.set_num_threads(config.dist.threads_per_rank or _threads(env))
-    leaving = Leaving(config.run.drain_s)
+    signals = SignalWatcher(config.run.drain_s)
     # Before anything that takes time.
     _given_secret(config)
     topology = make_topology(config, env)
     folder = _agree_on_folder(config, topology)
-    leaving.on_signal = lambda _: folder.leave()
+    signals.on_signal = lambda _: folder.leave()
     try:
-        code = _live(config, topology, folder, leaving)
+        code = _live(config, topology, folder, signals)
     finally:
         folder.leave()
     dist.destroy_process_group()
     return code
 
 
-def _live(config: Config, topology: Topology, folder: RunFolder, leaving: Leaving) -> int:
+def _live(config: Config, topology: Topology, folder: RunFolder, signals: SignalWatcher) -> int:
     env, run_dir = topology.env, folder.path
     if folder.restarted:
         log.info("restarted by the launcher: the run goes on in %s", run_dir)
@@ -85,10 +85,10 @@ def _live(config: Config, topology: Topology, folder: RunFolder, leaving: Leavin
     keep_private()
     load_s = time.monotonic() - started
     log.info("rank %d: %s in %s (%s), %.1f s", env.rank, config.model.path, loaded.dtype, loaded.dtype_reason, load_s)
-    with _control_process(config, topology, folder, loaded.tokenizer, restarts, leaving) as control:
+    with _control_process(config, topology, folder, loaded.tokenizer, restarts, signals) as control:
         # Inside: a control process that is told to end has less to say than what this rank met.
         with last_words(env.rank, topology.store):
-            code = _serve(config, topology, run_dir, loaded, load_s, control, leaving)
+            code = _serve(config, topology, run_dir, loaded, load_s, control, signals)
         code = _code_for(env, code) if control is None else control.wait()
     if env.local_rank == 0 and code == 0:
         drop(run_dir)
@@ -106,11 +106,11 @@ def _code_for(env: RankEnv, code: int) -> int:
 
 
 def _load(config: Config, topology: Topology, run_dir: Path, restarted: bool) -> LoadedModel:
-    env, peers = topology.env, topology.peers
+    env, tp_group = topology.env, topology.tp_group
     # One rank that nobody restarts has no one to unpack it for.
     if is_packed(config.model.path) and (env.world_size > 1 or restarts_left(os.environ)):
-        return load_packed(config.model, topology.store, run_dir, topology.device, peers, restarted)
-    return load_model(config.model, topology.device, config.run.seed, peers)
+        return load_packed(config.model, topology.store, run_dir, topology.device, tp_group, restarted)
+    return load_model(config.model, topology.device, config.run.seed, tp_group)
 
 
 def _threads(env: RankEnv) -> int:
@@ -128,7 +128,7 @@ def _serve(
     loaded: LoadedModel,
     load_s: float,
     control: Control | None,
-    leaving: Leaving,
+    signals: SignalWatcher,
 ) -> int:
     """Join, loop until Stop, leave; returns the exit code that Stop gave."""
     channel = _connect(config, topology, run_dir) if topology.is_leader else None
@@ -138,7 +138,7 @@ def _serve(
             channel.send(message)
 
     records = RankRecords(run_dir, topology.env.rank, config.metrics, provenance(config), _gpu(topology.device))
-    base = build_base(config, loaded, topology.peers)
+    base = build_base(config, loaded, topology.tp_group)
     data = load_data(config, loaded.tokenizer, topology.replica, len(topology.layout.replicas))
 
     def build(life: int, ticks: int) -> Replica:
@@ -157,7 +157,7 @@ def _serve(
         drop(run_dir)
     lives = Lives(topology, build, tell, config.run.rebuilds, on_birth=say_hello)
     try:
-        _loop(lives, channel, control, leaving)
+        _loop(lives, channel, control, signals)
     except Exception as error:
         gone = isinstance(error, PeersLost)
         tell(Trouble(replica=topology.replica, error=f"{type(error).__name__}: {error}", gone=gone))
@@ -171,16 +171,16 @@ def _serve(
     return lives.replica.exit_code
 
 
-def _loop(lives: Lives, channel: LeaderChannel | None, control: Control | None, leaving: Leaving) -> None:
+def _loop(lives: Lives, channel: LeaderChannel | None, control: Control | None, signals: SignalWatcher) -> None:
     told = False
-    leaving.serving = True
+    signals.serving = True
     while not lives.replica.stopping:
-        if leaving.signal and channel is not None:
+        if signals.signal and channel is not None:
             if not told:
-                channel.send(Signalled(replica=lives.replica.id, signal=leaving.signal))
+                channel.send(Signalled(replica=lives.replica.id, signal=signals.signal))
                 told = True
             # Nobody is left to say Stop, or it should have come.
-            if channel.lost_s is not None or leaving.late:
+            if channel.lost_s is not None or signals.late:
                 return
         if channel is not None and (channel.lost_s or 0.0) > ALONE_S:
             raise RuntimeError(f"no connection to the control process for {ALONE_S:.0f} s")
@@ -217,7 +217,7 @@ def _hello(config: Config, topology: Topology, replica: Replica, base: Base, loa
 def _agree_on_folder(config: Config, topology: Topology) -> RunFolder:
     """The folder of the run: rank 0 takes it, the others learn which it is. Raises InputError on rank 0."""
     if topology.env.rank == 0:
-        folder = take_folder(config, topology.launch_store)
+        folder = take_folder(config, topology.job_store)
         # Left by the run that is resumed: its address must not be taken for the new one's.
         (folder.path / ADDRESS_FILE).unlink(missing_ok=True)
         topology.store.set("clif/run_dir", json.dumps([str(folder.path), folder.restarted]))
@@ -252,7 +252,7 @@ def _control_process(
     folder: RunFolder,
     tokenizer: ChatTokenizer,
     restarts: int,
-    leaving: Leaving,
+    signals: SignalWatcher,
 ) -> Iterator[Control | None]:
     """On rank 0: start the control process and tell the others its address; when it dies, so does this rank.
 
@@ -271,7 +271,7 @@ def _control_process(
     command += ["--parent", str(os.getpid()), "--restarts-left", str(restarts)]
     command += ["--lock", str(lock), *(["--restarted"] if folder.restarted else [])]
     process = subprocess.Popen(command, pass_fds=[lock])
-    leaving.on_signal = lambda _: _pass_on(process, leaving, folder)
+    signals.on_signal = lambda _: _pass_on(process, signals, folder)
     try:
         address = _address(run_dir / ADDRESS_FILE, process, config.dist.timeout_s)
         topology.store.set(INVITATION, msgspec.json.encode(Invitation(address, salt, keys.fingerprint)).decode())
@@ -282,10 +282,10 @@ def _control_process(
             _wait(process, CONTROL_LEAVES_S)
 
 
-def _pass_on(process: Control, leaving: Leaving, folder: RunFolder) -> None:
+def _pass_on(process: Control, signals: SignalWatcher, folder: RunFolder) -> None:
     """A launcher knows nothing of the control process: rank 0 passes signals on, and waits if it does not serve yet."""
-    process.send_signal(getattr(signal, leaving.signal))
-    if not leaving.serving:
+    process.send_signal(getattr(signal, signals.signal))
+    if not signals.serving:
         _wait(process, CONTROL_LEAVES_S)
         folder.leave()
 

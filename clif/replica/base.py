@@ -9,7 +9,7 @@ import torch
 
 from clif.adapters.bank import AdapterBank, inject
 from clif.config import Config, EngineConfig
-from clif.distributed.collectives import Peers
+from clif.distributed.collectives import TpGroup
 from clif.engine.runner import ModelRunner
 from clif.models.backends import choose_decode, choose_kernels
 from clif.models.causal import CausalSequences
@@ -52,7 +52,7 @@ class Base:
             raise RuntimeError(f"the base model has changed in memory (relative difference {error:.2g})")
 
 
-def build_base(config: Config, loaded: LoadedModel, peers: Peers | None = None) -> Base:
+def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = None) -> Base:
     """The model with dual layers; with peers, this rank's part of it. Collective over the peers.
 
     Raises ConfigError for a model that we would compute wrongly, LayoutError for one that the peers cannot share.
@@ -60,11 +60,11 @@ def build_base(config: Config, loaded: LoadedModel, peers: Peers | None = None) 
     with torch.no_grad():
         # A model of which no rank holds the whole has nothing to be compared with but its make, which is proved.
         expected = ask_ends(loaded.model, config.model.max_context) if loaded.whole else None
-        shared = peers is not None and peers.size > 1
+        shared = tp_group is not None and tp_group.size > 1
         if expected is not None and shared:
             # Before it is cut: parts are rounded before they are added, which is no fault of the model's make.
             compare(CausalStack(loaded.model), expected)
-        stack = CausalStack(loaded.model, peers)
+        stack = CausalStack(loaded.model, tp_group)
         # The same first A on every replica: FedAvg averages factors, which only makes sense from one start.
         torch.manual_seed(config.run.seed)
         bank = inject(stack, config.adapter)
@@ -79,9 +79,11 @@ def build_base(config: Config, loaded: LoadedModel, peers: Peers | None = None) 
     return Base(stack, bank, loaded, paged, _tell(stack, loaded))
 
 
-def build_runner(config: Config, loaded: LoadedModel, peers: Peers | None = None) -> tuple[ModelRunner, AdapterBank]:
+def build_runner(
+    config: Config, loaded: LoadedModel, tp_group: TpGroup | None = None
+) -> tuple[ModelRunner, AdapterBank]:
     """The base and a runner of it. Collective over the peers. Raises as build_base() does."""
-    base = build_base(config, loaded, peers)
+    base = build_base(config, loaded, tp_group)
     return base.runner(config.engine), base.bank
 
 

@@ -16,7 +16,7 @@ from clif.adapters.store import AdapterStore
 from clif.config import Config, ConfigError
 from clif.data.heldout import heldout_parts, read_data
 from clif.data.instruct import Row, check_some_fit, encode_samples, shard_rows, split_rows
-from clif.distributed.collectives import Peers
+from clif.distributed.collectives import TpGroup
 from clif.distributed.roles import role_of
 from clif.distributed.topology import Topology
 from clif.engine.engine import Engine
@@ -103,7 +103,7 @@ def build_replica(
     tokenizer, bank, runner = base.loaded.tokenizer, base.bank, base.runner(config.engine)
     slots = SlotTable(config.adapter.serving_slots)
     scheduler = Scheduler(config.engine, slots, tokenizer.eos_ids, tokenizer.decode)
-    engine = make_engine(config, runner, scheduler, topology.peers)
+    engine = make_engine(config, runner, scheduler, topology.tp_group)
     if data.train:
         runner.check_samples(max(len(sample.ids) for sample in data.train))
     trainer = ShadowTrainer(runner, bank, data.train, config.train, config.run.seed)
@@ -133,20 +133,20 @@ def build_replica(
     return replica
 
 
-def make_engine(config: Config, runner: ModelRunner, scheduler: Scheduler, peers: Peers | None = None) -> Engine:
+def make_engine(config: Config, runner: ModelRunner, scheduler: Scheduler, tp_group: TpGroup | None = None) -> Engine:
     """The engine with the way of co-serving that the configuration names, or that suits the device.
 
     On a GPU forwards ride on ticks. A CPU computes as fast for a few rows as for many, so that riding saves nothing
     there (measured at 70 % load: 36 training tokens/s mixed, 95 in turns); with several threads a slice beside serving
     uses what small operations leave of them. Raises ConfigError for a wish that cannot be met.
     """
-    threads, on_cpu, peers = torch.get_num_threads(), runner.device.type == "cpu", peers or Peers()
+    threads, on_cpu, tp_group = torch.get_num_threads(), runner.device.type == "cpu", tp_group or TpGroup()
     way: str = config.engine.coserving
     if way == "auto":
-        way = "mixed" if not on_cpu else "beside" if threads > 1 and peers.size == 1 else "turns"
+        way = "mixed" if not on_cpu else "beside" if threads > 1 and tp_group.size == 1 else "turns"
     if config.run.mode == "time_slice":
         way = "time_slice"
-    if peers.size > 1 and way in ("beside", "time_slice"):
+    if tp_group.size > 1 and way in ("beside", "time_slice"):
         # Both are paced by the clock of each rank; and collectives belong to one thread.
         raise ConfigError(f"{way} needs replicas of one rank: set layout.tp_size=1, or another engine.coserving")
     if way == "beside" and (not on_cpu or threads < 2):
@@ -156,7 +156,7 @@ def make_engine(config: Config, runner: ModelRunner, scheduler: Scheduler, peers
         )
     log.info("co-serving: %s", way)
     sidecar = Sidecar(threads) if way == "beside" else None
-    return Engine(runner, scheduler, config.slo, way, config.run.training_share, sidecar=sidecar, peers=peers)
+    return Engine(runner, scheduler, config.slo, way, config.run.training_share, sidecar=sidecar, tp_group=tp_group)
 
 
 def _resume(
@@ -168,7 +168,7 @@ def _resume(
     """
     current, slot = store.current(), slots.free_slot()
     # The leader's: the control process may store another one while its peers read.
-    (version,) = bank.peers.leaders([current.number if current else 0], bank.shadow.device)
+    (version,) = bank.tp_group.broadcast_ints([current.number if current else 0], bank.shadow.device)
     if not version or slot is None:
         return
     state = read_folder(bank, store.place(version))

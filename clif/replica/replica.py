@@ -106,7 +106,7 @@ class Replica:
             self.engine.learn()
         except RuntimeError as error:
             orders = self.member.orders
-            if orders is None or (self.engine.peers.size > 1 and not isinstance(error, RoundBroken)):
+            if orders is None or (self.engine.tp_group.size > 1 and not isinstance(error, RoundBroken)):
                 raise
             log.exception("round %d broke in replica %d", orders.plan.round_id, self.id)
             self._drop_round()

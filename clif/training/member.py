@@ -132,9 +132,9 @@ class Member:
         self._unbroken(group.exception())
         if self._buffer is None:
             self._buffer = mine.new_empty(mine.numel() + 1)
-        roll = self.topology.roll(plan.member_set, plan.round_id)
+        members = self.topology.group_members(plan.member_set, plan.round_id)
         weight = result.samples if result.finite else 0
-        mean = WeightedMean(mine, weight, group.result(), roll, self._buffer)
+        mean = WeightedMean(mine, weight, group.result(), members, self._buffer)
         # Together: who sees the end first would else go on alone, and its peers are waiting in other collectives.
         while not self._all(mean.done()):
             yield WAIT
@@ -152,15 +152,15 @@ class Member:
         self, plan: RoundPlan, group: Group, average: torch.Tensor, deviation: torch.Tensor
     ) -> Slices[tuple[float, float]]:
         """All members come here, those without weight too. Parts are as large on one peer as on the next."""
-        bank, roll = self.trainer.bank, self.topology.roll(plan.member_set, plan.round_id)
+        bank, members = self.trainer.bank, self.topology.group_members(plan.member_set, plan.round_id)
         shares = dict(zip(plan.members, deal(bank.sizes(), len(plan.members)), strict=True))
         # The group is in the order of ranks, which need not be that of the replicas.
-        wanted = [shares[self.topology.layout.replica_of(rank)] for rank in roll.ranks]
-        exchange = Exchange([bank.part(deviation, layers) for layers in wanted], roll.place, group, roll)
+        wanted = [shares[self.topology.layout.replica_of(rank)] for rank in members.ranks]
+        exchange = Exchange([bank.part(deviation, layers) for layers in wanted], members.index, group, members)
         while not self._all(exchange.done()):
             yield WAIT
         self._unbroken(exchange.error)
-        share = ErrorShare(bank, average, exchange.result(), wanted[roll.place])
+        share = ErrorShare(bank, average, exchange.result(), wanted[members.index])
         while share.modules:
             yield Slice("product_error", 1, share.modules, share.add)
         return share.result()
@@ -172,7 +172,7 @@ class Member:
 
     def _all(self, flag: bool) -> bool:
         """Whether it holds on all ranks of this replica."""
-        return self.topology.peers.every(flag, self.topology.device)
+        return self.topology.tp_group.all_true(flag, self.topology.device)
 
     def _vote(self, plan: RoundPlan, active: float, candidate: float, error: tuple[float, float] | None) -> Vote:
         apart, product = error or (None, None)

@@ -73,7 +73,7 @@ class ErrorShare:
 
     def result(self) -> tuple[float, float]:
         """(error, Bbar Abar), both squared. Collective over the peers, whose parts of a module add up."""
-        error, product = self._bank.peers.sum_(self._squares).tolist()
+        error, product = self._bank.tp_group.all_reduce_(self._squares).tolist()
         return error, product
 
 

@@ -72,14 +72,18 @@ def test_three_ranks_with_a_vocabulary_that_three_does_not_divide_serve_and_trai
 def test_there_is_one_all_reduce_per_attention_and_one_per_mlp_and_few_of_the_head(tiny_config):
     for found in run_ranks(2, bodies_head.communication, f"random:{tiny_config}", layout={"tp_size": 2}):
         layers = found["layers"]
-        assert found["forward alone"] == {"sum_": 2 * layers}
-        assert found["greedy tick"] == {"sum_": 2 * layers + 1}, "the best of each rank, which nobody has to be told"
-        assert found["tick that draws"] == {"sum_": 2 * layers + 1, "leaders": 1}, "whole rows, and what was drawn"
+        assert found["forward alone"] == {"all_reduce_": 2 * layers}
+        assert found["greedy tick"] == {"all_reduce_": 2 * layers + 1}, (
+            "the best of each rank, which nobody has to be told"
+        )
+        assert found["tick that draws"] == {"all_reduce_": 2 * layers + 1, "broadcast_ints": 1}, (
+            "whole rows, and what was drawn"
+        )
         blocks = -(-sum(sample.targets for sample in bodies_head.SAMPLES) // HEAD_ROWS["cpu"])
         # Nothing below the first layer's attention learns: its gradient goes no further down.
-        forward, backward = {"sum_": 2 * layers}, {"sum_": 2 * layers - 1}
-        assert found["training"] == {"forward": forward, "head": {"sum_": 2 * blocks}, "backward": backward}
-        assert found["evaluation"] == {"evaluate": forward, "evaluate_head": {"sum_": blocks}}
+        forward, backward = {"all_reduce_": 2 * layers}, {"all_reduce_": 2 * layers - 1}
+        assert found["training"] == {"forward": forward, "head": {"all_reduce_": 2 * blocks}, "backward": backward}
+        assert found["evaluation"] == {"evaluate": forward, "evaluate_head": {"all_reduce_": blocks}}
 
 
 def test_shares_differ_by_one_row_at_most_and_cover_all():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import expected_part, place_of
+from helpers import expected_part, tp_group_of
 from tiny_gguf import CONTEXT, write_gguf
 
 from clif.config import ConfigError, ModelConfig
@@ -69,8 +69,8 @@ def start(
 
     def rank(number: int, folder: Path) -> None:
         try:
-            peers = place_of(number % tp_size, tp_size)
-            found[number] = load_packed(settings, store, folder, CPU, peers, restarted, host=folder.name)
+            tp_group = tp_group_of(number % tp_size, tp_size)
+            found[number] = load_packed(settings, store, folder, CPU, tp_group, restarted, host=folder.name)
         except Exception as error:  # noqa: BLE001 - looked at by the test
             found[number] = error
 
@@ -148,7 +148,7 @@ def test_a_restart_unpacks_nothing_but_a_new_start_does(file, tmp_path, unpackin
 
 def test_a_host_that_has_the_name_of_another_loads_the_file_itself(file, tmp_path, unpackings):
     store, config = dist.HashStore(), ModelConfig(path=file, dtype="float32", max_context=64)
-    here, there = (load_packed(config, store, tmp_path / n, CPU, place_of(0, 1), host="localhost") for n in "ab")
+    here, there = (load_packed(config, store, tmp_path / n, CPU, tp_group_of(0, 1), host="localhost") for n in "ab")
     assert [folder.parent.name for folder in unpackings] == ["a"]
     assert torch.equal(here.model(IDS).logits, there.model(IDS).logits)
 

@@ -24,8 +24,8 @@ def test_every_rank_belongs_to_exactly_one_replica(tp, replicas):
     for rank in range(layout.world_size):
         assert layout.replicas[layout.replica_of(rank)][layout.tp_rank_of(rank)] == rank
     members = tuple(range(0, replicas, 2))
-    peers = [layout.peers(members, i) for i in range(tp)]
-    assert sorted(r for group in peers for r in group) == sorted(r for m in members for r in layout.replicas[m])
+    groups = [layout.data_parallel_ranks(members, i) for i in range(tp)]
+    assert sorted(r for group in groups for r in group) == sorted(r for m in members for r in layout.replicas[m])
 
 
 @given(data=st.data(), tp=st.integers(1, 4), replicas=st.integers(1, 6))
@@ -35,7 +35,7 @@ def test_ranks_named_in_any_order_average_each_shard_once(data, tp, replicas):
     gpus = tuple(tuple(ranks[i * tp : (i + 1) * tp]) for i in range(replicas))
     layout = make_layout(tp * replicas, tp, replicas, gpus)
     members = tuple(sorted(data.draw(st.sets(st.integers(0, replicas - 1), min_size=1))))
-    groups = [layout.peers(members, i) for i in range(tp)]
+    groups = [layout.data_parallel_ranks(members, i) for i in range(tp)]
     assert sorted(r for group in groups for r in group) == sorted(r for m in members for r in gpus[m])
     assert all(group == tuple(sorted(group)) for group in groups), "all members must name the group alike"
     assert all(layout.tp_rank_of(r) == i for i, group in enumerate(groups) for r in group)
@@ -44,7 +44,7 @@ def test_ranks_named_in_any_order_average_each_shard_once(data, tp, replicas):
 def test_explicit_replicas_keep_their_order():
     layout = make_layout(4, replica_gpus=((3, 0), (1, 2)))
     assert layout.leader(0) == 3 and layout.tp_rank_of(0) == 1 and layout.replica_of(2) == 1
-    assert layout.peers((0, 1), 0) == (1, 3)
+    assert layout.data_parallel_ranks((0, 1), 0) == (1, 3)
 
 
 def test_replicas_of_different_sizes_are_read():

@@ -15,7 +15,7 @@ import torch
 import transformers
 from bodies_tp import hub_cache
 from conftest import TINY
-from helpers import expected_part, place_of
+from helpers import expected_part, tp_group_of
 from huggingface_hub import constants
 
 from clif.config import ConfigError, ModelConfig
@@ -31,7 +31,7 @@ SHAPE = {**TINY, "num_key_value_heads": 3, "vocab_size": 301, "attention_bias": 
 
 
 def load(path: str, rank: int = 0, size: int = 1) -> LoadedModel:
-    return load_model(ModelConfig(path=path, dtype="float32", max_context=64), CPU, 3, place_of(rank, size))
+    return load_model(ModelConfig(path=path, dtype="float32", max_context=64), CPU, 3, tp_group_of(rank, size))
 
 
 def shape_file(folder: Path, **fields: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from helpers import place_of, stack_logits
+from helpers import stack_logits, tp_group_of
 from model_folders import saved
 from tiny_gguf import write_gguf
 
@@ -218,7 +218,7 @@ def case(seed: int, source: Path, folder: Path, changes: list[Change]) -> str:
         early = told(lambda: check_model(config, make_layout(1)))
         late = told(lambda: serve(config))
         # Another way to read weights; not in each case, as it takes as long.
-        part = told(lambda: load_model(config.model, CPU, peers=place_of(0, 2))) if seed % 3 == 0 else late
+        part = told(lambda: load_model(config.model, CPU, tp_group=tp_group_of(0, 2))) if seed % 3 == 0 else late
     return f"{early:d}{late:d}{part:d}"
 
 

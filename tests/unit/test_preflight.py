@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
-from helpers import place_of
+from helpers import tp_group_of
 from model_folders import SMALL, saved
 from tiny_gguf import write_gguf
 
@@ -162,7 +162,9 @@ def test_a_rank_that_meets_it_says_a_sentence_too(folder, name, ranks):
 def make_base(folder: Path, ranks: int) -> None:
     from clif.replica.base import build_base
 
-    loaded = load_model(ModelConfig(path=str(folder), dtype="float32", max_context=64), CPU, peers=place_of(0, ranks))
+    loaded = load_model(
+        ModelConfig(path=str(folder), dtype="float32", max_context=64), CPU, tp_group=tp_group_of(0, ranks)
+    )
     if ranks == 1:
         build_base(configured(folder), loaded)
 

@@ -17,9 +17,9 @@ from clif.wire.keys import Keys
 
 RANK = """
 import sys, threading, time
-from clif.rank import signals as leaving
-leaving.LATE_S = leaving.HANGS_S = 0.1
-told = leaving.Leaving(drain_s=0.2)
+from clif.rank import signals
+signals.LATE_S = signals.HANGS_S = 0.1
+told = signals.SignalWatcher(drain_s=0.2)
 told.on_signal = lambda name: print("passed on", name, flush=True)
 told.serving = sys.argv[1] != "loading"
 print("ready", flush=True)

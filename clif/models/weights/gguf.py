@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from clif.config import ConfigError, ModelConfig
-from clif.distributed.collectives import Peers
+from clif.distributed.collectives import TpGroup
 from clif.distributed.rendezvous import KeyValues
 from clif.models.guard import reading
 from clif.models.weights.files import is_gguf
@@ -52,7 +52,7 @@ def load_packed(
     store: Store,
     run_dir: Path,
     device: torch.device,
-    peers: Peers,
+    tp_group: TpGroup,
     restarted: bool = False,
     host: str | None = None,
 ) -> LoadedModel:
@@ -66,9 +66,9 @@ def load_packed(
     unpacks = _first_of(store, host)
     name = _provide(config, store, run_dir, device, restarted, host) if unpacks else _answer(store, host)
     if (run_dir / name).is_dir():
-        return read(run_dir / name, device, peers)
+        return read(run_dir / name, device, tp_group)
     # Another host has the same name, or the file system is late.
-    return load_model(config, device, peers=peers)
+    return load_model(config, device, tp_group=tp_group)
 
 
 def _provide(config: ModelConfig, store: Store, run_dir: Path, device: torch.device, restarted: bool, host: str) -> str:
@@ -148,20 +148,20 @@ def _unpack(config: ModelConfig, device: torch.device, folder: Path, part: Path)
         ) from error
 
 
-def read(folder: Path, device: torch.device, peers: Peers) -> LoadedModel:
+def read(folder: Path, device: torch.device, tp_group: TpGroup) -> LoadedModel:
     """The model that was unpacked to a folder; with peers this rank's part of it. Raises LayoutError."""
     # Whoever unpacked it has proved its make.
     with reading(str(folder)):
-        if peers.size > 1:
+        if tp_group.size > 1:
             shape = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-            model = load_sliced(str(folder), shape, shape.dtype, device, peers)
+            model = load_sliced(str(folder), shape, shape.dtype, device, tp_group)
         else:
             transformers.utils.logging.disable_progress_bar()
             place = {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
             model = load_whole(str(folder), **place, trust_remote_code=False, dtype="auto")
     model.eval().requires_grad_(False).to(device)
     reason = (folder / "dtype.txt").read_text()
-    return LoadedModel(model, ChatTokenizer.load(folder / "tokenizer"), device, model.dtype, reason, peers.size == 1)
+    return LoadedModel(model, ChatTokenizer.load(folder / "tokenizer"), device, model.dtype, reason, tp_group.size == 1)
 
 
 def drop(run_dir: Path) -> None:

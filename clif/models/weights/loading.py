@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from clif.config import ConfigError, ModelConfig
-from clif.distributed.collectives import Peers
+from clif.distributed.collectives import TpGroup
 from clif.models.bytes_tokenizer import byte_tokenizer
 from clif.models.guard import reading
 from clif.models.hf_config import check_tree, read_tree
@@ -43,21 +43,23 @@ class LoadedModel:
     whole: bool = True
 
 
-def load_model(config: ModelConfig, device: torch.device, seed: int = 0, peers: Peers | None = None) -> LoadedModel:
+def load_model(
+    config: ModelConfig, device: torch.device, seed: int = 0, tp_group: TpGroup | None = None
+) -> LoadedModel:
     """Load what config.path names; with peers only what this rank needs of it, if it is random or has safetensors.
 
     Its make is proved before anything large is read. Raises ConfigError when it cannot be had, is incomplete, would be
     computed wrongly or does not fit the context wanted, LayoutError when the peers cannot share it.
     """
     dtype, reason = choose_dtype(config.dtype, device)
-    peers = peers or Peers()
-    shared = peers.size > 1
+    tp_group = tp_group or TpGroup()
+    shared = tp_group.size > 1
     # A hub name is a folder, too, once it is here.
     folder = snapshot(config.path) if shared and is_hub_name(config.path) else config.path
     if config.path.startswith(RANDOM):
-        model, tokenizer = _random(config, dtype, seed, device, peers)
+        model, tokenizer = _random(config, dtype, seed, device, tp_group)
     elif shared and can_slice(folder):
-        model, tokenizer = _sliced(config, folder, dtype, device, peers)
+        model, tokenizer = _sliced(config, folder, dtype, device, tp_group)
     else:
         model, tokenizer, shared = *pretrained(config, dtype), False
     model.eval().requires_grad_(False).to(device)
@@ -123,12 +125,12 @@ def load_whole(name: str, **source: Any) -> Any:
 
 
 def _sliced(
-    config: ModelConfig, folder: str, dtype: torch.dtype, device: torch.device, peers: Peers
+    config: ModelConfig, folder: str, dtype: torch.dtype, device: torch.device, tp_group: TpGroup
 ) -> tuple[Any, ChatTokenizer]:
     shape = _checked(config, folder)
     with reading(folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = load_sliced(folder, shape, dtype, device, peers)
+        model = load_sliced(folder, shape, dtype, device, tp_group)
         return model, from_transformers(tokenizer, _eos_ids(model))
 
 
@@ -140,13 +142,13 @@ def _dense_gguf(path: str) -> dict[str, Any]:
 
 
 def _random(
-    config: ModelConfig, dtype: torch.dtype, seed: int, device: torch.device, peers: Peers
+    config: ModelConfig, dtype: torch.dtype, seed: int, device: torch.device, tp_group: TpGroup
 ) -> tuple[Any, ChatTokenizer]:
     """Random weights of a given shape, for benchmarks; one seed gives one model, however many ranks share it."""
     shape, file = _checked(config, config.path), locate(config.path)
     assert file is not None
     with reading(str(file)):
-        model = draw_model(shape, dtype, device, seed, peers)
+        model = draw_model(shape, dtype, device, seed, tp_group)
         if (file.parent / "tokenizer.json").is_file():
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), trust_remote_code=False)
             return model, from_transformers(tokenizer, _eos_ids(model))

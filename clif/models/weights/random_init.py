@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from clif.distributed.collectives import Peers
+from clif.distributed.collectives import TpGroup
 from clif.models.shard import part_of
 from clif.models.weights.sharded_build import Slice, build
 
 
-def draw_model(config: Any, dtype: torch.dtype, device: torch.device, seed: int, peers: Peers) -> Any:
+def draw_model(config: Any, dtype: torch.dtype, device: torch.device, seed: int, tp_group: TpGroup) -> Any:
     """A model of a transformers configuration; with peers, this rank's part of the one that a single rank draws.
 
     Each tensor has a generator of its own, and at no time is more than one of them whole beside what is kept.
@@ -26,7 +26,7 @@ def draw_model(config: Any, dtype: torch.dtype, device: torch.device, seed: int,
         # A copy, so that the whole is freed.
         return whole if part is None else part_of(whole, *part).clone()
 
-    return build(config, source, dtype, device, peers)
+    return build(config, source, dtype, device, tp_group)
 
 
 def _draw(name: str, tensor: torch.Tensor, std: float, seed: int) -> torch.Tensor:

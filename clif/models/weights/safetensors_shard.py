@@ -11,7 +11,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 
 from clif.config import ConfigError
-from clif.distributed.collectives import Peers
+from clif.distributed.collectives import TpGroup
 from clif.models.weights.files import INDEX, SINGLE, check_tensors, read_index
 from clif.models.weights.sharded_build import Slice, build
 
@@ -22,7 +22,7 @@ def can_slice(path: str) -> bool:
     return folder.is_dir() and any((folder / name).is_file() for name in (INDEX, SINGLE))
 
 
-def load_sliced(path: str, config: Any, dtype: torch.dtype, device: torch.device, peers: Peers) -> Any:
+def load_sliced(path: str, config: Any, dtype: torch.dtype, device: torch.device, tp_group: TpGroup) -> Any:
     """A model in which linear layers and head have this rank's weights only. It cannot run by itself.
 
     config: of the transformers model. Raises ConfigError when a tensor is missing or has another shape, LayoutError
@@ -40,7 +40,7 @@ def load_sliced(path: str, config: Any, dtype: torch.dtype, device: torch.device
                 )
             return _read(files[name], name, shape, part)
 
-        model = build(config, read, dtype, device, peers)
+        model = build(config, read, dtype, device, tp_group)
         check_tensors(str(folder), (), sorted(files.keys() - model.state_dict().keys()))
     if (folder / "generation_config.json").is_file():
         # End-of-sequence tokens and the like.

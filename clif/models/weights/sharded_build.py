@@ -14,7 +14,7 @@ import transformers
 from accelerate import init_empty_weights
 
 from clif.config import ConfigError
-from clif.distributed.collectives import Peers
+from clif.distributed.collectives import TpGroup
 from clif.distributed.layout import check_shares
 from clif.models.layer import ATTENTION
 from clif.models.shard import Span, Split, layer_spans, share
@@ -27,7 +27,7 @@ Source = Callable[[str, torch.Size, Slice], torch.Tensor]
 HEAD = "lm_head"
 
 
-def build(config: Any, source: Source, dtype: torch.dtype, device: torch.device, peers: Peers) -> Any:
+def build(config: Any, source: Source, dtype: torch.dtype, device: torch.device, tp_group: TpGroup) -> Any:
     """The model of a transformers configuration, with each weight from `source`. Buffers are computed, on the CPU.
 
     Raises ConfigError for a model that cannot be cut, LayoutError for one that the peers cannot share.
@@ -35,7 +35,7 @@ def build(config: Any, source: Source, dtype: torch.dtype, device: torch.device,
     with init_empty_weights(include_buffers=False):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     tied = getattr(config, "tie_word_embeddings", False)
-    parts = dict(_parts(model, tied, peers)) if peers.size > 1 else {}
+    parts = dict(_parts(model, tied, tp_group)) if tp_group.size > 1 else {}
     for name, parameter in list(model.named_parameters()):
         if not (tied and name == f"{HEAD}.weight"):
             _put(model, name, source(name, parameter.shape, parts.get(name)).to(device=device, dtype=dtype))
@@ -46,16 +46,16 @@ def build(config: Any, source: Source, dtype: torch.dtype, device: torch.device,
     return model
 
 
-def _parts(model: Any, tied: bool, peers: Peers) -> Iterator[tuple[str, tuple[Split, Span]]]:
+def _parts(model: Any, tied: bool, tp_group: TpGroup) -> Iterator[tuple[str, tuple[Split, Span]]]:
     """Tensor name -> side and span, for every linear weight (and cut bias) that the peers share."""
     config = model.config
     check_model(model)
-    check_shares(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, peers.size)
+    check_shares(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, tp_group.size)
     if not tied:
-        rows = share(config.vocab_size, peers.rank, peers.size)
+        rows = share(config.vocab_size, tp_group.rank, tp_group.size)
         yield from ((f"{HEAD}.{leaf}", ("out", rows)) for leaf in ("weight", "bias"))
     for layer in range(len(model.model.layers)):
-        for leaf, (split, span) in layer_spans(config, peers.rank, peers.size).items():
+        for leaf, (split, span) in layer_spans(config, tp_group.rank, tp_group.size).items():
             block = "self_attn" if leaf in ATTENTION else "mlp"
             yield f"model.layers.{layer}.{block}.{leaf}.weight", (split, span)
             if split == "out":
