@@ -97,6 +97,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     slo: Slo = Slo()
     purpose: Purpose = Purpose.USER
 
+    @property
+    def max_total_tokens(self) -> int:
+        """Tokens of the prompt and of the longest answer, which it may fill in a KV cache."""
+        return len(self.prompt) + self.sampling.max_tokens
+
 
 NO_TOKEN = -1
 """In place of a token id: the logits are not finite, none can be chosen."""

@@ -14,7 +14,6 @@ from clif.config import Config
 from clif.control.dispatcher import RequestRecord
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
-from clif.control.policy.routing import tokens_of
 from clif.control.rounds import Round
 from clif.states import RequestState, RoundState
 from clif.types import FinishReason, HeldoutLoss, RoundResult, TokenEvent, Vote
@@ -123,7 +122,7 @@ def event_objection(event: TokenEvent, record: RequestRecord, hello: wire.Hello,
         FinishReason.STOP: not answered,
         FinishReason.LENGTH: answered < request.sampling.max_tokens,
         FinishReason.CANCELLED: True,
-        FinishReason.REJECTED: tokens_of(request) <= hello.kv_tokens,
+        FinishReason.REJECTED: request.max_total_tokens <= hello.kv_tokens,
     }
     if event.finish is not None and impossible.get(event.finish, False):
         return f"{name}: it ends as {event.finish.value} after {answered} tokens, which cannot be"

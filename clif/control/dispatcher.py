@@ -7,13 +7,13 @@ whatever comes for it afterwards is counted and ignored.
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from clif.config import Config
-from clif.control.policy.routing import Reject, choose_replica, tokens_of
-from clif.control.policy.view import ClusterView
+from clif.control.held import HeldRequests
+from clif.control.policy.routing import Reject, RoutingView, choose_replica
 from clif.states import RequestState, advance
 from clif.types import FinishReason, Purpose, Request, Slo, TokenEvent
 from clif.wire.messages import Cancel, Down, Submit
@@ -98,7 +98,8 @@ class Dispatcher:
         self._hooks = hooks
         self._records: dict[int, RequestRecord] = {}
         self._queue: deque[RequestRecord] = deque()
-        self._held: dict[int, dict[int, RequestRecord]] = {}
+        self._states: Counter[RequestState] = Counter()
+        self.held: HeldRequests[RequestRecord] = HeldRequests()
 
     @property
     def outstanding(self) -> int:
@@ -112,12 +113,7 @@ class Dispatcher:
     @property
     def running(self) -> int:
         """Requests that have a first token and not yet their last."""
-        return sum(r.state is RequestState.RUNNING for r in self._records.values())
-
-    def load_of(self, replica: int) -> tuple[int, int]:
-        """(requests at the replica that have not ended, tokens that they may fill in its KV cache)."""
-        held = self._held.get(replica, {})
-        return len(held), sum(tokens_of(r.request) for r in held.values())
+        return self._states[RequestState.RUNNING]
 
     def oldest_wait_s(self, now: float) -> float:
         """Age of the oldest user request without a first token; 0 if there is none."""
@@ -135,6 +131,7 @@ class Dispatcher:
             raise ValueError(f"request id {request.id} is in use: ids must be unique")
         record = RequestRecord(request, now if arrival_s is None else arrival_s)
         self._records[request.id] = record
+        self._states[record.state] += 1
         refusal = self._refusal(request)
         if refusal:
             record.at_the_door = True
@@ -142,11 +139,14 @@ class Dispatcher:
         else:
             self._queue.append(record)
 
-    def dispatch(self, now: float, view: ClusterView) -> None:
-        """Hand out queued requests, first come first served, until the first one has to wait."""
+    def dispatch(self, now: float, routing_view: Callable[[], RoutingView]) -> None:
+        """Hand out queued requests, first come first served, until the first one has to wait.
+
+        routing_view: all replicas as they are after the hand-over before.
+        """
         while self._queue:
             record = self._queue[0]
-            route, reason = choose_replica(now, record.request, record.arrival_s, view, self._config)
+            route, reason = choose_replica(now, record.request, record.arrival_s, routing_view(), self._config)
             if route is None:
                 return
             if isinstance(route, Reject):
@@ -160,11 +160,10 @@ class Dispatcher:
             self._queue.popleft()
             self._hand_over(now, record, route.replica)
             self._hooks.dispatched(record, route.predicted_s, reason)
-            view = view.with_dispatched(route.replica, tokens_of(record.request))
 
     def held_by(self, replica: int, request_id: int) -> RequestRecord | None:
         """The request, if the replica holds it: what it says of others is ignored."""
-        return self._held.get(replica, {}).get(request_id)
+        return self.held.get(replica, request_id)
 
     def on_event(self, now: float, replica: int, event: TokenEvent) -> None:
         """Take tokens or the end of a request from the replica that holds it. The event must be one that can be."""
@@ -189,7 +188,7 @@ class Dispatcher:
             record.tokens.clear()
             record.token_times.clear()
         record.version = version
-        record.state = advance(record.state, RequestState.RUNNING)
+        self._advance(record, RequestState.RUNNING)
 
     def cancel(self, now: float, request_id: int, detail: str = "") -> None:
         """End a request by request; its replica is told to drop it. Does nothing if it ended already."""
@@ -211,14 +210,14 @@ class Dispatcher:
 
         Not for ever: what takes one replica after another down with it is ended.
         """
-        held = list(self._held.pop(replica, {}).values())
+        held = self.held.remove_all(replica)
         for record in sorted(held, key=lambda r: r.arrival_s, reverse=True):
             record.losses += 1
             if record.losses > self._config.control.retries:
                 detail = f"{record.losses} replicas were lost with it, the last one {replica} ({reason})"
                 self._finish(now, record, FinishReason.FAILED, detail)
             else:
-                record.state = advance(record.state, RequestState.QUEUED)
+                self._advance(record, RequestState.QUEUED)
                 record.replica = record.dispatched_s = None
                 self._queue.appendleft(record)
 
@@ -236,7 +235,7 @@ class Dispatcher:
     def _refusal(self, request: Request) -> str:
         if not request.prompt:
             return "the prompt is empty: give at least one token"
-        if tokens_of(request) > self.context_limit:
+        if request.max_total_tokens > self.context_limit:
             return (
                 f"prompt {len(request.prompt)} + max_tokens {request.sampling.max_tokens} exceed {self.context_limit} "
                 "tokens: shorten the prompt, lower max_tokens, or raise model.max_context and engine.kv_tokens"
@@ -244,9 +243,14 @@ class Dispatcher:
         return ""
 
     def _hand_over(self, now: float, record: RequestRecord, replica: int) -> None:
-        record.state = advance(record.state, RequestState.DISPATCHED)
+        self._advance(record, RequestState.DISPATCHED)
         record.replica, record.dispatched_s = replica, now
-        self._held.setdefault(replica, {})[record.request.id] = record
+        self.held.add(replica, record)
+
+    def _advance(self, record: RequestRecord, state: RequestState) -> None:
+        self._states[record.state] -= 1
+        record.state = advance(record.state, state)
+        self._states[state] += 1
 
     def _tell_cancel(self, record: RequestRecord) -> None:
         if record.replica is not None:
@@ -255,9 +259,10 @@ class Dispatcher:
     def _finish(self, now: float, record: RequestRecord, finish: FinishReason, detail: str) -> None:
         if record.state is RequestState.QUEUED and record in self._queue:
             self._queue.remove(record)
-        record.state = advance(record.state, RequestState.FINISHED)
+        self._advance(record, RequestState.FINISHED)
+        self._states[RequestState.FINISHED] -= 1
         record.finish, record.detail, record.finished_s = finish, detail, now
         del self._records[record.request.id]
         if record.replica is not None:
-            self._held.get(record.replica, {}).pop(record.request.id, None)
+            self.held.remove(record.replica, record)
         self._hooks.finished(record)

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from clif.config import Config
 from clif.control.dispatcher import Send
+from clif.control.policy.routing import RoutingView
 from clif.control.policy.view import ClusterView, ReplicaTracker, ReplicaView
 from clif.distributed.roles import role_of
 from clif.states import ReplicaState, advance
 from clif.wire.messages import Hello, Limits, Report, Welcome
 
 OnTransition = Callable[[int, ReplicaState, ReplicaState, str], None]
-LoadOf = Callable[[int], tuple[int, int]]
+
+
+class Loads(Protocol):
+    """What the dispatcher knows of the replicas' loads."""
+
+    def load_of(self, replica: int) -> tuple[int, int]:
+        """(requests at the replica that have not ended, tokens that they may fill in its KV cache)."""
+        ...
+
+    def take_changed(self) -> set[int]:
+        """Replicas whose load has changed since the last call."""
+        ...
+
+
 PRICED_AFTER = 32
 """Serving iterations, an answer or two."""
 BREAK = 0.05
@@ -20,21 +35,26 @@ BREAK = 0.05
 
 
 class Fleet:
-    """Trackers by replica id. expected: how many replicas the run has. load_of: the dispatcher's (requests, tokens) at
-    a replica."""
+    """Trackers by replica id. expected: how many replicas the run has.
 
-    def __init__(self, config: Config, replicas: int, send: Send, load_of: LoadOf, on_transition: OnTransition) -> None:
+    Every change of what routing reads of a replica is noted in _changed, and routing_view() takes in what changed.
+    """
+
+    def __init__(self, config: Config, replicas: int, send: Send, loads: Loads, on_transition: OnTransition) -> None:
         self._config = config
         self._send = send
-        self._load_of = load_of
+        self._loads = loads
         self._on_transition = on_transition
         self.expected = replicas
         self._trackers: dict[int, ReplicaTracker] = {}
         self._spoken_s, self._heard_s = 0.0, 0.0
+        self._routing, self._changed = RoutingView(count=replicas), set[int]()
 
     @property
     def missing(self) -> tuple[int, ...]:
         """Replicas that have not said Hello."""
+        if len(self._trackers) == self.expected:
+            return ()
         return tuple(r for r in range(self.expected) if r not in self._trackers)
 
     @property
@@ -55,7 +75,7 @@ class Fleet:
         """
         both = [r for r in self.alive if self._trackers[r].role.serves and self._trackers[r].role.trains]
         known = [r for r in both if self._trackers[r].serve.seen >= PRICED_AFTER]
-        return not both or (bool(known) and all(r in known or self._load_of(r)[0] == 0 for r in both))
+        return not both or (bool(known) and all(r in known or self._loads.load_of(r)[0] == 0 for r in both))
 
     @property
     def hellos(self) -> tuple[Hello, ...]:
@@ -87,6 +107,7 @@ class Fleet:
             return self._return(now, former, hello)
         role = role_of(hello.replica, self.expected, self._config.run)
         self._trackers[hello.replica] = ReplicaTracker(now, hello, self._config, role)
+        self._changed.add(hello.replica)
         self.heard(now, hello.replica)
         who = f"rank {hello.rank}, process {hello.pid} on {hello.host}, {hello.dtype}, loaded in {hello.load_s:.1f} s"
         self._on_transition(hello.replica, ReplicaState.SERVING, ReplicaState.SERVING, f"joined: {who}")
@@ -111,7 +132,8 @@ class Fleet:
         self._trackers[replica].spoken_before_s = self._spoken_s
 
     def report(self, now: float, report: Report) -> None:
-        self._trackers[report.replica].observe(now, report, self._load_of(report.replica)[0])
+        self._changed.add(report.replica)
+        self._trackers[report.replica].observe(now, report, self._loads.load_of(report.replica)[0])
 
     def installed(self, replica: int, version: int) -> None:
         """The replica answers new requests with this version from now on."""
@@ -122,6 +144,7 @@ class Fleet:
         tracker = self._trackers[replica]
         before, tracker.state = tracker.state, advance(tracker.state, state)
         tracker.state_since = now
+        self._changed.add(replica)
         if state is ReplicaState.COMBINED:
             tracker.joined += 1
         self._on_transition(replica, before, state, reason)
@@ -133,15 +156,22 @@ class Fleet:
         if wanted == (tracker.max_batch, tracker.micro_batch):
             return False
         tracker.max_batch, tracker.micro_batch = wanted
+        self._changed.add(replica)
         self._send(replica, Limits(max_batch=wanted[0], micro_batch=wanted[1]))
         return True
 
     def refit(self) -> None:
-        for tracker in self._trackers.values():
-            tracker.refit()
+        self._changed |= {replica for replica, tracker in self._trackers.items() if tracker.refit()}
 
     def view_of(self, replica: int) -> ReplicaView:
-        return self._trackers[replica].view(*self._load_of(replica), self._spoken_s)
+        return self._trackers[replica].view(*self._loads.load_of(replica), self._spoken_s)
+
+    def routing_view(self) -> RoutingView:
+        """What routing needs of all replicas at this moment. Costs what has changed since the last call."""
+        changed, self._changed = self._changed | self._loads.take_changed(), set()
+        for replica in changed & self._trackers.keys():
+            self._routing.update(self.view_of(replica))
+        return self._routing
 
     def view(self, queued: int) -> ClusterView:
         """Everything at this moment; all replicas must have joined."""

@@ -70,8 +70,7 @@ class ControlServer:
         self._quality, self._records, self._answers, self._status = quality, records, answers, status
         hooks = Hooks(finished=self._on_finished, dispatched=records.dispatch)
         self.dispatcher = Dispatcher(config, self._send, hooks)
-        load_of, transition = self.dispatcher.load_of, records.transition
-        self.fleet = Fleet(config, replicas, self._send, load_of, transition)
+        self.fleet = Fleet(config, replicas, self._send, self.dispatcher.held, records.transition)
         self.federation = Federation(
             config,
             self.fleet,
@@ -170,7 +169,7 @@ class ControlServer:
         self.federation.tick(now)
         if self.phase is not Phase.GATHER and not self.fleet.missing:
             if self.dispatcher.queued:
-                self.dispatcher.dispatch(now, self.fleet.view(self.dispatcher.queued))
+                self.dispatcher.dispatch(now, self.fleet.routing_view)
             if now >= self._next_slow_s:
                 self._next_slow_s = now + self.config.control.period_s
                 started = self._slow.turn(now, rounds_may_start(now, self._facts(), self.config))

@@ -90,8 +90,8 @@ class Scheduler:
         answer, version: what another replica has answered so far, under which version. If that one can be read here
         as well, the answer goes on; else it begins anew.
         """
-        if longest(request) > self.config.kv_tokens:
-            detail = f"needs {longest(request)} tokens: engine.kv_tokens is {self.config.kv_tokens}"
+        if request.max_total_tokens > self.config.kv_tokens:
+            detail = f"needs {request.max_total_tokens} tokens: engine.kv_tokens is {self.config.kv_tokens}"
             return TokenEvent(request_id=request.id, finish=FinishReason.REJECTED, detail=detail)
         sequence = Sequence(request, now, list(request.prompt))
         if version is not None and self.slots.holds(version):
@@ -156,7 +156,7 @@ class Scheduler:
 
     def _due(self, sequence: Sequence) -> int:
         """Blocks that a sequence takes soon: for the tokens it has, and for a block of answer, if it gets that long."""
-        soon = min(len(sequence.tokens) + self.pool.block_size, longest(sequence.request))
+        soon = min(len(sequence.tokens) + self.pool.block_size, sequence.request.max_total_tokens)
         return self.pool.blocks_for(soon) - len(sequence.blocks)
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk | None:
@@ -225,8 +225,3 @@ class Scheduler:
             detail=detail,
             text=text,
         )
-
-
-def longest(request: Request) -> int:
-    """Tokens that a request may grow to, prompt and answer."""
-    return len(request.prompt) + request.sampling.max_tokens

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from clif.config import Config, config_from_tree
 from clif.control.dispatcher import Dispatcher, Hooks, RequestRecord
-from clif.control.policy.view import ClusterView, ReplicaView
+from clif.control.policy.routing import RoutingView
+from clif.control.policy.view import ReplicaView
 from clif.states import ReplicaState
 from clif.types import FinishReason, Purpose, Request, Sampling, Slo, TokenEvent
 from clif.wire.messages import Down, Submit
@@ -40,20 +41,20 @@ class Rig:
         self.sent.append((replica, message))
         return replica not in self.dead
 
-    def view(self, max_batch: int = 2) -> ClusterView:
+    def view(self, max_batch: int = 2) -> RoutingView:
         views = []
         for number in (0, 1):
-            count, reserved = self.dispatcher.load_of(number)
+            count, reserved = self.dispatcher.held.load_of(number)
             state = ReplicaState.FAILED if number in self.dead else ReplicaState.SERVING
             views.append(
                 ReplicaView(
                     number, state=state, outstanding=count, reserved=reserved, max_batch=max_batch, kv_tokens=128
                 )
             )
-        return ClusterView(tuple(views), self.dispatcher.queued)
+        return RoutingView(views)
 
     def dispatch(self, now: float, max_batch: int = 2) -> None:
-        self.dispatcher.dispatch(now, self.view(max_batch))
+        self.dispatcher.dispatch(now, lambda: self.view(max_batch))
 
     def submitted_to(self, replica: int) -> list[int]:
         return [m.request.id for r, m in self.sent if r == replica and isinstance(m, Submit)]
@@ -105,7 +106,7 @@ def test_promise_1_every_accepted_request_gets_exactly_one_terminal_event(
     assert Counter(r.request.id for r in rig.ended) == Counter(range(count))
     assert all(r.finish is not None and r.finished_s is not None for r in rig.ended)
     assert rig.dispatcher.outstanding == rig.dispatcher.queued == 0
-    assert rig.dispatcher.load_of(0) == rig.dispatcher.load_of(1) == (0, 0)
+    assert rig.dispatcher.held.load_of(0) == rig.dispatcher.held.load_of(1) == (0, 0)
 
 
 def test_promise_1_a_second_terminal_event_is_ignored_and_counted() -> None:
@@ -235,7 +236,7 @@ def test_a_request_whose_replica_does_not_take_it_keeps_its_place() -> None:
     rig.dispatcher.submit(0.0, request(1))
     view = rig.view()
     rig.dead.add(0)
-    rig.dispatcher.dispatch(0.0, view)
+    rig.dispatcher.dispatch(0.0, lambda: view)
     assert rig.dispatcher.queued == 1 and not rig.ended
     rig.dispatch(1.0)
     assert rig.submitted_to(1) == [1]

@@ -1,6 +1,7 @@
 """The pure decisions: states, pressure, routing, who trains, and how much at once."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from clif.control.policy.batch_sizes import choose_batches, objective
 from clif.control.policy.pressure import OutcomeWindow, Pressure, ServiceWindow, service_pressure
 from clif.control.policy.replica_state import next_state, state_after_round
 from clif.control.policy.round_admission import History, given_up, plan_round, target_reached
-from clif.control.policy.routing import Dispatch, Reject, choose_replica, tokens_of
+from clif.control.policy.routing import Dispatch, Reject, RoutingView, choose_replica
 from clif.control.policy.view import ClusterView, ReplicaTracker, ReplicaView
 from clif.latency import Fit
 from clif.states import ReplicaState
@@ -260,19 +261,19 @@ def test_after_discarded_rounds_the_launcher_pauses() -> None:
 def test_the_least_predicted_finish_time_wins() -> None:
     slow = replica(0, serve=Fit(0.0, 0.0, 0.2))
     fast = replica(1, serve=Fit(0.0, 0.0, 0.1), outstanding=2, running=2)
-    route, _ = choose_replica(100.0, request(), 100.0, cluster(slow, fast), make_config())
+    route, _ = choose_replica(100.0, request(), 100.0, RoutingView((slow, fast)), make_config())
     assert isinstance(route, Dispatch) and route.replica == 1
 
 
 def test_a_request_waits_while_no_replica_has_room() -> None:
     full = replica(0, outstanding=4)
     no_cache = replica(1, reserved=1490)
-    route, reason = choose_replica(100.0, request(), 100.0, cluster(full, no_cache), make_config())
+    route, reason = choose_replica(100.0, request(), 100.0, RoutingView((full, no_cache)), make_config())
     assert route is None and "room" in reason
 
 
 def test_a_deadline_that_cannot_be_met_is_served_late_or_rejected_with_a_reason_by_policy() -> None:
-    view, late = cluster(replica(0, serve=Fit(0.0, 0.0, 1.0))), request(deadline_s=2.0)
+    view, late = RoutingView((replica(0, serve=Fit(0.0, 0.0, 1.0)),)), request(deadline_s=2.0)
     route, _ = choose_replica(100.0, late, 100.0, view, make_config(slo={"late": "serve"}))
     assert isinstance(route, Dispatch)
     route, reason = choose_replica(100.0, late, 100.0, view, make_config(slo={"late": "reject"}))
@@ -280,7 +281,7 @@ def test_a_deadline_that_cannot_be_met_is_served_late_or_rejected_with_a_reason_
 
 
 def test_a_late_request_is_rejected_also_while_all_are_full() -> None:
-    view = cluster(replica(0, outstanding=4))
+    view = RoutingView((replica(0, outstanding=4),))
     route, _ = choose_replica(200.0, request(deadline_s=2.0), 100.0, view, make_config(slo={"late": "reject"}))
     assert isinstance(route, Reject)
 
@@ -296,19 +297,66 @@ def test_routing_never_drops(
 ) -> None:
     views = [replica(i, outstanding=n, reserved=k, state=s) for i, (n, k, s) in enumerate(replicas)]
     asked = request(deadline_s=deadline_s)
-    route, reason = choose_replica(100.0, asked, 99.0, cluster(*views), make_config(slo={"late": late}))
+    route, reason = choose_replica(100.0, asked, 99.0, RoutingView(views), make_config(slo={"late": late}))
     assert reason
     if isinstance(route, Dispatch):
-        assert views[route.replica].has_room(tokens_of(asked))
+        assert has_room(views[route.replica], asked)
     elif isinstance(route, Reject):
         assert late == "reject" and deadline_s is not None
     else:
-        assert not any(v.has_room(tokens_of(asked)) for v in views)
+        assert not any(has_room(v, asked) for v in views)
 
 
-def test_a_dispatch_counts_in_the_view_at_once() -> None:
-    view = cluster(replica(0), replica(1)).with_dispatched(1, 20)
-    assert [(r.outstanding, r.reserved) for r in view.replicas] == [(0, 0), (1, 20)]
+def has_room(view: ReplicaView, asked: Request) -> bool:
+    fits = view.reserved + asked.max_total_tokens <= 1.5 * view.kv_tokens
+    return view.serving and view.outstanding < view.max_batch and fits
+
+
+fits = st.builds(Fit, st.sampled_from([0.0, 0.1]), st.sampled_from([0.0, 0.3]), st.sampled_from([0.01, 0.2]))
+some_views = st.lists(
+    st.builds(
+        lambda n, ran, k, state, fit: replica(0, outstanding=n, running=ran, reserved=k, state=state, serve=fit),
+        st.integers(0, 5), st.integers(0, 5), st.sampled_from([0, 900, 1490]), st.sampled_from(list(ReplicaState)),
+        fits,
+    ),
+    max_size=6,
+)  # fmt: skip
+
+
+def one_by_one(asked: Request, views: Sequence[ReplicaView], config: Config) -> tuple[float, int] | None:
+    """(predicted seconds, replica) of the best replica with room, each predicted by itself; None: none has room."""
+
+    def predicted(view: ReplicaView) -> float:
+        training = view.micro_batch if view.state is ReplicaState.COMBINED else 0
+        iteration = view.serve.predict(view.outstanding + 1, training)
+        chunks = math.ceil(len(asked.prompt) / config.engine.max_prefill_tokens)
+        return (chunks + max(0, view.outstanding - view.running) + asked.sampling.max_tokens) * iteration
+
+    ranked = sorted((predicted(v), v.outstanding, v.replica) for v in views if has_room(v, asked))
+    return (ranked[0][0], ranked[0][2]) if ranked else None
+
+
+@settings(max_examples=200, deadline=None)
+@given(some_views)
+def test_all_replicas_at_once_are_predicted_as_one_by_one(found: list[ReplicaView]) -> None:
+    views = [replace(view, replica=i) for i, view in enumerate(found)]
+    route, _ = choose_replica(100.0, request(), 100.0, RoutingView(views), make_config())
+    best = one_by_one(request(), views, make_config())
+    assert (route and (route.predicted_s, route.replica)) == best  # type: ignore[union-attr]
+
+
+@settings(max_examples=100, deadline=None)
+@given(some_views, some_views)
+def test_a_routing_view_that_follows_changes_is_that_of_the_replicas_as_they_are(
+    before: list[ReplicaView], after: list[ReplicaView]
+) -> None:
+    views = {i: replace(view, replica=i) for i, view in enumerate(before)}
+    changes = {i: replace(view, replica=i) for i, view in enumerate(after)}
+    followed = RoutingView(views.values(), count=6)
+    for changed in changes.values():
+        followed.update(changed)
+    fresh = RoutingView((views | changes).values(), count=6)
+    assert all((column == vars(fresh)[name]).all() for name, column in vars(followed).items())
 
 
 # --- coordinator ---------------------------------------------------------------------------------

@@ -19,9 +19,22 @@ def report(replica: int, *seconds: float) -> Report:
 SCATTERED = [0.001, 1.0, 9.0, 0.01] * 8
 
 
+class Requests:
+    """Requests at each replica, as many as `load` says when it is asked for."""
+
+    def __init__(self, load: dict[int, int]) -> None:
+        self.load = load
+
+    def load_of(self, replica: int) -> tuple[int, int]:
+        return self.load[replica], 0
+
+    def take_changed(self) -> set[int]:
+        return set(self.load)
+
+
 def fleet_with(load: dict[int, int]) -> Fleet:
     """Two replicas. load: requests at each, read when it is asked for."""
-    fleet = Fleet(CONFIG, 2, lambda *_: True, lambda replica: (load[replica], 0), lambda *_: None)
+    fleet = Fleet(CONFIG, 2, lambda *_: True, Requests(load), lambda *_: None)
     for replica in (0, 1):
         hello = Hello(
             replica=replica, rank=replica, host="h", pid=1, max_batch=4, kv_tokens=1000, max_context=500,

@@ -9,6 +9,7 @@ from control_run import SERVES, Run, make_config
 
 from clif.config import config_from_tree
 from clif.control.fleet import Fleet
+from clif.control.held import HeldRequests
 from clif.control.policy.replica_state import next_state
 from clif.states import ReplicaState
 from clif.wire.messages import Hello
@@ -20,7 +21,7 @@ class Replicas:
     """Replicas 0 and 1 on a clock of their own."""
 
     def __init__(self) -> None:
-        self.fleet = Fleet(CONFIG, 2, lambda *_: True, lambda _: (0, 0), lambda *_: None)
+        self.fleet = Fleet(CONFIG, 2, lambda *_: True, HeldRequests(), lambda *_: None)
         self.now = 100.0
         for replica in (0, 1):
             hello = Hello(

@@ -131,7 +131,7 @@ class Scene:
             purpose = Purpose.PROBE if self.asked % 2 else Purpose.USER
             server.dispatcher.submit(now, Request(id=self.asked, prompt=(1, 2),
                                                   sampling=Sampling(max_tokens=4), purpose=purpose))  # fmt: skip
-        server.dispatcher.dispatch(now, server.fleet.view(server.dispatcher.queued))
+        server.dispatcher.dispatch(now, server.fleet.routing_view)
         if server.federation.current is not None:
             return
         for replica in server.fleet.alive:

@@ -15,7 +15,7 @@ from clif.control.policy.batch_sizes import choose_batches
 from clif.control.policy.pressure import Pressure
 from clif.control.policy.replica_state import next_state, state_after_round
 from clif.control.policy.round_admission import History, plan_round, wants_rounds
-from clif.control.policy.routing import Dispatch, choose_replica
+from clif.control.policy.routing import Dispatch, RoutingView, choose_replica
 from clif.control.policy.view import ClusterView, ReplicaView
 from clif.distributed.layout import make_layout
 from clif.distributed.roles import Role, check_roles, fewest_replicas, role_of
@@ -49,7 +49,7 @@ def cluster(config: Config, *states: ReplicaState, **values: Any) -> ClusterView
 
 def route(view: ClusterView, config: Config) -> tuple[int | None, str]:
     request = Request(id=1, prompt=(1, 2), sampling=Sampling(max_tokens=8))
-    decision, reason = choose_replica(100.0, request, 100.0, view, config)
+    decision, reason = choose_replica(100.0, request, 100.0, RoutingView(view.replicas), config)
     return (decision.replica if isinstance(decision, Dispatch) else None), reason
 
 

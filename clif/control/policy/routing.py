@@ -1,13 +1,20 @@
-"""Which replica answers a request: the least predicted finish time among those that meet its deadline."""
+"""Which replica answers a request: the least predicted finish time among those that meet its deadline.
+
+The decision is taken for every request, so it must not cost more where there are more replicas than it has to. What it
+reads of the replicas lies in columns: one pass of numpy over a thousand replicas takes some microseconds.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Union
 
+import numpy as np
+
 from clif.config import Config
-from clif.control.policy.view import ClusterView, ReplicaView
+from clif.control.policy.view import OVERCOMMIT, ReplicaView
 from clif.states import ReplicaState
 from clif.types import Request
 
@@ -30,40 +37,70 @@ class Reject:
 Route = Union[Dispatch, Reject]
 
 
+class RoutingView:
+    """What routing needs of all replicas, as columns [replicas]. Its owner alone calls update(), for what has changed.
+
+    iteration_s: predicted seconds of an iteration with one request more; ahead: requests whose prefill is still to
+    come; reserved and room: tokens that requests may fill in the KV cache, and how many that may be.
+    """
+
+    def __init__(self, replicas: Iterable[ReplicaView] = (), count: int = 0) -> None:
+        """count: how many replicas there will be; one that was never updated serves nobody."""
+        known = tuple(replicas)
+        size = max([count, *(r.replica + 1 for r in known)])
+        self.serving, self.has_slot = np.zeros(size, bool), np.zeros(size, bool)
+        self.iteration_s, self.room = np.zeros(size), np.zeros(size)
+        self.ahead, self.outstanding, self.reserved = (np.zeros(size, np.int64) for _ in range(3))
+        for replica in known:
+            self.update(replica)
+
+    def update(self, replica: ReplicaView) -> None:
+        """Bring the row of one replica up to date."""
+        row = replica.replica
+        training = replica.micro_batch if replica.state is ReplicaState.COMBINED else 0
+        self.serving[row] = replica.serving
+        self.has_slot[row] = replica.outstanding < replica.max_batch
+        self.iteration_s[row] = replica.serve.predict(replica.outstanding + 1, training)
+        # Those it holds beyond the running batch have their prefill still to come.
+        self.ahead[row] = max(0, replica.outstanding - replica.running)
+        self.outstanding[row], self.reserved[row] = replica.outstanding, replica.reserved
+        self.room[row] = OVERCOMMIT * replica.kv_tokens
+
+    def with_room(self, tokens: int) -> np.ndarray:
+        """Replicas [replicas] on which a request that may fill so many tokens can start at once, as far as is known.
+
+        Most answers end before their longest, and a replica that runs out of blocks preempts: so more is handed out
+        than there is.
+        """
+        return self.serving & self.has_slot & (self.reserved + tokens <= self.room)
+
+    def predict_s(self, request: Request, config: Config) -> np.ndarray:
+        """Predicted seconds [replicas] until the last token: prefill chunks and one iteration per token."""
+        chunks = math.ceil(len(request.prompt) / config.engine.max_prefill_tokens)
+        return (self.ahead + (chunks + request.sampling.max_tokens)) * self.iteration_s
+
+
 def choose_replica(
-    now: float, request: Request, arrival_s: float, view: ClusterView, config: Config
+    now: float, request: Request, arrival_s: float, view: RoutingView, config: Config
 ) -> tuple[Route | None, str]:
     """Decide about the request at the head of the queue. None: it waits until a replica has room.
 
     Never drops: a request is dispatched, waits, or is rejected with the reason.
     """
-    alive = view.serving
+    alive = int(np.count_nonzero(view.serving))
     if not alive:
         return None, "no replica that serves is alive"
-    tokens = tokens_of(request)
-    ranked = sorted((predict_s(request, r, config), r.outstanding, r.replica) for r in alive if r.has_room(tokens))
+    predicted = view.predict_s(request, config)
+    room = view.with_room(request.max_total_tokens)
+    ready = int(np.count_nonzero(room))
+    best = float(predicted[room if ready else view.serving].min())
     left = math.inf if request.slo.deadline_s is None else arrival_s + request.slo.deadline_s - now
-    if ranked and ranked[0][0] <= left:
-        predicted, _, replica = ranked[0]
-        return Dispatch(replica, predicted), f"least predicted finish of {len(ranked)} with room"
-    best = ranked[0][0] if ranked else min(predict_s(request, r, config) for r in alive)
     if best > left and config.slo.late == "reject":
         return Reject(best), f"needs {best:.2f} s but its deadline is in {left:.2f} s"
-    if not ranked:
-        return None, f"none of {len(alive)} replicas has room"
-    return Dispatch(ranked[0][2], best), f"deadline in {left:.2f} s cannot be met: served late"
-
-
-def predict_s(request: Request, replica: ReplicaView, config: Config) -> float:
-    """Predicted seconds until the last token: prefill chunks and one iteration per token beside those running."""
-    training = replica.micro_batch if replica.state is ReplicaState.COMBINED else 0
-    iteration = replica.serve.predict(replica.outstanding + 1, training)
-    chunks = math.ceil(len(request.prompt) / config.engine.max_prefill_tokens)
-    # Those it holds beyond the running batch have their prefill still to come.
-    ahead = max(0, replica.outstanding - replica.running)
-    return (chunks + ahead + request.sampling.max_tokens) * iteration
-
-
-def tokens_of(request: Request) -> int:
-    """Tokens that the request may fill in a KV cache."""
-    return len(request.prompt) + request.sampling.max_tokens
+    if not ready:
+        return None, f"none of {alive} replicas has room"
+    equal = np.flatnonzero(room & (predicted == best))
+    replica = int(equal[view.outstanding[equal].argmin()])
+    if best <= left:
+        return Dispatch(replica, best), f"least predicted finish of {ready} with room"
+    return Dispatch(replica, best), f"deadline in {left:.2f} s cannot be met: served late"

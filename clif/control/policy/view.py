@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from clif.config import Config
 from clif.distributed.roles import BOTH, Role
@@ -65,19 +65,10 @@ class ReplicaView:
         """Whether requests may be sent to it."""
         return self.alive and self.role.serves
 
-    def has_room(self, tokens: int) -> bool:
-        """Whether a request that may fill `tokens` of the KV cache can start at once, as far as can be told from here.
-
-        Most answers end before their longest, and a replica that runs out of blocks preempts: so more is handed out
-        than there is.
-        """
-        fits = self.reserved + tokens <= OVERCOMMIT * self.kv_tokens
-        return self.serving and self.outstanding < self.max_batch and fits
-
 
 @dataclass(frozen=True)
 class ClusterView:
-    """All replicas, by id; queued: requests that wait at the dispatcher."""
+    """All replicas, by id, for what is decided once a control period; queued: requests that wait at the dispatcher."""
 
     replicas: tuple[ReplicaView, ...]
     queued: int = 0
@@ -93,12 +84,6 @@ class ClusterView:
 
     def in_state(self, state: ReplicaState) -> tuple[ReplicaView, ...]:
         return tuple(r for r in self.replicas if r.state is state)
-
-    def with_dispatched(self, replica: int, tokens: int) -> ClusterView:
-        """The view after a request of `tokens` was handed to a replica."""
-        old = self.replicas[replica]
-        new = replace(old, outstanding=old.outstanding + 1, reserved=old.reserved + tokens)
-        return replace(self, replicas=(*self.replicas[:replica], new, *self.replicas[replica + 1 :]))
 
 
 class Average:
@@ -161,9 +146,11 @@ class ReplicaTracker:
         new.serve, new.train = self.serve, self.train
         return new
 
-    def refit(self) -> None:
-        self.serve.refit()
+    def refit(self) -> bool:
+        """Returns whether the latency of serving is predicted differently since."""
+        before = self.serve.fit
         self.train.refit()
+        return self.serve.refit() is not before
 
     def view(self, outstanding: int, reserved: int, spoken_s: float = 0.0) -> ReplicaView:
         """spoken_s: time in which some replica spoke, until now."""
