@@ -85,7 +85,7 @@ class Bench:
         self.vocab = self.runner.stack.vocab_size
         self._ids = iter(range(1 << 60))
 
-    def engine(self, coserving: str = "turns") -> Engine:
+    def engine(self, coserving: str = "interleaved") -> Engine:
         scheduler = Scheduler(self.config.engine, self.slots, (), self.loaded.tokenizer.decode)
         return Engine(self.runner, scheduler, self.config.slo, coserving)
 

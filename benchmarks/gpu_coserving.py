@@ -18,7 +18,7 @@ from gpu_bench import Bench, Scale, run_stage
 from clif.engine.jobs import Job
 from clif.training.trainer import ShadowTrainer
 
-WAYS = ("turns", "mixed")
+WAYS = ("interleaved", "fused")
 LOADS = (1.0, 0.7, 0.25)
 """Shares of the batch that requests take."""
 
@@ -62,7 +62,7 @@ def measure(shape: str, scale: Scale) -> list[str]:
     """Markdown of one shape."""
     bench = Bench(shape, scale)
     trainer = bench.trainer(*scale.steps[min(1, len(scale.steps) - 1)])
-    alone = [rates(bench, trainer, "turns", serves=False, trains=True).training for _ in range(scale.repeats)]
+    alone = [rates(bench, trainer, "interleaved", serves=False, trains=True).training for _ in range(scale.repeats)]
     train = statistics.median(alone)
     lines = [
         f"### Co-serving, {shape}, batch {scale.batch}, {scale.prompt} + about {scale.answer} tokens",
@@ -75,7 +75,7 @@ def measure(shape: str, scale: Scale) -> list[str]:
     for share in LOADS:
         # The batch itself stays as large as it is: what changes is how much of it is taken.
         bench.scale = replace(scale, batch=max(1, round(share * scale.batch)))
-        quiet = rates(bench, trainer, "turns", serves=True, trains=False)
+        quiet = rates(bench, trainer, "interleaved", serves=True, trains=False)
         lines.append(f"| {bench.scale.batch} | serving alone | {quiet.serving:.0f} | 0 | {quiet.gap_p99 * 1e3:.1f} | |")
         print(lines[-1], flush=True)
         for way in WAYS:

@@ -9,7 +9,7 @@ import enum
 from typing import TypeVar
 
 
-class ReplicaState(str, enum.Enum):
+class ReplicaState(enum.StrEnum):
     """SERVING only serves; IDLE has slack and may be asked to train; COMBINED serves and trains.
 
     FAILED is lost; it comes back when it was rebuilt.
@@ -21,7 +21,7 @@ class ReplicaState(str, enum.Enum):
     FAILED = "failed"
 
 
-class RequestState(str, enum.Enum):
+class RequestState(enum.StrEnum):
     """Life of a request as the dispatcher sees it."""
 
     QUEUED = "queued"
@@ -30,7 +30,7 @@ class RequestState(str, enum.Enum):
     FINISHED = "finished"
 
 
-class RoundState(str, enum.Enum):
+class RoundState(enum.StrEnum):
     """Life of a federated round as the coordinator sees it."""
 
     TRAINING = "training"

@@ -20,7 +20,7 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 """Bounds of numbers that come from another process: msgspec holds them when it decodes. None of the floats is NaN."""
 
 
-class FinishReason(str, enum.Enum):
+class FinishReason(enum.StrEnum):
     """How a request ended. Every accepted request gets exactly one of these."""
 
     STOP = "stop"
@@ -30,7 +30,7 @@ class FinishReason(str, enum.Enum):
     FAILED = "failed"
 
 
-class Purpose(str, enum.Enum):
+class Purpose(enum.StrEnum):
     """Whom a request serves: a user, or a probe by which CLIF measures the quality of its own answers."""
 
     USER = "user"
@@ -119,7 +119,24 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     """Final text when a stop string cut it; otherwise the receiver decodes the tokens."""
 
 
-class SlackLimit(str, enum.Enum):
+class CoservingMode(enum.StrEnum):
+    """How a replica trains while it serves (engine.coserving); AUTO: what suits the device."""
+
+    AUTO = "auto"
+    FUSED = "fused"
+    CONCURRENT = "concurrent"
+    INTERLEAVED = "interleaved"
+
+
+class Regime(enum.StrEnum):
+    """What a serving step shares the device with: nothing, a forward in its products, or a slice on other threads."""
+
+    ALONE = "alone"
+    FUSED = "fused"
+    CONCURRENT = "concurrent"
+
+
+class SlackLimit(enum.StrEnum):
     """What decides how long training may take before the next serving tick."""
 
     NOBODY = "nobody"

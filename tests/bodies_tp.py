@@ -46,7 +46,7 @@ def add_biases(model: Any, tp_group: TpGroup | None = None) -> None:
 class Part:
     """This rank's part of a model, with an adapter that answers and a shadow that learns; both random."""
 
-    def __init__(self, topology: Topology, model: str, coserving: str = "turns", **engine: Any) -> None:
+    def __init__(self, topology: Topology, model: str, coserving: str = "interleaved", **engine: Any) -> None:
         tree = {
             "model": {"path": model, "dtype": "float32", "max_context": 200, "device": topology.device.type},
             "engine": {"kv_tokens": 1024, "max_batch": 8, "block_size": 4, "max_prefill_tokens": 24, **engine},
@@ -207,7 +207,7 @@ def sliced_loading(topology: Topology, model: str) -> dict[str, Any]:
 
     sliced._read = counted
     try:
-        return {"read": read, **serve_and_train(topology, model, "turns")}
+        return {"read": read, **serve_and_train(topology, model, "interleaved")}
     finally:
         sliced._read = original
 

@@ -27,7 +27,7 @@ def sentence(error: Mapping[str, Any], root: type[BaseModel]) -> str:
     where = ".".join(str(part)[:SHOWN] for part in error["loc"])
     if error["type"] == "extra_forbidden" and (key := new_key(where)):
         return f"{where} is named {key} now: write that"
-    if error["type"] == "literal_error" and (value := new_value(where, error["input"])):
+    if error["type"] in ("literal_error", "enum") and (value := new_value(where, error["input"])):
         return f"{where} {error['input']} is named {value} now: write that"
     if error["type"] == "extra_forbidden":
         return f"unknown key {where}: remove it or correct its spelling ({_known(error['loc'], root)})"

@@ -5,9 +5,15 @@ The old name is refused with the new one and never read in its place: one name f
 
 from __future__ import annotations
 
-KEYS: dict[str, str] = {}
+KEYS: dict[str, str] = {
+    "engine.beside_slice_ms": "engine.concurrent_slice_ms",
+}
 """Old key, as section.key, to the new one."""
-VALUES: dict[tuple[str, str], str] = {}
+VALUES: dict[tuple[str, str], str] = {
+    ("engine.coserving", "mixed"): "fused",
+    ("engine.coserving", "beside"): "concurrent",
+    ("engine.coserving", "turns"): "interleaved",
+}
 """Key, as it is named now, and old value to the new value."""
 
 

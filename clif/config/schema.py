@@ -30,6 +30,7 @@ from clif.config.messages import sentences
 from clif.config.relevance import check_relevance
 from clif.config.train import ControlConfig, FederationConfig, TrainConfig
 from clif.errors import ConfigError
+from clif.types import CoservingMode
 
 log = logging.getLogger(__name__)
 NAME = re.compile(r"\w[\w.=+@-]*")
@@ -174,14 +175,15 @@ class EngineConfig(Section):
     interpreter). auto: triton on a GPU that can run it, else torch."""
     max_prefill_tokens: Positive = 512
     """Prompt tokens computed in one tick at most; longer prompts go in chunks."""
-    coserving: Literal["auto", "mixed", "beside", "turns"] = "auto"
-    """mixed: training forwards share the products of serving ticks; beside: training slices run on half of the rank's
-    CPU threads; turns: slices between ticks. auto: mixed on a GPU; on a CPU beside with several threads, else turns."""
+    coserving: CoservingMode = CoservingMode.AUTO
+    """fused: training forwards share the products of serving ticks; concurrent: training slices run on half of the
+    rank's CPU threads; interleaved: slices between ticks. auto: fused on a GPU; on a CPU concurrent with several
+    threads, otherwise interleaved."""
     slice_ms: PositiveFloat = 40.0
     """Aim for the length of a training slice between two ticks, up to four times as long where the token gaps leave
     that much; at least one layer."""
-    beside_slice_ms: PositiveFloat = 160.0
-    """The same for a slice beside serving, which no token waits for."""
+    concurrent_slice_ms: PositiveFloat = 160.0
+    """The same for a slice that runs while serving goes on, which no token waits for."""
     activation_mib: Positive = 1024
     """Memory for what training forwards keep for their backwards; layers that do not fit are computed again."""
     eval_tokens: Positive = 256

@@ -61,14 +61,16 @@ def check_roles(config: Config, layout: Layout) -> None:
 def _check_coserving(config: Config, layout: Layout) -> None:
     """What can be known of it before a model is loaded: that the replica's ranks and device allow it."""
     mode, way = config.run.mode, config.engine.coserving
-    clocked = f"run.mode {mode}" if mode == "time_slice" else f"engine.coserving {way}" if way == "beside" else ""
+    clocked = f"run.mode {mode}" if mode == "time_slice" else f"engine.coserving {way}" if way == "concurrent" else ""
     if clocked and any(len(ranks) > 1 for ranks in layout.replicas):
         # Both are paced by the clock of each rank; and collectives belong to one thread.
         raise ConfigError(f"{clocked} needs replicas of one rank: set layout.tp_size=1, or change it")
-    if way == "beside" and config.model.device == "cuda":
-        raise ConfigError("engine.coserving beside runs on CPU threads, but model.device is cuda: change one of them")
-    if way == "beside" and config.dist.threads_per_rank == 1:
+    if way == "concurrent" and config.model.device == "cuda":
         raise ConfigError(
-            "engine.coserving beside needs at least 2 threads of a rank: raise dist.threads_per_rank, or set "
-            "engine.coserving=turns"
+            "engine.coserving concurrent runs on CPU threads, but model.device is cuda: change one of them"
+        )
+    if way == "concurrent" and config.dist.threads_per_rank == 1:
+        raise ConfigError(
+            "engine.coserving concurrent needs at least 2 threads of a rank: raise dist.threads_per_rank, or set "
+            "engine.coserving=interleaved"
         )

@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from clif.config import SloConfig
+from clif.engine.jobs import SliceKind
 from clif.engine.scheduler import Sequence
 from clif.latency import Fit, LatencyModel
-from clif.types import Purpose, SlackLimit, TrainingSlack
+from clif.types import Purpose, Regime, SlackLimit, TrainingSlack
 
 UNLIMITED = 1 << 30
 TRUSTED = 32
@@ -78,32 +79,31 @@ class Price:
 class Prices:
     """Predicted seconds of serving ticks and of training slices, apart for each regime.
 
-    ticks: from rows and the cached tokens that they read (thousands), for "alone", "mixed" (training rows are rows,
-    too) and "beside" (a slice runs on other threads meanwhile). slices: by kind, from tokens times units (thousands)
-    and units: layers, or rows of the head.
+    ticks: by regime, from rows (FUSED: with those of the forward) and the cached tokens that they read (thousands).
+    slices: by kind, from tokens times units (thousands) and units: layers, or rows of the head.
     """
 
-    ticks: dict[str, Price] = field(default_factory=dict)
-    slices: dict[str, Price] = field(default_factory=dict)
+    ticks: dict[Regime, Price] = field(default_factory=dict)
+    slices: dict[SliceKind, Price] = field(default_factory=dict)
 
-    def observe_tick(self, rows: float, context: float, seconds: float, regime: str = "alone") -> None:
+    def observe_tick(self, rows: float, context: float, seconds: float, regime: Regime = Regime.ALONE) -> None:
         self._tick(regime).observe(rows, context / 1000, seconds)
 
-    def tick_s(self, rows: float, context: float, regime: str = "alone") -> float:
-        """A regime that is not known yet is priced as "alone" with all its rows."""
+    def tick_s(self, rows: float, context: float, regime: Regime = Regime.ALONE) -> float:
+        """A regime that is not known yet is priced as ALONE with all its rows."""
         price = self.ticks.get(regime)
         if price is None or price.seen < 4:
-            price = self._tick("alone")
+            price = self._tick(Regime.ALONE)
         return price.high(rows, context / 1000)
 
-    def _tick(self, regime: str) -> Price:
+    def _tick(self, regime: Regime) -> Price:
         return self.ticks.setdefault(regime, Price(LatencyModel(TICK_PRIOR)))
 
-    def observe_slice(self, kind: str, tokens: int, units: int, seconds: float) -> None:
+    def observe_slice(self, kind: SliceKind, tokens: int, units: int, seconds: float) -> None:
         price = self.slices.setdefault(kind, Price(LatencyModel(SLICE_PRIOR)))
         price.observe(tokens * units / 1000, units, seconds)
 
-    def units_within(self, kind: str, tokens: int, seconds: float) -> int:
+    def units_within(self, kind: SliceKind, tokens: int, seconds: float) -> int:
         """Units of a slice that take at most so long; one while the kind is unknown."""
         price = self.slices.get(kind)
         if price is None:
@@ -112,8 +112,8 @@ class Prices:
 
     def tokens_within(self, rows: float, context: float, seconds: float) -> int:
         """Training rows that a mixed tick may take along to take at most so long; at least 0."""
-        base = self.tick_s(rows, context, "mixed")
-        per_row = self.tick_s(rows + 1, context, "mixed") - base
+        base = self.tick_s(rows, context, Regime.FUSED)
+        per_row = self.tick_s(rows + 1, context, Regime.FUSED) - base
         return UNLIMITED if per_row <= 0 else max(0, int((seconds - base) / per_row))
 
 

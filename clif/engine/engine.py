@@ -19,13 +19,13 @@ import torch
 from clif.config import EngineConfig, SloConfig
 from clif.distributed.collectives import TpGroup
 from clif.engine.cost_model import UNLIMITED, Prices, may_train, training_slack
-from clif.engine.jobs import WAIT, Job, Slice
+from clif.engine.jobs import WAIT, Job, Slice, SliceKind
 from clif.engine.passes import Pass
 from clif.engine.runner import ModelRunner
 from clif.engine.sampling import choose, make_rng
 from clif.engine.scheduler import Chunk, Scheduler
 from clif.engine.train_thread import Sidecar
-from clif.types import SlackLimit, TokenEvent, TrainingSlack
+from clif.types import Regime, SlackLimit, TokenEvent, TrainingSlack
 
 log = logging.getLogger(__name__)
 LONGEST = 4
@@ -47,7 +47,7 @@ class TurnRecord:
     train_kind: str = ""
     train_s: float = 0.0
     gap_s: float = 0.0
-    regime: str = "alone"
+    regime: Regime = Regime.ALONE
     slack: TrainingSlack | None = None
 
 
@@ -55,15 +55,15 @@ class TurnRecord:
 class Engine:
     """Serves and learns. jobs: training work in the order in which it is done; record: what the last turn did.
 
-    coserving: "turns" (slices between ticks), "mixed" (forwards ride on ticks, the rest between them) or "beside"
-    (slices on threads of their own). "time_slice" is a baseline: turns by whole optimizer steps, whoever waits;
+    coserving: "interleaved" (slices between ticks), "fused" (forwards ride on ticks, the rest between them) or
+    "concurrent" (slices on threads of their own). "time_slice" is a baseline: whole optimizer steps, whoever waits;
     training gets `share` of the time while there is both to do.
     """
 
     runner: ModelRunner
     scheduler: Scheduler
     slo: SloConfig
-    coserving: str = "turns"
+    coserving: str = "interleaved"
     share: float = 0.5
     clock: Callable[[], float] = time.monotonic
     prices: Prices = field(default_factory=Prices)
@@ -135,12 +135,12 @@ class Engine:
             self._here(piece, self._leaders(self._units(piece, self.config.slice_ms / 1000) or piece.least))
         elif self.coserving == "time_slice":
             self._whole_step()
-        elif self.coserving == "mixed" and self._leaders(self._may_ride(piece)):
+        elif self.coserving == "fused" and self._leaders(self._may_ride(piece)):
             return
-        elif self.coserving == "beside" and self.sidecar is not None:
+        elif self.coserving == "concurrent" and self.sidecar is not None:
             self._start_beside(piece, self.sidecar)
         elif units := self._leaders(
-            self._units(piece, min(self._slack("alone"), LONGEST * self.config.slice_ms / 1000))
+            self._units(piece, min(self._slack(Regime.ALONE), LONGEST * self.config.slice_ms / 1000))
         ):
             self._here(piece, units)
 
@@ -223,8 +223,8 @@ class Engine:
 
     def _start_beside(self, piece: Slice, sidecar: Sidecar) -> None:
         """A token does not wait for a slice beside it but for the slower ticks while it lasts."""
-        units = self._units(piece, self.config.beside_slice_ms / 1000) or piece.least
-        if self._slack("beside") >= 0:
+        units = self._units(piece, self.config.concurrent_slice_ms / 1000) or piece.least
+        if self._slack(Regime.CONCURRENT) >= 0:
             self._beside = piece, units
             sidecar.start(partial(piece.work, units))
 
@@ -234,7 +234,7 @@ class Engine:
         self.record.slack = TrainingSlack(self._credit_s, SlackLimit.SHARE)
         while self._credit_s >= 0 and (piece := self._upcoming()) not in (None, WAIT):
             self._here(piece, piece.units)
-            if piece.kind == "optimizer":
+            if piece.kind is SliceKind.OPTIMIZER:
                 break
         self._credit_s -= self.record.gap_s * (1 - self.share)
 
@@ -268,14 +268,14 @@ class Engine:
     def _rider(self, chunks: Sequence[Chunk]) -> Slice | None:
         """The forward that this tick takes along, if there is one and everybody can afford it."""
         piece = self._upcoming()
-        if self.coserving != "mixed" or piece is None or piece.rider is None:
+        if self.coserving != "fused" or piece is None or piece.rider is None:
             return None
         if self._full:
             self.record.slack = FULL
             return None
         rows, context = sum(c.stop - c.start for c in chunks), sum(c.stop for c in chunks)
         alone = self.prices.tick_s(rows, context)
-        more = max(0.0, self.prices.tick_s(rows + piece.tokens, context, "mixed") - alone)
+        more = max(0.0, self.prices.tick_s(rows + piece.tokens, context, Regime.FUSED) - alone)
         sequences = (*self.scheduler.running, *self.scheduler.waiting)
         may, self.record.slack = may_train(self.clock(), more, alone, sequences, self.slo)
         return piece if self._leaders(may) else None
@@ -287,7 +287,7 @@ class Engine:
             return False
         rows, context = self.next_tick
         left = self.slo.tpot_ms / 1000 * (1 - self.slo.margin)
-        left -= self.prices.tick_s(rows + piece.tokens, context, "mixed")
+        left -= self.prices.tick_s(rows + piece.tokens, context, Regime.FUSED)
         if left >= 0 and self.record.slack is None:
             self.record.slack = TrainingSlack(left, SlackLimit.RIDE)
         return left >= 0
@@ -305,7 +305,7 @@ class Engine:
         """Every place is taken: somebody may wait at the dispatcher, whom nobody here can price."""
         return len(self.scheduler.running) + len(self.scheduler.waiting) >= self.scheduler.max_batch
 
-    def _slack(self, regime: str) -> float:
+    def _slack(self, regime: Regime) -> float:
         """Seconds that training may take now, if the next tick runs in this regime.
 
         Negative while every place is taken.
@@ -324,13 +324,13 @@ class Engine:
         record = self.record
         record.decode_rows, record.prefill_tokens, record.serve_s = decode, rows - decode, seconds
         if rider is not None and self._broken is None:
-            record.regime, record.train_kind = "mixed", rider.kind
+            record.regime, record.train_kind = Regime.FUSED, rider.kind
             record.gap_s = max(0.0, seconds - self.prices.tick_s(rows, context))
             # What the forward cost is what it made the tick longer by: the tick's own part is serving.
             record.train_s, record.serve_s = record.gap_s, seconds - record.gap_s
             rows += rider.tokens
         elif self._beside is not None:
-            record.regime = "beside"
+            record.regime = Regime.CONCURRENT
         self.prices.observe_tick(rows, context, seconds, record.regime)
 
 
@@ -343,7 +343,7 @@ class EnginePace:
     def pass_tokens(self) -> int:
         """Half of a token's budget: a forward that only just fits would hardly ever find a tick to ride on."""
         engine = self.engine
-        if engine.coserving != "mixed" or not engine.serving:
+        if engine.coserving != "fused" or not engine.serving:
             return UNLIMITED
         seconds = engine.slo.tpot_ms / 1000 * (1 - engine.slo.margin) / 2
         return engine._leaders(engine.prices.tokens_within(*engine.next_tick, seconds))

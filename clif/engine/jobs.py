@@ -5,9 +5,23 @@ Free of torch.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+
+class SliceKind(enum.StrEnum):
+    """What a slice computes, as it is stored in `ticks`; the cost of each kind is learnt apart."""
+
+    WAIT = "wait"
+    FORWARD = "forward"
+    HEAD = "head"
+    BACKWARD = "backward"
+    OPTIMIZER = "optimizer"
+    EVALUATE = "evaluate"
+    EVALUATE_HEAD = "evaluate_head"
+    PRODUCT_ERROR = "product_error"
 
 
 @dataclass(frozen=True)
@@ -19,7 +33,7 @@ class Slice:
     rider: the forward that a serving tick can take along instead, where there is one.
     """
 
-    kind: str
+    kind: SliceKind
     tokens: int = 0
     units: int = 0
     work: Callable[[int], Any] = lambda units: None
@@ -27,8 +41,8 @@ class Slice:
     least: int = 1
 
 
-WAIT = Slice("wait")
-STEP_KINDS = frozenset({"forward", "head", "backward", "optimizer"})
+WAIT = Slice(SliceKind.WAIT)
+STEP_KINDS = frozenset({SliceKind.FORWARD, SliceKind.HEAD, SliceKind.BACKWARD, SliceKind.OPTIMIZER})
 """Slices that belong to an optimizer step; the others evaluate or wait."""
 T = TypeVar("T")
 Slices = Generator[Slice, Any, T]

@@ -11,7 +11,7 @@ import torch
 from clif.adapters.bank import AdapterBank
 from clif.config import ConfigError, EngineConfig
 from clif.engine.attention import KVCache, PagedRows
-from clif.engine.jobs import Slice, Slices
+from clif.engine.jobs import Slice, SliceKind, Slices
 from clif.engine.passes import Pass, measure_activations, pack
 from clif.engine.scheduler import Chunk
 from clif.kernels.dual_lora import Segment
@@ -101,10 +101,10 @@ class ModelRunner:
         total, left = 0.0, list(samples)
         while left:
             run = self._next_pass(left, SHADOW, learns=True)
-            yield from self._forward(run, "forward")
-            total += yield from self._head(run, "head", divisor)
+            yield from self._forward(run, SliceKind.FORWARD)
+            total += yield from self._head(run, SliceKind.HEAD, divisor)
             while run.cuts:
-                yield Slice("backward", run.batch.tokens, len(run.cuts), run.backward)
+                yield Slice(SliceKind.BACKWARD, run.batch.tokens, len(run.cuts), run.backward)
         return total
 
     def loss(self, samples: Sequence[TrainSample], slot: int | None) -> Slices[float]:
@@ -112,8 +112,8 @@ class ModelRunner:
         total, left = 0.0, list(samples)
         while left:
             run = self._next_pass(left, slot, learns=False)
-            yield from self._forward(run, "evaluate")
-            total += yield from self._head(run, "evaluate_head", 1.0)
+            yield from self._forward(run, SliceKind.EVALUATE)
+            total += yield from self._head(run, SliceKind.EVALUATE_HEAD, 1.0)
         return total
 
     def _next_pass(self, left: list[TrainSample], slot: int | None, learns: bool) -> Pass:
@@ -130,11 +130,11 @@ class ModelRunner:
             self.bank.refresh()
         return Pass(self.stack, pack(taken, self.device), slot, self.device, self.activations if learns else None)
 
-    def _forward(self, run: Pass, kind: str) -> Slices[None]:
+    def _forward(self, run: Pass, kind: SliceKind) -> Slices[None]:
         while run.left:
             yield Slice(kind, run.batch.tokens, run.left, run.forward, rider=run)
 
-    def _head(self, run: Pass, kind: str, divisor: float) -> Slices[float]:
+    def _head(self, run: Pass, kind: SliceKind, divisor: float) -> Slices[float]:
         total, start, end = 0.0, 0, len(run.batch.targets)
         while start < end:
             work = partial(run.head, start, divisor=divisor)

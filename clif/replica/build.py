@@ -31,7 +31,7 @@ from clif.training.checkpoint import CheckpointWriter, find_checkpoint
 from clif.training.heldout import Heldout
 from clif.training.member import Member
 from clif.training.trainer import ShadowTrainer
-from clif.types import TrainSample
+from clif.types import CoservingMode, TrainSample
 from clif.wire.messages import Up
 
 log = logging.getLogger(__name__)
@@ -137,25 +137,26 @@ def make_engine(config: Config, runner: ModelRunner, scheduler: Scheduler, tp_gr
     """The engine with the way of co-serving that the configuration names, or that suits the device.
 
     On a GPU forwards ride on ticks. A CPU computes as fast for a few rows as for many, so that riding saves nothing
-    there (measured at 70 % load: 36 training tokens/s mixed, 95 in turns); with several threads a slice beside serving
+    there (measured at 70 % load: 36 training tokens/s fused, 95 interleaved); with several threads a concurrent slice
     uses what small operations leave of them. Raises ConfigError for a wish that cannot be met.
     """
     threads, on_cpu, tp_group = torch.get_num_threads(), runner.device.type == "cpu", tp_group or TpGroup()
     way: str = config.engine.coserving
-    if way == "auto":
-        way = "mixed" if not on_cpu else "beside" if threads > 1 and tp_group.size == 1 else "turns"
+    if way == CoservingMode.AUTO:
+        alone = CoservingMode.CONCURRENT if threads > 1 and tp_group.size == 1 else CoservingMode.INTERLEAVED
+        way = alone if on_cpu else CoservingMode.FUSED
     if config.run.mode == "time_slice":
         way = "time_slice"
-    if tp_group.size > 1 and way in ("beside", "time_slice"):
+    if tp_group.size > 1 and way in ("concurrent", "time_slice"):
         # Both are paced by the clock of each rank; and collectives belong to one thread.
         raise ConfigError(f"{way} needs replicas of one rank: set layout.tp_size=1, or another engine.coserving")
-    if way == "beside" and (not on_cpu or threads < 2):
+    if way == "concurrent" and (not on_cpu or threads < 2):
         raise ConfigError(
-            "engine.coserving beside needs a CPU rank with at least 2 threads: set dist.threads_per_rank, or "
-            "engine.coserving=mixed"
+            "engine.coserving concurrent needs a CPU rank with at least 2 threads: set dist.threads_per_rank, or "
+            "engine.coserving=fused"
         )
     log.info("co-serving: %s", way)
-    sidecar = Sidecar(threads) if way == "beside" else None
+    sidecar = Sidecar(threads) if way == "concurrent" else None
     return Engine(runner, scheduler, config.slo, way, config.run.training_share, sidecar=sidecar, tp_group=tp_group)
 
 

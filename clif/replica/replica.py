@@ -13,7 +13,7 @@ from typing import Any
 from clif.config import Config
 from clif.distributed.collectives import RoundBroken
 from clif.engine.engine import Engine
-from clif.engine.jobs import STEP_KINDS, Job
+from clif.engine.jobs import STEP_KINDS, Job, SliceKind
 from clif.replica.records import RankRecords
 from clif.training.member import Member, RoundOrders
 from clif.training.trainer import StepCut
@@ -123,7 +123,7 @@ class Replica:
             self._serve_samples.append((float(record.decode_rows), training, record.serve_s + record.gap_s))
         if record.train_kind in STEP_KINDS:
             self._train_work += record.train_s
-        if record.train_kind == "optimizer":
+        if record.train_kind is SliceKind.OPTIMIZER:
             accumulation = self.config.train.accumulation
             self._train_samples.append(
                 (float(self.member.micro_batch), float(len(scheduler.running)), self._train_work / accumulation)

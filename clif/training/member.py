@@ -18,7 +18,7 @@ from clif.adapters.peft_io import config_json, read_weights, write_weights
 from clif.adapters.slots import SlotTable
 from clif.distributed.collectives import Exchange, Group, RoundBroken, WeightedMean
 from clif.distributed.topology import Topology
-from clif.engine.jobs import WAIT, Slice, Slices
+from clif.engine.jobs import WAIT, Slice, SliceKind, Slices
 from clif.models.dual_linear import SHADOW
 from clif.training.checkpoint import Checkpoint, CheckpointWriter
 from clif.training.heldout import Heldout
@@ -162,7 +162,7 @@ class Member:
         self._unbroken(exchange.error)
         share = ErrorShare(bank, average, exchange.result(), wanted[members.index])
         while share.modules:
-            yield Slice("product_error", 1, share.modules, share.add)
+            yield Slice(SliceKind.PRODUCT_ERROR, 1, share.modules, share.add)
         return share.result()
 
     def _unbroken(self, error: BaseException | None) -> None:

@@ -15,7 +15,7 @@ import torch
 from clif.adapters.bank import AdapterBank
 from clif.config import TrainConfig
 from clif.data.cursor import SampleCursor, fingerprint
-from clif.engine.jobs import Slice, Slices
+from clif.engine.jobs import Slice, SliceKind, Slices
 from clif.engine.runner import ModelRunner
 from clif.training.noise_scale import NoiseWatch
 from clif.types import TrainSample
@@ -88,7 +88,7 @@ class ShadowTrainer:
             before = after
         sizes = [len(part) for part in parts]
         finish = partial(self._finish, total / targets, chosen, groups, sizes, lr_scale)
-        return (yield Slice("optimizer", 1, 1, lambda _: finish()))
+        return (yield Slice(SliceKind.OPTIMIZER, 1, 1, lambda _: finish()))
 
     def _parts(self, chosen: list[TrainSample], micro_batch: int) -> list[list[TrainSample]]:
         """What is computed at a time."""

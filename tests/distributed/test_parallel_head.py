@@ -64,8 +64,8 @@ def test_loss_and_gradient_of_a_shared_head_are_those_of_one_rank(tied):
 def test_three_ranks_with_a_vocabulary_that_three_does_not_divide_serve_and_train_as_one(tmp_path, tied):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**TINY, "num_key_value_heads": 3, "vocab_size": 301, "tie_word_embeddings": tied}))
-    (alone,) = run_ranks(1, bodies_tp.serve_and_train, f"random:{file}", "mixed")
-    for found in run_ranks(3, bodies_tp.serve_and_train, f"random:{file}", "mixed", layout={"tp_size": 3}):
+    (alone,) = run_ranks(1, bodies_tp.serve_and_train, f"random:{file}", "fused")
+    for found in run_ranks(3, bodies_tp.serve_and_train, f"random:{file}", "fused", layout={"tp_size": 3}):
         assert_equal(found, alone)
 
 

@@ -32,11 +32,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def alone(model: str) -> dict[str, Any]:
-    return run_ranks(1, bodies_tp.serve_and_train, model, "turns")[0]
+    return run_ranks(1, bodies_tp.serve_and_train, model, "interleaved")[0]
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("coserving", ["turns", "mixed"])
+@pytest.mark.parametrize("coserving", ["interleaved", "fused"])
 def test_tokens_gradients_and_steps_are_those_of_one_rank(model, alone, size, coserving):
     results = run_ranks(size, bodies_tp.serve_and_train, model, coserving, layout={"tp_size": size})
     for found in results:
@@ -50,12 +50,12 @@ def test_so_they_are_with_the_triton_kernels(model, alone):
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     # In Triton's interpreter this takes a minute on slow cores.
     layout = {"tp_size": 2}
-    for found in run_ranks(2, bodies_tp.serve_and_train, model, "turns", "triton", layout=layout, limit_s=240):
+    for found in run_ranks(2, bodies_tp.serve_and_train, model, "interleaved", "triton", layout=layout, limit_s=240):
         assert_equal(found, alone)
 
 
 def test_two_replicas_of_two_ranks_are_no_different(model, alone):
-    for found in run_ranks(4, bodies_tp.serve_and_train, model, "turns", layout={"tp_size": 2}):
+    for found in run_ranks(4, bodies_tp.serve_and_train, model, "interleaved", layout={"tp_size": 2}):
         assert_equal(found, alone)
 
 

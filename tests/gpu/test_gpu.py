@@ -73,7 +73,7 @@ def test_gradients_on_the_gpu_are_those_of_the_cpu(model):
 def test_forwards_that_ride_on_ticks_change_neither_side(model):
     samples = [TrainSample(id=i, ids=tuple(range(5 + i, 40 + 2 * i)), target_start=12) for i in range(3)]
     outcomes = []
-    for way in ("turns", "mixed"):
+    for way in ("interleaved", "fused"):
         rig = make_rig(model, device="cuda")
         rig.engine.coserving = way
         # A clock that stands still: every promise has all its time left.

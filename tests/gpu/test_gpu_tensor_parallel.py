@@ -26,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def alone(model: str) -> dict[str, Any]:
-    return run_ranks(1, bodies_tp.serve_and_train, model, "turns", device="cuda")[0]
+    return run_ranks(1, bodies_tp.serve_and_train, model, "interleaved", device="cuda")[0]
 
 
 def assert_equal(found: dict[str, Any], alone: dict[str, Any]) -> None:
@@ -42,7 +42,7 @@ def test_ranks_that_share_one_gpu_compute_what_one_rank_does(model, alone, size,
     if kernel == "triton":
         pytest.importorskip("triton")
     results = run_ranks(
-        size, bodies_tp.serve_and_train, model, "mixed", kernel,
+        size, bodies_tp.serve_and_train, model, "fused", kernel,
         layout={"tp_size": size}, device="cuda", ranks_per_gpu=size,
     )  # fmt: skip
     for found in results:
@@ -80,14 +80,14 @@ def test_two_replicas_of_two_ranks_share_one_gpu_and_agree_within_each():
 
 @pytest.mark.skipif(GPUS < 2, reason="needs 2 GPUs")
 def test_ranks_on_nccl_compute_what_one_rank_does(model, alone):
-    for found in run_ranks(2, bodies_tp.serve_and_train, model, "mixed", layout={"tp_size": 2}, device="cuda"):
+    for found in run_ranks(2, bodies_tp.serve_and_train, model, "fused", layout={"tp_size": 2}, device="cuda"):
         assert_equal(found, alone)
 
 
 @pytest.mark.skipif(GPUS < 4, reason="needs 4 GPUs")
 @pytest.mark.parametrize("size", [2, 4])
 def test_replicas_on_nccl_compute_what_one_rank_does(model, alone, size):
-    for found in run_ranks(4, bodies_tp.serve_and_train, model, "mixed", layout={"tp_size": size}, device="cuda"):
+    for found in run_ranks(4, bodies_tp.serve_and_train, model, "fused", layout={"tp_size": size}, device="cuda"):
         assert_equal(found, alone)
 
 

@@ -64,6 +64,7 @@ def refusal(tree: dict) -> str:
     "sections, sentence",
     [
         ({"engine": {"kv_token": 1}}, "unknown key engine.kv_token: remove it or correct its spelling (known: max_b"),
+        ({"engine": {"coserving": "both"}}, "engine.coserving: Input should be 'auto', 'fused', 'concurrent' or 'int"),
         ({"engines": {}}, "unknown key engines: remove it or correct its spelling (known: run, layout, dist, model"),
         ({"engine": {"max_batch": 0}}, "engine.max_batch: Input should be greater than 0 (given: 0)"),
         ({"engine": {"max_batch": "many"}}, "engine.max_batch: Input should be a valid integer"),

@@ -30,7 +30,7 @@ VALUES = [
     "all-linear", "random:", "random:configs/models/tiny-llama.json", "random:/dev/null", "/dev/null", "/dev/zero",
     "/etc/passwd", "/proc/self/mem", "configs/data/words.jsonl", "configs/smoke.yaml", "configs", "clif",
     "time_slice", "split", "serve_only", "train_only", "poisson", "gamma", "trace", "constant", "none", "cuda",
-    "cpu", "nccl", "float16", "client", "triton", "beside", "reject",
+    "cpu", "nccl", "float16", "client", "triton", "concurrent", "reject",
 ]  # fmt: skip
 LINES = [
     "run:", "run: {name: x, name: y}", "? [a]\n: b", "1: 2", "null: 3", "<<: *x", "--- ", "...", "%YAML 1.1",

@@ -14,7 +14,7 @@ def tree(key, value):
     inner = {name: value}
     for section in reversed(sections):
         inner = {section: inner}
-    return {"model": {"path": "m"}, **inner}
+    return {"model": {"path": "m"}, "train": {"enabled": False}, **inner}
 
 
 def refusal(key, value):

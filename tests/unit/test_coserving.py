@@ -37,7 +37,7 @@ class Forever:
         return 0.0
 
 
-def build(tiny_config, coserving="turns", **engine):
+def build(tiny_config, coserving="interleaved", **engine):
     rig = make_rig(f"random:{tiny_config}", engine=engine)
     rig.engine.coserving = coserving
     rig.engine.clock = Forever()
@@ -77,10 +77,10 @@ def gradient_alone(tiny_config):
     return rig.bank.gradient.clone()
 
 
-@pytest.mark.parametrize("coserving", ["turns", "mixed", "beside"])
+@pytest.mark.parametrize("coserving", ["interleaved", "fused", "concurrent"])
 def test_serving_and_training_together_compute_what_each_computes_alone(tiny_config, coserving):
     rig = build(tiny_config, coserving)
-    if coserving == "beside":
+    if coserving == "concurrent":
         rig.engine.sidecar = Sidecar(1)
     rig.engine.jobs.append(Job("step", trainer_for(rig).step(4, 1)))
     submit(rig)
@@ -91,7 +91,7 @@ def test_serving_and_training_together_compute_what_each_computes_alone(tiny_con
     assert {i: answer(events) for i, events in got.items()} == serve_alone(tiny_config)
     expected = gradient_alone(tiny_config)
     assert (rig.bank.gradient - expected).norm() <= 1e-5 * expected.norm()
-    if coserving != "turns":
+    if coserving != "interleaved":
         assert coserving in regimes, "it must have happened, or the test says nothing"
 
 
@@ -217,10 +217,10 @@ def test_training_stands_still_when_a_burst_leaves_no_slack_and_comes_back_after
     assert rig.engine.record.train_s >= 0 and rig.engine.record.train_kind == "forward"
 
 
-@pytest.mark.parametrize("coserving", ["mixed", "beside"])
+@pytest.mark.parametrize("coserving", ["fused", "concurrent"])
 def test_an_error_in_training_costs_the_job_and_no_token(tiny_config, coserving):
     rig = build(tiny_config, coserving)
-    if coserving == "beside":
+    if coserving == "concurrent":
         rig.engine.sidecar = Sidecar(1)
 
     class Broken:
@@ -255,7 +255,7 @@ def test_an_error_in_training_costs_the_job_and_no_token(tiny_config, coserving)
 
 def test_tokens_flow_while_a_slice_beside_them_takes_its_time(tiny_config):
     """A slice that does not end before requests do: they are answered all the same."""
-    rig = build(tiny_config, "beside")
+    rig = build(tiny_config, "concurrent")
     rig.engine.sidecar = Sidecar(1)
     release = threading.Event()
 
@@ -313,7 +313,7 @@ def test_nothing_is_trained_while_every_place_is_taken(tiny_config):
 
 @pytest.mark.parametrize("breaks", [False, True])
 def test_a_job_given_up_beside_serving_takes_its_slice_along_and_no_other_job(tiny_config, breaks):
-    rig = build(tiny_config, "beside")
+    rig = build(tiny_config, "concurrent")
     rig.engine.sidecar = Sidecar(1)
     release, done = threading.Event(), []
 

@@ -103,14 +103,14 @@ def test_an_unknown_slice_is_tried_in_its_smallest_form_and_then_priced():
 
 
 def test_each_regime_has_its_own_price():
-    """A tick beside a slice has fewer threads; one that takes a forward along has more rows."""
+    """A tick that runs while a slice runs has fewer threads; one that is fused with a forward has more rows."""
     prices = Prices()
     for n in [*range(1, 41)] * 2:
         prices.observe_tick(n, 0, 0.01 + 0.001 * n, "alone")
-        prices.observe_tick(n, 0, 0.02 + 0.002 * n, "beside")
+        prices.observe_tick(n, 0, 0.02 + 0.002 * n, "concurrent")
     assert prices.tick_s(20, 0) == pytest.approx(0.03, rel=0.1)
-    assert prices.tick_s(20, 0, "beside") == pytest.approx(0.06, rel=0.1)
-    assert prices.tick_s(60, 0, "mixed") == prices.tick_s(60, 0), "unknown: all rows, priced as alone"
+    assert prices.tick_s(20, 0, "concurrent") == pytest.approx(0.06, rel=0.1)
+    assert prices.tick_s(60, 0, "fused") == prices.tick_s(60, 0), "unknown: all rows, priced as alone"
     assert 15 <= prices.tokens_within(20, 0, seconds=0.05) <= 21
 
 

@@ -18,7 +18,7 @@ SAMPLES = [TrainSample(id=i, ids=tuple(range(5 + i, 30 + 2 * i)), target_start=1
 
 
 def rig_with(kernel: str, model: str, **adapter: object) -> Rig:
-    rig = make_rig(model, engine={"lora_kernel": kernel, "coserving": "mixed"}, adapter=dict(adapter))
+    rig = make_rig(model, engine={"lora_kernel": kernel, "coserving": "fused"}, adapter=dict(adapter))
     # A clock that stands still: every promise has all its time left.
     rig.engine.clock = lambda: 0.0
     return rig
@@ -27,7 +27,7 @@ def rig_with(kernel: str, model: str, **adapter: object) -> Rig:
 def serve_and_train(rig: Rig) -> tuple[dict[int, list[int]], torch.Tensor]:
     """Two requests of different versions and a training step in their ticks: tokens, and the shadow's gradient."""
     trainer = ShadowTrainer(rig.runner, rig.bank, SAMPLES, TrainConfig(clip_norm=1e9))
-    rig.engine.coserving = "mixed"
+    rig.engine.coserving = "fused"
     rig.engine.jobs.append(Job("step", trainer.step(len(SAMPLES), 1)))
     rig.fill(1, seed=4)
     rig.bank.set_shadow(random_state(rig.bank, 5))

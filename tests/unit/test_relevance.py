@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,6 +37,11 @@ def write(tmp_path: Path, rows: str, sections: dict[str, Any]) -> Path:
     return path
 
 
+def allowed_values(kind: Any) -> tuple[Any, ...]:
+    """Of a field that is one of several words."""
+    return tuple(kind) if isinstance(kind, type) and issubclass(kind, StrEnum) else get_args(kind)
+
+
 # --- the table -----------------------------------------------------------------------------------
 
 
@@ -43,7 +49,7 @@ def test_the_table_names_fields_and_values_that_there_are():
     known = fields()
     for needs in RELEVANCE.values():
         for need in (part for n in needs for part in (n.needs if isinstance(n, Either) else (n,))):
-            allowed = get_args(known[need.field].annotation)
+            allowed = allowed_values(known[need.field].annotation)
             strings = {value for value in (*need.among, *need.but) if isinstance(value, str)}
             assert strings <= set(allowed), need
             assert bool(need.among) != bool(need.but), need
@@ -106,7 +112,7 @@ def without(config: Config, need: Need) -> Config:
     if field == "trace.lengths":
         trace = config.load.trace.model_copy(update={"lengths": (*need.but, "data")[0]})
         return config.model_copy(update={"load": config.load.model_copy(update={"trace": trace})})
-    allowed = get_args(fields()[need.field].annotation) or (False, 2)
+    allowed = allowed_values(fields()[need.field].annotation) or (False, 2)
     wrong = need.but[0] if need.but else next(value for value in allowed if value not in need.among)
     return config.model_copy(update={section: getattr(config, section).model_copy(update={field: wrong})})
 
@@ -127,7 +133,7 @@ def test_a_field_is_refused_as_soon_as_one_of_its_needs_is_not_met(tmp_path, row
 # --- what is refused -----------------------------------------------------------------------------
 
 WITHOUT_EFFECT = [
-    ({"run": {"mode": "time_slice"}, "engine": {"coserving": "mixed"}}, "engine.coserving", "run.mode is time_slice"),
+    ({"run": {"mode": "time_slice"}, "engine": {"coserving": "fused"}}, "engine.coserving", "run.mode is time_slice"),
     ({"load": {"top_p": 0.5}}, "load.top_p", "load.temperature is 0"),
     ({"load": {"top_k": 5}}, "load.top_k", "load.temperature is 0"),
     ({"load": {"cv": 2.0}}, "load.cv", "load.kind is poisson"),
@@ -155,7 +161,11 @@ WITHOUT_EFFECT = [
     ({"slo": {"late": "reject"}}, "slo.late", "slo.deadline_ms is null"),
     ({"quality": {"max_tokens": 9}}, "quality.max_tokens", "quality.exact_match_rows is 0"),
     ({"model": {"device": "cpu"}, "dist": {"ranks_per_gpu": 4}}, "dist.ranks_per_gpu", "model.device is cpu"),
-    ({"engine": {"coserving": "turns", "beside_slice_ms": 9}}, "engine.beside_slice_ms", "engine.coserving is turns"),
+    (
+        {"engine": {"coserving": "interleaved", "concurrent_slice_ms": 9}},
+        "engine.concurrent_slice_ms",
+        "engine.coserving is interleaved",
+    ),
     ({"run": {"training_share": 0.3}}, "run.training_share", "run.mode is clif"),
     ({"run": {"mode": "time_slice", "trainers": 2}}, "run.trainers", "run.mode is time_slice"),
     ({"load": {"kind": "none"}, "slo": {"ttft_ms": 5}}, "slo.ttft_ms", "load.kind is none"),

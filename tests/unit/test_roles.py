@@ -124,7 +124,7 @@ def test_split_servers_never_join_a_round_and_trainers_join_under_any_pressure()
     ("sections", "sentence"),
     [
         ({"run": {"mode": "time_slice"}}, "run.mode time_slice needs replicas of one rank: set layout.tp_size=1"),
-        ({"engine": {"coserving": "beside"}}, "engine.coserving beside needs replicas of one rank: set layout.tp"),
+        ({"engine": {"coserving": "concurrent"}}, "engine.coserving concurrent needs replicas of one rank: set "),
     ],
 )
 def test_what_needs_replicas_of_one_rank_is_refused_before_a_model_is_loaded(sections, sentence) -> None:
@@ -136,8 +136,8 @@ def test_what_needs_replicas_of_one_rank_is_refused_before_a_model_is_loaded(sec
 
 @pytest.mark.parametrize("sections", [{"model": {"path": "m", "device": "cuda"}}, {"dist": {"threads_per_rank": 1}}])
 def test_slices_beside_serving_are_refused_where_there_are_no_threads_for_them(sections) -> None:
-    with pytest.raises(ConfigError, match=r"engine\.coserving beside .*(change one of them|coserving=turns)"):
-        check_roles(make_config("clif", engine={"coserving": "beside"}, **sections), make_layout(1))
+    with pytest.raises(ConfigError, match=r"coserving concurrent .*(change one of them|coserving=interleaved)"):
+        check_roles(make_config("clif", engine={"coserving": "concurrent"}, **sections), make_layout(1))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ DRAINED_S = 2.0
 """The same after a drain, of which run.drain_s has taken most of the launcher's patience."""
 
 
-class Phase(str, enum.Enum):
+class Phase(enum.StrEnum):
     """GATHER: replicas load. BASELINE / CLOSING: quality before / after. OPEN: load. LINGER: what is under way ends.
 
     DRAIN: after a signal, from any phase before STOPPING: no new load, what runs may end within run.drain_s.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from clif.config import Config
 
 
-class Pressure(str, enum.Enum):
+class Pressure(enum.StrEnum):
     """What the fine-tuning launcher may take: low all idle replicas, medium a share, high none."""
 
     LOW = "low"
