@@ -46,7 +46,7 @@ from rivals import (
 from timing import Timing, contest
 from tune_gpu import Tuner
 
-from clif.kernels.fused import FusedLinear, Launcher
+from clif.kernels.fused import FusedLinear, KernelLauncher
 from clif.kernels.specification import SHADOW, Batch, computed, violations
 from clif.kernels.tiles import GradTiles, LinearTiles
 from clif.kernels.tuning import Defaults, Table, kernel_tiles, load_table, table_path
@@ -172,7 +172,7 @@ def measure(cases: Sequence[Case], tuner: Tuner, kernels: Kernels, repeats: int,
             findings.notes.append(f"time was up before: {case.name}")
             continue
         batches = tuner.batches(case.sizes, case.depth, case.r, case.lengths)
-        launcher = Launcher(tuner.device, kernels)
+        launcher = KernelLauncher(tuner.device, kernels)
         findings.faults[case.name] = violations(
             batches[0], computed(batches[0], FusedLinear(batches[0].packed, launcher))
         )

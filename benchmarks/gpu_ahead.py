@@ -26,7 +26,7 @@ import triton
 from bench_kernels import CASES
 from tune_gpu import MODELS, Tuner
 
-from clif.kernels.fused import FusedLinear, Launcher
+from clif.kernels.fused import FusedLinear, KernelLauncher
 from clif.kernels.paged import PagedDecode
 from clif.kernels.paged_decode_reference import random_decode
 from clif.kernels.specification import SHADOW, computed, random_batch, random_layer
@@ -49,7 +49,9 @@ class LinearJob:
     def __call__(self) -> None:
         dtype = getattr(torch, self.dtype)
         layer = random_layer(self.sizes, self.depth, self.r, dtype=dtype, device=str(DEVICE), bias=self.bias)
-        computed(random_batch(layer, self.lengths), FusedLinear(layer, Launcher(DEVICE, Tuner.here(DRY_RUN).defaults)))
+        computed(
+            random_batch(layer, self.lengths), FusedLinear(layer, KernelLauncher(DEVICE, Tuner.here(DRY_RUN).defaults))
+        )
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from clif.distributed.collectives import WeightedMean
 from clif.distributed.launch_env import RankEnv
 from clif.distributed.topology import make_topology
 from clif.engine.jobs import Job
-from clif.kernels.fused import FusedLinear, Launcher
+from clif.kernels.fused import FusedLinear, KernelLauncher
 from clif.kernels.paged import PagedDecode
 from clif.kernels.paged_decode_reference import random_decode
 from clif.kernels.paged_decode_reference import violations as decode_violations
@@ -45,12 +45,12 @@ DEVICE = "cpu" if DRY_RUN else "cuda"
 KINDS = ((13, 0), (5, None), (40, 1), (71, SHADOW)) if not DRY_RUN else ((3, 0), (2, None), (4, SHADOW))
 
 
-def launcher() -> Launcher:
+def launcher() -> KernelLauncher:
     if DRY_RUN:
-        return Launcher(torch.device("cpu"), Defaults(4, 80))
+        return KernelLauncher(torch.device("cpu"), Defaults(4, 80))
     major, minor = torch.cuda.get_device_capability()
     programs = torch.cuda.get_device_properties(0).multi_processor_count
-    return Launcher(torch.device("cuda"), Defaults(programs, 10 * major + minor))
+    return KernelLauncher(torch.device("cuda"), Defaults(programs, 10 * major + minor))
 
 
 def zero_rows() -> str:

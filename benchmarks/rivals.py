@@ -11,7 +11,7 @@ from timing import Way
 from torch.nn.functional import linear
 
 from clif.kernels.dual_lora import add_dual_lora
-from clif.kernels.fused import FusedLinear, Launcher
+from clif.kernels.fused import FusedLinear, KernelLauncher
 from clif.kernels.specification import SHADOW, Batch
 from clif.kernels.tiles import RowTable
 
@@ -22,7 +22,7 @@ PEFT, PEFT_MIXED, COMPILED = "PEFT eager", "PEFT mixed batch", "torch.compile of
 DGRAD, PEFT_BACKWARD = "dgrad alone", "PEFT autograd"
 
 
-def forward_ways(batches: Sequence[Batch], launcher: Launcher, compiled: bool) -> dict[str, Way]:
+def forward_ways(batches: Sequence[Batch], launcher: KernelLauncher, compiled: bool) -> dict[str, Way]:
     """One way per rival; each takes the number of a layer. All layers have the same shapes and segments."""
     layers = [FusedLinear(b.packed, launcher) for b in batches]
     ways: dict[str, Way] = {
@@ -44,7 +44,7 @@ def forward_ways(batches: Sequence[Batch], launcher: Launcher, compiled: bool) -
     return ways
 
 
-def backward_ways(batches: Sequence[Batch], launcher: Launcher) -> dict[str, Way]:
+def backward_ways(batches: Sequence[Batch], launcher: KernelLauncher) -> dict[str, Way]:
     """The backward of rows that all use the shadow."""
     layers = [FusedLinear(b.packed, launcher) for b in batches]
     hidden = [layer.forward(b.x, b.segments)[1] for layer, b in zip(layers, batches, strict=True)]

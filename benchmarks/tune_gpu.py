@@ -31,7 +31,7 @@ from timing import contest
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from clif.kernels.fused import FusedLinear, Launcher
+from clif.kernels.fused import FusedLinear, KernelLauncher
 from clif.kernels.specification import SHADOW, Batch, computed, random_batch, random_layer, violations
 from clif.kernels.tiles import GradTiles, LinearTiles
 from clif.kernels.tuning import Defaults, Fixed, Shape, save_table, table_path
@@ -133,7 +133,7 @@ class Tuner:
         us = {name: timing.median for name, timing in found.items()}
         if failed:
             print(f"  failed: {failed}", flush=True)
-        launcher = Launcher(self.device, Fixed(best, self._grads_of(batches)))
+        launcher = KernelLauncher(self.device, Fixed(best, self._grads_of(batches)))
         wrong = violations(batches[0], computed(batches[0], FusedLinear(p, launcher)))
         if wrong:
             # Never into the table, whatever its speed.
@@ -151,7 +151,7 @@ class Tuner:
         hidden = [torch.randn(len(b.x), p.a.shape[1], device=self.device).to(p.weight.dtype) for b in batches]
 
         def cost(tiles: GradTiles) -> float:
-            launcher = Launcher(self.device, Fixed(LinearTiles(), tiles))
+            launcher = KernelLauncher(self.device, Fixed(LinearTiles(), tiles))
             layers = [FusedLinear(b.packed, launcher) for b in batches]
             return self._time(
                 lambda i: layers[i].factor_gradients(batches[i].grad, batches[i].x, hidden[i], hidden[i]), len(batches)
@@ -161,7 +161,7 @@ class Tuner:
         return best, {"kernel": cost(best)}
 
     def _way(self, batches: Sequence[Batch], tiles: LinearTiles, backward: bool) -> Callable[[int], Any]:
-        launcher = Launcher(self.device, Fixed(tiles, GradTiles()))
+        launcher = KernelLauncher(self.device, Fixed(tiles, GradTiles()))
         layers = [FusedLinear(b.packed, launcher) for b in batches]
         if backward:
             return lambda i: layers[i].through(batches[i].grad, True)

@@ -63,7 +63,7 @@ class Workspace:
         return self.planes
 
 
-class Launcher:
+class KernelLauncher:
     """Launches the kernels on one device; shared by all layers of a model."""
 
     def __init__(self, device: torch.device, tiling: Tiling) -> None:
@@ -177,7 +177,7 @@ class Launcher:
 class FusedLinear:
     """One packed layer: forward for rows of any slots, backward for rows of the shadow."""
 
-    def __init__(self, packed: Packed, launcher: Launcher) -> None:
+    def __init__(self, packed: Packed, launcher: KernelLauncher) -> None:
         self.packed, self._launcher = packed, launcher
         depth = packed.weight.shape[1]
         adapted = [m for m in packed.members if m.block is not None]

@@ -40,12 +40,9 @@ from clif.storage.folder_lock import FolderLock
 from clif.tokenizer import ChatTokenizer
 from clif.types import Purpose
 from clif.wire.channels import ControlChannel
-from clif.wire.keys import Keys
+from clif.wire.keys import ADDRESS_FILE, Keys
 
 log = logging.getLogger(__name__)
-ADDRESS_FILE = "control.address"
-
-
 SIGNALS = {signal.SIGTERM: "got SIGTERM", signal.SIGINT: "interrupted (SIGINT)"}
 
 

@@ -35,10 +35,6 @@ class Layout:
         """Place of a rank within its replica: 0 is the leader."""
         return self._places[rank][1]
 
-    def leader(self, replica: int) -> int:
-        """Rank of a replica's leader."""
-        return self.replicas[replica][0]
-
     def data_parallel_ranks(self, members: tuple[int, ...], tp_rank: int) -> tuple[int, ...]:
         """Ranks that average the same shard: rank tp_rank of each member replica, sorted."""
         return tuple(sorted(self.replicas[m][tp_rank] for m in members))

@@ -14,7 +14,7 @@ from clif.config import ConfigError
 from clif.kernels.tuning import Defaults, Table, load_table, table_path
 
 if TYPE_CHECKING:
-    from clif.kernels.fused import Launcher
+    from clif.kernels.fused import KernelLauncher
     from clif.kernels.paged import PagedDecode
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def frozen_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear | N
 
 def choose_kernels(
     wanted: Literal["auto", "torch", "triton"], device: torch.device, dtype: torch.dtype, r: int
-) -> Launcher | None:
+) -> KernelLauncher | None:
     """The Triton kernels of the dual LoRA layers of one model, or None: torch's products.
 
     auto takes the kernels where a measured table for this make of GPU says so, shape by shape. Raises ConfigError for
@@ -69,12 +69,12 @@ def choose_kernels(
         )
         return None
     assert_supported("engine.lora_kernel", device, dtype, r)
-    from clif.kernels.fused import Launcher
+    from clif.kernels.fused import KernelLauncher
 
     missing = defaults if wanted == "triton" else None
     table = load_table(measured, missing, defaults) if measured and tuned else Table({}, {}, missing, defaults)
     log.info("LoRA products: Triton kernels, %s", "measured tiles" if tuned else "default tiles")
-    return Launcher(device, table)
+    return KernelLauncher(device, table)
 
 
 def choose_decode(

@@ -21,7 +21,7 @@ from clif.models.backends import Linear, frozen_linear
 from clif.models.shard import Span, Split
 
 if TYPE_CHECKING:
-    from clif.kernels.fused import FusedLinear, Launcher
+    from clif.kernels.fused import FusedLinear, KernelLauncher
 
 SHADOW = -1
 """The shadow's slot: the last one."""
@@ -120,7 +120,7 @@ class DualLinear:
         """Lay the base weight out for the machine's matrix kernels where that pays."""
         self._packed = frozen_linear(self.weight, self.bias)
 
-    def fuse(self, launcher: Launcher) -> None:
+    def fuse(self, launcher: KernelLauncher) -> None:
         """Compute base and adapters in one launch from now on; only for an adapted layer."""
         from clif.kernels.fused import FusedLinear
 

@@ -40,12 +40,11 @@ from clif.storage.files import keep_private, write_atomic
 from clif.storage.run_folder import CONFIG_FILE, PRIVATE, RunFolder, take_folder
 from clif.tokenizer import ChatTokenizer
 from clif.wire.channels import LeaderChannel
-from clif.wire.keys import Invitation, Keys, accept, read_secret
+from clif.wire.keys import ADDRESS_FILE, Invitation, Keys, accept, read_secret
 from clif.wire.messages import Goodbye, Hello, Signalled, Trouble, Up
 
 log = logging.getLogger(__name__)
 Control = subprocess.Popen[bytes]
-ADDRESS_FILE = "control.address"
 INVITATION = "clif/control"
 """Key of torch's store, which anybody who reaches rank 0's host may read."""
 CONTROL_LEAVES_S = 20.0

@@ -23,6 +23,8 @@ from clif.errors import InputError
 from clif.storage.files import write_atomic
 
 KEY_FILE = "control.key"
+ADDRESS_FILE = "control.address"
+"""In the run's folder: where the control process listens."""
 LEAST_BYTES = 32
 VISIBLE_S = 30.0
 """How long a file that rank 0 has written may stay unseen on other hosts, seconds: network file systems cache names."""

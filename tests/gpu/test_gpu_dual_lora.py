@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 pytest.importorskip("triton")
 
 from clif.kernels.dual_lora import Segment
-from clif.kernels.fused import FusedLinear, Launcher
+from clif.kernels.fused import FusedLinear, KernelLauncher
 from clif.kernels.specification import SHADOW, Batch, computed, random_batch, random_layer, violations
 from clif.kernels.tiles import LinearTiles, RowTable
 from clif.kernels.tuning import Defaults, Fixed
@@ -37,21 +37,21 @@ def defaults() -> Defaults:
 
 
 @pytest.fixture
-def launcher(defaults: Defaults) -> Launcher:
-    return Launcher(torch.device("cuda"), defaults)
+def launcher(defaults: Defaults) -> KernelLauncher:
+    return KernelLauncher(torch.device("cuda"), defaults)
 
 
 def batch_of(sizes: Any, depth: int, r: int, lengths: Any, dtype: torch.dtype = torch.bfloat16, **layer: Any) -> Batch:
     return random_batch(random_layer(sizes, depth, r, dtype=dtype, device="cuda", **layer), lengths)
 
 
-def assert_good(batch: Batch, launcher: Launcher) -> None:
+def assert_good(batch: Batch, launcher: KernelLauncher) -> None:
     assert violations(batch, computed(batch, FusedLinear(batch.packed, launcher))) == []
 
 
 @pytest.mark.parametrize("r", [8, 16, 48, 64])
 @pytest.mark.parametrize("lengths", [((1, 0),), ((16, 1),), DECODE, ((256, 0),), MIXED], ids=str)
-def test_results_are_as_near_to_float64_as_torch_s(r: int, lengths: Any, launcher: Launcher) -> None:
+def test_results_are_as_near_to_float64_as_torch_s(r: int, lengths: Any, launcher: KernelLauncher) -> None:
     assert_good(batch_of([4096], 4096, r, lengths), launcher)
 
 
@@ -60,24 +60,26 @@ def test_results_are_as_near_to_float64_as_torch_s(r: int, lengths: Any, launche
     [((4096, 1024, 1024), 4096), ((14336, 14336), 4096), ((4096,), 14336), ((2048, 512, 512), 2048), ((1024,), 4096)],
 )
 @pytest.mark.parametrize("lengths", [DECODE, MIXED], ids=["decode", "mixed"])
-def test_so_they_are_for_the_packed_layers_of_models(sizes: Any, depth: int, lengths: Any, launcher: Launcher) -> None:
+def test_so_they_are_for_the_packed_layers_of_models(
+    sizes: Any, depth: int, lengths: Any, launcher: KernelLauncher
+) -> None:
     assert_good(batch_of(sizes, depth, 16, lengths), launcher)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_so_they_are_in_other_types(dtype: torch.dtype, launcher: Launcher) -> None:
+def test_so_they_are_in_other_types(dtype: torch.dtype, launcher: KernelLauncher) -> None:
     assert_good(batch_of([512, 256], 1024, 16, ALL_KINDS, dtype, bias=True), launcher)
 
 
 @pytest.mark.parametrize("sizes, depth", [((1000,), 1000), ((250, 90), 1032), ((97,), 77)])
 @pytest.mark.parametrize("r", [3, 8, 48])
-def test_so_they_are_for_sizes_that_no_tile_divides(sizes: Any, depth: int, r: int, launcher: Launcher) -> None:
+def test_so_they_are_for_sizes_that_no_tile_divides(sizes: Any, depth: int, r: int, launcher: KernelLauncher) -> None:
     assert_good(batch_of(sizes, depth, r, ALL_KINDS, bias=True), launcher)
     assert_good(batch_of(sizes, depth, r, ALL_KINDS, adapted=[len(sizes) - 1]), launcher)
 
 
 @pytest.mark.parametrize("lengths", [((0, None),), ((1, None),), ((1, SHADOW),), ((7, None), (0, 2))], ids=str)
-def test_any_number_of_rows_of_any_kind_will_do(lengths: Any, launcher: Launcher) -> None:
+def test_any_number_of_rows_of_any_kind_will_do(lengths: Any, launcher: KernelLauncher) -> None:
     assert_good(batch_of([512, 256], 512, 16, lengths), launcher)
 
 
@@ -94,11 +96,11 @@ def every_tiling() -> Iterator[LinearTiles]:
 def test_every_form_of_launch_computes_the_same_function(tiles: LinearTiles) -> None:
     if capability() < 90 and (tiles.tma or tiles.form == "pair"):
         pytest.skip("needs compute capability 9.0")
-    launcher = Launcher(torch.device("cuda"), Fixed(tiles))
+    launcher = KernelLauncher(torch.device("cuda"), Fixed(tiles))
     assert_good(batch_of([512, 256], 1024, 16, ALL_KINDS, bias=True), launcher)
 
 
-def test_an_adapter_with_nan_reaches_no_row_of_another(launcher: Launcher) -> None:
+def test_an_adapter_with_nan_reaches_no_row_of_another(launcher: KernelLauncher) -> None:
     batch = batch_of([4096], 4096, 16, MIXED)
     layer = FusedLinear(batch.packed, launcher)
     healthy = computed(batch, layer)
@@ -114,7 +116,7 @@ def test_an_adapter_with_nan_reaches_no_row_of_another(launcher: Launcher) -> No
     assert torch.equal(again.grad_a, healthy.grad_a) and torch.equal(again.grad_b, healthy.grad_b)
 
 
-def test_rows_without_adapter_compute_what_a_launch_without_adapters_does(launcher: Launcher) -> None:
+def test_rows_without_adapter_compute_what_a_launch_without_adapters_does(launcher: KernelLauncher) -> None:
     batch = batch_of([4096], 4096, 16, MIXED)
     layer = FusedLinear(batch.packed, launcher)
     with_others, _ = layer.forward(batch.x, batch.segments)
@@ -122,7 +124,7 @@ def test_rows_without_adapter_compute_what_a_launch_without_adapters_does(launch
     assert torch.equal(with_others[64:67], alone[64:67])
 
 
-def test_equal_input_gives_equal_bits(launcher: Launcher) -> None:
+def test_equal_input_gives_equal_bits(launcher: KernelLauncher) -> None:
     batch = batch_of([4096, 1024, 1024], 4096, 16, MIXED)
     layer = FusedLinear(batch.packed, launcher)
     first = computed(batch, layer)
@@ -149,7 +151,7 @@ def captured(layer: FusedLinear, x: torch.Tensor, table: RowTable) -> tuple[torc
 def test_a_captured_graph_serves_other_segments_ten_thousand_times(defaults: Defaults) -> None:
     batch = batch_of([1024, 256], 2048, 16, ((128, 0),))
     tiles = replace(defaults.linear(128, 2048, 1280, 16, False), form="fused")
-    layer = FusedLinear(batch.packed, Launcher(torch.device("cuda"), Fixed(tiles)))
+    layer = FusedLinear(batch.packed, KernelLauncher(torch.device("cuda"), Fixed(tiles)))
     table = RowTable((), 128, tiles.block_m, 4, torch.device("cuda"), capacity=16)
     graph, y = captured(layer, batch.x, table)
     splits = [((Segment(0, n, 0), Segment(n, n + 20, 2), Segment(n + 20, 128, SHADOW))) for n in (1, 17, 64, 100)]
@@ -162,7 +164,7 @@ def test_a_captured_graph_serves_other_segments_ten_thousand_times(defaults: Def
             assert torch.equal(y, expected[i % len(splits)]), f"replay {i}"
 
 
-def test_no_call_waits_for_the_gpu(launcher: Launcher) -> None:
+def test_no_call_waits_for_the_gpu(launcher: KernelLauncher) -> None:
     batch = batch_of([2048], 2048, 16, MIXED)
     layer = FusedLinear(batch.packed, launcher)
     computed(batch, layer)

@@ -22,7 +22,7 @@ from rivals import BASE, PEFT, PEFT_BACKWARD, backward_ways, forward_ways
 from timing import Timing, contest
 from tune_gpu import walk
 
-from clif.kernels.fused import Launcher
+from clif.kernels.fused import KernelLauncher
 from clif.kernels.specification import SHADOW, by_torch, random_batch, random_layer
 from clif.kernels.tiles import GradTiles, LinearTiles
 from clif.kernels.tuning import Fixed
@@ -31,8 +31,8 @@ REPO = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
-def launcher() -> Launcher:
-    return Launcher(CPU, Fixed(LinearTiles(block_m=16, block_n=32, block_k=32, slices=2), GradTiles(32, 16, 2)))
+def launcher() -> KernelLauncher:
+    return KernelLauncher(CPU, Fixed(LinearTiles(block_m=16, block_n=32, block_k=32, slices=2), GradTiles(32, 16, 2)))
 
 
 def test_every_rival_computes_the_function_that_it_is_timed_for() -> None:

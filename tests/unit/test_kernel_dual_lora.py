@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from clif.kernels import fused
 from clif.kernels.dual_lora import Packed, Segment
-from clif.kernels.fused import INTERPRET, FusedLinear, Launcher, Workspace
+from clif.kernels.fused import INTERPRET, FusedLinear, KernelLauncher, Workspace
 from clif.kernels.specification import (
     SHADOW,
     Batch,
@@ -36,11 +36,11 @@ GRADS = GradTiles(block_c=32, block_r=16, slices=2)
 MIXED = ((9, 0), (5, None), (18, 1), (21, SHADOW))
 
 
-def launcher(tiles: LinearTiles = TILES) -> Launcher:
-    return Launcher(CPU, Fixed(tiles, GRADS))
+def launcher(tiles: LinearTiles = TILES) -> KernelLauncher:
+    return KernelLauncher(CPU, Fixed(tiles, GRADS))
 
 
-def compute(batch: Batch, using: Launcher | None = None) -> Results:
+def compute(batch: Batch, using: KernelLauncher | None = None) -> Results:
     return computed(batch, FusedLinear(batch.packed, using or launcher()))
 
 
@@ -221,7 +221,7 @@ def test_a_workspace_is_made_once_and_not_at_every_launch(monkeypatch: pytest.Mo
 
 def test_a_batch_without_rows_needs_no_tiles_and_no_launch() -> None:
     batch = random_batch(LAYERS["packed"](), ((0, 0),))
-    layer = FusedLinear(batch.packed, Launcher(CPU, Defaults()))
+    layer = FusedLinear(batch.packed, KernelLauncher(CPU, Defaults()))
     y, hidden = layer.forward(batch.x, batch.segments)
     assert y.shape == (0, 104) and hidden.shape == (0, 24)
     grad_x, grad_a, grad_b = layer.backward(y, batch.x, hidden, True)
@@ -246,7 +246,7 @@ def test_a_refilled_table_serves_other_segments_in_the_same_launch() -> None:
 # The bar catches what it should
 
 
-class Broken(Launcher):
+class Broken(KernelLauncher):
     """A launcher with one fault."""
 
     def __init__(self, fault: str) -> None:

@@ -43,7 +43,7 @@ def test_ranks_named_in_any_order_average_each_shard_once(data, tp, replicas):
 
 def test_explicit_replicas_keep_their_order():
     layout = make_layout(4, replica_gpus=((3, 0), (1, 2)))
-    assert layout.leader(0) == 3 and layout.tp_rank_of(0) == 1 and layout.replica_of(2) == 1
+    assert layout.tp_rank_of(3) == 0 and layout.tp_rank_of(0) == 1 and layout.replica_of(2) == 1
     assert layout.data_parallel_ranks((0, 1), 0) == (1, 3)
 
 
