@@ -40,7 +40,7 @@ class RequestRecord:
     text: str | None = None
     at_the_door: bool = False
     """Rejected because it can never be served: no sign of pressure."""
-    losses: int = 0
+    failed_replicas: int = 0
     """How many replicas were lost while they held it."""
 
     @property
@@ -212,9 +212,9 @@ class Dispatcher:
         """
         held = self.held.remove_all(replica)
         for record in sorted(held, key=lambda r: r.arrival_s, reverse=True):
-            record.losses += 1
-            if record.losses > self._config.control.retries:
-                detail = f"{record.losses} replicas were lost with it, the last one {replica} ({reason})"
+            record.failed_replicas += 1
+            if record.failed_replicas > self._config.control.retries:
+                detail = f"{record.failed_replicas} replicas were lost with it, the last one {replica} ({reason})"
                 self._finish(now, record, FinishReason.FAILED, detail)
             else:
                 self._advance(record, RequestState.QUEUED)

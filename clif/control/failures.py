@@ -21,7 +21,7 @@ from clif.wire.messages import Hello, Rebuild, Stop, Trouble
 log = logging.getLogger(__name__)
 
 
-class Losses:
+class FailureHandler:
     """Counts replicas as lost and takes them back. phase: of the run; forget: told of each lost replica."""
 
     def __init__(

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from clif.control.claims import Claims
-from clif.control.failures import Losses
+from clif.control.failures import FailureHandler
 from clif.control.fleet import Fleet
 from clif.control.policy.phases import ControlError, Phase
 from clif.wire import messages as wire
@@ -41,12 +41,12 @@ class Inbox:
         clock: Callable[[], float],
         claims: Claims,
         fleet: Fleet,
-        losses: Losses,
+        failures: FailureHandler,
         phase: Callable[[], Phase],
         handlers: Handlers,
     ) -> None:
         self._channel, self._clock = channel, clock
-        self._claims, self._fleet, self._losses = claims, fleet, losses
+        self._claims, self._fleet, self._failures = claims, fleet, failures
         self._phase, self._handlers = phase, handlers
         self._strangers = 0
 
@@ -60,10 +60,10 @@ class Inbox:
         try:
             message = tidy(decode_up(payload))
         except msgspec.DecodeError as error:
-            self._losses.broken(now, sender, f"it says what nobody understands ({printable(str(error))})")
+            self._failures.broken(now, sender, f"it says what nobody understands ({printable(str(error))})")
             return
         if wire.sender_of(message) != sender:
-            self._losses.broken(now, sender, f"it speaks for replica {wire.sender_of(message)}")
+            self._failures.broken(now, sender, f"it speaks for replica {wire.sender_of(message)}")
         elif isinstance(message, wire.Hello):
             self._join(now, message)
         elif self._phase() is Phase.GATHER and isinstance(message, wire.Trouble) and not message.returning:
@@ -73,20 +73,20 @@ class Inbox:
         elif isinstance(message, wire.Trouble | wire.Goodbye):
             self._handlers[type(message)](now, message)
         else:
-            self._losses.speaks(now, sender)
+            self._failures.speaks(now, sender)
 
     def _join(self, now: float, hello: wire.Hello) -> None:
         objection = self._claims.objection(hello)
         if objection:
-            self._losses.broken(now, hello.replica, objection)
+            self._failures.broken(now, hello.replica, objection)
         else:
-            self._losses.join(now, hello)
+            self._failures.join(now, hello)
 
     def _hear(self, now: float, sender: int, message: wire.Up) -> None:
         self._fleet.heard(now, sender)
         objection = self._claims.objection(message)
         if objection:
-            self._losses.broken(now, sender, objection)
+            self._failures.broken(now, sender, objection)
         else:
             self._handlers[type(message)](now, message)
 

@@ -9,7 +9,7 @@ import logging
 
 from clif.config import Config
 from clif.control.dispatcher import Dispatcher
-from clif.control.failures import Losses
+from clif.control.failures import FailureHandler
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
 from clif.control.policy.batch_sizes import Batches, choose_batches
@@ -31,13 +31,13 @@ class SlowLoop:
         dispatcher: Dispatcher,
         federation: Federation,
         records: Records,
-        losses: Losses,
+        failures: FailureHandler,
     ) -> None:
         self.outcomes = OutcomeWindow(config.control.window_s)
         self.pressure = Pressure.LOW
         self.round_reason = ""
         self._config, self._fleet, self._dispatcher = config, fleet, dispatcher
-        self._federation, self._records, self._losses = federation, records, losses
+        self._federation, self._records, self._failures = federation, records, failures
         self._all_silent = False
         self._written: Pressure | None = None
 
@@ -54,10 +54,10 @@ class SlowLoop:
     def _update_states(self, now: float) -> None:
         alive, reasons = self._fleet.view(self._dispatcher.queued).alive, set()
         for replica in alive:
-            state, reason = next_state(now, replica, self._config, self._losses.patience_s)
+            state, reason = next_state(now, replica, self._config, self._failures.patience_s)
             reasons.add(reason)
             if state is ReplicaState.FAILED:
-                self._losses.lose(now, replica.replica, reason)
+                self._failures.lose(now, replica.replica, reason)
             elif state is not None:
                 self._fleet.set_state(now, replica.replica, state, reason)
 
@@ -66,7 +66,7 @@ class SlowLoop:
     def _tell_of_silence(self, silent: bool) -> None:
         if silent and not self._all_silent:
             limit = self._config.control.lost_after_s
-            log.warning("no replica has spoken for %g s: waiting up to %g s more", limit, self._losses.patience_s)
+            log.warning("no replica has spoken for %g s: waiting up to %g s more", limit, self._failures.patience_s)
         elif self._all_silent and not silent:
             log.info("the silence of all replicas is over")
         self._all_silent = silent

@@ -19,7 +19,7 @@ from clif.control.claims import Claims
 from clif.control.dispatcher import Dispatcher, Hooks, RequestRecord
 from clif.control.durability.ledger import Ledger
 from clif.control.durability.shutdown import DRAINED, Ending
-from clif.control.failures import Losses
+from clif.control.failures import FailureHandler
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
 from clif.control.inbox import Inbox, printable
@@ -85,7 +85,7 @@ class ControlServer:
         if config.run.resume:
             past = ledger.recovery
             self.federation.resume(past.last_round, past.last_version, past.completed)
-        self._losses = Losses(
+        self._failures = FailureHandler(
             config,
             self.fleet,
             self.dispatcher,
@@ -95,7 +95,7 @@ class ControlServer:
             lambda: self.phase,
             quality.on_lost,
         )
-        self._slow = SlowLoop(config, self.fleet, self.dispatcher, self.federation, records, self._losses)
+        self._slow = SlowLoop(config, self.fleet, self.dispatcher, self.federation, records, self._failures)
         self._recent = Recent()
         self.finished: Counter[FinishReason] = Counter()
         self._last_loss: float | None = None
@@ -117,11 +117,11 @@ class ControlServer:
             wire.Published: self.federation.on_published,
             wire.Settled: self.federation.on_settled,
             wire.Evaluated: lambda _, message: self._quality.on_evaluated(message.result),
-            wire.Trouble: self._losses.on_trouble,
+            wire.Trouble: self._failures.on_trouble,
             wire.Signalled: ending.on_signalled,
             wire.Goodbye: self._on_goodbye,
         }
-        self._inbox = Inbox(channel, clock, self._claims, self.fleet, self._losses, lambda: self.phase, handlers)
+        self._inbox = Inbox(channel, clock, self._claims, self.fleet, self._failures, lambda: self.phase, handlers)
 
     @property
     def drained(self) -> str:
@@ -178,7 +178,7 @@ class ControlServer:
                 if self.phase is Phase.DRAIN:
                     self._ping()
         self._bury_unreachable(now)
-        self._losses.turn(now)
+        self._failures.turn(now)
         self._maybe_next_phase(now)
         self._ledger.turn(now, self._load_s(now), now - self._started_s)
         self._records.maybe_flush()
@@ -192,7 +192,7 @@ class ControlServer:
             record = self.dispatcher.held_by(message.replica, event.request_id)
             objection = self._claims.to_event(message.replica, event, record)
             if objection:
-                self._losses.broken(now, message.replica, objection)
+                self._failures.broken(now, message.replica, objection)
                 return
             self.dispatcher.on_event(now, message.replica, replace(event, detail=printable(event.detail)))
 
@@ -207,7 +207,7 @@ class ControlServer:
         if self.phase is Phase.STOPPING:
             self._goodbyes.add(message.replica)
         else:
-            self._losses.left(now, message.replica)
+            self._failures.left(now, message.replica)
 
     def _ping(self) -> None:
         """Find out who is gone: whether a signal alone came, or a rank died and the launcher clears up."""
@@ -221,7 +221,7 @@ class ControlServer:
             self._unreachable.add(replica)
         return sent
 
-    # --- load and losses -----------------------------------------------------------------------------
+    # --- load and failures -----------------------------------------------------------------------------
 
     def _patience_s(self) -> float:
         if self.phase is Phase.OPEN and self._load:
@@ -243,7 +243,7 @@ class ControlServer:
 
     def _bury_unreachable(self, now: float) -> None:
         while self._unreachable:
-            self._losses.lose(now, self._unreachable.pop(), "not connected any more", gone=True)
+            self._failures.lose(now, self._unreachable.pop(), "not connected any more", gone=True)
 
     # --- phases --------------------------------------------------------------------------------------
 
@@ -253,7 +253,7 @@ class ControlServer:
             entered_s=self._entered_s,
             started_s=self._started_s,
             missing=self.fleet.missing,
-            serving=self._losses.serving,
+            serving=self._failures.serving,
             measuring=self._quality.pending,
             load_left=len(self._load),
             outstanding=self.dispatcher.outstanding,
@@ -335,7 +335,7 @@ class ControlServer:
     @property
     def _reachable(self) -> tuple[int, ...]:
         """Replicas that live or are being rebuilt."""
-        return (*self.fleet.alive, *self._losses.returning)
+        return (*self.fleet.alive, *self._failures.returning)
 
     # --- what is told and shown ----------------------------------------------------------------------
 
