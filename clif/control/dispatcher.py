@@ -205,10 +205,10 @@ class Dispatcher:
             self.cancel(now, request_id, detail)
         return len(ids)
 
-    def lose(self, now: float, replica: int, reason: str) -> None:
-        """A replica is gone: what it held goes back to the front of the queue, to be gone on with by another one.
+    def requeue(self, now: float, replica: int, reason: str) -> None:
+        """Requeue a failed replica's requests at the front.
 
-        Not for ever: what takes one replica after another down with it is ended.
+        A request that was held by more than `control.retries` failed replicas fails.
         """
         held = self.held.remove_all(replica)
         for record in sorted(held, key=lambda r: r.arrival_s, reverse=True):

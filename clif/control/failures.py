@@ -81,7 +81,7 @@ class FailureHandler:
         if replica not in self._due:
             self._ending.lose(self._phase(), replica, reason, gone)
         self._fleet.set_state(now, replica, ReplicaState.FAILED, reason)
-        self._dispatcher.lose(now, replica, reason)
+        self._dispatcher.requeue(now, replica, reason)
         self._federation.on_lost(now, replica, reason)
         self._forget(replica)
 

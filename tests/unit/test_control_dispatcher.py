@@ -75,7 +75,7 @@ actions = st.one_of(
     st.tuples(st.just("version"), st.integers(0, 12), st.integers(0, 3)),
     st.tuples(st.just("finish"), st.integers(0, 12), st.integers(0, 3)),
     st.tuples(st.just("cancel"), st.integers(0, 12), st.just(0)),
-    st.tuples(st.just("lose"), st.integers(0, 1), st.just(0)),
+    st.tuples(st.just("requeue"), st.integers(0, 1), st.just(0)),
 )
 
 
@@ -93,9 +93,9 @@ def test_promise_1_every_accepted_request_gets_exactly_one_terminal_event(
             rig.dispatch(now, first)
         elif action == "cancel":
             rig.dispatcher.cancel(now, first)
-        elif action == "lose":
+        elif action == "requeue":
             rig.dead.add(first)
-            rig.dispatcher.lose(now, first, "test")
+            rig.dispatcher.requeue(now, first, "test")
         else:
             version = 1 if action == "version" else 0
             finish = FinishReason.STOP if action == "finish" else None
@@ -170,7 +170,7 @@ def test_a_lost_replica_gives_back_all_that_it_held_in_order() -> None:
     first = rig.submitted_to(0)
     rig.dispatcher.on_event(7.0, 0, event(first[0]))
     rig.dead.add(0)
-    rig.dispatcher.lose(8.0, 0, "killed")
+    rig.dispatcher.requeue(8.0, 0, "killed")
     assert rig.ended == [] and rig.dispatcher.running == 0
     # They came before 5, so they go before 5.
     rig.dispatch(9.0, max_batch=4)
@@ -187,7 +187,7 @@ def moved_to_another_replica(tokens: int, version: int) -> Rig:
     rig.dispatch(1.0)
     rig.dispatcher.on_event(2.0, 0, event(1, tokens, version=version))
     rig.dead.add(0)
-    rig.dispatcher.lose(3.0, 0, "out of memory")
+    rig.dispatcher.requeue(3.0, 0, "out of memory")
     rig.dispatch(4.0)
     return rig
 
@@ -214,7 +214,7 @@ def test_a_request_that_takes_down_every_replica_is_not_tried_for_ever() -> None
     rig.dispatcher.submit(0.0, request(1))
     for life in range(3):
         rig.dispatch(float(life))
-        rig.dispatcher.lose(life + 0.5, rig.sent[-1][0], "illegal instruction")
+        rig.dispatcher.requeue(life + 0.5, rig.sent[-1][0], "illegal instruction")
     (record,) = rig.ended
     assert record.finish is FinishReason.FAILED
     assert record.detail.startswith("3 replicas were lost with it, the last one ") and "illegal" in record.detail
