@@ -60,14 +60,14 @@ class FailureHandler:
             self._expect(now, message.replica)
         else:
             self._due.pop(message.replica, None)
-        self.lose(now, message.replica, message.error, message.gone)
+        self.mark_failed(now, message.replica, message.error, message.gone)
 
     def left(self, now: float, replica: int) -> None:
         """It said goodbye before it was told to stop."""
         self._due.pop(replica, None)
-        self.lose(now, replica, "it left")
+        self.mark_failed(now, replica, "it left")
 
-    def lose(self, now: float, replica: int, reason: str, gone: bool = False) -> None:
+    def mark_failed(self, now: float, replica: int, reason: str, gone: bool = False) -> None:
         """Count a replica as lost. gone: its process is no more.
 
         First its state, so that nothing is sent to it by what follows. Raises ControlError when the launcher is to
@@ -111,7 +111,7 @@ class FailureHandler:
         else:
             self._sent_away.add(replica)
         if self._fleet.is_alive(replica):
-            self.lose(now, replica, f"broken: {why}")
+            self.mark_failed(now, replica, f"broken: {why}")
         else:
             log.error("replica %d is broken: %s", replica, why)
         self._send(replica, Rebuild(reason=why) if again else Stop())
@@ -131,7 +131,7 @@ class FailureHandler:
             self._send(hello.replica, Stop())
 
     def turn(self, now: float) -> None:
-        """Give up on those that should be back by now. Raises ControlError as lose() does."""
+        """Give up on those that should be back by now. Raises ControlError as mark_failed() does."""
         for replica in [r for r, due in self._due.items() if now > due]:
             del self._due[replica]
             reason = f"not rebuilt within {self._config.dist.timeout_s:g} s"

@@ -57,7 +57,7 @@ class SlowLoop:
             state, reason = next_state(now, replica, self._config, self._failures.patience_s)
             reasons.add(reason)
             if state is ReplicaState.FAILED:
-                self._failures.lose(now, replica.replica, reason)
+                self._failures.mark_failed(now, replica.replica, reason)
             elif state is not None:
                 self._fleet.set_state(now, replica.replica, state, reason)
 

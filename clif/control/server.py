@@ -243,7 +243,7 @@ class ControlServer:
 
     def _bury_unreachable(self, now: float) -> None:
         while self._unreachable:
-            self._failures.lose(now, self._unreachable.pop(), "not connected any more", gone=True)
+            self._failures.mark_failed(now, self._unreachable.pop(), "not connected any more", gone=True)
 
     # --- phases --------------------------------------------------------------------------------------
 
