@@ -20,7 +20,7 @@ from clif.control.answers import Answers
 from clif.control.durability.journal import Journal
 from clif.control.durability.ledger import Ledger
 from clif.control.durability.recovery import add_up, recover
-from clif.control.durability.shutdown import Ending
+from clif.control.durability.shutdown import ShutdownPolicy
 from clif.control.progress import Status
 from clif.control.quality import QualityCheck
 from clif.control.records import Records
@@ -258,7 +258,9 @@ class Run:
             answers=Answers(config.run_dir, config.metrics.answers, tokenizer.decode),
             status=Status("plain"),
             ledger=Ledger(self.journal, recovery),
-            ending=Ending(**{k: options.pop(k) for k in ("stop_reason", "signalled", "restarts_left") if k in options}),
+            shutdown=ShutdownPolicy(
+                **{k: options.pop(k) for k in ("stop_reason", "signalled", "restarts_left") if k in options}
+            ),
         )
         silent = options.pop("silent", {})
         self.leaders = [FakeLeader(self.channel.address, i, silent_after=silent.get(i)) for i in range(leaders)]

@@ -23,7 +23,7 @@ from clif.control.answers import Answers
 from clif.control.durability.journal import JOURNAL_FILE, Journal
 from clif.control.durability.ledger import Ledger
 from clif.control.durability.recovery import Recorded, add_up, recover
-from clif.control.durability.shutdown import DRAINED, Ending
+from clif.control.durability.shutdown import DRAINED, ShutdownPolicy
 from clif.control.policy.phases import ControlError
 from clif.control.progress import Status, StatusHandler
 from clif.control.quality import QualityCheck
@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace, status: Status, config: Config, outside: 
             answers=answers,
             status=status,
             ledger=Ledger(journal, recovery),
-            ending=Ending(outside.parent_died, outside.signalled, arguments.restarts_left),
+            shutdown=ShutdownPolicy(outside.parent_died, outside.signalled, arguments.restarts_left),
         )
         # The address comes last: a leader that finds it is heard at once.
         write_atomic(run_dir / ADDRESS_FILE, channel.address.encode())

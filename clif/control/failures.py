@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from clif.config import Config
 from clif.control.dispatcher import Dispatcher, Send
-from clif.control.durability.shutdown import Ending
+from clif.control.durability.shutdown import ShutdownPolicy
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
 from clif.control.policy.phases import Phase
@@ -30,13 +30,13 @@ class FailureHandler:
         fleet: Fleet,
         dispatcher: Dispatcher,
         federation: Federation,
-        ending: Ending,
+        shutdown: ShutdownPolicy,
         send: Send,
         phase: Callable[[], Phase],
         forget: Callable[[int], None],
     ) -> None:
         self._config, self._fleet, self._dispatcher, self._federation = config, fleet, dispatcher, federation
-        self._ending, self._send, self._phase, self._forget = ending, send, phase, forget
+        self._shutdown, self._send, self._phase, self._forget = shutdown, send, phase, forget
         self._due: dict[int, float] = {}
         self._sent_away: set[int] = set()
 
@@ -48,7 +48,7 @@ class FailureHandler:
     @property
     def patience_s(self) -> float:
         """How long a silence of all replicas is put up with: a launcher that starts all ranks anew cures it sooner."""
-        return 0.0 if self._ending.restarts_left else self._config.dist.timeout_s
+        return 0.0 if self._shutdown.restarts_left else self._config.dist.timeout_s
 
     @property
     def serving(self) -> int:
@@ -79,7 +79,7 @@ class FailureHandler:
             return
         log.error("replica %d is lost: %s", replica, reason)
         if replica not in self._due:
-            self._ending.lose(self._phase(), replica, reason, gone)
+            self._shutdown.request_restart(self._phase(), replica, reason, gone)
         self._fleet.set_state(now, replica, ReplicaState.FAILED, reason)
         self._dispatcher.requeue(now, replica, reason)
         self._federation.on_lost(now, replica, reason)
@@ -136,7 +136,7 @@ class FailureHandler:
             del self._due[replica]
             reason = f"not rebuilt within {self._config.dist.timeout_s:g} s"
             log.error("replica %d is given up: %s", replica, reason)
-            self._ending.lose(self._phase(), replica, reason, gone=False)
+            self._shutdown.request_restart(self._phase(), replica, reason, gone=False)
 
     def _expect(self, now: float, replica: int) -> None:
         """Its ranks meet again before it is back, for which they have as long as for any collective."""

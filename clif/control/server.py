@@ -18,7 +18,7 @@ from clif.control.answers import Answers
 from clif.control.claims import Claims
 from clif.control.dispatcher import Dispatcher, Hooks, RequestRecord
 from clif.control.durability.ledger import Ledger
-from clif.control.durability.shutdown import DRAINED, Ending
+from clif.control.durability.shutdown import DRAINED, ShutdownPolicy
 from clif.control.failures import FailureHandler
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
@@ -41,7 +41,8 @@ POLL_S = 0.01
 class ControlServer:
     """Runs one run from the first Hello to the last Goodbye. clock: monotonic seconds.
 
-    ledger: the journal, with the load that is to come and what earlier starts left. ending: what may end the run early.
+    ledger: the journal, with the load that is to come and what earlier starts left.
+    shutdown: what may end the run early.
     began: whether all replicas were there, in this process.
     finished: requests of users that ended in this start, by reason.
     """
@@ -59,13 +60,13 @@ class ControlServer:
         answers: Answers,
         status: Status,
         ledger: Ledger,
-        ending: Ending,
+        shutdown: ShutdownPolicy,
     ) -> None:
         self.config = config
         self.phase = Phase.GATHER
         self.began = False
         self._channel, self._clock = channel, clock
-        self._ledger, self._ending = ledger, ending
+        self._ledger, self._shutdown = ledger, shutdown
         self._load = deque(ledger.recovery.load)
         self._quality, self._records, self._answers, self._status = quality, records, answers, status
         hooks = Hooks(finished=self._on_finished, dispatched=records.dispatch)
@@ -90,7 +91,7 @@ class ControlServer:
             self.fleet,
             self.dispatcher,
             self.federation,
-            ending,
+            shutdown,
             self._send,
             lambda: self.phase,
             quality.on_lost,
@@ -118,7 +119,7 @@ class ControlServer:
             wire.Settled: self.federation.on_settled,
             wire.Evaluated: lambda _, message: self._quality.on_evaluated(message.result),
             wire.Trouble: self._failures.on_trouble,
-            wire.Signalled: ending.on_signalled,
+            wire.Signalled: shutdown.on_signalled,
             wire.Goodbye: self._on_goodbye,
         }
         self._inbox = Inbox(channel, clock, self._claims, self.fleet, self._failures, lambda: self.phase, handlers)
@@ -126,7 +127,7 @@ class ControlServer:
     @property
     def drained(self) -> str:
         """Why the run was ended before it was through, in good order; empty: it was not."""
-        return self._ending.drain
+        return self._shutdown.drain
 
     def run(self) -> None:
         """Go through all phases. Whatever ends it early, every request gets its terminal event and files close.
@@ -144,7 +145,7 @@ class ControlServer:
         try:
             self._take_over()
             while self.phase is not Phase.DONE:
-                self._ending.check(self.phase)
+                self._shutdown.check(self.phase)
                 self.step()
         except BaseException as error:
             self._close_out(str(error) or type(error).__name__)
@@ -261,7 +262,7 @@ class ControlServer:
             wants_rounds=wants_rounds(self.federation.history, self.config),
             priced=self.fleet.priced,
             saying_goodbye=tuple(r for r in self._reachable if r not in self._goodbyes),
-            signal=self._ending.drain,
+            signal=self._shutdown.drain,
             opened=self._ledger.recovery.opened,
             over=self._ledger.recovery.over,
         )
@@ -321,7 +322,7 @@ class ControlServer:
     def _close_out(self, reason: str) -> None:
         """Promise 1, whatever dies: end every request or leave it to the next start, and let the replicas go."""
         now = self._clock()
-        left = self._ending.leaves_open(self.phase)
+        left = self._shutdown.leaves_open(self.phase)
         try:
             self.dispatcher.fail_all(now, f"the control process ended: {reason}", probes_only=left)
             if left:

@@ -13,7 +13,7 @@ DRAINED = 128 + signal.SIGTERM
 """Exit code after a signal: every request has its end, but the run is not through."""
 
 
-class Ending:
+class ShutdownPolicy:
     """Watches for reasons and knows what they mean for open requests.
 
     stop_reason: says why the run must end now (a dead parent); signalled: why it is to drain; empty as long as it need
@@ -48,7 +48,7 @@ class Ending:
         """A rank was told to end. One is enough: launchers tell all, and rank 0 may be slower."""
         self._said = self._said or f"replica {message.replica} got {message.signal}"
 
-    def lose(self, phase: Phase, replica: int, reason: str, gone: bool) -> None:
+    def request_restart(self, phase: Phase, replica: int, reason: str, gone: bool) -> None:
         """Raises ControlError when the loss of a replica is to be healed by a restart of all ranks.
 
         gone: a process of it is no more. In a drain only that tells of a restart to come: a replica that hangs or fails
