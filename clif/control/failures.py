@@ -130,7 +130,7 @@ class FailureHandler:
         if self._phase() is Phase.STOPPING:
             self._send(hello.replica, Stop())
 
-    def turn(self, now: float) -> None:
+    def step(self, now: float) -> None:
         """Give up on those that should be back by now. Raises ControlError as mark_failed() does."""
         for replica in [r for r, due in self._due.items() if now > due]:
             del self._due[replica]

@@ -50,8 +50,8 @@ class Inbox:
         self._phase, self._handlers = phase, handlers
         self._strangers = 0
 
-    def turn(self, timeout_s: float) -> None:
-        """Take what came, as much as one turn may; wait up to timeout_s for the first. Raises ControlError."""
+    def step(self, timeout_s: float) -> None:
+        """Take what came, as much as one step may; wait up to timeout_s for the first. Raises ControlError."""
         for sender, payload in self._channel.receive(timeout_s):
             self._take(self._clock(), sender, payload)
         self._count_strangers(self._channel.refused())

@@ -1,4 +1,4 @@
-"""The slow loop, every control.period_s: latency models, states, pressure, rounds and batch sizes.
+"""The policy loop, every control.period_s: latency models, states, pressure, rounds and batch sizes.
 
 It only carries out what the pure functions decide, in the order in which each needs what the one before changed.
 """
@@ -23,7 +23,7 @@ from clif.states import ReplicaState
 log = logging.getLogger(__name__)
 
 
-class SlowLoop:
+class PolicyLoop:
     def __init__(
         self,
         config: Config,
@@ -41,8 +41,8 @@ class SlowLoop:
         self._all_silent = False
         self._written: Pressure | None = None
 
-    def turn(self, now: float, rounds_may_start: bool) -> str:
-        """One turn. Returns a line about a round that it started, or an empty one."""
+    def step(self, now: float, rounds_may_start: bool) -> str:
+        """One step. Returns a line about a round that it started, or an empty one."""
         self._fleet.refit()
         self._update_states(now)
         view = self._fleet.view(self._dispatcher.queued)

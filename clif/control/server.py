@@ -25,7 +25,7 @@ from clif.control.fleet import Fleet
 from clif.control.inbox import Inbox, printable
 from clif.control.policy.phases import Facts, Phase, next_phase, rounds_may_start
 from clif.control.policy.round_admission import wants_rounds
-from clif.control.policy_loop import SlowLoop
+from clif.control.policy_loop import PolicyLoop
 from clif.control.progress import Recent, Snapshot, Status, count_states
 from clif.control.quality import QualityCheck
 from clif.control.records import Records, train_loss
@@ -96,7 +96,7 @@ class ControlServer:
             lambda: self.phase,
             quality.on_lost,
         )
-        self._slow = SlowLoop(config, self.fleet, self.dispatcher, self.federation, records, self._failures)
+        self._policy = PolicyLoop(config, self.fleet, self.dispatcher, self.federation, records, self._failures)
         self._recent = Recent()
         self.finished: Counter[FinishReason] = Counter()
         self._last_loss: float | None = None
@@ -107,7 +107,7 @@ class ControlServer:
         self._entered_s = self._opened_s = clock()
         # Time that the run took before a restart counts, the outage does not.
         self._started_s = self._entered_s - ledger.recovery.run_s
-        self._next_slow_s = 0.0
+        self._next_policy_s = 0.0
         self._claims = Claims(config, self.fleet, self.federation, quality.most_tokens)
         handlers: dict[type[wire.Message], Callable[[float, Any], None]] = {
             wire.Tokens: self._on_tokens,
@@ -163,25 +163,25 @@ class ControlServer:
             self.dispatcher.submit(self._clock(), accepted.request, arrival_s)
 
     def step(self) -> None:
-        """One turn of the loop."""
-        self._inbox.turn(self._patience_s())
+        """One step of the loop."""
+        self._inbox.step(self._patience_s())
         now = self._clock()
         self._submit_due(now)
         self.federation.tick(now)
         if self.phase is not Phase.GATHER and not self.fleet.missing:
             if self.dispatcher.queued:
                 self.dispatcher.dispatch(now, self.fleet.routing_view)
-            if now >= self._next_slow_s:
-                self._next_slow_s = now + self.config.control.period_s
-                started = self._slow.turn(now, rounds_may_start(now, self._facts(), self.config))
+            if now >= self._next_policy_s:
+                self._next_policy_s = now + self.config.control.period_s
+                started = self._policy.step(now, rounds_may_start(now, self._facts(), self.config))
                 if started:
                     self._status.note(started)
                 if self.phase is Phase.DRAIN:
                     self._ping()
         self._bury_unreachable(now)
-        self._failures.turn(now)
+        self._failures.step(now)
         self._maybe_next_phase(now)
-        self._ledger.turn(now, self._load_s(now), now - self._started_s)
+        self._ledger.step(now, self._load_s(now), now - self._started_s)
         self._records.maybe_flush()
         if self._status.due(now):
             self._status.show(now, self._snapshot(now))
@@ -217,7 +217,7 @@ class ControlServer:
 
     def _send(self, replica: int, message: wire.Down) -> bool:
         sent = self._channel.send(replica, message)
-        # Counted as lost at the end of the turn, not here: the caller is in the middle of something.
+        # Counted as lost at the end of the step, not here: the caller is in the middle of something.
         if not sent and self.fleet.is_alive(replica):
             self._unreachable.add(replica)
         return sent
@@ -351,7 +351,7 @@ class ControlServer:
         self.finished[record.finish] += 1
         self._recent.add(record.ttft_s, record.gaps_s)
         if record.finish is not FinishReason.CANCELLED and not record.at_the_door and record.finished_s is not None:
-            self._slow.outcomes.add(record.finished_s, record.slo_met)
+            self._policy.outcomes.add(record.finished_s, record.slo_met)
 
     def _on_round(self, ended: Round) -> None:
         self._records.round(ended)
@@ -374,7 +374,7 @@ class ControlServer:
         return Snapshot(
             seconds=now - self._started_s,
             phase=self.phase.value,
-            pressure=self._slow.pressure.value,
+            pressure=self._policy.pressure.value,
             states=count_states(alive),
             running=self.dispatcher.running,
             queued=self.dispatcher.queued,
@@ -386,5 +386,5 @@ class ControlServer:
             training_steps=sum(self._steps.values()),
             slack={r: slack.reason for r in self.fleet.alive if (slack := self._slack.get(r)) is not None},
             version=self.federation.history.version,
-            round=f"{current.plan.round_id} {current.state.value}" if current else self._slow.round_reason or "-",
+            round=f"{current.plan.round_id} {current.state.value}" if current else self._policy.round_reason or "-",
         )

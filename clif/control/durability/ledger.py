@@ -67,8 +67,8 @@ class Ledger:
         )
         self.write(line)
 
-    def turn(self, now: float, load_s: float, run_s: float) -> None:
-        """Once per turn of the loop: note how far the run is, and see that what was written gets to disk."""
+    def step(self, now: float, load_s: float, run_s: float) -> None:
+        """Once per step of the loop: note how far the run is, and see that what was written gets to disk."""
         if now - self._progressed >= PROGRESS_S:
             self._progressed = now
             self.write(Progress(load_s=round(load_s, 3), run_s=round(run_s, 3)))

@@ -33,7 +33,7 @@ class ShutdownPolicy:
         self._lost = False
 
     def check(self, phase: Phase) -> None:
-        """Once per turn. Raises ControlError when the run must end without a drain."""
+        """Once per step. Raises ControlError when the run must end without a drain."""
         # While all leave, rank 0 may be the first, and signals change nothing: nothing is lost by that any more.
         if phase is Phase.STOPPING:
             return
