@@ -21,7 +21,7 @@ from clif.control.durability.journal import Journal
 from clif.control.durability.ledger import Ledger
 from clif.control.durability.recovery import add_up, recover
 from clif.control.durability.shutdown import ShutdownPolicy
-from clif.control.progress import Status
+from clif.control.progress import Progress
 from clif.control.quality import QualityCheck
 from clif.control.records import Records
 from clif.control.server import ControlServer
@@ -256,7 +256,7 @@ class Run:
             store=store,
             records=Records(config.run_dir, config, time.monotonic),
             answers=Answers(config.run_dir, config.metrics.answers, tokenizer.decode),
-            status=Status("plain"),
+            progress=Progress("plain"),
             ledger=Ledger(self.journal, recovery),
             shutdown=ShutdownPolicy(
                 **{k: options.pop(k) for k in ("stop_reason", "signalled", "restarts_left") if k in options}

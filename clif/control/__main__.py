@@ -25,7 +25,7 @@ from clif.control.durability.ledger import Ledger
 from clif.control.durability.recovery import Recorded, add_up, recover
 from clif.control.durability.shutdown import DRAINED, ShutdownPolicy
 from clif.control.policy.phases import ControlError
-from clif.control.progress import Status, StatusHandler
+from clif.control.progress import Progress, ProgressHandler
 from clif.control.quality import QualityCheck
 from clif.control.records import Records
 from clif.control.server import ControlServer
@@ -78,7 +78,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(arguments: argparse.Namespace, status: Status, config: Config, outside: Outside) -> tuple[str, bool]:
+def run(arguments: argparse.Namespace, progress: Progress, config: Config, outside: Outside) -> tuple[str, bool]:
     """Everything between reading the configuration and the summary. Returns (why the run was drained, or "", and
     whether all replicas had come).
 
@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace, status: Status, config: Config, outside: 
             store=store,
             records=records,
             answers=answers,
-            status=status,
+            progress=progress,
             ledger=Ledger(journal, recovery),
             shutdown=ShutdownPolicy(outside.parent_died, outside.signalled, arguments.restarts_left),
         )
@@ -181,10 +181,10 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"clif: cannot read the run's configuration: {error}", file=sys.stderr)
         return 2
-    status = Status(config.run.status)
-    logging.basicConfig(handlers=[StatusHandler(status)], level=logging.INFO, format="%(message)s")
+    progress = Progress(config.run.status)
+    logging.basicConfig(handlers=[ProgressHandler(progress)], level=logging.INFO, format="%(message)s")
     try:
-        drained, began = run(arguments, status, config, outside)
+        drained, began = run(arguments, progress, config, outside)
     except Exception as error:
         said = str(error) if isinstance(error, ControlError) else sentence_of(error)
         if said is None:
@@ -192,7 +192,7 @@ def main() -> int:
         print(f"clif: the run did not go through: {said}", file=sys.stderr)
         return 1
     finally:
-        status.close()
+        progress.close()
     return _went(arguments.run_dir, drained, began)
 
 

@@ -69,7 +69,7 @@ class Snapshot:
         ]
 
 
-class Recent:
+class RecentLatencies:
     """Recent latencies, for the display only; the files have them all."""
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Recent:
         self.itl_s.extend(gaps_s)
 
 
-class Status:
+class Progress:
     """Shows snapshots at its own pace, and single lines (note) above them. A logging handler may write by note."""
 
     def __init__(self, wanted: Literal["auto", "live", "plain", "off"], stream: TextIO | None = None) -> None:
@@ -121,18 +121,18 @@ class Status:
         self._console.print(f"clif: {line}", markup=False)
 
 
-class StatusHandler(logging.Handler):
-    """Logging by way of the status, so that log lines do not tear the live table. Warnings are never off."""
+class ProgressHandler(logging.Handler):
+    """Logging by way of the progress display, so that log lines do not tear the live table. Warnings are never off."""
 
-    def __init__(self, status: Status) -> None:
+    def __init__(self, progress: Progress) -> None:
         super().__init__()
-        self._status = status
+        self._progress = progress
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self._status.mode == "off" and record.levelno >= logging.WARNING:
+        if self._progress.mode == "off" and record.levelno >= logging.WARNING:
             print(f"clif: {self.format(record)}", file=sys.stderr)
         else:
-            self._status.note(self.format(record))
+            self._progress.note(self.format(record))
 
 
 def choose_mode(

@@ -26,7 +26,7 @@ from clif.control.inbox import Inbox, printable
 from clif.control.policy.phases import Facts, Phase, next_phase, rounds_may_start
 from clif.control.policy.round_admission import wants_rounds
 from clif.control.policy_loop import PolicyLoop
-from clif.control.progress import Recent, Snapshot, Status, count_states
+from clif.control.progress import Progress, RecentLatencies, Snapshot, count_states
 from clif.control.quality import QualityCheck
 from clif.control.records import Records, train_loss
 from clif.control.rounds import Round
@@ -58,7 +58,7 @@ class ControlServer:
         store: AdapterStore,
         records: Records,
         answers: Answers,
-        status: Status,
+        progress: Progress,
         ledger: Ledger,
         shutdown: ShutdownPolicy,
     ) -> None:
@@ -68,7 +68,7 @@ class ControlServer:
         self._channel, self._clock = channel, clock
         self._ledger, self._shutdown = ledger, shutdown
         self._load = deque(ledger.recovery.load)
-        self._quality, self._records, self._answers, self._status = quality, records, answers, status
+        self._quality, self._records, self._answers, self._progress = quality, records, answers, progress
         hooks = Hooks(finished=self._on_finished, dispatched=records.dispatch)
         self.dispatcher = Dispatcher(config, self._send, hooks)
         self.fleet = Fleet(config, replicas, self._send, self.dispatcher.held, records.transition)
@@ -97,7 +97,7 @@ class ControlServer:
             quality.on_lost,
         )
         self._policy = PolicyLoop(config, self.fleet, self.dispatcher, self.federation, records, self._failures)
-        self._recent = Recent()
+        self._recent = RecentLatencies()
         self.finished: Counter[FinishReason] = Counter()
         self._last_loss: float | None = None
         self._steps: dict[int, int] = {}
@@ -138,8 +138,8 @@ class ControlServer:
             self._run()
         finally:
             # What was shown last may be of some time ago.
-            if self._status.mode != "off":
-                self._status.show(self._clock(), self._snapshot(self._clock()))
+            if self._progress.mode != "off":
+                self._progress.show(self._clock(), self._snapshot(self._clock()))
 
     def _run(self) -> None:
         try:
@@ -175,7 +175,7 @@ class ControlServer:
                 self._next_policy_s = now + self.config.control.period_s
                 started = self._policy.step(now, rounds_may_start(now, self._facts(), self.config))
                 if started:
-                    self._status.note(started)
+                    self._progress.note(started)
                 if self.phase is Phase.DRAIN:
                     self._ping()
         self._bury_unreachable(now)
@@ -183,8 +183,8 @@ class ControlServer:
         self._maybe_next_phase(now)
         self._ledger.step(now, self._load_s(now), now - self._started_s)
         self._records.maybe_flush()
-        if self._status.due(now):
-            self._status.show(now, self._snapshot(now))
+        if self._progress.due(now):
+            self._progress.show(now, self._snapshot(now))
 
     # --- messages ------------------------------------------------------------------------------------
 
@@ -277,7 +277,7 @@ class ControlServer:
     def _enter(self, now: float, phase: Phase, reason: str) -> None:
         left, self.phase, self._entered_s = self.phase, phase, now
         self.began = self.began or phase not in (Phase.DRAIN, Phase.STOPPING, Phase.DONE)
-        self._status.note(f"{phase.value}: {reason}")
+        self._progress.note(f"{phase.value}: {reason}")
         if phase is not Phase.DONE:
             self._ledger.entered(phase)
         if left is Phase.GATHER:
@@ -358,7 +358,7 @@ class ControlServer:
         loss = train_loss(list(ended.results.values()))
         trained = "" if loss is None else f", training loss {loss:.3f}"
         version = f" as version {ended.version}" if ended.promotion else ""
-        self._status.note(f"round {ended.plan.round_id} {ended.state.value}{version}: {ended.reason}{trained}")
+        self._progress.note(f"round {ended.plan.round_id} {ended.state.value}{version}: {ended.reason}{trained}")
 
     def _on_adapter(self, version: AdapterVersion) -> None:
         self._records.adapter(version)

@@ -1,4 +1,4 @@
-"""Phases as data, the status display, and what the control plane may import."""
+"""Phases as data, the progress display, and what the control plane may import."""
 
 import dataclasses
 import io
@@ -15,7 +15,7 @@ import pytest
 import clif
 from clif.config import Config, config_from_tree
 from clif.control.policy.phases import GATHER_S, ControlError, Facts, Phase, next_phase, rounds_may_start
-from clif.control.progress import Snapshot, Status, StatusHandler, choose_mode
+from clif.control.progress import Progress, ProgressHandler, Snapshot, choose_mode
 
 CONFIG: Config = config_from_tree(
     {"model": {"path": "m"}, "train": {"enabled": False}, "run": {"max_s": 1000.0, "linger_s": 10.0}}
@@ -120,10 +120,10 @@ def test_progress_is_live_on_a_terminal_plain_elsewhere_and_off_under_ci() -> No
 
 def test_plain_progress_is_one_line_with_what_matters() -> None:
     stream = io.StringIO()
-    status = Status("plain", stream)
-    assert status.due(0.0)
-    status.show(0.0, SNAPSHOT)
-    assert not status.due(1.0) and status.due(10.0)
+    progress = Progress("plain", stream)
+    assert progress.due(0.0)
+    progress.show(0.0, SNAPSHOT)
+    assert not progress.due(1.0) and progress.due(10.0)
     (line,) = stream.getvalue().splitlines()
     for word in (
         "1 running",
@@ -137,7 +137,7 @@ def test_plain_progress_is_one_line_with_what_matters() -> None:
         "slack replica 0: nobody waits; replica 1: nobody waits; replica 2: nobody waits; and 2 more |",
     ):
         assert word in line
-    status.note("round 2 [committed]")
+    progress.note("round 2 [committed]")
     assert "round 2 [committed]" in stream.getvalue()
 
 
@@ -154,33 +154,33 @@ def lines_of(terminal: io.StringIO) -> list[str]:
 
 
 def test_no_line_of_the_live_table_is_wider_than_the_terminal_so_that_no_frame_stays_behind(terminal) -> None:
-    status = Status("live", terminal)
+    progress = Progress("live", terminal)
     for now in range(3):
-        status.show(float(now), SNAPSHOT)
-        status.note("a line that is longer than forty columns, as the reasons of rounds are")
-    status.close()
-    status.close()
+        progress.show(float(now), SNAPSHOT)
+        progress.note("a line that is longer than forty columns, as the reasons of rounds are")
+    progress.close()
+    progress.close()
     lines = lines_of(terminal)
     assert "clif: a line that is longer than forty" in " ".join(line.strip() for line in lines)
     assert max(map(len, lines)) <= 40, max(lines, key=len)
 
 
 def test_there_is_no_live_table_while_ranks_load_and_write_to_the_terminal(terminal) -> None:
-    status = Status("live", terminal)
-    status.show(0.0, dataclasses.replace(SNAPSHOT, phase="gather"))
-    status.note("waiting")
-    status.close()
+    progress = Progress("live", terminal)
+    progress.show(0.0, dataclasses.replace(SNAPSHOT, phase="gather"))
+    progress.note("waiting")
+    progress.close()
     assert terminal.getvalue() == "clif: waiting\n"
 
 
 def test_off_is_silent_but_for_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     stream = io.StringIO()
-    status = Status("off", stream)
-    handler = StatusHandler(status)
-    status.note("nothing")
+    progress = Progress("off", stream)
+    handler = ProgressHandler(progress)
+    progress.note("nothing")
     handler.emit(logging.LogRecord("n", logging.INFO, "f", 1, "info", (), None))
     handler.emit(logging.LogRecord("n", logging.ERROR, "f", 1, "replica lost", (), None))
-    assert not status.due(0.0) and stream.getvalue() == ""
+    assert not progress.due(0.0) and stream.getvalue() == ""
     assert "replica lost" in capsys.readouterr().err
 
 

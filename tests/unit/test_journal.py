@@ -13,11 +13,11 @@ from clif.cli import main
 from clif.control.durability.journal import (
     Accepted,
     Began,
+    Elapsed,
     Ended,
     Entered,
     Journal,
     JournalError,
-    Progress,
     RoundBegan,
     RoundStored,
     VersionGiven,
@@ -47,7 +47,7 @@ LINES = [
     ended(0),
     VersionGiven(version=1),
     RoundStored(round_id=1, version=1, heldout_loss=0.5, row={"state": "committed", "ended_s": None, "samples": 3}),
-    Progress(load_s=1.5, run_s=2.5),
+    Elapsed(load_s=1.5, run_s=2.5),
 ]
 
 

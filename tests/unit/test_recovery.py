@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from clif.control.durability.journal import (
     Accepted,
     Began,
+    Elapsed,
     Ended,
     Entered,
     Line,
-    Progress,
     RoundBegan,
     RoundStored,
     VersionGiven,
@@ -64,7 +64,7 @@ def test_the_first_start_has_all_before_it():
 def test_a_restart_goes_on_where_the_load_was():
     load = load_of(5)
     lines = [
-        began(load), Entered(phase="open"), accept(load[0]), accept(load[1]), end(0), Progress(load_s=1.7, run_s=9.0),
+        began(load), Entered(phase="open"), accept(load[0]), accept(load[1]), end(0), Elapsed(load_s=1.7, run_s=9.0),
     ]  # fmt: skip
     found = recovered(lines, load)
     assert ids(found.load) == [2, 3, 4] and [a.request.id for a in found.open] == [1]
@@ -73,7 +73,7 @@ def test_a_restart_goes_on_where_the_load_was():
 
 def test_the_load_goes_on_no_earlier_than_its_last_request():
     load = load_of(5)
-    found = recovered([began(load), Progress(load_s=0.2, run_s=1.0), accept(load[3])], load)
+    found = recovered([began(load), Elapsed(load_s=0.2, run_s=1.0), accept(load[3])], load)
     assert found.load_s == 3.0
 
 

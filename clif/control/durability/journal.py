@@ -77,7 +77,7 @@ class Ended(Entry, frozen=True):
     finished_s: float
 
 
-class Progress(Entry, frozen=True):
+class Elapsed(Entry, frozen=True):
     """How long load came, and how long the run took so far, seconds."""
 
     load_s: float
@@ -103,7 +103,7 @@ class RoundStored(Entry, frozen=True):
     row: dict[str, Any]
 
 
-Line = Union[Began, Entered, Accepted, Ended, Progress, RoundBegan, VersionGiven, RoundStored]
+Line = Union[Began, Entered, Accepted, Ended, Elapsed, RoundBegan, VersionGiven, RoundStored]
 _DECODER = msgspec.json.Decoder(Line)
 
 

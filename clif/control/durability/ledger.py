@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from clif.control.dispatcher import RequestRecord
-from clif.control.durability.journal import Accepted, Began, Ended, Entered, Journal, Line, Progress, RoundStored
+from clif.control.durability.journal import Accepted, Began, Elapsed, Ended, Entered, Journal, Line, RoundStored
 from clif.control.durability.recovery import Recovery
 from clif.control.policy.phases import Phase
 from clif.control.records import ROUND_STAMPS, Records, row_of
@@ -71,7 +71,7 @@ class Ledger:
         """Once per step of the loop: note how far the run is, and see that what was written gets to disk."""
         if now - self._progressed >= PROGRESS_S:
             self._progressed = now
-            self.write(Progress(load_s=round(load_s, 3), run_s=round(run_s, 3)))
+            self.write(Elapsed(load_s=round(load_s, 3), run_s=round(run_s, 3)))
         self._journal.maybe_sync()
 
     def open(self) -> list[tuple[Accepted, float]]:

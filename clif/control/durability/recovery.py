@@ -11,10 +11,10 @@ import msgspec
 from clif.control.durability.journal import (
     Accepted,
     Began,
+    Elapsed,
     Ended,
     Entered,
     Line,
-    Progress,
     RoundBegan,
     RoundStored,
     VersionGiven,
@@ -73,7 +73,7 @@ def _add(past: Past, line: Line) -> None:
             past.load_s = max(past.load_s, line.at_s)
         case Ended():
             past.ended.setdefault(line.id, line)
-        case Progress():
+        case Elapsed():
             past.load_s, past.run_s = max(past.load_s, line.load_s), line.run_s
         case RoundBegan():
             past.last_round = max(past.last_round, line.round_id)
