@@ -261,8 +261,8 @@ class ControlServer:
             federating=self.federation.busy,
             wants_rounds=wants_rounds(self.federation.history, self.config),
             priced=self.fleet.priced,
-            saying_goodbye=tuple(r for r in self._reachable if r not in self._goodbyes),
-            signal=self._shutdown.drain,
+            awaiting_goodbye=tuple(r for r in self._reachable if r not in self._goodbyes),
+            drain_reason=self._shutdown.drain,
             opened=self._ledger.recovery.opened,
             over=self._ledger.recovery.over,
         )

@@ -50,8 +50,8 @@ class ControlError(RuntimeError):
 class Facts:
     """What the phase decision needs. entered_s: start of the phase; started_s: of the run; seconds of the clock.
 
-    serving: replicas that can answer requests, now or when they are rebuilt. signal: why the run is to drain; empty: it
-    is not.
+    serving: replicas that can answer requests, now or when they are rebuilt. drain_reason: why the run is to
+    drain; empty: it is not. awaiting_goodbye: replicas that have not left yet.
     opened, over: whether the load had begun, or all had been done, before the control process was started again.
     wants_rounds: more rounds are to begin even without load. priced: what serving takes is known, see Fleet.priced.
     """
@@ -67,8 +67,8 @@ class Facts:
     federating: bool = False
     wants_rounds: bool = False
     priced: bool = True
-    saying_goodbye: tuple[int, ...] = ()
-    signal: str = ""
+    awaiting_goodbye: tuple[int, ...] = ()
+    drain_reason: str = ""
     opened: bool = False
     over: bool = False
 
@@ -77,13 +77,13 @@ def next_phase(now: float, facts: Facts, config: Config) -> tuple[Phase | None, 
     """The phase that begins now, or None to stay. Raises ControlError when the run cannot go on."""
     phase, waited = facts.phase, now - facts.entered_s
     if phase in (Phase.STOPPING, Phase.DONE):
-        limit = DRAINED_S if facts.signal else STOPPING_S
-        if phase is Phase.DONE or (facts.saying_goodbye and waited < limit):
-            return None, f"waiting for goodbyes of replicas {list(facts.saying_goodbye)}"
-        return Phase.DONE, "all replicas left" if not facts.saying_goodbye else f"no goodbye in {limit:g} s"
-    if facts.signal and phase is not Phase.DRAIN:
+        limit = DRAINED_S if facts.drain_reason else STOPPING_S
+        if phase is Phase.DONE or (facts.awaiting_goodbye and waited < limit):
+            return None, f"waiting for goodbyes of replicas {list(facts.awaiting_goodbye)}"
+        return Phase.DONE, "all replicas left" if not facts.awaiting_goodbye else f"no goodbye in {limit:g} s"
+    if facts.drain_reason and phase is not Phase.DRAIN:
         # Before all are there nothing runs.
-        return (Phase.STOPPING if phase is Phase.GATHER else Phase.DRAIN), facts.signal
+        return (Phase.STOPPING if phase is Phase.GATHER else Phase.DRAIN), facts.drain_reason
     if phase is Phase.GATHER:
         if facts.missing and waited > GATHER_S:
             raise ControlError(f"replicas {list(facts.missing)} did not report within {GATHER_S:g} s: see their logs")
@@ -97,7 +97,7 @@ def next_phase(now: float, facts: Facts, config: Config) -> tuple[Phase | None, 
     if reason:
         return None, reason
     if phase is Phase.DRAIN:
-        return Phase.STOPPING, facts.signal
+        return Phase.STOPPING, facts.drain_reason
     if phase is Phase.GATHER and facts.over:
         return Phase.STOPPING, "the run had gone through before the restart"
     if phase is Phase.GATHER and facts.opened:
