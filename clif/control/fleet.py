@@ -146,7 +146,7 @@ class Fleet:
         tracker.state_since = now
         self._changed.add(replica)
         if state is ReplicaState.COMBINED:
-            tracker.joined += 1
+            tracker.rounds_joined += 1
         self._on_transition(replica, before, state, reason)
 
     def set_limits(self, replica: int, max_batch: int | None = None, micro_batch: int | None = None) -> bool:

@@ -78,7 +78,7 @@ class Records:
         stamps = {name: self._stamp(row[name]) for name in ROUND_STAMPS}
         self._writer.row("rounds", **{**row, **stamps})
 
-    def load(self, scheduled: ScheduledRequest) -> None:
+    def arrival(self, scheduled: ScheduledRequest) -> None:
         request = scheduled.request
         self._writer.row(
             "load",

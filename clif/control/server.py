@@ -235,7 +235,7 @@ class ControlServer:
             # The planned time counts as arrival, so that a late loop cannot flatter the latencies.
             arrival_s = self._opened_s + due.at_s
             self._ledger.accepted(due, arrival_s)
-            self._records.load(due)
+            self._records.arrival(due)
             self.dispatcher.submit(now, due.request, arrival_s)
 
     def _load_s(self, now: float) -> float:

@@ -205,7 +205,7 @@ def _hello(config: Config, topology: Topology, replica: Replica, base: Base, loa
         max_context=config.model.max_context,
         vocabulary=base.stack.vocab_size,
         adapter=describe(base.bank.shapes()),
-        heldout_rows=replica.member.report.rows,
+        heldout_rows=replica.member.report.num_rows,
         dtype=str(base.loaded.dtype).removeprefix("torch."),
         load_s=load_s,
         life=life,

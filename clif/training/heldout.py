@@ -17,7 +17,7 @@ class Heldout:
     def __init__(self, runner: ModelRunner, samples: list[TrainSample], max_tokens: int) -> None:
         self._runner = runner
         self._batches = _batches(samples, max_tokens)
-        self.rows = len(samples)
+        self.num_rows = len(samples)
         self.tokens = sum(s.targets for s in samples)
         self._known: tuple[int, float] | None = None
 

@@ -244,7 +244,9 @@ def test_a_round_waits_a_moment_for_replicas_that_will_be_idle_but_not_for_ever(
 
 def test_those_that_trained_least_go_first() -> None:
     first, second = idle(2)
-    plan, _ = plan_round(100.0, cluster(replace(first, joined=1), second), Pressure.MEDIUM, History(), make_config())
+    plan, _ = plan_round(
+        100.0, cluster(replace(first, rounds_joined=1), second), Pressure.MEDIUM, History(), make_config()
+    )
     assert plan is not None and plan.members == (1,)
 
 

@@ -84,7 +84,7 @@ def plan_round(
     admitted = max(1, math.ceil(config.control.medium_share * len(idle))) if some else len(idle)
     if admitted < config.federation.min_members:
         return None, f"{admitted} of {len(idle)} idle replicas admitted, {config.federation.min_members} needed"
-    chosen = sorted(idle, key=lambda r: (r.joined, r.utilisation, r.replica))[:admitted]
+    chosen = sorted(idle, key=lambda r: (r.rounds_joined, r.utilisation, r.replica))[:admitted]
     members = sorted(chosen, key=lambda r: r.replica)
     plan = RoundPlan(
         round_id=history.last_round + 1,

@@ -27,8 +27,8 @@ class ReplicaView:
     outstanding: requests handed to it that have not ended; reserved: tokens that they may fill in its KV cache.
     max_batch: outstanding requests it takes at present; batch_cap: the most it was built for.
     utilisation: smoothed, 0 to 1. slack_since / pressure_since: since when it is under idle_below / over
-    serving_above without a break. joined: rounds it took part in. missed_s: how long others have spoken since it was
-    last heard.
+    serving_above without a break. rounds_joined: rounds it took part in. missed_s: how long others have
+    spoken since it was last heard.
     """
 
     replica: int
@@ -50,7 +50,7 @@ class ReplicaView:
     missed_s: float = math.inf
     slack_since: float | None = None
     pressure_since: float | None = None
-    joined: int = 0
+    rounds_joined: int = 0
     life: int = 0
     role: Role = BOTH
     serve: Fit = PRIOR_SERVE
@@ -113,7 +113,7 @@ class ReplicaTracker:
         self.spoken_before_s = 0.0
         """What the fleet's count of the time in which somebody spoke was when this replica was last heard."""
         self.version = hello.version
-        self.joined = 0
+        self.rounds_joined = 0
         self.max_batch = hello.max_batch
         self.micro_batch = config.train.micro_batch
         self.report: Report | None = None
@@ -142,7 +142,7 @@ class ReplicaTracker:
     def reborn(self, now: float, hello: Hello) -> ReplicaTracker:
         """The tracker of the same replica once it was rebuilt, which is as fast as it was. Its state is not changed."""
         new = ReplicaTracker(now, hello, self._config, self.role)
-        new.state, new.state_since, new.joined = self.state, self.state_since, self.joined
+        new.state, new.state_since, new.rounds_joined = self.state, self.state_since, self.rounds_joined
         new.serve, new.train = self.serve, self.train
         return new
 
@@ -175,7 +175,7 @@ class ReplicaTracker:
             missed_s=spoken_s - self.spoken_before_s,
             slack_since=self._slack_since,
             pressure_since=self._pressure_since,
-            joined=self.joined,
+            rounds_joined=self.rounds_joined,
             life=self.hello.life,
             role=self.role,
             serve=self.serve.fit,
