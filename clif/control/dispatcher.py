@@ -38,8 +38,8 @@ class RequestRecord:
     finish: FinishReason | None = None
     detail: str = ""
     text: str | None = None
-    at_the_door: bool = False
-    """Rejected because it can never be served: no sign of pressure."""
+    unservable: bool = False
+    """Rejected at submission because no replica can ever serve it: no sign of pressure."""
     failed_replicas: int = 0
     """How many replicas were lost while they held it."""
 
@@ -134,7 +134,7 @@ class Dispatcher:
         self._states[record.state] += 1
         refusal = self._refusal(request)
         if refusal:
-            record.at_the_door = True
+            record.unservable = True
             self._finish(now, record, FinishReason.REJECTED, refusal)
         else:
             self._queue.append(record)

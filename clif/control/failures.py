@@ -38,7 +38,7 @@ class FailureHandler:
         self._config, self._fleet, self._dispatcher, self._federation = config, fleet, dispatcher, federation
         self._shutdown, self._send, self._phase, self._forget = shutdown, send, phase, forget
         self._due: dict[int, float] = {}
-        self._sent_away: set[int] = set()
+        self._ignored: set[int] = set()
 
     @property
     def returning(self) -> tuple[int, ...]:
@@ -46,7 +46,7 @@ class FailureHandler:
         return tuple(sorted(self._due))
 
     @property
-    def patience_s(self) -> float:
+    def all_silent_limit_s(self) -> float:
         """How long a silence of all replicas is put up with: a launcher that starts all ranks anew cures it sooner."""
         return 0.0 if self._shutdown.restarts_left else self._config.dist.timeout_s
 
@@ -85,13 +85,13 @@ class FailureHandler:
         self._federation.on_lost(now, replica, reason)
         self._forget(replica)
 
-    def speaks(self, now: float, replica: int) -> None:
+    def on_message_from_failed(self, now: float, replica: int) -> None:
         """A replica that is lost, or was never here, says something: its requests live elsewhere now."""
-        if replica in self._due or replica in self._sent_away:
+        if replica in self._due or replica in self._ignored:
             return
         if not self._fleet.was_here(replica):
             log.warning("replica %d speaks without a valid Hello: ignored", replica)
-            self._sent_away.add(replica)
+            self._ignored.add(replica)
         elif self._config.run.rebuilds and self._phase() is not Phase.STOPPING:
             log.warning("replica %d speaks again after it was lost: it is to begin anew", replica)
             self._send(replica, Rebuild(reason="it was silent, and others have its requests"))
@@ -99,17 +99,17 @@ class FailureHandler:
         else:
             log.warning("replica %d speaks again after it was lost: told to stop", replica)
             self._send(replica, Stop())
-            self._sent_away.add(replica)
+            self._ignored.add(replica)
 
     def broken(self, now: float, replica: int, why: str) -> None:
         """It says what cannot be, so nothing of it is relied upon: it begins anew, or leaves."""
-        if replica in self._due or replica in self._sent_away:
+        if replica in self._due or replica in self._ignored:
             return
         again = bool(self._config.run.rebuilds) and self._phase() is not Phase.STOPPING
         if again:
             self._expect(now, replica)
         else:
-            self._sent_away.add(replica)
+            self._ignored.add(replica)
         if self._fleet.is_alive(replica):
             self.mark_failed(now, replica, f"broken: {why}")
         else:
@@ -118,7 +118,7 @@ class FailureHandler:
 
     def join(self, now: float, hello: Hello) -> None:
         """Take a replica in, or back."""
-        if hello.replica in self._sent_away and self._fleet.was_here(hello.replica):
+        if hello.replica in self._ignored and self._fleet.was_here(hello.replica):
             return
         if not self._fleet.join(now, hello):
             self.broken(now, hello.replica, f"it says Hello again in life {hello.life}")

@@ -73,7 +73,7 @@ class Inbox:
         elif isinstance(message, wire.Trouble | wire.Goodbye):
             self._handlers[type(message)](now, message)
         else:
-            self._failures.speaks(now, sender)
+            self._failures.on_message_from_failed(now, sender)
 
     def _join(self, now: float, hello: wire.Hello) -> None:
         objection = self._claims.objection(hello)

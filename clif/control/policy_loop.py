@@ -14,7 +14,7 @@ from clif.control.federation import Federation
 from clif.control.fleet import Fleet
 from clif.control.policy.batch_sizes import Batches, choose_batches
 from clif.control.policy.pressure import OutcomeWindow, Pressure, ServiceWindow, service_pressure
-from clif.control.policy.replica_state import NOBODY_SPEAKS, next_state
+from clif.control.policy.replica_state import ALL_SILENT, next_state
 from clif.control.policy.round_admission import plan_round
 from clif.control.policy.view import ClusterView
 from clif.control.records import Records
@@ -54,19 +54,21 @@ class PolicyLoop:
     def _update_states(self, now: float) -> None:
         alive, reasons = self._fleet.view(self._dispatcher.queued).alive, set()
         for replica in alive:
-            state, reason = next_state(now, replica, self._config, self._failures.patience_s)
+            state, reason = next_state(now, replica, self._config, self._failures.all_silent_limit_s)
             reasons.add(reason)
             if state is ReplicaState.FAILED:
                 self._failures.mark_failed(now, replica.replica, reason)
             elif state is not None:
                 self._fleet.set_state(now, replica.replica, state, reason)
 
-        self._tell_of_silence(NOBODY_SPEAKS in reasons)
+        self._tell_of_silence(ALL_SILENT in reasons)
 
     def _tell_of_silence(self, silent: bool) -> None:
         if silent and not self._all_silent:
             limit = self._config.control.lost_after_s
-            log.warning("no replica has spoken for %g s: waiting up to %g s more", limit, self._failures.patience_s)
+            log.warning(
+                "no replica has spoken for %g s: waiting up to %g s more", limit, self._failures.all_silent_limit_s
+            )
         elif self._all_silent and not silent:
             log.info("the silence of all replicas is over")
         self._all_silent = silent

@@ -164,7 +164,7 @@ class ControlServer:
 
     def step(self) -> None:
         """One step of the loop."""
-        self._inbox.step(self._patience_s())
+        self._inbox.step(self._poll_timeout_s())
         now = self._clock()
         self._submit_due(now)
         self.federation.tick(now)
@@ -178,7 +178,7 @@ class ControlServer:
                     self._progress.note(started)
                 if self.phase is Phase.DRAIN:
                     self._ping()
-        self._bury_unreachable(now)
+        self._fail_unreachable(now)
         self._failures.step(now)
         self._maybe_next_phase(now)
         self._ledger.step(now, self._load_s(now), now - self._started_s)
@@ -224,7 +224,7 @@ class ControlServer:
 
     # --- load and failures -----------------------------------------------------------------------------
 
-    def _patience_s(self) -> float:
+    def _poll_timeout_s(self) -> float:
         if self.phase is Phase.OPEN and self._load:
             return min(POLL_S, max(0.0, self._opened_s + self._load[0].at_s - self._clock()))
         return POLL_S
@@ -242,7 +242,7 @@ class ControlServer:
         """How long load came, over all starts."""
         return now - self._opened_s if self.phase is Phase.OPEN else self._ledger.recovery.load_s
 
-    def _bury_unreachable(self, now: float) -> None:
+    def _fail_unreachable(self, now: float) -> None:
         while self._unreachable:
             self._failures.mark_failed(now, self._unreachable.pop(), "not connected any more", gone=True)
 
@@ -350,7 +350,7 @@ class ControlServer:
         assert record.finish is not None
         self.finished[record.finish] += 1
         self._recent.add(record.ttft_s, record.gaps_s)
-        if record.finish is not FinishReason.CANCELLED and not record.at_the_door and record.finished_s is not None:
+        if record.finish is not FinishReason.CANCELLED and not record.unservable and record.finished_s is not None:
             self._policy.outcomes.add(record.finished_s, record.slo_met)
 
     def _on_round(self, ended: Round) -> None:

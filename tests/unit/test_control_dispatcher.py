@@ -158,7 +158,7 @@ def test_bad_requests_are_rejected_at_the_door_with_a_sentence(prompt: int, max_
     rig = Rig()
     rig.dispatcher.submit(0.0, request(1, prompt, max_tokens))
     (record,) = rig.ended
-    assert record.finish is FinishReason.REJECTED and word in record.detail and record.at_the_door
+    assert record.finish is FinishReason.REJECTED and word in record.detail and record.unservable
     assert not record.slo_met
 
 

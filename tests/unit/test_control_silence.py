@@ -37,9 +37,9 @@ class Replicas:
             for replica in replicas:
                 self.fleet.heard(self.now, replica)
 
-    def lost(self, patience_s: float) -> list[bool]:
+    def lost(self, all_silent_limit_s: float) -> list[bool]:
         views = [self.fleet.view_of(replica) for replica in (0, 1)]
-        return [next_state(self.now, view, CONFIG, patience_s)[0] is ReplicaState.FAILED for view in views]
+        return [next_state(self.now, view, CONFIG, all_silent_limit_s)[0] is ReplicaState.FAILED for view in views]
 
 
 def test_who_is_silent_while_others_speak_is_lost() -> None:

@@ -117,7 +117,7 @@ class Scene:
         for replica in (0, 1):
             if not self.server.fleet.is_alive(replica):
                 # Those that left in good order, too.
-                self.server._failures._sent_away.clear()
+                self.server._failures._ignored.clear()
                 leader = FakeLeader("", replica)
                 was_here = self.server.fleet.was_here(replica)
                 life = self.server.fleet.hello_of(replica).life + 1 if was_here else 0

@@ -6,13 +6,15 @@ from clif.config import Config
 from clif.control.policy.view import ReplicaView
 from clif.states import ReplicaState
 
-NOBODY_SPEAKS = "nobody speaks"
+ALL_SILENT = "all replicas are silent"
 
 
 def next_state(
-    now: float, replica: ReplicaView, config: Config, patience_s: float = 0.0
+    now: float, replica: ReplicaView, config: Config, all_silent_limit_s: float = 0.0
 ) -> tuple[ReplicaState | None, str]:
-    """State that a replica should take now, or None to stay. patience_s: how long a silence of all is put up with.
+    """State that a replica should take now, or None to stay.
+
+    all_silent_limit_s: how long a silence of all replicas is tolerated.
 
     COMBINED is left by the end of its round only; FAILED by nothing in this function. In the baselines
     (run.mode) load changes nothing: who may train is IDLE outside of rounds, who may not is SERVING.
@@ -22,9 +24,9 @@ def next_state(
         return None, "failed"
     silent = now - replica.last_seen
     if silent > control.lost_after_s:
-        if replica.missed_s > control.lost_after_s or silent > control.lost_after_s + patience_s:
+        if replica.missed_s > control.lost_after_s or silent > control.lost_after_s + all_silent_limit_s:
             return ReplicaState.FAILED, f"silent for {silent:.1f} s"
-        return None, NOBODY_SPEAKS
+        return None, ALL_SILENT
     if replica.state is ReplicaState.COMBINED:
         return None, "in a round"
     if not replica.role.trains:
@@ -36,7 +38,7 @@ def next_state(
         if _lasted(now, replica.pressure_since, control.hold_s):
             return ReplicaState.SERVING, f"utilisation {replica.utilisation:.2f} above {control.serving_above:g}"
         return None, "idle"
-    # Slack told by an old report may be gone: nobody is called idle by hearsay.
+    # A stale report proves no slack: do not mark the replica IDLE.
     if silent > control.hold_s + 5 * control.report_s:
         return None, f"no report for {silent:.1f} s"
     if _lasted(now, replica.slack_since, control.hold_s):
