@@ -93,7 +93,7 @@ class FakeLeader(threading.Thread):
         self.plans: list[RoundPlan] = []
         self.trains_until_told = False
         self.candidate_loss = 1.0
-        self.serve_samples: tuple[tuple[float, float, float], ...] = ((1.0, 0.0, 0.01),)
+        self.serve_timings: tuple[tuple[float, float, float], ...] = ((1.0, 0.0, 0.01),)
         self.submitted = 0
         self.tokenizer = make_tokenizer()
         self.end = threading.Event()
@@ -154,8 +154,8 @@ class FakeLeader(threading.Thread):
     def report(self) -> wire.Report:
         return wire.Report(
             replica=self.replica, running=self.pretends_to_run or len(self.running), waiting=0, kv_used=0, busy=0.1,
-            version=self.version, training_steps=0, last_loss=1.0, serve_samples=self.serve_samples,
-            train_samples=((4.0, 1.0, 0.1),),
+            version=self.version, training_steps=0, last_loss=1.0, serve_timings=self.serve_timings,
+            train_timings=((4.0, 1.0, 0.1),),
         )  # fmt: skip
 
     def serve(self) -> None:

@@ -50,8 +50,8 @@ class Replica:
         self.stopping = False
         self.exit_code = 0
         self._reported, self._busy_s = time.monotonic(), 0.0
-        self._serve_samples: list[tuple[float, float, float]] = []
-        self._train_samples: list[tuple[float, float, float]] = []
+        self._serve_timings: list[tuple[float, float, float]] = []
+        self._train_timings: list[tuple[float, float, float]] = []
         self._train_work = 0.0
         self._slack: TrainingSlack | None = None
         self._orders: dict[type, Callable[[Any], None]] = {
@@ -120,12 +120,12 @@ class Replica:
         if record.serve_s and not record.prefill_tokens:
             training = float(self.member.micro_batch) if self.engine.training else 0.0
             # What a slice took of the turn is part of the gap between two tokens.
-            self._serve_samples.append((float(record.decode_rows), training, record.serve_s + record.gap_s))
+            self._serve_timings.append((float(record.decode_rows), training, record.serve_s + record.gap_s))
         if record.train_kind in STEP_KINDS:
             self._train_work += record.train_s
         if record.train_kind is SliceKind.OPTIMIZER:
             accumulation = self.config.train.accumulation
-            self._train_samples.append(
+            self._train_timings.append(
                 (float(self.member.micro_batch), float(len(scheduler.running)), self._train_work / accumulation)
             )
             self._train_work = 0.0
@@ -146,13 +146,13 @@ class Replica:
                 version=scheduler.slots.active,
                 training_steps=self.member.trainer.steps,
                 last_loss=last.loss if last else None,
-                serve_samples=tuple(self._serve_samples),
-                train_samples=tuple(self._train_samples),
+                serve_timings=tuple(self._serve_timings),
+                train_timings=tuple(self._train_timings),
                 slack=self._slack,
             )
         )
         self._reported, self._busy_s, self._slack = now, 0.0, None
-        self._serve_samples, self._train_samples = [], []
+        self._serve_timings, self._train_timings = [], []
 
     def _submit(self, order: m.Submit) -> None:
         refused = self.engine.scheduler.add(order.request, self.engine.clock(), order.answer, order.version)

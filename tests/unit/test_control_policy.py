@@ -96,7 +96,7 @@ def report(running: int, busy: float, seconds: float = 0.0) -> Report:
     ticks = ((float(running), 0.0, seconds),) * 4 if seconds else ()
     return Report(
         replica=0, running=running, waiting=0, kv_used=0, busy=busy, version=0, training_steps=0, last_loss=None,
-        serve_samples=ticks,
+        serve_timings=ticks,
     )  # fmt: skip
 
 

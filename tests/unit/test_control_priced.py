@@ -12,7 +12,7 @@ CONFIG = config_from_tree({"model": {"path": "m"}, "data": {"path": __file__}})
 def report(replica: int, *seconds: float) -> Report:
     return Report(
         replica=replica, running=1, waiting=0, kv_used=0, busy=0.5, version=0, training_steps=0, last_loss=None,
-        serve_samples=tuple((1.0, 0.0, s) for s in seconds),
+        serve_timings=tuple((1.0, 0.0, s) for s in seconds),
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def test_no_round_begins_before_the_latency_of_serving_is_known(tmp_path: Path) 
     steady = {"kind": "constant", "rate_rps": 20.0, "duration_s": 1.0, "max_tokens": 8}
     run = Run(make_config(tmp_path, load=steady, run={"linger_s": 1.0}, quality={"exact_match_rows": 0}))
     for leader in run.leaders:
-        leader.serve_samples = ()
+        leader.serve_timings = ()
     run.go()
     (row,) = run.table("rounds")
     assert row["started_s"] > max(load["t"] for load in run.table("load")), "nothing was known while the load came"

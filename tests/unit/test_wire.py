@@ -44,7 +44,7 @@ UP = [
             vocabulary=9, adapter="a", heldout_rows=2, dtype="float32", load_s=0.1),
     m.Tokens(replica=0, events=(EVENT,)),
     m.Report(replica=0, running=1, waiting=0, kv_used=8, busy=0.5, version=0, training_steps=0, last_loss=None,
-             serve_samples=((1.0, 0.0, 0.1),)),
+             serve_timings=((1.0, 0.0, 0.1),)),
     m.StepsDone(result=RESULT), m.Voted(vote=VOTE), m.RoundFailed(round_id=1, replica=0, error="e"),
     m.Published(replica=0, version=3, round_id=1, config_json="{}", weights=b"w"),
     m.Settled(replica=0, round_id=1, version=3, tick=9),

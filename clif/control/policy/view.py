@@ -129,8 +129,8 @@ class ReplicaTracker:
         """Take a report; outstanding is the dispatcher's count, which runs ahead of the report."""
         self.report = report
         self.version = max(self.version, report.version)
-        self.serve.observe_all(report.serve_samples)
-        self.train.observe_all(report.train_samples)
+        self.serve.observe_all(report.serve_timings)
+        self.train.observe_all(report.train_timings)
         load = max(report.running + report.waiting, outstanding)
         self._demand.update(now, load)
         busy = serving_share(report, self.serve.fit, self._config)
