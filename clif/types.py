@@ -204,14 +204,14 @@ GROUPS_KEPT = 8
 class RoundPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What the members of a federated round are asked to do.
 
-    members: replica ids, sorted. lives: how often each of them has been rebuilt.
+    members: replica ids, sorted. incarnations: how often each of them has been rebuilt.
     local_steps: optimizer steps per member at this micro_batch; each takes micro_batch x accumulation samples.
     lr_scale: what train.lr is multiplied by.
     """
 
     round_id: int
     members: tuple[int, ...]
-    lives: tuple[int, ...]
+    incarnations: tuple[int, ...]
     local_steps: int
     micro_batch: int
     accumulation: int
@@ -220,7 +220,7 @@ class RoundPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def member_set(self) -> Members:
-        return self.members, self.lives
+        return self.members, self.incarnations
 
     @property
     def samples(self) -> int:

@@ -135,7 +135,7 @@ class Driver:
         plan = RoundPlan(
             round_id=round_id,
             members=members,
-            lives=(0,) * len(members),
+            incarnations=(0,) * len(members),
             local_steps=steps,
             micro_batch=4,
             accumulation=1,

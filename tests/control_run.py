@@ -82,7 +82,7 @@ class FakeLeader(threading.Thread):
         self.fails_after: int | None = None
         self.fails_for_s = 0.2
         self.wakes = False
-        self.life = 0
+        self.incarnation = 0
         self.version = 0
         self.pretends_to_run = 0
         self.gone = threading.Event()
@@ -118,7 +118,7 @@ class FakeLeader(threading.Thread):
                 self.fails_after = None
                 self.serve()
                 self.gone.set()
-                self.begin_anew("RuntimeError: out of memory")
+                self.rebuild("RuntimeError: out of memory")
             if self.serves_after is None or self.serves_after.is_set():
                 self.serve()
             if time.monotonic() - reported > 0.02:
@@ -130,15 +130,15 @@ class FakeLeader(threading.Thread):
                 self.obey(decode_down(payload))
         self.channel.close()
 
-    def begin_anew(self, error: str) -> None:
+    def rebuild(self, error: str) -> None:
         self.channel.send(wire.Trouble(replica=self.replica, error=error, returning=True))
-        self.life, self.running, self.plan = self.life + 1, {}, None
+        self.incarnation, self.running, self.plan = self.incarnation + 1, {}, None
         self.end.wait(self.fails_for_s)
         self.channel.send(self.hello())
-        # As a replica does: what was sent before is not meant for this life.
+        # As a replica does: what was sent before is not meant for this incarnation.
         while not self.end.is_set():
             orders = [decode_down(payload) for payload in self.channel.receive(0.002)]
-            places = [i for i, x in enumerate(orders) if x == wire.Welcome(life=self.life)]
+            places = [i for i, x in enumerate(orders) if x == wire.Welcome(incarnation=self.incarnation)]
             for order in orders[places[0] + 1 :] if places else [x for x in orders if isinstance(x, wire.Stop)]:
                 self.obey(order)
             if places:
@@ -148,7 +148,7 @@ class FakeLeader(threading.Thread):
         return wire.Hello(
             replica=self.replica, rank=self.replica, host="h", pid=1, max_batch=4, kv_tokens=8192,
             max_context=2048, vocabulary=8, adapter=describe(SHAPES),
-            heldout_rows=1, dtype="float32", load_s=0.0, life=self.life, version=self.version,
+            heldout_rows=1, dtype="float32", load_s=0.0, incarnation=self.incarnation, version=self.version,
         )  # fmt: skip
 
     def report(self) -> wire.Report:
@@ -205,7 +205,7 @@ class FakeLeader(threading.Thread):
             result = HeldoutLoss(replica=me, version=self.version, loss=loss, tokens=HELDOUT_TOKENS)
             self.channel.send(wire.Evaluated(result=result))
         elif isinstance(message, wire.Rebuild):
-            self.begin_anew(message.reason)
+            self.rebuild(message.reason)
         elif isinstance(message, wire.Stop):
             self.exit_code = message.code
             self.channel.send(wire.Goodbye(replica=me))

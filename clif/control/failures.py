@@ -121,10 +121,10 @@ class FailureHandler:
         if hello.replica in self._ignored and self._fleet.was_here(hello.replica):
             return
         if not self._fleet.join(now, hello):
-            self.broken(now, hello.replica, f"it says Hello again in life {hello.life}")
+            self.broken(now, hello.replica, f"it says Hello again in incarnation {hello.incarnation}")
             return
         if self._due.pop(hello.replica, None) is not None:
-            log.info("replica %d is back, life %d", hello.replica, hello.life)
+            log.info("replica %d is back, incarnation %d", hello.replica, hello.incarnation)
             self._federation.on_return(hello.replica, hello.version)
         # Its Stop may have come together with what made it fail.
         if self._phase() is Phase.STOPPING:

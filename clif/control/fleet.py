@@ -114,13 +114,13 @@ class Fleet:
         return True
 
     def _return(self, now: float, former: ReplicaTracker, hello: Hello) -> bool:
-        if former.state is not ReplicaState.FAILED or hello.life <= former.hello.life:
+        if former.state is not ReplicaState.FAILED or hello.incarnation <= former.hello.incarnation:
             return False
-        self._trackers[hello.replica] = former.reborn(now, hello)
+        self._trackers[hello.replica] = former.rebuilt(now, hello)
         self.heard(now, hello.replica)
         # Before all else that is sent to it.
-        self._send(hello.replica, Welcome(life=hello.life))
-        self.set_state(now, hello.replica, ReplicaState.SERVING, f"rebuilt, life {hello.life}")
+        self._send(hello.replica, Welcome(incarnation=hello.incarnation))
+        self.set_state(now, hello.replica, ReplicaState.SERVING, f"rebuilt, incarnation {hello.incarnation}")
         return True
 
     def heard(self, now: float, replica: int) -> None:

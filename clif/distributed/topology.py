@@ -74,7 +74,7 @@ class Topology:
         """Whether the ranks of this replica can go on after a failure of one: those on NCCL would hang in a kernel."""
         return self.tp_group.size == 1 or self.backend == "gloo"
 
-    def rebuild_group(self, life: int) -> None:
+    def rebuild_group(self, incarnation: int) -> None:
         """Give the ranks of this replica a new group, after one of them has failed. Collective over them.
 
         Groups of rounds are not used again either: the others know this replica's life, and make new ones.
@@ -82,15 +82,15 @@ class Topology:
         """
         self._groups.retire_all()
         if self.tp_group.size > 1:
-            self.tp_group.rebuild_group(*_tensor_parallel(self, life))
+            self.tp_group.rebuild_group(*_tensor_parallel(self, incarnation))
 
 
-def _tensor_parallel(topology: Topology, life: int) -> tuple[Group, GroupMembers]:
+def _tensor_parallel(topology: Topology, incarnation: int) -> tuple[Group, GroupMembers]:
     replica, rank = topology.replica, topology.env.rank
     ranks = topology.layout.replicas[replica]
-    again = f", life {life}" if life else ""
+    again = f", incarnation {incarnation}" if incarnation else ""
     members = GroupMembers(topology.store, f"tensor-parallel group of replica {replica}{again}", rank, ranks)
-    name = f"clif/tp/{replica}/{life}"
+    name = f"clif/tp/{replica}/{incarnation}"
     group = make_group(topology.backend, topology.store, name, ranks.index(rank), len(ranks), topology.timeout)
     return group, members
 
@@ -148,7 +148,7 @@ def make_topology(config: Config, env: RankEnv, store: dist.Store | None = None)
     )
     topology = Topology(env, layout, device, timeout, store, backend, TpGroup(), job_store)
     if len(layout.replicas[topology.replica]) > 1:
-        topology.tp_group = TpGroup(*_tensor_parallel(topology, life=0))
+        topology.tp_group = TpGroup(*_tensor_parallel(topology, incarnation=0))
     return topology
 
 

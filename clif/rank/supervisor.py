@@ -1,7 +1,7 @@
-"""The lives of a replica: when an error ends one, the next begins in the same process, on the same weights.
+"""Rebuilds a replica that failed: its next incarnation begins in the same process, on the same weights.
 
-Invariants: a life begins from what is on disk, as after a restart; no order that was meant for an earlier one is
-carried out, for what comes before Welcome is dropped; all ranks of a replica go from one life to the next together.
+Invariants: an incarnation begins from what is on disk, as after a restart; messages sent before Welcome were addressed
+to an earlier incarnation and are dropped; all ranks of a replica go from one incarnation to the next together.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ WINDOW_S = 600.0
 Build = Callable[[int, int], Replica]
 
 
-class Lives:
-    """The replica as it is now. build: makes the replica for (life, ticks so far). tell: as of a replica.
+class ReplicaSupervisor:
+    """The replica as it is now. build: makes the replica for (incarnation, ticks so far). tell: as of a replica.
 
-    rebuilds: how many are allowed within WINDOW_S. on_birth: told of each replica once it is built.
+    rebuilds: how many are allowed within WINDOW_S. on_built: called with each replica once it is built.
     """
 
     def __init__(
@@ -37,13 +37,13 @@ class Lives:
         build: Build,
         tell: Callable[[Up], None],
         rebuilds: int,
-        on_birth: Callable[[Replica, int], None],
+        on_built: Callable[[Replica, int], None],
     ) -> None:
-        self._topology, self._build, self._tell, self._on_birth = topology, build, tell, on_birth
+        self._topology, self._build, self._tell, self._on_built = topology, build, tell, on_built
         self._rebuilds, self._rebuilt_s = rebuilds, list[float]()
-        self.life, self._welcome = 0, True
+        self.incarnation, self._welcome = 0, True
         self._replica: Replica | None = build(0, 0)
-        on_birth(self.replica, 0)
+        on_built(self.replica, 0)
 
     @property
     def replica(self) -> Replica:
@@ -52,7 +52,7 @@ class Lives:
         return self._replica
 
     def turn(self, payloads: list[bytes] | None) -> None:
-        """One turn of the replica; an error in it begins its next life. Raises what cannot be cured by that.
+        """One turn of the replica; an error in it begins its next incarnation. Raises what that cannot cure.
 
         payloads: what the leader received, None on the other ranks.
         """
@@ -61,7 +61,7 @@ class Lives:
             self.replica.tick(self._meant_for_us([decode_down(payload) for payload in inbox]))
             return
         except Exception as error:
-            log.exception("replica %d failed in life %d", self.replica.id, self.life)
+            log.exception("replica %d failed in incarnation %d", self.replica.id, self.incarnation)
             why = f"{type(error).__name__}: {error}"
             # Before anything that takes time: others wait for this rank, and requests for another replica.
             self._topology.tp_group.leave(why)
@@ -69,7 +69,7 @@ class Lives:
                 raise
         self._tell(Trouble(replica=self.replica.id, error=why, returning=True))
         # Not in the except clause: the error holds the frames, and these the memory, of what failed.
-        self._begin_anew()
+        self._rebuild()
 
     def close(self) -> None:
         """Wait for what the replica still writes."""
@@ -77,15 +77,15 @@ class Lives:
             self._replica.close()
 
     def _curable(self, error: Exception) -> bool:
-        """Whether this failure may be answered by another life: there may be no more of them, or nobody to share it."""
+        """Whether this failure may be answered by a rebuild: none may be left, or a peer may be gone."""
         self._rebuilt_s = [at for at in self._rebuilt_s if time.monotonic() - at < WINDOW_S]
         allowed = len(self._rebuilt_s) < self._rebuilds
         return allowed and self._topology.can_rebuild_group and not isinstance(error, PeersLost)
 
-    def _begin_anew(self) -> None:
+    def _rebuild(self) -> None:
         started, former = time.monotonic(), self.replica
         self._rebuilt_s.append(started)
-        self.life += 1
+        self.incarnation += 1
         former.abandon()
         replica, ticks = former.id, former.ticks
         del former
@@ -93,17 +93,19 @@ class Lives:
         gc.collect()
         if self._topology.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._topology.rebuild_group(self.life)
-        self._replica = self._build(self.life, ticks)
+        self._topology.rebuild_group(self.incarnation)
+        self._replica = self._build(self.incarnation, ticks)
         self._welcome = False
-        log.warning("replica %d begins life %d after %.1f s", replica, self.life, time.monotonic() - started)
-        self._on_birth(self.replica, self.life)
+        log.warning(
+            "replica %d begins incarnation %d after %.1f s", replica, self.incarnation, time.monotonic() - started
+        )
+        self._on_built(self.replica, self.incarnation)
 
     def _meant_for_us(self, orders: list[Down]) -> list[Down]:
         if self._welcome:
             return orders
         for place, order in enumerate(orders):
-            if isinstance(order, Welcome) and order.life == self.life:
+            if isinstance(order, Welcome) and order.incarnation == self.incarnation:
                 self._welcome = True
                 return orders[place + 1 :]
         return [order for order in orders if isinstance(order, Stop)]

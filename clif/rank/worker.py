@@ -31,7 +31,7 @@ from clif.metrics.provenance import provenance
 from clif.models.weights.gguf import drop, is_packed, load_packed
 from clif.models.weights.loading import LoadedModel, load_model
 from clif.rank.signals import SignalWatcher
-from clif.rank.supervisor import Lives
+from clif.rank.supervisor import ReplicaSupervisor
 from clif.replica.base import Base, build_base
 from clif.replica.build import build_replica, load_data
 from clif.replica.records import RankRecords
@@ -140,13 +140,15 @@ def _serve(
     base = build_base(config, loaded, topology.tp_group)
     data = load_data(config, loaded.tokenizer, topology.replica, len(topology.layout.replicas))
 
-    def build(life: int, ticks: int) -> Replica:
-        if life:
+    def build(incarnation: int, ticks: int) -> Replica:
+        if incarnation:
             base.renew(config.run.seed)
-        return build_replica(_resuming(config) if life else config, topology, base, data, run_dir, records, tell, ticks)
+        return build_replica(
+            _resuming(config) if incarnation else config, topology, base, data, run_dir, records, tell, ticks
+        )
 
-    def say_hello(replica: Replica, life: int) -> None:
-        tell(_hello(config, topology, replica, base, load_s, life))
+    def say_hello(replica: Replica, incarnation: int) -> None:
+        tell(_hello(config, topology, replica, base, load_s, incarnation))
 
     # The group of all replicas is the one that most rounds need: made while nobody is being served.
     everybody = tuple(range(len(topology.layout.replicas)))
@@ -154,38 +156,40 @@ def _serve(
     # So every rank has its model: a leader comes here only when its peers have built theirs with it.
     if topology.env.local_rank == 0 and not restarts_left(os.environ):
         drop(run_dir)
-    lives = Lives(topology, build, tell, config.run.rebuilds, on_birth=say_hello)
+    supervisor = ReplicaSupervisor(topology, build, tell, config.run.rebuilds, on_built=say_hello)
     try:
-        _loop(lives, channel, control, signals)
+        _loop(supervisor, channel, control, signals)
     except Exception as error:
         gone = isinstance(error, PeersLost)
         tell(Trouble(replica=topology.replica, error=f"{type(error).__name__}: {error}", gone=gone))
         raise
     finally:
-        lives.close()
+        supervisor.close()
         records.close()
         tell(Goodbye(replica=topology.replica))
         if channel is not None:
             channel.close()
-    return lives.replica.exit_code
+    return supervisor.replica.exit_code
 
 
-def _loop(lives: Lives, channel: LeaderChannel | None, control: Control | None, signals: SignalWatcher) -> None:
+def _loop(
+    supervisor: ReplicaSupervisor, channel: LeaderChannel | None, control: Control | None, signals: SignalWatcher
+) -> None:
     told = False
     signals.serving = True
-    while not lives.replica.stopping:
+    while not supervisor.replica.stopping:
         if signals.signal and channel is not None:
             if not told:
-                channel.send(Signalled(replica=lives.replica.id, signal=signals.signal))
+                channel.send(Signalled(replica=supervisor.replica.id, signal=signals.signal))
                 told = True
             # Nobody is left to say Stop, or it should have come.
             if channel.lost_s is not None or signals.late:
                 return
         if channel is not None and (channel.lost_s or 0.0) > ALONE_S:
             raise RuntimeError(f"no connection to the control process for {ALONE_S:.0f} s")
-        lives.turn(channel.receive(lives.replica.wait_s()) if channel is not None else None)
+        supervisor.turn(channel.receive(supervisor.replica.wait_s()) if channel is not None else None)
         # Nobody would ever say Stop again; torchrun ends the other ranks when this one fails.
-        if control is not None and not lives.replica.stopping and control.poll() is not None:
+        if control is not None and not supervisor.replica.stopping and control.poll() is not None:
             raise _left_alone(control)
 
 
@@ -194,7 +198,7 @@ def _gpu(device: torch.device) -> str | None:
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
 
 
-def _hello(config: Config, topology: Topology, replica: Replica, base: Base, load_s: float, life: int) -> Hello:
+def _hello(config: Config, topology: Topology, replica: Replica, base: Base, load_s: float, incarnation: int) -> Hello:
     return Hello(
         replica=replica.id,
         rank=topology.env.rank,
@@ -208,7 +212,7 @@ def _hello(config: Config, topology: Topology, replica: Replica, base: Base, loa
         heldout_rows=replica.member.report.num_rows,
         dtype=str(base.loaded.dtype).removeprefix("torch."),
         load_s=load_s,
-        life=life,
+        incarnation=incarnation,
         version=replica.engine.scheduler.slots.active,
     )
 

@@ -1,4 +1,4 @@
-"""The frozen base of a replica with its adapter layers: what outlives the lives of a replica."""
+"""The frozen base of a replica with its adapter layers: what outlives the incarnations of a replica."""
 
 from __future__ import annotations
 

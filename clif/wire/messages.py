@@ -104,9 +104,9 @@ class Rebuild(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """To a replica that has begun its life anew: what was sent before this was meant for an earlier one."""
+    """To a rebuilt replica: what was sent before this was addressed to an earlier incarnation."""
 
-    life: int
+    incarnation: int
 
 
 class Stop(Message, frozen=True):
@@ -125,8 +125,8 @@ class Hello(Message, frozen=True):
     """First message of a leader, and again when its replica was rebuilt. Token and KV capacities are in tokens.
 
     vocabulary: token ids are below it. adapter: the tensors of a promoted adapter, as describe() of
-    clif/adapters/peft_files.py tells them. heldout_rows: those that it measures quality on. life: how often it was
-    rebuilt; version: what it answers new requests with.
+    clif/adapters/peft_files.py tells them. heldout_rows: those that it measures quality on. incarnation: how often it
+    was rebuilt; version: what it answers new requests with.
     """
 
     replica: Count
@@ -141,7 +141,7 @@ class Hello(Message, frozen=True):
     heldout_rows: Count
     dtype: str
     load_s: Seconds
-    life: Count = 0
+    incarnation: Count = 0
     version: Count = 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import bodies_lives
+import bodies_supervisor
 import pytest
 from ranks import run_ranks
 
@@ -15,39 +15,45 @@ def model(tiny_config: Path) -> str:
 
 
 def test_the_next_life_goes_on_from_the_last_committed_round(model, data, tmp_path):
-    (told,) = run_ranks(1, bodies_lives.fail_in_a_round, model, data, str(tmp_path))
+    (told,) = run_ranks(1, bodies_supervisor.fail_in_a_round, model, data, str(tmp_path))
     assert told["trouble"].returning and told["trouble"].error == "OutOfMemoryError: injected"
-    assert told["births"] == [0, 1]
+    assert told["built"] == [0, 1]
     assert told["same"], "shadow, moments' steps and sample cursor are those of the committed round"
     known, again = told["answers"]
     assert known == again and len(known) == 12, "the same adapter answers on the same weights"
-    assert told["dropped"] == [], "orders of before Welcome were meant for the life before"
-    assert told["freed"], "nothing holds the KV cache of the life before"
+    assert told["dropped"] == [], "orders of before Welcome were meant for the incarnation before"
+    assert told["freed"], "nothing holds the KV cache of the incarnation before"
     assert told["version"] == 2, "it takes part in rounds again"
     assert told["ticks"] > 0, "ticks are counted on"
 
 
 def test_a_replica_that_fails_too_often_gives_its_error_up(model, data, tmp_path):
-    ((births, error),) = run_ranks(1, bodies_lives.fail_too_often, model, data, str(tmp_path))
-    assert births == [0, 1, 2] and error == "injected"
+    ((built, error),) = run_ranks(1, bodies_supervisor.fail_too_often, model, data, str(tmp_path))
+    assert built == [0, 1, 2] and error == "injected"
 
 
 def test_damaged_weights_are_noticed_and_never_serve_again(model, data, tmp_path):
-    (error,) = run_ranks(1, bodies_lives.damaged_weights, model, data, str(tmp_path))
+    (error,) = run_ranks(1, bodies_supervisor.damaged_weights, model, data, str(tmp_path))
     assert error.startswith("the base model has changed in memory")
 
 
 def test_when_one_of_two_ranks_fails_both_begin_anew_and_nobody_waits_for_a_timeout(model, data, tmp_path):
     # Collectives give up after longer than run_ranks waits.
     leader, peer = run_ranks(
-        2, bodies_lives.one_of_two_ranks_fails, model, data, str(tmp_path / "run"), layout={"tp_size": 2}, timeout_s=300
+        2,
+        bodies_supervisor.one_of_two_ranks_fails,
+        model,
+        data,
+        str(tmp_path / "run"),
+        layout={"tp_size": 2},
+        timeout_s=300,
     )
-    assert leader["births"] == peer["births"] == [0, 1]
+    assert leader["built"] == peer["built"] == [0, 1]
     assert leader["known"] == leader["again"] and len(leader["known"]) == 12
     assert "rank 1 failed: OutOfMemoryError: injected" in leader["trouble"].error
 
 
 def test_a_member_that_never_comes_to_a_rounds_group_holds_up_no_request(model, data, tmp_path):
-    told, _ = run_ranks(2, bodies_lives.a_member_that_never_comes, model, data, str(tmp_path), timeout_s=300)
+    told, _ = run_ranks(2, bodies_supervisor.a_member_that_never_comes, model, data, str(tmp_path), timeout_s=300)
     assert len(told["answered"]) == 12 and told["failed"] is None
     assert told["settled"] == 0

@@ -68,7 +68,7 @@ def test_one_of_several_ranks_fails_and_all_of_its_replica_begin_anew(tmp_path, 
     replica = int(fault[0]) // 2
     with went_through(run) as file:
         assert (returns(file, replica), returns(file, 1 - replica)) == (1, 0)
-    assert run.log.read_text().count("begins life 1 after") == 2
+    assert run.log.read_text().count("begins incarnation 1 after") == 2
 
 
 def test_a_replica_that_was_frozen_begins_anew_when_it_wakes_up(tmp_path):

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import bodies_head
-import bodies_lives
+import bodies_supervisor
 import bodies_tp
 import pytest
 import torch
@@ -92,14 +92,14 @@ def test_replicas_on_nccl_compute_what_one_rank_does(model, alone, size):
 
 
 def test_a_replica_on_a_gpu_is_rebuilt_in_place(model, data, tmp_path):
-    (told,) = run_ranks(1, bodies_lives.fail_in_a_round, model, data, str(tmp_path), device="cuda")
-    assert told["births"] == [0, 1] and told["same"] and told["freed"] and told["version"] == 2
+    (told,) = run_ranks(1, bodies_supervisor.fail_in_a_round, model, data, str(tmp_path), device="cuda")
+    assert told["built"] == [0, 1] and told["same"] and told["freed"] and told["version"] == 2
     assert told["answers"][0] == told["answers"][1]
 
 
 def test_when_one_of_two_ranks_on_a_gpu_fails_both_begin_anew(model, data, tmp_path):
     leader, peer = run_ranks(
-        2, bodies_lives.one_of_two_ranks_fails, model, data, str(tmp_path / "run"),
+        2, bodies_supervisor.one_of_two_ranks_fails, model, data, str(tmp_path / "run"),
         layout={"tp_size": 2}, device="cuda", ranks_per_gpu=2, timeout_s=300,
     )  # fmt: skip
-    assert leader["births"] == peer["births"] == [0, 1] and leader["known"] == leader["again"]
+    assert leader["built"] == peer["built"] == [0, 1] and leader["known"] == leader["again"]

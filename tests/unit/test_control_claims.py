@@ -32,7 +32,9 @@ from clif.states import RequestState
 from clif.types import FinishReason, HeldoutLoss, Request, RoundPlan, RoundResult, Sampling, TokenEvent, Vote
 from clif.wire.messages import Hello, Published
 
-PLAN = RoundPlan(round_id=7, members=(0, 1), lives=(0, 0), local_steps=2, micro_batch=4, accumulation=1, base_version=2)
+PLAN = RoundPlan(
+    round_id=7, members=(0, 1), incarnations=(0, 0), local_steps=2, micro_batch=4, accumulation=1, base_version=2
+)
 HELLO = Hello(
     replica=0, rank=0, host="h", pid=1, max_batch=4, kv_tokens=64, max_context=32, vocabulary=100, adapter="a",
     heldout_rows=2, dtype="float32", load_s=1.0,

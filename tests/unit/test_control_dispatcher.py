@@ -212,9 +212,9 @@ def test_promise_2_where_its_version_is_gone_the_answer_begins_anew_under_one_ve
 def test_a_request_that_takes_down_every_replica_is_not_tried_for_ever() -> None:
     rig = Rig()
     rig.dispatcher.submit(0.0, request(1))
-    for life in range(3):
-        rig.dispatch(float(life))
-        rig.dispatcher.requeue(life + 0.5, rig.sent[-1][0], "illegal instruction")
+    for incarnation in range(3):
+        rig.dispatch(float(incarnation))
+        rig.dispatcher.requeue(incarnation + 0.5, rig.sent[-1][0], "illegal instruction")
     (record,) = rig.ended
     assert record.finish is FinishReason.FAILED
     assert record.detail.startswith("3 replicas were lost with it, the last one ") and "illegal" in record.detail

@@ -127,7 +127,7 @@ def test_a_replica_that_wakes_up_after_it_was_counted_as_lost_begins_anew(tmp_pa
     run.go()
     run.assert_promise_1()
     assert {row["finish"] for row in run.table("requests")} == {"stop"}
-    assert came_back(run, 1) and run.leaders[1].life == 1
+    assert came_back(run, 1) and run.leaders[1].incarnation == 1
 
 
 def fail_in_the_first_round(leader: FakeLeader) -> None:
@@ -136,7 +136,7 @@ def fail_in_the_first_round(leader: FakeLeader) -> None:
     def fail_once(message: wire.Down) -> None:
         if isinstance(message, wire.BeginRound) and not failed:
             failed.append(message.plan.round_id)
-            leader.begin_anew("RuntimeError: out of memory")
+            leader.rebuild("RuntimeError: out of memory")
         else:
             obey(message)
 
@@ -171,7 +171,7 @@ def test_a_member_that_fails_in_a_round_ends_the_round_and_is_in_the_next(tmp_pa
     assert (first["state"], second["state"]) == ("discarded", "committed")
     assert "replica 1 was lost: RuntimeError: out of memory" in first["reason"]
     assert second["members"] == "0,1" and run.leaders[0].plan is not None
-    assert run.leaders[0].plan.lives == (0, 1)
+    assert run.leaders[0].plan.incarnations == (0, 1)
     run.assert_promise_1()
 
 

@@ -98,7 +98,7 @@ class Scene:
         round_id = current.plan.round_id if current is not None else 0
         version = current.version if current is not None else self.server.federation.newest
         settled = wire.Settled(replica=replica, round_id=round_id, version=version, tick=1)
-        if current is None or current.plan.lives[replica] != self.server.fleet.hello_of(replica).life:
+        if current is None or current.plan.incarnations[replica] != self.server.fleet.hello_of(replica).incarnation:
             return settled
         if current.state is RoundState.TRAINING and replica not in current.results:
             told = {"samples": 8, "tokens": 8, "targets": 4, "steps": 2, "loss": 1.0, "finite": True}
@@ -120,8 +120,8 @@ class Scene:
                 self.server._failures._ignored.clear()
                 leader = FakeLeader("", replica)
                 was_here = self.server.fleet.was_here(replica)
-                life = self.server.fleet.hello_of(replica).life + 1 if was_here else 0
-                leader.life, leader.version = min(life, 2**53), self.server.federation.newest
+                incarnation = self.server.fleet.hello_of(replica).incarnation + 1 if was_here else 0
+                leader.incarnation, leader.version = min(incarnation, 2**53), self.server.federation.newest
                 self.say(replica, leader.hello())
 
     def something_to_talk_about(self) -> None:
@@ -138,10 +138,10 @@ class Scene:
             if server.fleet.view_of(replica).state is ReplicaState.SERVING:
                 server.fleet.set_state(now, replica, ReplicaState.IDLE, "to be talked about")
         history = server.federation.history
-        lives = tuple(server.fleet.hello_of(r).life for r in (0, 1))
+        incarnations = tuple(server.fleet.hello_of(r).incarnation for r in (0, 1))
         plan = RoundPlan(
-            round_id=history.last_round + 1, members=(0, 1), lives=lives, local_steps=2, micro_batch=4, accumulation=1,
-            base_version=history.version,
+            round_id=history.last_round + 1, members=(0, 1), incarnations=incarnations, local_steps=2, micro_batch=4,
+            accumulation=1, base_version=history.version,
         )  # fmt: skip
         server.federation.start(now, plan, "to be talked about")
 

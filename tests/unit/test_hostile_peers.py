@@ -113,7 +113,7 @@ LIES: dict[str, tuple[Lie, str]] = {
     "forge_tokens": (lambda _: wire.Tokens(replica=0, events=()), "speaks for replica 0"),
     "no message": (lambda _: b"\x93\x01\x02\x03", "what nobody understands"),
     "a tag with escape codes": (lambda _: msgspec.msgpack.encode({"type": "\x1b[2K"}), r"Invalid value '\x1b[2K'"),
-    "Hello in the middle of its life": (lambda leader: leader.hello(), "says Hello again in life"),
+    "Hello in the middle of its life": (lambda leader: leader.hello(), "says Hello again in incarnation"),
     "a share of its time that is no number": (reports(busy=math.nan), "Expected `float` >= 0.0"),
     "more steps than a table can hold": (reports(training_steps=2**63), "`int` <= 9007199254740992"),
     "a version that there is not": (reports(version=4), "version 4 was never given, the newest is 0"),
@@ -129,7 +129,7 @@ LIES: dict[str, tuple[Lie, str]] = {
 
 
 class Liar(FakeLeader):
-    """Replica 1 says one lie in each of its lives, and is honest when it has no more."""
+    """Replica 1 says one lie in each of its incarnations, and is honest when it has no more."""
 
     def __init__(self, address: str, lies: list[Lie]) -> None:
         super().__init__(address, 1)
@@ -147,8 +147,8 @@ class Liar(FakeLeader):
         if lie is not None:
             self.lied = bool(self.lies.pop(0))
 
-    def begin_anew(self, error: str) -> None:
-        super().begin_anew(error)
+    def rebuild(self, error: str) -> None:
+        super().rebuild(error)
         self.lied = False
 
 
@@ -157,7 +157,7 @@ def test_a_replica_that_claims_what_cannot_be_begins_anew_and_its_requests_are_a
     config = make_config(tmp_path, **SERVES, load=load, control={"retries": 1000})
 
     def is_back() -> bool:
-        return run.server.fleet.is_alive(1) and run.server.fleet.hello_of(1).life == len(LIES)
+        return run.server.fleet.is_alive(1) and run.server.fleet.hello_of(1).incarnation == len(LIES)
 
     run = Run(config, signalled=lambda: "all lies are told" if is_back() else "")
     liar = run.leaders[1] = Liar(run.channel.address, [lie for lie, _ in LIES.values()])

@@ -78,7 +78,7 @@ def test_a_leader_that_no_control_process_speaks_to_does_not_stay_for_ever():
         broken.lost_s = 2 * ALONE_S
 
     broken = SimpleNamespace(lost_s=0.0, receive=lambda timeout_s: [])
-    lives = SimpleNamespace(replica=SimpleNamespace(stopping=False, wait_s=lambda: 0.0), turn=turn)
+    supervisor = SimpleNamespace(replica=SimpleNamespace(stopping=False, wait_s=lambda: 0.0), turn=turn)
     with pytest.raises(RuntimeError, match="no connection to the control process for 60 s"):
-        _loop(lives, broken, None, SimpleNamespace(signal="", serving=False))
+        _loop(supervisor, broken, None, SimpleNamespace(signal="", serving=False))
     assert len(turns) == 1

@@ -29,7 +29,9 @@ KEYS = Keys(b"k" * 32)
 REQUEST = Request(
     id=4, prompt=(1, 2), sampling=Sampling(stop=("a",), seed=3), slo=Slo(ttft_s=1.0), purpose=Purpose.PROBE
 )
-PLAN = RoundPlan(round_id=1, members=(0, 2), lives=(0, 1), local_steps=3, micro_batch=4, accumulation=1, base_version=0)
+PLAN = RoundPlan(
+    round_id=1, members=(0, 2), incarnations=(0, 1), local_steps=3, micro_batch=4, accumulation=1, base_version=0
+)
 RESULT = RoundResult(round_id=1, replica=0, samples=8, tokens=90, targets=90, steps=2, loss=1.5, finite=True)
 VOTE = Vote(round_id=1, replica=0, finite=True, candidate_loss=1.0, active_loss=2.0, tokens=5)
 EVENT = TokenEvent(request_id=4, tokens=(7,), version=2, finish=FinishReason.STOP, text="x")
@@ -37,7 +39,8 @@ DOWN = [
     m.Submit(request=REQUEST), m.Cancel(request_id=4), m.Limits(max_batch=4, micro_batch=2),
     m.BeginRound(plan=PLAN, group=1), m.FinishSteps(round_id=1), m.Aggregate(round_id=1),
     m.Settle(round_id=1, commit=True, version=3, publish=True), m.Install(version=3, weights=b"\x00\xff"), m.Evaluate(),
-    m.Ping(), m.Rebuild(reason="r"), m.Welcome(life=1), m.Stop(), m.Submit(request=REQUEST, answer=(4, 5), version=2),
+    m.Ping(), m.Rebuild(reason="r"), m.Welcome(incarnation=1), m.Stop(),
+    m.Submit(request=REQUEST, answer=(4, 5), version=2),
 ]  # fmt: skip
 UP = [
     m.Hello(replica=0, rank=0, host="h", pid=1, max_batch=4, kv_tokens=64, max_context=32,

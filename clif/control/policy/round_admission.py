@@ -89,7 +89,7 @@ def plan_round(
     plan = RoundPlan(
         round_id=history.last_round + 1,
         members=tuple(r.replica for r in members),
-        lives=tuple(r.life for r in members),
+        incarnations=tuple(r.incarnation for r in members),
         local_steps=config.federation.local_steps,
         micro_batch=config.train.micro_batch,
         accumulation=config.train.accumulation,

@@ -23,7 +23,7 @@ OVERCOMMIT = 1.5
 class ReplicaView:
     """One replica at one moment. Stamps are seconds of the control process's clock.
 
-    role: what run.mode has it for. life: how often it was rebuilt.
+    role: what run.mode has it for. incarnation: how often it was rebuilt.
     outstanding: requests handed to it that have not ended; reserved: tokens that they may fill in its KV cache.
     max_batch: outstanding requests it takes at present; batch_cap: the most it was built for.
     utilisation: smoothed, 0 to 1. slack_since / pressure_since: since when it is under idle_below / over
@@ -51,7 +51,7 @@ class ReplicaView:
     slack_since: float | None = None
     pressure_since: float | None = None
     rounds_joined: int = 0
-    life: int = 0
+    incarnation: int = 0
     role: Role = BOTH
     serve: Fit = PRIOR_SERVE
     train: Fit = PRIOR_TRAIN
@@ -139,7 +139,7 @@ class ReplicaTracker:
         self._slack_since = _since(self._slack_since, now, smooth < control.idle_below)
         self._pressure_since = _since(self._pressure_since, now, smooth > control.serving_above)
 
-    def reborn(self, now: float, hello: Hello) -> ReplicaTracker:
+    def rebuilt(self, now: float, hello: Hello) -> ReplicaTracker:
         """The tracker of the same replica once it was rebuilt, which is as fast as it was. Its state is not changed."""
         new = ReplicaTracker(now, hello, self._config, self.role)
         new.state, new.state_since, new.rounds_joined = self.state, self.state_since, self.rounds_joined
@@ -176,7 +176,7 @@ class ReplicaTracker:
             slack_since=self._slack_since,
             pressure_since=self._pressure_since,
             rounds_joined=self.rounds_joined,
-            life=self.hello.life,
+            incarnation=self.hello.incarnation,
             role=self.role,
             serve=self.serve.fit,
             train=self.train.fit,

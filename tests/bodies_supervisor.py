@@ -1,4 +1,4 @@
-"""What a replica goes through in the tests of its lives. Importable by name."""
+"""What a replica goes through in the tests of its supervisor. Importable by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clif.adapters.store import AdapterStore
 from clif.config import config_from_tree
 from clif.distributed.topology import Topology
 from clif.models.weights.loading import load_model
-from clif.rank.supervisor import Lives
+from clif.rank.supervisor import ReplicaSupervisor
 from clif.replica.base import build_base
 from clif.replica.build import build_replica, load_data
 from clif.replica.records import RankRecords
@@ -27,7 +27,7 @@ from clif.wire import messages as m
 
 
 class Alive:
-    """A replica with its lives, as the worker runs it; the test is the control process."""
+    """A replica with its incarnations, as the worker runs it; the test is the control process."""
 
     def __init__(self, topology: Topology, model: str, data: str, run_dir: str, rebuilds: int = 3) -> None:
         tree = {
@@ -46,22 +46,24 @@ class Alive:
         rows = load_data(config, loaded.tokenizer, topology.replica, len(topology.layout.replicas))
         self.tell: Callable[[m.Up], None] = self.said.append if topology.is_leader else lambda _: None
 
-        def build(life: int, ticks: int) -> Replica:
-            if life:
+        def build(incarnation: int, ticks: int) -> Replica:
+            if incarnation:
                 self.base.renew(config.run.seed)
-            wanted = resumed if life else config
+            wanted = resumed if incarnation else config
             return build_replica(wanted, topology, self.base, rows, self.folder, records, self.tell, ticks)
 
-        self.births: list[int] = []
-        self.lives = Lives(topology, build, self.tell, rebuilds, lambda _, life: self.births.append(life))
+        self.built: list[int] = []
+        self.supervisor = ReplicaSupervisor(
+            topology, build, self.tell, rebuilds, lambda _, incarnation: self.built.append(incarnation)
+        )
 
     @property
     def replica(self) -> Replica:
-        return self.lives.replica
+        return self.supervisor.replica
 
     def turn(self, *orders: m.Down) -> None:
         leads = self.topology.is_leader
-        self.lives.turn([msgspec.msgpack.encode(order) for order in orders] if leads else None)
+        self.supervisor.turn([msgspec.msgpack.encode(order) for order in orders] if leads else None)
 
     def until(self, done: Callable[[], bool], limit_s: float = 40.0) -> None:
         end = time.monotonic() + limit_s
@@ -85,7 +87,7 @@ class Alive:
         plan = RoundPlan(
             round_id=round_id,
             members=(0,),
-            lives=(self.lives.life,),
+            incarnations=(self.supervisor.incarnation,),
             local_steps=steps,
             micro_batch=4,
             accumulation=1,
@@ -138,7 +140,7 @@ def fail_in_a_round(topology: Topology, model: str, data: str, run_dir: str) -> 
     freed = cache() is None
     alive.turn(m.Submit(request=request(3, [9, 8], max_tokens=5)), m.Aggregate(round_id=2))
     early = alive.tokens(3)
-    alive.turn(m.Submit(request=request(4, [9, 8], max_tokens=5)), m.Welcome(life=1))
+    alive.turn(m.Submit(request=request(4, [9, 8], max_tokens=5)), m.Welcome(incarnation=1))
     trainer = alive.replica.member.trainer
     after = (trainer.bank.shadow.detach().clone(), trainer.steps, trainer.cursor_state()["committed"])
     again = answer_of(alive, 5)
@@ -148,7 +150,7 @@ def fail_in_a_round(topology: Topology, model: str, data: str, run_dir: str) -> 
         "trouble": trouble,
         "freed": freed,
         "dropped": dropped,
-        "births": alive.births,
+        "built": alive.built,
         "same": torch.equal(before[0], after[0]) and before[1:] == after[1:],
         "answers": (known, again),
         "version": alive.replica.engine.scheduler.slots.active,
@@ -160,13 +162,13 @@ def fail_too_often(topology: Topology, model: str, data: str, run_dir: str) -> t
     """An error in each life."""
     alive = Alive(topology, model, data, run_dir, rebuilds=2)
     try:
-        for life in range(1, 5):
+        for incarnation in range(1, 5):
             alive.replica.engine.runner.serve = fail  # type: ignore[method-assign]
-            alive.turn(m.Submit(request=request(life, [9, 8], max_tokens=5)))
-            alive.turn(m.Welcome(life=life))
+            alive.turn(m.Submit(request=request(incarnation, [9, 8], max_tokens=5)))
+            alive.turn(m.Welcome(incarnation=incarnation))
     except torch.OutOfMemoryError as error:
-        return alive.births, str(error)
-    return alive.births, ""
+        return alive.built, str(error)
+    return alive.built, ""
 
 
 def damaged_weights(topology: Topology, model: str, data: str, run_dir: str) -> str:
@@ -188,9 +190,9 @@ def one_of_two_ranks_fails(topology: Topology, model: str, data: str, run_dir: s
     if topology.env.rank == 1:
         alive.replica.engine.runner.serve = fail  # type: ignore[method-assign]
     alive.turn(m.Submit(request=request(2, [9, 8], max_tokens=5)))
-    alive.turn(m.Welcome(life=1))
+    alive.turn(m.Welcome(incarnation=1))
     again = answer_of(alive, 3)
-    return {"known": known, "again": again, "births": alive.births, "trouble": alive.last(m.Trouble)}
+    return {"known": known, "again": again, "built": alive.built, "trouble": alive.last(m.Trouble)}
 
 
 def a_member_that_never_comes(topology: Topology, model: str, data: str, run_dir: str) -> dict[str, Any]:
@@ -200,7 +202,7 @@ def a_member_that_never_comes(topology: Topology, model: str, data: str, run_dir
         return {}
     alive = Alive(topology, model, data, run_dir)
     plan = RoundPlan(
-        round_id=1, members=(0, 1), lives=(0, 0), local_steps=2, micro_batch=4, accumulation=1, base_version=0
+        round_id=1, members=(0, 1), incarnations=(0, 0), local_steps=2, micro_batch=4, accumulation=1, base_version=0
     )
     alive.turn(m.BeginRound(plan=plan, group=plan.round_id))
     alive.wait_for(m.StepsDone)
