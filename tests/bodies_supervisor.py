@@ -44,17 +44,17 @@ class Alive:
         records = RankRecords(self.folder, topology.env.rank, config.metrics, {})
         self.base = build_base(config, loaded, topology.tp_group)
         rows = load_data(config, loaded.tokenizer, topology.replica, len(topology.layout.replicas))
-        self.tell: Callable[[m.Up], None] = self.said.append if topology.is_leader else lambda _: None
+        self.send: Callable[[m.Up], None] = self.said.append if topology.is_leader else lambda _: None
 
         def build(incarnation: int, ticks: int) -> Replica:
             if incarnation:
                 self.base.renew(config.run.seed)
             wanted = resumed if incarnation else config
-            return build_replica(wanted, topology, self.base, rows, self.folder, records, self.tell, ticks)
+            return build_replica(wanted, topology, self.base, rows, self.folder, records, self.send, ticks)
 
         self.built: list[int] = []
         self.supervisor = ReplicaSupervisor(
-            topology, build, self.tell, rebuilds, lambda _, incarnation: self.built.append(incarnation)
+            topology, build, self.send, rebuilds, lambda _, incarnation: self.built.append(incarnation)
         )
 
     @property

@@ -202,8 +202,8 @@ def _refuse_partial(environ: Environ) -> None:
 def _refuse_contradictions(environ: Environ, found: RankEnv, local_rank: int | None) -> None:
     if local_rank not in (None, found.local_rank):
         raise LaunchError(f"--local_rank is {local_rank}, but by {found.launcher} it is {found.local_rank}: drop it")
-    told = {"RANK": found.rank, "WORLD_SIZE": found.world_size, "LOCAL_RANK": found.local_rank}
-    for name, value in told.items():
+    expected = {"RANK": found.rank, "WORLD_SIZE": found.world_size, "LOCAL_RANK": found.local_rank}
+    for name, value in expected.items():
         if name in environ and _number(environ, name) != value:
             raise LaunchError(f"{name}={environ[name]}, but by {found.launcher} it is {value}: unset {name}")
 

@@ -26,7 +26,7 @@ Build = Callable[[int, int], Replica]
 
 
 class ReplicaSupervisor:
-    """The replica as it is now. build: makes the replica for (incarnation, ticks so far). tell: as of a replica.
+    """The replica as it is now. build: makes the replica for (incarnation, ticks so far). send: as of a replica.
 
     rebuilds: how many are allowed within WINDOW_S. on_built: called with each replica once it is built.
     """
@@ -35,11 +35,11 @@ class ReplicaSupervisor:
         self,
         topology: Topology,
         build: Build,
-        tell: Callable[[Up], None],
+        send: Callable[[Up], None],
         rebuilds: int,
         on_built: Callable[[Replica, int], None],
     ) -> None:
-        self._topology, self._build, self._tell, self._on_built = topology, build, tell, on_built
+        self._topology, self._build, self._send, self._on_built = topology, build, send, on_built
         self._rebuilds, self._rebuilt_s = rebuilds, list[float]()
         self.incarnation, self._welcome = 0, True
         self._replica: Replica | None = build(0, 0)
@@ -67,7 +67,7 @@ class ReplicaSupervisor:
             self._topology.tp_group.leave(why)
             if not self._curable(error):
                 raise
-        self._tell(Trouble(replica=self.replica.id, error=why, returning=True))
+        self._send(Trouble(replica=self.replica.id, error=why, returning=True))
         # Not in the except clause: the error holds the frames, and these the memory, of what failed.
         self._rebuild()
 

@@ -132,7 +132,7 @@ def _serve(
     """Join, loop until Stop, leave; returns the exit code that Stop gave."""
     channel = _connect(config, topology, run_dir) if topology.is_leader else None
 
-    def tell(message: Up) -> None:
+    def send(message: Up) -> None:
         if channel is not None:
             channel.send(message)
 
@@ -144,11 +144,11 @@ def _serve(
         if incarnation:
             base.renew(config.run.seed)
         return build_replica(
-            _resuming(config) if incarnation else config, topology, base, data, run_dir, records, tell, ticks
+            _resuming(config) if incarnation else config, topology, base, data, run_dir, records, send, ticks
         )
 
     def say_hello(replica: Replica, incarnation: int) -> None:
-        tell(_hello(config, topology, replica, base, load_s, incarnation))
+        send(_hello(config, topology, replica, base, load_s, incarnation))
 
     # The group of all replicas is the one that most rounds need: made while nobody is being served.
     everybody = tuple(range(len(topology.layout.replicas)))
@@ -156,17 +156,17 @@ def _serve(
     # So every rank has its model: a leader comes here only when its peers have built theirs with it.
     if topology.env.local_rank == 0 and not restarts_left(os.environ):
         drop(run_dir)
-    supervisor = ReplicaSupervisor(topology, build, tell, config.run.rebuilds, on_built=say_hello)
+    supervisor = ReplicaSupervisor(topology, build, send, config.run.rebuilds, on_built=say_hello)
     try:
         _loop(supervisor, channel, control, signals)
     except Exception as error:
         gone = isinstance(error, PeersLost)
-        tell(Trouble(replica=topology.replica, error=f"{type(error).__name__}: {error}", gone=gone))
+        send(Trouble(replica=topology.replica, error=f"{type(error).__name__}: {error}", gone=gone))
         raise
     finally:
         supervisor.close()
         records.close()
-        tell(Goodbye(replica=topology.replica))
+        send(Goodbye(replica=topology.replica))
         if channel is not None:
             channel.close()
     return supervisor.replica.exit_code
@@ -175,13 +175,13 @@ def _serve(
 def _loop(
     supervisor: ReplicaSupervisor, channel: LeaderChannel | None, control: Control | None, signals: SignalWatcher
 ) -> None:
-    told = False
+    signalled = False
     signals.serving = True
     while not supervisor.replica.stopping:
         if signals.signal and channel is not None:
-            if not told:
+            if not signalled:
                 channel.send(Signalled(replica=supervisor.replica.id, signal=signals.signal))
-                told = True
+                signalled = True
             # Nobody is left to say Stop, or it should have come.
             if channel.lost_s is not None or signals.late:
                 return

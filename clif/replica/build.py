@@ -96,7 +96,7 @@ def build_replica(
     data: ReplicaData,
     run_dir: Path,
     records: RankRecords,
-    tell: Callable[[Up], None],
+    send: Callable[[Up], None],
     ticks: int = 0,
 ) -> Replica:
     """Everything of one rank but the loop; with run.resume from what is on disk. ticks: turns that it took before."""
@@ -121,7 +121,7 @@ def build_replica(
         report=Heldout(runner, data.report, config.engine.eval_tokens),
         slots=slots,
         base=config.model.path,
-        tell=tell,
+        send=send,
         checkpoints=checkpoints,
         # Once per replica: its ranks all take the same steps.
         on_step=records.step if topology.is_leader else lambda *_: None,
@@ -129,7 +129,7 @@ def build_replica(
         tick=lambda: replica.ticks,
         micro_batch=config.train.micro_batch,
     )
-    replica = Replica(config, topology.replica, engine, member, records, tell, checkpoints.wait, ticks)
+    replica = Replica(config, topology.replica, engine, member, records, send, checkpoints.wait, ticks)
     return replica
 
 

@@ -29,7 +29,7 @@ class CountedLost(RuntimeError):
 
 
 class Replica:
-    """The turn of a replica. tell sends a message to the control process (nothing on ranks that do not lead).
+    """The turn of a replica. send: passes a message to the control process (nothing on ranks that do not lead).
 
     close waits for what is still being written. ticks: turns that were taken before.
     """
@@ -41,12 +41,12 @@ class Replica:
         engine: Engine,
         member: Member,
         records: RankRecords,
-        tell: Callable[[m.Up], None],
+        send: Callable[[m.Up], None],
         close: Callable[[], None] = lambda: None,
         ticks: int = 0,
     ) -> None:
         self.config, self.id, self.engine, self.member = config, replica, engine, member
-        self.records, self.tell, self.close, self.ticks = records, tell, close, ticks
+        self.records, self.send, self.close, self.ticks = records, send, close, ticks
         self.stopping = False
         self.exit_code = 0
         self._reported, self._busy_s = time.monotonic(), 0.0
@@ -95,7 +95,7 @@ class Replica:
 
     def _send(self, events: list[TokenEvent]) -> None:
         if events:
-            self.tell(m.Tokens(replica=self.id, events=tuple(events)))
+            self.send(m.Tokens(replica=self.id, events=tuple(events)))
 
     def _learn(self) -> None:
         """A round that breaks (a failed all-reduce, memory) ends for this member; its serving goes on.
@@ -110,7 +110,7 @@ class Replica:
                 raise
             log.exception("round %d broke in replica %d", orders.plan.round_id, self.id)
             self._drop_round()
-            self.tell(m.RoundFailed(round_id=orders.plan.round_id, replica=self.id, error=str(error)))
+            self.send(m.RoundFailed(round_id=orders.plan.round_id, replica=self.id, error=str(error)))
 
     def _account(self) -> None:
         self.ticks += 1
@@ -136,7 +136,7 @@ class Replica:
 
     def _report(self, now: float) -> None:
         scheduler, last = self.engine.scheduler, self.records.last_step
-        self.tell(
+        self.send(
             m.Report(
                 replica=self.id,
                 running=len(scheduler.running),

@@ -41,7 +41,7 @@ class RoundOrders:
 
 @dataclass
 class Member:
-    """Takes part in rounds. tell sends a message up; on_step sees every optimizer step, on_version every promotion.
+    """Takes part in rounds. send: passes a message up; on_step sees every optimizer step, on_version every promotion.
 
     gate: the held-out rows that candidates are judged by; report: those that quality is measured on.
     """
@@ -52,7 +52,7 @@ class Member:
     report: Heldout
     slots: SlotTable
     base: str
-    tell: Callable[[Up], None]
+    send: Callable[[Up], None]
     checkpoints: CheckpointWriter
     on_step: Callable[[RoundPlan, StepResult], None]
     on_version: Callable[[int, int], None]
@@ -74,7 +74,7 @@ class Member:
         self._snapshot = self.trainer.snapshot()
         _, active_loss = yield from self.gate.active_loss(self.slots)
         result = yield from self._local_steps(orders)
-        self.tell(StepsDone(result=result))
+        self.send(StepsDone(result=result))
         while not orders.aggregate:
             yield WAIT
         self._averaging = True
@@ -87,7 +87,7 @@ class Member:
             self.checkpoints.prepare(self._checkpoint(plan.base_version, plan.round_id))
         while not self._all(self.checkpoints.done()):
             yield WAIT
-        self.tell(Voted(vote=vote))
+        self.send(Voted(vote=vote))
         while orders.settle is None:
             yield WAIT
         yield from self._promote(orders.settle, candidate)
@@ -206,7 +206,7 @@ class Member:
             config_json=config_json(bank, self.base),
             weights=write_weights(bank.whole(bank.shadow.data)),
         )
-        self.tell(published)
+        self.send(published)
 
     def _checkpoint(self, version: int, round_id: int) -> Checkpoint:
         return Checkpoint(version, round_id, self.trainer.snapshot(), self.trainer.cursor_state(commit=True))
@@ -217,7 +217,7 @@ class Member:
             yield WAIT
         self.trainer.bank.fill_slot(slot, self.trainer.bank.shadow_state())
         self.slots.promote(version, slot)
-        self.tell(Settled(replica=self.topology.replica, round_id=round_id, version=version, tick=self.tick()))
+        self.send(Settled(replica=self.topology.replica, round_id=round_id, version=version, tick=self.tick()))
 
     def evaluate(self) -> Slices[None]:
         """Report the held-out loss of the active version.
@@ -228,7 +228,7 @@ class Member:
             yield from self.gate.active_loss(self.slots)
         version, loss = yield from self.report.active_loss(self.slots)
         result = HeldoutLoss(replica=self.topology.replica, version=version, loss=loss, tokens=self.report.tokens)
-        self.tell(Evaluated(result=result))
+        self.send(Evaluated(result=result))
 
     def discard(self) -> None:
         """The round came to nothing: the shadow is again what it was, and what was active stays active."""
@@ -241,7 +241,7 @@ class Member:
         if self._snapshot is not None:
             self.trainer.rollback(self._snapshot)
         round_id, self.orders, self._snapshot = self.orders.plan.round_id, None, None
-        self.tell(
+        self.send(
             Settled(replica=self.topology.replica, round_id=round_id, version=self.slots.active, tick=self.tick())
         )
 
