@@ -11,13 +11,10 @@ import torch
 import transformers
 from turns import Ready
 
-from clif.adapters.slots import SlotTable
 from clif.config import Config, config_from_tree
 from clif.engine.engine import Engine
 from clif.engine.jobs import Job
-from clif.engine.scheduler import Scheduler
 from clif.models.weights.loading import load_model
-from clif.replica.base import build_runner
 from clif.training.trainer import ShadowTrainer
 from clif.types import Request, Sampling, TrainSample
 
@@ -78,10 +75,8 @@ class Work:
 def clif_serving(work: Work) -> Ready:
     """Results of serving: the first token of each answer."""
     config = work.config()
-    loaded = load_model(config.model, CPU)
-    runner, _ = build_runner(config, loaded)
-    scheduler = Scheduler(config.engine, SlotTable(2), loaded.tokenizer.eos_ids, loaded.tokenizer.decode)
-    engine = Engine(runner, scheduler, config.slo)
+    engine = Engine.from_config(config)
+    runner, scheduler = engine.runner, engine.scheduler
 
     def turn(repeat: int) -> Any:
         sampling = Sampling(max_tokens=work.answer, ignore_eos=True)
@@ -155,7 +150,8 @@ def continuous_batch(work: Work) -> Ready:
 def clif_training(work: Work) -> Ready:
     """Results of training: the mean loss of a repeat."""
     config = work.config()
-    runner, bank = build_runner(config, load_model(config.model, CPU))
+    runner = Engine.from_config(config).runner
+    bank = runner.bank
     trainer = ShadowTrainer(runner, bank, work.training(0, runner.stack.vocab_size)[0], config.train)
 
     def turn(repeat: int) -> Any:

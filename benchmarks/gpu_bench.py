@@ -22,13 +22,11 @@ use_checkout()
 
 import torch
 
-from clif.adapters.slots import SlotTable
 from clif.config import Config, config_from_tree
 from clif.engine.engine import Engine
 from clif.engine.jobs import Job
 from clif.engine.scheduler import Scheduler
 from clif.models.weights.loading import LoadedModel, load_model
-from clif.replica.base import build_runner
 from clif.training.trainer import ShadowTrainer
 from clif.types import Request, Sampling, TrainSample
 
@@ -77,8 +75,8 @@ class Bench:
         self.scale, self.device = scale, torch.device(scale.device)
         self.config = _config(shape, scale, engine)
         self.loaded: LoadedModel = load_model(self.config.model, self.device)
-        self.runner, self.bank = build_runner(self.config, self.loaded)
-        self.slots = SlotTable(2)
+        built = Engine.from_config(self.config, self.loaded)
+        self.runner, self.bank, self.slots = built.runner, built.runner.bank, built.scheduler.slots
         state = {name: torch.randn_like(factor) * 0.01 for name, factor in self.bank.shadow_state().items()}
         self.bank.fill_slot(0, state)
         self.slots.promote(1, 0)
@@ -86,6 +84,7 @@ class Bench:
         self._ids = iter(range(1 << 60))
 
     def engine(self, coserving: str = "interleaved") -> Engine:
+        """A new one on the same runner: its costs are not known yet."""
         scheduler = Scheduler(self.config.engine, self.slots, (), self.loaded.tokenizer.decode)
         return Engine(self.runner, scheduler, self.config.slo, coserving)
 

@@ -27,6 +27,7 @@ from clif.config import config_from_tree
 from clif.distributed.collectives import WeightedMean
 from clif.distributed.launch_env import RankEnv
 from clif.distributed.topology import make_topology
+from clif.engine.engine import Engine
 from clif.engine.jobs import Job
 from clif.kernels.fused import FusedLinear, KernelLauncher
 from clif.kernels.paged import PagedDecode
@@ -35,7 +36,6 @@ from clif.kernels.paged_decode_reference import violations as decode_violations
 from clif.kernels.specification import SHADOW, computed, random_batch, random_layer, violations
 from clif.kernels.tuning import Defaults
 from clif.models.weights.loading import load_model
-from clif.replica.base import build_runner
 from clif.training.trainer import ShadowTrainer
 
 Check = Callable[[], str]
@@ -109,7 +109,8 @@ def _gradient(folder: str, device: str) -> torch.Tensor:
     config = config_from_tree({**tree, "train": {"enabled": False}})
     config = config.model_copy(update={"train": config.train.model_copy(update={"enabled": True, "clip_norm": 1e9})})
     # Its own random numbers decide the first A, and a device has its own: taken from the CPU.
-    runner, bank = build_runner(config, load_model(config.model, torch.device(device), seed=3))
+    runner = Engine.from_config(config, load_model(config.model, torch.device(device), seed=3)).runner
+    bank = runner.bank
     rng = torch.Generator().manual_seed(5)
     bank.set_shadow({k: torch.randn(v.shape, generator=rng) * 0.2 for k, v in bank.shadow_state().items()})
     trainer = ShadowTrainer(runner, bank, samples(runner.stack.vocab_size, 3, 40), config.train)

@@ -26,16 +26,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import typer
 
-from clif.adapters.slots import SlotTable
 from clif.config import config_from_tree
 from clif.distributed.collectives import TpGroup, WeightedMean
 from clif.distributed.launch_env import RankEnv
 from clif.distributed.topology import Topology, make_topology
 from clif.engine.engine import Engine
-from clif.engine.scheduler import Scheduler
 from clif.metrics.provenance import cpu_model, git_commit
 from clif.models.weights.loading import load_model
-from clif.replica.base import build_runner
 from clif.types import Request, Sampling
 
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -117,17 +114,15 @@ def build_engine(topology: Topology, model: str, dtype: str) -> tuple[Engine, in
     """An engine with an adapter that answers, and its number of layers."""
     tree = {
         "model": {"path": model, "dtype": dtype, "max_context": 256, "device": "cpu"},
-        "engine": {"kv_tokens": 4096, "max_batch": BATCH},
+        "engine": {"kv_tokens": 4096, "max_batch": BATCH, "coserving": "interleaved"},
         "train": {"enabled": False},
     }
     config = config_from_tree(tree)
     loaded = load_model(config.model, topology.device, 0, topology.tp_group)
-    runner, bank = build_runner(config, loaded, topology.tp_group)
-    slots = SlotTable(config.adapter.serving_slots)
-    bank.fill_slot(0, bank.shadow_state())
-    slots.promote(1, 0)
-    scheduler = Scheduler(config.engine, slots, (), loaded.tokenizer.decode)
-    return Engine(runner, scheduler, config.slo, tp_group=topology.tp_group), runner.stack.num_layers
+    engine = Engine.from_config(config, loaded, topology.tp_group)
+    engine.runner.bank.fill_slot(0, engine.runner.bank.shadow_state())
+    engine.scheduler.slots.promote(1, 0)
+    return engine, engine.runner.stack.num_layers
 
 
 def request(number: int) -> Request:

@@ -14,8 +14,8 @@ from helpers import finish as finish_slices
 from clif.config import config_from_tree
 from clif.distributed.collectives import Group, WeightedMean
 from clif.distributed.topology import Topology
+from clif.engine.base import build_base
 from clif.models.weights.loading import load_model
-from clif.replica.base import build_base
 from clif.replica.build import build_replica, load_data
 from clif.replica.records import RankRecords
 from clif.replica.replica import Replica

@@ -16,9 +16,9 @@ from helpers import answer, request
 from clif.adapters.store import AdapterStore
 from clif.config import config_from_tree
 from clif.distributed.topology import Topology
+from clif.engine.base import build_base
 from clif.models.weights.loading import load_model
 from clif.rank.supervisor import ReplicaSupervisor
-from clif.replica.base import build_base
 from clif.replica.build import build_replica, load_data
 from clif.replica.records import RankRecords
 from clif.replica.replica import Replica

@@ -10,22 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import answer, random_state, request, stack_logits
+from helpers import SMALL, answer, random_state, request, stack_logits
 from huggingface_hub import constants
 
 from clif.adapters.bank import AdapterBank
 from clif.adapters.peft_io import read_weights, write_weights
-from clif.adapters.slots import SlotTable
 from clif.config import Config, config_from_tree
 from clif.distributed.collectives import PeersLost, TpGroup, WeightedMean
 from clif.distributed.topology import Topology
 from clif.engine.engine import Engine
 from clif.engine.jobs import Job
-from clif.engine.runner import ModelRunner
-from clif.engine.scheduler import Scheduler
 from clif.models.shard import layer_spans, part_of
 from clif.models.weights.loading import load_model
-from clif.replica.base import build_runner
 from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
 
@@ -49,7 +45,7 @@ class Part:
     def __init__(self, topology: Topology, model: str, coserving: str = "interleaved", **engine: Any) -> None:
         tree = {
             "model": {"path": model, "dtype": "float32", "max_context": 200, "device": topology.device.type},
-            "engine": {"kv_tokens": 1024, "max_batch": 8, "block_size": 4, "max_prefill_tokens": 24, **engine},
+            "engine": {**SMALL, "coserving": coserving, **engine},
             "adapter": {"r": 4, "lora_alpha": 8},
             "train": {"enabled": False},
         }
@@ -57,12 +53,8 @@ class Part:
         self.tp_group, loaded = topology.tp_group, load_model(self.config.model, topology.device, 3, topology.tp_group)
         if model.startswith("random:"):
             add_biases(loaded.model, topology.tp_group)
-        self.runner: ModelRunner
-        self.bank: AdapterBank
-        self.runner, self.bank = build_runner(self.config, loaded, self.tp_group)
-        self.slots = SlotTable(self.config.adapter.serving_slots)
-        scheduler = Scheduler(self.config.engine, self.slots, (), loaded.tokenizer.decode)
-        self.engine = Engine(self.runner, scheduler, self.config.slo, coserving, tp_group=self.tp_group)
+        self.engine = Engine.from_config(self.config, loaded, self.tp_group)
+        self.runner, self.bank, self.slots = self.engine.runner, self.engine.runner.bank, self.engine.scheduler.slots
         # Ranks whose clocks differ: only the leader's may decide.
         self.engine.clock = lambda: 0.0 if self.tp_group.rank == 0 else 1e9 * self.tp_group.rank
         self.bank.set_shadow(self.bank.local(whole_state(self.bank, 5)))

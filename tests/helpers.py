@@ -14,15 +14,16 @@ from clif.distributed.collectives import TpGroup
 from clif.engine.engine import Engine
 from clif.engine.jobs import Slices
 from clif.engine.runner import ModelRunner
-from clif.engine.scheduler import Scheduler
 from clif.kernels.dual_lora import Segment
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import Rows
 from clif.models.shard import layer_spans, part_of, share
 from clif.models.stack import CausalStack
 from clif.models.weights.loading import LoadedModel, load_model
-from clif.replica.base import build_runner
 from clif.types import Request, Sampling, TokenEvent
+
+SMALL = {"kv_tokens": 1024, "block_size": 4, "max_batch": 8, "max_prefill_tokens": 24, "coserving": "interleaved"}
+"""An engine in which everything happens within a few ticks."""
 
 
 @dataclass
@@ -31,10 +32,19 @@ class Rig:
 
     config: Config
     loaded: LoadedModel
-    runner: ModelRunner
-    bank: AdapterBank
-    slots: SlotTable
     engine: Engine
+
+    @property
+    def runner(self) -> ModelRunner:
+        return self.engine.runner
+
+    @property
+    def bank(self) -> AdapterBank:
+        return self.runner.bank
+
+    @property
+    def slots(self) -> SlotTable:
+        return self.engine.scheduler.slots
 
     def run(
         self, requests: list[Request], arrive: dict[int, int] | None = None, ticks: int = 2000
@@ -84,16 +94,13 @@ def make_rig(
 ) -> Rig:
     tree = {
         "model": {"path": model_path, "dtype": "float32", "max_context": 256, "device": device, **(model or {})},
-        "engine": {"kv_tokens": 1024, "block_size": 4, "max_batch": 8, "max_prefill_tokens": 24, **(engine or {})},
+        "engine": {**SMALL, **(engine or {})},
         "adapter": {"r": 4, "lora_alpha": 8, **(adapter or {})},
         "train": {"enabled": False},
     }
     config = config_from_tree(tree)
     loaded = load_model(config.model, torch.device(device), seed=3)
-    runner, bank = build_runner(config, loaded)
-    slots = SlotTable(config.adapter.serving_slots)
-    scheduler = Scheduler(config.engine, slots, loaded.tokenizer.eos_ids, loaded.tokenizer.decode)
-    return Rig(config, loaded, runner, bank, slots, Engine(runner, scheduler, config.slo))
+    return Rig(config, loaded, Engine.from_config(config, loaded))
 
 
 def finish(work: Slices[Any]) -> Any:

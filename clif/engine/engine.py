@@ -13,10 +13,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
-from clif.config import EngineConfig, SloConfig
+from clif.config import Config, EngineConfig, SloConfig
 from clif.distributed.collectives import TpGroup
 from clif.engine.cost_model import UNLIMITED, Prices, may_train, training_slack
 from clif.engine.jobs import WAIT, Job, Slice, SliceKind
@@ -26,6 +27,9 @@ from clif.engine.sampling import choose, make_rng
 from clif.engine.scheduler import Chunk, Scheduler
 from clif.engine.train_thread import Sidecar
 from clif.types import Regime, SlackLimit, TokenEvent, TrainingSlack
+
+if TYPE_CHECKING:
+    from clif.models.weights.loading import LoadedModel
 
 log = logging.getLogger(__name__)
 LONGEST = 4
@@ -74,6 +78,19 @@ class Engine:
     _beside: tuple[Slice, int] | None = None
     _credit_s: float = 0.0
     _broken: RuntimeError | None = None
+
+    @classmethod
+    def from_config(cls, config: Config, loaded: LoadedModel | None = None, tp_group: TpGroup | None = None) -> Engine:
+        """Everything of one process that serves and learns: model, adapters, KV cache, scheduler. Collective.
+
+        loaded: by default the model that the configuration names, on the first device that it allows. It is taken
+        apart: one engine only. tp_group: the ranks that share the model. Raises ConfigError, and LayoutError where
+        they cannot share it.
+        """
+        # Not above: the builder knows this class.
+        from clif.engine.build import load_engine
+
+        return load_engine(config, loaded, tp_group)
 
     def __post_init__(self) -> None:
         self.runner.pace = EnginePace(self)

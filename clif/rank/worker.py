@@ -26,13 +26,13 @@ from clif.distributed.collectives import PeersLost
 from clif.distributed.launch_env import TORCHRUN, RankEnv, restarts_left
 from clif.distributed.rendezvous import fewest_restarts
 from clif.distributed.topology import Topology, make_topology
+from clif.engine.base import Base, build_base
 from clif.exit_report import Over, last_words
 from clif.metrics.provenance import provenance
 from clif.models.weights.gguf import drop, is_packed, load_packed
 from clif.models.weights.loading import LoadedModel, load_model
 from clif.rank.signals import SignalWatcher
 from clif.rank.supervisor import ReplicaSupervisor
-from clif.replica.base import Base, build_base
 from clif.replica.build import build_replica, load_data
 from clif.replica.records import RankRecords
 from clif.replica.replica import Replica

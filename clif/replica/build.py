@@ -7,23 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from clif.adapters.bank import AdapterBank
 from clif.adapters.peft_io import read_folder
 from clif.adapters.slots import SlotTable
 from clif.adapters.store import AdapterStore
-from clif.config import Config, ConfigError
+from clif.config import Config
 from clif.data.heldout import heldout_parts, read_data
 from clif.data.instruct import Row, check_some_fit, encode_samples, shard_rows, split_rows
-from clif.distributed.collectives import TpGroup
 from clif.distributed.roles import role_of
 from clif.distributed.topology import Topology
-from clif.engine.engine import Engine
-from clif.engine.runner import ModelRunner
-from clif.engine.scheduler import Scheduler
-from clif.engine.train_thread import Sidecar
-from clif.replica.base import Base
+from clif.engine.base import Base
+from clif.engine.build import build_engine
 from clif.replica.records import RankRecords
 from clif.replica.replica import Replica
 from clif.tokenizer import ChatTokenizer
@@ -31,7 +25,7 @@ from clif.training.checkpoint import CheckpointWriter, find_checkpoint
 from clif.training.heldout import Heldout
 from clif.training.member import Member
 from clif.training.trainer import ShadowTrainer
-from clif.types import CoservingMode, TrainSample
+from clif.types import TrainSample
 from clif.wire.messages import Up
 
 log = logging.getLogger(__name__)
@@ -100,10 +94,8 @@ def build_replica(
     ticks: int = 0,
 ) -> Replica:
     """Everything of one rank but the loop; with run.resume from what is on disk. ticks: turns that it took before."""
-    tokenizer, bank, runner = base.loaded.tokenizer, base.bank, base.runner(config.engine)
-    slots = SlotTable(config.adapter.serving_slots)
-    scheduler = Scheduler(config.engine, slots, tokenizer.eos_ids, tokenizer.decode)
-    engine = make_engine(config, runner, scheduler, topology.tp_group)
+    engine = build_engine(config, base, topology.tp_group)
+    bank, runner, slots = base.bank, engine.runner, engine.scheduler.slots
     if data.train:
         runner.check_samples(max(len(sample.ids) for sample in data.train))
     trainer = ShadowTrainer(runner, bank, data.train, config.train, config.run.seed)
@@ -131,33 +123,6 @@ def build_replica(
     )
     replica = Replica(config, topology.replica, engine, member, records, send, checkpoints.wait, ticks)
     return replica
-
-
-def make_engine(config: Config, runner: ModelRunner, scheduler: Scheduler, tp_group: TpGroup | None = None) -> Engine:
-    """The engine with the way of co-serving that the configuration names, or that suits the device.
-
-    On a GPU forwards ride on ticks. A CPU computes as fast for a few rows as for many, so that riding saves nothing
-    there (measured at 70 % load: 36 training tokens/s fused, 95 interleaved); with several threads a concurrent slice
-    uses what small operations leave of them. Raises ConfigError for a wish that cannot be met.
-    """
-    threads, on_cpu, tp_group = torch.get_num_threads(), runner.device.type == "cpu", tp_group or TpGroup()
-    way: str = config.engine.coserving
-    if way == CoservingMode.AUTO:
-        alone = CoservingMode.CONCURRENT if threads > 1 and tp_group.size == 1 else CoservingMode.INTERLEAVED
-        way = alone if on_cpu else CoservingMode.FUSED
-    if config.run.mode == "time_slice":
-        way = "time_slice"
-    if tp_group.size > 1 and way in ("concurrent", "time_slice"):
-        # Both are paced by the clock of each rank; and collectives belong to one thread.
-        raise ConfigError(f"{way} needs replicas of one rank: set layout.tp_size=1, or another engine.coserving")
-    if way == "concurrent" and (not on_cpu or threads < 2):
-        raise ConfigError(
-            "engine.coserving concurrent needs a CPU rank with at least 2 threads: set dist.threads_per_rank, or "
-            "engine.coserving=fused"
-        )
-    log.info("co-serving: %s", way)
-    sidecar = Sidecar(threads) if way == "concurrent" else None
-    return Engine(runner, scheduler, config.slo, way, config.run.training_share, sidecar=sidecar, tp_group=tp_group)
 
 
 def _resume(

@@ -20,10 +20,10 @@ from tiny_gguf import write_gguf
 
 from clif.config import Config, config_from_tree
 from clif.distributed.layout import make_layout
+from clif.engine.base import build_base
 from clif.errors import InputError
 from clif.models.weights.loading import load_model
 from clif.rank.preflight import check_model
-from clif.replica.base import build_base
 
 CPU = torch.device("cpu")
 CASE_S = 30

@@ -160,7 +160,7 @@ def test_a_rank_that_meets_it_says_a_sentence_too(folder, name, ranks):
 
 
 def make_base(folder: Path, ranks: int) -> None:
-    from clif.replica.base import build_base
+    from clif.engine.base import build_base
 
     loaded = load_model(
         ModelConfig(path=str(folder), dtype="float32", max_context=64), CPU, tp_group=tp_group_of(0, ranks)

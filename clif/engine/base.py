@@ -1,4 +1,4 @@
-"""The frozen base of a replica with its adapter layers: what outlives the incarnations of a replica."""
+"""The frozen base of an engine with its adapter layers: several engines may be built on it, one after the other."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SAME = 1e-3
 class Base:
     """A model taken apart, its adapters, and how it is run.
 
-    told: logits [vocabulary] after the probe, when the model was loaded.
+    probe_logits: logits [vocabulary] after the probe, when the model was loaded.
     """
 
     stack: CausalStack
     bank: AdapterBank
     loaded: LoadedModel
     paged: PagedDecode | None
-    told: torch.Tensor
+    probe_logits: torch.Tensor
 
     def runner(self, config: EngineConfig) -> ModelRunner:
         """A runner of its own KV cache."""
@@ -47,7 +47,7 @@ class Base:
         Raises RuntimeError when the model does not compute any more what it did: its memory is damaged.
         """
         self.bank.reset(seed)
-        error = float((_tell(self.stack, self.loaded) - self.told).norm() / self.told.norm())
+        error = float((_probe(self.stack, self.loaded) - self.probe_logits).norm() / self.probe_logits.norm())
         if not error < SAME:
             raise RuntimeError(f"the base model has changed in memory (relative difference {error:.2g})")
 
@@ -76,19 +76,11 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
         if expected is not None and not shared:
             compare(stack, expected)
     paged = choose_decode(config.engine.decode_kernel, loaded.device, loaded.dtype)
-    return Base(stack, bank, loaded, paged, _tell(stack, loaded))
-
-
-def build_runner(
-    config: Config, loaded: LoadedModel, tp_group: TpGroup | None = None
-) -> tuple[ModelRunner, AdapterBank]:
-    """The base and a runner of it. Collective over the peers. Raises as build_base() does."""
-    base = build_base(config, loaded, tp_group)
-    return base.runner(config.engine), base.bank
+    return Base(stack, bank, loaded, paged, _probe(stack, loaded))
 
 
 @torch.no_grad()
-def _tell(stack: CausalStack, loaded: LoadedModel) -> torch.Tensor:
+def _probe(stack: CausalStack, loaded: LoadedModel) -> torch.Tensor:
     """Logits [vocabulary] after the probe, float32, by the base alone."""
     positions = torch.arange(PROBE, device=loaded.device)
     sub_batch = stack.sub_batch(Rows(PROBE), positions, CausalSequences([PROBE], loaded.device))
