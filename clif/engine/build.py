@@ -13,7 +13,7 @@ from clif.distributed.topology import choose_device
 from clif.engine.base import Base, build_base
 from clif.engine.engine import Engine
 from clif.engine.scheduler import Scheduler
-from clif.engine.train_thread import Sidecar
+from clif.engine.train_thread import TrainThread
 from clif.models.weights.loading import LoadedModel, load_model
 from clif.types import CoservingMode
 
@@ -42,7 +42,7 @@ def build_engine(config: Config, base: Base, tp_group: TpGroup | None = None) ->
         config.slo,
         coserving,
         config.run.training_share,
-        sidecar=Sidecar(threads) if coserving == "concurrent" else None,
+        train_thread=TrainThread(threads) if coserving == "concurrent" else None,
         tp_group=tp_group,
     )
 

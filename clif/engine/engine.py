@@ -25,7 +25,7 @@ from clif.engine.passes import Pass
 from clif.engine.runner import ModelRunner
 from clif.engine.sampling import choose, make_rng
 from clif.engine.scheduler import Chunk, Scheduler
-from clif.engine.train_thread import Sidecar
+from clif.engine.train_thread import TrainThread
 from clif.types import Regime, SlackLimit, TokenEvent, TrainingSlack
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Engine:
     prices: Prices = field(default_factory=Prices)
     jobs: deque[Job] = field(default_factory=deque)
     record: TurnRecord = field(default_factory=TurnRecord)
-    sidecar: Sidecar | None = None
+    train_thread: TrainThread | None = None
     tp_group: TpGroup = field(default_factory=TpGroup)
     _beside: tuple[Slice, int] | None = None
     _credit_s: float = 0.0
@@ -154,8 +154,8 @@ class Engine:
             self._whole_step()
         elif self.coserving == "fused" and self._leaders(self._may_ride(piece)):
             return
-        elif self.coserving == "concurrent" and self.sidecar is not None:
-            self._start_beside(piece, self.sidecar)
+        elif self.coserving == "concurrent" and self.train_thread is not None:
+            self._start_beside(piece, self.train_thread)
         elif units := self._leaders(
             self._units(piece, min(self._slack(Regime.ALONE), LONGEST * self.config.slice_ms / 1000))
         ):
@@ -174,10 +174,10 @@ class Engine:
 
         A slice of another job goes on: done twice it would do its layers twice.
         """
-        if self._beside is not None and self.sidecar is not None and self.jobs[0].name == name:
+        if self._beside is not None and self.train_thread is not None and self.jobs[0].name == name:
             self._beside = None
             try:
-                self.sidecar.poll(wait=True)
+                self.train_thread.poll(wait=True)
             except RuntimeError:
                 log.exception("a slice of job %s broke while the job was given up", name)
         for job in [job for job in self.jobs if job.name == name]:
@@ -186,10 +186,10 @@ class Engine:
 
     def interrupt(self, name: str, why: Exception) -> None:
         """Have the job of this name give up what it would do next; a slice of it that is under way is waited for."""
-        if self._beside is not None and self.sidecar is not None and self.jobs[0].name == name:
+        if self._beside is not None and self.train_thread is not None and self.jobs[0].name == name:
             self._beside = None
             try:
-                self.sidecar.poll(wait=True)
+                self.train_thread.poll(wait=True)
             except RuntimeError as error:
                 self._broken = error
                 return
@@ -201,8 +201,8 @@ class Engine:
         """Give up all training; nothing of it runs any more."""
         for name in {job.name for job in self.jobs}:
             self.drop(name)
-        if self.sidecar is not None:
-            self.sidecar.close()
+        if self.train_thread is not None:
+            self.train_thread.close()
 
     @property
     def busy(self) -> bool:
@@ -238,12 +238,12 @@ class Engine:
             self._learnt(piece, units, seconds)
             self.record.gap_s += seconds
 
-    def _start_beside(self, piece: Slice, sidecar: Sidecar) -> None:
+    def _start_beside(self, piece: Slice, train_thread: TrainThread) -> None:
         """A token does not wait for a slice beside it but for the slower ticks while it lasts."""
         units = self._units(piece, self.config.concurrent_slice_ms / 1000) or piece.least
         if self._slack(Regime.CONCURRENT) >= 0:
             self._beside = piece, units
-            sidecar.start(partial(piece.work, units))
+            train_thread.start(partial(piece.work, units))
 
     def _whole_step(self) -> None:
         """A whole optimizer step (or evaluation) once serving has had its share since the last one."""
@@ -256,12 +256,12 @@ class Engine:
         self._credit_s -= self.record.gap_s * (1 - self.share)
 
     def _collect(self) -> None:
-        """Take what the sidecar has finished."""
-        if self._beside is None or self.sidecar is None:
+        """Take what the thread has finished."""
+        if self._beside is None or self.train_thread is None:
             return
         piece, units = self._beside
         try:
-            done = self.sidecar.poll()
+            done = self.train_thread.poll()
         except RuntimeError as error:
             self._broken, self._beside = error, None
             return

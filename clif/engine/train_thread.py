@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 
-class Sidecar:
+class TrainThread:
     """threads: CPU threads of this rank, of which a slice beside serving takes half and leaves the rest."""
 
     def __init__(self, threads: int) -> None:

@@ -15,7 +15,7 @@ from clif.config import ConfigError, MetricsConfig, TrainConfig
 from clif.engine.engine import TurnRecord
 from clif.engine.jobs import Job, Slice
 from clif.engine.passes import Pass, pack
-from clif.engine.train_thread import Sidecar
+from clif.engine.train_thread import TrainThread
 from clif.models.dual_linear import SHADOW
 from clif.replica.records import RankRecords
 from clif.training.trainer import ShadowTrainer
@@ -81,7 +81,7 @@ def gradient_alone(tiny_config):
 def test_serving_and_training_together_compute_what_each_computes_alone(tiny_config, coserving):
     rig = build(tiny_config, coserving)
     if coserving == "concurrent":
-        rig.engine.sidecar = Sidecar(1)
+        rig.engine.train_thread = TrainThread(1)
     rig.engine.jobs.append(Job("step", trainer_for(rig).step(4, 1)))
     submit(rig)
     got, regimes = {}, set()
@@ -221,7 +221,7 @@ def test_training_stands_still_when_a_burst_leaves_no_slack_and_comes_back_after
 def test_an_error_in_training_costs_the_job_and_no_token(tiny_config, coserving):
     rig = build(tiny_config, coserving)
     if coserving == "concurrent":
-        rig.engine.sidecar = Sidecar(1)
+        rig.engine.train_thread = TrainThread(1)
 
     class Broken:
         left = 1
@@ -256,7 +256,7 @@ def test_an_error_in_training_costs_the_job_and_no_token(tiny_config, coserving)
 def test_tokens_flow_while_a_slice_beside_them_takes_its_time(tiny_config):
     """A slice that does not end before requests do: they are answered all the same."""
     rig = build(tiny_config, "concurrent")
-    rig.engine.sidecar = Sidecar(1)
+    rig.engine.train_thread = TrainThread(1)
     release = threading.Event()
 
     def work():
@@ -314,7 +314,7 @@ def test_nothing_is_trained_while_every_place_is_taken(tiny_config):
 @pytest.mark.parametrize("breaks", [False, True])
 def test_a_job_given_up_beside_serving_takes_its_slice_along_and_no_other_job(tiny_config, breaks):
     rig = build(tiny_config, "concurrent")
-    rig.engine.sidecar = Sidecar(1)
+    rig.engine.train_thread = TrainThread(1)
     release, done = threading.Event(), []
 
     def work(name):
