@@ -19,7 +19,7 @@ class BlockPool:
         self.block_size = block_size
         self.total = tokens // block_size
         self._free = list(range(self.total - 1, -1, -1))
-        self._readers = [0] * self.total
+        self._ref_counts = [0] * self.total
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._table = PrefixTable(block_size)
 
@@ -33,15 +33,15 @@ class BlockPool:
         """Blocks that can be taken: free ones, and cached ones, which then lose what they hold."""
         return len(self._free) + len(self._cached)
 
-    def readers(self, block: int) -> int:
+    def ref_count(self, block: int) -> int:
         """Sequences that hold this block."""
-        return self._readers[block]
+        return self._ref_counts[block]
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold this many tokens."""
         return -(-tokens // self.block_size)
 
-    def grow(self, blocks: list[int], tokens: int) -> bool:
+    def allocate(self, blocks: list[int], tokens: int) -> bool:
         """Extend a sequence's blocks to hold `tokens` tokens. False, and nothing taken, when there are not enough."""
         count = self.blocks_for(tokens) - len(blocks)
         if count > self.available:
@@ -49,24 +49,24 @@ class BlockPool:
         blocks.extend(self._take() for _ in range(count))
         return True
 
-    def share(self, version: int, tokens: Seq[int]) -> list[int]:
+    def acquire_cached(self, version: int, tokens: Seq[int]) -> list[int]:
         """A reader more for the blocks with the longest known beginning of `tokens`, at most all but its last one."""
         blocks = self._table.find(version, tokens)
         for block in blocks:
             self._cached.pop(block, None)
-            self._readers[block] += 1
+            self._ref_counts[block] += 1
         return blocks
 
     def register(self, version: int, tokens: Seq[int], blocks: list[int], start: int, stop: int) -> None:
         """Tokens [start, stop) of a sequence are computed, as all before them: let others find the full blocks."""
         self._table.put(version, tokens, blocks, start // self.block_size, stop // self.block_size)
 
-    def give_back(self, blocks: list[int]) -> None:
+    def free(self, blocks: list[int]) -> None:
         """One reader of these blocks, all that a sequence holds, is gone. Without readers, known blocks stay cached."""
         # A beginning serves more requests than what follows it, so the last block is the first to be evicted.
         for block in reversed(blocks):
-            self._readers[block] -= 1
-            if self._readers[block]:
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block]:
                 continue
             if self._table.finds(block):
                 self._cached[block] = None
@@ -76,7 +76,7 @@ class BlockPool:
     def _take(self) -> int:
         block = self._free.pop() if self._free else self._cached.popitem(last=False)[0]
         self._table.forget(block)
-        self._readers[block] = 1
+        self._ref_counts[block] = 1
         return block
 
 

@@ -140,9 +140,9 @@ class Scheduler:
         """Give a waiting sequence its version and what the cache has of its tokens. False: there is no room."""
         new = sequence.version < 0
         if self.config.prefix_reuse:
-            sequence.blocks = self.pool.share(self.slots.active if new else sequence.version, sequence.tokens)
+            sequence.blocks = self.pool.acquire_cached(self.slots.active if new else sequence.version, sequence.tokens)
         if sum(map(self._due, (*self.running, sequence))) > self.pool.available:
-            self._give_back(sequence)
+            self._free_blocks(sequence)
             return False
         sequence.computed = len(sequence.blocks) * self.pool.block_size
         if new:
@@ -168,9 +168,9 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, stop: int) -> bool:
         """Blocks for tokens [0, stop), taken from the youngest if need be. False: the youngest is the sequence."""
-        while not self.pool.grow(sequence.blocks, stop):
+        while not self.pool.allocate(sequence.blocks, stop):
             youngest = self.running.pop()
-            self._give_back(youngest)
+            self._free_blocks(youngest)
             self.waiting.appendleft(youngest)
             self.preemptions += 1
             if youngest is sequence:
@@ -183,8 +183,8 @@ class Scheduler:
         if self.config.prefix_reuse:
             self.pool.register(sequence.version, sequence.tokens, sequence.blocks, chunk.start, chunk.stop)
 
-    def _give_back(self, sequence: Sequence) -> None:
-        self.pool.give_back(sequence.blocks)
+    def _free_blocks(self, sequence: Sequence) -> None:
+        self.pool.free(sequence.blocks)
         sequence.blocks, sequence.computed = [], 0
 
     def _append(self, sequence: Sequence, token: int, now: float) -> TokenEvent:
@@ -214,7 +214,7 @@ class Scheduler:
         text: str | None = None,
     ) -> TokenEvent:
         (self.running if sequence in self.running else self.waiting).remove(sequence)
-        self._give_back(sequence)
+        self._free_blocks(sequence)
         if sequence.version >= 0:
             self.slots.release(sequence.version)
         return TokenEvent(

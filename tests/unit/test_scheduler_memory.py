@@ -81,7 +81,7 @@ class Bench:
     def check_memory(self) -> None:
         pool, running, waiting = self.scheduler.pool, self.scheduler.running, self.scheduler.waiting
         held = Counter(block for s in running for block in s.blocks)
-        assert all(pool.readers(block) == held[block] for block in range(pool.total))
+        assert all(pool.ref_count(block) == held[block] for block in range(pool.total))
         assert sorted([*pool._free, *pool._cached, *held]) == list(range(pool.total))
         assert pool.used_tokens == len(held) * pool.block_size <= self.config.kv_tokens
         assert all(not s.blocks and not s.computed for s in waiting)
@@ -115,7 +115,7 @@ class Bench:
         assert chunk.start == sequence.computed
         for i, place in list(enumerate(self._places(chunk)))[chunk.start :]:
             block = place // self.config.block_size
-            assert pool.readers(block) == 1 and not pool._table.finds(block), "nobody writes what another may read"
+            assert pool.ref_count(block) == 1 and not pool._table.finds(block), "nobody writes what another may read"
             self.cache[place] = (sequence.version, tuple(sequence.tokens[: i + 1]))
 
     def _read(self, chunk: Chunk) -> None:
