@@ -24,7 +24,7 @@ class DecodeConfig:
     block_kv: tokens of a step, a power of two of at least 16; parts: into how many a context is split at most; least:
     tokens of a part at least, a multiple of block_kv. Both cut a context by its own length only, whoever else is in
     the batch. stages: with 5, two steps of K and V are on their way while one is computed; a step takes two stages,
-    since its places must be looked up before it is loaded. Raises ValueError.
+    since its slots must be looked up before it is loaded. Raises ValueError.
     """
 
     block_kv: int = 64

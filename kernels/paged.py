@@ -35,7 +35,7 @@ class PagedDecode:
     def attend(self, q: torch.Tensor, cache: torch.Tensor, table: DecodeTable, scale: float, out: torch.Tensor) -> None:
         """Fill the table's rows of out [rows, heads * d]; the other rows are left as they are.
 
-        q [rows, heads, d]; cache [2 * kv_heads, places, d], keys first, with the new tokens written. One launch, no
+        q [rows, heads, d]; cache [2 * kv_heads, slots, d], keys first, with the new tokens written. One launch, no
         wait for the device. Raises ValueError for tensors that the kernel cannot read.
         """
         _check(q, cache, scale, out)
@@ -72,7 +72,7 @@ def _check(q: torch.Tensor, cache: torch.Tensor, scale: float, out: torch.Tensor
     if not fit or tuple(out.shape) != (rows, heads * d):
         raise ValueError(
             f"q {list(q.shape)}, cache {list(cache.shape)} and out {list(out.shape)} do not fit together: "
-            "[rows, heads, d], [2 * kv_heads, places, d] and [rows, heads * d] are needed"
+            "[rows, heads, d], [2 * kv_heads, slots, d] and [rows, heads * d] are needed"
         )
     if not q.dtype == cache.dtype == out.dtype:
         raise ValueError(f"q {q.dtype}, cache {cache.dtype} and out {out.dtype}: one type is needed")

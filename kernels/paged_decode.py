@@ -1,6 +1,6 @@
 """Attention of one new token per sequence to a paged KV cache, one launch for all sequences and heads (Triton).
 
-    out = softmax(scale * q K^T) V      over the sequence's own places of the cache, for each of its query heads
+    out = softmax(scale * q K^T) V      over the sequence's own slots of the cache, for each of its query heads
 
 `kernels/paged_decode_reference.py` is the specification.
 
@@ -10,7 +10,7 @@ arrive at a sequence and head adds up its parts in a fixed order. The grid is th
 sequences there are, and how long, is read from the device, so that a captured graph can be replayed over a table that
 was filled again. Programs without work leave at once.
 
-Invariants: only places that hold a token of the sequence are loaded; what lies elsewhere, a NaN of another request or
+Invariants: only slots that hold a token of the sequence are loaded; what lies elsewhere, a NaN of another request or
 the rest of a block, is not multiplied by zero but never read. The parts depend on the length of their own sequence
 only, and all sums have a fixed order: a sequence gets the same bits in any company, and again in the next run.
 """
@@ -23,7 +23,7 @@ from clif.kernels.numerics import dot, rounded
 
 @triton.jit
 def _part_of_context(
-    query, keys, values, table, begin, end, scale, cache_place, inside_head,
+    query, keys, values, table, begin, end, scale, cache_slot, inside_head,
     ROWS: tl.constexpr, HEAD_DIM_P: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_KV: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
@@ -36,8 +36,8 @@ def _part_of_context(
         tokens = token + tl.arange(0, BLOCK_KV)
         inside = tokens < end
         block = tl.load(table + tokens // BLOCK_SIZE, mask=inside, other=0)
-        place = (block.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE) * cache_place
-        key = tl.load(keys + place[None, :] + cols[:, None], mask=inside[None, :] & inside_head[:, None], other=0.0)
+        slot = (block.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE) * cache_slot
+        key = tl.load(keys + slot[None, :] + cols[:, None], mask=inside[None, :] & inside_head[:, None], other=0.0)
         scores = dot(query, key, tl.zeros([ROWS, BLOCK_KV], dtype=tl.float32), INTERPRET)
         scores = tl.where(inside[None, :], scores, float("-inf"))
         above = tl.maximum(highest, tl.max(scores, 1))
@@ -45,7 +45,7 @@ def _part_of_context(
         # added up: the weights of the values then add up to one.
         weights = rounded(tl.exp2((scores - above[:, None]) * scale), keys.dtype.element_ty, INTERPRET)
         shrink = tl.exp2((highest - above) * scale)
-        value = tl.load(values + place[:, None] + cols[None, :], mask=inside[:, None] & inside_head[None, :], other=0.0)
+        value = tl.load(values + slot[:, None] + cols[None, :], mask=inside[:, None] & inside_head[None, :], other=0.0)
         total = total * shrink + tl.sum(weights.to(tl.float32), 1)
         acc = dot(weights, value, acc * shrink[:, None], INTERPRET)
         highest = above
@@ -69,7 +69,7 @@ def paged_decode(
     q_row,
     q_head,
     cache_head,
-    cache_place,
+    cache_slot,
     out_row,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_P: tl.constexpr,
@@ -83,7 +83,7 @@ def paged_decode(
 ):
     """out [rows, heads * HEAD_DIM] of q [rows, heads, HEAD_DIM]; grid (parts, KV heads, capacity of the table).
 
-    cache [2 * KV heads, places, HEAD_DIM], keys first. counts [1]: sequences; rows, lengths [capacity]: each one's row
+    cache [2 * KV heads, slots, HEAD_DIM], keys first. counts [1]: sequences; rows, lengths [capacity]: each one's row
     in q and out, and its tokens; blocks [capacity, table_row]: its blocks of the cache. GROUP query heads share a KV
     head, ROWS is GROUP padded. A part has at least LEAST tokens, and there are at most PARTS. planes, sums: workspace
     of [capacity, KV heads, parts] times [GROUP, HEAD_DIM] and [2, GROUP]; tickets: zero before and after. scale: the
@@ -108,7 +108,7 @@ def paged_decode(
         values = keys + kv_heads.to(tl.int64) * cache_head
         highest, total, acc = _part_of_context(
             query, keys, values, blocks + sequence * table_row, begin, tl.minimum(begin + depth, length), scale,
-            cache_place, inside_head, ROWS, HEAD_DIM_P, BLOCK_SIZE, BLOCK_KV, INTERPRET,
+            cache_slot, inside_head, ROWS, HEAD_DIM_P, BLOCK_SIZE, BLOCK_KV, INTERPRET,
         )  # fmt: skip
         place = out + row * out_row + heads[:, None] * HEAD_DIM + cols[None, :]
         parts = tl.cdiv(length, depth)

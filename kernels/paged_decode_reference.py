@@ -1,6 +1,6 @@
 """Attention of one new token per sequence to a paged KV cache: the torch reference, and how near a kernel must come.
 
-    out = softmax(scale * q K^T) V      over the sequence's own places of the cache, for each of its query heads
+    out = softmax(scale * q K^T) V      over the sequence's own slots of the cache, for each of its query heads
 
 One specification for GPU and interpreter. A result is judged against float64: every element is within what the
 roundings of that element allow, and, where there are elements enough to compare two sums of chance, its Frobenius error
@@ -31,7 +31,7 @@ def attend_by_torch(
 ) -> torch.Tensor:
     """out [rows, heads * d] in the type of q [rows, heads, d]; rows of no sequence are zero.
 
-    cache [2 * kv_heads, places, d], keys first. Token i of a sequence lies at place blocks[i // block_size] *
+    cache [2 * kv_heads, slots, d], keys first. Token i of a sequence lies in slot blocks[i // block_size] *
     block_size + i % block_size.
     """
     out = q.new_zeros(q.shape)

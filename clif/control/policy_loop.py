@@ -75,8 +75,8 @@ class PolicyLoop:
 
     def _update_pressure(self, now: float, view: ClusterView) -> None:
         finished, met = self.outcomes.count(now)
-        places = sum(r.max_batch for r in view.serving)
-        window = ServiceWindow(finished, met, self._dispatcher.oldest_wait_s(now), self._dispatcher.queued, places)
+        capacity = sum(r.max_batch for r in view.serving)
+        window = ServiceWindow(finished, met, self._dispatcher.oldest_wait_s(now), self._dispatcher.queued, capacity)
         self.pressure, reason = service_pressure(now, window, self._config)
         if self.pressure is not self._written:
             self._written = self.pressure

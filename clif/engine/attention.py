@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from clif.engine.blocks import places
+from clif.engine.blocks import cache_slots
 from clif.engine.scheduler import Chunk
 from clif.kernels.decode_table import DecodeRow, DecodeTable
 from clif.models.causal import CausalSequences, bucket
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class KVCache:
-    """Keys and values of all sequences: one tensor [2 * kv_heads, places, head_dim] per layer, keys first.
+    """Keys and values of all sequences: one tensor [2 * kv_heads, slots, head_dim] per layer, keys first.
 
     One tensor, so that a tick writes once and gathers once per layer.
     """
@@ -37,7 +37,7 @@ class KVCache:
 
 
 class PagedRows:
-    """Which cache places the rows of one tick write and read.
+    """Which cache slots the rows of one tick write and read.
 
     Chunks lie one after the other. Decode rows are one launch of the kernel `paged`, or without it one batched product
     for all whose contexts are of like length; prompts without a past attend among themselves; prompt chunks with a
@@ -61,15 +61,15 @@ class PagedRows:
         row = 0
         for chunk in chunks:
             blocks, size = chunk.sequence.blocks, chunk.stop - chunk.start
-            written += places(blocks, block_size, chunk.start, chunk.stop)
+            written += cache_slots(blocks, block_size, chunk.start, chunk.stop)
             if size == 1 and paged is not None:
                 launched.append(DecodeRow(row, chunk.stop, blocks))
             elif size == 1:
-                decoding[bucket(chunk.stop)].append((row, places(blocks, block_size, 0, chunk.stop)))
+                decoding[bucket(chunk.stop)].append((row, cache_slots(blocks, block_size, 0, chunk.stop)))
             elif chunk.start == 0:
                 fresh.append((row, row + size))
             else:
-                context = self._index(places(blocks, block_size, 0, chunk.stop))
+                context = self._index(cache_slots(blocks, block_size, 0, chunk.stop))
                 self._continued.append((row, row + size, context, _past_mask(chunk, device)))
             row += size
         self.count = row
@@ -80,9 +80,9 @@ class PagedRows:
         self._fresh = CausalSequences([stop - start for start, stop in fresh], device) if fresh else None
 
     def _decode_group(self, members: list[tuple[int, list[int]]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows [n], cache places [n * longest] and what to add to the scores [n, 1, longest].
+        """Rows [n], cache slots [n * longest] and what to add to the scores [n, 1, longest].
 
-        Padding reads a place of the same sequence again: a NaN of one request must not reach another's products.
+        Padding reads a slot of the same sequence again: a NaN of one request must not reach another's products.
         """
         longest = max(len(context) for _, context in members)
         contexts = [p for _, context in members for p in (*context, *context[-1:] * (longest - len(context)))]

@@ -80,6 +80,6 @@ class BlockPool:
         return block
 
 
-def places(blocks: list[int], block_size: int, start: int, stop: int) -> list[int]:
-    """Cache places of a sequence's tokens [start, stop)."""
+def cache_slots(blocks: list[int], block_size: int, start: int, stop: int) -> list[int]:
+    """Cache slots of a sequence's tokens [start, stop)."""
     return [blocks[i // block_size] * block_size + i % block_size for i in range(start, stop)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clif.engine.blocks import BlockPool, places
+from clif.engine.blocks import BlockPool, cache_slots
 
 
 def filled(pool: BlockPool, version: int, tokens: list[int]) -> list[int]:
@@ -128,4 +128,4 @@ def test_the_second_of_two_equal_sequences_can_go_on_to_be_shared():
 
 
 def test_places_follow_the_block_table():
-    assert places([7, 2], 4, 2, 6) == [30, 31, 8, 9]
+    assert cache_slots([7, 2], 4, 2, 6) == [30, 31, 8, 9]

@@ -136,8 +136,8 @@ def test_a_full_replica_has_no_slack() -> None:
         (ServiceWindow(finished=100, met=79), Pressure.HIGH),
         (ServiceWindow(oldest_wait_s=0.6), Pressure.MEDIUM),
         (ServiceWindow(oldest_wait_s=1.1), Pressure.HIGH),
-        (ServiceWindow(queued=1, places=8), Pressure.MEDIUM),
-        (ServiceWindow(queued=9, places=8), Pressure.HIGH),
+        (ServiceWindow(queued=1, capacity=8), Pressure.MEDIUM),
+        (ServiceWindow(queued=9, capacity=8), Pressure.HIGH),
     ],
 )
 def test_pressure_is_the_worst_of_attainment_waiting_and_backlog(window: ServiceWindow, expected: Pressure) -> None:

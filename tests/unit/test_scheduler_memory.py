@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from clif.adapters.slots import SlotTable
 from clif.config import EngineConfig
-from clif.engine.blocks import places
+from clif.engine.blocks import cache_slots
 from clif.engine.scheduler import Chunk, Scheduler, Sequence
 from clif.types import FinishReason, Request, TokenEvent
 
@@ -107,20 +107,20 @@ class Bench:
         both = (*self.scheduler.running, *self.scheduler.waiting)
         return next(s for s in both if s.request.id == id)
 
-    def _places(self, chunk: Chunk) -> list[int]:
-        return places(chunk.sequence.blocks, self.config.block_size, 0, chunk.stop)
+    def _cache_slots(self, chunk: Chunk) -> list[int]:
+        return cache_slots(chunk.sequence.blocks, self.config.block_size, 0, chunk.stop)
 
     def _write(self, chunk: Chunk) -> None:
         sequence, pool = chunk.sequence, self.scheduler.pool
         assert chunk.start == sequence.computed
-        for i, place in list(enumerate(self._places(chunk)))[chunk.start :]:
-            block = place // self.config.block_size
+        for i, slot in list(enumerate(self._cache_slots(chunk)))[chunk.start :]:
+            block = slot // self.config.block_size
             assert pool.ref_count(block) == 1 and not pool._table.finds(block), "nobody writes what another may read"
-            self.cache[place] = (sequence.version, tuple(sequence.tokens[: i + 1]))
+            self.cache[slot] = (sequence.version, tuple(sequence.tokens[: i + 1]))
 
     def _read(self, chunk: Chunk) -> None:
-        for i, place in enumerate(self._places(chunk)):
-            assert self.cache[place] == (chunk.sequence.version, tuple(chunk.sequence.tokens[: i + 1]))
+        for i, slot in enumerate(self._cache_slots(chunk)):
+            assert self.cache[slot] == (chunk.sequence.version, tuple(chunk.sequence.tokens[: i + 1]))
 
     def _take(self, events: list[TokenEvent | None]) -> None:
         for event in events:

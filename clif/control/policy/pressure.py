@@ -22,14 +22,14 @@ class ServiceWindow:
     """What happened lately. finished / met: user requests that ended in the window, and those within their SLO.
 
     oldest_wait_s: age of the oldest request without a first token. queued: requests at the dispatcher.
-    places: requests that all living replicas run at the same time.
+    capacity: requests that all living replicas run at the same time.
     """
 
     finished: int = 0
     met: int = 0
     oldest_wait_s: float = 0.0
     queued: int = 0
-    places: int = 1
+    capacity: int = 1
 
 
 def service_pressure(now: float, window: ServiceWindow, config: Config) -> tuple[Pressure, str]:
@@ -45,7 +45,7 @@ def service_pressure(now: float, window: ServiceWindow, config: Config) -> tuple
     signs = (
         (Pressure.HIGH, attainment < control.high_below, counted),
         (Pressure.HIGH, window.oldest_wait_s > budget, f"first token overdue: waiting {window.oldest_wait_s:.2f} s"),
-        (Pressure.HIGH, window.queued > window.places, f"backlog of {window.queued} for {window.places} places"),
+        (Pressure.HIGH, window.queued > window.capacity, f"backlog of {window.queued} for {window.capacity} places"),
         (Pressure.MEDIUM, attainment < control.medium_below, counted),
         (Pressure.MEDIUM, window.oldest_wait_s > budget / 2, f"first token late: {window.oldest_wait_s:.2f} s"),
         (Pressure.MEDIUM, window.queued > 0, f"{window.queued} requests queued"),
