@@ -40,13 +40,13 @@ class Rate:
         self.mean += weight * (rate - self.mean)
 
     @property
-    def high(self) -> float:
+    def upper_bound(self) -> float:
         """What is rarely exceeded: the mean itself would be, half the time."""
         return self.mean + 2 * self.deviation
 
 
 @dataclass
-class Price:
+class Cost:
     """Seconds of one kind of work: a fit, and by what factor it is exceeded. seen: measurements."""
 
     model: LatencyModel
@@ -60,7 +60,7 @@ class Price:
             self.excess.observe(min(STALL, seconds / max(self.model.predict(own, other), 1e-6)))
         self.model.observe(own, other, seconds)
 
-    def high(self, own: float, other: float) -> float:
+    def upper_bound(self, own: float, other: float) -> float:
         """Seconds that are rarely exceeded."""
         return self.model.predict(own, other) * self._factor
 
@@ -72,43 +72,43 @@ class Price:
 
     @property
     def _factor(self) -> float:
-        return max(1.0, self.excess.high) if self.excess.seen else UNTRUSTED
+        return max(1.0, self.excess.upper_bound) if self.excess.seen else UNTRUSTED
 
 
 @dataclass
-class Prices:
+class CostModel:
     """Predicted seconds of serving ticks and of training slices, apart for each regime.
 
     ticks: by regime, from rows (FUSED: with those of the forward) and the cached tokens that they read (thousands).
     slices: by kind, from tokens times units (thousands) and units: layers, or rows of the head.
     """
 
-    ticks: dict[Regime, Price] = field(default_factory=dict)
-    slices: dict[SliceKind, Price] = field(default_factory=dict)
+    ticks: dict[Regime, Cost] = field(default_factory=dict)
+    slices: dict[SliceKind, Cost] = field(default_factory=dict)
 
     def observe_tick(self, rows: float, context: float, seconds: float, regime: Regime = Regime.ALONE) -> None:
         self._tick(regime).observe(rows, context / 1000, seconds)
 
     def tick_s(self, rows: float, context: float, regime: Regime = Regime.ALONE) -> float:
-        """A regime that is not known yet is priced as ALONE with all its rows."""
-        price = self.ticks.get(regime)
-        if price is None or price.seen < 4:
-            price = self._tick(Regime.ALONE)
-        return price.high(rows, context / 1000)
+        """A regime that is not known yet costs what ALONE does, with all its rows."""
+        cost = self.ticks.get(regime)
+        if cost is None or cost.seen < 4:
+            cost = self._tick(Regime.ALONE)
+        return cost.upper_bound(rows, context / 1000)
 
-    def _tick(self, regime: Regime) -> Price:
-        return self.ticks.setdefault(regime, Price(LatencyModel(TICK_PRIOR)))
+    def _tick(self, regime: Regime) -> Cost:
+        return self.ticks.setdefault(regime, Cost(LatencyModel(TICK_PRIOR)))
 
     def observe_slice(self, kind: SliceKind, tokens: int, units: int, seconds: float) -> None:
-        price = self.slices.setdefault(kind, Price(LatencyModel(SLICE_PRIOR)))
-        price.observe(tokens * units / 1000, units, seconds)
+        cost = self.slices.setdefault(kind, Cost(LatencyModel(SLICE_PRIOR)))
+        cost.observe(tokens * units / 1000, units, seconds)
 
     def units_within(self, kind: SliceKind, tokens: int, seconds: float) -> int:
         """Units of a slice that take at most so long; one while the kind is unknown."""
-        price = self.slices.get(kind)
-        if price is None:
+        cost = self.slices.get(kind)
+        if cost is None:
             return int(seconds >= 0)
-        return max(0, price.others_within(tokens / 1000, seconds)) if seconds > 0 else 0
+        return max(0, cost.others_within(tokens / 1000, seconds)) if seconds > 0 else 0
 
     def tokens_within(self, rows: float, context: float, seconds: float) -> int:
         """Training rows that a mixed tick may take along to take at most so long; at least 0."""

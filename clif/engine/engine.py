@@ -19,7 +19,7 @@ import torch
 
 from clif.config import Config, EngineConfig, SloConfig
 from clif.distributed.collectives import TpGroup
-from clif.engine.cost_model import UNLIMITED, Prices, may_train, training_slack
+from clif.engine.cost_model import UNLIMITED, CostModel, may_train, training_slack
 from clif.engine.jobs import WAIT, Job, Slice, SliceKind
 from clif.engine.passes import Pass
 from clif.engine.runner import ModelRunner
@@ -70,7 +70,7 @@ class Engine:
     coserving: str = "interleaved"
     share: float = 0.5
     clock: Callable[[], float] = time.monotonic
-    prices: Prices = field(default_factory=Prices)
+    cost_model: CostModel = field(default_factory=CostModel)
     jobs: deque[Job] = field(default_factory=deque)
     record: TurnRecord = field(default_factory=TurnRecord)
     train_thread: TrainThread | None = None
@@ -166,7 +166,7 @@ class Engine:
         return self.tp_group.broadcast_ints(values, self.runner.device)
 
     def _leaders(self, value: int) -> int:
-        """What the leader decides: peers have clocks and prices of their own, and must all do the same."""
+        """What the leader decides: peers have clocks and costs of their own, and must all do the same."""
         return self._agree([int(value)])[0]
 
     def drop(self, name: str) -> None:
@@ -225,8 +225,8 @@ class Engine:
 
     def _units(self, piece: Slice, seconds: float) -> int:
         """How much of a slice may be done in so many seconds; 0 if not even the least of it."""
-        units = min(piece.units, self.prices.units_within(piece.kind, piece.tokens, seconds))
-        if piece.kind not in self.prices.slices:
+        units = min(piece.units, self.cost_model.units_within(piece.kind, piece.tokens, seconds))
+        if piece.kind not in self.cost_model.slices:
             return piece.least if units else 0
         return units if units >= piece.least else 0
 
@@ -280,7 +280,7 @@ class Engine:
     def _learnt(self, piece: Slice, units: int, seconds: float) -> None:
         record = self.record
         record.train_kind, record.train_s = piece.kind, record.train_s + seconds
-        self.prices.observe_slice(piece.kind, piece.tokens, units, seconds)
+        self.cost_model.observe_slice(piece.kind, piece.tokens, units, seconds)
 
     def _rider(self, chunks: Sequence[Chunk]) -> Slice | None:
         """The forward that this tick takes along, if there is one and everybody can afford it."""
@@ -291,8 +291,8 @@ class Engine:
             self.record.slack = FULL
             return None
         rows, context = sum(c.stop - c.start for c in chunks), sum(c.stop for c in chunks)
-        alone = self.prices.tick_s(rows, context)
-        more = max(0.0, self.prices.tick_s(rows + piece.tokens, context, Regime.FUSED) - alone)
+        alone = self.cost_model.tick_s(rows, context)
+        more = max(0.0, self.cost_model.tick_s(rows + piece.tokens, context, Regime.FUSED) - alone)
         sequences = (*self.scheduler.running, *self.scheduler.waiting)
         may, self.record.slack = may_train(self.clock(), more, alone, sequences, self.slo)
         return piece if self._leaders(may) else None
@@ -304,7 +304,7 @@ class Engine:
             return False
         rows, context = self.next_tick
         left = self.slo.tpot_ms / 1000 * (1 - self.slo.margin)
-        left -= self.prices.tick_s(rows + piece.tokens, context, Regime.FUSED)
+        left -= self.cost_model.tick_s(rows + piece.tokens, context, Regime.FUSED)
         if left >= 0 and self.record.slack is None:
             self.record.slack = TrainingSlack(left, SlackLimit.RIDE)
         return left >= 0
@@ -319,7 +319,7 @@ class Engine:
 
     @property
     def _full(self) -> bool:
-        """Every place is taken: somebody may wait at the dispatcher, whom nobody here can price."""
+        """Every place is taken: somebody may wait at the dispatcher, whom nobody here can cost."""
         return len(self.scheduler.running) + len(self.scheduler.waiting) >= self.scheduler.max_batch
 
     def _slack(self, regime: Regime) -> float:
@@ -331,7 +331,7 @@ class Engine:
         if self._full:
             self.record.slack = FULL
         else:
-            tick_s = self.prices.tick_s(*self.next_tick, regime)
+            tick_s = self.cost_model.tick_s(*self.next_tick, regime)
             self.record.slack = training_slack(self.clock(), tick_s, sequences, self.slo)
         return self.record.slack.seconds
 
@@ -342,13 +342,13 @@ class Engine:
         record.decode_rows, record.prefill_tokens, record.serve_s = decode, rows - decode, seconds
         if rider is not None and self._broken is None:
             record.regime, record.train_kind = Regime.FUSED, rider.kind
-            record.gap_s = max(0.0, seconds - self.prices.tick_s(rows, context))
+            record.gap_s = max(0.0, seconds - self.cost_model.tick_s(rows, context))
             # What the forward cost is what it made the tick longer by: the tick's own part is serving.
             record.train_s, record.serve_s = record.gap_s, seconds - record.gap_s
             rows += rider.tokens
         elif self._beside is not None:
             record.regime = Regime.CONCURRENT
-        self.prices.observe_tick(rows, context, seconds, record.regime)
+        self.cost_model.observe_tick(rows, context, seconds, record.regime)
 
 
 @dataclass
@@ -363,4 +363,4 @@ class EnginePace:
         if engine.coserving != "fused" or not engine.serving:
             return UNLIMITED
         seconds = engine.slo.tpot_ms / 1000 * (1 - engine.slo.margin) / 2
-        return engine._leaders(engine.prices.tokens_within(*engine.next_tick, seconds))
+        return engine._leaders(engine.cost_model.tokens_within(*engine.next_tick, seconds))

@@ -203,8 +203,8 @@ def test_training_stands_still_when_a_burst_leaves_no_slack_and_comes_back_after
     rig = build(tiny_config)
     rig.engine.jobs.append(Job("step", trainer_for(rig).step(4, 1)))
     for layers in range(1, 60):
-        rig.engine.prices.observe_tick(layers, 0, 0.15)
-        rig.engine.prices.observe_slice("forward", 82, layers, 0.1 * layers)
+        rig.engine.cost_model.observe_tick(layers, 0, 0.15)
+        rig.engine.cost_model.observe_slice("forward", 82, layers, 0.1 * layers)
     submit(rig)
     got = {}
     turn(rig, got)
@@ -296,7 +296,7 @@ def test_prefixes_of_the_former_version_are_not_read_after_a_promotion(tiny_conf
 
 
 def test_nothing_is_trained_while_every_place_is_taken(tiny_config):
-    """Somebody may wait at the dispatcher then, whose first token cannot be priced here."""
+    """Somebody may wait at the dispatcher then, whose first token has no cost here."""
     rig = build(tiny_config, max_batch=len(REQUESTS))
     rig.engine.jobs.append(Job("step", trainer_for(rig).step(4, 1)))
     submit(rig)
@@ -340,7 +340,7 @@ def test_a_job_given_up_beside_serving_takes_its_slice_along_and_no_other_job(ti
     assert done == ["kept"] if breaks else done == ["kept", "dropped"], "each slice was done once"
 
 
-def test_the_reason_of_the_price_is_in_the_table_ticks(tiny_config, tmp_path):
+def test_the_reason_of_the_decision_is_in_the_table_ticks(tiny_config, tmp_path):
     rig = build(tiny_config)
     records = RankRecords(tmp_path, 0, MetricsConfig(), {})
     slack = TrainingSlack(0.012, SlackLimit.DEADLINE, 3)

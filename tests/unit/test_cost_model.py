@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clif.config import SloConfig
-from clif.engine.cost_model import Prices, Rate, may_train, training_slack
+from clif.engine.cost_model import CostModel, Rate, may_train, training_slack
 from clif.engine.scheduler import Sequence
 from clif.types import Purpose, SlackLimit, Slo, TrainingSlack
 
@@ -92,26 +92,26 @@ def test_probes_do_not_hold_training_back():
     assert may_train(5.0, 1.0, 1.0, [sequence], SLO)[0]
 
 
-def test_an_unknown_slice_is_tried_in_its_smallest_form_and_then_priced():
-    prices = Prices()
-    assert "backward" not in prices.slices
-    assert prices.units_within("backward", 100, seconds=0.05) == 1
+def test_an_unknown_slice_is_tried_in_its_smallest_form_and_then_measured():
+    costs = CostModel()
+    assert "backward" not in costs.slices
+    assert costs.units_within("backward", 100, seconds=0.05) == 1
     for layers in [*range(1, 41)] * 2:
-        prices.observe_slice("backward", 100, layers, 0.004 * layers)
-    assert prices.slices["backward"].high(100 * 30 / 1000, 30) == pytest.approx(0.12, rel=0.1)
-    assert 10 <= prices.units_within("backward", 100, seconds=0.05) <= 13
+        costs.observe_slice("backward", 100, layers, 0.004 * layers)
+    assert costs.slices["backward"].upper_bound(100 * 30 / 1000, 30) == pytest.approx(0.12, rel=0.1)
+    assert 10 <= costs.units_within("backward", 100, seconds=0.05) <= 13
 
 
 def test_each_regime_has_its_own_price():
     """A tick that runs while a slice runs has fewer threads; one that is fused with a forward has more rows."""
-    prices = Prices()
+    costs = CostModel()
     for n in [*range(1, 41)] * 2:
-        prices.observe_tick(n, 0, 0.01 + 0.001 * n, "alone")
-        prices.observe_tick(n, 0, 0.02 + 0.002 * n, "concurrent")
-    assert prices.tick_s(20, 0) == pytest.approx(0.03, rel=0.1)
-    assert prices.tick_s(20, 0, "concurrent") == pytest.approx(0.06, rel=0.1)
-    assert prices.tick_s(60, 0, "fused") == prices.tick_s(60, 0), "unknown: all rows, priced as alone"
-    assert 15 <= prices.tokens_within(20, 0, seconds=0.05) <= 21
+        costs.observe_tick(n, 0, 0.01 + 0.001 * n, "alone")
+        costs.observe_tick(n, 0, 0.02 + 0.002 * n, "concurrent")
+    assert costs.tick_s(20, 0) == pytest.approx(0.03, rel=0.1)
+    assert costs.tick_s(20, 0, "concurrent") == pytest.approx(0.06, rel=0.1)
+    assert costs.tick_s(60, 0, "fused") == costs.tick_s(60, 0), "unknown: all rows, as alone"
+    assert 15 <= costs.tokens_within(20, 0, seconds=0.05) <= 21
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_price_is_above_the_mean_of_what_was_seen(seconds):
     rate = Rate()
     for s in seconds:
         rate.observe(s)
-    assert rate.mean <= rate.high <= rate.mean + 2 * 0.1
+    assert rate.mean <= rate.upper_bound <= rate.mean + 2 * 0.1
     assert min(seconds) - 1e-9 <= rate.mean <= max(seconds) + 1e-9
 
 
@@ -144,4 +144,4 @@ def test_a_price_leaves_room_for_what_varies():
     rate = Rate()
     for i in range(200):
         rate.observe(0.02 if i % 2 else 0.04)
-    assert rate.mean < 0.04 < rate.high
+    assert rate.mean < 0.04 < rate.upper_bound
