@@ -108,7 +108,7 @@ class Engine:
             return []
         rider = self._rider(chunks)
         start = self.clock()
-        sampling = [c.sequence for c in chunks if c.samples]
+        sampling = [c.sequence for c in chunks if c.needs_sampling]
         for sequence in sampling:
             if sequence.rng is None:
                 drawn, size = len(sequence.answer), self.runner.stack.vocab_size

@@ -83,7 +83,7 @@ class ModelRunner:
         sub_batch = self.stack.sub_batch(Rows(plan.count, _segments(chunks)), positions, plan)
         hidden = self._layers(self.stack.embed(ids), sub_batch, rider)
         ends = torch.tensor([c.stop - c.start for c in chunks]).cumsum(0) - 1
-        rows = ends[torch.tensor([c.samples for c in chunks])].to(self.device)
+        rows = ends[torch.tensor([c.needs_sampling for c in chunks])].to(self.device)
         return self.stack.head(self.stack.norm(hidden[rows]))
 
     def _layers(self, hidden: torch.Tensor, sub_batch: SubBatch, rider: Pass | None) -> torch.Tensor:

@@ -48,20 +48,20 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens [start, stop) of a sequence to be computed in a tick; samples: its last logits choose a token."""
+    """Tokens [start, stop) of a sequence to be computed in a tick; needs_sampling: its last logits choose a token."""
 
     sequence: Sequence
     start: int
     stop: int
 
     @property
-    def samples(self) -> bool:
+    def needs_sampling(self) -> bool:
         return self.stop == len(self.sequence.tokens)
 
     @property
     def is_decode(self) -> bool:
         """One row that reads the whole cache of its sequence, whether its token is of the answer or of the prompt."""
-        return self.samples and self.stop - self.start == 1
+        return self.needs_sampling and self.stop - self.start == 1
 
 
 class Scheduler:
@@ -128,7 +128,7 @@ class Scheduler:
         events = []
         for chunk in chunks:
             self._advance(chunk)
-            if chunk.samples:
+            if chunk.needs_sampling:
                 events.append(self._append(chunk.sequence, next(chosen), now))
         return events
 

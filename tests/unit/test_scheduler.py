@@ -17,7 +17,7 @@ def make(**config: int) -> Scheduler:
 
 def turn(scheduler: Scheduler, token: int = 5, now: float = 0.0):
     chunks = scheduler.schedule()
-    return chunks, scheduler.settle(chunks, [token] * sum(c.samples for c in chunks), now)
+    return chunks, scheduler.settle(chunks, [token] * sum(c.needs_sampling for c in chunks), now)
 
 
 def test_a_large_request_at_the_head_is_not_overtaken():

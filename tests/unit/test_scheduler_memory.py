@@ -67,7 +67,7 @@ class Bench:
         for chunk in chunks:
             self._read(chunk)
         self.rows += sum(c.stop - c.start for c in chunks)
-        chosen = [next_token(c.sequence.version, c.sequence.tokens) for c in chunks if c.samples]
+        chosen = [next_token(c.sequence.version, c.sequence.tokens) for c in chunks if c.needs_sampling]
         self._take(self.scheduler.settle(chunks, chosen, 1.0))
         return chunks
 
