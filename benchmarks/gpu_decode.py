@@ -87,7 +87,7 @@ def engine_tick(shape: str, scale: Scale, copy_bps: float, kernel: str) -> str:
     bench = Bench(shape, scale, decode_kernel=kernel)
     engine = bench.engine()
     bench.top_up(engine)
-    while any(s.pending > 1 for s in (*engine.scheduler.running, *engine.scheduler.waiting)):
+    while any(s.num_uncomputed_tokens > 1 for s in (*engine.scheduler.running, *engine.scheduler.waiting)):
         engine.serve()
     times = []
     for _ in range(14):
@@ -97,7 +97,7 @@ def engine_tick(shape: str, scale: Scale, copy_bps: float, kernel: str) -> str:
         bench.sync()
         if engine.record.prefill_tokens == 0 and engine.record.decode_rows == scale.batch:
             times.append(time.perf_counter() - start)
-    limit = (bench.weights + bench.kv(sum(s.computed for s in engine.scheduler.running))) / copy_bps
+    limit = (bench.weights + bench.kv(sum(s.num_computed_tokens for s in engine.scheduler.running))) / copy_bps
     times = times[2:] or [float("nan")]
     line = f"| engine, decode_kernel={kernel} | {spread(times, 1e-3)} | {limit / statistics.median(times):.1%} | | |"
     bench.cancel_all(engine)

@@ -177,7 +177,7 @@ class FakeLeader(threading.Thread):
         if isinstance(message, wire.Submit):
             self.submitted += 1
             version = self.version if message.version is None else message.version
-            self.running[message.request.id] = (message.request, version, len(message.answer))
+            self.running[message.request.id] = (message.request, version, len(message.output_ids))
         elif isinstance(message, wire.Cancel):
             self.running.pop(message.request_id, None)
         elif isinstance(message, wire.BeginRound):

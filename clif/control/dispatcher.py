@@ -153,7 +153,7 @@ class Dispatcher:
                 self._queue.popleft()
                 self._finish(now, record, FinishReason.REJECTED, reason)
                 continue
-            order = Submit(request=record.request, answer=tuple(record.tokens), version=record.version)
+            order = Submit(request=record.request, output_ids=tuple(record.tokens), version=record.version)
             if not self._send(route.replica, order):
                 # The sender is told to count the replica as lost; the request keeps its place.
                 return

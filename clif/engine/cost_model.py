@@ -161,7 +161,7 @@ def _deadline_slack(now: float, tick_s: float, sequence: Sequence, slo: SloConfi
     if own is None and slo.deadline_ms is None:
         return float("inf")
     deadline = slo.deadline_ms / 1000 if own is None and slo.deadline_ms is not None else own or 0.0
-    left = sequence.request.sampling.max_tokens - len(sequence.answer)
+    left = sequence.request.sampling.max_tokens - len(sequence.output_ids)
     slack = deadline * (1 - slo.margin) - (now - sequence.arrived_s) - left * tick_s
     # A deadline that is lost anyway holds nobody back: the token promises still do.
     return slack if slack >= 0 else float("inf")

@@ -111,7 +111,7 @@ class Engine:
         sampling = [c.sequence for c in chunks if c.needs_sampling]
         for sequence in sampling:
             if sequence.rng is None:
-                drawn, size = len(sequence.answer), self.runner.stack.vocab_size
+                drawn, size = len(sequence.output_ids), self.runner.stack.vocab_size
                 sequence.rng = make_rng(sequence.request, self.runner.device, drawn, size)
         logits = self._run(chunks, rider)
         params, rngs = [s.request.sampling for s in sampling], [s.rng for s in sampling]
@@ -313,9 +313,9 @@ class Engine:
     def next_tick(self) -> tuple[int, int]:
         """Rows and cached tokens of the next tick: a token per answer, and prompts within the tick's budget."""
         running, waiting = self.scheduler.running, self.scheduler.waiting
-        prompts = sum(s.pending for s in (*running, *waiting) if s.pending > 1)
-        answers = sum(s.pending == 1 for s in running)
-        return answers + min(prompts, self.config.max_prefill_tokens), sum(s.computed for s in running)
+        prompts = sum(s.num_uncomputed_tokens for s in (*running, *waiting) if s.num_uncomputed_tokens > 1)
+        answers = sum(s.num_uncomputed_tokens == 1 for s in running)
+        return answers + min(prompts, self.config.max_prefill_tokens), sum(s.num_computed_tokens for s in running)
 
     @property
     def _full(self) -> bool:

@@ -20,7 +20,7 @@ from clif.types import NO_TOKEN, FinishReason, Request, TokenEvent
 
 @dataclass(eq=False)
 class Sequence:
-    """A request inside a replica. tokens: prompt and answer; computed: how many have their KV in the cache.
+    """A request inside a replica. tokens: prompt and answer; num_computed_tokens: how many have their KV in the cache.
 
     version: -1 until the first admission. blocks hold at least the computed tokens; both are empty while it waits.
     arrived_s and last_s (time of the last token) are on the engine's clock.
@@ -32,18 +32,18 @@ class Sequence:
     version: int = -1
     slot: int | None = None
     blocks: list[int] = field(default_factory=list)
-    computed: int = 0
+    num_computed_tokens: int = 0
     last_s: float | None = None
     rng: Any = None
 
     @property
-    def answer(self) -> list[int]:
+    def output_ids(self) -> list[int]:
         return self.tokens[len(self.request.prompt) :]
 
     @property
-    def pending(self) -> int:
+    def num_uncomputed_tokens(self) -> int:
         """Tokens whose KV is not in the cache: 1 for an answer under way, more when there is a prefill to do."""
-        return len(self.tokens) - self.computed
+        return len(self.tokens) - self.num_computed_tokens
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ class Scheduler:
         self._eos_ids, self._decode = frozenset(eos_ids), decode
 
     def add(
-        self, request: Request, now: float, answer: Iterable[int] = (), version: int | None = None
+        self, request: Request, now: float, output_ids: Iterable[int] = (), version: int | None = None
     ) -> TokenEvent | None:
         """Take a request in. One that the whole KV cache cannot hold gets its end at once; the others get None.
 
-        answer, version: what another replica has answered so far, under which version. If that one can be read here
+        output_ids, version: what another replica has answered so far, under which version. If that one can be read here
         as well, the answer goes on; else it begins anew.
         """
         if request.max_total_tokens > self.config.kv_tokens:
@@ -95,7 +95,7 @@ class Scheduler:
             return TokenEvent(request_id=request.id, finish=FinishReason.REJECTED, detail=detail)
         sequence = Sequence(request, now, list(request.prompt))
         if version is not None and self.slots.holds(version):
-            sequence.tokens += answer
+            sequence.tokens += output_ids
             self._read(sequence, version)
         self.waiting.append(sequence)
         return None
@@ -144,9 +144,9 @@ class Scheduler:
         if sum(map(self._due, (*self.running, sequence))) > self.pool.available:
             self._free_blocks(sequence)
             return False
-        sequence.computed = len(sequence.blocks) * self.pool.block_size
+        sequence.num_computed_tokens = len(sequence.blocks) * self.pool.block_size
         if new:
-            self.reused_tokens += sequence.computed
+            self.reused_tokens += sequence.num_computed_tokens
             self._read(sequence, self.slots.active)
         return True
 
@@ -160,11 +160,11 @@ class Scheduler:
         return self.pool.blocks_for(soon) - len(sequence.blocks)
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk | None:
-        size = 1 if sequence.pending == 1 else min(sequence.pending, budget)
-        stop = sequence.computed + size
+        size = 1 if sequence.num_uncomputed_tokens == 1 else min(sequence.num_uncomputed_tokens, budget)
+        stop = sequence.num_computed_tokens + size
         if not size or not self._make_room(sequence, stop):
             return None
-        return Chunk(sequence, sequence.computed, stop)
+        return Chunk(sequence, sequence.num_computed_tokens, stop)
 
     def _make_room(self, sequence: Sequence, stop: int) -> bool:
         """Blocks for tokens [0, stop), taken from the youngest if need be. False: the youngest is the sequence."""
@@ -179,13 +179,13 @@ class Scheduler:
 
     def _advance(self, chunk: Chunk) -> None:
         sequence = chunk.sequence
-        sequence.computed = chunk.stop
+        sequence.num_computed_tokens = chunk.stop
         if self.config.prefix_reuse:
             self.pool.register(sequence.version, sequence.tokens, sequence.blocks, chunk.start, chunk.stop)
 
     def _free_blocks(self, sequence: Sequence) -> None:
         self.pool.free(sequence.blocks)
-        sequence.blocks, sequence.computed = [], 0
+        sequence.blocks, sequence.num_computed_tokens = [], 0
 
     def _append(self, sequence: Sequence, token: int, now: float) -> TokenEvent:
         if token == NO_TOKEN:
@@ -197,11 +197,11 @@ class Scheduler:
         if token in self._eos_ids and not sampling.ignore_eos:
             return self._end(sequence, (token,), FinishReason.STOP)
         if sampling.stop:
-            text = self._decode(sequence.answer)
+            text = self._decode(sequence.output_ids)
             cuts = [at for at in (text.find(stop) for stop in sampling.stop) if at >= 0]
             if cuts:
                 return self._end(sequence, (token,), FinishReason.STOP, text=text[: min(cuts)])
-        if len(sequence.answer) >= sampling.max_tokens:
+        if len(sequence.output_ids) >= sampling.max_tokens:
             return self._end(sequence, (token,), FinishReason.LENGTH)
         return TokenEvent(request_id=sequence.request.id, tokens=(token,), version=sequence.version)
 

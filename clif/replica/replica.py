@@ -155,7 +155,7 @@ class Replica:
         self._serve_timings, self._train_timings = [], []
 
     def _submit(self, order: m.Submit) -> None:
-        refused = self.engine.scheduler.add(order.request, self.engine.clock(), order.answer, order.version)
+        refused = self.engine.scheduler.add(order.request, self.engine.clock(), order.output_ids, order.version)
         if refused is not None:
             self._send([refused])
 

@@ -40,7 +40,7 @@ class Submit(Message, frozen=True):
     """A request to answer. answer, version: what a replica that failed has answered of it, if it has."""
 
     request: Request
-    answer: tuple[int, ...] = ()
+    output_ids: tuple[int, ...] = ()
     version: int | None = None
 
 

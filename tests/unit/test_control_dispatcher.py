@@ -194,7 +194,7 @@ def moved_to_another_replica(tokens: int, version: int) -> Rig:
 
 def test_a_running_request_is_gone_on_with_where_its_replica_failed() -> None:
     rig = moved_to_another_replica(tokens=2, version=3)
-    assert rig.sent[-1] == (1, Submit(request=request(1), answer=(7, 7), version=3))
+    assert rig.sent[-1] == (1, Submit(request=request(1), output_ids=(7, 7), version=3))
     rig.dispatcher.on_event(5.0, 1, event(1, 2, FinishReason.LENGTH, version=3))
     (record,) = rig.ended
     assert (record.finish, record.version, record.tokens) == (FinishReason.LENGTH, 3, [7, 7, 7, 7])

@@ -84,7 +84,7 @@ class Bench:
         assert all(pool.ref_count(block) == held[block] for block in range(pool.total))
         assert sorted([*pool._free, *pool._cached, *held]) == list(range(pool.total))
         assert pool.used_tokens == len(held) * pool.block_size <= self.config.kv_tokens
-        assert all(not s.blocks and not s.computed for s in waiting)
+        assert all(not s.blocks and not s.num_computed_tokens for s in waiting)
         ids = [s.request.id for s in (*running, *waiting)]
         assert ids == sorted(ids), "oldest first"
         readers = Counter(s.version for s in (*running, *waiting) if s.version >= 0)
@@ -112,7 +112,7 @@ class Bench:
 
     def _write(self, chunk: Chunk) -> None:
         sequence, pool = chunk.sequence, self.scheduler.pool
-        assert chunk.start == sequence.computed
+        assert chunk.start == sequence.num_computed_tokens
         for i, slot in list(enumerate(self._cache_slots(chunk)))[chunk.start :]:
             block = slot // self.config.block_size
             assert pool.ref_count(block) == 1 and not pool._table.finds(block), "nobody writes what another may read"

@@ -40,7 +40,7 @@ DOWN = [
     m.BeginRound(plan=PLAN, group=1), m.FinishSteps(round_id=1), m.Aggregate(round_id=1),
     m.Settle(round_id=1, commit=True, version=3, publish=True), m.Install(version=3, weights=b"\x00\xff"), m.Evaluate(),
     m.Ping(), m.Rebuild(reason="r"), m.Welcome(incarnation=1), m.Stop(),
-    m.Submit(request=REQUEST, answer=(4, 5), version=2),
+    m.Submit(request=REQUEST, output_ids=(4, 5), version=2),
 ]  # fmt: skip
 UP = [
     m.Hello(replica=0, rank=0, host="h", pid=1, max_batch=4, kv_tokens=64, max_context=32,
