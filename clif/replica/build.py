@@ -112,7 +112,7 @@ def build_replica(
         gate=Heldout(runner, data.gate, config.engine.eval_tokens),
         report=Heldout(runner, data.report, config.engine.eval_tokens),
         slots=slots,
-        base=config.model.path,
+        base_name=config.model.path,
         send=send,
         checkpoints=checkpoints,
         # Once per replica: its ranks all take the same steps.

@@ -51,7 +51,7 @@ class Member:
     gate: Heldout
     report: Heldout
     slots: SlotTable
-    base: str
+    base_name: str
     send: Callable[[Up], None]
     checkpoints: CheckpointWriter
     on_step: Callable[[RoundPlan, StepResult], None]
@@ -203,7 +203,7 @@ class Member:
             replica=self.topology.replica,
             version=settle.version,
             round_id=settle.round_id,
-            config_json=config_json(bank, self.base),
+            config_json=config_json(bank, self.base_name),
             weights=write_weights(bank.whole(bank.shadow.data)),
         )
         self.send(published)
