@@ -96,7 +96,7 @@ def clif_serving(work: Work) -> Ready:
         return run
 
     reuse = "on, and without anything to reuse" if config.engine.prefix_reuse else "off"
-    return Ready(f"{_cache(work)}, 2048 tokens to prefill in a tick; prefix reuse is {reuse}", turn)
+    return Ready(f"{_cache(work)}, 2048 tokens to prefill in a step; prefix reuse is {reuse}", turn)
 
 
 def static_batch(work: Work) -> Ready:

@@ -25,7 +25,7 @@ LOADS = (1.0, 0.7, 0.25)
 
 @dataclass(frozen=True)
 class Rates:
-    """Tokens/s of serving and of training, and the 99th percentile of the gaps between ticks, seconds."""
+    """Tokens/s of serving and of training, and the 99th percentile of the gaps between steps, seconds."""
 
     serving: float
     training: float

@@ -82,8 +82,8 @@ class DecodeStep:
         return logits, top(logits)[1]
 
 
-def engine_tick(shape: str, scale: Scale, copy_bps: float, kernel: str) -> str:
-    """A whole tick of the engine with a full batch of answers, host included."""
+def engine_step(shape: str, scale: Scale, copy_bps: float, kernel: str) -> str:
+    """A whole step of the engine with a full batch of answers, host included."""
     bench = Bench(shape, scale, decode_kernel=kernel)
     engine = bench.engine()
     bench.top_up(engine)
@@ -193,7 +193,7 @@ def measure(shape: str, scale: Scale) -> list[str]:
         "|---|---|---|---|---|",
     ]
     kernels = ("torch", "triton") if scale.device == "cuda" else ("torch",)
-    work = [(engine_tick, (shape, scale, copy_bps, kernel)) for kernel in kernels]
+    work = [(engine_step, (shape, scale, copy_bps, kernel)) for kernel in kernels]
     work += [(captured, (shape, scale, copy_bps, variant)) for variant in VARIANTS if scale.device == "cuda"]
     work.append((generate_line, (shape, scale)))
     for call, arguments in work:

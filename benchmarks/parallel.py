@@ -4,7 +4,7 @@
 
 Ratios within one run. Every measurement starts new processes, and every request has a prompt of its own: no cache gives
 one layout what another one computed. Ranks are processes on gloo. *Communication* is the time in all-reduces of one
-rank's ticks.
+rank's steps.
 """
 
 from __future__ import annotations
@@ -89,24 +89,24 @@ class Clock:
 
 
 def serving(topology: Topology, model: str, dtype: str, seconds: float) -> dict[str, float]:
-    """Closed loop of BATCH requests: tokens/s, share of the time in communication, all-reduces per layer and tick."""
+    """Closed loop of BATCH requests: tokens/s, share of the time in communication, all-reduces per layer and step."""
     engine, layers = build_engine(topology, model, dtype)
     clock = Clock()
-    ids, tokens, ticks, begin = iter(range(1 << 60)), 0, 0, 0.0
+    ids, tokens, steps, begin = iter(range(1 << 60)), 0, 0, 0.0
     # The leader's clock ends the run for all: see TpGroup.broadcast_ints.
     go_on, device = topology.tp_group.broadcast_ints, topology.device
     while go_on([int(not begin or time.perf_counter() < begin + seconds)], device)[0]:
-        if ticks == 20:
+        if steps == 20:
             begin, tokens, clock.seconds, clock.calls = time.perf_counter(), 0, 0.0, 0
         while len(engine.scheduler.running) + len(engine.scheduler.waiting) < BATCH:
             engine.scheduler.add(request(next(ids)), 0.0)
         tokens += sum(len(event.tokens) for event in engine.serve())
-        ticks += 1
+        steps += 1
     spent = time.perf_counter() - begin
     return {
         "tokens_s": tokens / spent,
         "communication": clock.seconds / spent,
-        "per_layer": clock.calls / (ticks - 20) / layers,
+        "per_layer": clock.calls / (steps - 20) / layers,
     }
 
 
@@ -155,7 +155,7 @@ def averaging(topology: Topology, repeats: int) -> dict[str, list[float]]:
 
 
 def stall(topology: Topology, model: str, dtype: str) -> dict[str, float]:
-    """Gaps between ticks of a full batch while nothing else happens, and while an average and a promotion do."""
+    """Gaps between steps of a full batch while nothing else happens, and while an average and a promotion do."""
     engine, _ = build_engine(topology, model, dtype)
     bank, slots = engine.runner.bank, engine.scheduler.slots
     group, ids = topology.combined_group(((0, 1), (0, 0)), 1).result(), iter(range(1 << 60))
@@ -164,12 +164,12 @@ def stall(topology: Topology, model: str, dtype: str) -> dict[str, float]:
     mean: WeightedMean | None = None
     promoted = False
     last = time.perf_counter()
-    for tick in range(240):
+    for step in range(240):
         while len(engine.scheduler.running) + len(engine.scheduler.waiting) < BATCH:
             engine.scheduler.add(request(next(ids)), 0.0)
         engine.serve()
         prefill = engine.record.prefill_tokens
-        if tick == 120:
+        if step == 120:
             mean = WeightedMean(bank.shadow.detach(), 3, group)
         if mean is not None and not promoted and mean.done():
             bank.shadow.data.copy_(mean.result()[0])
@@ -178,11 +178,11 @@ def stall(topology: Topology, model: str, dtype: str) -> dict[str, float]:
                 slots.promote(2, slot)
                 promoted = True
         now = time.perf_counter()
-        # Ticks with a prompt are long for a reason of their own.
-        if tick > 20 and not prefill:
-            (busy if mean is not None and len(busy) < 40 and tick >= 120 else quiet).append(now - last)
+        # Steps with a prompt are long for a reason of their own.
+        if step > 20 and not prefill:
+            (busy if mean is not None and len(busy) < 40 and step >= 120 else quiet).append(now - last)
         last = now
-    assert promoted, "the promotion did not happen within the ticks that were watched"
+    assert promoted, "the promotion did not happen within the steps that were watched"
     return {"quiet": statistics.median(quiet), "quiet_max": max(quiet), "busy_max": max(busy)}
 
 
@@ -206,7 +206,7 @@ def main(
         "",
         "## Serving, closed loop of 16",
         "",
-        "| ranks x threads | tokens/s | communication | all-reduces per layer and tick |",
+        "| ranks x threads | tokens/s | communication | all-reduces per layer and step |",
         "|---|---|---|---|",
     ]
     for _ in range(repeats):
@@ -230,7 +230,7 @@ def main(
         lines.append(f"| {ranks} | {bare:.0f} | {ours:.0f} | {spread} |")
         print(lines[-1], flush=True)
     lines += ["", "## What an average and a promotion cost the requests", ""]
-    lines += ["| repeat | median tick, ms | longest quiet tick | longest tick meanwhile |", "|---|---|---|---|"]
+    lines += ["| repeat | median step, ms | longest quiet step | longest step meanwhile |", "|---|---|---|---|"]
     for repeat in range(repeats):
         found = start(2, 1, 1, stall, model, dtype)[0]
         figures = " | ".join(f"{found[name] * 1e3:.1f}" for name in ("quiet", "quiet_max", "busy_max"))

@@ -2,7 +2,7 @@
 
     python benchmarks/rebuild.py --times 3 [--config configs/demo.yaml] [--out benchmarks/rebuild-DATE.md]
 
-Each time is a run under torchrun in which rank 1 meets an out-of-memory error in the middle of a serving tick (see
+Each time is a run under torchrun in which rank 1 meets an out-of-memory error in the middle of a serving step (see
 tests/faulty_run.py). All stamps are the control process's. Gaps between two tokens are those of the requests that
 ended within WINDOW_S of the failure; the requests that were moved are those whose replica failed under them.
 """
@@ -73,7 +73,7 @@ def percentile(gaps: Any) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--config", default="configs/demo.yaml")
-    parser.add_argument("--call", type=int, default=250, help="serving tick of rank 1 that fails")
+    parser.add_argument("--call", type=int, default=250, help="serving step of rank 1 that fails")
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--out", type=Path, help="also write the table there")
     parser.add_argument("overrides", nargs="*", help="section.key=value")

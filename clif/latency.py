@@ -105,7 +105,7 @@ class LatencyModel:
         prior = np.array([self.prior.a, self.prior.b, self.prior.c])
         scale = np.maximum(np.sqrt((features**2).mean(axis=0)), 1.0)
         ridge = PRIOR_SAMPLES * scale**2
-        # A stall hundreds of times as long as a tick would tilt even the first pass, from which the weights come.
+        # A stall hundreds of times as long as a step would tilt even the first pass, from which the weights come.
         clipped = np.minimum(seconds, 4.0 * np.quantile(seconds, 0.75))
         theta = _nonnegative(features, clipped, age, ridge, prior)
         # Without a floor, data that fit perfectly would count less than the prior wherever the two disagree.

@@ -137,7 +137,7 @@ class Regime(enum.StrEnum):
 
 
 class SlackLimit(enum.StrEnum):
-    """What decides how long training may take before the next serving tick."""
+    """What decides how long training may take before the next serving step."""
 
     NOBODY = "nobody"
     FIRST_TOKEN = "first_token"
@@ -151,7 +151,7 @@ class SlackLimit(enum.StrEnum):
 _LIMITS = {
     SlackLimit.NOBODY: "nobody waits",
     SlackLimit.FULL: "every place is taken",
-    SlackLimit.RIDE: "a forward waits for a tick to go along with",
+    SlackLimit.RIDE: "a forward waits for a step to go along with",
     SlackLimit.SHARE: "serving and training take turns: {ms:.0f} ms of training's share are left",
     SlackLimit.FIRST_TOKEN: "first token of request {request} has {ms:.0f} ms of slack",
     SlackLimit.NEXT_TOKEN: "next token of request {request} has {ms:.0f} ms of slack",
@@ -160,9 +160,9 @@ _LIMITS = {
 
 
 class TrainingSlack(msgspec.Struct, frozen=True):
-    """Seconds that training may take before the next serving tick, and what allows no more; request: -1 for none.
+    """Seconds that training may take before the next serving step, and what allows no more; request: -1 for none.
 
-    Made at every tick, so the sentence about it is made only where it is shown.
+    Made at every step, so the sentence about it is made only where it is shown.
     """
 
     seconds: float

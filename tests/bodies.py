@@ -111,14 +111,14 @@ class Driver:
         data = load_data(config, self.loaded.tokenizer, topology.replica, len(topology.layout.replicas))
         self.replica: Replica = build_replica(config, topology, base, data, Path(run_dir), records, self.said.append)
 
-    def tick(self, *orders: m.Down) -> None:
-        self.replica.tick(list(orders))
+    def step(self, *orders: m.Down) -> None:
+        self.replica.step(list(orders))
 
     def until(self, done: Callable[[], bool], limit_s: float = 40.0) -> None:
         end = time.monotonic() + limit_s
         while not done():
             assert time.monotonic() < end, f"nothing came of it; said {[type(x).__name__ for x in self.said[-5:]]}"
-            self.tick()
+            self.step()
 
     def last(self, kind: type) -> Any:
         found = [x for x in self.said if isinstance(x, kind)]
@@ -141,11 +141,11 @@ class Driver:
             accumulation=1,
             base_version=0,
         )
-        self.tick(m.BeginRound(plan=plan, group=group))
+        self.step(m.BeginRound(plan=plan, group=group))
 
 
 def serve_alone(driver: Driver, id: int) -> list[int]:
-    driver.tick(m.Submit(request=request(id, [5, 6, 7], max_tokens=12, ignore_eos=True)))
+    driver.step(m.Submit(request=request(id, [5, 6, 7], max_tokens=12, ignore_eos=True)))
     driver.until(lambda: bool(driver.events(id)) and driver.events(id)[-1].finish is not None)
     return answer(driver.events(id))
 
@@ -154,19 +154,19 @@ def whole_round(topology: Topology, model: str, data: str, run_dir: str) -> dict
     """Replicas 0 and 1 do a round under a long request; replica 2 only serves and gets the adapter by message."""
     driver = Driver(topology, model, data, run_dir)
     before = serve_alone(driver, 1)
-    driver.tick(m.Submit(request=request(2, [9, 8], max_tokens=150, ignore_eos=True)))
+    driver.step(m.Submit(request=request(2, [9, 8], max_tokens=150, ignore_eos=True)))
     store = topology.store
     if topology.replica < 2:
         driver.begin((0, 1), steps=6)
         result = driver.wait_for(m.StepsDone).result
-        driver.tick(m.Aggregate(round_id=1))
+        driver.step(m.Aggregate(round_id=1))
         vote = driver.wait_for(m.Voted).vote
-        driver.tick(m.Settle(round_id=1, commit=True, version=1, publish=topology.replica == 0))
+        driver.step(m.Settle(round_id=1, commit=True, version=1, publish=topology.replica == 0))
         if topology.replica == 0:
             store.set("weights", driver.wait_for(m.Published).weights)
     else:
         result = vote = None
-        driver.tick(m.Install(version=1, weights=store.get("weights")))
+        driver.step(m.Install(version=1, weights=store.get("weights")))
     settled = driver.wait_for(m.Settled)
     driver.until(lambda: driver.events(2)[-1].finish is not None)
     after = serve_alone(driver, 3)
@@ -190,7 +190,7 @@ def whole_adapter_of_a_round(topology: Topology, model: str, data: str, run_dir:
     driver = Driver(topology, model, data, run_dir)
     driver.begin((0, 1), steps=3)
     driver.wait_for(m.StepsDone)
-    driver.tick(m.Aggregate(round_id=1))
+    driver.step(m.Aggregate(round_id=1))
     driver.wait_for(m.Voted)
     bank = driver.replica.member.trainer.bank
     return bank.whole(bank.shadow.detach())
@@ -203,7 +203,7 @@ def round_of_unequal_members(topology: Topology, model: str, data: str, run_dir:
     driver.begin((0, 1, 2), steps=topology.replica + 1)
     result = driver.wait_for(m.StepsDone).result
     mine = bank.whole(bank.shadow.detach().clone())
-    driver.tick(m.Aggregate(round_id=1))
+    driver.step(m.Aggregate(round_id=1))
     vote = driver.wait_for(m.Voted).vote
     return {"samples": result.samples, "mine": mine, "vote": vote, "leads": topology.is_leader}
 
@@ -212,11 +212,11 @@ def gate_and_report(topology: Topology, model: str, data: str, run_dir: str) -> 
     """What a member votes on and what it reports, beside the losses of its own two parts."""
     driver = Driver(topology, model, data, run_dir)
     member = driver.replica.member
-    driver.tick(m.Evaluate())
+    driver.step(m.Evaluate())
     evaluated = driver.wait_for(m.Evaluated).result
     driver.begin((0,), steps=1)
     driver.wait_for(m.StepsDone)
-    driver.tick(m.Aggregate(round_id=1))
+    driver.step(m.Aggregate(round_id=1))
     vote = driver.wait_for(m.Voted).vote
     parts = {name: finish_slices(part.loss(None)) for name, part in (("gate", member.gate), ("report", member.report))}
     return {"vote": vote.active_loss, "reported": evaluated.loss, **parts}
@@ -231,10 +231,10 @@ def round_with_a_broken_member(topology: Topology, model: str, data: str, run_di
         bank.shadow.data[5] = float("nan")
     result = driver.wait_for(m.StepsDone).result
     mine = bank.shadow.detach().clone()
-    driver.tick(m.Aggregate(round_id=1))
+    driver.step(m.Aggregate(round_id=1))
     vote = driver.wait_for(m.Voted).vote
     average = bank.shadow.detach().clone()
-    driver.tick(m.Settle(round_id=1, commit=False, version=0))
+    driver.step(m.Settle(round_id=1, commit=False, version=0))
     driver.wait_for(m.Settled)
     return {"result": result, "mine": mine, "average": average, "vote": vote, "after": bank.shadow.detach().clone()}
 
@@ -247,7 +247,7 @@ def discard_in_the_middle(topology: Topology, model: str, data: str, run_dir: st
     driver.begin((0,), steps=50)
     driver.until(lambda: member.trainer.steps == 3)
     driver.until(lambda: driver.replica.engine.jobs[0].upcoming.kind == "backward")
-    driver.tick(m.Settle(round_id=1, commit=False, version=0))
+    driver.step(m.Settle(round_id=1, commit=False, version=0))
     settled = driver.wait_for(m.Settled)
     undone = torch.equal(before, member.trainer.bank.shadow.data) and member.trainer.cursor_state()["committed"] == 0
     driver.begin((0,), steps=2, round_id=2)
@@ -268,10 +268,10 @@ def broken_round(topology: Topology, model: str, data: str, run_dir: str) -> dic
         return original(samples, divisor)
 
     trainer.runner.loss_and_gradients = fail_later  # type: ignore[method-assign]
-    driver.tick(m.Submit(request=request(2, [9, 8], max_tokens=150, ignore_eos=True)))
+    driver.step(m.Submit(request=request(2, [9, 8], max_tokens=150, ignore_eos=True)))
     driver.begin((0,), steps=50)
     failed = driver.wait_for(m.RoundFailed)
-    driver.tick(m.Settle(round_id=1, commit=False, version=0))
+    driver.step(m.Settle(round_id=1, commit=False, version=0))
     driver.wait_for(m.Settled)
     driver.until(lambda: driver.events(2)[-1].finish is not None)
     undone = torch.equal(before, trainer.bank.shadow.data) and trainer.cursor_state()["committed"] == 0
@@ -285,11 +285,11 @@ def steps_cut_in_the_middle(topology: Topology, model: str, data: str, run_dir: 
     driver.begin((0,), steps=50)
     driver.until(lambda: member.trainer.steps == 3)
     driver.until(lambda: driver.replica.engine.jobs[0].upcoming.kind == "backward")
-    driver.tick(m.FinishSteps(round_id=1))
+    driver.step(m.FinishSteps(round_id=1))
     result = driver.last(m.StepsDone).result
-    driver.tick(m.Aggregate(round_id=1))
+    driver.step(m.Aggregate(round_id=1))
     driver.wait_for(m.Voted)
-    driver.tick(m.Settle(round_id=1, commit=True, version=1))
+    driver.step(m.Settle(round_id=1, commit=True, version=1))
     driver.wait_for(m.Settled)
     cursor = member.trainer.cursor_state()
     return {"samples": result.samples, "steps": result.steps, "cursor": cursor}
@@ -299,6 +299,6 @@ def smaller_batches(topology: Topology, model: str, data: str, run_dir: str) -> 
     """The coordinator halves the micro-batch at the beginning of a round."""
     driver = Driver(topology, model, data, run_dir)
     driver.begin((0,), steps=6)
-    driver.tick(m.Limits(max_batch=8, micro_batch=2))
+    driver.step(m.Limits(max_batch=8, micro_batch=2))
     result = driver.wait_for(m.StepsDone).result
     return result.samples, result.steps

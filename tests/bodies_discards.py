@@ -38,17 +38,17 @@ class Discards:
         """As a rank does: it sleeps while its replica waits for others, who need the core."""
         while self.driver.last(kind) is None:
             time.sleep(self.driver.replica.wait_s())
-            self.driver.tick()
+            self.driver.step()
 
     def settle(self) -> None:
-        self.driver.tick(m.Settle(round_id=self.last, commit=False, version=0))
+        self.driver.step(m.Settle(round_id=self.last, commit=False, version=0))
         self.wait_for(m.Settled)
 
     def worse(self) -> None:
         """The average is judged, and not better."""
         self.begin()
         self.wait_for(m.StepsDone)
-        self.driver.tick(m.Aggregate(round_id=self.last))
+        self.driver.step(m.Aggregate(round_id=self.last))
         self.wait_for(m.Voted)
         self.settle()
 
@@ -63,8 +63,8 @@ class Discards:
         self.wait_for(m.StepsDone)
         self.topology.combined_group(MEMBERS, self.groups.of(MEMBERS, self.last)).result()
         if self.topology.replica == 0:
-            self.driver.tick(m.Aggregate(round_id=self.last))
-            self.driver.tick()
+            self.driver.step(m.Aggregate(round_id=self.last))
+            self.driver.step()
         self.settle()
         self.groups.spoil(MEMBERS)
 

@@ -95,7 +95,7 @@ def losses(topology: Topology, tied: bool) -> dict[str, Any]:
 
 @torch.no_grad()
 def communication(topology: Topology, model: str) -> dict[str, Any]:
-    """Collectives of this rank: of the layers alone, of whole ticks, and of training by kind of slice."""
+    """Collectives of this rank: of the layers alone, of whole steps, and of training by kind of slice."""
     part, ids = Part(topology, model), torch.arange(3, 30)
     stack, engine = part.runner.stack, part.engine
     rows = stack.sub_batch(Rows(len(ids)), ids, CausalSequences([len(ids)], topology.device))
@@ -106,11 +106,11 @@ def communication(topology: Topology, model: str) -> dict[str, Any]:
     engine.scheduler.add(request(0, [5, 6], max_tokens=9, ignore_eos=True), 0.0)
     with counted() as calls:
         engine.serve()
-    found["greedy tick"] = dict(calls)
+    found["greedy step"] = dict(calls)
     engine.scheduler.add(request(1, [5, 6], max_tokens=9, ignore_eos=True, temperature=1.0), 0.0)
     with counted() as calls:
         engine.serve()
-    found["tick that draws"] = dict(calls)
+    found["step that draws"] = dict(calls)
     for name, work in (
         ("training", part.runner.loss_and_gradients(SAMPLES, 1.0)),
         ("evaluation", part.runner.loss(SAMPLES, None)),

@@ -91,13 +91,13 @@ def serve_and_train(topology: Topology, model: str, coserving: str, kernel: str 
     for one in requests[:2]:
         part.engine.scheduler.add(one, 0.0)
     events: dict[int, list[Any]] = {one.id: [] for one in requests}
-    ticks = 0
+    steps = 0
     while part.engine.serving or part.engine.jobs:
         for event in part.engine.serve():
             events[event.request_id].append(event)
         part.engine.learn()
-        ticks += 1
-        if ticks == 3:
+        steps += 1
+        if steps == 3:
             part.promote(2, seed=6)
             for one in requests[2:]:
                 part.engine.scheduler.add(one, 0.0)
@@ -108,7 +108,7 @@ def serve_and_train(topology: Topology, model: str, coserving: str, kernel: str 
         "gradient": {name: t.cpu() for name, t in part.bank.whole(part.bank.gradient).items()},
         "shadow": {name: t.cpu() for name, t in part.bank.whole(part.bank.shadow.data).items()},
         "step": results[0],
-        "ticks": ticks,
+        "steps": steps,
     }
 
 

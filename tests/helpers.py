@@ -23,7 +23,7 @@ from clif.models.weights.loading import LoadedModel, load_model
 from clif.types import Request, Sampling, TokenEvent
 
 SMALL = {"kv_tokens": 1024, "block_size": 4, "max_batch": 8, "max_prefill_tokens": 24, "coserving": "interleaved"}
-"""An engine in which everything happens within a few ticks."""
+"""An engine in which everything happens within a few steps."""
 
 
 @dataclass
@@ -47,20 +47,20 @@ class Rig:
         return self.engine.scheduler.slots
 
     def run(
-        self, requests: list[Request], arrive: dict[int, int] | None = None, ticks: int = 2000
+        self, requests: list[Request], arrive: dict[int, int] | None = None, steps: int = 2000
     ) -> dict[int, list[TokenEvent]]:
-        """Serve requests to their ends; arrive: request id -> tick of its arrival."""
+        """Serve requests to their ends; arrive: request id -> step of its arrival."""
         events: dict[int, list[TokenEvent]] = {r.id: [] for r in requests}
         left = list(requests)
-        for tick in range(ticks):
-            for request in [r for r in left if (arrive or {}).get(r.id, 0) <= tick]:
+        for step in range(steps):
+            for request in [r for r in left if (arrive or {}).get(r.id, 0) <= step]:
                 left.remove(request)
                 self.engine.scheduler.add(request, self.engine.clock())
             for event in self.engine.serve():
                 events[event.request_id].append(event)
             if not left and not self.engine.serving:
                 return events
-        raise AssertionError(f"requests still running after {ticks} ticks")
+        raise AssertionError(f"requests still running after {steps} steps")
 
     def fill(self, version: int, seed: int) -> None:
         """Promote a random adapter of non-trivial size."""

@@ -174,13 +174,13 @@ class EngineConfig(Section):
     """Attention of rows that continue an answer. triton: reads the KV cache in place (GPU; a CPU only in Triton's
     interpreter). auto: triton on a GPU that can run it, else torch."""
     max_prefill_tokens: Positive = 512
-    """Prompt tokens computed in one tick at most; longer prompts go in chunks."""
+    """Prompt tokens computed in one step at most; longer prompts go in chunks."""
     coserving: CoservingMode = CoservingMode.AUTO
-    """fused: training forwards share the products of serving ticks; concurrent: training slices run on half of the
-    rank's CPU threads; interleaved: slices between ticks. auto: fused on a GPU; on a CPU concurrent with several
+    """fused: training forwards share the products of serving steps; concurrent: training slices run on half of the
+    rank's CPU threads; interleaved: slices between steps. auto: fused on a GPU; on a CPU concurrent with several
     threads, otherwise interleaved."""
     slice_ms: PositiveFloat = 40.0
-    """Aim for the length of a training slice between two ticks, up to four times as long where the token gaps leave
+    """Aim for the length of a training slice between two steps, up to four times as long where the token gaps leave
     that much; at least one layer."""
     concurrent_slice_ms: PositiveFloat = 160.0
     """The same for a slice that runs while serving goes on, which no token waits for."""

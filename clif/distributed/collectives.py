@@ -139,7 +139,7 @@ POLL_PERIOD = datetime.timedelta(seconds=0.25)
 
 
 class RoundBroken(RuntimeError):
-    """The collective of a round failed; all ranks of the replica raise it in the same turn."""
+    """The collective of a round failed; all ranks of the replica raise it in the same step."""
 
 
 class PendingCollective:
@@ -294,7 +294,7 @@ class TpGroup:
         return parts
 
     def broadcast_messages(self, messages: list[bytes] | None, device: torch.device) -> list[bytes]:
-        """Give the leader's encoded messages to its peers, so that all act on them at the same tick.
+        """Give the leader's encoded messages to its peers, so that all act on them at the same step.
 
         messages: the leader's; None on the others. One size broadcast, and a second one with the bytes only when
         there are any.

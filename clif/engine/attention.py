@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class KVCache:
     """Keys and values of all sequences: one tensor [2 * kv_heads, slots, head_dim] per layer, keys first.
 
-    One tensor, so that a tick writes once and gathers once per layer.
+    One tensor, so that a step writes once and gathers once per layer.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class KVCache:
 
 
 class PagedRows:
-    """Which cache slots the rows of one tick write and read.
+    """Which cache slots the rows of one step write and read.
 
     Chunks lie one after the other. Decode rows are one launch of the kernel `paged`, or without it one batched product
     for all whose contexts are of like length; prompts without a past attend among themselves; prompt chunks with a

@@ -50,7 +50,7 @@ def build_engine(config: Config, base: Base, tp_group: TpGroup | None = None) ->
 def choose_coserving(config: Config, device: torch.device, tp_group: TpGroup, threads: int) -> str:
     """The way of co-serving that the configuration names, or that suits the device. threads: of this rank, on a CPU.
 
-    On a GPU forwards ride on ticks. A CPU computes as fast for a few rows as for many, so that riding saves nothing
+    On a GPU forwards ride on steps. A CPU computes as fast for a few rows as for many, so that riding saves nothing
     there (measured at 70 % load: 36 training tokens/s fused, 95 interleaved); with several threads a concurrent slice
     uses what small operations leave of them. Raises ConfigError for a wish that cannot be met.
     """

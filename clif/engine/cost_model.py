@@ -1,4 +1,4 @@
-"""What the next piece of work will take, learnt from the engine's own turns; and whether training may take it.
+"""What the next piece of work will take, learnt from the engine's own steps; and whether training may take it.
 
 Free of torch. Training only gets what serving leaves (promise 5): training_slack is asked before every slice.
 """
@@ -20,7 +20,7 @@ TRUSTED = 32
 """Measurements after which a fit is believed; before, its predictions are raised by UNTRUSTED."""
 UNTRUSTED = 1.25
 STALL = 3.0
-TICK_PRIOR = Fit(0.002, 0.002, 0.02)
+STEP_PRIOR = Fit(0.002, 0.002, 0.02)
 SLICE_PRIOR = Fit(0.02, 0.001, 0.0)
 
 
@@ -77,27 +77,27 @@ class Cost:
 
 @dataclass
 class CostModel:
-    """Predicted seconds of serving ticks and of training slices, apart for each regime.
+    """Predicted seconds of serving steps and of training slices, apart for each regime.
 
-    ticks: by regime, from rows (FUSED: with those of the forward) and the cached tokens that they read (thousands).
+    steps: by regime, from rows (FUSED: with those of the forward) and the cached tokens that they read (thousands).
     slices: by kind, from tokens times units (thousands) and units: layers, or rows of the head.
     """
 
-    ticks: dict[Regime, Cost] = field(default_factory=dict)
+    steps: dict[Regime, Cost] = field(default_factory=dict)
     slices: dict[SliceKind, Cost] = field(default_factory=dict)
 
-    def observe_tick(self, rows: float, context: float, seconds: float, regime: Regime = Regime.ALONE) -> None:
-        self._tick(regime).observe(rows, context / 1000, seconds)
+    def observe_step(self, rows: float, context: float, seconds: float, regime: Regime = Regime.ALONE) -> None:
+        self._step(regime).observe(rows, context / 1000, seconds)
 
-    def tick_s(self, rows: float, context: float, regime: Regime = Regime.ALONE) -> float:
+    def step_s(self, rows: float, context: float, regime: Regime = Regime.ALONE) -> float:
         """A regime that is not known yet costs what ALONE does, with all its rows."""
-        cost = self.ticks.get(regime)
+        cost = self.steps.get(regime)
         if cost is None or cost.seen < 4:
-            cost = self._tick(Regime.ALONE)
+            cost = self._step(Regime.ALONE)
         return cost.upper_bound(rows, context / 1000)
 
-    def _tick(self, regime: Regime) -> Cost:
-        return self.ticks.setdefault(regime, Cost(LatencyModel(TICK_PRIOR)))
+    def _step(self, regime: Regime) -> Cost:
+        return self.steps.setdefault(regime, Cost(LatencyModel(STEP_PRIOR)))
 
     def observe_slice(self, kind: SliceKind, tokens: int, units: int, seconds: float) -> None:
         cost = self.slices.setdefault(kind, Cost(LatencyModel(SLICE_PRIOR)))
@@ -111,26 +111,26 @@ class CostModel:
         return max(0, cost.others_within(tokens / 1000, seconds)) if seconds > 0 else 0
 
     def tokens_within(self, rows: float, context: float, seconds: float) -> int:
-        """Training rows that a mixed tick may take along to take at most so long; at least 0."""
-        base = self.tick_s(rows, context, Regime.FUSED)
-        per_row = self.tick_s(rows + 1, context, Regime.FUSED) - base
+        """Training rows that a mixed step may take along to take at most so long; at least 0."""
+        base = self.step_s(rows, context, Regime.FUSED)
+        per_row = self.step_s(rows + 1, context, Regime.FUSED) - base
         return UNLIMITED if per_row <= 0 else max(0, int((seconds - base) / per_row))
 
 
-def training_slack(now: float, tick_s: float, sequences: Iterable[Sequence], slo: SloConfig) -> TrainingSlack:
-    """What training may take before the next serving tick, which takes tick_s; and who allows no more.
+def training_slack(now: float, step_s: float, sequences: Iterable[Sequence], slo: SloConfig) -> TrainingSlack:
+    """What training may take before the next serving step, which takes step_s; and who allows no more.
 
     So that every sequence still gets its next token in time: the first within its own TTFT promise, later ones
     within its TPOT promise (slo's where it has none), both less the margin; and a sequence with a deadline still
-    makes it if all its ticks take tick_s. Infinite when nobody waits.
+    makes it if all its steps take step_s. Infinite when nobody waits.
     """
     worst, limit, request = math.inf, SlackLimit.NOBODY, -1
     for sequence in sequences:
         if sequence.request.purpose is Purpose.PROBE:
             continue
         kind = SlackLimit.FIRST_TOKEN if sequence.last_s is None else SlackLimit.NEXT_TOKEN
-        slack = _budget(sequence, slo) * (1 - slo.margin) - (now - _since(sequence)) - tick_s
-        deadline = _deadline_slack(now, tick_s, sequence, slo)
+        slack = _budget(sequence, slo) * (1 - slo.margin) - (now - _since(sequence)) - step_s
+        deadline = _deadline_slack(now, step_s, sequence, slo)
         if deadline < slack:
             slack, kind = deadline, SlackLimit.DEADLINE
         if slack < worst:
@@ -139,10 +139,10 @@ def training_slack(now: float, tick_s: float, sequences: Iterable[Sequence], slo
 
 
 def may_train(
-    now: float, slice_s: float, tick_s: float, sequences: Iterable[Sequence], slo: SloConfig
+    now: float, slice_s: float, step_s: float, sequences: Iterable[Sequence], slo: SloConfig
 ) -> tuple[bool, TrainingSlack]:
-    """May training that takes slice_s seconds come before the next serving tick? Returns (yes or no, the reason)."""
-    slack = training_slack(now, tick_s, sequences, slo)
+    """May training that takes slice_s seconds come before the next serving step? Returns (yes or no, the reason)."""
+    slack = training_slack(now, step_s, sequences, slo)
     return slack.seconds >= slice_s, slack
 
 
@@ -156,12 +156,12 @@ def _since(sequence: Sequence) -> float:
     return sequence.arrived_s if sequence.last_s is None else sequence.last_s
 
 
-def _deadline_slack(now: float, tick_s: float, sequence: Sequence, slo: SloConfig) -> float:
+def _deadline_slack(now: float, step_s: float, sequence: Sequence, slo: SloConfig) -> float:
     own = sequence.request.slo.deadline_s
     if own is None and slo.deadline_ms is None:
         return float("inf")
     deadline = slo.deadline_ms / 1000 if own is None and slo.deadline_ms is not None else own or 0.0
     left = sequence.request.sampling.max_tokens - len(sequence.output_ids)
-    slack = deadline * (1 - slo.margin) - (now - sequence.arrived_s) - left * tick_s
+    slack = deadline * (1 - slo.margin) - (now - sequence.arrived_s) - left * step_s
     # A deadline that is lost anyway holds nobody back: the token promises still do.
     return slack if slack >= 0 else float("inf")

@@ -1,4 +1,4 @@
-"""The engine of one replica: serving ticks, and training slices in what they leave.
+"""The engine of one replica: serving steps, and training slices in what they leave.
 
 Invariants: a token never waits for more than one slice; a slice is begun only when every running and waiting
 request can afford it; an error in training costs the job and no request. What depends on a clock is the leader's to
@@ -38,10 +38,10 @@ FULL = TrainingSlack(-1.0, SlackLimit.FULL)
 
 
 @dataclass
-class TurnRecord:
-    """What one turn did. Seconds; 0 rows: nothing was served.
+class StepRecord:
+    """What one step did. Seconds; 0 rows: nothing was served.
 
-    train_s: of the slice that was finished in this turn. gap_s: by how much training made the turn itself longer.
+    train_s: of the slice that was finished in this step. gap_s: by how much training made the step itself longer.
     slack: what training might have taken, where there was both training to do and serving; else None.
     """
 
@@ -57,9 +57,9 @@ class TurnRecord:
 
 @dataclass
 class Engine:
-    """Serves and learns. jobs: training work in the order in which it is done; record: what the last turn did.
+    """Serves and learns. jobs: training work in the order in which it is done; record: what the last step did.
 
-    coserving: "interleaved" (slices between ticks), "fused" (forwards ride on ticks, the rest between them) or
+    coserving: "interleaved" (slices between steps), "fused" (forwards ride on steps, the rest between them) or
     "concurrent" (slices on threads of their own). "time_slice" is a baseline: whole optimizer steps, whoever waits;
     training gets `share` of the time while there is both to do.
     """
@@ -72,7 +72,7 @@ class Engine:
     clock: Callable[[], float] = time.monotonic
     cost_model: CostModel = field(default_factory=CostModel)
     jobs: deque[Job] = field(default_factory=deque)
-    record: TurnRecord = field(default_factory=TurnRecord)
+    record: StepRecord = field(default_factory=StepRecord)
     train_thread: TrainThread | None = None
     tp_group: TpGroup = field(default_factory=TpGroup)
     _beside: tuple[Slice, int] | None = None
@@ -101,7 +101,7 @@ class Engine:
 
     def serve(self) -> list[TokenEvent]:
         """One iteration over all running requests: schedule, run, sample, settle."""
-        self.record = TurnRecord()
+        self.record = StepRecord()
         self._collect()
         chunks = self.scheduler.schedule()
         if not chunks:
@@ -127,7 +127,7 @@ class Engine:
             logits = self.runner.serve(chunks, rider.rider)
         except RuntimeError as error:
             if self.tp_group.size > 1:
-                # The others are in the middle of the same tick.
+                # The others are in the middle of the same step.
                 raise
             # The rows that serve did nothing wrong: they are computed again, over what they have written.
             self._broken = error
@@ -215,7 +215,7 @@ class Engine:
 
     @property
     def training(self) -> bool:
-        """A slice runs beside this turn, or ran in it."""
+        """A slice runs beside this step, or ran in it."""
         return self._beside is not None or self.record.train_s > 0
 
     def _upcoming(self) -> Slice | None:
@@ -239,7 +239,7 @@ class Engine:
             self.record.gap_s += seconds
 
     def _start_beside(self, piece: Slice, train_thread: TrainThread) -> None:
-        """A token does not wait for a slice beside it but for the slower ticks while it lasts."""
+        """A token does not wait for a slice beside it but for the slower steps while it lasts."""
         units = self._units(piece, self.config.concurrent_slice_ms / 1000) or piece.least
         if self._slack(Regime.CONCURRENT) >= 0:
             self._beside = piece, units
@@ -271,7 +271,7 @@ class Engine:
             self._learnt(piece, units, done[1])
 
     def _resume(self, result: object) -> None:
-        """What a job does between two slices must not reach the tick either: learn() raises it."""
+        """What a job does between two slices must not reach the step either: learn() raises it."""
         try:
             self.jobs[0].resume(result)
         except RuntimeError as error:
@@ -283,7 +283,7 @@ class Engine:
         self.cost_model.observe_slice(piece.kind, piece.tokens, units, seconds)
 
     def _rider(self, chunks: Sequence[Chunk]) -> Slice | None:
-        """The forward that this tick takes along, if there is one and everybody can afford it."""
+        """The forward that this step takes along, if there is one and everybody can afford it."""
         piece = self._upcoming()
         if self.coserving != "fused" or piece is None or piece.rider is None:
             return None
@@ -291,27 +291,27 @@ class Engine:
             self.record.slack = FULL
             return None
         rows, context = sum(c.stop - c.start for c in chunks), sum(c.stop for c in chunks)
-        alone = self.cost_model.tick_s(rows, context)
-        more = max(0.0, self.cost_model.tick_s(rows + piece.tokens, context, Regime.FUSED) - alone)
+        alone = self.cost_model.step_s(rows, context)
+        more = max(0.0, self.cost_model.step_s(rows + piece.tokens, context, Regime.FUSED) - alone)
         sequences = (*self.scheduler.running, *self.scheduler.waiting)
         may, self.record.slack = may_train(self.clock(), more, alone, sequences, self.slo)
         return piece if self._leaders(may) else None
 
     def _may_ride(self, piece: Slice) -> bool:
-        """Whether a tick that begins in time could take this forward along: then it does not go alone."""
+        """Whether a step that begins in time could take this forward along: then it does not go alone."""
         run = piece.rider
         if not isinstance(run, Pass):
             return False
-        rows, context = self.next_tick
+        rows, context = self.next_step
         left = self.slo.tpot_ms / 1000 * (1 - self.slo.margin)
-        left -= self.cost_model.tick_s(rows + piece.tokens, context, Regime.FUSED)
+        left -= self.cost_model.step_s(rows + piece.tokens, context, Regime.FUSED)
         if left >= 0 and self.record.slack is None:
             self.record.slack = TrainingSlack(left, SlackLimit.RIDE)
         return left >= 0
 
     @property
-    def next_tick(self) -> tuple[int, int]:
-        """Rows and cached tokens of the next tick: a token per answer, and prompts within the tick's budget."""
+    def next_step(self) -> tuple[int, int]:
+        """Rows and cached tokens of the next step: a token per answer, and prompts within the step's budget."""
         running, waiting = self.scheduler.running, self.scheduler.waiting
         prompts = sum(s.num_uncomputed_tokens for s in (*running, *waiting) if s.num_uncomputed_tokens > 1)
         answers = sum(s.num_uncomputed_tokens == 1 for s in running)
@@ -323,7 +323,7 @@ class Engine:
         return len(self.scheduler.running) + len(self.scheduler.waiting) >= self.scheduler.max_batch
 
     def _slack(self, regime: Regime) -> float:
-        """Seconds that training may take now, if the next tick runs in this regime.
+        """Seconds that training may take now, if the next step runs in this regime.
 
         Negative while every place is taken.
         """
@@ -331,8 +331,8 @@ class Engine:
         if self._full:
             self.record.slack = FULL
         else:
-            tick_s = self.cost_model.tick_s(*self.next_tick, regime)
-            self.record.slack = training_slack(self.clock(), tick_s, sequences, self.slo)
+            step_s = self.cost_model.step_s(*self.next_step, regime)
+            self.record.slack = training_slack(self.clock(), step_s, sequences, self.slo)
         return self.record.slack.seconds
 
     def _note(self, chunks: Sequence[Chunk], rider: Slice | None, seconds: float) -> None:
@@ -342,25 +342,25 @@ class Engine:
         record.decode_rows, record.prefill_tokens, record.serve_s = decode, rows - decode, seconds
         if rider is not None and self._broken is None:
             record.regime, record.train_kind = Regime.FUSED, rider.kind
-            record.gap_s = max(0.0, seconds - self.cost_model.tick_s(rows, context))
-            # What the forward cost is what it made the tick longer by: the tick's own part is serving.
+            record.gap_s = max(0.0, seconds - self.cost_model.step_s(rows, context))
+            # What the forward cost is what it made the step longer by: the step's own part is serving.
             record.train_s, record.serve_s = record.gap_s, seconds - record.gap_s
             rows += rider.tokens
         elif self._beside is not None:
             record.regime = Regime.CONCURRENT
-        self.cost_model.observe_tick(rows, context, seconds, record.regime)
+        self.cost_model.observe_step(rows, context, seconds, record.regime)
 
 
 @dataclass
 class EnginePace:
-    """Forwards that a tick can take along, while there are ticks."""
+    """Forwards that a step can take along, while there are steps."""
 
     engine: Engine
 
     def pass_tokens(self) -> int:
-        """Half of a token's budget: a forward that only just fits would hardly ever find a tick to ride on."""
+        """Half of a token's budget: a forward that only just fits would hardly ever find a step to ride on."""
         engine = self.engine
         if engine.coserving != "fused" or not engine.serving:
             return UNLIMITED
         seconds = engine.slo.tpot_ms / 1000 * (1 - engine.slo.margin) / 2
-        return engine._leaders(engine.cost_model.tokens_within(*engine.next_tick, seconds))
+        return engine._leaders(engine.cost_model.tokens_within(*engine.next_step, seconds))

@@ -30,7 +30,7 @@ class Slice:
 
     work: does as many as it is told, without a break, and returns their result; it touches nothing that serving
     touches, so that it may run beside it. least: fewer are not worth a slice.
-    rider: the forward that a serving tick can take along instead, where there is one.
+    rider: the forward that a serving step can take along instead, where there is one.
     """
 
     kind: SliceKind

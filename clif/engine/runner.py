@@ -1,4 +1,4 @@
-"""Runs batches through the model: serving ticks, alone or with training rows beside them, and training in slices."""
+"""Runs batches through the model: serving steps, alone or with training rows beside them, and training in slices."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class ModelRunner:
 
     @torch.no_grad()
     def serve(self, chunks: Sequence[Chunk], rider: Pass | None = None) -> torch.Tensor:
-        """Compute one tick's chunks. Returns this rank's columns of the logits of the chunks that sample, in order.
+        """Compute one step's chunks. Returns this rank's columns of the logits of the chunks that sample, in order.
 
         rider: a forward that goes through its remaining layers in the same products.
         """

@@ -1,4 +1,4 @@
-"""Iteration-level scheduling: which sequences take part in the next tick, and what becomes of them. Free of torch.
+"""Iteration-level scheduling: which sequences take part in the next step, and what becomes of them. Free of torch.
 
 Invariants: a sequence reads one adapter version from its first admission to its end, also when it is preempted in
 between; running and waiting sequences together are always in order of arrival, and only the youngest running one is
@@ -48,7 +48,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens [start, stop) of a sequence to be computed in a tick; needs_sampling: its last logits choose a token."""
+    """Tokens [start, stop) of a sequence to be computed in a step; needs_sampling: its last logits choose a token."""
 
     sequence: Sequence
     start: int
@@ -108,7 +108,7 @@ class Scheduler:
         return None
 
     def schedule(self) -> list[Chunk]:
-        """Chunks of the next tick: one token for each running answer, then tokens to prefill within the tick's budget.
+        """Chunks of the next step: one token for each running answer, then tokens to prefill within the step's budget.
 
         Sorted by adapter slot, so that each adapter's rows lie together. Their blocks are taken.
         """
@@ -123,7 +123,7 @@ class Scheduler:
         return sorted(chunks, key=lambda c: (c.sequence.slot is not None, c.sequence.slot or 0))
 
     def settle(self, chunks: list[Chunk], tokens: list[int], now: float) -> list[TokenEvent]:
-        """Take the tick's outcome: tokens holds one token, or NO_TOKEN, for each chunk that samples, in order."""
+        """Take the step's outcome: tokens holds one token, or NO_TOKEN, for each chunk that samples, in order."""
         chosen = iter(tokens)
         events = []
         for chunk in chunks:

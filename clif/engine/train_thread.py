@@ -1,6 +1,6 @@
-"""Runs one training slice at a time on a thread of its own, beside the serving ticks.
+"""Runs one training slice at a time on a thread of its own, beside the serving steps.
 
-PyTorch lets go of Python's lock inside its operators, so that a slice on some of the cores and a serving tick on the
+PyTorch lets go of Python's lock inside its operators, so that a slice on some of the cores and a serving step on the
 others really run at the same time. Only work that touches nothing of serving may come here (see jobs.Slice).
 """
 

@@ -228,15 +228,15 @@ _CONTROL = (
 _RANK = (
     _table(
         "ticks",
-        "Turns of the engine that did work.",
-        _i("tick", "", "number of the turn"),
+        "Steps of the engine that did work.",
+        _i("tick", "", "number of the step"),
         _f("seconds", "s", "time of the serving iteration; 0: nothing was served"),
         _i("decode_rows", "tokens", "requests that got a token"),
         _i("prefill_tokens", "tokens", "prompt tokens computed"),
         _i("running", "", "running requests"),
         _i("waiting", "", "waiting requests"),
         _i("kv_used", "tokens", "KV cache in use"),
-        _s("train_kind", "slice of training work in this turn; empty: none", SHORT, ""),
+        _s("train_kind", "slice of training work in this step; empty: none", SHORT, ""),
         _f("train_s", "s", "time of that work", 0.0),
         _s("regime", "alone; fused: with a training forward; concurrent: a slice ran on other threads", SHORT, ""),
         _i("preemptions", "", "preemptions so far", 0),
@@ -263,7 +263,7 @@ _RANK = (
         "Switches of the active adapter.",
         _i("version", "", "adapter version"),
         _i("round_id", "", "the round it came from; -1: none", -1),
-        _i("tick", "", "first turn in which new requests got it"),
+        _i("tick", "", "first step in which new requests got it"),
         _i("slot", "", "adapter slot"),
     ),
     _table(

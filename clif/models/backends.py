@@ -82,7 +82,7 @@ def choose_decode(
 ) -> PagedDecode | None:
     """The Triton kernel for attention of decode rows, or None: torch's products. Raises ConfigError, as above.
 
-    auto takes the kernel on a GPU that can run it. Measured on an H100, 64 requests of a 1B shape: a tick of 33.4 ms
+    auto takes the kernel on a GPU that can run it. Measured on an H100, 64 requests of a 1B shape: a step of 33.4 ms
     with torch's products over a gathered context, 17.0 with the kernel.
     """
     if wanted == "torch" or (wanted == "auto" and (device.type != "cuda" or _obstacle(device, dtype, 1) is not None)):

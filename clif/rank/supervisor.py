@@ -26,7 +26,7 @@ Build = Callable[[int, int], Replica]
 
 
 class ReplicaSupervisor:
-    """The replica as it is now. build: makes the replica for (incarnation, ticks so far). send: as of a replica.
+    """The replica as it is now. build: makes the replica for (incarnation, steps so far). send: as of a replica.
 
     rebuilds: how many are allowed within WINDOW_S. on_built: called with each replica once it is built.
     """
@@ -51,14 +51,14 @@ class ReplicaSupervisor:
             raise RuntimeError("the replica could not be rebuilt")
         return self._replica
 
-    def turn(self, payloads: list[bytes] | None) -> None:
-        """One turn of the replica; an error in it begins its next incarnation. Raises what that cannot cure.
+    def step(self, payloads: list[bytes] | None) -> None:
+        """One step of the replica; an error in it begins its next incarnation. Raises what that cannot cure.
 
         payloads: what the leader received, None on the other ranks.
         """
         try:
             inbox = self._topology.tp_group.broadcast_messages(payloads, self._topology.device)
-            self.replica.tick(self._meant_for_us([decode_down(payload) for payload in inbox]))
+            self.replica.step(self._meant_for_us([decode_down(payload) for payload in inbox]))
             return
         except Exception as error:
             log.exception("replica %d failed in incarnation %d", self.replica.id, self.incarnation)
@@ -87,14 +87,14 @@ class ReplicaSupervisor:
         self._rebuilt_s.append(started)
         self.incarnation += 1
         former.abandon()
-        replica, ticks = former.id, former.ticks
+        replica, steps = former.id, former.steps
         del former
         self._replica = None
         gc.collect()
         if self._topology.device.type == "cuda":
             torch.cuda.empty_cache()
         self._topology.rebuild_group(self.incarnation)
-        self._replica = self._build(self.incarnation, ticks)
+        self._replica = self._build(self.incarnation, steps)
         self._welcome = False
         log.warning(
             "replica %d begins incarnation %d after %.1f s", replica, self.incarnation, time.monotonic() - started

@@ -140,11 +140,11 @@ def _serve(
     base = build_base(config, loaded, topology.tp_group)
     data = load_data(config, loaded.tokenizer, topology.replica, len(topology.layout.replicas))
 
-    def build(incarnation: int, ticks: int) -> Replica:
+    def build(incarnation: int, steps: int) -> Replica:
         if incarnation:
             base.renew(config.run.seed)
         return build_replica(
-            _resuming(config) if incarnation else config, topology, base, data, run_dir, records, send, ticks
+            _resuming(config) if incarnation else config, topology, base, data, run_dir, records, send, steps
         )
 
     def say_hello(replica: Replica, incarnation: int) -> None:
@@ -187,7 +187,7 @@ def _loop(
                 return
         if channel is not None and (channel.lost_s or 0.0) > ALONE_S:
             raise RuntimeError(f"no connection to the control process for {ALONE_S:.0f} s")
-        supervisor.turn(channel.receive(supervisor.replica.wait_s()) if channel is not None else None)
+        supervisor.step(channel.receive(supervisor.replica.wait_s()) if channel is not None else None)
         # Nobody would ever say Stop again; torchrun ends the other ranks when this one fails.
         if control is not None and not supervisor.replica.stopping and control.poll() is not None:
             raise _left_alone(control)

@@ -91,9 +91,9 @@ def build_replica(
     run_dir: Path,
     records: RankRecords,
     send: Callable[[Up], None],
-    ticks: int = 0,
+    steps: int = 0,
 ) -> Replica:
-    """Everything of one rank but the loop; with run.resume from what is on disk. ticks: turns that it took before."""
+    """Everything of one rank but the loop; with run.resume from what is on disk. steps: steps that it took before."""
     engine = build_engine(config, base, topology.tp_group)
     bank, runner, slots = base.bank, engine.runner, engine.scheduler.slots
     if data.train:
@@ -104,7 +104,7 @@ def build_replica(
         _resume(AdapterStore(run_dir), checkpoints, bank, slots, trainer)
 
     def on_version(version: int, round_id: int) -> None:
-        records.version(version, round_id, replica.ticks, slots.slot_of(version) or 0)
+        records.version(version, round_id, replica.steps, slots.slot_of(version) or 0)
 
     member = Member(
         topology=topology,
@@ -116,12 +116,12 @@ def build_replica(
         send=send,
         checkpoints=checkpoints,
         # Once per replica: its ranks all take the same steps.
-        on_step=records.step if topology.is_leader else lambda *_: None,
+        on_step=records.train_step if topology.is_leader else lambda *_: None,
         on_version=on_version,
-        tick=lambda: replica.ticks,
+        engine_step=lambda: replica.steps,
         micro_batch=config.train.micro_batch,
     )
-    replica = Replica(config, topology.replica, engine, member, records, send, checkpoints.wait, ticks)
+    replica = Replica(config, topology.replica, engine, member, records, send, checkpoints.wait, steps)
     return replica
 
 

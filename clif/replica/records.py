@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clif.config import MetricsConfig
-from clif.engine.engine import TurnRecord
+from clif.engine.engine import StepRecord
 from clif.engine.jobs import STEP_KINDS
 from clif.engine.scheduler import Scheduler
 from clif.metrics.device import DeviceMonitor
@@ -37,8 +37,8 @@ class RankRecords:
         self._ended: tuple[RoundPlan, StepResult] | None = None
         self.last_step: StepResult | None = None
 
-    def tick(self, tick: int, record: TurnRecord, scheduler: Scheduler) -> None:
-        """A turn in which something was done; idle turns leave no row."""
+    def engine_step(self, step: int, record: StepRecord, scheduler: Scheduler) -> None:
+        """A step in which something was done; idle steps leave no row."""
         if not record.serve_s and not record.train_s:
             return
         if record.train_kind in STEP_KINDS:
@@ -46,7 +46,7 @@ class RankRecords:
         self._write_step()
         self._writer.row(
             "ticks",
-            tick=tick,
+            tick=step,
             seconds=record.serve_s,
             decode_rows=record.decode_rows,
             prefill_tokens=record.prefill_tokens,
@@ -61,8 +61,8 @@ class RankRecords:
             **_slack(record.slack),
         )
 
-    def step(self, plan: RoundPlan, result: StepResult) -> None:
-        """Written at the end of the turn, when the time of its last slice is known."""
+    def train_step(self, plan: RoundPlan, result: StepResult) -> None:
+        """Written at the end of the step, when the time of its last slice is known."""
         self.last_step, self._ended = result, (plan, result)
 
     def _write_step(self) -> None:
@@ -83,8 +83,8 @@ class RankRecords:
             noise_scale=math.nan if result.noise_scale is None else result.noise_scale,
         )
 
-    def version(self, version: int, round_id: int, tick: int, slot: int) -> None:
-        self._writer.row("versions", version=version, round_id=round_id, tick=tick, slot=slot)
+    def version(self, version: int, round_id: int, step: int, slot: int) -> None:
+        self._writer.row("versions", version=version, round_id=round_id, tick=step, slot=slot)
 
     def maybe_flush(self) -> None:
         now = time.monotonic()

@@ -1,6 +1,6 @@
 """One replica as seen by one of its ranks: it obeys the control process, serves, learns and reports.
 
-Invariant: all ranks of a replica get the same inbox at the same tick, so they admit, promote and stop together.
+Invariant: all ranks of a replica get the same inbox at the same step, so they admit, promote and stop together.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class CountedLost(RuntimeError):
 
 
 class Replica:
-    """The turn of a replica. send: passes a message to the control process (nothing on ranks that do not lead).
+    """The step of a replica. send: passes a message to the control process (nothing on ranks that do not lead).
 
-    close waits for what is still being written. ticks: turns that were taken before.
+    close waits for what is still being written. steps: steps that were taken before.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class Replica:
         records: RankRecords,
         send: Callable[[m.Up], None],
         close: Callable[[], None] = lambda: None,
-        ticks: int = 0,
+        steps: int = 0,
     ) -> None:
         self.config, self.id, self.engine, self.member = config, replica, engine, member
-        self.records, self.send, self.close, self.ticks = records, send, close, ticks
+        self.records, self.send, self.close, self.steps = records, send, close, steps
         self.stopping = False
         self.exit_code = 0
         self._reported, self._busy_s = time.monotonic(), 0.0
@@ -69,8 +69,8 @@ class Replica:
             m.Stop: self._stop,
         }
 
-    def tick(self, inbox: list[m.Down]) -> None:
-        """One turn: obey, serve, learn, settle. All ranks of a replica get the same inbox and stay in step."""
+    def step(self, inbox: list[m.Down]) -> None:
+        """One step: obey, serve, learn, settle. All ranks of a replica get the same inbox and stay in step."""
         for order in inbox:
             self._orders[type(order)](order)
         events = self.engine.serve()
@@ -87,7 +87,7 @@ class Replica:
                 log.exception("replica %d: while it was given up", self.id)
 
     def wait_s(self) -> float:
-        """How long the next turn may wait for messages: not at all while there is work."""
+        """How long the next step may wait for messages: not at all while there is work."""
         if self.engine.busy:
             return 0.0
         # A job that waits for others (an all-reduce, a free slot) is looked at often; else only reports are due.
@@ -113,13 +113,13 @@ class Replica:
             self.send(m.RoundFailed(round_id=orders.plan.round_id, replica=self.id, error=str(error)))
 
     def _account(self) -> None:
-        self.ticks += 1
+        self.steps += 1
         record, scheduler, now = self.engine.record, self.engine.scheduler, time.monotonic()
         self._busy_s += record.serve_s
         self._slack = record.slack or self._slack
         if record.serve_s and not record.prefill_tokens:
             training = float(self.member.micro_batch) if self.engine.training else 0.0
-            # What a slice took of the turn is part of the gap between two tokens.
+            # What a slice took of the step is part of the gap between two tokens.
             self._serve_timings.append((float(record.decode_rows), training, record.serve_s + record.gap_s))
         if record.train_kind in STEP_KINDS:
             self._train_work += record.train_s
@@ -129,7 +129,7 @@ class Replica:
                 (float(self.member.micro_batch), float(len(scheduler.running)), self._train_work / accumulation)
             )
             self._train_work = 0.0
-        self.records.tick(self.ticks, record, scheduler)
+        self.records.engine_step(self.steps, record, scheduler)
         if now - self._reported >= self.config.control.report_s:
             self._report(now)
         self.records.maybe_flush()

@@ -56,7 +56,7 @@ class Member:
     checkpoints: CheckpointWriter
     on_step: Callable[[RoundPlan, StepResult], None]
     on_version: Callable[[int, int], None]
-    tick: Callable[[], int]
+    engine_step: Callable[[], int]
     orders: RoundOrders | None = None
     micro_batch: int = 1
     """Samples per forward; the coordinator may change it within a round."""
@@ -217,7 +217,7 @@ class Member:
             yield WAIT
         self.trainer.bank.fill_slot(slot, self.trainer.bank.shadow_state())
         self.slots.promote(version, slot)
-        self.send(Settled(replica=self.topology.replica, round_id=round_id, version=version, tick=self.tick()))
+        self.send(Settled(replica=self.topology.replica, round_id=round_id, version=version, tick=self.engine_step()))
 
     def evaluate(self) -> Slices[None]:
         """Report the held-out loss of the active version.
@@ -242,7 +242,9 @@ class Member:
             self.trainer.rollback(self._snapshot)
         round_id, self.orders, self._snapshot = self.orders.plan.round_id, None, None
         self.send(
-            Settled(replica=self.topology.replica, round_id=round_id, version=self.slots.active, tick=self.tick())
+            Settled(
+                replica=self.topology.replica, round_id=round_id, version=self.slots.active, tick=self.engine_step()
+            )
         )
 
     def install(self, message: Install) -> Slices[None]:

@@ -154,7 +154,7 @@ class Report(Message, frozen=True):
     """How the replica is doing, sent a few times a second; also its sign of life.
 
     busy: share of the interval since the last report in which serving work ran (0 to 1).
-    serve_timings / train_timings: (running requests, micro-batch in progress or 0, seconds) of ticks and
+    serve_timings / train_timings: (running requests, micro-batch in progress or 0, seconds) of steps and
     (micro-batch, running requests, seconds of training work) of micro-batches, to fit latency models.
     last_loss: of the last optimizer step, nats per answer token; None before the first.
     slack: what training was last held against since the last report; None if it was not.
@@ -200,7 +200,7 @@ class Published(Message, frozen=True):
 
 
 class Settled(Message, frozen=True):
-    """The replica answers new requests with `version` from engine tick `tick` on."""
+    """The replica answers new requests with `version` from engine step `tick` on."""
 
     replica: Count
     round_id: int

@@ -50,6 +50,6 @@ def test_round_without_any_weight_says_so():
 
 
 def test_inbox_of_the_leader_reaches_its_peers_in_order():
-    """Promise 4 needs it: what makes a replica switch arrives at all of its ranks in the same tick."""
+    """Promise 4 needs it: what makes a replica switch arrives at all of its ranks in the same step."""
     results = run_ranks(2, bodies.inbox, layout={"tp_size": 2})
     assert results == [([b"first", b"", b"third" * 1000], [])] * 2

@@ -24,7 +24,7 @@ def test_the_next_life_goes_on_from_the_last_committed_round(model, data, tmp_pa
     assert told["dropped"] == [], "orders of before Welcome were meant for the incarnation before"
     assert told["freed"], "nothing holds the KV cache of the incarnation before"
     assert told["version"] == 2, "it takes part in rounds again"
-    assert told["ticks"] > 0, "ticks are counted on"
+    assert told["steps"] > 0, "steps are counted on"
 
 
 def test_a_replica_that_fails_too_often_gives_its_error_up(model, data, tmp_path):

@@ -41,7 +41,7 @@ def test_tokens_gradients_and_steps_are_those_of_one_rank(model, alone, size, co
     results = run_ranks(size, bodies_tp.serve_and_train, model, coserving, layout={"tp_size": size})
     for found in results:
         assert_equal(found, alone)
-        assert found["ticks"] == results[0]["ticks"], "clocks differ, ticks do not"
+        assert found["steps"] == results[0]["steps"], "clocks differ, steps do not"
         for name, factor in results[0]["shadow"].items():
             assert torch.equal(found["shadow"][name], factor), "peers hold one adapter"
 
@@ -152,7 +152,7 @@ def test_rank_alone_agrees_with_itself():
 
 
 def test_a_round_of_replicas_of_two_ranks_averages_part_by_part(model, data, tmp_path: Path):
-    """Promise 4: both ranks of a replica switch at the same tick. Replicas 0 and 1 train, 2 gets the adapter sent."""
+    """Promise 4: both ranks of a replica switch at the same step. Replicas 0 and 1 train, 2 gets the adapter sent."""
     results = run_ranks(6, bodies.whole_round, model, data, str(tmp_path), layout={"tp_size": 2})
     assert [r["settled"] for r in results] == [1] * 6
     assert all(r["long"] == {0} for r in results), "promise 2: the long request ran through the promotion"

@@ -12,7 +12,7 @@ import torch
 from helpers import answer, finish, make_rig, random_state, request
 
 from clif.config import ConfigError, MetricsConfig, TrainConfig
-from clif.engine.engine import TurnRecord
+from clif.engine.engine import StepRecord
 from clif.engine.jobs import Job, Slice
 from clif.engine.passes import Pass, pack
 from clif.engine.train_thread import TrainThread
@@ -56,7 +56,7 @@ def submit(rig) -> None:
         rig.engine.scheduler.add(request(i, prompt, max_tokens=tokens, ignore_eos=True), 0.0)
 
 
-def turn(rig, got) -> None:
+def step(rig, got) -> None:
     for event in rig.engine.serve():
         got.setdefault(event.request_id, []).append(event)
     rig.engine.learn()
@@ -67,7 +67,7 @@ def serve_alone(tiny_config):
     submit(rig)
     got = {}
     while rig.engine.serving:
-        turn(rig, got)
+        step(rig, got)
     return {i: answer(events) for i, events in got.items()}
 
 
@@ -86,7 +86,7 @@ def test_serving_and_training_together_compute_what_each_computes_alone(tiny_con
     submit(rig)
     got, regimes = {}, set()
     while rig.engine.serving or rig.engine.jobs:
-        turn(rig, got)
+        step(rig, got)
         regimes.add(rig.engine.record.regime)
     assert {i: answer(events) for i, events in got.items()} == serve_alone(tiny_config)
     expected = gradient_alone(tiny_config)
@@ -95,7 +95,7 @@ def test_serving_and_training_together_compute_what_each_computes_alone(tiny_con
         assert coserving in regimes, "it must have happened, or the test says nothing"
 
 
-def test_a_forward_may_join_a_tick_at_any_layer(tiny_config):
+def test_a_forward_may_join_a_step_at_any_layer(tiny_config):
     expected = gradient_alone(tiny_config)
     rig = build(tiny_config)
     rig.bank.refresh()
@@ -114,7 +114,7 @@ def test_a_forward_may_join_a_tick_at_any_layer(tiny_config):
 
 
 def test_rows_that_serve_leave_nothing_in_the_graph(tiny_config):
-    """What autograd keeps of a mixed tick is what it keeps of the training rows alone."""
+    """What autograd keeps of a fused step is what it keeps of the training rows alone."""
 
     def kept(served: int) -> int:
         rig, size = build(tiny_config), 0
@@ -189,13 +189,13 @@ def test_a_burst_in_the_middle_of_a_backward_waits_for_one_slice(tiny_config):
         rig.engine.learn()
     rig.engine.learn()
     submit(rig)
-    ticks, slices, got = 0, [], {}
+    steps, slices, got = 0, [], {}
     while rig.engine.serving:
-        turn(rig, got)
-        ticks += 1
+        step(rig, got)
+        steps += 1
         slices.append(rig.engine.record.train_kind)
-    assert got[0][0].tokens and ticks > 1
-    assert slices[0] == "backward", "it goes on between two ticks, a layer at a time"
+    assert got[0][0].tokens and steps > 1
+    assert slices[0] == "backward", "it goes on between two steps, a layer at a time"
     assert {i: answer(events) for i, events in got.items()} == serve_alone(tiny_config)
 
 
@@ -203,16 +203,16 @@ def test_training_stands_still_when_a_burst_leaves_no_slack_and_comes_back_after
     rig = build(tiny_config)
     rig.engine.jobs.append(Job("step", trainer_for(rig).step(4, 1)))
     for layers in range(1, 60):
-        rig.engine.cost_model.observe_tick(layers, 0, 0.15)
+        rig.engine.cost_model.observe_step(layers, 0, 0.15)
         rig.engine.cost_model.observe_slice("forward", 82, layers, 0.1 * layers)
     submit(rig)
     got = {}
-    turn(rig, got)
-    assert got and not rig.engine.record.train_s, "a slice of 0.1 s and a tick of 0.15 s do not fit 0.2 s less 30 %"
+    step(rig, got)
+    assert got and not rig.engine.record.train_s, "a slice of 0.1 s and a step of 0.15 s do not fit 0.2 s less 30 %"
     slack = rig.engine.record.slack
     assert slack.seconds < 0 and slack.limit is SlackLimit.NEXT_TOKEN and slack.request in got, "the reason is kept"
     while rig.engine.serving:
-        turn(rig, got)
+        step(rig, got)
     rig.engine.learn()
     assert rig.engine.record.train_s >= 0 and rig.engine.record.train_kind == "forward"
 
@@ -266,12 +266,12 @@ def test_tokens_flow_while_a_slice_beside_them_takes_its_time(tiny_config):
     submit(rig)
     got = {}
     while rig.engine.serving:
-        turn(rig, got)
+        step(rig, got)
         assert rig.engine.training
     release.set()
     deadline = time.monotonic() + 10
     while rig.engine.jobs and time.monotonic() < deadline:
-        turn(rig, got)
+        step(rig, got)
     assert not rig.engine.jobs
     assert {i: answer(events) for i, events in got.items()} == serve_alone(tiny_config)
 
@@ -303,7 +303,7 @@ def test_nothing_is_trained_while_every_place_is_taken(tiny_config):
     full, got = [], {}
     while rig.engine.serving:
         taken = len(rig.engine.scheduler.running) + len(rig.engine.scheduler.waiting) == len(REQUESTS)
-        turn(rig, got)
+        step(rig, got)
         if taken and len(rig.engine.scheduler.running) == len(REQUESTS):
             full.append(rig.engine.record.train_s)
             assert rig.engine.record.slack.limit is SlackLimit.FULL
@@ -336,7 +336,7 @@ def test_a_job_given_up_beside_serving_takes_its_slice_along_and_no_other_job(ti
         release.set()
         rig.engine.drop(given_up)
         while rig.engine.serving or rig.engine.jobs:
-            turn(rig, {})
+            step(rig, {})
     assert done == ["kept"] if breaks else done == ["kept", "dropped"], "each slice was done once"
 
 
@@ -345,7 +345,7 @@ def test_the_reason_of_the_decision_is_in_the_table_ticks(tiny_config, tmp_path)
     records = RankRecords(tmp_path, 0, MetricsConfig(), {})
     slack = TrainingSlack(0.012, SlackLimit.DEADLINE, 3)
     for number, decided in enumerate((slack, None)):
-        records.tick(number, TurnRecord(serve_s=0.1, slack=decided), rig.engine.scheduler)
+        records.engine_step(number, StepRecord(serve_s=0.1, slack=decided), rig.engine.scheduler)
     records.close()
     with h5py.File(tmp_path / "rank-00000.h5") as file:
         with_slack, without = file["ticks"][:]

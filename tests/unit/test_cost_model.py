@@ -33,7 +33,7 @@ def test_nobody_waits_so_training_may_run():
 
 @pytest.mark.parametrize(("slice_ms", "allowed"), [(39, True), (41, False)])
 def test_the_margin_is_never_spent(slice_ms, allowed):
-    """Budget of a gap: 100 ms less 30 %; 10 ms are gone and the next tick takes 20."""
+    """Budget of a gap: 100 ms less 30 %; 10 ms are gone and the next step takes 20."""
     answer, slack = may_train(0.010, slice_ms / 1000, 0.020, [running(0.0)], SLO)
     assert answer is allowed and "next token of request 0" in slack.reason
 
@@ -54,14 +54,14 @@ def test_each_limit_has_a_sentence_that_is_made_when_it_is_shown():
     assert TrainingSlack(0.012, SlackLimit.DEADLINE, 3).reason == "deadline of request 3 has 12 ms of slack"
 
 
-@given(gone_s=st.floats(0, 0.2), tick_s=st.floats(0, 0.2), margin=st.floats(0, 1))
-def test_the_margin_holds_at_the_exact_edge(gone_s, tick_s, margin):
+@given(gone_s=st.floats(0, 0.2), step_s=st.floats(0, 0.2), margin=st.floats(0, 1))
+def test_the_margin_holds_at_the_exact_edge(gone_s, step_s, margin):
     """Promise 5."""
     slo = SloConfig(ttft_ms=9e5, tpot_ms=500, margin=margin)
-    room_s = slo.tpot_ms / 1000 * (1 - slo.margin) - gone_s - tick_s
+    room_s = slo.tpot_ms / 1000 * (1 - slo.margin) - gone_s - step_s
     if room_s > 0:
-        assert may_train(gone_s, room_s, tick_s, [running(0.0)], slo)[0]
-    assert not may_train(gone_s, max(room_s, 0) + 1e-6 + max(-room_s, 0), tick_s, [running(0.0)], slo)[0]
+        assert may_train(gone_s, room_s, step_s, [running(0.0)], slo)[0]
+    assert not may_train(gone_s, max(room_s, 0) + 1e-6 + max(-room_s, 0), step_s, [running(0.0)], slo)[0]
 
 
 @pytest.mark.parametrize(("slice_ms", "allowed"), [(190, True), (210, False)])
@@ -103,14 +103,14 @@ def test_an_unknown_slice_is_tried_in_its_smallest_form_and_then_measured():
 
 
 def test_each_regime_has_its_own_price():
-    """A tick that runs while a slice runs has fewer threads; one that is fused with a forward has more rows."""
+    """A step that runs while a slice runs has fewer threads; one that is fused with a forward has more rows."""
     costs = CostModel()
     for n in [*range(1, 41)] * 2:
-        costs.observe_tick(n, 0, 0.01 + 0.001 * n, "alone")
-        costs.observe_tick(n, 0, 0.02 + 0.002 * n, "concurrent")
-    assert costs.tick_s(20, 0) == pytest.approx(0.03, rel=0.1)
-    assert costs.tick_s(20, 0, "concurrent") == pytest.approx(0.06, rel=0.1)
-    assert costs.tick_s(60, 0, "fused") == costs.tick_s(60, 0), "unknown: all rows, as alone"
+        costs.observe_step(n, 0, 0.01 + 0.001 * n, "alone")
+        costs.observe_step(n, 0, 0.02 + 0.002 * n, "concurrent")
+    assert costs.step_s(20, 0) == pytest.approx(0.03, rel=0.1)
+    assert costs.step_s(20, 0, "concurrent") == pytest.approx(0.06, rel=0.1)
+    assert costs.step_s(60, 0, "fused") == costs.step_s(60, 0), "unknown: all rows, as alone"
     assert 15 <= costs.tokens_within(20, 0, seconds=0.05) <= 21
 
 
@@ -119,7 +119,7 @@ def test_each_regime_has_its_own_price():
     [(0.3 / 0.7, None), (None, 300 / 0.7), (0.3 / 0.7, 9e6), (0.3 / 0.7, 1.0)],
     ids=["own", "configured", "own before a later one", "own before an earlier one"],
 )
-def test_a_deadline_counts_all_the_ticks_that_are_left(own_s, configured_ms):
+def test_a_deadline_counts_all_the_steps_that_are_left(own_s, configured_ms):
     """10 of 15 tokens of 20 ms are left and 0.3 s of a deadline less its margin: 100 ms are to spare."""
     slo = SLO.model_copy(update={"deadline_ms": configured_ms})
     sequence = Sequence(request(0, [1], max_tokens=15), 0.0, [1, 7, 7, 7, 7, 7], last_s=0.0)

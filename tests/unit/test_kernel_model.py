@@ -25,7 +25,7 @@ def rig_with(kernel: str, model: str, **adapter: object) -> Rig:
 
 
 def serve_and_train(rig: Rig) -> tuple[dict[int, list[int]], torch.Tensor]:
-    """Two requests of different versions and a training step in their ticks: tokens, and the shadow's gradient."""
+    """Two requests of different versions and a training step in their steps: tokens, and the shadow's gradient."""
     trainer = ShadowTrainer(rig.runner, rig.bank, SAMPLES, TrainConfig(clip_norm=1e9))
     rig.engine.coserving = "fused"
     rig.engine.jobs.append(Job("step", trainer.step(len(SAMPLES), 1)))

@@ -1,4 +1,4 @@
-"""Who runs in a tick: first come first served, within blocks, places and the prompt budget."""
+"""Who runs in a step: first come first served, within blocks, capacity and the prompt budget."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def make(**config: int) -> Scheduler:
     return Scheduler(EngineConfig(**fields), SlotTable(3), (0,), lambda ids: "".join(chr(97 + i % 26) for i in ids))
 
 
-def turn(scheduler: Scheduler, token: int = 5, now: float = 0.0):
+def step(scheduler: Scheduler, token: int = 5, now: float = 0.0):
     chunks = scheduler.schedule()
     return chunks, scheduler.settle(chunks, [token] * sum(c.needs_sampling for c in chunks), now)
 
@@ -24,18 +24,18 @@ def test_a_large_request_at_the_head_is_not_overtaken():
     scheduler = make()
     for i, size in enumerate((100, 100, 10)):
         scheduler.add(request(i, [i] * size, max_tokens=8), 0.0)
-    turn(scheduler)
+    step(scheduler)
     assert [s.request.id for s in scheduler.waiting] == [1, 2]
 
 
 def test_long_prompts_go_in_chunks_beside_running_answers():
     scheduler = make()
     scheduler.add(request(0, [1] * 4, max_tokens=20), 0.0)
-    turn(scheduler)
+    step(scheduler)
     scheduler.add(request(1, [2] * 40, max_tokens=4), 0.0)
     sizes = []
     for _ in range(3):
-        chunks, events = turn(scheduler)
+        chunks, events = step(scheduler)
         sizes.append([c.stop - c.start for c in chunks])
     assert sizes == [[1, 16], [1, 16], [1, 8]]
     assert {e.request_id for e in events} == {0, 1}, "the last chunk gives the first token"
@@ -47,7 +47,7 @@ def test_rows_of_one_adapter_lie_together_base_first():
         if version > scheduler.slots.active:
             scheduler.slots.promote(version, version - 1)
         scheduler.add(request(i, [3, 4], max_tokens=9), 0.0)
-        turn(scheduler)
+        step(scheduler)
     scheduler.running.reverse()
     assert [c.sequence.slot for c in scheduler.schedule()] == [None, 0, 0, 1]
 
@@ -57,10 +57,10 @@ def test_batch_bound_may_change_while_requests_run():
     for i in range(4):
         scheduler.add(request(i, [3], max_tokens=3), 0.0)
     scheduler.max_batch = 1
-    turn(scheduler)
+    step(scheduler)
     assert len(scheduler.running) == 1
     scheduler.max_batch = 3
-    turn(scheduler)
+    step(scheduler)
     assert len(scheduler.running) == 3
 
 
@@ -68,7 +68,7 @@ def test_ends_are_stop_length_and_cancelled():
     scheduler = make(kv_tokens=1600)
     scheduler.add(request(0, [3], max_tokens=2), 0.0)
     scheduler.add(request(1, [3], max_tokens=5, ignore_eos=True), 0.0)
-    _, events = turn(scheduler, token=0)
+    _, events = step(scheduler, token=0)
     assert [(e.request_id, e.finish) for e in events] == [(0, FinishReason.STOP), (1, None)]
     scheduler.add(request(2, [3]), 0.0)
     assert scheduler.cancel(2).finish is FinishReason.CANCELLED, "also while it waits"

@@ -27,14 +27,14 @@ def crowd() -> list[Request]:
 
 
 def answers(rig: Rig, requests: list[Request], promotions: dict[int, int], arrive: dict[int, int]) -> dict:
-    """(version, tokens, end) of each request; promotions: turn -> version, whose adapter is random and large."""
-    serve, turn = rig.engine.serve, 0
+    """(version, tokens, end) of each request; promotions: step -> version, whose adapter is random and large."""
+    serve, step = rig.engine.serve, 0
 
     def serve_and_promote():
-        nonlocal turn
-        turn += 1
-        if turn in promotions:
-            rig.fill(promotions[turn], seed=promotions[turn])
+        nonlocal step
+        step += 1
+        if step in promotions:
+            rig.fill(promotions[step], seed=promotions[step])
         return serve()
 
     rig.engine.serve = serve_and_promote
@@ -76,14 +76,14 @@ def test_answers_with_prefix_reuse_are_those_without_across_a_promotion(make):
     assert got[0][1] != got[6][1] != got[9][1], "the versions do answer differently"
 
 
-def serve_until(rig: Rig, done: Callable[[], bool], ticks: int = 1000) -> list[TokenEvent]:
-    """All events of the ticks until then."""
+def serve_until(rig: Rig, done: Callable[[], bool], steps: int = 1000) -> list[TokenEvent]:
+    """All events of the steps until then."""
     events: list[TokenEvent] = []
-    for _ in range(ticks):
+    for _ in range(steps):
         if done():
             return events
         events += rig.engine.serve()
-    raise AssertionError(f"not done after {ticks} ticks")
+    raise AssertionError(f"not done after {steps} steps")
 
 
 def test_cancelled_while_preempted(make):

@@ -30,7 +30,7 @@ def expected(version: int, prompt: tuple[int, ...], count: int) -> list[int]:
 
 
 class Bench:
-    """A scheduler with the stand-in model, which checks at every turn what must always hold."""
+    """A scheduler with the stand-in model, which checks at every step what must always hold."""
 
     def __init__(self, **config: int) -> None:
         fields = {"kv_tokens": 64, "block_size": 4, "max_batch": 4, "max_prefill_tokens": 16, **config}
@@ -56,7 +56,7 @@ class Bench:
         if slot is not None:
             self.slots.promote(self.slots.active + 1, slot)
 
-    def turn(self) -> list[Chunk]:
+    def step(self) -> list[Chunk]:
         chunks = self.scheduler.schedule()
         self.check_memory()
         prefill = sum(c.stop - c.start for c in chunks if not c.is_decode)
@@ -75,7 +75,7 @@ class Bench:
         for _ in range(5000):
             if not (self.scheduler.running or self.scheduler.waiting):
                 return
-            assert self.turn(), "a turn with requests and without work would be for ever"
+            assert self.step(), "a step with requests and without work would be for ever"
         raise AssertionError("requests never end")
 
     def check_memory(self) -> None:
@@ -134,10 +134,10 @@ class Bench:
 def test_blocks_are_taken_as_tokens_are_computed():
     bench = Bench()
     bench.add([1] * 6, max_tokens=50)
-    bench.turn()
+    bench.step()
     used = [bench.scheduler.pool.used_tokens]
     for _ in range(3):
-        bench.turn()
+        bench.step()
         used.append(bench.scheduler.pool.used_tokens)
     assert used == [8, 8, 8, 12]
 
@@ -146,7 +146,7 @@ def test_requests_run_together_that_could_not_if_each_had_its_longest_answer_res
     bench = Bench()
     for _ in range(4):
         bench.add([1, 2], max_tokens=60)
-    bench.turn()
+    bench.step()
     assert len(bench.scheduler.running) == 4
 
 
@@ -154,10 +154,10 @@ def test_a_prompt_is_admitted_when_there_is_room_for_it_beside_the_next_blocks_o
     bench = Bench(kv_tokens=32)
     bench.add([1] * 12, max_tokens=12)
     bench.add([2] * 9, max_tokens=8)
-    bench.turn()
+    bench.step()
     assert len(bench.scheduler.running) == 2, "24 + 5 of the first, 9 + 3 of the second"
     bench.add([3] * 3, max_tokens=1)
-    bench.turn()
+    bench.step()
     assert bench.events[2] == [], "the one block that is left may be needed by the first two next"
     assert bench.scheduler.preemptions == 0
     bench.drain()
@@ -195,11 +195,11 @@ def crowded(**config: int) -> Bench:
 
 def run_until_preempted(bench: Bench) -> None:
     while not bench.scheduler.preemptions:
-        bench.turn()
+        bench.step()
 
 
-def turn_of(bench: Bench, sequence: Sequence) -> list[tuple[int, int, bool]]:
-    """(start, size, is_decode) of the sequence's chunk in one turn, if it has one."""
+def chunks_of(bench: Bench, sequence: Sequence) -> list[tuple[int, int, bool]]:
+    """(start, size, is_decode) of the sequence's chunk in one step, if it has one."""
     seen: list[tuple[int, int, bool]] = []
     settle = bench.scheduler.settle
 
@@ -208,7 +208,7 @@ def turn_of(bench: Bench, sequence: Sequence) -> list[tuple[int, int, bool]]:
         return settle(chunks, tokens, now)
 
     bench.scheduler.settle = look
-    bench.turn()
+    bench.step()
     bench.scheduler.settle = settle
     return seen
 
@@ -224,7 +224,7 @@ def test_preempted_request_goes_on_with_the_same_tokens():
 
 def test_the_youngest_is_preempted_and_waits_before_those_that_never_ran():
     bench = crowded()
-    bench.turn()
+    bench.step()
     bench.add([9], max_tokens=2)
     run_until_preempted(bench)
     assert [s.request.id for s in bench.scheduler.running] == [0, 1, 2]
@@ -236,7 +236,7 @@ def test_the_youngest_is_preempted_and_waits_before_those_that_never_ran():
 def test_preempted_request_keeps_version_slot_rng_and_last_token_time():
     bench = crowded()
     bench.promote()
-    bench.turn()
+    bench.step()
     sequence = bench.sequence(3)
     sequence.rng = rng = object()
     run_until_preempted(bench)
@@ -245,19 +245,19 @@ def test_preempted_request_keeps_version_slot_rng_and_last_token_time():
     assert bench.slots.retiring == (1,), "it reads its version while it waits"
     tokens = list(sequence.tokens)
     while sequence in bench.scheduler.waiting:
-        bench.turn()
+        bench.step()
     assert (sequence.version, sequence.slot, sequence.rng) == (1, 0, rng) and sequence.tokens[: len(tokens)] == tokens
     bench.drain()
     bench.ended_well()
 
 
 def test_oldest_request_always_finishes():
-    """And is never slowed: a token at every turn, however many others want its blocks."""
+    """And is never slowed: a token at every step, however many others want its blocks."""
     bench = Bench(kv_tokens=32, block_size=4, max_batch=8)
     for i in range(8):
         bench.add([i + 1], max_tokens=31)
     for _ in range(31):
-        bench.turn()
+        bench.step()
     assert bench.events[0][-1].finish is FinishReason.LENGTH
     bench.drain()
     bench.ended_well()
@@ -270,7 +270,7 @@ def test_recomputing_is_prefill_within_the_budget_and_the_last_token_is_decode()
     had = len(sequence.tokens)
     mine = []
     while len(sequence.tokens) < had + 2:
-        mine += [(size, decode) for _, size, decode in turn_of(bench, sequence)]
+        mine += [(size, decode) for _, size, decode in chunks_of(bench, sequence)]
     assert sum(size for size, _ in mine) == had + 1
     assert all(size <= 4 for size, decode in mine if not decode) and mine[-1] == (1, True)
 
@@ -282,7 +282,7 @@ def test_one_recomputed_token_in_the_middle_is_prefill():
     kinds = []
     had = len(sequence.tokens)
     while len(sequence.tokens) == had:
-        kinds += [(start, decode) for start, _, decode in turn_of(bench, sequence)]
+        kinds += [(start, decode) for start, _, decode in chunks_of(bench, sequence)]
     assert kinds == [(i, i == had - 1) for i in range(had)]
 
 
@@ -305,7 +305,7 @@ def test_preempted_request_finds_what_is_left_of_its_own_blocks_also_after_a_pro
     bench.promote()
     for id in range(3):
         bench.cancel(id)
-    ((start, size, _),) = turn_of(bench, sequence)
+    ((start, size, _),) = chunks_of(bench, sequence)
     assert start > 0 and start + size == had and bench.scheduler.reused_tokens == 0
     bench.drain()
     bench.ended_well()
@@ -349,7 +349,7 @@ def test_running_requests_share_blocks_and_the_memory_counts_once():
     bench = Bench(kv_tokens=128)
     for _ in range(3):
         bench.add([1] * 13, max_tokens=4)
-        bench.turn()
+        bench.step()
     shared = [tuple(s.blocks[:3]) for s in bench.scheduler.running]
     assert len(set(shared)) == 1 and bench.scheduler.pool.used_tokens == 4 * (3 + 3)
     bench.drain()
@@ -393,7 +393,7 @@ Prompt = st.tuples(st.integers(0, 2), st.integers(1, 30), st.integers(0, 3)).map
 )
 Step = st.one_of(
     st.tuples(st.just("add"), Prompt, st.integers(1, 20)),
-    st.tuples(st.just("turn"), st.integers(1, 6)),
+    st.tuples(st.just("step"), st.integers(1, 6)),
     st.tuples(st.just("cancel"), st.integers(0, 30)),
     st.tuples(st.just("promote")),
     st.tuples(st.just("batch"), st.integers(1, 6)),
@@ -413,9 +413,9 @@ def test_every_request_ends_once_with_its_own_tokens_whatever_happens(steps, blo
     for step, *args in steps:
         if step == "add":
             bench.add(*args)
-        elif step == "turn":
+        elif step == "step":
             for _ in range(args[0]):
-                bench.turn()
+                bench.step()
         elif step == "cancel" and args[0] < len(bench.requests):
             bench.cancel(args[0])
         elif step == "promote":

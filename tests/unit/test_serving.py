@@ -33,7 +33,7 @@ def rig(tiny_config) -> Rig:
 
 def test_mixed_batch_is_token_exact_against_generate(rig, plain):
     requests = [request(i, p, max_tokens=12 + i) for i, p in enumerate(PROMPTS)]
-    # Arrivals at different ticks: prompts, chunks of long prompts and answers share batches.
+    # Arrivals at different steps: prompts, chunks of long prompts and answers share batches.
     events = rig.run(requests, arrive={i: 2 * i for i in range(len(requests))})
     for r in requests:
         expected = reference(plain, list(r.prompt), r.sampling.max_tokens, 256)

@@ -71,14 +71,14 @@ def test_a_leader_knows_when_the_control_process_is_gone():
 
 def test_a_leader_that_no_control_process_speaks_to_does_not_stay_for_ever():
     """deepspeed leaves the ranks of other hosts alone when rank 0's is gone."""
-    turns: list[None] = []
+    steps: list[None] = []
 
-    def turn(payloads: list[bytes]) -> None:
-        turns.append(None)
+    def step(payloads: list[bytes]) -> None:
+        steps.append(None)
         broken.lost_s = 2 * ALONE_S
 
     broken = SimpleNamespace(lost_s=0.0, receive=lambda timeout_s: [])
-    supervisor = SimpleNamespace(replica=SimpleNamespace(stopping=False, wait_s=lambda: 0.0), turn=turn)
+    supervisor = SimpleNamespace(replica=SimpleNamespace(stopping=False, wait_s=lambda: 0.0), step=step)
     with pytest.raises(RuntimeError, match="no connection to the control process for 60 s"):
         _loop(supervisor, broken, None, SimpleNamespace(signal="", serving=False))
-    assert len(turns) == 1
+    assert len(steps) == 1
