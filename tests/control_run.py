@@ -21,10 +21,12 @@ from clif.control.durability.journal import Journal
 from clif.control.durability.ledger import Ledger
 from clif.control.durability.recovery import add_up, recover
 from clif.control.durability.shutdown import ShutdownPolicy
+from clif.control.ports import Ports
 from clif.control.progress import Progress
 from clif.control.quality import QualityCheck
 from clif.control.records import Records
 from clif.control.server import ControlServer
+from clif.control.sources import TraceSource
 from clif.data.instruct import read_rows
 from clif.data.load import make_load
 from clif.tokenizer import ChatTokenizer
@@ -247,21 +249,20 @@ class Run:
         self.journal = Journal(config.run_dir)
         past, recorded = add_up(self.journal.past), read_recorded(config.run_dir)
         recovery = recover(past, self.load, options.pop("relaunched", False), store.rounds(), recorded)
-        self.server = ControlServer(
-            config,
-            self.channel,
-            time.monotonic,
-            replicas=leaders,
+        ports = Ports(
+            channel=self.channel,
+            sources=[TraceSource(recovery.load)],
             quality=QualityCheck(config, rows, tokenizer, recovery.starts),
             store=store,
-            records=Records(config.run_dir, config, time.monotonic),
+            records=Records.in_file(config.run_dir, config, time.monotonic),
             answers=Answers(config.run_dir, config.metrics.answers, tokenizer.decode),
-            progress=Progress("plain"),
+            display=Progress("plain"),
             ledger=Ledger(self.journal, recovery),
             shutdown=ShutdownPolicy(
                 **{k: options.pop(k) for k in ("stop_reason", "signalled", "restarts_left") if k in options}
             ),
         )
+        self.server = ControlServer(config, ports, time.monotonic, leaders)
         silent = options.pop("silent", {})
         self.leaders = [FakeLeader(self.channel.address, i, silent_after=silent.get(i)) for i in range(leaders)]
 

@@ -25,10 +25,12 @@ from clif.control.durability.ledger import Ledger
 from clif.control.durability.recovery import Recorded, add_up, recover
 from clif.control.durability.shutdown import DRAINED, ShutdownPolicy
 from clif.control.policy.phases import ControlError
+from clif.control.ports import Ports
 from clif.control.progress import Progress, ProgressHandler
 from clif.control.quality import QualityCheck
 from clif.control.records import Records
 from clif.control.server import ControlServer
+from clif.control.sources import TraceSource
 from clif.data.heldout import read_data
 from clif.data.load import make_load
 from clif.distributed.addresses import refuse_link_local
@@ -103,22 +105,21 @@ def run(arguments: argparse.Namespace, progress: Progress, config: Config, outsi
         )
     host = arguments.host or config.dist.control_host or "127.0.0.1"
     channel = open_channel(host, Keys.read(run_dir), arguments.replicas)
-    records = Records(run_dir, config, time.monotonic)
+    records = Records.in_file(run_dir, config, time.monotonic)
     answers = Answers(run_dir, config.metrics.answers, tokenizer.decode)
     try:
-        server = ControlServer(
-            config,
-            channel,
-            time.monotonic,
-            replicas=arguments.replicas,
+        ports = Ports(
+            channel=channel,
+            sources=[TraceSource(recovery.load)],
             quality=QualityCheck(config, rows, tokenizer, recovery.starts),
             store=store,
             records=records,
             answers=answers,
-            progress=progress,
+            display=progress,
             ledger=Ledger(journal, recovery),
             shutdown=ShutdownPolicy(outside.parent_died, outside.signalled, arguments.restarts_left),
         )
+        server = ControlServer(config, ports, time.monotonic, arguments.replicas)
         # The address comes last: a leader that finds it is heard at once.
         write_atomic(run_dir / ADDRESS_FILE, channel.address.encode())
         server.run()

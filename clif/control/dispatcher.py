@@ -77,10 +77,14 @@ class RequestRecord:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the dispatcher tells: each end of a request, and each hand-over (record, predicted seconds, reason)."""
+    """Called for each end of a request, each hand-over (record, predicted seconds, reason), and each event with tokens.
+
+    A request that a lost replica had may begin anew: then its record holds only what came since.
+    """
 
     finished: Callable[[RequestRecord], None]
     dispatched: Callable[[RequestRecord, float, str], None]
+    tokens: Callable[[RequestRecord, TokenEvent], None] = lambda record, event: None
 
 
 class Dispatcher:
@@ -178,6 +182,7 @@ class Dispatcher:
                 self._begin(record, event.version)
             record.tokens.extend(event.tokens)
             record.token_times.extend([now] * len(event.tokens))
+            self._hooks.tokens(record, event)
         if event.finish is not None:
             record.text = event.text
             self._finish(now, record, event.finish, event.detail)

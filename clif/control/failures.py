@@ -7,14 +7,15 @@ anew, for its requests live elsewhere by then. Whoever does not come back in tim
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 from clif.config import Config
-from clif.control.dispatcher import Dispatcher, Send
+from clif.control.dispatcher import Dispatcher
 from clif.control.durability.shutdown import ShutdownPolicy
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
 from clif.control.policy.phases import Phase
+from clif.control.quality import QualityCheck
+from clif.control.run_state import RunState
 from clif.states import ReplicaState
 from clif.wire.messages import Hello, Rebuild, Stop, Trouble
 
@@ -22,21 +23,21 @@ log = logging.getLogger(__name__)
 
 
 class FailureHandler:
-    """Counts replicas as lost and takes them back. phase: of the run; forget: told of each lost replica."""
+    """Marks replicas as failed and takes them back."""
 
     def __init__(
         self,
         config: Config,
+        state: RunState,
         fleet: Fleet,
         dispatcher: Dispatcher,
         federation: Federation,
+        quality: QualityCheck,
         shutdown: ShutdownPolicy,
-        send: Send,
-        phase: Callable[[], Phase],
-        forget: Callable[[int], None],
     ) -> None:
-        self._config, self._fleet, self._dispatcher, self._federation = config, fleet, dispatcher, federation
-        self._shutdown, self._send, self._phase, self._forget = shutdown, send, phase, forget
+        self._config, self._state, self._fleet = config, state, fleet
+        self._dispatcher, self._federation = dispatcher, federation
+        self._quality, self._shutdown = quality, shutdown
         self._due: dict[int, float] = {}
         self._ignored: set[int] = set()
 
@@ -44,6 +45,11 @@ class FailureHandler:
     def returning(self) -> tuple[int, ...]:
         """Replicas that are being rebuilt."""
         return tuple(sorted(self._due))
+
+    @property
+    def reachable(self) -> tuple[int, ...]:
+        """Replicas that live or are being rebuilt."""
+        return (*self._fleet.alive, *self.returning)
 
     @property
     def all_silent_limit_s(self) -> float:
@@ -79,11 +85,11 @@ class FailureHandler:
             return
         log.error("replica %d is lost: %s", replica, reason)
         if replica not in self._due:
-            self._shutdown.request_restart(self._phase(), replica, reason, gone)
+            self._shutdown.request_restart(self._state.phase, replica, reason, gone)
         self._fleet.set_state(now, replica, ReplicaState.FAILED, reason)
         self._dispatcher.requeue(now, replica, reason)
         self._federation.on_lost(now, replica, reason)
-        self._forget(replica)
+        self._quality.on_lost(replica)
 
     def on_message_from_failed(self, now: float, replica: int) -> None:
         """A replica that is lost, or was never here, says something: its requests live elsewhere now."""
@@ -92,20 +98,20 @@ class FailureHandler:
         if not self._fleet.was_here(replica):
             log.warning("replica %d speaks without a valid Hello: ignored", replica)
             self._ignored.add(replica)
-        elif self._config.run.rebuilds and self._phase() is not Phase.STOPPING:
+        elif self._config.run.rebuilds and self._state.phase is not Phase.STOPPING:
             log.warning("replica %d speaks again after it was lost: it is to begin anew", replica)
-            self._send(replica, Rebuild(reason="it was silent, and others have its requests"))
+            self._fleet.send(replica, Rebuild(reason="it was silent, and others have its requests"))
             self._expect(now, replica)
         else:
             log.warning("replica %d speaks again after it was lost: told to stop", replica)
-            self._send(replica, Stop())
+            self._fleet.send(replica, Stop())
             self._ignored.add(replica)
 
     def broken(self, now: float, replica: int, why: str) -> None:
         """It says what cannot be, so nothing of it is relied upon: it begins anew, or leaves."""
         if replica in self._due or replica in self._ignored:
             return
-        again = bool(self._config.run.rebuilds) and self._phase() is not Phase.STOPPING
+        again = bool(self._config.run.rebuilds) and self._state.phase is not Phase.STOPPING
         if again:
             self._expect(now, replica)
         else:
@@ -114,7 +120,7 @@ class FailureHandler:
             self.mark_failed(now, replica, f"broken: {why}")
         else:
             log.error("replica %d is broken: %s", replica, why)
-        self._send(replica, Rebuild(reason=why) if again else Stop())
+        self._fleet.send(replica, Rebuild(reason=why) if again else Stop())
 
     def join(self, now: float, hello: Hello) -> None:
         """Take a replica in, or back."""
@@ -127,8 +133,8 @@ class FailureHandler:
             log.info("replica %d is back, incarnation %d", hello.replica, hello.incarnation)
             self._federation.on_return(hello.replica, hello.version)
         # Its Stop may have come together with what made it fail.
-        if self._phase() is Phase.STOPPING:
-            self._send(hello.replica, Stop())
+        if self._state.phase is Phase.STOPPING:
+            self._fleet.send(hello.replica, Stop())
 
     def step(self, now: float) -> None:
         """Give up on those that should be back by now. Raises ControlError as mark_failed() does."""
@@ -136,7 +142,7 @@ class FailureHandler:
             del self._due[replica]
             reason = f"not rebuilt within {self._config.dist.timeout_s:g} s"
             log.error("replica %d is given up: %s", replica, reason)
-            self._shutdown.request_restart(self._phase(), replica, reason, gone=False)
+            self._shutdown.request_restart(self._state.phase, replica, reason, gone=False)
 
     def _expect(self, now: float, replica: int) -> None:
         """Its ranks meet again before it is back, for which they have as long as for any collective."""

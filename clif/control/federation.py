@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol
 
 from clif.adapters.store import AdapterStore
 from clif.config import Config
-from clif.control.dispatcher import Send
-from clif.control.durability.journal import Line, RoundBegan, VersionGiven
+from clif.control.dispatcher import Dispatcher
 from clif.control.fleet import Fleet
 from clif.control.policy.replica_state import state_after_round
 from clif.control.policy.round_admission import History, given_up
@@ -23,37 +22,40 @@ from clif.wire.messages import Install, Published, RoundFailed, Settled, StepsDo
 log = logging.getLogger(__name__)
 
 
-class Federation:
-    """Owner of the round under way and of the history of rounds.
+class RoundObserver(Protocol):
+    """Called as rounds go on, each time before anything follows from it."""
 
-    running: number of requests that have a first but not yet a last token.
-    on_round: told once per round, when it is over. on_adapter: told of each promoted version, once it is on disk;
-    before_store: just before that, with its round. note: writes to the journal.
-    """
+    def on_round_began(self, plan: RoundPlan) -> None: ...
+
+    def on_round_decided(self, current: Round) -> None:
+        """Its members are about to promote a version, or to drop the candidate."""
+        ...
+
+    def on_storing(self, current: Round, version: AdapterVersion) -> None:
+        """The promoted adapter is about to be written to disk."""
+        ...
+
+    def on_stored(self, version: AdapterVersion) -> None:
+        """The promoted adapter is on disk."""
+        ...
+
+    def on_round_ended(self, ended: Round) -> None:
+        """Once per round, when nothing of it is awaited any more."""
+        ...
+
+
+class Federation:
+    """Owner of the round under way and of the history of rounds."""
 
     def __init__(
-        self,
-        config: Config,
-        fleet: Fleet,
-        store: AdapterStore,
-        send: Send,
-        running: Callable[[], int],
-        on_round: Callable[[Round], None],
-        on_adapter: Callable[[AdapterVersion], None],
-        note: Callable[[Line], None] = lambda _: None,
-        before_store: Callable[[Round, AdapterVersion], None] = lambda *_: None,
+        self, config: Config, fleet: Fleet, dispatcher: Dispatcher, store: AdapterStore, observer: RoundObserver
     ) -> None:
         self.store = store
         self.current: Round | None = None
         self.history = History()
         self.noise_scale: float | None = None
         self._config = config
-        self._fleet = fleet
-        self._send = send
-        self._running = running
-        self._on_round = on_round
-        self._on_adapter = on_adapter
-        self._note, self._before_store = note, before_store
+        self._fleet, self._dispatcher, self._observer = fleet, dispatcher, observer
         self._last_version = 0
         self._groups = GroupNumbers(fleet.expected)
         self._installing: dict[int, int] = {}
@@ -89,7 +91,7 @@ class Federation:
         """Begin a planned round: members become COMBINED first, then they get the plan."""
         if self.current is not None:
             raise RuntimeError(f"round {self.current.plan.round_id} is still under way")
-        self._note(RoundBegan(round_id=plan.round_id))
+        self._observer.on_round_began(plan)
         group = self._groups.of(plan.member_set, plan.round_id)
         self.current = Round(plan, self._last_version + 1, now, self._config.federation, group)
         self.history = replace(self.history, last_round=plan.round_id)
@@ -106,9 +108,8 @@ class Federation:
             return
         messages = self.current.voted(now, message.vote)
         if self.current.decided:
-            self.current.running_requests = self._running()
-            if self.current.promotion is not None:
-                self._note(VersionGiven(version=self.current.version))
+            self.current.running_requests = self._dispatcher.running
+            self._observer.on_round_decided(self.current)
         self._step(now, messages)
 
     def on_failure(self, now: float, message: RoundFailed) -> None:
@@ -132,11 +133,11 @@ class Federation:
             return
         loss = current.promotion.candidate_loss if current.promotion else math.nan
         version = AdapterVersion(number=message.version, round_id=message.round_id, heldout_loss=loss)
-        self._before_store(current, version)
+        self._observer.on_storing(current, version)
         self.store.write(version, message.config_json, message.weights)
         self._last_version = version.number
         self.history = replace(self.history, version=version.number)
-        self._on_adapter(version)
+        self._observer.on_stored(version)
         # A member that was lost and has come back is no member any more.
         for replica in sorted(set(self._fleet.alive) - set(current.members)):
             self._install(replica, version, message.weights)
@@ -150,7 +151,7 @@ class Federation:
 
     def _install(self, replica: int, version: AdapterVersion, weights: bytes) -> None:
         self._installing[replica] = version.number
-        self._send(replica, Install(version=version.number, weights=weights, round_id=version.round_id))
+        self._fleet.send(replica, Install(version=version.number, weights=weights, round_id=version.round_id))
 
     def on_lost(self, now: float, replica: int, why: str) -> None:
         self._installing.pop(replica, None)
@@ -206,7 +207,7 @@ class Federation:
             log.warning("training is given up: %s, the last because: %s", ended.gave_up, ended.reason)
         scales = [r.noise_scale for r in ended.results.values() if r.noise_scale is not None]
         self.noise_scale = sum(scales) / len(scales) if scales else self.noise_scale
-        self._on_round(ended)
+        self._observer.on_round_ended(ended)
         for member in ended.members:
             view = self._fleet.view_of(member)
             self._fleet.set_limits(member)
@@ -216,4 +217,4 @@ class Federation:
 
     def _send_all(self, messages: Outgoing) -> None:
         for replica, message in messages:
-            self._send(replica, message)
+            self._fleet.send(replica, message)

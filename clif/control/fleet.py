@@ -35,14 +35,14 @@ BREAK = 0.05
 
 
 class Fleet:
-    """Trackers by replica id. expected: how many replicas the run has.
+    """Trackers by replica id. expected: how many replicas the run has. send: a message to one of them.
 
     Every change of what routing reads of a replica is noted in _changed, and routing_view() takes in what changed.
     """
 
     def __init__(self, config: Config, replicas: int, send: Send, loads: Loads, on_transition: OnTransition) -> None:
         self._config = config
-        self._send = send
+        self.send = send
         self._loads = loads
         self._on_transition = on_transition
         self.expected = replicas
@@ -119,7 +119,7 @@ class Fleet:
         self._trackers[hello.replica] = former.rebuilt(now, hello)
         self.heard(now, hello.replica)
         # Before all else that is sent to it.
-        self._send(hello.replica, Welcome(incarnation=hello.incarnation))
+        self.send(hello.replica, Welcome(incarnation=hello.incarnation))
         self.set_state(now, hello.replica, ReplicaState.SERVING, f"rebuilt, incarnation {hello.incarnation}")
         return True
 
@@ -157,7 +157,7 @@ class Fleet:
             return False
         tracker.max_batch, tracker.micro_batch = wanted
         self._changed.add(replica)
-        self._send(replica, Limits(max_batch=wanted[0], micro_batch=wanted[1]))
+        self.send(replica, Limits(max_batch=wanted[0], micro_batch=wanted[1]))
         return True
 
     def refit(self) -> None:

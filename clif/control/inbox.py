@@ -17,8 +17,9 @@ from clif.control.claims import Claims
 from clif.control.failures import FailureHandler
 from clif.control.fleet import Fleet
 from clif.control.policy.phases import ControlError, Phase
+from clif.control.run_state import RunState
 from clif.wire import messages as wire
-from clif.wire.channels import ControlChannel, decode_up
+from clif.wire.channels import Channel, decode_up
 
 log = logging.getLogger(__name__)
 LONGEST_TEXT = 500
@@ -33,21 +34,21 @@ Handlers = Mapping[type[wire.Message], Callable[[float, Any], None]]
 
 
 class Inbox:
-    """Reads the channel for the server. phase: of the run; handlers: by message, called as (now, message)."""
+    """Reads the channel for the server. handlers: by message, called as (now, message)."""
 
     def __init__(
         self,
-        channel: ControlChannel,
+        channel: Channel,
         clock: Callable[[], float],
+        state: RunState,
         claims: Claims,
         fleet: Fleet,
         failures: FailureHandler,
-        phase: Callable[[], Phase],
         handlers: Handlers,
     ) -> None:
         self._channel, self._clock = channel, clock
         self._claims, self._fleet, self._failures = claims, fleet, failures
-        self._phase, self._handlers = phase, handlers
+        self._state, self._handlers = state, handlers
         self._strangers = 0
 
     def step(self, timeout_s: float) -> None:
@@ -66,7 +67,7 @@ class Inbox:
             self._failures.broken(now, sender, f"it speaks for replica {wire.sender_of(message)}")
         elif isinstance(message, wire.Hello):
             self._join(now, message)
-        elif self._phase() is Phase.GATHER and isinstance(message, wire.Trouble) and not message.returning:
+        elif self._state.phase is Phase.GATHER and isinstance(message, wire.Trouble) and not message.returning:
             raise ControlError(f"replica {sender} could not start: {message.error}")
         elif self._fleet.is_alive(sender):
             self._hear(now, sender, message)

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 
 class PolicyLoop:
+    """Runs the decisions that take seconds to matter. outcomes: of requests that ended lately."""
+
     def __init__(
         self,
         config: Config,
@@ -32,12 +34,12 @@ class PolicyLoop:
         federation: Federation,
         records: Records,
         failures: FailureHandler,
+        outcomes: OutcomeWindow,
     ) -> None:
-        self.outcomes = OutcomeWindow(config.control.window_s)
         self.pressure = Pressure.LOW
         self.round_reason = ""
         self._config, self._fleet, self._dispatcher = config, fleet, dispatcher
-        self._federation, self._records, self._failures = federation, records, failures
+        self._federation, self._records, self._failures, self._outcomes = federation, records, failures, outcomes
         self._all_silent = False
         self._written: Pressure | None = None
 
@@ -61,9 +63,9 @@ class PolicyLoop:
             elif state is not None:
                 self._fleet.set_state(now, replica.replica, state, reason)
 
-        self._tell_of_silence(ALL_SILENT in reasons)
+        self._log_silence(ALL_SILENT in reasons)
 
-    def _tell_of_silence(self, silent: bool) -> None:
+    def _log_silence(self, silent: bool) -> None:
         if silent and not self._all_silent:
             limit = self._config.control.lost_after_s
             log.warning(
@@ -74,7 +76,7 @@ class PolicyLoop:
         self._all_silent = silent
 
     def _update_pressure(self, now: float, view: ClusterView) -> None:
-        finished, met = self.outcomes.count(now)
+        finished, met = self._outcomes.count(now)
         capacity = sum(r.max_batch for r in view.serving)
         window = ServiceWindow(finished, met, self._dispatcher.oldest_wait_s(now), self._dispatcher.queued, capacity)
         self.pressure, reason = service_pressure(now, window, self._config)

@@ -8,7 +8,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TextIO
+from typing import Literal, Protocol, TextIO
 
 import numpy as np
 from rich.console import Console
@@ -82,8 +82,25 @@ class RecentLatencies:
         self.itl_s.extend(gaps_s)
 
 
+class Display(Protocol):
+    """Where the progress of a run is shown."""
+
+    def due(self, now: float) -> bool:
+        """Whether a snapshot would be shown now; making one is not free."""
+        ...
+
+    def show(self, now: float, snapshot: Snapshot) -> None: ...
+
+    def note(self, line: str) -> None:
+        """Show one line, beside the snapshots."""
+        ...
+
+
 class Progress:
-    """Shows snapshots at its own pace, and single lines (note) above them. A logging handler may write by note."""
+    """A Display on a stream: snapshots at their own pace, and single lines (note) above them.
+
+    A logging handler may write by note.
+    """
 
     def __init__(self, wanted: Literal["auto", "live", "plain", "off"], stream: TextIO | None = None) -> None:
         stream = sys.stderr if stream is None else stream
@@ -98,6 +115,8 @@ class Progress:
         return self.mode != "off" and now >= self._next_s
 
     def show(self, now: float, snapshot: Snapshot) -> None:
+        if self.mode == "off":
+            return
         self._next_s = now + (LIVE_S if self._live is not None else PLAIN_S)
         if self._live is not None:
             # While ranks load they write to the terminal as well, which would tear the table.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from clif.config import Config
 from clif.control.dispatcher import RequestRecord
@@ -13,7 +13,7 @@ from clif.control.policy.batch_sizes import Batches
 from clif.control.policy.pressure import Pressure, ServiceWindow
 from clif.control.quality import Quality
 from clif.control.rounds import Round, pooled_losses
-from clif.data.load import ScheduledRequest
+from clif.control.sources import DueRequest
 from clif.metrics.provenance import provenance
 from clif.metrics.schema import CONTROL_TABLES
 from clif.metrics.writer import TableWriter, next_path
@@ -23,19 +23,42 @@ from clif.types import AdapterVersion, FinishReason, Purpose, RoundResult, Vote
 ROUND_STAMPS = ("started_s", "trained_s", "aggregated_s", "ended_s")
 
 
-class Records:
-    """Rows of control.h5. Stamps are given in seconds of the clock and stored from the start of the file."""
+class Sink(Protocol):
+    """Takes the rows of tables: a TableWriter, or a list in memory."""
 
-    def __init__(self, run_dir: Path, config: Config, clock: Callable[[], float]) -> None:
-        metrics = config.metrics
-        path = next_path(run_dir, "control")
-        self._writer = TableWriter(
-            path, CONTROL_TABLES, {**provenance(config)}, clock, metrics.flush_s, metrics.flush_rows
-        )
+    def row(self, table: str, **values: Any) -> None:
+        """Take one row; None is a missing number."""
+        ...
+
+    def since_start(self, stamp: float) -> float:
+        """A stamp of the clock as the sink's own time, as the columns of stamps want it."""
+        ...
+
+    def maybe_flush(self) -> bool: ...
+
+    def flush(self) -> bool: ...
+
+    def close(self) -> None:
+        """Closing twice is harmless."""
+        ...
+
+
+class Records:
+    """Rows of control.h5. Stamps are given in seconds of the clock and stored from the start of the sink."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    @classmethod
+    def in_file(cls, run_dir: Path, config: Config, clock: Callable[[], float]) -> Records:
+        """In a new file of the run's folder. Raises MetricsError or OSError as TableWriter does."""
+        metrics, path = config.metrics, next_path(run_dir, "control")
+        attributes = {**provenance(config)}
+        return cls(TableWriter(path, CONTROL_TABLES, attributes, clock, metrics.flush_s, metrics.flush_rows))
 
     def request(self, record: RequestRecord, exact_match: bool | None) -> None:
         gaps = record.gaps_s
-        self._writer.row(
+        self._sink.row(
             "requests",
             id=record.request.id,
             purpose=record.request.purpose.value,
@@ -58,16 +81,14 @@ class Records:
         )
         if record.request.purpose is Purpose.USER:
             for gap in gaps:
-                self._writer.row("gaps", request=record.request.id, itl_s=gap)
+                self._sink.row("gaps", request=record.request.id, itl_s=gap)
 
     def dispatch(self, record: RequestRecord, predicted_s: float, reason: str) -> None:
         replica = -1 if record.replica is None else record.replica
-        self._writer.row(
-            "dispatches", request=record.request.id, replica=replica, predicted_s=predicted_s, reason=reason
-        )
+        self._sink.row("dispatches", request=record.request.id, replica=replica, predicted_s=predicted_s, reason=reason)
 
     def transition(self, replica: int, before: ReplicaState, after: ReplicaState, reason: str) -> None:
-        self._writer.row("transitions", replica=replica, from_state=before.value, to_state=after.value, reason=reason)
+        self._sink.row("transitions", replica=replica, from_state=before.value, to_state=after.value, reason=reason)
 
     def round(self, ended: Round) -> None:
         """A round that is over."""
@@ -76,29 +97,27 @@ class Records:
     def round_row(self, row: dict[str, Any]) -> None:
         """The same from row_of(); its stamps are of the clock."""
         stamps = {name: self._stamp(row[name]) for name in ROUND_STAMPS}
-        self._writer.row("rounds", **{**row, **stamps})
+        self._sink.row("rounds", **{**row, **stamps})
 
-    def arrival(self, scheduled: ScheduledRequest) -> None:
-        request = scheduled.request
-        self._writer.row(
+    def arrival(self, due: DueRequest) -> None:
+        request = due.request
+        self._sink.row(
             "load",
             request=request.id,
-            at_s=scheduled.at_s,
+            at_s=due.at_s,
             prompt_tokens=len(request.prompt),
             max_tokens=request.sampling.max_tokens,
         )
 
     def pressure(self, pressure: Pressure, window: ServiceWindow, reason: str) -> None:
         attainment = window.met / window.finished if window.finished else None
-        self._writer.row("pressure", level=pressure.value, attainment=attainment, backlog=window.queued, reason=reason)
+        self._sink.row("pressure", level=pressure.value, attainment=attainment, backlog=window.queued, reason=reason)
 
     def adapter(self, version: AdapterVersion) -> None:
-        self._writer.row(
-            "adapters", version=version.number, round_id=version.round_id, heldout_loss=version.heldout_loss
-        )
+        self._sink.row("adapters", version=version.number, round_id=version.round_id, heldout_loss=version.heldout_loss)
 
     def batches(self, replica: int, batches: Batches, reason: str) -> None:
-        self._writer.row(
+        self._sink.row(
             "batches",
             replica=replica,
             max_batch=batches.max_batch,
@@ -107,7 +126,7 @@ class Records:
         )
 
     def quality(self, phase: str, quality: Quality) -> None:
-        self._writer.row(
+        self._sink.row(
             "quality",
             phase=phase,
             heldout_loss=quality.heldout_loss,
@@ -118,16 +137,16 @@ class Records:
         )
 
     def maybe_flush(self) -> None:
-        self._writer.maybe_flush()
+        self._sink.maybe_flush()
 
     def flush(self) -> None:
-        self._writer.flush()
+        self._sink.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        self._sink.close()
 
     def _stamp(self, stamp: float | None) -> float | None:
-        return None if stamp is None else self._writer.since_start(stamp)
+        return None if stamp is None else self._sink.since_start(stamp)
 
 
 def row_of(ended: Round) -> dict[str, Any]:

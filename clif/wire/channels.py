@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import Protocol
 
 import msgspec
 import zmq
@@ -37,8 +38,24 @@ TURN_S = 0.05
 TURN_STRANGERS = 512
 
 
+class Channel(Protocol):
+    """The control process's end of the messages, whatever carries them."""
+
+    def receive(self, timeout_s: float) -> Iterator[tuple[int, bytes]]:
+        """Yield (replica, encoded message) for what is at hand, waiting up to timeout_s for the first."""
+        ...
+
+    def send(self, replica: int, message: Down) -> bool:
+        """Send to a replica's leader. False when it is not connected (any more)."""
+        ...
+
+    def refused(self) -> int:
+        """How many connections without a key have been refused since the last call."""
+        ...
+
+
 class ControlChannel:
-    """The control process's end: receives from all leaders, sends to one by its replica id.
+    """A Channel over ZeroMQ: receives from all leaders, sends to one by its replica id.
 
     keys, replicas: who may connect. clock: seconds.
     """

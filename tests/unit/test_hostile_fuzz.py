@@ -87,7 +87,7 @@ class Scene:
             self.server.step()
             for replica in (0, 1):
                 # Quality before the load is measured, or given up.
-                self.server._quality.on_lost(replica)
+                self.server._ports.quality.on_lost(replica)
 
     def say(self, replica: int, message: Any) -> None:
         self.server._inbox._take(self.server._clock(), replica, msgspec.msgpack.encode(message))

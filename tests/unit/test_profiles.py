@@ -35,14 +35,16 @@ def test_profiles_for_gpus_serve_poisson_load_for_an_hour(profile):
     load = profile.load
     times = [arrival.at_s for arrival in read_arrivals(load, profile.run.seed)]
     assert load.kind == "poisson" and times[-1] > 3500 and len(times) > 0.9 * 3600 * load.rate_rps
-    facts = Facts(Phase.OPEN, entered_s=600.0, started_s=0.0, load_left=1)
+    facts = Facts(Phase.OPEN, entered_s=600.0, started_s=0.0, exhausted=False, load_left=1)
     assert next_phase(600.0 + times[-1], facts, profile)[0] is None, "run.max_s leaves time to read the weights"
 
 
 def test_profiles_for_gpus_train_with_every_replica_that_has_slack_as_long_as_load_comes(profile):
     layout = make_layout(profile.layout.ranks(1), profile.layout.tp_size, profile.layout.replicas)
     check_inputs(profile, layout)
-    assert rounds_may_start(600.0, Facts(Phase.OPEN, entered_s=0.0, started_s=0.0, load_left=1), profile)
+    assert rounds_may_start(
+        600.0, Facts(Phase.OPEN, entered_s=0.0, started_s=0.0, exhausted=False, load_left=1), profile
+    )
     replicas = tuple(range(len(layout.replicas)))
     idle = ClusterView(tuple(ReplicaView(r, state=ReplicaState.IDLE, last_seen=600.0) for r in replicas))
     plan, why = plan_round(600.0, idle, Pressure.LOW, History(completed=99), profile)

@@ -29,6 +29,7 @@ from clif.errors import InputError, plain
 from clif.storage.disk_space import Room, is_full
 from clif.storage.files import write_atomic
 from clif.storage.folder_lock import FolderLock
+from clif.storage.run_folder import begin
 from clif.types import FinishReason, Request
 
 JOURNAL_FILE = "journal.jsonl"
@@ -244,6 +245,10 @@ class Journal:
             self._dirty = True
         else:
             self._sync_room.accepted()
+
+    def mark_used(self) -> None:
+        """From now on the folder holds something that is worth keeping. Raises OSError."""
+        begin(self.run_dir)
 
     def unix(self, stamp: float) -> float:
         """A stamp of the clock as wall time."""

@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from clif.control.dispatcher import RequestRecord
-from clif.control.durability.journal import Accepted, Began, Elapsed, Ended, Entered, Journal, Line, RoundStored
+from clif.control.durability.journal import Accepted, Began, Elapsed, Ended, Entered, Line, RoundStored
 from clif.control.durability.recovery import Recovery
 from clif.control.policy.phases import Phase
 from clif.control.records import ROUND_STAMPS, Records, row_of
 from clif.control.rounds import Round
-from clif.data.load import ScheduledRequest
+from clif.control.sources import DueRequest
 from clif.states import RequestState, RoundState
-from clif.storage.run_folder import begin
 from clif.types import AdapterVersion, Purpose
 
 PROGRESS_S = 1.0
 
 
+class Log(Protocol):
+    """An append-only log of lines: a Journal, or a list in memory."""
+
+    def write(self, line: Line) -> None:
+        """Append a line, which survives this process from now on. Raises OSError."""
+        ...
+
+    def maybe_sync(self) -> None:
+        """Now and then force what was written to disk, without waiting."""
+        ...
+
+    def mark_used(self) -> None:
+        """From now on the run's folder holds something that is worth keeping."""
+        ...
+
+    def unix(self, stamp: float) -> float:
+        """A stamp of the clock as wall time."""
+        ...
+
+    def stamp(self, unix: float) -> float:
+        """Wall time, maybe of an earlier process, as a stamp of the clock."""
+        ...
+
+
 class Ledger:
     """The journal of this run and what is left of the starts before. Stamps are seconds of the server's clock."""
 
-    def __init__(self, journal: Journal, recovery: Recovery) -> None:
+    def __init__(self, journal: Log, recovery: Recovery) -> None:
         self.recovery = recovery
         self._journal = journal
         self._progressed = float("-inf")
@@ -32,10 +55,10 @@ class Ledger:
     def write(self, line: Line) -> None:
         self._journal.write(line)
 
-    def accepted(self, scheduled: ScheduledRequest, arrival_s: float) -> None:
+    def accepted(self, due: DueRequest) -> None:
         """Before the request goes anywhere."""
-        unix = self._journal.unix(arrival_s)
-        self.write(Accepted(request=scheduled.request, arrival_unix=unix, at_s=scheduled.at_s))
+        unix = self._journal.unix(due.arrival_s)
+        self.write(Accepted(request=due.request, arrival_unix=unix, at_s=due.at_s))
 
     def ended(self, record: RequestRecord) -> None:
         """Before its row is written: an end that has a row is in the journal as well."""
@@ -54,7 +77,7 @@ class Ledger:
 
     def entered(self, phase: Phase) -> None:
         if phase not in (Phase.DRAIN, Phase.STOPPING, Phase.DONE):
-            begin(self._journal.run_dir)
+            self._journal.mark_used()
         self.write(Entered(phase=phase.value))
 
     def storing(self, current: Round, version: AdapterVersion) -> None:

@@ -52,6 +52,7 @@ class Facts:
 
     serving: replicas that can answer requests, now or when they are rebuilt. drain_reason: why the run is to
     drain; empty: it is not. awaiting_goodbye: replicas that have not left yet.
+    exhausted: whether no source has requests to come; load_left: how many are known to come.
     opened, over: whether the load had begun, or all had been done, before the control process was started again.
     wants_rounds: more rounds are to begin even without load. priced: what serving takes is known, see Fleet.priced.
     """
@@ -62,6 +63,7 @@ class Facts:
     missing: tuple[int, ...] = ()
     serving: int = 1
     measuring: bool = False
+    exhausted: bool = True
     load_left: int = 0
     outstanding: int = 0
     federating: bool = False
@@ -123,8 +125,8 @@ def _unfinished(waited: float, facts: Facts, config: Config) -> str:
         return f"waiting for replicas {list(facts.missing)}"
     if facts.phase in (Phase.BASELINE, Phase.CLOSING) and (facts.measuring or facts.outstanding):
         return "measuring quality"
-    if facts.phase is Phase.OPEN and facts.load_left:
-        return f"{facts.load_left} requests to come"
+    if facts.phase is Phase.OPEN and not facts.exhausted:
+        return f"{facts.load_left} requests to come" if facts.load_left else "requests may still come"
     if facts.phase is Phase.DRAIN and waited < config.run.drain_s:
         if facts.outstanding:
             return f"{facts.outstanding} requests outstanding"

@@ -1,0 +1,34 @@
+"""What a control server is connected to. A simulation gives it other implementations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from clif.adapters.store import AdapterStore
+from clif.control.answers import Answers
+from clif.control.durability.ledger import Ledger
+from clif.control.durability.shutdown import ShutdownPolicy
+from clif.control.progress import Display
+from clif.control.quality import QualityCheck
+from clif.control.records import Records
+from clif.control.sources import Source
+from clif.wire.channels import Channel
+
+
+@dataclass(frozen=True)
+class Ports:
+    """channel: to the replicas' leaders. sources: of requests. store: of promoted adapters. records: the tables.
+
+    ledger: the journal, with what earlier starts left. shutdown: what may end the run early.
+    """
+
+    channel: Channel
+    sources: Sequence[Source]
+    quality: QualityCheck
+    store: AdapterStore
+    records: Records
+    answers: Answers
+    display: Display
+    ledger: Ledger
+    shutdown: ShutdownPolicy
