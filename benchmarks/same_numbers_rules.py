@@ -45,7 +45,7 @@ OVERRIDES = (
     # Every replica takes part in every round.
     "federation.min_members=2",
 )
-ONE_THREAD = ("dist.threads_per_rank=1", "engine.coserving=turns")
+ONE_THREAD = ("dist.threads_per_rank=1", "engine.coserving=interleaved")
 BUSY = (
     "load.rate_rps=16",
     "load.duration_s=6",
@@ -58,9 +58,12 @@ BUSY = (
 SHORT_DEMO = (
     # auto measures which type is faster.
     "model.dtype=bfloat16",
-    "load.duration_s=25",
-    "federation.local_steps=6",
-    "quality.exact_match_rows=8",
+    "load.duration_s=12",
+    "load.max_tokens=32",
+    "federation.local_steps=4",
+    "data.heldout_rows=48",
+    "quality.exact_match_rows=4",
+    "quality.max_tokens=32",
     # In bfloat16 a product of other rows is another product: one request at a time, and slices that are never cut.
     "engine.max_batch=1",
     "engine.prefix_reuse=false",
@@ -68,8 +71,10 @@ SHORT_DEMO = (
 )
 SETTINGS = {
     "smoke": Setting("configs/smoke.yaml", ONE_THREAD),
-    "smoke-mixed": Setting("configs/smoke.yaml", ("dist.threads_per_rank=1", "engine.coserving=mixed", *BUSY), 1e-3),
-    "smoke-beside": Setting("configs/smoke.yaml", ("dist.threads_per_rank=2", "engine.coserving=beside", *BUSY), 1e-3),
+    "smoke-fused": Setting("configs/smoke.yaml", ("dist.threads_per_rank=1", "engine.coserving=fused", *BUSY), 1e-3),
+    "smoke-concurrent": Setting(
+        "configs/smoke.yaml", ("dist.threads_per_rank=2", "engine.coserving=concurrent", *BUSY), 1e-3
+    ),
     "demo": Setting("configs/demo.yaml", (*ONE_THREAD, *SHORT_DEMO)),
 }
 RULES = (
@@ -100,7 +105,10 @@ RULES = (
 
 "answers" is RUN/answers.jsonl, "weights" the files in RUN/adapters. A tolerance leaves weights out.
 """
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "ticks.regime:mixed": "fused",
+    "ticks.regime:beside": "concurrent",
+}
 """TABLE, TABLE.COLUMN or TABLE.COLUMN:WORD, all in the old names -> the new name of the last part.
 
 Old runs are compared in the new names. Renamed configuration keys are in clif/config/renamed.py.

@@ -69,9 +69,9 @@ def test_one_other_loss_or_token_is_a_difference(tmp_path, changed, seen):
 
 
 def test_a_tolerance_is_for_losses_only(tmp_path):
-    assert compare(*pair(tmp_path / "loss", "smoke-mixed", loss=2.5000001))[0] == 0
-    assert compare(*pair(tmp_path / "much", "smoke-mixed", loss=2.51))[0] == 1
-    assert compare(*pair(tmp_path / "token", "smoke-mixed", answer="one two tree"))[0] == 1
+    assert compare(*pair(tmp_path / "loss", "smoke-fused", loss=2.5000001))[0] == 0
+    assert compare(*pair(tmp_path / "much", "smoke-fused", loss=2.51))[0] == 1
+    assert compare(*pair(tmp_path / "token", "smoke-fused", answer="one two tree"))[0] == 1
 
 
 def test_other_weights_are_a_difference(tmp_path):
