@@ -1,3 +1,25 @@
 """CLIF serves a language model from replicas and fine-tunes it, federated, in their slack."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clif.llm import LLM, Completion, StreamEvent
+    from clif.types import Sampling
+
 __version__ = "0.1.0"
+__all__ = ["LLM", "Completion", "Sampling", "StreamEvent", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """The library's names, imported at first use: the command line works without torch."""
+    if name == "Sampling":
+        from clif.types import Sampling
+
+        return Sampling
+    if name in ("LLM", "Completion", "StreamEvent"):
+        from clif import llm
+
+        return getattr(llm, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -69,6 +69,10 @@ class ChatTokenizer:
         chat = {"template": self.template, "eos_ids": list(self.eos_ids), "special": self.special}
         (folder / CHAT_FILE).write_text(json.dumps(chat, indent=1))
 
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a text as it is, with the special tokens that the tokenizer puts around one. Raises ChatError."""
+        return self._ids(text, add_special_tokens=True)
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation up to where the assistant answers. Raises ChatError."""
         if self._compiled is None:

@@ -91,6 +91,7 @@ def make_rig(
     adapter: dict | None = None,
     device: str = "cpu",
     model: dict | None = None,
+    seed: int = 3,
 ) -> Rig:
     tree = {
         "model": {"path": model_path, "dtype": "float32", "max_context": 256, "device": device, **(model or {})},
@@ -99,7 +100,7 @@ def make_rig(
         "train": {"enabled": False},
     }
     config = config_from_tree(tree)
-    loaded = load_model(config.model, torch.device(device), seed=3)
+    loaded = load_model(config.model, torch.device(device), seed)
     return Rig(config, loaded, Engine.from_config(config, loaded))
 
 

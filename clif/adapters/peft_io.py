@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -109,6 +110,63 @@ def _served(name: str, tensor: torch.Tensor, served: torch.dtype) -> torch.Tenso
 
 def read_folder(bank: AdapterBank, folder: Path) -> State:
     """An adapter from a PEFT folder. Raises AdapterError also when its r, alpha or extras differ from ours."""
+    config, weights = _read_files(folder)
+    for key, ours in (("r", bank.config.r), ("lora_alpha", bank.config.lora_alpha)):
+        if config.get(key) != ours:
+            raise AdapterError(f"{folder} has {key}={plain(config.get(key))}, the run has {ours}: change adapter.{key}")
+    _check_extras(config, folder)
+    return read_weights(bank, weights)
+
+
+def fit_folder(bank: AdapterBank, folder: Path) -> State:
+    """An adapter of a PEFT folder for a bank of any scale, of its rank at least, and of its modules or more.
+
+    Rows that the adapter has not got are zero, and so are modules; B takes up the difference between its scale and the
+    bank's. Raises AdapterError as read_folder() does, and for a larger rank.
+    """
+    config, weights = _read_files(folder)
+    _check_extras(config, folder)
+    rank, alpha = read_rank(folder), config.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
+        raise AdapterError(f"{folder} has lora_alpha={plain(alpha)}: correct it to a number above 0")
+    if rank > bank.config.r:
+        raise AdapterError(f"{folder} has r={rank}, more than adapter.r {bank.config.r}: raise adapter.r")
+    scale = (alpha / rank) / (bank.config.lora_alpha / bank.config.r)
+    state, shapes = _by_name(_tensors(weights)), bank.shapes()
+    unknown = sorted(state.keys() - shapes.keys())
+    if unknown or not state:
+        raise AdapterError(f"{folder} does not fit the model: {len(unknown)} unknown keys {plain(unknown[:3])}")
+    whole = {name: torch.zeros(shape, device=bank.shadow.device) for name, shape in shapes.items()}
+    for name, tensor in state.items():
+        dim = 0 if name.endswith("lora_A.weight") else 1
+        expected = list(shapes[name])
+        expected[dim] = rank
+        if list(tensor.shape) != expected:
+            raise AdapterError(f"{name} has shape {list(tensor.shape)}, not {expected}")
+        served = _served(name, tensor, bank.dtype)
+        whole[name].narrow(dim, 0, rank).copy_(served if dim == 0 or scale == 1 else served * scale)
+    lonely = sorted(name for name in state if _other_factor(name) not in state)
+    if lonely:
+        raise AdapterError(f"{folder} holds {lonely[0]} without its other factor: export the adapter again")
+    return bank.local(whole)
+
+
+def read_rank(folder: Path) -> int:
+    """The rank of an adapter in a PEFT folder. Raises AdapterError."""
+    config, _ = _read_files(folder)
+    rank = config.get("r")
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise AdapterError(f"{folder} has r={plain(rank)}: correct it to a whole number above 0")
+    return rank
+
+
+def _other_factor(name: str) -> str:
+    a, b = ".lora_A.", ".lora_B."
+    return name.replace(a, b) if a in name else name.replace(b, a)
+
+
+def _read_files(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """adapter_config.json and the weights of a LoRA adapter."""
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         weights = (folder / WEIGHTS_FILE).read_bytes()
@@ -118,10 +176,10 @@ def read_folder(bank: AdapterBank, folder: Path) -> State:
         raise AdapterError(f"{folder / CONFIG_FILE} is damaged: {plain(error)}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise AdapterError(f"{folder / CONFIG_FILE} does not describe a LoRA adapter: export one with peft_type LORA")
-    for key, ours in (("r", bank.config.r), ("lora_alpha", bank.config.lora_alpha)):
-        if config.get(key) != ours:
-            raise AdapterError(f"{folder} has {key}={plain(config.get(key))}, the run has {ours}: change adapter.{key}")
+    return config, weights
+
+
+def _check_extras(config: dict[str, Any], folder: Path) -> None:
     for key in ELSEWHERE:
         if config.get(key):
             raise AdapterError(f"{folder} uses {key}, which cannot be served: export it without")
-    return read_weights(bank, weights)

@@ -108,6 +108,22 @@ def _context(tree: Tree, max_context: int) -> Iterator[str]:
     yield from _rope(tree, max_context)
 
 
+def longest_context(tree: Tree) -> int | None:
+    """Tokens up to which check_tree() takes a model that it takes at all; None: it names no limit."""
+    limits = (tree.get("max_position_embeddings"), window_of(tree), _same_rope(tree))
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
+def _same_rope(tree: Tree) -> int | None:
+    """Tokens up to which positions are computed in one way; None: at all of them."""
+    rope = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        return None
+    scaled = rope.get("rope_type", rope.get("type")) in ("longrope", "su") or rope.get("llama_4_scaling_beta")
+    first = rope.get("original_max_position_embeddings") or tree.get("original_max_position_embeddings")
+    return first if scaled and isinstance(first, int) else None
+
+
 def window_of(tree: Tree) -> int | None:
     """Tokens that the narrowest attention of a model looks back over; None: all."""
     kinds = tree.get("layer_types")

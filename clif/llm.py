@@ -1,0 +1,320 @@
+"""CLIF as a library: a model with its adapters in this process, for whoever has prompts and no cluster.
+
+    from clif import LLM, Sampling
+
+    with LLM("path-or-hub-name") as llm:
+        for answer in llm.generate(["Once upon a time", "In the beginning"], Sampling(max_tokens=40)):
+            print(answer.text)
+
+It is the engine that a replica runs, with the same batches and the same tokens; there is no training, no other process
+and no network.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tokenizers.decoders import DecodeStream
+
+from clif.adapters.cache import AdapterCache
+from clif.adapters.peft_io import read_rank
+from clif.config import Config, config_from_tree
+from clif.distributed.topology import choose_device
+from clif.engine.engine import Engine
+from clif.errors import InputError, plain
+from clif.models.hf_config import longest_context
+from clif.models.weights.files import locate, read_model
+from clif.models.weights.loading import load_model
+from clif.tokenizer import ChatTokenizer
+from clif.types import FinishReason, Request, Sampling, TokenEvent
+
+Message = Mapping[str, str]
+Prompt = str | Sequence[int] | Sequence[Message]
+"""A text as it is, token ids, or a conversation, which goes through the model's chat template."""
+Adapter = str | Path | None
+Section = Mapping[str, Any]
+CONTEXT = 2048
+"""Tokens of prompt and answer, where neither the caller nor the model says less."""
+RANK = 16
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer. adapter_version: 0 is the base model; each export of an adapter that is loaded gets a new one.
+
+    token_ids: with the token that ended it, if one did. detail: why, where finish_reason is failed.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    adapter_version: int
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class StreamEvent:
+    """What is new of an answer. index: of the prompt; finish_reason: set in its last event only.
+
+    text: whole characters, and nothing that may turn out to be the beginning of a stop string. It may be empty.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    adapter_version: int
+    finish_reason: FinishReason | None = None
+    detail: str = ""
+
+
+class LLM:
+    """A loaded model, of one process and one thread. Close it, or use it in a `with` block.
+
+    path: a hub name, a folder, a .gguf file or random:<config.json>. adapters: names for PEFT folders.
+    model, adapter, engine: fields of these sections of the configuration, e.g. engine={"max_batch": 32}; by default the
+    longest context is the model's own, but not above 2048 tokens, and adapters have a rank of 16 at most.
+    Raises InputError, with what to change, for what cannot be loaded or honoured.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        adapters: Mapping[str, str | Path] | None = None,
+        model: Section | None = None,
+        adapter: Section | None = None,
+        engine: Section | None = None,
+    ) -> None:
+        self._names = {name: Path(folder) for name, folder in (adapters or {}).items()}
+        self.config = _config(str(path), self._names, model or {}, adapter or {}, engine or {})
+        loaded = load_model(self.config.model, choose_device(self.config.model.device, 0), self.config.run.seed)
+        self.tokenizer = loaded.tokenizer
+        self._engine: Engine | None = Engine.from_config(self.config, loaded)
+        self._vocab_size = self._engine.runner.stack.vocab_size
+        self._cache = AdapterCache(self._engine.runner.bank, self._engine.scheduler.slots)
+        self._ids = itertools.count()
+        self._events: dict[int, deque[TokenEvent]] = {}
+        self._cache.versions_of([*self._names.values()])
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        adapter: Adapter | Sequence[Adapter] = None,
+    ) -> list[Completion]:
+        """An answer to each prompt, in their order; a single prompt gets a list of one.
+
+        sampling, adapter: for all prompts, or one for each. adapter: a PEFT folder, a name of `adapters`, or None for
+        the base model; several are served in one batch. Raises InputError before anything is computed.
+        """
+        answers = self._submit(prompts, sampling, adapter)
+        for _ in self._run(answers):
+            pass
+        return [answer.completion() for answer in answers]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        adapter: Adapter | Sequence[Adapter] = None,
+    ) -> Iterator[StreamEvent]:
+        """As generate(), an event as soon as a prompt has a new token. What is left when it is closed is cancelled.
+
+        Several streams, and generate(), may take turns: whichever is asked computes for all.
+        """
+        return self._run(self._submit(prompts, sampling, adapter))
+
+    def close(self) -> None:
+        """Cancel what runs and give the memory back."""
+        if self._engine is None:
+            return
+        for request_id in [*self._events]:
+            self._engine.scheduler.cancel(request_id)
+        self._events.clear()
+        self._engine.close()
+        self._engine = None
+        del self._cache
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def _open_engine(self) -> Engine:
+        if self._engine is None:
+            raise InputError("this LLM is closed: make another one")
+        return self._engine
+
+    def _submit(self, prompts: object, sampling: object, adapter: object) -> list[_Answer]:
+        """Everything is checked before the first request is taken in."""
+        engine, given = self._open_engine, _listed(prompts)
+        wanted = [Sampling() if s is None else s for s in _for_each(sampling, len(given), "sampling", Sampling)]
+        chosen = [self._folder(a) for a in _for_each(adapter, len(given), "adapter", (str, Path))]
+        ids = [self._encode(prompt, index) for index, prompt in enumerate(given)]
+        for index, (one, params) in enumerate(zip(ids, wanted, strict=True)):
+            self._check_room(index, len(one), params.max_tokens)
+        versions = self._cache.versions_of([folder for folder in chosen if folder is not None])
+        answers = []
+        for index, (one, params, folder) in enumerate(zip(ids, wanted, chosen, strict=True)):
+            request = Request(id=next(self._ids), prompt=tuple(one), sampling=params)
+            version = 0 if folder is None else versions[folder]
+            refused = engine.scheduler.add(request, engine.clock(), version=version)
+            self._events[request.id] = deque([] if refused is None else [refused])
+            answers.append(_Answer(index, request, version, _Text(self.tokenizer, params.stop)))
+        return answers
+
+    def _run(self, answers: list[_Answer]) -> Iterator[StreamEvent]:
+        """Compute until all of these answers are complete."""
+        try:
+            while any(answer.finish is None for answer in answers):
+                for answer in answers:
+                    while answer.finish is None and self._events[answer.request.id]:
+                        yield answer.take(self._events[answer.request.id].popleft())
+                if any(answer.finish is None for answer in answers):
+                    self._step()
+        finally:
+            for answer in answers:
+                if self._events.pop(answer.request.id, None) is not None and answer.finish is None and self._engine:
+                    self._engine.scheduler.cancel(answer.request.id)
+
+    def _step(self) -> None:
+        """One tick, for the requests of all streams."""
+        for event in self._open_engine.serve():
+            if event.request_id in self._events:
+                self._events[event.request_id].append(event)
+
+    def _folder(self, adapter: str | Path | None) -> Path | None:
+        return None if adapter is None else self._names.get(str(adapter), Path(adapter))
+
+    def _encode(self, prompt: Any, index: int) -> list[int]:
+        ids = _tokens(self.tokenizer, prompt, index)
+        if not ids:
+            raise InputError(f"prompt {index} has no tokens: give one at least")
+        if not 0 <= min(ids) <= max(ids) < self._vocab_size:
+            raise InputError(f"prompt {index} has a token id outside of the vocabulary, 0 to {self._vocab_size - 1}")
+        return ids
+
+    def _check_room(self, index: int, prompt: int, answer: int) -> None:
+        most = self.config.model.max_context
+        if prompt + answer > most:
+            raise InputError(
+                f"prompt {index} has {prompt} tokens and may be answered with {answer}, together more than the longest "
+                f"context of {most}: shorten it, lower max_tokens, or give LLM(model={{'max_context': ...}})"
+            )
+
+
+@dataclass
+class _Answer:
+    """An answer that grows. sent: what events have given out of its text."""
+
+    index: int
+    request: Request
+    version: int
+    text: _Text
+    ids: list[int] = field(default_factory=list)
+    sent: str = ""
+    finish: FinishReason | None = None
+    detail: str = ""
+
+    def take(self, event: TokenEvent) -> StreamEvent:
+        self.ids += event.tokens
+        new = self.text.add(event.tokens)
+        if event.finish is not None:
+            whole = self.text.tokenizer.decode(self.ids) if event.text is None else event.text
+            new = whole[len(self.sent) :]
+        self.sent += new
+        self.finish, self.detail = event.finish, event.detail
+        return StreamEvent(self.index, new, event.tokens, self.version, event.finish, event.detail)
+
+    def completion(self) -> Completion:
+        assert self.finish is not None
+        return Completion(self.sent, tuple(self.ids), self.finish, self.version, self.detail)
+
+
+class _Text:
+    """Token ids as text, as they come. What may be the beginning of a stop string is held back."""
+
+    def __init__(self, tokenizer: ChatTokenizer, stop: Sequence[str]) -> None:
+        self.tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=True)
+        self._keep, self._held = max(map(len, stop), default=1) - 1, ""
+
+    def add(self, ids: Sequence[int]) -> str:
+        for token in ids:
+            self._held += self._stream.step(self.tokenizer.tokenizer, token) or ""
+        cut = max(0, len(self._held) - self._keep)
+        ready, self._held = self._held[:cut], self._held[cut:]
+        return ready
+
+
+def _config(path: str, adapters: Mapping[str, Path], model: Section, adapter: Section, engine: Section) -> Config:
+    """As for a run that only serves. Raises InputError."""
+    if "max_context" not in model:
+        model = {"max_context": min(CONTEXT, _longest(path) or CONTEXT), **model}
+    if "r" not in adapter:
+        adapter = {"r": max([RANK, *(read_rank(folder) for folder in adapters.values())]), **adapter}
+    if len(adapters) > 2 and "serving_slots" not in adapter:
+        adapter = {"serving_slots": len(adapters), **adapter}
+    sections = {"model": {"path": path, **model}, "adapter": dict(adapter), "engine": dict(engine)}
+    return config_from_tree({**sections, "train": {"enabled": False}})
+
+
+def _longest(path: str) -> int | None:
+    place = locate(path)
+    if place is not None:
+        return longest_context(read_model(place))
+    import transformers
+
+    from clif.models.guard import reading
+
+    with reading(f"model.path {path}"):
+        return longest_context(transformers.AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict())
+
+
+def _listed(prompts: object) -> list[Any]:
+    """Prompts as a list, of one if it is one. Raises InputError for what is neither."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise InputError(f"prompts is a {type(prompts).__name__}: give a text, token ids, messages, or a list of these")
+    one = all(_is_id(item) for item in prompts) or all(isinstance(item, Mapping) for item in prompts)
+    return [prompts] if prompts and one else list(prompts)
+
+
+def _for_each(given: Any, count: int, name: str, kind: type | tuple[type, ...]) -> list[Any]:
+    """One value for each prompt. Raises InputError."""
+    values = [given] * count if given is None or isinstance(given, kind) else given
+    if not isinstance(values, Sequence) or not all(value is None or isinstance(value, kind) for value in values):
+        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise InputError(f"{name} is {plain(repr(given), 80)}: give a {kinds}, None, or a list, one for each prompt")
+    if len(values) != count:
+        raise InputError(f"{name} has {len(values)} entries for {count} prompts: give one for all, or one for each")
+    return list(values)
+
+
+def _tokens(tokenizer: ChatTokenizer, prompt: Any, index: int) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer.encode_text(prompt)
+    if isinstance(prompt, Sequence) and all(_is_id(item) for item in prompt):
+        return [int(item) for item in prompt]
+    if isinstance(prompt, Sequence) and all(_is_message(item) for item in prompt):
+        return tokenizer.encode_chat([dict(message) for message in prompt])
+    raise InputError(
+        f"prompt {index} is none: give a text, a list of token ids, or a list of messages with role and content, texts"
+    )
+
+
+def _is_id(item: object) -> bool:
+    return isinstance(item, Integral) and not isinstance(item, bool)
+
+
+def _is_message(item: object) -> bool:
+    return isinstance(item, Mapping) and all(isinstance(item.get(key), str) for key in ("role", "content"))
