@@ -46,11 +46,11 @@ class Alive:
         rows = load_data(config, loaded.tokenizer, topology.replica, len(topology.layout.replicas))
         self.send: Callable[[m.Up], None] = self.said.append if topology.is_leader else lambda _: None
 
-        def build(incarnation: int, ticks: int) -> Replica:
+        def build(incarnation: int, steps: int) -> Replica:
             if incarnation:
                 self.base.renew(config.run.seed)
             wanted = resumed if incarnation else config
-            return build_replica(wanted, topology, self.base, rows, self.folder, records, self.send, ticks)
+            return build_replica(wanted, topology, self.base, rows, self.folder, records, self.send, steps)
 
         self.built: list[int] = []
         self.supervisor = ReplicaSupervisor(
@@ -61,15 +61,15 @@ class Alive:
     def replica(self) -> Replica:
         return self.supervisor.replica
 
-    def turn(self, *orders: m.Down) -> None:
+    def step(self, *orders: m.Down) -> None:
         leads = self.topology.is_leader
-        self.supervisor.turn([msgspec.msgpack.encode(order) for order in orders] if leads else None)
+        self.supervisor.step([msgspec.msgpack.encode(order) for order in orders] if leads else None)
 
     def until(self, done: Callable[[], bool], limit_s: float = 40.0) -> None:
         end = time.monotonic() + limit_s
         while not done():
             assert time.monotonic() < end, f"nothing came of it; said {[type(x).__name__ for x in self.said[-5:]]}"
-            self.turn()
+            self.step()
 
     def last(self, kind: type) -> Any:
         found = [x for x in self.said if isinstance(x, kind)]
@@ -93,16 +93,16 @@ class Alive:
             accumulation=1,
             base_version=base_version,
         )
-        self.turn(m.BeginRound(plan=plan, group=plan.round_id))
+        self.step(m.BeginRound(plan=plan, group=plan.round_id))
 
     def commit(self, round_id: int, version: int) -> None:
         """A whole round of this replica alone, stored as the control process would."""
         self.said.clear()
         self.begin(round_id, steps=3, base_version=version - 1)
         self.wait_for(m.StepsDone)
-        self.turn(m.Aggregate(round_id=round_id))
+        self.step(m.Aggregate(round_id=round_id))
         self.wait_for(m.Voted)
-        self.turn(m.Settle(round_id=round_id, commit=True, version=version, publish=True))
+        self.step(m.Settle(round_id=round_id, commit=True, version=version, publish=True))
         published = self.wait_for(m.Published)
         stored = AdapterVersion(number=version, round_id=round_id, heldout_loss=1.0)
         AdapterStore(self.folder).write(stored, published.config_json, published.weights)
@@ -114,10 +114,10 @@ def fail(*_: Any) -> Any:
 
 
 def answer_of(alive: Alive, id: int) -> list[int]:
-    """Of one request, alone. Every rank of the replica goes through the same turns."""
-    alive.turn(m.Submit(request=request(id, [5, 6, 7], max_tokens=12, ignore_eos=True)))
+    """Of one request, alone. Every rank of the replica goes through the same steps."""
+    alive.step(m.Submit(request=request(id, [5, 6, 7], max_tokens=12, ignore_eos=True)))
     for _ in range(20):
-        alive.turn()
+        alive.step()
     return alive.tokens(id)
 
 
@@ -131,16 +131,16 @@ def fail_in_a_round(topology: Topology, model: str, data: str, run_dir: str) -> 
     alive.begin(2, steps=50, base_version=1)
     alive.until(lambda: trainer.steps > 4)
     cache = weakref.ref(alive.replica.engine.runner.cache)
-    ticks, heard = alive.replica.ticks, len(alive.said)
+    steps, heard = alive.replica.steps, len(alive.said)
     alive.replica.engine.runner.serve = fail  # type: ignore[method-assign]
-    alive.turn(m.Submit(request=request(2, [9, 8], max_tokens=5)))
+    alive.step(m.Submit(request=request(2, [9, 8], max_tokens=5)))
     trouble = alive.said[heard]
     del trainer
     gc.collect()
     freed = cache() is None
-    alive.turn(m.Submit(request=request(3, [9, 8], max_tokens=5)), m.Aggregate(round_id=2))
+    alive.step(m.Submit(request=request(3, [9, 8], max_tokens=5)), m.Aggregate(round_id=2))
     early = alive.tokens(3)
-    alive.turn(m.Submit(request=request(4, [9, 8], max_tokens=5)), m.Welcome(incarnation=1))
+    alive.step(m.Submit(request=request(4, [9, 8], max_tokens=5)), m.Welcome(incarnation=1))
     trainer = alive.replica.member.trainer
     after = (trainer.bank.shadow.detach().clone(), trainer.steps, trainer.cursor_state()["committed"])
     again = answer_of(alive, 5)
@@ -154,7 +154,7 @@ def fail_in_a_round(topology: Topology, model: str, data: str, run_dir: str) -> 
         "same": torch.equal(before[0], after[0]) and before[1:] == after[1:],
         "answers": (known, again),
         "version": alive.replica.engine.scheduler.slots.active,
-        "ticks": alive.replica.ticks - ticks,
+        "steps": alive.replica.steps - steps,
     }
 
 
@@ -164,8 +164,8 @@ def fail_too_often(topology: Topology, model: str, data: str, run_dir: str) -> t
     try:
         for incarnation in range(1, 5):
             alive.replica.engine.runner.serve = fail  # type: ignore[method-assign]
-            alive.turn(m.Submit(request=request(incarnation, [9, 8], max_tokens=5)))
-            alive.turn(m.Welcome(incarnation=incarnation))
+            alive.step(m.Submit(request=request(incarnation, [9, 8], max_tokens=5)))
+            alive.step(m.Welcome(incarnation=incarnation))
     except torch.OutOfMemoryError as error:
         return alive.built, str(error)
     return alive.built, ""
@@ -176,21 +176,21 @@ def damaged_weights(topology: Topology, model: str, data: str, run_dir: str) -> 
     alive = Alive(topology, model, data, run_dir)
     alive.base.stack.linears[0].weight[:4] *= 2
     try:
-        alive.turn(m.Rebuild(reason="test"))
+        alive.step(m.Rebuild(reason="test"))
     except RuntimeError as error:
         return str(error)
     return "nothing"
 
 
 def one_of_two_ranks_fails(topology: Topology, model: str, data: str, run_dir: str) -> dict[str, Any]:
-    """Rank 1 meets an error in the middle of a tick; the leader waits for it in a sum."""
+    """Rank 1 meets an error in the middle of a step; the leader waits for it in a sum."""
     Path(run_dir).mkdir(exist_ok=True)
     alive = Alive(topology, model, data, run_dir)
     known = answer_of(alive, 1)
     if topology.env.rank == 1:
         alive.replica.engine.runner.serve = fail  # type: ignore[method-assign]
-    alive.turn(m.Submit(request=request(2, [9, 8], max_tokens=5)))
-    alive.turn(m.Welcome(incarnation=1))
+    alive.step(m.Submit(request=request(2, [9, 8], max_tokens=5)))
+    alive.step(m.Welcome(incarnation=1))
     again = answer_of(alive, 3)
     return {"known": known, "again": again, "built": alive.built, "trouble": alive.last(m.Trouble)}
 
@@ -204,12 +204,12 @@ def a_member_that_never_comes(topology: Topology, model: str, data: str, run_dir
     plan = RoundPlan(
         round_id=1, members=(0, 1), incarnations=(0, 0), local_steps=2, micro_batch=4, accumulation=1, base_version=0
     )
-    alive.turn(m.BeginRound(plan=plan, group=plan.round_id))
+    alive.step(m.BeginRound(plan=plan, group=plan.round_id))
     alive.wait_for(m.StepsDone)
-    alive.turn(m.Aggregate(round_id=1))
+    alive.step(m.Aggregate(round_id=1))
     answered = answer_of(alive, 1)
     failed = alive.last(m.RoundFailed)
-    alive.turn(m.Settle(round_id=1, commit=False, version=0))
+    alive.step(m.Settle(round_id=1, commit=False, version=0))
     settled = alive.wait_for(m.Settled)
     topology.store.set("clif/test/over", "")
     return {"answered": answered, "failed": failed, "settled": settled.version}
