@@ -54,7 +54,7 @@ setup(
     python_requires=">=3.11",
     # kernels/ and launch/ stand at the top for the reader, and are installed inside clif: a top-level package
     # "kernels" on sys.path would be taken for Hugging Face's by transformers.
-    packages=[*find_packages(include=["clif", "clif.*"]), "clif.kernels", "clif.launch"],
+    packages=[*find_packages(include=["clif", "clif.*"]), "clif.kernels", "clif.kernels.testing", "clif.launch"],
     package_dir={"clif": "clif", "clif.kernels": "kernels", "clif.launch": "launch"},
     package_data={"clif.kernels": ["tuned/*.json"]},
     install_requires=REQUIRES,

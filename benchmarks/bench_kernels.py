@@ -46,8 +46,8 @@ from rivals import (
 from timing import Timing, contest
 from tune_gpu import Tuner
 
-from clif.kernels.fused import FusedLinear, KernelLauncher
-from clif.kernels.specification import SHADOW, Batch, computed, violations
+from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
+from clif.kernels.testing.dual_lora_specification import SHADOW, Batch, computed, violations
 from clif.kernels.tiles import GradTiles, LinearTiles
 from clif.kernels.tuning import Defaults, Table, kernel_tiles, load_table, table_path
 
@@ -235,7 +235,7 @@ def report(findings: Findings, cases: Sequence[Case], about: Sequence[str], plot
     lines += ["", "## Correctness", ""]
     wrong = {name: faults for name, faults in findings.faults.items() if faults}
     lines += [f"* {name}: {'; '.join(faults)}" for name, faults in wrong.items()]
-    lines += [] if wrong else ["* every case is within the specification (kernels/specification.py)"]
+    lines += [] if wrong else ["* every case is within the specification (kernels/testing/dual_lora_specification.py)"]
     failed = [f"* {c}: {way} failed: {why}" for c, ways in findings.failed.items() for way, why in ways.items()]
     lines += ["", "## Notes", "", *failed, *[f"* {note}" for note in findings.notes], ""]
     return "\n".join(lines + ([f"![{plot}]({plot})", ""] if plot else []))

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch.nn.functional import linear
 
-from clif.kernels.dual_lora import Packed
-from clif.kernels.fused import INTERPRET
+from clif.kernels.dual_lora_host import INTERPRET
+from clif.kernels.dual_lora_reference import Packed
+from clif.kernels.dual_lora_table import RowTable
 from clif.kernels.numerics import dot, rounded
-from clif.kernels.tiles import RowTable
 
 BLOCK_M, BLOCK_N, BLOCK_K, SLICES = 16, 128, 128, 16
 

@@ -26,10 +26,10 @@ import triton
 from bench_kernels import CASES
 from tune_gpu import MODELS, Tuner
 
-from clif.kernels.fused import FusedLinear, KernelLauncher
-from clif.kernels.paged import PagedDecode
-from clif.kernels.paged_decode_reference import random_decode
-from clif.kernels.specification import SHADOW, computed, random_batch, random_layer
+from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
+from clif.kernels.paged_decode_host import PagedDecode
+from clif.kernels.testing.dual_lora_specification import SHADOW, computed, random_batch, random_layer
+from clif.kernels.testing.paged_decode_specification import random_decode
 
 DRY_RUN = "--dry" in sys.argv
 DEVICE = torch.device("cpu" if DRY_RUN else "cuda")

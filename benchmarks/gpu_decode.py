@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from gpu_bench import Bench, Scale, bandwidth, launches, run_stage, seconds_of, spread
 
-from clif.kernels.decode_table import DecodeRow, DecodeTable
-from clif.kernels.dual_lora import Segment
+from clif.kernels.dual_lora_reference import Segment
+from clif.kernels.paged_decode_table import DecodeRow, DecodeTable
 from clif.models.dual_linear import Rows
 from clif.models.head import top
 

@@ -14,7 +14,7 @@ from clif.distributed.collectives import TpGroup
 from clif.engine.engine import Engine
 from clif.engine.jobs import Slices
 from clif.engine.runner import ModelRunner
-from clif.kernels.dual_lora import Segment
+from clif.kernels.dual_lora_reference import Segment
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import Rows
 from clif.models.shard import layer_spans, part_of, share

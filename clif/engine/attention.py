@@ -11,11 +11,11 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from clif.engine.blocks import cache_slots
 from clif.engine.scheduler import Chunk
-from clif.kernels.decode_table import DecodeRow, DecodeTable
+from clif.kernels.paged_decode_table import DecodeRow, DecodeTable
 from clif.models.causal import CausalSequences, bucket
 
 if TYPE_CHECKING:
-    from clif.kernels.paged import PagedDecode
+    from clif.kernels.paged_decode_host import PagedDecode
 
 
 class KVCache:

@@ -19,7 +19,7 @@ from clif.models.stack import CausalStack
 from clif.models.weights.loading import LoadedModel
 
 if TYPE_CHECKING:
-    from clif.kernels.paged import PagedDecode
+    from clif.kernels.paged_decode_host import PagedDecode
 
 SAME = 1e-3
 

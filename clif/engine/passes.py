@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from clif.kernels.dual_lora import Segment
+from clif.kernels.dual_lora_reference import Segment
 from clif.models.causal import SAVED_LENGTH, CausalSequences
 from clif.models.dual_linear import Rows
 from clif.models.layer import SubBatch

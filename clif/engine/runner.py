@@ -14,14 +14,14 @@ from clif.engine.attention import KVCache, PagedRows
 from clif.engine.jobs import Slice, SliceKind, Slices
 from clif.engine.passes import Pass, measure_activations, pack
 from clif.engine.scheduler import Chunk
-from clif.kernels.dual_lora import Segment
+from clif.kernels.dual_lora_reference import Segment
 from clif.models.dual_linear import SHADOW, Rows
 from clif.models.layer import SubBatch
 from clif.models.stack import CausalStack
 from clif.types import TrainSample
 
 if TYPE_CHECKING:
-    from clif.kernels.paged import PagedDecode
+    from clif.kernels.paged_decode_host import PagedDecode
 
 HEAD_LEAST = 16
 """Rows of the head's smallest slice: one row would read the whole matrix, too."""

@@ -14,8 +14,8 @@ from clif.config import ConfigError
 from clif.kernels.tuning import Defaults, Table, load_table, table_path
 
 if TYPE_CHECKING:
-    from clif.kernels.fused import KernelLauncher
-    from clif.kernels.paged import PagedDecode
+    from clif.kernels.dual_lora_host import KernelLauncher
+    from clif.kernels.paged_decode_host import PagedDecode
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def choose_kernels(
         )
         return None
     assert_supported("engine.lora_kernel", device, dtype, r)
-    from clif.kernels.fused import KernelLauncher
+    from clif.kernels.dual_lora_host import KernelLauncher
 
     missing = defaults if wanted == "triton" else None
     table = load_table(measured, missing, defaults) if measured and tuned else Table({}, {}, missing, defaults)
@@ -88,7 +88,7 @@ def choose_decode(
     if wanted == "torch" or (wanted == "auto" and (device.type != "cuda" or _obstacle(device, dtype, 1) is not None)):
         return None
     assert_supported("engine.decode_kernel", device, dtype)
-    from clif.kernels.paged import PagedDecode
+    from clif.kernels.paged_decode_host import PagedDecode
 
     return PagedDecode(device)
 

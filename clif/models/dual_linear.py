@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from clif.distributed.collectives import TpGroup
-from clif.kernels.dual_lora import Member, Packed, Segment, add_dual_lora, shadow_backward, shadow_forward
+from clif.kernels.dual_lora_reference import Member, Packed, Segment, add_dual_lora, shadow_backward, shadow_forward
 from clif.models.backends import Linear, frozen_linear
 from clif.models.shard import Span, Split
 
 if TYPE_CHECKING:
-    from clif.kernels.fused import FusedLinear, KernelLauncher
+    from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
 
 SHADOW = -1
 """The shadow's slot: the last one."""
@@ -122,7 +122,7 @@ class DualLinear:
 
     def fuse(self, launcher: KernelLauncher) -> None:
         """Compute base and adapters in one launch from now on; only for an adapted layer."""
-        from clif.kernels.fused import FusedLinear
+        from clif.kernels.dual_lora_host import FusedLinear
 
         ends = list(itertools.accumulate(self.sizes))
         blocks = [self.adapted.index(i) if i in self.adapted else None for i in range(len(self.sizes))]

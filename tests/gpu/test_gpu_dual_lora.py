@@ -15,10 +15,11 @@ import torch
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
 pytest.importorskip("triton")
 
-from clif.kernels.dual_lora import Segment
-from clif.kernels.fused import FusedLinear, KernelLauncher
-from clif.kernels.specification import SHADOW, Batch, computed, random_batch, random_layer, violations
-from clif.kernels.tiles import LinearTiles, RowTable
+from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
+from clif.kernels.dual_lora_reference import Segment
+from clif.kernels.dual_lora_table import RowTable
+from clif.kernels.testing.dual_lora_specification import SHADOW, Batch, computed, random_batch, random_layer, violations
+from clif.kernels.tiles import LinearTiles
 from clif.kernels.tuning import Defaults, Fixed
 
 DECODE = ((48, 0), (16, 1))

@@ -11,9 +11,9 @@ from helpers import answer, make_rig, request
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from clif.kernels.decode_table import DecodeConfig, DecodeTable
-from clif.kernels.paged import PagedDecode
-from clif.kernels.paged_decode_reference import DecodeBatch, random_decode, violations
+from clif.kernels.paged_decode_host import PagedDecode
+from clif.kernels.paged_decode_table import DecodeConfig, DecodeTable
+from clif.kernels.testing.paged_decode_specification import DecodeBatch, random_decode, violations
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
 DEVICE = "cuda"

@@ -22,8 +22,8 @@ from rivals import BASE, PEFT, PEFT_BACKWARD, backward_ways, forward_ways
 from timing import Timing, contest
 from tune_gpu import walk
 
-from clif.kernels.fused import KernelLauncher
-from clif.kernels.specification import SHADOW, by_torch, random_batch, random_layer
+from clif.kernels.dual_lora_host import KernelLauncher
+from clif.kernels.testing.dual_lora_specification import SHADOW, by_torch, random_batch, random_layer
 from clif.kernels.tiles import GradTiles, LinearTiles
 from clif.kernels.tuning import Fixed
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from clif.kernels import fused
-from clif.kernels.dual_lora import Packed, Segment
-from clif.kernels.fused import INTERPRET, FusedLinear, KernelLauncher, Workspace
-from clif.kernels.specification import (
+from clif.kernels import dual_lora_host
+from clif.kernels.dual_lora_host import INTERPRET, FusedLinear, KernelLauncher, Workspace
+from clif.kernels.dual_lora_reference import Packed, Segment
+from clif.kernels.dual_lora_table import RowTable
+from clif.kernels.testing.dual_lora_specification import (
     SHADOW,
     Batch,
     Results,
@@ -26,7 +27,7 @@ from clif.kernels.specification import (
     random_layer,
     violations,
 )
-from clif.kernels.tiles import GradTiles, LinearTiles, RowTable
+from clif.kernels.tiles import GradTiles, LinearTiles
 from clif.kernels.tuning import Defaults, Fixed
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="the kernels are compiled in this process: see tests/gpu")
@@ -195,7 +196,7 @@ def test_equal_input_gives_equal_bits_and_the_counters_go_back_to_zero() -> None
 def test_any_number_of_programs_computes_the_same_bits(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = random_batch(random_layer([64], 64, 8, dtype=torch.bfloat16), MIXED)
     expected = compute(batch)
-    monkeypatch.setattr("clif.kernels.fused.INTERPRETED_PROGRAMS", programs)
+    monkeypatch.setattr("clif.kernels.dual_lora_host.INTERPRETED_PROGRAMS", programs)
     assert torch.equal(compute(batch, launcher(replace(TILES, shrinkers=programs))).y, expected.y)
 
 
@@ -211,7 +212,7 @@ def test_launches_of_different_sizes_share_a_workspace() -> None:
 
 def test_a_workspace_is_made_once_and_not_at_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Workspace] = []
-    monkeypatch.setattr(fused, "Workspace", lambda device: made.append(Workspace(device)) or made[-1])
+    monkeypatch.setattr(dual_lora_host, "Workspace", lambda device: made.append(Workspace(device)) or made[-1])
     batch, using = random_batch(LAYERS["one"](), MIXED), launcher()
     first = compute(batch, using)
     again = compute(batch, using)

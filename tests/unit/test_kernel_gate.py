@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from clif.kernels.dual_lora import Member, Segment
-from clif.kernels.tiles import GradTiles, LinearTiles, column_tiles, grad_tiles, row_tiles
+from clif.kernels.dual_lora_reference import Member, Segment
+from clif.kernels.dual_lora_table import column_tiles, grad_tiles, row_tiles
+from clif.kernels.tiles import GradTiles, LinearTiles
 from clif.kernels.tuning import Defaults, Shape, Table, kernel_tiles, load_table, save_table, table_path
 
 
 def test_the_corners_are_cases_for_both_makes_of_gpu_and_every_kernel() -> None:
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-    from clif.kernels.compile_gate import CORNERS, cases
+    from clif.kernels.testing.compile_gate import CORNERS, cases
 
     found = [case for case in cases() if case.name in CORNERS]
     assert {case.name for case in found} == CORNERS and len(found) == 12
@@ -33,7 +34,7 @@ def test_the_kernels_compile_for_hopper_and_ampere_within_their_limits(tmp_path:
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     # Compiled in a process of its own: in this one the interpreter has taken the kernels' place.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-P", "-m", "clif.kernels.compile_gate", *which]
+    command = [sys.executable, "-P", "-m", "clif.kernels.testing.compile_gate", *which]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "sm_90" in done.stdout and "sm_80" in done.stdout and len(done.stdout.splitlines()) == count
@@ -41,7 +42,7 @@ def test_the_kernels_compile_for_hopper_and_ampere_within_their_limits(tmp_path:
 
 def test_a_kernel_that_breaks_a_limit_is_found() -> None:
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-    from clif.kernels.compile_gate import Compiled, linear_case
+    from clif.kernels.testing.compile_gate import Compiled, linear_case
 
     case = linear_case("x", LinearTiles(), 16)
     assert Compiled(case, 255, 0, 1 << 10, wgmma=True, mma=False).broken() == []

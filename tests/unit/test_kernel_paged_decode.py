@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from clif.kernels import paged
-from clif.kernels.decode_table import DecodeConfig, DecodeRow, DecodeTable
-from clif.kernels.paged import INTERPRET, PagedDecode
-from clif.kernels.paged_decode_reference import DecodeBatch, random_decode, violations
+from clif.kernels import paged_decode_host
+from clif.kernels.paged_decode_host import INTERPRET, PagedDecode
+from clif.kernels.paged_decode_table import DecodeConfig, DecodeRow, DecodeTable
+from clif.kernels.testing.paged_decode_specification import DecodeBatch, random_decode, violations
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="the kernel is compiled in this process: see tests/gpu")
 CPU = torch.device("cpu")
@@ -211,7 +211,7 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
 
 def broken_kernel(folder: Path, old: str, new: str) -> Any:
     """The kernel with a piece of its text replaced."""
-    text = Path(paged.paged_decode.fn.__code__.co_filename).read_text()
+    text = Path(paged_decode_host.paged_decode.fn.__code__.co_filename).read_text()
     assert text.count(old) == 1, old
     (folder / "broken_kernel.py").write_text(text.replace(old, new))
     spec = importlib.util.spec_from_file_location("broken_kernel", folder / "broken_kernel.py")
@@ -243,12 +243,14 @@ def test_a_broken_kernel_is_found(
     # Lengths that no token block divides, in lines of like length: only the contents differ.
     batch = random_decode((37, 41, 61, 59), 4, 1, 64, 16, dtype=dtype)
     assert violations(batch, compute(batch)) == []
-    monkeypatch.setattr(paged, "paged_decode", broken_kernel(tmp_path, old, new))
+    monkeypatch.setattr(paged_decode_host, "paged_decode", broken_kernel(tmp_path, old, new))
     assert violations(batch, compute(batch)) != []
 
 
 def test_tickets_that_are_left_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(paged, "paged_decode", broken_kernel(tmp_path, "tl.store(tickets + target, 0)", "pass"))
+    monkeypatch.setattr(
+        paged_decode_host, "paged_decode", broken_kernel(tmp_path, "tl.store(tickets + target, 0)", "pass")
+    )
     with pytest.raises(AssertionError, match="tickets"):
         compute(usual())
 
@@ -259,7 +261,7 @@ def test_tickets_that_are_left_are_found(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_the_kernel_compiles_for_hopper_and_ampere_within_its_limits(tmp_path: Path) -> None:
     # Compiled in a process of its own: in this one the interpreter has taken the kernel's place.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-P", "-m", "clif.kernels.paged_decode_cases"]
+    command = [sys.executable, "-P", "-m", "clif.kernels.testing.paged_decode_cases"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert all(f"sm_{c} paged decode" in done.stdout for c in (90, 80))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from clif.kernels.decode_table import DecodeRow, DecodeTable
+from clif.kernels.paged_decode_table import DecodeRow, DecodeTable
 
 EXP2 = 2.0**-22
 """The kernel's weights come from the hardware's 2^x, right to two units in the last place (CUDA C++ Programming Guide,

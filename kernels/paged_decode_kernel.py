@@ -2,7 +2,7 @@
 
     out = softmax(scale * q K^T) V      over the sequence's own slots of the cache, for each of its query heads
 
-`kernels/paged_decode_reference.py` is the specification.
+`kernels/testing/paged_decode_specification.py` is the specification.
 
 How: a program takes one part of one sequence's context and one KV head, with all query heads that share it, so that
 K and V are read once. It keeps a running maximum, a running sum and the weighted values, all float32. The last to

@@ -10,10 +10,11 @@ import triton
 from torch.nn.functional import linear
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from clif.kernels.dual_lora import Packed, Segment
-from clif.kernels.dual_lora_grads import dual_lora_grads
-from clif.kernels.dual_lora_linear import BASE, FUSED, SHRINK, dual_lora_linear
-from clif.kernels.tiles import GradTiles, LinearTiles, RowTable, column_tiles, descriptor_boxes, grad_tiles
+from clif.kernels.dual_lora_grads_kernel import dual_lora_grads
+from clif.kernels.dual_lora_kernel import BASE, FUSED, SHRINK, dual_lora_linear
+from clif.kernels.dual_lora_reference import Packed, Segment
+from clif.kernels.dual_lora_table import RowTable, column_tiles, grad_tiles
+from clif.kernels.tiles import GradTiles, LinearTiles, descriptor_boxes
 
 INTERPRET = not isinstance(dual_lora_linear, triton.runtime.JITFunction)
 """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when they were first imported)."""

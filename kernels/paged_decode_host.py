@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import triton
 
-from clif.kernels.decode_table import DecodeConfig, DecodeTable
-from clif.kernels.fused import Workspace
-from clif.kernels.paged_decode import paged_decode
+from clif.kernels.dual_lora_host import Workspace
+from clif.kernels.paged_decode_kernel import paged_decode
+from clif.kernels.paged_decode_table import DecodeConfig, DecodeTable
 
 INTERPRET = not isinstance(paged_decode, triton.runtime.JITFunction)
 """Whether Triton's interpreter runs the kernel (TRITON_INTERPRET=1 when it was first imported)."""

@@ -2,8 +2,8 @@
 
     y = x W^T + bias + h B_s^T,   h = scale * x A_s^T,   s: the adapter slot of each row's tile
 
-and, with W, A and B transposed, the gradient with respect to x of rows that learn. `kernels/dual_lora.py` is the
-specification.
+and, with W, A and B transposed, the gradient with respect to x of rows that learn. The specification is
+`kernels/dual_lora_reference.py`.
 
 How: the first programs of a launch, the *shrinkers*, compute h, split over the contraction; the last to arrive at a
 row tile adds the partial sums in a fixed order, rounds once and raises a flag. All other programs compute tiles of y.

@@ -1,6 +1,6 @@
-"""What the paged decode kernel is compiled for in the compile gate: see `kernels/compile_gate.py`.
+"""What the paged decode kernel is compiled for in the compile gate: see `kernels/testing/compile_gate.py`.
 
-python -m clif.kernels.paged_decode_cases      # needs Triton and no GPU; exits with 1 if a case breaks a limit
+python -m clif.kernels.testing.paged_decode_cases      # needs Triton and no GPU; exits with 1 if a case breaks a limit
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from clif.kernels.compile_gate import Case, compiled
-from clif.kernels.decode_table import DecodeConfig
-from clif.kernels.paged import constants
-from clif.kernels.paged_decode import paged_decode
+from clif.kernels.paged_decode_host import constants
+from clif.kernels.paged_decode_kernel import paged_decode
+from clif.kernels.paged_decode_table import DecodeConfig
+from clif.kernels.testing.compile_gate import Case, compiled
 
 HEADS = ((128, 4, 16, "bf16"), (128, 8, 64, "bf16"), (64, 3, 16, "bf16"), (80, 7, 12, "bf16"), (96, 1, 16, "fp16"))
 """Size of a head, query heads for each KV head, tokens of a cache block, and the type of all."""
@@ -20,7 +20,7 @@ HEADS = ((128, 4, 16, "bf16"), (128, 8, 64, "bf16"), (64, 3, 16, "bf16"), (80, 7
 def decode_case(
     head_dim: int, group: int, block_size: int, config: DecodeConfig, *, capability: int = 90, dtype: str = "bf16"
 ) -> Case:
-    """paged_decode as `kernels/paged.py` launches it."""
+    """paged_decode as `kernels/paged_decode_host.py` launches it."""
     name = f"paged decode, {group} heads of {head_dim}, blocks of {block_size}, {dtype}"
     made = {**constants(head_dim, group, block_size, config), "INTERPRET": False}
     # A Hopper instruction needs 64 rows, and 16 are all there are.

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch.nn.functional import linear
 
-from clif.kernels.dual_lora import Member, Packed, Segment, add_dual_lora, shadow_backward, shadow_forward
+from clif.kernels.dual_lora_reference import Member, Packed, Segment, add_dual_lora, shadow_backward, shadow_forward
 
 SHADOW = -1
 
@@ -46,7 +46,7 @@ class Results:
 
 
 class Layer(Protocol):
-    """What is to be judged: kernels/fused.FusedLinear."""
+    """What is to be judged: kernels/dual_lora_host.FusedLinear."""
 
     def forward(self, x: torch.Tensor, segments: Sequence[Segment]) -> tuple[torch.Tensor, torch.Tensor]: ...
 

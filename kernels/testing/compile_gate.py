@@ -1,7 +1,7 @@
 """Compiles the kernels for GPUs that need not be there, and reads what the compiler made of them.
 
-    python -m clif.kernels.compile_gate              # needs Triton, no GPU; exits with 1 if a kernel breaks a limit
-    python -m clif.kernels.compile_gate --corners    # the cases nearest to a limit, of each kernel and form
+    python -m clif.kernels.testing.compile_gate            # needs Triton and no GPU; exits with 1 beyond a limit
+    python -m clif.kernels.testing.compile_gate --corners  # the cases nearest to a limit, of each kernel and form
 
 Limits: nothing spilled to local memory, shared memory within a multiprocessor's, tensor-core products used, and none
 of the interpreter's casts left.
@@ -25,8 +25,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from clif.kernels.dual_lora_grads import dual_lora_grads
-from clif.kernels.dual_lora_linear import BASE, FUSED, SHRINK, dual_lora_linear
+from clif.kernels.dual_lora_grads_kernel import dual_lora_grads
+from clif.kernels.dual_lora_kernel import BASE, FUSED, SHRINK, dual_lora_linear
 from clif.kernels.tiles import GradTiles, LinearTiles, descriptor_boxes
 from clif.kernels.tuning import Defaults
 
@@ -79,7 +79,7 @@ def linear_case(
     name: str, tiles: LinearTiles, r: int, *, form: int = FUSED, capability: int = 90, dtype: str = "bf16",
     blocks: int = 1, transposed: bool = False, bias: bool = False,
 ) -> Case:  # fmt: skip
-    """dual_lora_linear as `kernels/fused.py` launches it."""
+    """dual_lora_linear as `kernels/dual_lora_host.py` launches it."""
     constants = {
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "GROUP_M": tiles.group_m,
         "SPLIT": tiles.split, "ALIGNED": True,
@@ -97,7 +97,7 @@ def linear_case(
 def grads_case(
     name: str, tiles: GradTiles, r: int, *, capability: int = 90, dtype: str = "bf16", blocks: int = 1
 ) -> Case:
-    """dual_lora_grads as `kernels/fused.py` launches it."""
+    """dual_lora_grads as `kernels/dual_lora_host.py` launches it."""
     constants = {
         "BLOCK_C": tiles.block_c, "BLOCK_R": tiles.block_r, "RANK": r, "RANK_P": max(16, triton.next_power_of_2(r)),
         "BLOCKS": blocks, "SLICES": tiles.slices, "INTERPRET": False,

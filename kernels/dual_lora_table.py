@@ -1,0 +1,93 @@
+"""Tables on the device that tell a dual LoRA kernel which rows and columns each of its tiles has. Free of Triton."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from clif.kernels.dual_lora_reference import Member, Segment
+
+
+def row_tiles(segments: Sequence[Segment], rows: int, block_m: int, slots: int) -> tuple[list[tuple[int, ...]], int]:
+    """(first row, end, slot) of every row tile, those with an adapter first, and how many these are.
+
+    Segments are disjoint and in row order; the rows between them have slot -1. A negative slot counts from the last.
+    Raises ValueError for segments that overlap or leave the batch.
+    """
+    adapted: list[tuple[int, ...]] = []
+    bare: list[tuple[int, ...]] = []
+    at = 0
+    for start, stop, slot in segments:
+        if not at <= start <= stop <= rows:
+            raise ValueError(f"segment {start}:{stop} overlaps the one before or leaves the batch of {rows} rows")
+        if not -slots <= slot < slots:
+            raise ValueError(f"segment {start}:{stop} wants slot {slot} of {slots}")
+        bare += [(row, min(row + block_m, start), -1) for row in range(at, start, block_m)]
+        adapted += [(row, min(row + block_m, stop), slot % slots) for row in range(start, stop, block_m)]
+        at = stop
+    bare += [(row, min(row + block_m, rows), -1) for row in range(at, rows, block_m)]
+    return adapted + bare, len(adapted)
+
+
+def column_tiles(members: Sequence[Member], block_n: int) -> list[tuple[int, int, int, int]]:
+    """(first column, end, first block, end of blocks) of every tile of y; none crosses from one member to the next."""
+    tiles = []
+    for member in members:
+        first, end = (0, 0) if member.block is None else (member.block, member.block + 1)
+        tiles += [
+            (col, min(col + block_n, member.stop), first, end) for col in range(member.start, member.stop, block_n)
+        ]
+    return tiles
+
+
+def grad_tiles(members: Sequence[Member], block_c: int) -> list[tuple[int, int, int, int]]:
+    """(first column, end, block, row of grad_b) of every tile of grad_b, which holds the adapted members only."""
+    tiles, skipped = [], 0
+    for member in members:
+        if member.block is None:
+            skipped += member.stop - member.start
+            continue
+        cols = range(member.start, member.stop, block_c)
+        tiles += [(col, min(col + block_c, member.stop), member.block, col - skipped) for col in cols]
+    return tiles
+
+
+class RowTable:
+    """Row tiles on the device. counts [2]: tiles, and those with an adapter; tiles [capacity, 3]."""
+
+    def __init__(
+        self, segments: Sequence[Segment], rows: int, block_m: int, slots: int, device: torch.device, capacity: int = 0
+    ) -> None:
+        """capacity: tiles that `refill` may need later, as a captured graph does."""
+        self.block_m, self.slots = block_m, slots
+        found, adapted = row_tiles(segments, rows, block_m, slots)
+        self._words = _words(found, adapted, max(capacity, len(found), 1)).to(device, non_blocking=True)
+        self.counts, self.tiles = self._words[:2], self._words[HEADER:].view(-1, 3)
+
+    @property
+    def capacity(self) -> int:
+        """Tiles that there is room for."""
+        return len(self.tiles)
+
+    def refill(self, segments: Sequence[Segment], rows: int) -> None:
+        """Other segments for the same launch: a captured graph reads them in its next replay.
+
+        Raises ValueError if they need more tiles than there is room for.
+        """
+        found, adapted = row_tiles(segments, rows, self.block_m, self.slots)
+        if len(found) > self.capacity:
+            raise ValueError(f"{len(found)} row tiles do not fit in {self.capacity}: make the table with more capacity")
+        self._words.copy_(_words(found, adapted, self.capacity), non_blocking=True)
+
+
+HEADER = 16
+"""Words before the tiles, so that these are aligned."""
+
+
+def _words(found: Sequence[Sequence[int]], adapted: int, capacity: int) -> torch.Tensor:
+    """Counts and tiles in one piece, where a GPU can fetch it while Python goes on."""
+    padding = [0, 0, -1] * (capacity - len(found))
+    values = [len(found), adapted, *[0] * (HEADER - 2), *itertools.chain.from_iterable(found), *padding]
+    return torch.tensor(values, dtype=torch.int32, pin_memory=torch.cuda.is_available())
