@@ -19,7 +19,7 @@ from gpu_bench import Bench, Scale, bandwidth, launches, run_stage, seconds_of, 
 
 from clif.kernels.dual_lora_reference import Segment
 from clif.kernels.paged_decode_table import DecodeRow, DecodeTable
-from clif.models.dual_linear import Rows
+from clif.models.dual_linear import LoraRows
 from clif.models.head import top
 
 VARIANTS = ("base", "torch", "triton")
@@ -76,7 +76,7 @@ class DecodeStep:
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [batch, vocabulary] and the greedy tokens [batch]."""
         stack = self.bench.runner.stack
-        sub_batch = stack.sub_batch(Rows(len(self.ids), self.segments), self.positions, self.plan)
+        sub_batch = stack.sub_batch(LoraRows(len(self.ids), self.segments), self.positions, self.plan)
         (hidden,) = stack.layers(0, stack.num_layers, [stack.embed(self.ids)], [sub_batch])
         logits = stack.head(stack.norm(hidden))
         return logits, top(logits)[1]

@@ -11,7 +11,7 @@ from helpers import request
 from clif.distributed.topology import Topology
 from clif.engine.sampling import choose, make_rng
 from clif.models.causal import CausalSequences
-from clif.models.dual_linear import Rows
+from clif.models.dual_linear import LoraRows
 from clif.models.head import Head
 from clif.models.loss import head_loss
 from clif.types import Sampling
@@ -98,7 +98,7 @@ def communication(topology: Topology, model: str) -> dict[str, Any]:
     """Collectives of this rank: of the layers alone, of whole steps, and of training by kind of slice."""
     part, ids = Part(topology, model), torch.arange(3, 30)
     stack, engine = part.runner.stack, part.engine
-    rows = stack.sub_batch(Rows(len(ids)), ids, CausalSequences([len(ids)], topology.device))
+    rows = stack.sub_batch(LoraRows(len(ids)), ids, CausalSequences([len(ids)], topology.device))
     found: dict[str, Any] = {"layers": stack.num_layers}
     with counted() as calls:
         stack.layers(0, stack.num_layers, [stack.embed(ids)], [rows])

@@ -16,7 +16,7 @@ from clif.engine.jobs import Slices
 from clif.engine.runner import ModelRunner
 from clif.kernels.dual_lora_reference import Segment
 from clif.models.causal import CausalSequences
-from clif.models.dual_linear import Rows
+from clif.models.dual_linear import LoraRows
 from clif.models.shard import layer_spans, part_of, share
 from clif.models.stack import CausalStack
 from clif.models.weights.loading import LoadedModel, load_model
@@ -80,7 +80,7 @@ def stack_logits(stack: CausalStack, ids: torch.Tensor, slot: int | None = None)
     """Logits [tokens, vocabulary] of one sequence under an adapter slot."""
     segments = () if slot is None else (Segment(0, len(ids), slot),)
     positions = torch.arange(len(ids), device=ids.device)
-    sub_batch = stack.sub_batch(Rows(len(ids), segments), positions, CausalSequences([len(ids)], ids.device))
+    sub_batch = stack.sub_batch(LoraRows(len(ids), segments), positions, CausalSequences([len(ids)], ids.device))
     (hidden,) = stack.layers(0, stack.num_layers, [stack.embed(ids)], [sub_batch])
     return stack.logits(stack.norm(hidden))
 

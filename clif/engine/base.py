@@ -13,7 +13,7 @@ from clif.distributed.collectives import TpGroup
 from clif.engine.runner import ModelRunner
 from clif.models.backends import choose_decode, choose_kernels
 from clif.models.causal import CausalSequences
-from clif.models.dual_linear import Rows
+from clif.models.dual_linear import LoraRows
 from clif.models.proof import PROBE, ask_ends, compare, probe_ids
 from clif.models.stack import CausalStack
 from clif.models.weights.loading import LoadedModel
@@ -83,7 +83,7 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
 def _probe(stack: CausalStack, loaded: LoadedModel) -> torch.Tensor:
     """Logits [vocabulary] after the probe, float32, by the base alone."""
     positions = torch.arange(PROBE, device=loaded.device)
-    sub_batch = stack.sub_batch(Rows(PROBE), positions, CausalSequences([PROBE], loaded.device))
+    sub_batch = stack.sub_batch(LoraRows(PROBE), positions, CausalSequences([PROBE], loaded.device))
     ids = probe_ids(PROBE, stack.vocab_size, loaded.device)
     (hidden,) = stack.layers(0, stack.num_layers, [stack.embed(ids)], [sub_batch])
     return stack.logits(stack.norm(hidden[-1:]))[0].float()

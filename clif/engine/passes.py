@@ -13,7 +13,7 @@ import torch
 
 from clif.kernels.dual_lora_reference import Segment
 from clif.models.causal import SAVED_LENGTH, CausalSequences
-from clif.models.dual_linear import Rows
+from clif.models.dual_linear import LoraRows
 from clif.models.layer import SubBatch
 from clif.models.loss import head_loss
 from clif.models.stack import CausalStack
@@ -98,7 +98,7 @@ class Pass:
         self.stack, self.batch, self.learns = stack, batch, keep is not None
         segments = () if slot is None else (Segment(0, batch.tokens, slot),)
         self.sub_batch = stack.sub_batch(
-            Rows(batch.tokens, segments, self.learns), batch.positions, CausalSequences(batch.lengths, device)
+            LoraRows(batch.tokens, segments, self.learns), batch.positions, CausalSequences(batch.lengths, device)
         )
         self.hidden = stack.embed(batch.ids)
         self.at = 0

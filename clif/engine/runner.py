@@ -15,7 +15,7 @@ from clif.engine.jobs import Slice, SliceKind, Slices
 from clif.engine.passes import Pass, measure_activations, pack
 from clif.engine.scheduler import Chunk
 from clif.kernels.dual_lora_reference import Segment
-from clif.models.dual_linear import SHADOW, Rows
+from clif.models.dual_linear import SHADOW, LoraRows
 from clif.models.layer import SubBatch
 from clif.models.stack import CausalStack
 from clif.types import TrainSample
@@ -80,7 +80,7 @@ class ModelRunner:
         ids = self._tensor([t for c in chunks for t in c.sequence.tokens[c.start : c.stop]])
         positions = self._tensor([p for c in chunks for p in range(c.start, c.stop)])
         plan = PagedRows(self.cache, chunks, self.config.block_size, self.device, self.paged)
-        sub_batch = self.stack.sub_batch(Rows(plan.count, _segments(chunks)), positions, plan)
+        sub_batch = self.stack.sub_batch(LoraRows(plan.count, _segments(chunks)), positions, plan)
         hidden = self._layers(self.stack.embed(ids), sub_batch, rider)
         ends = torch.tensor([c.stop - c.start for c in chunks]).cumsum(0) - 1
         rows = ends[torch.tensor([c.needs_sampling for c in chunks])].to(self.device)

@@ -51,7 +51,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Rows:
+class LoraRows:
     """Rows of one kind in a batch: how many, and which adapter slot each segment of them uses.
 
     Segments are disjoint, in row order, counted from the first of these rows; rows in none use the base alone.
@@ -165,7 +165,7 @@ class DualLinear:
         rows = b.split(self.sizes)
         return [rows[i][:, j * self.r : (j + 1) * self.r] for j, i in enumerate(self.adapted)]
 
-    def __call__(self, xs: Sequence[torch.Tensor], rows: Sequence[Rows]) -> list[torch.Tensor]:
+    def __call__(self, xs: Sequence[torch.Tensor], rows: Sequence[LoraRows]) -> list[torch.Tensor]:
         """xs: [count, in] for each kind of rows, those that learn last. Returns [count, out] for each."""
         if rows[-1].learns and torch.is_grad_enabled():
             a, b = (self.shadow_a, self.shadow_b) if self.adapted else (None, None)
@@ -186,13 +186,13 @@ class DualLinear:
     def _base(self, x: torch.Tensor) -> torch.Tensor:
         return self._packed(x) if self._packed is not None else nn.functional.linear(x, self.weight, self.bias)
 
-    def _add_adapters(self, y: torch.Tensor, x: torch.Tensor, rows: Sequence[Rows]) -> torch.Tensor:
+    def _add_adapters(self, y: torch.Tensor, x: torch.Tensor, rows: Sequence[LoraRows]) -> torch.Tensor:
         if self.adapted:
             add_dual_lora(y, x, _segments(rows), lambda slot: (self._a[slot], self._b[slot]), self.scale)
         return y
 
     def learn(
-        self, x: torch.Tensor, others: list[torch.Tensor], rows: Sequence[Rows]
+        self, x: torch.Tensor, others: list[torch.Tensor], rows: Sequence[LoraRows]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The forward of rows that learn, x [count, in], behind rows of other kinds.
 
@@ -250,7 +250,7 @@ class _Learn(torch.autograd.Function):
         b: torch.Tensor | None,
         dual: DualLinear,
         others: list[torch.Tensor],
-        rows: Sequence[Rows],
+        rows: Sequence[LoraRows],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         learnt, served, hidden = dual.learn(x, others, rows)
         ctx.dual = dual
@@ -269,7 +269,7 @@ class _Learn(torch.autograd.Function):
         return *dual.gradients(gradients[0], x, hidden, down), None, None, None
 
 
-def _segments(rows: Sequence[Rows]) -> tuple[Segment, ...]:
+def _segments(rows: Sequence[LoraRows]) -> tuple[Segment, ...]:
     """The segments of all kinds of rows, counted from the first row of the batch."""
     found: list[Segment] = []
     at = 0

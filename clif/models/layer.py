@@ -15,7 +15,7 @@ from torch import nn
 
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
-from clif.models.dual_linear import DualLinear, Rows
+from clif.models.dual_linear import DualLinear, LoraRows
 from clif.models.shard import Span, Split, cut
 
 Spans = Mapping[str, tuple[Split, Span]]
@@ -56,7 +56,7 @@ class Rope:
 class SubBatch:
     """Rows of one kind in a batch: their adapters, positions and attention."""
 
-    rows: Rows
+    rows: LoraRows
     rope: Rope
     plan: AttentionPlan
 

@@ -17,7 +17,7 @@ import torch
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
 from clif.models.causal import CausalSequences
-from clif.models.dual_linear import Rows
+from clif.models.dual_linear import LoraRows
 from clif.models.guard import reading
 from clif.models.stack import CausalStack
 from clif.models.weights.sharded_build import Slice, build
@@ -117,7 +117,7 @@ def compare(stack: CausalStack, expected: Expected, bound: float | None = None) 
             )
 
     sub_batch = stack.sub_batch(
-        Rows(len(expected.ids)), expected.positions, CausalSequences(expected.lengths, hidden[0].device)
+        LoraRows(len(expected.ids)), expected.positions, CausalSequences(expected.lengths, hidden[0].device)
     )
     check("embedding", stack.embed(expected.ids), hidden[0])
     for i in range(stack.num_layers):

@@ -11,7 +11,7 @@ import transformers
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
 from clif.distributed.layout import check_shares
-from clif.models.dual_linear import DualLinear, Rows
+from clif.models.dual_linear import DualLinear, LoraRows
 from clif.models.head import Head
 from clif.models.layer import AttentionPlan, DecoderLayer, Rope, SubBatch
 from clif.models.shard import layer_spans
@@ -54,7 +54,7 @@ class CausalStack:
         """ids: [rows] -> hidden states [rows, hidden size]."""
         return self._inner.embed_tokens(ids)
 
-    def sub_batch(self, rows: Rows, positions: torch.Tensor, plan: AttentionPlan) -> SubBatch:
+    def sub_batch(self, rows: LoraRows, positions: torch.Tensor, plan: AttentionPlan) -> SubBatch:
         """Rows of one kind at positions [rows]."""
         like = self._inner.embed_tokens.weight
         cos, sin = (t[0].unsqueeze(1) for t in self._inner.rotary_emb(like, positions.unsqueeze(0)))
