@@ -20,7 +20,7 @@ from clif.distributed.collectives import PeersLost, TpGroup, WeightedMean
 from clif.distributed.topology import Topology
 from clif.engine.engine import Engine
 from clif.engine.jobs import Job
-from clif.models.shard import layer_spans, part_of
+from clif.models.shard import layer_shards, shard_of
 from clif.models.weights.loading import load_model
 from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
@@ -31,12 +31,12 @@ SAMPLES = [TrainSample(id=i, ids=tuple(range(5 + i, 40 + 2 * i)), target_start=1
 def add_biases(model: Any, tp_group: TpGroup | None = None) -> None:
     """Biases that are not zero; with peers, this rank's parts of them."""
     tp_group, rng = tp_group or TpGroup(), torch.Generator().manual_seed(9)
-    spans = layer_spans(model.config, tp_group.rank, tp_group.size)
+    shards = layer_shards(model.config, tp_group.rank, tp_group.size)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module.bias is not None:
-            split, span = spans[name.rpartition(".")[2]]
-            whole = torch.randn(span.total if split == "out" else module.out_features, generator=rng) * 0.1
-            module.bias.data.copy_(part_of(whole, split, span) if split == "out" else whole)
+            shard_dim, shard = shards[name.rpartition(".")[2]]
+            whole = torch.randn(shard.total if shard_dim == "out" else module.out_features, generator=rng) * 0.1
+            module.bias.data.copy_(shard_of(whole, shard_dim, shard) if shard_dim == "out" else whole)
 
 
 class Part:

@@ -17,7 +17,7 @@ from clif.engine.runner import ModelRunner
 from clif.kernels.dual_lora_reference import Segment
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import LoraRows
-from clif.models.shard import layer_spans, part_of, share
+from clif.models.shard import layer_shards, shard_of, uneven_shard
 from clif.models.stack import CausalStack
 from clif.models.weights.loading import LoadedModel, load_model
 from clif.types import Request, Sampling, TokenEvent
@@ -134,10 +134,10 @@ def expected_part(name: str, whole: torch.Tensor, config: Any, rank: int, size: 
     """A tensor of a model, or the part of it that this rank is to have."""
     leaf, side = name.split(".")[-2:]
     if leaf == "lm_head" and not config.tie_word_embeddings:
-        return part_of(whole, "out", share(config.vocab_size, rank, size))
-    if leaf not in (spans := layer_spans(config, rank, size)) or (side == "bias" and spans[leaf][0] == "in"):
+        return shard_of(whole, "out", uneven_shard(config.vocab_size, rank, size))
+    if leaf not in (shards := layer_shards(config, rank, size)) or (side == "bias" and shards[leaf][0] == "in"):
         return whole
-    return part_of(whole, *spans[leaf])
+    return shard_of(whole, *shards[leaf])
 
 
 def true_product_error(bank: AdapterBank, flats: list[torch.Tensor], weights: list[float]) -> float:

@@ -14,7 +14,7 @@ from torch import nn
 
 from clif.config import AdapterConfig, ConfigError
 from clif.distributed.collectives import TpGroup
-from clif.models.dual_linear import Cut, DualLinear
+from clif.models.dual_linear import DualLinear, ShardSpec
 from clif.models.stack import CausalStack
 
 State = dict[str, torch.Tensor]
@@ -33,7 +33,7 @@ class AdapterBank:
         self.gradient = self.shadow.grad = torch.zeros_like(self.shadow)
         for master, view, grad in zip(masters, self._views(self.shadow.data), self._views(self.gradient), strict=True):
             master.data, master.grad = view, grad
-        self._cuts = {name: cut for layer in layers for name, cut in layer.cuts().items()}
+        self._specs = {name: spec for layer in layers for name, spec in layer.shard_specs().items()}
         self._shares = self._share_of_each()
         self.refresh()
 
@@ -43,8 +43,8 @@ class AdapterBank:
             return None
         shares = torch.empty_like(self.shadow.data)
         for name, pair in self.factors(shares).items():
-            for factor, cut in zip(pair, self._cuts[name], strict=True):
-                factor.fill_(1 / cut.holders(self.tp_group.size))
+            for factor, spec in zip(pair, self._specs[name], strict=True):
+                factor.fill_(1 / spec.holders(self.tp_group.size))
         return shares
 
     def _views(self, flat: torch.Tensor, layers: range | None = None) -> Iterator[torch.Tensor]:
@@ -79,8 +79,8 @@ class AdapterBank:
 
     def holders(self, name: str) -> int:
         """How many of the peers compute the same part of a module's product B A."""
-        of_a, of_b = self._cuts[name]
-        return (of_b if of_b.span is not None else of_a).holders(self.tp_group.size)
+        of_a, of_b = self._specs[name]
+        return (of_b if of_b.shard is not None else of_a).holders(self.tp_group.size)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,19 +103,19 @@ class AdapterBank:
         """Shapes of the whole adapter's factors by PEFT's names."""
         shapes = {}
         for name, pair in self.factors(self.shadow.data).items():
-            for key, factor, cut in zip("AB", pair, self._cuts[name], strict=True):
+            for key, factor, spec in zip("AB", pair, self._specs[name], strict=True):
                 sizes = list(factor.shape)
-                if cut.span is not None:
-                    sizes[cut.dim] = cut.span.total
+                if spec.shard is not None:
+                    sizes[spec.dim] = spec.shard.total
                 shapes[f"{name}.lora_{key}.weight"] = torch.Size(sizes)
         return shapes
 
     def local(self, whole: State) -> State:
         """This rank's part of a whole adapter."""
         parts = {}
-        for name, pair in self._cuts.items():
-            for key, cut in zip("AB", pair, strict=True):
-                parts[f"{name}.lora_{key}.weight"] = cut.of(whole[f"{name}.lora_{key}.weight"])
+        for name, pair in self._specs.items():
+            for key, spec in zip("AB", pair, strict=True):
+                parts[f"{name}.lora_{key}.weight"] = spec.take(whole[f"{name}.lora_{key}.weight"])
         return parts
 
     def whole(self, flat: torch.Tensor) -> State:
@@ -126,30 +126,30 @@ class AdapterBank:
         state = {name: flat.new_empty(shape) for name, shape in self.shapes().items()}
         for rank, part in enumerate(self.tp_group.all_gather(flat)):
             for name, pair in self.factors(part).items():
-                for key, factor, cut in zip("AB", pair, self._cuts[name], strict=True):
-                    cut.at(rank, self.tp_group.size).of(state[f"{name}.lora_{key}.weight"]).copy_(factor)
+                for key, factor, spec in zip("AB", pair, self._specs[name], strict=True):
+                    spec.of_rank(rank, self.tp_group.size).take(state[f"{name}.lora_{key}.weight"]).copy_(factor)
         return state
 
     def join_gradient(self) -> None:
         """Sum the gradients of factors that several peers hold, each of whom has seen a part. Collective."""
         if self.tp_group.size == 1:
             return
-        held: list[tuple[torch.Tensor, Cut, torch.Tensor]] = []
+        held: list[tuple[torch.Tensor, ShardSpec, torch.Tensor]] = []
         for name, pair in self.factors(self.gradient).items():
-            for factor, cut in zip(pair, self._cuts[name], strict=True):
-                if cut.holders(self.tp_group.size) > 1:
+            for factor, spec in zip(pair, self._specs[name], strict=True):
+                if spec.holders(self.tp_group.size) > 1:
                     # A KV head that some hold: in its place among all, so that one sum serves everybody.
                     sizes = list(factor.shape)
-                    if cut.span is not None:
-                        sizes[cut.dim] = cut.span.total
+                    if spec.shard is not None:
+                        sizes[spec.dim] = spec.shard.total
                     whole = factor.new_zeros(sizes)
-                    cut.of(whole).copy_(factor)
-                    held.append((factor, cut, whole))
+                    spec.take(whole).copy_(factor)
+                    held.append((factor, spec, whole))
         if not held:
             return
         joined = self.tp_group.all_reduce_(torch.cat([whole.flatten() for _, _, whole in held]))
-        for (factor, cut, whole), part in zip(held, joined.split([w.numel() for _, _, w in held]), strict=True):
-            factor.copy_(cut.of(part.view(whole.shape)))
+        for (factor, spec, whole), part in zip(held, joined.split([w.numel() for _, _, w in held]), strict=True):
+            factor.copy_(spec.take(part.view(whole.shape)))
 
     def norm(self, flat: torch.Tensor) -> torch.Tensor:
         """Euclidean norm of the whole vector of which `flat` is this rank's part. Collective over the peers."""

@@ -70,7 +70,7 @@ def make_layout(
     return Layout(tuple(tuple(range(i * tp_size, (i + 1) * tp_size)) for i in range(count)))
 
 
-def check_shares(heads: int, kv_heads: int, inner: int, size: int) -> None:
+def check_divisible(heads: int, kv_heads: int, inner: int, size: int) -> None:
     """Raises LayoutError for a model that `size` ranks cannot share evenly. inner: columns of its MLP."""
     for what, count, good in (
         ("attention heads", heads, heads % size == 0),

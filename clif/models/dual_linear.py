@@ -18,7 +18,7 @@ from torch import nn
 from clif.distributed.collectives import TpGroup
 from clif.kernels.dual_lora_reference import Member, Packed, Segment, add_dual_lora, shadow_backward, shadow_forward
 from clif.models.backends import Linear, frozen_linear
-from clif.models.shard import Span, Split
+from clif.models.shard import Shard, ShardDim
 
 if TYPE_CHECKING:
     from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
@@ -28,26 +28,26 @@ SHADOW = -1
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardSpec:
     """Which part of a factor this rank holds: `span` of its dimension `dim`; without a span all of it."""
 
     dim: int = 0
-    span: Span | None = None
+    shard: Shard | None = None
 
     def holders(self, tp_size: int) -> int:
         """How many of the peers hold this part."""
-        return tp_size if self.span is None else tp_size * self.span.size // self.span.total
+        return tp_size if self.shard is None else tp_size * self.shard.size // self.shard.total
 
-    def at(self, rank: int, tp_size: int) -> Cut:
+    def of_rank(self, rank: int, tp_size: int) -> ShardSpec:
         """The part that another peer holds."""
-        if self.span is None:
+        if self.shard is None:
             return self
-        start = rank // self.holders(tp_size) * self.span.size
-        return Cut(self.dim, Span(start, start + self.span.size, self.span.total))
+        start = rank // self.holders(tp_size) * self.shard.size
+        return ShardSpec(self.dim, Shard(start, start + self.shard.size, self.shard.total))
 
-    def of(self, whole: torch.Tensor) -> torch.Tensor:
+    def take(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's part of a whole factor."""
-        return whole if self.span is None else whole.narrow(self.dim, self.span.start, self.span.size)
+        return whole if self.shard is None else whole.narrow(self.dim, self.shard.start, self.shard.size)
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ class DualLinear:
         self,
         names: Sequence[str],
         linears: Sequence[nn.Linear],
-        split: Split = "out",
-        spans: Sequence[Span] | None = None,
+        shard_dim: ShardDim = "out",
+        shards: Sequence[Shard] | None = None,
         tp_group: TpGroup | None = None,
     ) -> None:
         """split, spans: which side of each weight is cut over the peers, and this rank's parts, as in `linears`."""
         self.names, self.sizes = tuple(names), [linear.out_features for linear in linears]
-        self.split, self.tp_group = split, tp_group or TpGroup()
-        self.spans = list(spans or (Span(0, size, size) for size in self.sizes))
+        self.shard_dim, self.tp_group = shard_dim, tp_group or TpGroup()
+        self.shards = list(shards or (Shard(0, size, size) for size in self.sizes))
         self.weight, self.bias = _stack(linears)
         self.adapted: list[int] = []
         self._packed: Linear | None = None
@@ -108,7 +108,7 @@ class DualLinear:
     def draw(self) -> None:
         """The shadow as it is before any training: A drawn from torch's random numbers, B zero."""
         width = self.weight.shape[1]
-        inputs = self.spans[0] if self.split == "in" else Span(0, width, width)
+        inputs = self.shards[0] if self.shard_dim == "in" else Shard(0, width, width)
         for a in self.shadow_a.data.split(self.r):
             # Drawn whole: the same adapter, however many ranks share it.
             whole = torch.empty(self.r, inputs.total, device=self.weight.device)
@@ -135,12 +135,12 @@ class DualLinear:
         parts = zip(a.split(self.r), b.split([self.sizes[i] for i in self.adapted]), strict=True)
         return {self.names[i]: part for i, part in zip(self.adapted, parts, strict=True)}
 
-    def cuts(self) -> dict[str, tuple[Cut, Cut]]:
+    def shard_specs(self) -> dict[str, tuple[ShardSpec, ShardSpec]]:
         """How A and B of each adapted module lie in the whole ones: cut by inputs, cut by outputs, or not at all."""
         found = {}
         for i in self.adapted:
-            part = Cut(1 if self.split == "in" else 0, self.spans[i])
-            found[self.names[i]] = (Cut(), part) if self.split == "out" else (part, Cut())
+            part = ShardSpec(1 if self.shard_dim == "in" else 0, self.shards[i])
+            found[self.names[i]] = (ShardSpec(), part) if self.shard_dim == "out" else (part, ShardSpec())
         return found
 
     def fill_slot(self, slot: int, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -181,7 +181,7 @@ class DualLinear:
 
     def _join(self, y: torch.Tensor) -> torch.Tensor:
         """Sum the partial results of ranks that hold parts of the inputs, base and low-rank part at once."""
-        return self.tp_group.all_reduce_(y) if self.split == "in" else y
+        return self.tp_group.all_reduce_(y) if self.shard_dim == "in" else y
 
     def _base(self, x: torch.Tensor) -> torch.Tensor:
         return self._packed(x) if self._packed is not None else nn.functional.linear(x, self.weight, self.bias)
@@ -228,7 +228,7 @@ class DualLinear:
 
     def join_down(self, grad_x: torch.Tensor) -> torch.Tensor:
         """Sum what comes down from ranks that hold parts of the outputs."""
-        return self.tp_group.all_reduce_(grad_x) if self.split == "out" else grad_x
+        return self.tp_group.all_reduce_(grad_x) if self.shard_dim == "out" else grad_x
 
     def gather_b(self, b: torch.Tensor) -> torch.Tensor:
         """The blocks of a packed B [out, k r] one below the other: [adapted rows, r]."""

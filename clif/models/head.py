@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 from clif.distributed.collectives import TpGroup
 from clif.models.backends import Linear, frozen_linear
-from clif.models.shard import cut, share
+from clif.models.shard import shard_linear, uneven_shard
 from clif.types import NO_TOKEN
 
 
@@ -24,10 +24,10 @@ class Head:
 
     def __init__(self, module: nn.Linear, vocab_size: int, tied: bool, tp_group: TpGroup) -> None:
         """tied: the weight is the embedding's. If not, the module is left no more than this rank's rows."""
-        self.tp_group, self.span = tp_group, share(vocab_size, tp_group.rank, tp_group.size)
+        self.tp_group, self.shard = tp_group, uneven_shard(vocab_size, tp_group.rank, tp_group.size)
         if not tied:
-            cut(module, "out", self.span, first=True)
-        rows = slice(self.span.start, self.span.stop) if tied else slice(None)
+            shard_linear(module, "out", self.shard, first=True)
+        rows = slice(self.shard.start, self.shard.stop) if tied else slice(None)
         self.weight = module.weight.data[rows]
         self.bias = None if module.bias is None else module.bias.data[rows]
         self._packed: Linear | None = None
@@ -42,7 +42,7 @@ class Head:
 
     def whole(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits [rows, vocabulary], equal bits on all peers, from the columns of each. Collective."""
-        return self.tp_group.all_gather_columns(logits, self.span.start, self.span.total)
+        return self.tp_group.all_gather_columns(logits, self.shard.start, self.shard.total)
 
     def best(self, logits: torch.Tensor) -> torch.Tensor:
         """Tokens [rows] with the largest logit, equal on all peers, from the columns of each. Collective.
@@ -53,7 +53,7 @@ class Head:
         if self.tp_group.size == 1:
             return or_none(largest, index)
         # As float64, which holds any index exactly: one collective for both.
-        pair = torch.stack((largest.double(), (index + self.span.start).double()), 1)
+        pair = torch.stack((largest.double(), (index + self.shard.start).double()), 1)
         pairs = self.tp_group.all_gather_columns(pair, 2 * self.tp_group.rank, 2 * self.tp_group.size).unflatten(
             1, (-1, 2)
         )

@@ -16,9 +16,9 @@ from torch import nn
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
 from clif.models.dual_linear import DualLinear, LoraRows
-from clif.models.shard import Span, Split, cut
+from clif.models.shard import Shard, ShardDim, shard_linear
 
-Spans = Mapping[str, tuple[Split, Span]]
+LayerShards = Mapping[str, tuple[ShardDim, Shard]]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 NEEDED = (
@@ -67,15 +67,17 @@ class DecoderLayer:
     Raises ConfigError for a layer of another make.
     """
 
-    def __init__(self, module: Any, name: str, index: int, head_dim: int, spans: Spans, tp_group: TpGroup) -> None:
+    def __init__(
+        self, module: Any, name: str, index: int, head_dim: int, shards: LayerShards, tp_group: TpGroup
+    ) -> None:
         """spans: this rank's parts of the linear layers. With peers the module is left no more than these."""
         check_layer(module)
         attention, mlp = module.self_attn, module.mlp
         self.index, self.head_dim = index, head_dim
-        self.qkv = _packed(attention, f"{name}.self_attn", ATTENTION[:3], spans, tp_group)
-        self.out = _packed(attention, f"{name}.self_attn", ATTENTION[3:], spans, tp_group)
-        self.gate_up = _packed(mlp, f"{name}.mlp", MLP[:2], spans, tp_group)
-        self.down = _packed(mlp, f"{name}.mlp", MLP[2:], spans, tp_group)
+        self.qkv = _packed(attention, f"{name}.self_attn", ATTENTION[:3], shards, tp_group)
+        self.out = _packed(attention, f"{name}.self_attn", ATTENTION[3:], shards, tp_group)
+        self.gate_up = _packed(mlp, f"{name}.mlp", MLP[:2], shards, tp_group)
+        self.down = _packed(mlp, f"{name}.mlp", MLP[2:], shards, tp_group)
         self._norm, self._mlp_norm, self._act = module.input_layernorm, module.post_attention_layernorm, mlp.act_fn
         probe = torch.linspace(-4, 4, 64)
         self._is_silu = torch.equal(self._act(probe), nn.functional.silu(probe))
@@ -151,11 +153,11 @@ def _has(module: Any, path: str) -> bool:
     return module is not None
 
 
-def _packed(parent: Any, name: str, leaves: Sequence[str], spans: Spans, tp_group: TpGroup) -> DualLinear:
+def _packed(parent: Any, name: str, leaves: Sequence[str], shards: LayerShards, tp_group: TpGroup) -> DualLinear:
     linears = [getattr(parent, leaf) for leaf in leaves]
-    split = spans[leaves[0]][0]
+    shard_dim = shards[leaves[0]][0]
     for leaf, linear in zip(leaves, linears, strict=True):
-        cut(linear, *spans[leaf], first=tp_group.rank == 0)
+        shard_linear(linear, *shards[leaf], first=tp_group.rank == 0)
     return DualLinear(
-        [f"{name}.{leaf}" for leaf in leaves], linears, split, [spans[leaf][1] for leaf in leaves], tp_group
+        [f"{name}.{leaf}" for leaf in leaves], linears, shard_dim, [shards[leaf][1] for leaf in leaves], tp_group
     )

@@ -21,9 +21,9 @@ def head_loss(
         p = torch.softmax(logits, -1, dtype=torch.float32)
         # log sum exp = largest logit - log(largest probability), which cannot underflow.
         own_sum = logits.amax(-1).float() - p.amax(-1).log()
-        columns = (targets - head.span.start)[:, None]
-        mine = (columns >= 0) & (columns < head.span.size)
-        columns = columns.clamp(0, head.span.size - 1)
+        columns = (targets - head.shard.start)[:, None]
+        mine = (columns >= 0) & (columns < head.shard.size)
+        columns = columns.clamp(0, head.shard.size - 1)
         log_sum, wanted = _joined(head, own_sum, torch.where(mine, logits.gather(1, columns).float(), 0.0)[:, 0])
         loss = float((log_sum - wanted).sum())
         if divisor is None:

@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-Split = Literal["out", "in"]
+ShardDim = Literal["out", "in"]
 """Which side of a weight [out, in] is cut."""
 
 
 @dataclass(frozen=True)
-class Span:
+class Shard:
     """[start, stop) of `total` outputs or inputs."""
 
     start: int
@@ -34,30 +34,30 @@ class Span:
         return self.size == self.total
 
 
-def even_span(total: int, rank: int, size: int) -> Span:
+def even_shard(total: int, rank: int, size: int) -> Shard:
     """An equal share; `total` is a multiple of `size`."""
-    return Span(total // size * rank, total // size * (rank + 1), total)
+    return Shard(total // size * rank, total // size * (rank + 1), total)
 
 
-def share(total: int, rank: int, size: int) -> Span:
+def uneven_shard(total: int, rank: int, size: int) -> Shard:
     """A share of rows that `size` need not divide: some have one more than others. Vocabularies are of any size."""
-    return Span(total * rank // size, total * (rank + 1) // size, total)
+    return Shard(total * rank // size, total * (rank + 1) // size, total)
 
 
-def kv_span(kv_heads: int, head_dim: int, rank: int, size: int) -> Span:
+def kv_shard(kv_heads: int, head_dim: int, rank: int, size: int) -> Shard:
     """An equal share of KV heads, or the one head that this rank's query heads read, which others hold as well."""
     if kv_heads >= size:
-        return even_span(kv_heads * head_dim, rank, size)
+        return even_shard(kv_heads * head_dim, rank, size)
     head = rank * kv_heads // size
-    return Span(head * head_dim, (head + 1) * head_dim, kv_heads * head_dim)
+    return Shard(head * head_dim, (head + 1) * head_dim, kv_heads * head_dim)
 
 
-def layer_spans(config: Any, rank: int, size: int) -> dict[str, tuple[Split, Span]]:
+def layer_shards(config: Any, rank: int, size: int) -> dict[str, tuple[ShardDim, Shard]]:
     """Side and span of every linear layer of a decoder layer, by its last name. config: of the transformers model."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    query, key = even_span(heads * head_dim, rank, size), kv_span(kv_heads, head_dim, rank, size)
-    inner = even_span(config.intermediate_size, rank, size)
+    query, key = even_shard(heads * head_dim, rank, size), kv_shard(kv_heads, head_dim, rank, size)
+    inner = even_shard(config.intermediate_size, rank, size)
     return {
         "q_proj": ("out", query),
         "k_proj": ("out", key),
@@ -69,22 +69,22 @@ def layer_spans(config: Any, rank: int, size: int) -> dict[str, tuple[Split, Spa
     }
 
 
-def part_of(whole: torch.Tensor, split: Split, span: Span) -> torch.Tensor:
+def shard_of(whole: torch.Tensor, shard_dim: ShardDim, shard: Shard) -> torch.Tensor:
     """A view of a whole weight [out, in], or of a bias [out]."""
-    return whole.narrow(0 if split == "out" else 1, span.start, span.size)
+    return whole.narrow(0 if shard_dim == "out" else 1, shard.start, shard.size)
 
 
-def cut(linear: nn.Linear, split: Split, span: Span, first: bool) -> None:
+def shard_linear(linear: nn.Linear, shard_dim: ShardDim, shard: Shard, first: bool) -> None:
     """Leave a linear layer this rank's part of its weight only, if it was loaded whole.
 
     first: this rank adds the bias of summed outputs.
     """
     weight = linear.weight.data
-    if weight.shape[0 if split == "out" else 1] != span.size:
+    if weight.shape[0 if shard_dim == "out" else 1] != shard.size:
         # Copies, so that the whole is freed.
-        linear.weight.data = part_of(weight, split, span).clone()
+        linear.weight.data = shard_of(weight, shard_dim, shard).clone()
         linear.out_features, linear.in_features = linear.weight.shape
-        if linear.bias is not None and split == "out":
-            linear.bias.data = part_of(linear.bias.data, split, span).clone()
-    if linear.bias is not None and split == "in" and not first:
+        if linear.bias is not None and shard_dim == "out":
+            linear.bias.data = shard_of(linear.bias.data, shard_dim, shard).clone()
+    if linear.bias is not None and shard_dim == "in" and not first:
         linear.bias.data.zero_()

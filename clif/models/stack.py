@@ -10,11 +10,11 @@ import transformers
 
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
-from clif.distributed.layout import check_shares
+from clif.distributed.layout import check_divisible
 from clif.models.dual_linear import DualLinear, LoraRows
 from clif.models.head import Head
 from clif.models.layer import AttentionPlan, DecoderLayer, Rope, SubBatch
-from clif.models.shard import layer_spans
+from clif.models.shard import layer_shards
 
 PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
 
@@ -33,14 +33,14 @@ class CausalStack:
         self.model, self._inner = model, inner
         config = model.config
         self.num_layers = len(inner.layers)
-        check_shares(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, tp_group.size)
+        check_divisible(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, tp_group.size)
         self.num_heads: int = config.num_attention_heads // tp_group.size
         self.num_kv_heads: int = max(1, config.num_key_value_heads // tp_group.size)
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.vocab_size: int = config.vocab_size
-        spans = layer_spans(config, tp_group.rank, tp_group.size)
+        shards = layer_shards(config, tp_group.rank, tp_group.size)
         self._layers = [
-            DecoderLayer(m, f"model.layers.{i}", i, self.head_dim, spans, tp_group) for i, m in enumerate(inner.layers)
+            DecoderLayer(m, f"model.layers.{i}", i, self.head_dim, shards, tp_group) for i, m in enumerate(inner.layers)
         ]
         head: Any = model.get_output_embeddings()
         self.head = Head(head, self.vocab_size, head.weight is inner.embed_tokens.weight, tp_group)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from clif.config import Config
-from clif.distributed.layout import Layout, check_shares
+from clif.distributed.layout import Layout, check_divisible
 from clif.distributed.roles import role_of
 from clif.models.estimate import Device, EstimateError, Room, dtype_of, estimate, read_shape
 
@@ -47,7 +47,7 @@ def memory_lines(config: Config, layout: Layout, device: Device, room: Room | No
         yield f"no estimate of memory: {error}"
         return
     for tp_size in sorted({len(ranks) for ranks in layout.replicas}):
-        check_shares(shape.heads, shape.kv_heads, shape.inner, tp_size)
+        check_divisible(shape.heads, shape.kv_heads, shape.inner, tp_size)
         memory = estimate(config, shape, tp_size, device)
         share = f", 1 of {tp_size} of its replica" if tp_size > 1 else ""
         where = "a GPU" if device == "cuda" else "the CPU"

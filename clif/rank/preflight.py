@@ -11,7 +11,7 @@ import psutil
 from huggingface_hub import try_to_load_from_cache
 
 from clif.config import Config
-from clif.distributed.layout import Layout, check_shares
+from clif.distributed.layout import Layout, check_divisible
 from clif.errors import ConfigError
 from clif.metrics.provenance import gpu_bytes, gpu_names
 from clif.models.estimate import Device, Room, estimate
@@ -45,7 +45,7 @@ def check_model(config: Config, layout: Layout) -> Tree | None:
     if shape is not None:
         check_targets(config.adapter, shape)
         for size in {len(ranks) for ranks in layout.replicas}:
-            check_shares(shape.heads, shape.kv_heads, shape.inner, size)
+            check_divisible(shape.heads, shape.kv_heads, shape.inner, size)
     if header is not None and shape is not None:
         check_gguf(header, shape, path)
     elif here and place.is_dir():

@@ -14,7 +14,7 @@ from conftest import TINY
 from ranks import run_ranks
 
 from clif.engine.passes import HEAD_ROWS
-from clif.models.shard import Span, share
+from clif.models.shard import Shard, uneven_shard
 from clif.types import NO_TOKEN
 
 
@@ -87,9 +87,9 @@ def test_there_is_one_all_reduce_per_attention_and_one_per_mlp_and_few_of_the_he
 
 
 def test_shares_differ_by_one_row_at_most_and_cover_all():
-    assert [share(7, r, 3) for r in range(3)] == [Span(0, 2, 7), Span(2, 4, 7), Span(4, 7, 7)]
+    assert [uneven_shard(7, r, 3) for r in range(3)] == [Shard(0, 2, 7), Shard(2, 4, 7), Shard(4, 7, 7)]
     for total in (300, 301, 302, 49152):
         for size in (1, 2, 3, 4, 7):
-            spans = [share(total, r, size) for r in range(size)]
-            assert [s.start for s in spans] == [0, *(s.stop for s in spans[:-1])] and spans[-1].stop == total
-            assert {s.size for s in spans} <= {total // size, -(-total // size)}
+            shards = [uneven_shard(total, r, size) for r in range(size)]
+            assert [s.start for s in shards] == [0, *(s.stop for s in shards[:-1])] and shards[-1].stop == total
+            assert {s.size for s in shards} <= {total // size, -(-total // size)}

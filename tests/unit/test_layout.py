@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clif.distributed.layout import LayoutError, check_hosts, check_shares, make_layout
+from clif.distributed.layout import LayoutError, check_divisible, check_hosts, make_layout
 from clif.metrics.provenance import gpu_names
 
 REPO = Path(__file__).resolve().parents[2]
@@ -109,9 +109,9 @@ def test_every_profile_is_laid_out_by_a_dry_run(profile):
 )
 def test_a_model_that_ranks_cannot_share_is_refused_with_what_to_change(sizes, ranks, what):
     with pytest.raises(LayoutError, match=f"{ranks} ranks cannot share the model's {what} evenly: change layout.tp"):
-        check_shares(*sizes, ranks)
+        check_divisible(*sizes, ranks)
     # Fewer KV heads than ranks are held several times.
-    check_shares(8, 2, 96, 4)
+    check_divisible(8, 2, 96, 4)
 
 
 def test_a_dry_run_refuses_a_model_that_ranks_cannot_share():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from clif.distributed.collectives import TpGroup
-from clif.models.shard import part_of
+from clif.models.shard import shard_of
 from clif.models.weights.sharded_build import Slice, build
 
 
@@ -24,7 +24,7 @@ def draw_model(config: Any, dtype: torch.dtype, device: torch.device, seed: int,
         # Where it will live: billions of numbers take minutes on a CPU.
         whole = _draw(name, torch.empty(shape, dtype=dtype, device=device), std, seed)
         # A copy, so that the whole is freed.
-        return whole if part is None else part_of(whole, *part).clone()
+        return whole if part is None else shard_of(whole, *part).clone()
 
     return build(config, source, dtype, device, tp_group)
 

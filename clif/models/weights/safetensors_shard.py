@@ -69,6 +69,6 @@ def _read(file: Any, name: str, shape: torch.Size, part: Slice) -> torch.Tensor:
     if part is None:
         tensor: torch.Tensor = source[:]
         return tensor
-    split, span = part
-    tensor = source[span.start : span.stop] if split == "out" else source[:, span.start : span.stop]
+    shard_dim, shard = part
+    tensor = source[shard.start : shard.stop] if shard_dim == "out" else source[:, shard.start : shard.stop]
     return tensor

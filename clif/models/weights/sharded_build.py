@@ -15,12 +15,12 @@ from accelerate import init_empty_weights
 
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
-from clif.distributed.layout import check_shares
+from clif.distributed.layout import check_divisible
 from clif.models.layer import ATTENTION
-from clif.models.shard import Span, Split, layer_spans, share
+from clif.models.shard import Shard, ShardDim, layer_shards, uneven_shard
 from clif.models.stack import check_model
 
-Slice = tuple[Split, Span] | None
+Slice = tuple[ShardDim, Shard] | None
 """This rank's part of a tensor; None: all of it."""
 Source = Callable[[str, torch.Size, Slice], torch.Tensor]
 """(name, shape of the whole tensor, slice wanted) -> that slice."""
@@ -46,20 +46,20 @@ def build(config: Any, source: Source, dtype: torch.dtype, device: torch.device,
     return model
 
 
-def _parts(model: Any, tied: bool, tp_group: TpGroup) -> Iterator[tuple[str, tuple[Split, Span]]]:
+def _parts(model: Any, tied: bool, tp_group: TpGroup) -> Iterator[tuple[str, tuple[ShardDim, Shard]]]:
     """Tensor name -> side and span, for every linear weight (and cut bias) that the peers share."""
     config = model.config
     check_model(model)
-    check_shares(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, tp_group.size)
+    check_divisible(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, tp_group.size)
     if not tied:
-        rows = share(config.vocab_size, tp_group.rank, tp_group.size)
+        rows = uneven_shard(config.vocab_size, tp_group.rank, tp_group.size)
         yield from ((f"{HEAD}.{leaf}", ("out", rows)) for leaf in ("weight", "bias"))
     for layer in range(len(model.model.layers)):
-        for leaf, (split, span) in layer_spans(config, tp_group.rank, tp_group.size).items():
+        for leaf, (shard_dim, shard) in layer_shards(config, tp_group.rank, tp_group.size).items():
             block = "self_attn" if leaf in ATTENTION else "mlp"
-            yield f"model.layers.{layer}.{block}.{leaf}.weight", (split, span)
-            if split == "out":
-                yield f"model.layers.{layer}.{block}.{leaf}.bias", (split, span)
+            yield f"model.layers.{layer}.{block}.{leaf}.weight", (shard_dim, shard)
+            if shard_dim == "out":
+                yield f"model.layers.{layer}.{block}.{leaf}.bias", (shard_dim, shard)
 
 
 def _put(model: Any, name: str, tensor: torch.Tensor) -> None:
