@@ -174,7 +174,7 @@ def measure(cases: Sequence[Case], tuner: Tuner, kernels: Kernels, repeats: int,
         batches = tuner.batches(case.sizes, case.depth, case.r, case.lengths)
         launcher = KernelLauncher(tuner.device, kernels)
         findings.faults[case.name] = violations(
-            batches[0], computed(batches[0], FusedLinear(batches[0].packed, launcher))
+            batches[0], computed(batches[0], FusedLinear(batches[0].merged, launcher))
         )
         ways = backward_ways(batches, launcher) if case.backward else forward_ways(batches, launcher, case.compiled)
         found, failed = contest(ways, len(batches), repeats, tuner.device)
@@ -200,7 +200,7 @@ def launches(way: Any) -> str:
 
 def rates(case: Case, batch: Batch, timing: Timing) -> str:
     """Bytes that must move at least and operations of the base product, per second."""
-    p, rows = batch.packed, len(batch.x)
+    p, rows = batch.merged, len(batch.x)
     out, depth = p.weight.shape
     used = {s.slot for s in batch.segments}
     factors = sum(p.a[s].nbytes + p.b[s].nbytes for s in used)

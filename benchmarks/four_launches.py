@@ -8,7 +8,7 @@ import triton.language as tl
 from torch.nn.functional import linear
 
 from clif.kernels.dual_lora_host import INTERPRET
-from clif.kernels.dual_lora_reference import Packed
+from clif.kernels.dual_lora_reference import MergedLinear
 from clif.kernels.dual_lora_table import RowTable
 from clif.kernels.numerics import dot, rounded
 
@@ -58,18 +58,18 @@ def expand(
     tl.store(place, rounded(value, y.dtype.element_ty, INTERPRET), mask=inside)
 
 
-def four_launches(packed: Packed, x: torch.Tensor, rows: RowTable, adapted: int) -> torch.Tensor:
+def four_launches(merged: MergedLinear, x: torch.Tensor, rows: RowTable, adapted: int) -> torch.Tensor:
     """y [rows, out]. adapted: how many of the row tiles have an adapter."""
-    y = linear(x, packed.weight, packed.bias)
-    ranks, (out, depth) = packed.a.shape[1], packed.weight.shape
+    y = linear(x, merged.weight, merged.bias)
+    ranks, (out, depth) = merged.a.shape[1], merged.weight.shape
     ranks_p = max(16, triton.next_power_of_2(ranks))
     hidden = torch.zeros(len(x), ranks, dtype=torch.float32, device=x.device)
     shrink[(adapted * SLICES,)](
-        x, packed.a, hidden, rows.tiles, depth, x.stride(0), packed.a.stride(0), RANKS=ranks, RANKS_P=ranks_p,
+        x, merged.a, hidden, rows.tiles, depth, x.stride(0), merged.a.stride(0), RANKS=ranks, RANKS_P=ranks_p,
         BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, SLICES=SLICES, INTERPRET=INTERPRET,
     )  # fmt: skip
     expand[(adapted, triton.cdiv(out, BLOCK_N))](
-        hidden, packed.b, y, rows.tiles, out, packed.scale, y.stride(0), packed.b.stride(0), RANKS=ranks,
+        hidden, merged.b, y, rows.tiles, out, merged.scale, y.stride(0), merged.b.stride(0), RANKS=ranks,
         RANKS_P=ranks_p, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, INTERPRET=INTERPRET,
     )  # fmt: skip
     return y

@@ -37,7 +37,7 @@ DEVICE = torch.device("cpu" if DRY_RUN else "cuda")
 
 @dataclass(frozen=True)
 class LinearJob:
-    """Forward of a packed layer, and its backward if rows of the shadow are among them."""
+    """Forward of a merged layer, and its backward if rows of the shadow are among them."""
 
     sizes: tuple[int, ...]
     depth: int

@@ -55,7 +55,7 @@ def launcher() -> KernelLauncher:
 
 def zero_rows() -> str:
     batch = random_batch(random_layer([64], 64, 8, dtype=torch.bfloat16, device=DEVICE), ((0, 0),))
-    y, _ = FusedLinear(batch.packed, launcher()).forward(batch.x, batch.segments)
+    y, _ = FusedLinear(batch.merged, launcher()).forward(batch.x, batch.segments)
     return "" if tuple(y.shape) == (0, 64) else f"shape {tuple(y.shape)}"
 
 
@@ -63,14 +63,14 @@ def float32_products() -> str:
     sizes, depth = ([512, 256], 1024) if not DRY_RUN else ([32, 16], 32)
     layer = random_layer(sizes, depth, 16, dtype=torch.float32, device=DEVICE, bias=True)
     batch = random_batch(layer, KINDS)
-    return "; ".join(violations(batch, computed(batch, FusedLinear(batch.packed, launcher()))))
+    return "; ".join(violations(batch, computed(batch, FusedLinear(batch.merged, launcher()))))
 
 
 def one_kernel_per_linear() -> str:
     if DRY_RUN:
         return ""
     batch = random_batch(random_layer([4096], 4096, 16, dtype=torch.bfloat16, device=DEVICE), ((48, 0), (16, 1)))
-    layer = FusedLinear(batch.packed, launcher())
+    layer = FusedLinear(batch.merged, launcher())
     layer.forward(batch.x, batch.segments)
     found = launches(lambda: layer.forward(batch.x, batch.segments))
     return "" if sum(count for count, _ in found.values()) == 1 else f"{found}"

@@ -24,9 +24,9 @@ DGRAD, PEFT_BACKWARD = "dgrad alone", "PEFT autograd"
 
 def forward_ways(batches: Sequence[Batch], launcher: KernelLauncher, compiled: bool) -> dict[str, Way]:
     """One way per rival; each takes the number of a layer. All layers have the same shapes and segments."""
-    layers = [FusedLinear(b.packed, launcher) for b in batches]
+    layers = [FusedLinear(b.merged, launcher) for b in batches]
     ways: dict[str, Way] = {
-        BASE: lambda i: linear(batches[i].x, batches[i].packed.weight),
+        BASE: lambda i: linear(batches[i].x, batches[i].merged.weight),
         FUSED: lambda i: layers[i].forward(batches[i].x, batches[i].segments),
     }
     if not batches[0].segments:
@@ -46,10 +46,10 @@ def forward_ways(batches: Sequence[Batch], launcher: KernelLauncher, compiled: b
 
 def backward_ways(batches: Sequence[Batch], launcher: KernelLauncher) -> dict[str, Way]:
     """The backward of rows that all use the shadow."""
-    layers = [FusedLinear(b.packed, launcher) for b in batches]
+    layers = [FusedLinear(b.merged, launcher) for b in batches]
     hidden = [layer.forward(b.x, b.segments)[1] for layer, b in zip(layers, batches, strict=True)]
     return {
-        DGRAD: lambda i: batches[i].grad @ batches[i].packed.weight,
+        DGRAD: lambda i: batches[i].grad @ batches[i].merged.weight,
         FUSED: lambda i: layers[i].backward(batches[i].grad, batches[i].x, hidden[i], True),
         PEFT_BACKWARD: _peft_backward(batches),
     }
@@ -57,14 +57,14 @@ def backward_ways(batches: Sequence[Batch], launcher: KernelLauncher) -> dict[st
 
 def _per_segment(batch: Batch) -> torch.Tensor:
     """The reference: two products per adapter, on its rows only."""
-    p = batch.packed
+    p = batch.merged
     y = linear(batch.x, p.weight)
     add_dual_lora(y, batch.x, batch.segments, lambda slot: (p.a[slot], p.b[slot]), p.scale)
     return y
 
 
 def _compiled(batches: Sequence[Batch]) -> Way:
-    segments, scale = batches[0].segments, batches[0].packed.scale
+    segments, scale = batches[0].segments, batches[0].merged.scale
 
     def reference(x: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         y = linear(x, weight)
@@ -72,16 +72,16 @@ def _compiled(batches: Sequence[Batch]) -> Way:
         return y
 
     fast = torch.compile(reference, dynamic=False)
-    return lambda i: fast(batches[i].x, batches[i].packed.weight, batches[i].packed.a, batches[i].packed.b)
+    return lambda i: fast(batches[i].x, batches[i].merged.weight, batches[i].merged.a, batches[i].merged.b)
 
 
 def _slots(batch: Batch) -> list[int]:
-    return sorted({s.slot % len(batch.packed.a) for s in batch.segments})
+    return sorted({s.slot % len(batch.merged.a) for s in batch.segments})
 
 
 def _mask(batch: Batch) -> torch.Tensor:
     """[rows, slots in use * k r]: scale where a row uses the slot, else 0."""
-    p, slots = batch.packed, _slots(batch)
+    p, slots = batch.merged, _slots(batch)
     mask = torch.zeros(len(batch.x), len(slots), p.a.shape[1], dtype=p.weight.dtype, device=p.weight.device)
     for start, stop, slot in batch.segments:
         mask[start:stop, slots.index(slot % len(p.a))] = p.scale
@@ -90,7 +90,7 @@ def _mask(batch: Batch) -> torch.Tensor:
 
 def _stacked(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """A of all slots in use one below the other, B side by side."""
-    p, slots = batch.packed, _slots(batch)
+    p, slots = batch.merged, _slots(batch)
     return p.a[slots].flatten(0, 1).contiguous(), torch.cat([p.b[s] for s in slots], 1).contiguous()
 
 
@@ -101,7 +101,7 @@ def _with_masks(batches: Sequence[Batch], compute: Callable[..., torch.Tensor]) 
 
 def _one_product(batch: Batch, mask: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """All rows through all adapters, and a mask between. A NaN of one adapter reaches the rows of all."""
-    y = linear(batch.x, batch.packed.weight)
+    y = linear(batch.x, batch.merged.weight)
     return y.addmm_((batch.x @ a.T).mul_(mask), b.T)
 
 
@@ -109,7 +109,7 @@ def _augmented(batches: Sequence[Batch]) -> Way:
     """[x | s] [W | B]^T: one product, deeper by the adapters' ranks. x lies in the wide buffer already."""
     mask, stacks = _mask(batches[0]), [_stacked(b) for b in batches]
     wide = [torch.cat([b.x, torch.zeros_like(mask)], 1) for b in batches]
-    weights = [torch.cat([b.packed.weight, stack[1]], 1) for b, stack in zip(batches, stacks, strict=True)]
+    weights = [torch.cat([b.merged.weight, stack[1]], 1) for b, stack in zip(batches, stacks, strict=True)]
     depth = batches[0].x.shape[1]
 
     def way(i: int) -> torch.Tensor:
@@ -122,14 +122,14 @@ def _augmented(batches: Sequence[Batch]) -> Way:
 
 def _four(batches: Sequence[Batch]) -> Way:
     first = batches[0]
-    rows = RowTable(first.segments, len(first.x), BLOCK_M, len(first.packed.a), first.x.device)
+    rows = RowTable(first.segments, len(first.x), BLOCK_M, len(first.merged.a), first.x.device)
     adapted = int(rows.counts[1])
-    return lambda i: four_launches(batches[i].packed, batches[i].x, rows, adapted)
+    return lambda i: four_launches(batches[i].merged, batches[i].x, rows, adapted)
 
 
 def _peft(batch: Batch, slot: int = SHADOW) -> torch.Tensor:
     """What peft's LoRA layer computes: one adapter for all rows, five kernels."""
-    p = batch.packed
+    p = batch.merged
     result = linear(batch.x, p.weight)
     return result + linear(linear(batch.x, p.a[slot]), p.b[slot]) * p.scale
 
@@ -143,7 +143,7 @@ def _peft_mixed(batches: Sequence[Batch]) -> Way:
     ]
 
     def way(i: int) -> torch.Tensor:
-        p, x = batches[i].packed, batches[i].x
+        p, x = batches[i].merged, batches[i].x
         result = linear(x, p.weight)
         for slot, index in picks:
             result[index] += linear(linear(x[index], p.a[slot]), p.b[slot]) * p.scale
@@ -157,8 +157,8 @@ def _peft_backward(batches: Sequence[Batch]) -> Way:
     graphs: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
 
     def forward(b: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        x, a, lora_b = (t.detach().clone().requires_grad_() for t in (b.x, b.packed.a[SHADOW], b.packed.b[SHADOW]))
-        return linear(x, b.packed.weight) + linear(linear(x, a), lora_b) * b.packed.scale, [x, a, lora_b]
+        x, a, lora_b = (t.detach().clone().requires_grad_() for t in (b.x, b.merged.a[SHADOW], b.merged.b[SHADOW]))
+        return linear(x, b.merged.weight) + linear(linear(x, a), lora_b) * b.merged.scale, [x, a, lora_b]
 
     def way(i: int) -> Any:
         # In the first call, since a backward runs on the stream of its forward, and captures have their own.

@@ -59,7 +59,7 @@ GRAD_MOVES: dict[str, Sequence[Any]] = {
     "stages": (2, 3, 4),
 }
 MODELS = {
-    # Widths of the packed layers: query+key+value, output, gate+up, down.
+    # Widths of the merged layers: query+key+value, output, gate+up, down.
     "8b": (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336)),
     "1b": (((2048, 512, 512), 2048), ((2048,), 2048), ((8192, 8192), 2048), ((2048,), 8192)),
 }
@@ -116,7 +116,7 @@ class Tuner:
         self, batches: Sequence[Batch], backward: bool, late: Callable[[], bool]
     ) -> tuple[LinearTiles, LinearTiles, dict[str, float]]:
         """The choice (the form "separate" where torch's products win), the best of the kernel's own, microseconds."""
-        p = batches[0].packed
+        p = batches[0].merged
         out, depth = p.weight.shape[::-1] if backward else p.weight.shape
         rows = len(batches[0].x)
         start = self.defaults.linear(rows, depth, out, p.r, backward)
@@ -142,17 +142,17 @@ class Tuner:
         return (best if good else LinearTiles(form="separate")), best, us
 
     def _grads_of(self, batches: Sequence[Batch]) -> GradTiles:
-        p = batches[0].packed
+        p = batches[0].merged
         return self.defaults.grads(len(batches[0].x), p.weight.shape[1], p.weight.shape[0], p.r)
 
     def grads(self, batches: Sequence[Batch], late: Callable[[], bool]) -> tuple[GradTiles, dict[str, float]]:
         """The best tiles of the factors' gradients, microseconds."""
-        p = batches[0].packed
+        p = batches[0].merged
         hidden = [torch.randn(len(b.x), p.a.shape[1], device=self.device).to(p.weight.dtype) for b in batches]
 
         def cost(tiles: GradTiles) -> float:
             launcher = KernelLauncher(self.device, Fixed(LinearTiles(), tiles))
-            layers = [FusedLinear(b.packed, launcher) for b in batches]
+            layers = [FusedLinear(b.merged, launcher) for b in batches]
             return self._time(
                 lambda i: layers[i].factor_gradients(batches[i].grad, batches[i].x, hidden[i], hidden[i]), len(batches)
             )
@@ -162,7 +162,7 @@ class Tuner:
 
     def _way(self, batches: Sequence[Batch], tiles: LinearTiles, backward: bool) -> Callable[[int], Any]:
         launcher = KernelLauncher(self.device, Fixed(tiles, GradTiles()))
-        layers = [FusedLinear(b.packed, launcher) for b in batches]
+        layers = [FusedLinear(b.merged, launcher) for b in batches]
         if backward:
             return lambda i: layers[i].through(batches[i].grad, True)
         return lambda i: layers[i].forward(batches[i].x, batches[i].segments)
@@ -227,7 +227,7 @@ def tune(
         learns = len(batches[0].grad)
         back = Shape(learns, out, depth, r, True)
         if learns and back not in linear:
-            learning = [random_batch(b.packed, ((learns, SHADOW),)) for b in batches]
+            learning = [random_batch(b.merged, ((learns, SHADOW),)) for b in batches]
             choice, kernel[back], us = tuner.linear(learning, True, late)
             linear[back] = choice, us
             print(f"{learns} rows {out}->{depth} r={r} backward: {choice.form} {us}", flush=True)

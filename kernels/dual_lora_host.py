@@ -1,4 +1,4 @@
-"""Host side of the dual LoRA kernels: workspace, launches, and one object per packed linear layer."""
+"""Host side of the dual LoRA kernels: workspace, launches, and one object per merged linear layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clif.kernels.dual_lora_grads_kernel import dual_lora_grads
 from clif.kernels.dual_lora_kernel import BASE, FUSED, SHRINK, dual_lora_linear
-from clif.kernels.dual_lora_reference import Packed, Segment
+from clif.kernels.dual_lora_reference import MergedLinear, Segment
 from clif.kernels.dual_lora_table import RowTable, column_tiles, grad_tiles
 from clif.kernels.tiles import GradTiles, LinearTiles, descriptor_boxes
 
@@ -176,14 +176,14 @@ class KernelLauncher:
 
 
 class FusedLinear:
-    """One packed layer: forward for rows of any slots, backward for rows of the shadow."""
+    """One merged layer: forward for rows of any slots, backward for rows of the shadow."""
 
-    def __init__(self, packed: Packed, launcher: KernelLauncher) -> None:
-        self.packed, self._launcher = packed, launcher
-        depth = packed.weight.shape[1]
-        adapted = [m for m in packed.members if m.block is not None]
+    def __init__(self, merged: MergedLinear, launcher: KernelLauncher) -> None:
+        self.merged, self._launcher = merged, launcher
+        depth = merged.weight.shape[1]
+        adapted = [m for m in merged.projections if m.block is not None]
         self._outputs = sum(m.stop - m.start for m in adapted)
-        self._forward_blocks = self._table([(0, depth)] * packed.blocks)
+        self._forward_blocks = self._table([(0, depth)] * merged.blocks)
         self._backward_blocks = self._table([(m.start, m.stop) for m in adapted])
         self._columns: dict[tuple[Callable[..., Any], int], tuple[torch.Tensor, bool]] = {}
 
@@ -193,7 +193,7 @@ class FusedLinear:
         A table instead of segments is for a captured graph: refilled, it serves others in the next replay. Raises
         ValueError for segments that overlap, or a table made for other tiles.
         """
-        p, x = self.packed, _rows(x)
+        p, x = self.merged, _rows(x)
         out, depth = p.weight.shape
         hidden, y = x.new_empty(len(x), p.a.shape[1]), x.new_empty(len(x), out)
         if not len(x):
@@ -202,20 +202,20 @@ class FusedLinear:
         if tiles.form == "separate" and not isinstance(segments, RowTable):
             return self._separate(x, segments, hidden), hidden
         rows = self._table_of(segments, len(x), tiles)
-        columns = self._cut(column_tiles, p.members, tiles.block_n)
+        columns = self._cut(column_tiles, p.projections, tiles.block_n)
         blocks = self._forward_blocks
         self._launcher.linear(tiles, x, p.weight, p.bias, p.a, p.b, hidden, y, rows, *columns, blocks, p.r, p.scale)
         return y, hidden
 
     def _table_of(self, segments: Sequence[Segment] | RowTable, rows: int, tiles: LinearTiles) -> RowTable:
         if not isinstance(segments, RowTable):
-            return self._launcher.rows(segments, rows, tiles.block_m, len(self.packed.a))
+            return self._launcher.rows(segments, rows, tiles.block_m, len(self.merged.a))
         if tiles.form == "separate" or segments.block_m != tiles.block_m:
             raise ValueError(f"a table of {segments.block_m}-row tiles does not fit {tiles}: make it for these")
         return segments
 
     def _separate(self, x: torch.Tensor, segments: Sequence[Segment], hidden: torch.Tensor) -> torch.Tensor:
-        p = self.packed
+        p = self.merged
         y = linear(x, p.weight, p.bias)
         for start, stop, slot in segments:
             torch.mul(x[start:stop] @ p.a[slot].T, p.scale, out=hidden[start:stop])
@@ -229,7 +229,7 @@ class FusedLinear:
 
         grad: of y [rows, out]; x and hidden as in the forward. Those of the factors are float32.
         """
-        p, grad, x, hidden = self.packed, _rows(grad), _rows(x), hidden.contiguous()
+        p, grad, x, hidden = self.merged, _rows(grad), _rows(x), hidden.contiguous()
         if not len(x):
             zeros = torch.zeros_like(p.a[-1], dtype=torch.float32), x.new_zeros(self._outputs, p.r, dtype=torch.float32)
             return (torch.empty_like(x) if down else None), *zeros
@@ -240,10 +240,10 @@ class FusedLinear:
         self, grad: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor, grad_hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The backward's second launch: gradients of A and B."""
-        p = self.packed
+        p = self.merged
         out, depth = p.weight.shape
         tiles = self._launcher.tiling.grads(len(x), depth, out, p.r)
-        columns, _ = self._cut(grad_tiles, p.members, tiles.block_c)
+        columns, _ = self._cut(grad_tiles, p.projections, tiles.block_c)
         return self._launcher.grads(tiles, x, grad, hidden, grad_hidden, columns, self._outputs, p.r)
 
     def through(self, grad: torch.Tensor, down: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -251,7 +251,7 @@ class FusedLinear:
 
         The forward's kernel, with the shadow's factors in each other's place.
         """
-        p = self.packed
+        p = self.merged
         out, depth = p.weight.shape
         tiles = self._launcher.tiling.linear(len(grad), out, depth, p.r, True)
         if tiles.form == "separate":
@@ -279,7 +279,7 @@ class FusedLinear:
         return self._columns[cut, size]
 
     def _table(self, values: Sequence[Sequence[int]]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=self.packed.weight.device)
+        return torch.tensor(values, dtype=torch.int32, device=self.merged.weight.device)
 
 
 def _through_tiles(what: tuple[int, int], size: int) -> list[tuple[int, int, int, int]]:

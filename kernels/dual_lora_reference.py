@@ -23,8 +23,8 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Member:
-    """Outputs [start, stop) of a packed layer that belong to one linear layer; block: its place in h, or None."""
+class Projection:
+    """Outputs [start, stop) of a merged layer that belong to one linear layer; block: its place in h, or None."""
 
     start: int
     stop: int
@@ -32,8 +32,8 @@ class Member:
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
-    """A packed linear layer and its adapters, as the kernels read them; everything is a view, nothing is copied.
+class MergedLinear:
+    """A merged linear layer and its adapters, as the kernels read them; everything is a view, nothing is copied.
 
     weight [out, in]; bias [out] or None; a [slots, k r, in] and b [slots, out, k r] for k adapted members, b with each
     member's factor in its own rows and columns. The last slot is the shadow's.
@@ -45,7 +45,7 @@ class Packed:
     b: torch.Tensor
     r: int
     scale: float
-    members: tuple[Member, ...]
+    projections: tuple[Projection, ...]
 
     @property
     def blocks(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from clif.kernels.dual_lora_reference import Member, Segment
+from clif.kernels.dual_lora_reference import Projection, Segment
 
 
 def row_tiles(segments: Sequence[Segment], rows: int, block_m: int, slots: int) -> tuple[list[tuple[int, ...]], int]:
@@ -31,10 +31,10 @@ def row_tiles(segments: Sequence[Segment], rows: int, block_m: int, slots: int) 
     return adapted + bare, len(adapted)
 
 
-def column_tiles(members: Sequence[Member], block_n: int) -> list[tuple[int, int, int, int]]:
+def column_tiles(projections: Sequence[Projection], block_n: int) -> list[tuple[int, int, int, int]]:
     """(first column, end, first block, end of blocks) of every tile of y; none crosses from one member to the next."""
     tiles = []
-    for member in members:
+    for member in projections:
         first, end = (0, 0) if member.block is None else (member.block, member.block + 1)
         tiles += [
             (col, min(col + block_n, member.stop), first, end) for col in range(member.start, member.stop, block_n)
@@ -42,10 +42,10 @@ def column_tiles(members: Sequence[Member], block_n: int) -> list[tuple[int, int
     return tiles
 
 
-def grad_tiles(members: Sequence[Member], block_c: int) -> list[tuple[int, int, int, int]]:
+def grad_tiles(projections: Sequence[Projection], block_c: int) -> list[tuple[int, int, int, int]]:
     """(first column, end, block, row of grad_b) of every tile of grad_b, which holds the adapted members only."""
     tiles, skipped = [], 0
-    for member in members:
+    for member in projections:
         if member.block is None:
             skipped += member.stop - member.start
             continue

@@ -97,12 +97,12 @@ def paged_decode(
     depth = tl.maximum(tl.cdiv(tl.cdiv(length, PARTS), BLOCK_KV) * BLOCK_KV, LEAST)
     begin = part * depth
     if begin < length:
-        members = tl.arange(0, ROWS)
+        projections = tl.arange(0, ROWS)
         cols = tl.arange(0, HEAD_DIM_P)
         inside_head = cols < HEAD_DIM
-        inside = (members[:, None] < GROUP) & inside_head[None, :]
+        inside = (projections[:, None] < GROUP) & inside_head[None, :]
         row = tl.load(rows + sequence)
-        heads = head * GROUP + members
+        heads = head * GROUP + projections
         query = tl.load(q + row * q_row + heads[:, None] * q_head + cols[None, :], mask=inside, other=0.0)
         keys = cache + head.to(tl.int64) * cache_head
         values = keys + kv_heads.to(tl.int64) * cache_head
@@ -116,25 +116,25 @@ def paged_decode(
             tl.store(place, rounded(acc / total[:, None], out.dtype.element_ty, INTERPRET), mask=inside)
         else:
             target = sequence * kv_heads + head
-            plane = planes + target * tl.num_programs(0) * (GROUP * HEAD_DIM) + members[:, None] * HEAD_DIM + cols
-            partial = sums + target * tl.num_programs(0) * (2 * GROUP) + members
+            plane = planes + target * tl.num_programs(0) * (GROUP * HEAD_DIM) + projections[:, None] * HEAD_DIM + cols
+            partial = sums + target * tl.num_programs(0) * (2 * GROUP) + projections
             tl.store(plane + part * (GROUP * HEAD_DIM), acc, mask=inside)
-            tl.store(partial + part * (2 * GROUP), highest, mask=members < GROUP)
-            tl.store(partial + part * (2 * GROUP) + GROUP, total, mask=members < GROUP)
+            tl.store(partial + part * (2 * GROUP), highest, mask=projections < GROUP)
+            tl.store(partial + part * (2 * GROUP) + GROUP, total, mask=projections < GROUP)
             # All threads' stores come before the one thread that hands in the ticket.
             tl.debug_barrier()
             if tl.atomic_add(tickets + target, 1, sem="acq_rel") == parts - 1:
                 # The maximum first: then no load waits for the arithmetic of the one before.
                 highest = tl.full([ROWS], float("-inf"), dtype=tl.float32)
                 for i in range(parts):
-                    one = tl.load(partial + i * (2 * GROUP), mask=members < GROUP, other=0.0, cache_modifier=".cg")
+                    one = tl.load(partial + i * (2 * GROUP), mask=projections < GROUP, other=0.0, cache_modifier=".cg")
                     highest = tl.maximum(highest, one)
                 total = tl.zeros([ROWS], dtype=tl.float32)
                 acc = tl.zeros([ROWS, HEAD_DIM_P], dtype=tl.float32)
                 for i in range(parts):
-                    one = tl.load(partial + i * (2 * GROUP), mask=members < GROUP, other=0.0, cache_modifier=".cg")
+                    one = tl.load(partial + i * (2 * GROUP), mask=projections < GROUP, other=0.0, cache_modifier=".cg")
                     many = tl.load(
-                        partial + i * (2 * GROUP) + GROUP, mask=members < GROUP, other=1.0, cache_modifier=".cg"
+                        partial + i * (2 * GROUP) + GROUP, mask=projections < GROUP, other=1.0, cache_modifier=".cg"
                     )
                     weight = tl.exp2((one - highest) * scale)
                     total += weight * many

@@ -16,7 +16,14 @@ import torch
 from torch import nn
 
 from clif.distributed.collectives import TpGroup
-from clif.kernels.dual_lora_reference import Member, Packed, Segment, add_dual_lora, shadow_backward, shadow_forward
+from clif.kernels.dual_lora_reference import (
+    MergedLinear,
+    Projection,
+    Segment,
+    add_dual_lora,
+    shadow_backward,
+    shadow_forward,
+)
 from clif.models.backends import Linear, frozen_linear
 from clif.models.shard import Shard, ShardDim
 
@@ -66,7 +73,7 @@ class LoraRows:
 class DualLinear:
     """y = x W^T + b + scale * (x A_s^T) B_s^T, with s the adapter slot of each row (none: the base alone).
 
-    It packs the layers that read the same input (query, key and value; gate and up): W [out, in] holds their
+    It merges the layers that read the same input (query, key and value; gate and up): W [out, in] holds their
     weights one below the other. A [k r, in] holds the factors of the k adapted ones likewise, and B [out, k r] has
     each one's factor in its own rows and columns, zero elsewhere: one product per factor instead of k.
 
@@ -126,12 +133,12 @@ class DualLinear:
 
         ends = list(itertools.accumulate(self.sizes))
         blocks = [self.adapted.index(i) if i in self.adapted else None for i in range(len(self.sizes))]
-        members = (Member(e - n, e, j) for e, n, j in zip(ends, self.sizes, blocks, strict=True))
-        packed = Packed(self.weight, self.bias, self._a, self._b, self.r, self.scale, tuple(members))
-        self._fused = FusedLinear(packed, launcher)
+        projections = (Projection(e - n, e, j) for e, n, j in zip(ends, self.sizes, blocks, strict=True))
+        merged = MergedLinear(self.weight, self.bias, self._a, self._b, self.r, self.scale, tuple(projections))
+        self._fused = FusedLinear(merged, launcher)
 
     def factors(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Views of packed masters (shaped like shadow_a, shadow_b) by module name: A [r, in] and B [own rows, r]."""
+        """Views of merged masters (shaped like shadow_a, shadow_b) by module name: A [r, in] and B [own rows, r]."""
         parts = zip(a.split(self.r), b.split([self.sizes[i] for i in self.adapted]), strict=True)
         return {self.names[i]: part for i, part in zip(self.adapted, parts, strict=True)}
 
@@ -161,7 +168,7 @@ class DualLinear:
             block.copy_(from_b)
 
     def _blocks(self, b: torch.Tensor) -> list[torch.Tensor]:
-        """The non-zero blocks of a packed B [out, k r], one per adapted member."""
+        """The non-zero blocks of a merged B [out, k r], one per adapted member."""
         rows = b.split(self.sizes)
         return [rows[i][:, j * self.r : (j + 1) * self.r] for j, i in enumerate(self.adapted)]
 
@@ -231,7 +238,7 @@ class DualLinear:
         return self.tp_group.all_reduce_(grad_x) if self.shard_dim == "out" else grad_x
 
     def gather_b(self, b: torch.Tensor) -> torch.Tensor:
-        """The blocks of a packed B [out, k r] one below the other: [adapted rows, r]."""
+        """The blocks of a merged B [out, k r] one below the other: [adapted rows, r]."""
         blocks = self._blocks(b)
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 

@@ -113,7 +113,7 @@ def _width(group: Group, tp_size: int) -> int:
 
 
 def _adapters(config: AdapterConfig, shape: Shape, tp_size: int) -> tuple[int, int]:
-    """Numbers of one slot, in the packed form of DualLinear, and of the shadow."""
+    """Numbers of one slot, in the merged form of DualLinear, and of the shadow."""
     slot = shadow = 0
     for layer in range(shape.layers):
         for group in shape.groups:

@@ -1,7 +1,7 @@
 """One Llama-style decoder layer over a batch of several kinds of rows, built from transformers' own modules.
 
 Norms, activation and weights are those of the loaded model; what is ours is that layers which read the same input
-are packed into one product, that a product sees all rows at once, and that attention is the batch's own.
+are merged into one product, that a product sees all rows at once, and that attention is the batch's own.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ class DecoderLayer:
         check_layer(module)
         attention, mlp = module.self_attn, module.mlp
         self.index, self.head_dim = index, head_dim
-        self.qkv = _packed(attention, f"{name}.self_attn", ATTENTION[:3], shards, tp_group)
-        self.out = _packed(attention, f"{name}.self_attn", ATTENTION[3:], shards, tp_group)
-        self.gate_up = _packed(mlp, f"{name}.mlp", MLP[:2], shards, tp_group)
-        self.down = _packed(mlp, f"{name}.mlp", MLP[2:], shards, tp_group)
+        self.qkv = _merged(attention, f"{name}.self_attn", ATTENTION[:3], shards, tp_group)
+        self.out = _merged(attention, f"{name}.self_attn", ATTENTION[3:], shards, tp_group)
+        self.gate_up = _merged(mlp, f"{name}.mlp", MLP[:2], shards, tp_group)
+        self.down = _merged(mlp, f"{name}.mlp", MLP[2:], shards, tp_group)
         self._norm, self._mlp_norm, self._act = module.input_layernorm, module.post_attention_layernorm, mlp.act_fn
         probe = torch.linspace(-4, 4, 64)
         self._is_silu = torch.equal(self._act(probe), nn.functional.silu(probe))
@@ -153,7 +153,7 @@ def _has(module: Any, path: str) -> bool:
     return module is not None
 
 
-def _packed(parent: Any, name: str, leaves: Sequence[str], shards: LayerShards, tp_group: TpGroup) -> DualLinear:
+def _merged(parent: Any, name: str, leaves: Sequence[str], shards: LayerShards, tp_group: TpGroup) -> DualLinear:
     linears = [getattr(parent, leaf) for leaf in leaves]
     shard_dim = shards[leaves[0]][0]
     for leaf, linear in zip(leaves, linears, strict=True):

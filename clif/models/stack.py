@@ -47,7 +47,7 @@ class CausalStack:
 
     @property
     def linears(self) -> list[DualLinear]:
-        """The packed linear layers, in the order of the forward."""
+        """The merged linear layers, in the order of the forward."""
         return [linear for layer in self._layers for linear in layer.linears]
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:

@@ -152,7 +152,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 
 SHAPES = (
-    # rows, depth, outputs, adapted members: decode, decode of packed projections, mixed with training.
+    # rows, depth, outputs, adapted members: decode, decode of merged projections, mixed with training.
     (1, 4096, 4096, 1),
     (64, 4096, 4096, 1),
     (64, 4096, 6144, 3),
@@ -168,14 +168,14 @@ def cases() -> Iterator[Case]:
     for capability, programs in ((90, 132), (80, 108)):
         defaults = Defaults(programs, capability)
         for r in (8, 16, 64) if capability >= 90 else (16, 64):
-            for rows, depth, out, members in SHAPES:
+            for rows, depth, out, projections in SHAPES:
                 tiles = defaults.linear(rows, depth, out, r, False)
-                name = f"{rows} rows {depth}->{out} r={r} x{members}"
-                yield linear_case(name, tiles, r, capability=capability, blocks=members)
+                name = f"{rows} rows {depth}->{out} r={r} x{projections}"
+                yield linear_case(name, tiles, r, capability=capability, blocks=projections)
                 if rows > 256:
                     back = defaults.linear(rows, out, depth, r, True)
                     yield linear_case(
-                        f"{name}, backward", back, r, capability=capability, blocks=members, transposed=True
+                        f"{name}, backward", back, r, capability=capability, blocks=projections, transposed=True
                     )
             tiles = defaults.linear(64, 4096, 4096, r, False)
             if capability >= 90:

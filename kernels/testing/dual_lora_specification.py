@@ -15,7 +15,14 @@ from typing import Protocol
 import torch
 from torch.nn.functional import linear
 
-from clif.kernels.dual_lora_reference import Member, Packed, Segment, add_dual_lora, shadow_backward, shadow_forward
+from clif.kernels.dual_lora_reference import (
+    MergedLinear,
+    Projection,
+    Segment,
+    add_dual_lora,
+    shadow_backward,
+    shadow_forward,
+)
 
 SHADOW = -1
 
@@ -24,7 +31,7 @@ SHADOW = -1
 class Batch:
     """One layer's input: x [rows, in] and, for the rows that learn (the last ones), the gradient of y."""
 
-    packed: Packed
+    merged: MergedLinear
     x: torch.Tensor
     segments: tuple[Segment, ...]
     grad: torch.Tensor
@@ -66,7 +73,7 @@ def computed(batch: Batch, layer: Layer) -> Results:
 def random_layer(
     sizes: Sequence[int], depth: int, r: int, *, dtype: torch.dtype, device: str = "cpu", slots: int = 4,
     adapted: Sequence[int] | None = None, scale: float = 0.5, bias: bool = False, seed: int = 0,
-) -> Packed:  # fmt: skip
+) -> MergedLinear:  # fmt: skip
     """A layer of such members (all adapted unless said), whose adapters weigh about as much as the base."""
     rng = torch.Generator(device).manual_seed(seed)
 
@@ -76,20 +83,20 @@ def random_layer(
     out, adapted = sum(sizes), list(range(len(sizes)) if adapted is None else adapted)
     a = (normal(slots, len(adapted) * r, depth) / r**0.5).to(dtype)
     b = torch.zeros(slots, out, len(adapted) * r, dtype=dtype, device=device)
-    members, at = [], 0
+    projections, at = [], 0
     for i, size in enumerate(sizes):
         block = adapted.index(i) if i in adapted else None
-        members.append(Member(at, at + size, block))
+        projections.append(Projection(at, at + size, block))
         if block is not None:
             b[:, at : at + size, block * r : (block + 1) * r] = normal(slots, size, r).to(dtype)
         at += size
     weight = normal(out, depth).to(dtype)
-    return Packed(weight, normal(out).to(dtype) if bias else None, a, b, r, scale, tuple(members))
+    return MergedLinear(weight, normal(out).to(dtype) if bias else None, a, b, r, scale, tuple(projections))
 
 
-def random_batch(packed: Packed, lengths: Sequence[tuple[int, int | None]], seed: int = 1) -> Batch:
+def random_batch(merged: MergedLinear, lengths: Sequence[tuple[int, int | None]], seed: int = 1) -> Batch:
     """Rows for a layer: (how many, their slot) one after the other; rows of the shadow, if any, come last."""
-    rng = torch.Generator(packed.weight.device).manual_seed(seed)
+    rng = torch.Generator(merged.weight.device).manual_seed(seed)
     at, segments = 0, []
     for count, slot in lengths:
         if slot is not None:
@@ -98,15 +105,15 @@ def random_batch(packed: Packed, lengths: Sequence[tuple[int, int | None]], seed
     learns = sum(count for count, slot in lengths if slot == SHADOW)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=rng, device=packed.weight.device).to(packed.weight.dtype)
+        return torch.randn(*shape, generator=rng, device=merged.weight.device).to(merged.weight.dtype)
 
-    out, depth = packed.weight.shape
-    return Batch(packed, normal(at, depth), tuple(segments), normal(learns, out))
+    out, depth = merged.weight.shape
+    return Batch(merged, normal(at, depth), tuple(segments), normal(learns, out))
 
 
 def by_torch(batch: Batch, dtype: torch.dtype | None = None) -> Results:
     """The reference in the batch's type, or in another."""
-    p = batch.packed
+    p = batch.merged
     dtype = dtype or p.weight.dtype
     weight, a, b, x, grad = (t.to(dtype) for t in (p.weight, p.a, p.b, batch.x, batch.grad))
     y = linear(x, weight, None if p.bias is None else p.bias.to(dtype))
@@ -119,10 +126,10 @@ def by_torch(batch: Batch, dtype: torch.dtype | None = None) -> Results:
     return Results(y, grad_x, grad_a, _gathered(p, grad_b))
 
 
-def _gathered(packed: Packed, grad_b: torch.Tensor) -> torch.Tensor:
-    """The blocks of the gradient of a packed B one below the other."""
-    r = packed.r
-    adapted = [(m.start, m.stop, m.block) for m in packed.members if m.block is not None]
+def _gathered(merged: MergedLinear, grad_b: torch.Tensor) -> torch.Tensor:
+    """The blocks of the gradient of a merged B one below the other."""
+    r = merged.r
+    adapted = [(m.start, m.stop, m.block) for m in merged.projections if m.block is not None]
     return torch.cat([grad_b[start:stop, block * r : (block + 1) * r] for start, stop, block in adapted])
 
 
@@ -155,22 +162,24 @@ def _in_one_sequence(batch: Batch, name: str) -> float:
     k-th meets a partial sum that is sqrt(k / n) of the whole: 0.42 * 2^-24 * sqrt(n / 2) for all of them together.
     Measured on an H100: 3.5e-7 for n = 768, where this is 4.9e-7 and cuBLAS, which cuts the sum, has 2.2e-7.
     """
-    out, depth = batch.packed.weight.shape
+    out, depth = batch.merged.weight.shape
     n = {"y": depth, "grad_x": out, "grad_a": len(batch.grad), "grad_b": len(batch.grad)}[name]
     return float(0.42 * 2.0**-24 * (n / 2) ** 0.5)
 
 
 def _bounds(batch: Batch) -> Results:
     """The most by which each element may be off: a rounding of the result, of h, and float32 sums of both products."""
-    p, unit = batch.packed, torch.finfo(batch.x.dtype).eps
+    p, unit = batch.merged, torch.finfo(batch.x.dtype).eps
     magnitudes = Batch(
-        Packed(p.weight.abs(), None if p.bias is None else p.bias.abs(), p.a.abs(), p.b.abs(), p.r, p.scale, p.members),
+        MergedLinear(
+            p.weight.abs(), None if p.bias is None else p.bias.abs(), p.a.abs(), p.b.abs(), p.r, p.scale, p.projections
+        ),
         batch.x.abs(),
         batch.segments,
         batch.grad.abs(),
     )
     exact, sums = by_torch(batch, torch.float64), by_torch(magnitudes, torch.float64)
-    base = by_torch(replace(magnitudes, packed=replace(magnitudes.packed, scale=0.0)), torch.float64)
+    base = by_torch(replace(magnitudes, merged=replace(magnitudes.merged, scale=0.0)), torch.float64)
     summing = 4 * max(p.weight.shape[0], p.weight.shape[1], len(batch.x)) ** 0.5 * 2.0**-24
 
     def bound(name: str) -> torch.Tensor:

@@ -47,7 +47,7 @@ def batch_of(sizes: Any, depth: int, r: int, lengths: Any, dtype: torch.dtype = 
 
 
 def assert_good(batch: Batch, launcher: KernelLauncher) -> None:
-    assert violations(batch, computed(batch, FusedLinear(batch.packed, launcher))) == []
+    assert violations(batch, computed(batch, FusedLinear(batch.merged, launcher))) == []
 
 
 @pytest.mark.parametrize("r", [8, 16, 48, 64])
@@ -103,15 +103,15 @@ def test_every_form_of_launch_computes_the_same_function(tiles: LinearTiles) -> 
 
 def test_an_adapter_with_nan_reaches_no_row_of_another(launcher: KernelLauncher) -> None:
     batch = batch_of([4096], 4096, 16, MIXED)
-    layer = FusedLinear(batch.packed, launcher)
+    layer = FusedLinear(batch.merged, launcher)
     healthy = computed(batch, layer)
-    held = batch.packed.a[SHADOW].clone()
-    batch.packed.a[SHADOW] = float("nan")
+    held = batch.merged.a[SHADOW].clone()
+    batch.merged.a[SHADOW] = float("nan")
     poisoned, _ = layer.forward(batch.x, batch.segments)
     assert torch.equal(poisoned[: batch.learns], healthy.y[: batch.learns])
     assert poisoned[batch.learns :].isnan().all()
-    batch.packed.a[SHADOW] = held
-    batch.packed.b[0] = float("inf")
+    batch.merged.a[SHADOW] = held
+    batch.merged.b[0] = float("inf")
     again = computed(batch, layer)
     assert torch.equal(again.y[64:], healthy.y[64:]) and not again.y[:64].isfinite().any()
     assert torch.equal(again.grad_a, healthy.grad_a) and torch.equal(again.grad_b, healthy.grad_b)
@@ -119,7 +119,7 @@ def test_an_adapter_with_nan_reaches_no_row_of_another(launcher: KernelLauncher)
 
 def test_rows_without_adapter_compute_what_a_launch_without_adapters_does(launcher: KernelLauncher) -> None:
     batch = batch_of([4096], 4096, 16, MIXED)
-    layer = FusedLinear(batch.packed, launcher)
+    layer = FusedLinear(batch.merged, launcher)
     with_others, _ = layer.forward(batch.x, batch.segments)
     alone, _ = layer.forward(batch.x, ())
     assert torch.equal(with_others[64:67], alone[64:67])
@@ -127,7 +127,7 @@ def test_rows_without_adapter_compute_what_a_launch_without_adapters_does(launch
 
 def test_equal_input_gives_equal_bits(launcher: KernelLauncher) -> None:
     batch = batch_of([4096, 1024, 1024], 4096, 16, MIXED)
-    layer = FusedLinear(batch.packed, launcher)
+    layer = FusedLinear(batch.merged, launcher)
     first = computed(batch, layer)
     for _ in range(20):
         again = computed(batch, layer)
@@ -152,7 +152,7 @@ def captured(layer: FusedLinear, x: torch.Tensor, table: RowTable) -> tuple[torc
 def test_a_captured_graph_serves_other_segments_ten_thousand_times(defaults: Defaults) -> None:
     batch = batch_of([1024, 256], 2048, 16, ((128, 0),))
     tiles = replace(defaults.linear(128, 2048, 1280, 16, False), form="fused")
-    layer = FusedLinear(batch.packed, KernelLauncher(torch.device("cuda"), Fixed(tiles)))
+    layer = FusedLinear(batch.merged, KernelLauncher(torch.device("cuda"), Fixed(tiles)))
     table = RowTable((), 128, tiles.block_m, 4, torch.device("cuda"), capacity=16)
     graph, y = captured(layer, batch.x, table)
     splits = [((Segment(0, n, 0), Segment(n, n + 20, 2), Segment(n + 20, 128, SHADOW))) for n in (1, 17, 64, 100)]
@@ -167,7 +167,7 @@ def test_a_captured_graph_serves_other_segments_ten_thousand_times(defaults: Def
 
 def test_no_call_waits_for_the_gpu(launcher: KernelLauncher) -> None:
     batch = batch_of([2048], 2048, 16, MIXED)
-    layer = FusedLinear(batch.packed, launcher)
+    layer = FusedLinear(batch.merged, launcher)
     computed(batch, layer)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -47,14 +47,14 @@ def test_every_rival_computes_the_function_that_it_is_timed_for() -> None:
 
 
 def test_peft_s_arithmetic_is_peft_s() -> None:
-    packed = random_layer([48], 64, 8, dtype=torch.float32)
-    batch = random_batch(packed, ((16, SHADOW),))
+    merged = random_layer([48], 64, 8, dtype=torch.float32)
+    batch = random_batch(merged, ((16, SHADOW),))
     inner = torch.nn.Sequential(torch.nn.Linear(64, 48, bias=False))
-    inner[0].weight.data = packed.weight
+    inner[0].weight.data = merged.weight
     config = peft.LoraConfig(r=8, lora_alpha=4, target_modules=["0"], lora_dropout=0.0)
     model = peft.get_peft_model(inner, config)
     lora = model.base_model.model[0]
-    lora.lora_A["default"].weight.data, lora.lora_B["default"].weight.data = packed.a[SHADOW], packed.b[SHADOW]
+    lora.lora_A["default"].weight.data, lora.lora_B["default"].weight.data = merged.a[SHADOW], merged.b[SHADOW]
     assert torch.allclose(forward_ways([batch], launcher(), False)[PEFT](0), model(batch.x), atol=1e-5)
     x = batch.x.clone().requires_grad_()
     wanted = [x, lora.lora_A["default"].weight, lora.lora_B["default"].weight]

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from clif.kernels import dual_lora_host
 from clif.kernels.dual_lora_host import INTERPRET, FusedLinear, KernelLauncher, Workspace
-from clif.kernels.dual_lora_reference import Packed, Segment
+from clif.kernels.dual_lora_reference import MergedLinear, Segment
 from clif.kernels.dual_lora_table import RowTable
 from clif.kernels.testing.dual_lora_specification import (
     SHADOW,
@@ -42,10 +42,10 @@ def launcher(tiles: LinearTiles = TILES) -> KernelLauncher:
 
 
 def compute(batch: Batch, using: KernelLauncher | None = None) -> Results:
-    return computed(batch, FusedLinear(batch.packed, using or launcher()))
+    return computed(batch, FusedLinear(batch.merged, using or launcher()))
 
 
-LAYERS: dict[str, Callable[[], Packed]] = {
+LAYERS: dict[str, Callable[[], MergedLinear]] = {
     "one": lambda: random_layer([64], 96, 8, dtype=torch.bfloat16),
     "float32": lambda: random_layer([64], 96, 8, dtype=torch.float32),
     "float16": lambda: random_layer([64], 96, 16, dtype=torch.float16),
@@ -92,9 +92,9 @@ def test_any_number_of_rows_of_any_kind_will_do(lengths: tuple[tuple[int, int | 
     st.sampled_from([1, 2, 4]),
 )
 def test_random_batches_hold_the_bar(
-    serving: list[tuple[int, int | None]], learning: int, members: int, r: int, tma: bool, split: int
+    serving: list[tuple[int, int | None]], learning: int, projections: int, r: int, tma: bool, split: int
 ) -> None:
-    layer = random_layer([24, 17, 40][:members], 48, r, dtype=torch.bfloat16, adapted=list(range(members))[-2:])
+    layer = random_layer([24, 17, 40][:projections], 48, r, dtype=torch.bfloat16, adapted=list(range(projections))[-2:])
     batch = random_batch(layer, [*serving, (learning, SHADOW)])
     assert violations(batch, compute(batch, launcher(replace(TILES, tma=tma, split=split)))) == []
 
@@ -131,10 +131,10 @@ def test_an_adapter_with_nan_or_inf_reaches_no_row_of_another(poison: float, tma
     for slot in (0, SHADOW):
         a, b = layer.a.clone(), layer.b.clone()
         a[slot] = poison
-        for member in layer.members:
-            assert member.block is not None
-            b[slot, member.start : member.stop, member.block * 8 : (member.block + 1) * 8] = poison
-        found = compute(replace(batch, packed=replace(layer, a=a, b=b)), using)
+        for projection in layer.projections:
+            assert projection.block is not None
+            b[slot, projection.start : projection.stop, projection.block * 8 : (projection.block + 1) * 8] = poison
+        found = compute(replace(batch, merged=replace(layer, a=a, b=b)), using)
         poisoned = next(s for s in batch.segments if s.slot == slot)
         others = torch.ones(len(batch.x), dtype=torch.bool)
         others[poisoned.start : poisoned.stop] = False
@@ -222,7 +222,7 @@ def test_a_workspace_is_made_once_and_not_at_every_launch(monkeypatch: pytest.Mo
 
 def test_a_batch_without_rows_needs_no_tiles_and_no_launch() -> None:
     batch = random_batch(LAYERS["packed"](), ((0, 0),))
-    layer = FusedLinear(batch.packed, KernelLauncher(CPU, Defaults()))
+    layer = FusedLinear(batch.merged, KernelLauncher(CPU, Defaults()))
     y, hidden = layer.forward(batch.x, batch.segments)
     assert y.shape == (0, 104) and hidden.shape == (0, 24)
     grad_x, grad_a, grad_b = layer.backward(y, batch.x, hidden, True)
@@ -238,7 +238,7 @@ def test_a_refilled_table_serves_other_segments_in_the_same_launch() -> None:
     assert table.counts.tolist() == [4, 3] and table.tiles.data_ptr() == place
     assert table.tiles[:4].tolist() == [[3, 19, 1], [19, 20, 1], [20, 25, 3], [0, 3, -1]]
     batch = random_batch(random_layer([32], 64, 8, dtype=torch.bfloat16), ((3, None), (17, 1), (5, SHADOW)))
-    layer = FusedLinear(batch.packed, launcher())
+    layer = FusedLinear(batch.merged, launcher())
     assert torch.equal(layer.forward(batch.x, table)[0], layer.forward(batch.x, batch.segments)[0])
     with pytest.raises(ValueError, match="more capacity"):
         table.refill((), 16 * 9)
@@ -292,7 +292,7 @@ def test_the_bar_is_not_cleared_with(fault: str) -> None:
 def test_a_float32_sum_in_one_sequence_clears_the_bar_and_products_of_fewer_bits_do_not() -> None:
     batch = random_batch(random_layer([768], 96, 8, dtype=torch.float32, scale=0.0), ((21, SHADOW),))
     exact = by_torch(batch)
-    weight, grad_x = batch.packed.weight, torch.zeros_like(exact.grad_x)
+    weight, grad_x = batch.merged.weight, torch.zeros_like(exact.grad_x)
     for row in range(768):
         grad_x += batch.grad[:, row : row + 1] * weight[row]
     assert violations(batch, replace(exact, grad_x=grad_x)) == []

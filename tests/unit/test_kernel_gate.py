@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clif.kernels.dual_lora_reference import Member, Segment
+from clif.kernels.dual_lora_reference import Projection, Segment
 from clif.kernels.dual_lora_table import column_tiles, grad_tiles, row_tiles
 from clif.kernels.tiles import GradTiles, LinearTiles
 from clif.kernels.tuning import Defaults, Shape, Table, kernel_tiles, load_table, save_table, table_path
@@ -61,10 +61,10 @@ def test_a_row_tile_has_rows_of_one_slot_and_tiles_with_an_adapter_come_first() 
 
 
 def test_a_column_tile_never_crosses_from_one_packed_layer_to_the_next() -> None:
-    members = (Member(0, 40, 0), Member(40, 50, None), Member(50, 70, 1))
-    assert column_tiles(members, 32) == [(0, 32, 0, 1), (32, 40, 0, 1), (40, 50, 0, 0), (50, 70, 1, 2)]
+    projections = (Projection(0, 40, 0), Projection(40, 50, None), Projection(50, 70, 1))
+    assert column_tiles(projections, 32) == [(0, 32, 0, 1), (32, 40, 0, 1), (40, 50, 0, 0), (50, 70, 1, 2)]
     # Rows of B's gradient: those of the layer without adapter are left out.
-    assert grad_tiles(members, 32) == [(0, 32, 0, 0), (32, 40, 0, 32), (50, 70, 1, 40)]
+    assert grad_tiles(projections, 32) == [(0, 32, 0, 0), (32, 40, 0, 32), (50, 70, 1, 40)]
 
 
 def test_a_table_answers_for_what_was_measured_and_says_separate_for_what_was_not(tmp_path: Path) -> None:
