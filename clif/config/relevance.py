@@ -99,7 +99,7 @@ RELEVANCE: dict[str, Needs] = {
     "engine.kv_tokens": ALWAYS,
     "engine.block_size": (SERVES,),
     "engine.prefix_reuse": (SERVES,),
-    "engine.pack_weights": (CPU, Need("model.dtype", among=("auto", "bfloat16"))),
+    "engine.prepack_weights": (CPU, Need("model.dtype", among=("auto", "bfloat16"))),
     "engine.lora_kernel": ALWAYS,
     "engine.decode_kernel": (SERVES,),
     "engine.max_prefill_tokens": (SERVES,),

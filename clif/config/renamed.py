@@ -6,6 +6,7 @@ The old name is refused with the new one and never read in its place: one name f
 from __future__ import annotations
 
 KEYS: dict[str, str] = {
+    "engine.pack_weights": "engine.prepack_weights",
     "engine.beside_slice_ms": "engine.concurrent_slice_ms",
 }
 """Old key, as section.key, to the new one."""

@@ -165,7 +165,7 @@ class EngineConfig(Section):
     """Tokens per KV block."""
     prefix_reuse: bool = True
     """Prompts that begin alike share the full KV blocks of their beginning, within one adapter version."""
-    pack_weights: bool = True
+    prepack_weights: bool = True
     """CPU, bfloat16: keep a second copy of the weights, laid out for the matrix kernels, for serving."""
     lora_kernel: Literal["auto", "torch", "triton"] = "auto"
     """Products of the layers with adapters. triton: one launch for all rows (GPU; a CPU only in Triton's interpreter).

@@ -71,8 +71,8 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
         launcher = choose_kernels(config.engine.lora_kernel, loaded.device, loaded.dtype, config.adapter.r)
         for layer in bank.layers if launcher else ():
             layer.fuse(launcher)
-        if config.engine.pack_weights:
-            stack.pack()
+        if config.engine.prepack_weights:
+            stack.prepack()
         if expected is not None and not shared:
             compare(stack, expected)
     paged = choose_decode(config.engine.decode_kernel, loaded.device, loaded.dtype)

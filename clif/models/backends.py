@@ -22,11 +22,11 @@ log = logging.getLogger(__name__)
 Linear = Callable[[torch.Tensor], torch.Tensor]
 MAX_RANK = 64
 """Of the Triton kernels: beyond it a tile's sums no longer fit in registers."""
-PACK_ROWS = 8
+PREPACK_ROWS = 8
 """Rows for which the packed layout is chosen: a decode batch. Measured on AVX512-bf16: any choice serves all sizes."""
 
 
-def frozen_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear | None:
+def prepacked_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear | None:
     """A forward-only x -> x W^T + b with W laid out once for the machine's matrix kernels, or None: use F.linear.
 
     Only for bfloat16 on a CPU for which oneDNN has it. There F.linear lays W out anew in every call: measured 2.0 times
@@ -39,15 +39,15 @@ def frozen_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear | N
     # An older CPU: there it raises, where F.linear computes, if slowly.
     if not ops._is_mkldnn_bf16_supported():
         return None
-    packed = ops._reorder_linear_weight(weight.detach(), PACK_ROWS)
+    prepacked = ops._reorder_linear_weight(weight.detach(), PREPACK_ROWS)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return ops._linear_pointwise(x, packed, bias, "none", [], "")
+        return ops._linear_pointwise(x, prepacked, bias, "none", [], "")
 
     probe = torch.linspace(-1, 1, 3 * weight.shape[1], dtype=weight.dtype).view(3, -1)
     expected = linear(probe, weight, bias).float()
     if not (forward(probe).float() - expected).norm() <= 0.02 * expected.norm():
-        raise RuntimeError("this torch's packed linear layer computes something else: set engine.pack_weights=false")
+        raise RuntimeError("this torch's packed linear layer computes something else: set engine.prepack_weights=false")
     return forward
 
 

@@ -24,7 +24,7 @@ from clif.kernels.dual_lora_reference import (
     shadow_backward,
     shadow_forward,
 )
-from clif.models.backends import Linear, frozen_linear
+from clif.models.backends import Linear, prepacked_linear
 from clif.models.shard import Shard, ShardDim
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class DualLinear:
         self.shards = list(shards or (Shard(0, size, size) for size in self.sizes))
         self.weight, self.bias = _stack(linears)
         self.adapted: list[int] = []
-        self._packed: Linear | None = None
+        self._prepacked: Linear | None = None
         self._fused: FusedLinear | None = None
 
     def adapt(self, adapted: list[int], r: int, scale: float, slots: int) -> None:
@@ -123,9 +123,9 @@ class DualLinear:
             a.copy_(whole[:, inputs.start : inputs.stop])
         self.shadow_b.data.zero_()
 
-    def pack(self) -> None:
+    def prepack(self) -> None:
         """Lay the base weight out for the machine's matrix kernels where that pays."""
-        self._packed = frozen_linear(self.weight, self.bias)
+        self._prepacked = prepacked_linear(self.weight, self.bias)
 
     def fuse(self, launcher: KernelLauncher) -> None:
         """Compute base and adapters in one launch from now on; only for an adapted layer."""
@@ -191,7 +191,7 @@ class DualLinear:
         return self.tp_group.all_reduce_(y) if self.shard_dim == "in" else y
 
     def _base(self, x: torch.Tensor) -> torch.Tensor:
-        return self._packed(x) if self._packed is not None else nn.functional.linear(x, self.weight, self.bias)
+        return self._prepacked(x) if self._prepacked is not None else nn.functional.linear(x, self.weight, self.bias)
 
     def _add_adapters(self, y: torch.Tensor, x: torch.Tensor, rows: Sequence[LoraRows]) -> torch.Tensor:
         if self.adapted:

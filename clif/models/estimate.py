@@ -29,7 +29,7 @@ class Memory:
     """Bytes of one rank. activations: the most that training forwards keep; snapshot: while a round is under way."""
 
     weights: int
-    packed_weights: int
+    prepacked_weights: int
     kv_cache: int
     adapter_slots: int
     shadow: int
@@ -85,13 +85,13 @@ def estimate(config: Config, shape: Shape, tp_size: int, device: Device) -> Memo
     # The largest share.
     head = -(-shape.vocab // tp_size) * shape.hidden
     rest = shape.vocab * shape.hidden + (0 if shape.tied else head) + (2 * shape.layers + 1) * shape.hidden
-    packed = config.engine.pack_weights and device == "cpu" and dtype == "bfloat16"
+    prepacked = config.engine.prepack_weights and device == "cpu" and dtype == "bfloat16"
     slot, shadow = _adapters(config.adapter, shape, tp_size)
     trains = config.train.enabled
     kv_heads = -(-shape.kv_heads // tp_size)
     return Memory(
         weights=BYTES[dtype] * (linears + rest),
-        packed_weights=BYTES[dtype] * (linears + head) if packed else 0,
+        prepacked_weights=BYTES[dtype] * (linears + head) if prepacked else 0,
         kv_cache=BYTES[dtype] * shape.layers * 2 * kv_heads * shape.head_dim * config.engine.kv_tokens,
         # One more than serve: what the shadow's own rows are multiplied with.
         adapter_slots=BYTES[dtype] * slot * (config.adapter.serving_slots + 1),

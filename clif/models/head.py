@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from clif.distributed.collectives import TpGroup
-from clif.models.backends import Linear, frozen_linear
+from clif.models.backends import Linear, prepacked_linear
 from clif.models.shard import shard_linear, uneven_shard
 from clif.types import NO_TOKEN
 
@@ -30,15 +30,15 @@ class Head:
         rows = slice(self.shard.start, self.shard.stop) if tied else slice(None)
         self.weight = module.weight.data[rows]
         self.bias = None if module.bias is None else module.bias.data[rows]
-        self._packed: Linear | None = None
+        self._prepacked: Linear | None = None
 
-    def pack(self) -> None:
+    def prepack(self) -> None:
         """Lay the weight out for the machine's matrix kernels where that pays."""
-        self._packed = frozen_linear(self.weight, self.bias)
+        self._prepacked = prepacked_linear(self.weight, self.bias)
 
     def __call__(self, normed: torch.Tensor) -> torch.Tensor:
         """normed [rows, hidden size] -> this rank's columns of the logits [rows, span]."""
-        return self._packed(normed) if self._packed is not None else linear(normed, self.weight, self.bias)
+        return self._prepacked(normed) if self._prepacked is not None else linear(normed, self.weight, self.bias)
 
     def whole(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits [rows, vocabulary], equal bits on all peers, from the columns of each. Collective."""

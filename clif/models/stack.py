@@ -86,11 +86,11 @@ class CausalStack:
         """
         return self.head.whole(self.head(normed))
 
-    def pack(self) -> None:
+    def prepack(self) -> None:
         """Lay all weights out for the machine's matrix kernels where that pays."""
-        self.head.pack()
+        self.head.prepack()
         for linear in self.linears:
-            linear.pack()
+            linear.prepack()
 
 
 def check_model(model: transformers.PreTrainedModel) -> Any:

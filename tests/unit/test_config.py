@@ -269,7 +269,7 @@ def test_of_a_thousand_mistakes_the_first_are_told():
         ("train.lr=1e-3", "train", "lr", 1e-3),
         ("slo.deadline_ms=2500", "slo", "deadline_ms", 2500.0),
         ("slo.deadline_ms=null", "slo", "deadline_ms", None),
-        ("engine.pack_weights=false", "engine", "pack_weights", False),
+        ("engine.prepack_weights=false", "engine", "prepack_weights", False),
         ("layout.replica_gpus=[[0, 1], [2, 3]]", "layout", "replica_gpus", ((0, 1), (2, 3))),
         ("adapter.target_modules=[q_proj, v_proj]", "adapter", "target_modules", ("q_proj", "v_proj")),
         ("adapter.target_modules=all-linear", "adapter", "target_modules", "all-linear"),

@@ -46,7 +46,7 @@ FIELDS = [
         "dist": "backend timeout_s ranks_per_gpu threads_per_rank control_host",
         "model": "path dtype device max_context",
         "adapter": "r lora_alpha target_modules serving_slots",
-        "engine": "max_batch kv_tokens block_size coserving pack_weights activation_mib lora_kernel",
+        "engine": "max_batch kv_tokens block_size coserving prepack_weights activation_mib lora_kernel",
         "slo": "ttft_ms deadline_ms margin late",
         "data": "path train_split heldout_split heldout_rows shard max_sample_tokens",
         "train": "enabled lr micro_batch max_micro_batch accumulation",

@@ -48,7 +48,7 @@ def test_the_estimate_is_what_a_replica_holds(tiny_config, tmp_path, targets, ti
     moments = sum(m.nbytes for m in snapshot["moments"].values() if m.numel() > 1)
     assert memory == Memory(
         weights=weights,
-        packed_weights=0,
+        prepacked_weights=0,
         kv_cache=runner.cache.bytes,
         adapter_slots=slots,
         shadow=bank.shadow.nbytes,
@@ -66,8 +66,8 @@ def test_bfloat16_on_a_cpu_counts_the_packed_copy_of_linear_layers_and_head(tiny
     shape = read_shape(config.model.path)
     whole, gpu = estimate(config, shape, 1, "cpu"), estimate(config, shape, 1, "cuda")
     norms = 2 * (2 * shape.layers + 1) * shape.hidden
-    assert whole.packed_weights == whole.weights - norms, "all but the norms, as the head is the embedding"
-    assert gpu == replace(whole, packed_weights=0)
+    assert whole.prepacked_weights == whole.weights - norms, "all but the norms, as the head is the embedding"
+    assert gpu == replace(whole, prepacked_weights=0)
 
 
 def test_llama_8b_has_the_parameters_it_is_named_after():
@@ -97,10 +97,10 @@ def test_a_shared_head_is_counted_by_its_largest_slice_and_costs_nothing_where_i
     rest = 2 * (301 + 2 * tied.layers + 1) * tied.hidden
     linears = three.weights - rest
     assert 3 * linears > one.weights - rest > linears, "fewer KV heads than ranks: some are held twice"
-    assert three.packed_weights == linears + 2 * 101 * tied.hidden, "of the embedding only the slice is packed"
+    assert three.prepacked_weights == linears + 2 * 101 * tied.hidden, "of the embedding only the slice is packed"
     untied = estimate(config, replace(tied, tied=False), 3, "cpu")
     assert untied.weights == three.weights + 2 * 101 * tied.hidden
-    assert untied.packed_weights == three.packed_weights
+    assert untied.prepacked_weights == three.prepacked_weights
 
 
 def test_a_run_that_only_serves_needs_nothing_for_training(tiny_config):

@@ -11,7 +11,7 @@ from helpers import answer, make_rig, request, stack_logits
 
 from clif.config import ConfigError, ModelConfig
 from clif.errors import InputError
-from clif.models.backends import frozen_linear
+from clif.models.backends import prepacked_linear
 from clif.models.weights.loading import choose_dtype, load_model
 
 CPU = torch.device("cpu")
@@ -124,8 +124,8 @@ def test_a_model_without_matching_layers_is_refused(tiny_config):
 
 def test_weights_laid_out_for_serving_compute_the_same():
     weight = torch.randn(40, 24).bfloat16()
-    packed = frozen_linear(weight, None)
-    assert frozen_linear(weight.float(), None) is None, "float32 keeps its exact path"
+    packed = prepacked_linear(weight, None)
+    assert prepacked_linear(weight.float(), None) is None, "float32 keeps its exact path"
     if packed is None:
         pytest.skip("oneDNN has no bfloat16 for this CPU")
     x = torch.randn(5, 24).bfloat16()
@@ -134,7 +134,7 @@ def test_weights_laid_out_for_serving_compute_the_same():
 
 def test_a_cpu_for_which_onednn_has_no_bfloat16_computes_it_all_the_same(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    assert frozen_linear(torch.randn(40, 24).bfloat16(), None) is None
+    assert prepacked_linear(torch.randn(40, 24).bfloat16(), None) is None
 
 
 def test_transformers_is_one_that_we_know():

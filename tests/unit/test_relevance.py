@@ -172,8 +172,8 @@ WITHOUT_EFFECT = [
     ({"load": {"kind": "none"}, "engine": {"max_batch": 5}}, "engine.max_batch", "quality.exact_match_rows is 0"),
     ({"layout": {"across_hosts": True}}, "layout.across_hosts", "layout.tp_size is 1"),
     (
-        {"model": {"dtype": "float32"}, "engine": {"pack_weights": True}},
-        "engine.pack_weights",
+        {"model": {"dtype": "float32"}, "engine": {"prepack_weights": True}},
+        "engine.prepack_weights",
         "model.dtype is float32",
     ),
 ]
