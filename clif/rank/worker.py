@@ -29,7 +29,8 @@ from clif.distributed.topology import Topology, make_topology
 from clif.engine.base import Base, build_base
 from clif.exit_report import Over, last_words
 from clif.metrics.provenance import provenance
-from clif.models.weights.gguf import drop, is_packed, load_packed
+from clif.models.weights.files import is_gguf
+from clif.models.weights.gguf import load_gguf, remove_unpacked
 from clif.models.weights.loading import LoadedModel, load_model
 from clif.rank.signals import SignalWatcher
 from clif.rank.supervisor import ReplicaSupervisor
@@ -90,7 +91,7 @@ def _live(config: Config, topology: Topology, folder: RunFolder, signals: Signal
             code = _serve(config, topology, run_dir, loaded, load_s, control, signals)
         code = _code_for(env, code) if control is None else control.wait()
     if env.local_rank == 0 and code == 0:
-        drop(run_dir)
+        remove_unpacked(run_dir)
     return code
 
 
@@ -107,8 +108,8 @@ def _code_for(env: RankEnv, code: int) -> int:
 def _load(config: Config, topology: Topology, run_dir: Path, restarted: bool) -> LoadedModel:
     env, tp_group = topology.env, topology.tp_group
     # One rank that nobody restarts has no one to unpack it for.
-    if is_packed(config.model.path) and (env.world_size > 1 or restarts_left(os.environ)):
-        return load_packed(config.model, topology.store, run_dir, topology.device, tp_group, restarted)
+    if is_gguf(config.model.path) and (env.world_size > 1 or restarts_left(os.environ)):
+        return load_gguf(config.model, topology.store, run_dir, topology.device, tp_group, restarted)
     return load_model(config.model, topology.device, config.run.seed, tp_group)
 
 
@@ -155,7 +156,7 @@ def _serve(
     topology.combined_group((everybody, (0,) * len(everybody)), number=0).result()
     # So every rank has its model: a leader comes here only when its peers have built theirs with it.
     if topology.env.local_rank == 0 and not restarts_left(os.environ):
-        drop(run_dir)
+        remove_unpacked(run_dir)
     supervisor = ReplicaSupervisor(topology, build, send, config.run.rebuilds, on_built=say_hello)
     try:
         _loop(supervisor, channel, control, signals)

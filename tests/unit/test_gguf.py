@@ -16,7 +16,8 @@ from tiny_gguf import CONTEXT, write_gguf
 
 from clif.config import ConfigError, ModelConfig
 from clif.models.weights import gguf as unpacked
-from clif.models.weights.gguf import drop, is_packed, load_packed
+from clif.models.weights.files import is_gguf
+from clif.models.weights.gguf import load_gguf, remove_unpacked
 from clif.models.weights.loading import LoadedModel, load_model
 
 CPU = torch.device("cpu")
@@ -70,7 +71,7 @@ def start(
     def rank(number: int, folder: Path) -> None:
         try:
             tp_group = tp_group_of(number % tp_size, tp_size)
-            found[number] = load_packed(settings, store, folder, CPU, tp_group, restarted, host=folder.name)
+            found[number] = load_gguf(settings, store, folder, CPU, tp_group, restarted, host=folder.name)
         except Exception as error:  # noqa: BLE001 - looked at by the test
             found[number] = error
 
@@ -142,13 +143,13 @@ def test_a_restart_unpacks_nothing_but_a_new_start_does(file, tmp_path, unpackin
     assert len(unpackings) == 4
     for folder in hosts:
         assert len(list(folder.iterdir())) == 1, "the old one is gone"
-        drop(folder)
+        remove_unpacked(folder)
         assert not list(folder.iterdir())
 
 
 def test_a_host_that_has_the_name_of_another_loads_the_file_itself(file, tmp_path, unpackings):
     store, config = dist.HashStore(), ModelConfig(path=file, dtype="float32", max_context=64)
-    here, there = (load_packed(config, store, tmp_path / n, CPU, tp_group_of(0, 1), host="localhost") for n in "ab")
+    here, there = (load_gguf(config, store, tmp_path / n, CPU, tp_group_of(0, 1), host="localhost") for n in "ab")
     assert [folder.parent.name for folder in unpackings] == ["a"]
     assert torch.equal(here.model(IDS).logits, there.model(IDS).logits)
 
@@ -188,4 +189,4 @@ def test_a_full_disk_is_said_with_what_to_change_and_leaves_nothing_to_be_read(f
 
 
 def test_only_gguf_files_are_unpacked():
-    assert is_packed("assets/model.gguf") and not is_packed("org/model") and not is_packed("random:x.json")
+    assert is_gguf("assets/model.gguf") and not is_gguf("org/model") and not is_gguf("random:x.json")

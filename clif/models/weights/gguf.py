@@ -23,7 +23,6 @@ from clif.config import ConfigError, ModelConfig
 from clif.distributed.collectives import TpGroup
 from clif.distributed.rendezvous import KeyValues
 from clif.models.guard import reading
-from clif.models.weights.files import is_gguf
 from clif.models.weights.loading import LoadedModel, choose_dtype, load_model, load_whole, pretrained
 from clif.models.weights.safetensors_shard import load_sliced
 from clif.storage.files import keep_from_others
@@ -36,18 +35,13 @@ ALL = "/"
 """All hosts: no host has this name."""
 
 
-def is_packed(path: str) -> bool:
-    """Whether a model (model.path) is slow to load, and cannot be loaded in parts."""
-    return is_gguf(path)
-
-
 class Store(KeyValues, Protocol):
     """What is used of torch.distributed.Store."""
 
     def add(self, key: str, amount: int, /) -> int: ...
 
 
-def load_packed(
+def load_gguf(
     config: ModelConfig,
     store: Store,
     run_dir: Path,
@@ -66,7 +60,7 @@ def load_packed(
     unpacks = _first_of(store, host)
     name = _provide(config, store, run_dir, device, restarted, host) if unpacks else _answer(store, host)
     if (run_dir / name).is_dir():
-        return read(run_dir / name, device, tp_group)
+        return load_unpacked(run_dir / name, device, tp_group)
     # Another host has the same name, or the file system is late.
     return load_model(config, device, tp_group=tp_group)
 
@@ -148,7 +142,7 @@ def _unpack(config: ModelConfig, device: torch.device, folder: Path, part: Path)
         ) from error
 
 
-def read(folder: Path, device: torch.device, tp_group: TpGroup) -> LoadedModel:
+def load_unpacked(folder: Path, device: torch.device, tp_group: TpGroup) -> LoadedModel:
     """The model that was unpacked to a folder; with peers this rank's part of it. Raises LayoutError."""
     # Whoever unpacked it has proved its make.
     with reading(str(folder)):
@@ -164,7 +158,7 @@ def read(folder: Path, device: torch.device, tp_group: TpGroup) -> LoadedModel:
     return LoadedModel(model, ChatTokenizer.load(folder / "tokenizer"), device, model.dtype, reason, tp_group.size == 1)
 
 
-def drop(run_dir: Path) -> None:
+def remove_unpacked(run_dir: Path) -> None:
     """Nobody will read it any more: all ranks have loaded it, and none will be restarted."""
     for folder in run_dir.glob(f"{PREFIX}*"):
         shutil.rmtree(folder, ignore_errors=True)
