@@ -126,7 +126,7 @@ def compare(stack: CausalStack, expected: Expected, bound: float | None = None) 
     check("norm and head", stack.logits(stack.norm(hidden[-1])), expected.logits)
 
 
-def check_make(config: Any, max_context: int) -> None:
+def check_architecture(config: Any, max_context: int) -> None:
     """Prove a make in a narrow float32 model of it, as deep as the real one, before anything large is read or drawn.
 
     config: of a transformers model. Raises ConfigError for a model that computes something else than the stack, at any

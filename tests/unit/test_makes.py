@@ -14,7 +14,7 @@ from model_folders import SMALL, saved, shaped
 
 from clif.config import ConfigError, ModelConfig
 from clif.models.layer import DecoderLayer, Rope
-from clif.models.proof import Expected, ask_ends, check_make, compare
+from clif.models.proof import Expected, ask_ends, check_architecture, compare
 from clif.models.stack import CausalStack
 from clif.models.weights import loading
 from clif.models.weights.loading import LoadedModel, load_model
@@ -118,15 +118,15 @@ def test_a_make_that_is_right_at_every_position_of_the_context_is_served(tmp_pat
 def test_the_proof_by_computing_finds_what_no_field_is_known_to_tell(fields):
     """Also where it depends on the position, or on the longest sequence of a batch."""
     with pytest.raises(ConfigError, match="computes more than"):
-        check_make(config_of(fields), 256)
+        check_architecture(config_of(fields), 256)
 
 
 def test_the_proof_reaches_the_last_positions_of_the_context():
     far = {**SCALED, "original_max_position_embeddings": 8192, "factor": 4.0}
     config = config_of({"model_type": "ministral3", "max_position_embeddings": 32768, "rope_parameters": far})
-    check_make(config, 8192)
+    check_architecture(config, 8192)
     with pytest.raises(ConfigError, match="computes more than"):
-        check_make(config, 8193)
+        check_architecture(config, 8193)
 
 
 DEEP = {

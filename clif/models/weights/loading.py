@@ -16,7 +16,7 @@ from clif.distributed.collectives import TpGroup
 from clif.models.bytes_tokenizer import byte_tokenizer
 from clif.models.guard import reading
 from clif.models.hf_config import check_tree, read_tree
-from clif.models.proof import check_make
+from clif.models.proof import check_architecture
 from clif.models.weights.files import RANDOM, check_tensors, is_gguf, locate
 from clif.models.weights.gguf_header import read_header
 from clif.models.weights.hub import is_hub_name, snapshot
@@ -89,7 +89,7 @@ def _checked(config: ModelConfig, folder: str) -> Any:
         # It says how the file is packed: it is unpacked.
         tree.pop("quantization_config", None)
     check_tree(tree, config.path, config.max_context)
-    check_make(shape, config.max_context)
+    check_architecture(shape, config.max_context)
     return shape
 
 
