@@ -49,7 +49,7 @@ from tune_gpu import Tuner
 from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
 from clif.kernels.testing.dual_lora_specification import SHADOW, Batch, computed, violations
 from clif.kernels.tiles import GradTiles, LinearTiles
-from clif.kernels.tuning import Defaults, Table, kernel_tiles, load_table, table_path
+from clif.kernels.tuning import Defaults, TileTable, kernel_tiles, load_table, table_path
 
 Lengths = tuple[tuple[int, int | None], ...]
 
@@ -135,7 +135,7 @@ class Kernels:
     def __init__(self, defaults: Defaults, path: Path | None) -> None:
         own = kernel_tiles(path) if path else {}
         gradients = load_table(path, None, defaults).gradients if path else {}
-        self._table = Table(own, gradients, defaults, defaults)
+        self._table = TileTable(own, gradients, defaults, defaults)
 
     def linear(self, *shape: Any) -> LinearTiles:
         return self._table.linear(*shape)

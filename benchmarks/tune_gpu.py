@@ -34,7 +34,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
 from clif.kernels.testing.dual_lora_specification import SHADOW, Batch, computed, random_batch, random_layer, violations
 from clif.kernels.tiles import GradTiles, LinearTiles
-from clif.kernels.tuning import Defaults, Fixed, Shape, save_table, table_path
+from clif.kernels.tuning import Defaults, Fixed, LaunchShape, save_table, table_path
 
 T = TypeVar("T", LinearTiles, GradTiles)
 MOVES: dict[str, Sequence[Any]] = {
@@ -203,11 +203,11 @@ def shapes(dry: bool) -> Iterator[tuple[tuple[int, ...], int, int, tuple[tuple[i
 
 def tune(
     tuner: Tuner, dry: bool, seconds: float
-) -> tuple[dict[Shape, Any], dict[Shape, Any], dict[Shape, LinearTiles]]:
+) -> tuple[dict[LaunchShape, Any], dict[LaunchShape, Any], dict[LaunchShape, LinearTiles]]:
     """Choices for linear launches, for gradients, and the kernel's best for the linear ones, as far as time allows."""
-    linear: dict[Shape, Any] = {}
-    grads: dict[Shape, Any] = {}
-    kernel: dict[Shape, LinearTiles] = {}
+    linear: dict[LaunchShape, Any] = {}
+    grads: dict[LaunchShape, Any] = {}
+    kernel: dict[LaunchShape, LinearTiles] = {}
     end = time.monotonic() + seconds
     for sizes, depth, r, lengths in shapes(dry):
         if time.monotonic() > end:
@@ -220,18 +220,18 @@ def tune(
 
         batches = tuner.batches(sizes, depth, r, lengths)
         rows, out = len(batches[0].x), sum(sizes)
-        forward = Shape(rows, depth, out, r, False)
+        forward = LaunchShape(rows, depth, out, r, False)
         choice, kernel[forward], us = tuner.linear(batches, False, late)
         linear[forward] = choice, us
         print(f"{rows} rows {depth}->{out} r={r}: {choice.form} {us}", flush=True)
         learns = len(batches[0].grad)
-        back = Shape(learns, out, depth, r, True)
+        back = LaunchShape(learns, out, depth, r, True)
         if learns and back not in linear:
             learning = [random_batch(b.merged, ((learns, SHADOW),)) for b in batches]
             choice, kernel[back], us = tuner.linear(learning, True, late)
             linear[back] = choice, us
             print(f"{learns} rows {out}->{depth} r={r} backward: {choice.form} {us}", flush=True)
-            of_factors = Shape(learns, depth, out, r, True)
+            of_factors = LaunchShape(learns, depth, out, r, True)
             grads[of_factors] = tuner.grads(learning, late)
     return linear, grads, kernel
 

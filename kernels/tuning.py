@@ -18,7 +18,7 @@ TUNED = Path(__file__).parent / "tuned"
 
 
 @dataclass(frozen=True)
-class Shape:
+class LaunchShape:
     """What a launch computes. rows: of the batch at most; depth of the contraction; outputs; rank of an adapter."""
 
     rows: int
@@ -78,26 +78,26 @@ class Fixed:
 
 
 @dataclass(frozen=True)
-class Table:
+class TileTable:
     """Measured tiles; `missing` answers for shapes that are not in it (None: torch's products)."""
 
-    measured: dict[Shape, LinearTiles]
-    gradients: dict[Shape, GradTiles]
+    measured: dict[LaunchShape, LinearTiles]
+    gradients: dict[LaunchShape, GradTiles]
     missing: Defaults | None
     fallback: Defaults = Defaults()
 
     def linear(self, rows: int, depth: int, out: int, rank: int, backward: bool) -> LinearTiles:
-        found = _nearest(self.measured, Shape(rows, depth, out, rank, backward))
+        found = _nearest(self.measured, LaunchShape(rows, depth, out, rank, backward))
         if found is not None:
             return found
         return self.missing.linear(rows, depth, out, rank, backward) if self.missing else LinearTiles(form="separate")
 
     def grads(self, rows: int, depth: int, out: int, rank: int) -> GradTiles:
-        found = _nearest(self.gradients, Shape(rows, depth, out, rank, True))
+        found = _nearest(self.gradients, LaunchShape(rows, depth, out, rank, True))
         return found if found is not None else self.fallback.grads(rows, depth, out, rank)
 
 
-def _nearest(entries: dict[Shape, Any], wanted: Shape) -> Any:
+def _nearest(entries: dict[LaunchShape, Any], wanted: LaunchShape) -> Any:
     """The entry with the fewest rows that are enough, else the one with the most; None if no other number fits."""
     like = [
         s
@@ -114,27 +114,27 @@ def table_path(device: str) -> Path:
     return TUNED / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
 
 
-def load_table(path: Path, missing: Defaults | None, fallback: Defaults) -> Table:
+def load_table(path: Path, missing: Defaults | None, fallback: Defaults) -> TileTable:
     """Raises ValueError for a file that is not such a table, naming it."""
     try:
         tree = json.loads(path.read_text())
-        linear = {Shape(**e["shape"]): LinearTiles(**e["tiles"]) for e in tree["linear"]}
-        grads = {Shape(**e["shape"]): GradTiles(**e["tiles"]) for e in tree["grads"]}
+        linear = {LaunchShape(**e["shape"]): LinearTiles(**e["tiles"]) for e in tree["linear"]}
+        grads = {LaunchShape(**e["shape"]): GradTiles(**e["tiles"]) for e in tree["grads"]}
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a table of tiles ({error}): write it anew with make tune-gpu") from error
-    return Table(linear, grads, missing, fallback)
+    return TileTable(linear, grads, missing, fallback)
 
 
 def save_table(
     path: Path,
     about: dict[str, str],
-    linear: dict[Shape, tuple[LinearTiles, dict[str, float]]],
-    grads: dict[Shape, tuple[GradTiles, dict[str, float]]],
-    kernel: dict[Shape, LinearTiles],
+    linear: dict[LaunchShape, tuple[LinearTiles, dict[str, float]]],
+    grads: dict[LaunchShape, tuple[GradTiles, dict[str, float]]],
+    kernel: dict[LaunchShape, LinearTiles],
 ) -> None:
     """about: machine, versions, date, command. With each choice: microseconds, and the kernel's own best tiles."""
 
-    def entries(found: dict[Shape, Any]) -> list[dict[str, Any]]:
+    def entries(found: dict[LaunchShape, Any]) -> list[dict[str, Any]]:
         return [
             {"shape": asdict(s), "tiles": asdict(t), "us": us} | ({"kernel": asdict(kernel[s])} if s in kernel else {})
             for s, (t, us) in found.items()
@@ -144,7 +144,7 @@ def save_table(
     path.write_text(json.dumps({"about": about, "linear": entries(linear), "grads": entries(grads)}, indent=1) + "\n")
 
 
-def kernel_tiles(path: Path) -> dict[Shape, LinearTiles]:
+def kernel_tiles(path: Path) -> dict[LaunchShape, LinearTiles]:
     """The kernel's own best tiles, also for shapes where torch's products win: for benchmarks. Raises ValueError."""
     load_table(path, None, Defaults())
-    return {Shape(**e["shape"]): LinearTiles(**e["kernel"]) for e in json.loads(path.read_text())["linear"]}
+    return {LaunchShape(**e["shape"]): LinearTiles(**e["kernel"]) for e in json.loads(path.read_text())["linear"]}

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import linear
 
 from clif.config import ConfigError
-from clif.kernels.tuning import Defaults, Table, load_table, table_path
+from clif.kernels.tuning import Defaults, TileTable, load_table, table_path
 
 if TYPE_CHECKING:
     from clif.kernels.dual_lora_host import KernelLauncher
@@ -72,7 +72,7 @@ def choose_kernels(
     from clif.kernels.dual_lora_host import KernelLauncher
 
     missing = defaults if wanted == "triton" else None
-    table = load_table(measured, missing, defaults) if measured and tuned else Table({}, {}, missing, defaults)
+    table = load_table(measured, missing, defaults) if measured and tuned else TileTable({}, {}, missing, defaults)
     log.info("LoRA products: Triton kernels, %s", "measured tiles" if tuned else "default tiles")
     return KernelLauncher(device, table)
 

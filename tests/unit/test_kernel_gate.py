@@ -13,7 +13,7 @@ import pytest
 from clif.kernels.dual_lora_reference import Projection, Segment
 from clif.kernels.dual_lora_table import column_tiles, grad_tiles, row_tiles
 from clif.kernels.tiles import GradTiles, LinearTiles
-from clif.kernels.tuning import Defaults, Shape, Table, kernel_tiles, load_table, save_table, table_path
+from clif.kernels.tuning import Defaults, LaunchShape, TileTable, kernel_tiles, load_table, save_table, table_path
 
 
 def test_the_corners_are_cases_for_both_makes_of_gpu_and_every_kernel() -> None:
@@ -69,9 +69,12 @@ def test_a_column_tile_never_crosses_from_one_packed_layer_to_the_next() -> None
 
 def test_a_table_answers_for_what_was_measured_and_says_separate_for_what_was_not(tmp_path: Path) -> None:
     small, large = LinearTiles(block_m=16), LinearTiles(form="separate")
-    linear = {Shape(16, 64, 64, 8, False): (small, {"us": 1.0}), Shape(256, 64, 64, 8, False): (large, {"us": 2.0})}
+    linear = {
+        LaunchShape(16, 64, 64, 8, False): (small, {"us": 1.0}),
+        LaunchShape(256, 64, 64, 8, False): (large, {"us": 2.0}),
+    }
     file = tmp_path / "gpu.json"
-    gradients = {Shape(256, 64, 64, 8, True): (GradTiles(slices=7), {})}
+    gradients = {LaunchShape(256, 64, 64, 8, True): (GradTiles(slices=7), {})}
     own = {shape: LinearTiles(block_n=16) for shape in linear}
     save_table(file, {"device": "test"}, linear, gradients, own)
     assert kernel_tiles(file) == own
@@ -83,7 +86,7 @@ def test_a_table_answers_for_what_was_measured_and_says_separate_for_what_was_no
         assert table.linear(*unknown).form == "separate"
     assert table.grads(300, 64, 64, 8).slices == 7
     assert table.grads(300, 64, 64, 16) == Defaults().grads(300, 64, 64, 16)
-    assert Table({}, {}, Defaults()).linear(64, 4096, 4096, 16, False).form == "fused"
+    assert TileTable({}, {}, Defaults()).linear(64, 4096, 4096, 16, False).form == "fused"
 
 
 def test_a_broken_table_is_named_with_what_to_do(tmp_path: Path) -> None:
