@@ -47,7 +47,8 @@ from timing import Timing, contest
 from tune_gpu import Tuner
 
 from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
-from clif.kernels.testing.dual_lora_specification import SHADOW, Batch, computed, violations
+from clif.kernels.dual_lora_reference import SHADOW
+from clif.kernels.testing.dual_lora_specification import Batch, computed, violations
 from clif.kernels.tiles import GradTiles, LinearTiles
 from clif.kernels.tuning import Defaults, TileTable, kernel_tiles, load_table, table_path
 

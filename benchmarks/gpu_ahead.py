@@ -27,8 +27,9 @@ from bench_kernels import CASES
 from tune_gpu import MODELS, Tuner
 
 from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
+from clif.kernels.dual_lora_reference import SHADOW
 from clif.kernels.paged_decode_host import PagedDecode
-from clif.kernels.testing.dual_lora_specification import SHADOW, computed, random_batch, random_layer
+from clif.kernels.testing.dual_lora_specification import computed, random_batch, random_layer
 from clif.kernels.testing.paged_decode_specification import random_decode
 
 DRY_RUN = "--dry" in sys.argv

@@ -30,8 +30,9 @@ from clif.distributed.topology import make_topology
 from clif.engine.engine import Engine
 from clif.engine.jobs import Job
 from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
+from clif.kernels.dual_lora_reference import SHADOW
 from clif.kernels.paged_decode_host import PagedDecode
-from clif.kernels.testing.dual_lora_specification import SHADOW, computed, random_batch, random_layer, violations
+from clif.kernels.testing.dual_lora_specification import computed, random_batch, random_layer, violations
 from clif.kernels.testing.paged_decode_specification import random_decode
 from clif.kernels.testing.paged_decode_specification import violations as decode_violations
 from clif.kernels.tuning import Defaults

@@ -11,9 +11,9 @@ from timing import Way
 from torch.nn.functional import linear
 
 from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
-from clif.kernels.dual_lora_reference import add_dual_lora
+from clif.kernels.dual_lora_reference import SHADOW, add_dual_lora
 from clif.kernels.dual_lora_table import RowTable
-from clif.kernels.testing.dual_lora_specification import SHADOW, Batch
+from clif.kernels.testing.dual_lora_specification import Batch
 
 BASE, FUSED = "F.linear alone", "fused"
 PER_SEGMENT, ONE_PRODUCT = "cuBLAS per segment", "cuBLAS, one masked product"

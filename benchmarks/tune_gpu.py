@@ -32,7 +32,8 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
-from clif.kernels.testing.dual_lora_specification import SHADOW, Batch, computed, random_batch, random_layer, violations
+from clif.kernels.dual_lora_reference import SHADOW
+from clif.kernels.testing.dual_lora_specification import Batch, computed, random_batch, random_layer, violations
 from clif.kernels.tiles import GradTiles, LinearTiles
 from clif.kernels.tuning import Defaults, Fixed, LaunchShape, save_table, table_path
 

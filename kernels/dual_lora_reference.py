@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 import torch
 
+SHADOW = -1
+"""The shadow's slot: the last one."""
+
 
 class Segment(NamedTuple):
     """Rows [start, stop) of a packed batch that use one adapter slot. Rows in no segment use none."""

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from clif.distributed.collectives import TpGroup
+from clif.kernels.dual_lora_reference import SHADOW as SHADOW
 from clif.kernels.dual_lora_reference import (
     MergedLinear,
     Projection,
@@ -29,9 +30,6 @@ from clif.models.shard import Shard, ShardDim
 
 if TYPE_CHECKING:
     from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
-
-SHADOW = -1
-"""The shadow's slot: the last one."""
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,6 @@ class Shard:
     def size(self) -> int:
         return self.stop - self.start
 
-    @property
-    def whole(self) -> bool:
-        return self.size == self.total
-
 
 def even_shard(total: int, rank: int, size: int) -> Shard:
     """An equal share; `total` is a multiple of `size`."""

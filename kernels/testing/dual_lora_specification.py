@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import linear
 
 from clif.kernels.dual_lora_reference import (
+    SHADOW,
     MergedLinear,
     Projection,
     Segment,
@@ -23,8 +24,6 @@ from clif.kernels.dual_lora_reference import (
     shadow_backward,
     shadow_forward,
 )
-
-SHADOW = -1
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,9 +16,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 pytest.importorskip("triton")
 
 from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
-from clif.kernels.dual_lora_reference import Segment
+from clif.kernels.dual_lora_reference import SHADOW, Segment
 from clif.kernels.dual_lora_table import RowTable
-from clif.kernels.testing.dual_lora_specification import SHADOW, Batch, computed, random_batch, random_layer, violations
+from clif.kernels.testing.dual_lora_specification import Batch, computed, random_batch, random_layer, violations
 from clif.kernels.tiles import LinearTiles
 from clif.kernels.tuning import Defaults, Fixed
 

@@ -23,7 +23,8 @@ from timing import Timing, contest
 from tune_gpu import walk
 
 from clif.kernels.dual_lora_host import KernelLauncher
-from clif.kernels.testing.dual_lora_specification import SHADOW, by_torch, random_batch, random_layer
+from clif.kernels.dual_lora_reference import SHADOW
+from clif.kernels.testing.dual_lora_specification import by_torch, random_batch, random_layer
 from clif.kernels.tiles import GradTiles, LinearTiles
 from clif.kernels.tuning import Fixed
 

@@ -15,10 +15,9 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from clif.kernels import dual_lora_host
 from clif.kernels.dual_lora_host import INTERPRET, FusedLinear, KernelLauncher, Workspace
-from clif.kernels.dual_lora_reference import MergedLinear, Segment
+from clif.kernels.dual_lora_reference import SHADOW, MergedLinear, Segment
 from clif.kernels.dual_lora_table import RowTable
 from clif.kernels.testing.dual_lora_specification import (
-    SHADOW,
     Batch,
     Results,
     by_torch,

@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from clif.config import ConfigError
+from clif.models.weights.files import RANDOM
 
 WANTED = (
     "config.json",
@@ -22,7 +23,7 @@ WANTED = (
 def is_hub_name(path: str) -> bool:
     """Whether model.path is neither random weights nor a place on this machine, as transformers decides it."""
     local = path.startswith((".", "/")) or path.endswith(".gguf") or Path(path).is_dir()
-    return not local and not path.startswith("random:")
+    return not local and not path.startswith(RANDOM)
 
 
 def snapshot(name: str) -> str:
