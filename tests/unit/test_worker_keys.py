@@ -11,8 +11,9 @@ from control_run import make_config, make_tokenizer
 
 from clif.distributed.launch_env import RankEnv
 from clif.errors import InputError
+from clif.rank.control_process import connect, control_process
 from clif.rank.signals import SignalWatcher
-from clif.rank.worker import _connect, _control_process, run_rank
+from clif.rank.worker import run_rank
 from clif.storage.run_folder import CONFIG_FILE, take_folder
 from clif.wire.keys import KEY_FILE
 from clif.wire.messages import Trouble
@@ -46,7 +47,7 @@ def test_a_leader_is_heard_and_its_secret_is_in_no_store_argument_or_environment
     topology = SimpleNamespace(
         env=RankEnv(0, 1, 0, 1), store=store, layout=SimpleNamespace(replicas=((0,),)), replica=0
     )
-    with _control_process(config, topology, folder, make_tokenizer(), 0, SignalWatcher(1.0)) as control:
+    with control_process(config, topology, folder, make_tokenizer(), 0, SignalWatcher(1.0)) as control:
         assert control is not None
         key = folder.path / KEY_FILE
         secrets = [key.read_bytes(), file.read_bytes()]
@@ -57,7 +58,7 @@ def test_a_leader_is_heard_and_its_secret_is_in_no_store_argument_or_environment
         if given:
             # As on a host that does not share the folder.
             key.unlink()
-        leader = _connect(config, topology, folder.path)
+        leader = connect(config, topology, folder.path)
         leader.send(Trouble(replica=0, error="it is heard"))
         assert control.wait(60) == 1
         leader.close()
