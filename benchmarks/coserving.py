@@ -123,10 +123,10 @@ class Comparison:
 def command(plan: Plan, mode: str, name: str, seed: int, extra: list[str]) -> list[str]:
     """How a run is started. All modes have the same cores and the same replicas."""
     own = {"serve_only": ["train.enabled=false"], "train_only": ["load.kind=none"]}.get(mode, [])
-    place = [f"run.out_dir={plan.folder}", f"run.name={name}", f"run.seed={seed}", f"run.mode={mode}"]
+    where = [f"run.out_dir={plan.folder}", f"run.name={name}", f"run.seed={seed}", f"run.mode={mode}"]
     threads = f"dist.threads_per_rank={plan.threads_per_rank}"
     torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    return [*torchrun, "launch/run.py", "--config", str(plan.config), *place, threads, *own, *extra]
+    return [*torchrun, "launch/run.py", "--config", str(plan.config), *where, threads, *own, *extra]
 
 
 def launch(plan: Plan, mode: str, name: str, seed: int, extra: list[str]) -> RunData:

@@ -53,9 +53,9 @@ def expand(
     right = tl.load(b + slot * b_slot + cols[None, :] * RANKS + ranks[:, None], mask=inside, other=0.0)
     acc = dot(rounded(left, right.dtype, INTERPRET), right, tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), INTERPRET)
     inside = (rows[:, None] < stop) & (cols[None, :] < out)
-    place = y + rows[:, None] * y_row + cols[None, :]
-    value = tl.load(place, mask=inside, other=0.0).to(tl.float32) + acc * scale
-    tl.store(place, rounded(value, y.dtype.element_ty, INTERPRET), mask=inside)
+    address = y + rows[:, None] * y_row + cols[None, :]
+    value = tl.load(address, mask=inside, other=0.0).to(tl.float32) + acc * scale
+    tl.store(address, rounded(value, y.dtype.element_ty, INTERPRET), mask=inside)
 
 
 def four_launches(merged: MergedLinear, x: torch.Tensor, rows: RowTable, adapted: int) -> torch.Tensor:

@@ -120,8 +120,8 @@ def main() -> int:
         for done in as_completed(running):
             error = done.exception()
             failed += error is not None
-            told = f"{type(error).__name__}: {error}" if error else f"{done.result():.1f} s"
-            print(f"{running[done]}: {told}", flush=True)
+            shown = f"{type(error).__name__}: {error}" if error else f"{done.result():.1f} s"
+            print(f"{running[done]}: {shown}", flush=True)
     print(f"{len(wanted) - failed} of {len(wanted)} compiled")
     return min(failed, 1)
 

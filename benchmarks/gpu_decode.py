@@ -136,10 +136,10 @@ def captured(shape: str, scale: Scale, copy_bps: float, variant: str) -> str:
     for name, (count, busy) in sorted(kernels.items(), key=lambda item: -item[1][1])[:8]:
         print(f"    {busy:8.1f} us x{count:4d}  {name[:90]}", flush=True)
     ways = {"eager": eager, "graph": replays, "with refill and tokens": whole_s}
-    told = "; ".join(f"{way} {spread(seconds, 1e-3)}" for way, seconds in ways.items())
+    shown = "; ".join(f"{way} {spread(seconds, 1e-3)}" for way, seconds in ways.items())
     count = sum(count for count, _ in kernels.values())
     share = limit / statistics.median(replays)
-    return f"| parts, LoRA: {variant} | {told} | {share:.1%} | {count} | capture {capture_s:.2f} s |"
+    return f"| parts, LoRA: {variant} | {shown} | {share:.1%} | {count} | capture {capture_s:.2f} s |"
 
 
 def _capture(step: DecodeStep) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, float]:

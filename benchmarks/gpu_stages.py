@@ -247,12 +247,12 @@ def provenance(env: dict[str, str], dry: bool) -> str:
     """Heading of the results: date, machine, versions. Raises ValueError where a package of the stages is missing."""
     folders = {"benchmarks": str(REPO / "benchmarks"), "tests": str(REPO / "tests")}
     command = [PYTHON, "-c", ASK.format(names=IMPORTS, **folders), *(["--dry"] if dry else [])]
-    told = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True)
-    if told.returncode:
-        why = (told.stderr.strip().splitlines() or ["no reason given"])[-1]
+    machine = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True)
+    if machine.returncode:
+        why = (machine.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise ValueError(f"{why}: put wheels of what is missing into a folder and name it (--wheels, make gpu WHEELS=)")
     today = datetime.date.today().isoformat()
-    return f"# One GPU, {today}\n\n* machine: {told.stdout.strip()}\n* commit: {commit()}\n"
+    return f"# One GPU, {today}\n\n* machine: {machine.stdout.strip()}\n* commit: {commit()}\n"
 
 
 def chosen(only: str, stages: Sequence[Stage] = STAGES) -> list[tuple[int, Stage]]:

@@ -158,8 +158,8 @@ def record(
     for name in only.split(","):
         setting = SETTINGS[name]
         print(f"{name}: {setting.config}", flush=True)
-        place = (f"run.out_dir={out.resolve()}", f"run.name={name}")
-        _launch(checkout.resolve(), setting.config, (*place, *OVERRIDES, *setting.overrides))
+        where = (f"run.out_dir={out.resolve()}", f"run.name={name}")
+        _launch(checkout.resolve(), setting.config, (*where, *OVERRIDES, *setting.overrides))
 
 
 def _launch(checkout: Path, config: str, overrides: tuple[str, ...]) -> None:

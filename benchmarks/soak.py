@@ -35,8 +35,8 @@ def command(folder: Path, name: str, load_s: float) -> list[str]:
     torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     memory = [f"engine.kv_tokens={KV_TOKENS}", f"engine.activation_mib={ACTIVATION_MIB}", "data.max_sample_tokens=256"]
     load = ["load.kind=gamma", "load.cv=2", "load.rate_rps=2.5", "load.max_tokens=96", f"load.duration_s={load_s}"]
-    place = [f"run.out_dir={folder}", f"run.name={name}", f"run.max_s={load_s + 300}"]
-    return [*torchrun, "launch/run.py", "--config", str(REPO / "configs" / "bench.yaml"), *place, *memory, *load]
+    where = [f"run.out_dir={folder}", f"run.name={name}", f"run.max_s={load_s + 300}"]
+    return [*torchrun, "launch/run.py", "--config", str(REPO / "configs" / "bench.yaml"), *where, *memory, *load]
 
 
 def judge(ticks: Any, device: Any, requests: Any, offered: int) -> tuple[list[str], bool]:

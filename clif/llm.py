@@ -268,9 +268,9 @@ def _config(path: str, adapters: Mapping[str, Path], model: Section, adapter: Se
 
 
 def _longest(path: str) -> int | None:
-    place = locate(path)
-    if place is not None:
-        return longest_context(read_model(place))
+    local = locate(path)
+    if local is not None:
+        return longest_context(read_model(local))
     import transformers
 
     from clif.models.guard import reading

@@ -31,8 +31,8 @@ def rounded(value, dtype: tl.constexpr, INTERPRET: tl.constexpr):
 @triton.jit
 def last_to_arrive(acc, plane, part, ticket, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):
     """Hand in a partial sum; whether all the others of this tile had been handed in before."""
-    place = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
-    tl.store(plane + part * (ROWS * COLS) + place, acc)
+    offsets = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    tl.store(plane + part * (ROWS * COLS) + offsets, acc)
     # All threads' stores come before the one thread that draws the ticket.
     tl.debug_barrier()
     last = tl.atomic_add(ticket, 1, sem="acq_rel") == PARTS - 1
@@ -44,8 +44,8 @@ def last_to_arrive(acc, plane, part, ticket, ROWS: tl.constexpr, COLS: tl.conste
 @triton.jit
 def sum_of(plane, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):
     """All partial sums of a tile, in a fixed order; past the first-level cache, which may hold older ones."""
-    place = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    offsets = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
     total = tl.zeros([ROWS, COLS], dtype=tl.float32)
     for i in tl.range(PARTS, num_stages=1):
-        total += tl.load(plane + i * (ROWS * COLS) + place, cache_modifier=".cg")
+        total += tl.load(plane + i * (ROWS * COLS) + offsets, cache_modifier=".cg")
     return total

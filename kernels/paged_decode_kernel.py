@@ -110,10 +110,10 @@ def paged_decode(
             query, keys, values, blocks + sequence * table_row, begin, tl.minimum(begin + depth, length), scale,
             cache_slot, inside_head, ROWS, HEAD_DIM_P, BLOCK_SIZE, BLOCK_KV, INTERPRET,
         )  # fmt: skip
-        place = out + row * out_row + heads[:, None] * HEAD_DIM + cols[None, :]
+        address = out + row * out_row + heads[:, None] * HEAD_DIM + cols[None, :]
         parts = tl.cdiv(length, depth)
         if parts == 1:
-            tl.store(place, rounded(acc / total[:, None], out.dtype.element_ty, INTERPRET), mask=inside)
+            tl.store(address, rounded(acc / total[:, None], out.dtype.element_ty, INTERPRET), mask=inside)
         else:
             target = sequence * kv_heads + head
             plane = planes + target * tl.num_programs(0) * (GROUP * HEAD_DIM) + projections[:, None] * HEAD_DIM + cols
@@ -140,5 +140,5 @@ def paged_decode(
                     total += weight * many
                     values_i = tl.load(plane + i * (GROUP * HEAD_DIM), mask=inside, other=0.0, cache_modifier=".cg")
                     acc += weight[:, None] * values_i
-                tl.store(place, rounded(acc / total[:, None], out.dtype.element_ty, INTERPRET), mask=inside)
+                tl.store(address, rounded(acc / total[:, None], out.dtype.element_ty, INTERPRET), mask=inside)
                 tl.store(tickets + target, 0)

@@ -34,7 +34,7 @@ class AdapterStore:
         self.folder = run_dir / "adapters"
         self._room = room or Room(self.folder)
 
-    def place(self, version: int) -> Path:
+    def path(self, version: int) -> Path:
         """The PEFT folder of a version."""
         return self.folder / f"v{version:04d}"
 
@@ -48,7 +48,7 @@ class AdapterStore:
 
     def _write(self, version: AdapterVersion, config_json: str, weights: bytes) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
-        final = self.place(version.number)
+        final = self.path(version.number)
         temporary = self.folder / f".{final.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -63,7 +63,7 @@ class AdapterStore:
 
     def sweep(self) -> None:
         """Remove what a process left that died before its version became the current one. For the writer alone."""
-        names = {self.place(known.number).name for known in self.committed()}
+        names = {self.path(known.number).name for known in self.committed()}
         for path in (*self.folder.glob("v*"), *self.folder.glob(".v*.tmp")):
             if path.name not in names:
                 log.info("%s was never committed: removed", path)
@@ -71,7 +71,7 @@ class AdapterStore:
 
     def weights(self, version: int) -> bytes:
         """The safetensors file of a version. Raises OSError."""
-        return (self.place(version) / WEIGHTS_FILE).read_bytes()
+        return (self.path(version) / WEIGHTS_FILE).read_bytes()
 
     def committed(self) -> tuple[AdapterVersion, ...]:
         """All promoted versions in order, the last one is current: the one record of what was committed.

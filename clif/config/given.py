@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from clif.config.yaml import Place, read_yaml
+from clif.config.yaml import KeyPath, read_yaml
 from clif.errors import ConfigError
 
 MAX_BYTES = 1 << 16
@@ -34,18 +34,18 @@ class Given:
     """tree: plain values by section, as they count in the end. origins: of each of them."""
 
     tree: dict[str, Any] = field(default_factory=dict)
-    origins: dict[Place, Origin] = field(default_factory=dict)
+    origins: dict[KeyPath, Origin] = field(default_factory=dict)
 
     def where(self, loc: Iterable[int | str], sentence: str) -> str:
         """What to add to a sentence about a value: where it was given.
 
         A sentence about a section, or about several, names the fields that it means: it gets where these were given.
         """
-        place = tuple(map(str, loc))
-        places = [tuple(name.split(".")) for name in FIELD.findall(sentence)] if len(place) < 2 else []
+        key_path = tuple(map(str, loc))
+        key_paths = [tuple(name.split(".")) for name in FIELD.findall(sentence)] if len(key_path) < 2 else []
         # Of an item of a list, the list; of a field that is missing, its section.
-        around = [place[:end] for end in range(len(place), 0, -1) if place[:end] in self.origins][:1]
-        found = dict.fromkeys(self.origins[at].where for at in places if at in self.origins)
+        around = [key_path[:end] for end in range(len(key_path), 0, -1) if key_path[:end] in self.origins][:1]
+        found = dict.fromkeys(self.origins[at].where for at in key_paths if at in self.origins)
         shown = list(found) or [self.origins[at].where for at in around]
         return f" ({', '.join(shown)})" if shown else ""
 
@@ -53,8 +53,8 @@ class Given:
 def read_given(path: Path | str, overrides: tuple[str, ...]) -> Given:
     """Read a file and lay `section.key=value` arguments over it. Raises ConfigError."""
     given = _read_file(Path(path))
-    for place, value, origin in sorted(_changes(overrides), key=_sections_first):
-        _put(given, place, value, origin)
+    for key_path, value, origin in sorted(_changes(overrides), key=_sections_first):
+        _put(given, key_path, value, origin)
     return given
 
 
@@ -77,26 +77,26 @@ def _read_file(path: Path) -> Given:
         raise ConfigError(f"{path} must be a mapping of sections, not a {type(tree).__name__}")
     # A section whose lines are all commented out is read as null.
     tree = {name: {} if section is None else section for name, section in tree.items()}
-    origins = {place: Origin(f"{path}, line {line}") for place, line in document.lines.items()}
+    origins = {key_path: Origin(f"{path}, line {line}") for key_path, line in document.lines.items()}
     return Given(tree, origins)
 
 
-def _changes(overrides: tuple[str, ...]) -> Iterator[tuple[Place, Any, Origin]]:
+def _changes(overrides: tuple[str, ...]) -> Iterator[tuple[KeyPath, Any, Origin]]:
     """Each value that overrides give; a value that is a mapping gives several. Raises ConfigError for one given twice.
 
     So that which of two counts never depends on their order.
     """
-    seen: dict[Place, str] = {}
+    seen: dict[KeyPath, str] = {}
     for override in overrides:
-        for place, value in _leaves(*_parse(override)):
-            if place in seen:
-                both = f'"{_short(seen[place])}" and "{_short(override)}"'
-                raise ConfigError(f"{'.'.join(place)} is given twice, by {both}: remove one")
-            seen[place] = override
-            yield place, value, Origin(f'override "{_short(override)}"', override=True)
+        for key_path, value in _leaves(*_parse(override)):
+            if key_path in seen:
+                both = f'"{_short(seen[key_path])}" and "{_short(override)}"'
+                raise ConfigError(f"{'.'.join(key_path)} is given twice, by {both}: remove one")
+            seen[key_path] = override
+            yield key_path, value, Origin(f'override "{_short(override)}"', override=True)
 
 
-def _parse(override: str) -> tuple[Place, Any]:
+def _parse(override: str) -> tuple[KeyPath, Any]:
     key, equals, value = override.partition("=")
     parts = tuple(key.split("."))
     if not equals or not all(parts):
@@ -107,44 +107,44 @@ def _parse(override: str) -> tuple[Place, Any]:
         raise ConfigError(f'"{_short(override)}": the value is not valid YAML: {_said(error)}') from error
 
 
-def _leaves(place: Place, value: Any) -> Iterator[tuple[Place, Any]]:
+def _leaves(key_path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, Any]]:
     if isinstance(value, dict) and value:
         for name, inner in value.items():
-            yield from _leaves((*place, name), inner)
+            yield from _leaves((*key_path, name), inner)
     else:
-        yield place, value
+        yield key_path, value
 
 
-def _sections_first(change: tuple[Place, Any, Origin]) -> int:
+def _sections_first(change: tuple[KeyPath, Any, Origin]) -> int:
     """load=null takes back what the file says there, and load.kind=poisson then counts, in whatever order they came."""
     return len(change[0])
 
 
-def _put(given: Given, place: Place, value: Any, origin: Origin) -> None:
+def _put(given: Given, key_path: KeyPath, value: Any, origin: Origin) -> None:
     node = given.tree
-    for depth, part in enumerate(place[:-1], 1):
+    for depth, part in enumerate(key_path[:-1], 1):
         child = node.get(part)
         if child is None:
             child = node[part] = {}
-            given.origins.setdefault(place[:depth], origin)
+            given.origins.setdefault(key_path[:depth], origin)
         if not isinstance(child, dict):
             raise ConfigError(f"{origin.where}: {part} is a value, not a section")
         node = child
-    if not isinstance(node.get(place[-1]), dict) and len(place) > 1:
-        node[place[-1]], given.origins[place] = value, origin
+    if not isinstance(node.get(key_path[-1]), dict) and len(key_path) > 1:
+        node[key_path[-1]], given.origins[key_path] = value, origin
     elif value is None:
-        node.pop(place[-1], None)
+        node.pop(key_path[-1], None)
         gone = replace(origin, taken_back=True)
-        given.origins |= {at: gone for at in given.origins if at[: len(place)] == place}
+        given.origins |= {at: gone for at in given.origins if at[: len(key_path)] == key_path}
     elif value != {}:
-        node[place[-1]], given.origins[place] = value, origin
+        node[key_path[-1]], given.origins[key_path] = value, origin
 
 
 def _said(error: yaml.YAMLError) -> str:
     """In one line: what is wrong and where."""
     mark = getattr(error, "problem_mark", None)
-    place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-    return f"{getattr(error, 'problem', None) or ' '.join(str(error).split())}{place}"
+    where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+    return f"{getattr(error, 'problem', None) or ' '.join(str(error).split())}{where}"
 
 
 def _short(text: str) -> str:

@@ -17,8 +17,8 @@ SHOWN = 60
 
 def sentences(errors: Iterable[Any], root: type[BaseModel], where: Callable[[tuple[int | str, ...], str], str]) -> str:
     """The errors of pydantic, a line each. root: the model of the whole tree; where: what to add to a sentence."""
-    told = ((error["loc"], sentence(error, root)) for error in errors)
-    lines = [said + where(loc, said) for loc, said in told]
+    found = ((error["loc"], sentence(error, root)) for error in errors)
+    lines = [said + where(loc, said) for loc, said in found]
     return "\n".join([*lines[:MOST], *([f"and {len(lines) - MOST} more"] if len(lines) > MOST else [])])
 
 

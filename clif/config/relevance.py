@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clif.config.given import Origin
-from clif.config.yaml import Place
+from clif.config.yaml import KeyPath
 from clif.errors import ConfigError
 
 
@@ -191,25 +191,25 @@ def value_of(config: object, field: str) -> Any:
     return config
 
 
-def check_relevance(config: object, origins: Mapping[Place, Origin]) -> list[str]:
+def check_relevance(config: object, origins: Mapping[KeyPath, Origin]) -> list[str]:
     """What overrides have left without effect, in lines to be told.
 
     origins: of all that was given. Raises ConfigError, a line for each cause, for what was given and cannot matter.
     """
     refused: dict[str, list[str]] = {}
-    told: dict[str, list[str]] = {}
+    notes: dict[str, list[str]] = {}
     for field, origin in _given_fields(config, origins):
         unmet = [need for need in RELEVANCE[field] if not need.met(config)]
         if not unmet:
             continue
         switches = _switches(unmet, origins)
         if not origin.override and switches is not None:
-            told.setdefault(switches, []).append(field)
+            notes.setdefault(switches, []).append(field)
         else:
             refused.setdefault(_complaint(unmet, config), []).append(f"{field} ({origin.where})")
     if refused:
         raise ConfigError("\n".join(f"{', '.join(names)}: {why}" for why, names in refused.items()))
-    return [f"without effect under {switches}: {', '.join(fields)}" for switches, fields in told.items()]
+    return [f"without effect under {switches}: {', '.join(fields)}" for switches, fields in notes.items()]
 
 
 def check_device(config: object, device: str) -> None:
@@ -219,16 +219,16 @@ def check_device(config: object, device: str) -> None:
         raise ConfigError(f"dist.ranks_per_gpu {share}: no effect on a CPU, and there is no GPU here: remove it")
 
 
-def _given_fields(config: object, origins: Mapping[Place, Origin]) -> Iterator[tuple[str, Origin]]:
+def _given_fields(config: object, origins: Mapping[KeyPath, Origin]) -> Iterator[tuple[str, Origin]]:
     for field in RELEVANCE:
-        place = tuple(field.split("."))
-        origin = origins.get(place)
+        key_path = tuple(field.split("."))
+        origin = origins.get(key_path)
         # null takes a wish back: it says that nothing is wanted.
         if origin is not None and not origin.taken_back and value_of(config, field) is not None:
             yield field, origin
 
 
-def _switches(unmet: list[Need | Either], origins: Mapping[Place, Origin]) -> str | None:
+def _switches(unmet: list[Need | Either], origins: Mapping[KeyPath, Origin]) -> str | None:
     """The overrides that leave all of these needs unmet; None if one is unmet without any override."""
     found = []
     for need in unmet:

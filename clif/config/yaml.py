@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-Place = tuple[str, ...]
+KeyPath = tuple[str, ...]
 """Names from the top of a document to a value."""
 MAX_DEPTH = 20
 MAX_NUMBER = 40
@@ -37,7 +37,7 @@ class Document:
     """What was read. lines: on which line, from 1, each mapping's value begins."""
 
     value: Any
-    lines: dict[Place, int]
+    lines: dict[KeyPath, int]
 
 
 def read_yaml(text: str) -> Document:
@@ -47,7 +47,7 @@ def read_yaml(text: str) -> Document:
     except ValueError as error:
         # PyYAML's scanner lets it through: an escape beyond Unicode, a version of thousands of digits.
         raise yaml.YAMLError(f"a character or number out of range ({error})") from error
-    lines: dict[Place, int] = {}
+    lines: dict[KeyPath, int] = {}
     return Document(None if node is None else _value(node, (), lines), lines)
 
 
@@ -82,16 +82,16 @@ def _refusal(problem: str, mark: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(None, None, problem, mark)
 
 
-def _value(node: Node, place: Place, lines: dict[Place, int]) -> Any:
+def _value(node: Node, key_path: KeyPath, lines: dict[KeyPath, int]) -> Any:
     if isinstance(node, MappingNode):
-        return _mapping(node, place, lines)
+        return _mapping(node, key_path, lines)
     if isinstance(node, SequenceNode):
-        return [_value(item, place, {}) for item in node.value]
+        return [_value(item, key_path, {}) for item in node.value]
     assert isinstance(node, ScalarNode)
     return _scalar(node)
 
 
-def _mapping(node: MappingNode, place: Place, lines: dict[Place, int]) -> dict[str, Any]:
+def _mapping(node: MappingNode, key_path: KeyPath, lines: dict[KeyPath, int]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in node.value:
         key = _scalar(name) if isinstance(name, ScalarNode) else None
@@ -99,8 +99,8 @@ def _mapping(node: MappingNode, place: Place, lines: dict[Place, int]) -> dict[s
             raise _refusal("a key is no name: write section: and key: value, as in configs/", name.start_mark)
         if key in found:
             raise _refusal(f"{key} is given twice: remove one", name.start_mark)
-        lines[*place, key] = name.start_mark.line + 1
-        found[key] = _value(value, (*place, key), lines)
+        lines[*key_path, key] = name.start_mark.line + 1
+        found[key] = _value(value, (*key_path, key), lines)
     return found
 
 

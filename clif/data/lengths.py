@@ -28,7 +28,7 @@ def fit(arrivals: Sequence[Arrival], trace: TraceConfig) -> list[Arrival]:
     Raises TraceError when all prompts together are more than a load can hold.
     """
     fitted = [_fit(arrival, trace) for arrival in arrivals]
-    _tell(arrivals, fitted)
+    _log_change(arrivals, fitted)
     total = sum(arrival.prompt_tokens or 0 for arrival in fitted)
     if total > MOST_PROMPT_TOKENS:
         raise TraceError(
@@ -38,7 +38,7 @@ def fit(arrivals: Sequence[Arrival], trace: TraceConfig) -> list[Arrival]:
     return fitted
 
 
-def _tell(arrivals: Sequence[Arrival], fitted: Sequence[Arrival]) -> None:
+def _log_change(arrivals: Sequence[Arrival], fitted: Sequence[Arrival]) -> None:
     pairs = list(zip(arrivals, fitted, strict=True))
     prompts = sum(max(1, old.prompt_tokens or 0) != new.prompt_tokens for old, new in pairs)
     answers = sum(max(1, old.answer_tokens or 0) != new.answer_tokens for old, new in pairs)
@@ -83,10 +83,10 @@ class BlockText:
 
     def _sizes(self) -> Iterator[int]:
         """Tokens of the first, second, ... block; rounded at their borders, so that they add up to a scaled prompt."""
-        place = 0
+        index = 0
         while True:
-            place += 1
-            yield round(place * BLOCK_TOKENS * self._scale) - round((place - 1) * BLOCK_TOKENS * self._scale)
+            index += 1
+            yield round(index * BLOCK_TOKENS * self._scale) - round((index - 1) * BLOCK_TOKENS * self._scale)
 
     def _drawn(self, name: int, own: bool, tokens: int | None = None) -> list[int]:
         size = int(BLOCK_TOKENS * self._scale) + 2 if tokens is None else tokens

@@ -25,10 +25,10 @@ TORCH_PORT = 29500
 """Where rank 0 listens when MASTER_ADDR is given without MASTER_PORT: torchrun's default."""
 SLURM_PORTS = range(15000, 25000)
 """Below the ports that Linux hands out by itself, so that no client of that host holds the one that is chosen."""
-_PLACES = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+_SUFFIXES = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
 MPIRUN = {
-    "mpirun (Open MPI)": tuple(f"OMPI_COMM_WORLD_{place}" for place in _PLACES),
-    "mpirun (MVAPICH)": tuple(f"MV2_COMM_WORLD_{place}" for place in _PLACES),
+    "mpirun (Open MPI)": tuple(f"OMPI_COMM_WORLD_{suffix}" for suffix in _SUFFIXES),
+    "mpirun (MVAPICH)": tuple(f"MV2_COMM_WORLD_{suffix}" for suffix in _SUFFIXES),
     "mpirun (MPICH, Intel MPI)": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }
 """Variables of rank, world size, rank on this host, ranks on this host."""

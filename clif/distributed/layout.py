@@ -29,18 +29,18 @@ class Layout:
 
     def replica_of(self, rank: int) -> int:
         """Replica id of a rank."""
-        return self._places[rank][0]
+        return self._positions[rank][0]
 
     def tp_rank_of(self, rank: int) -> int:
         """Place of a rank within its replica: 0 is the leader."""
-        return self._places[rank][1]
+        return self._positions[rank][1]
 
     def data_parallel_ranks(self, members: tuple[int, ...], tp_rank: int) -> tuple[int, ...]:
         """Ranks that average the same shard: rank tp_rank of each member replica, sorted."""
         return tuple(sorted(self.replicas[m][tp_rank] for m in members))
 
     @property
-    def _places(self) -> dict[int, tuple[int, int]]:
+    def _positions(self) -> dict[int, tuple[int, int]]:
         return {rank: (i, j) for i, ranks in enumerate(self.replicas) for j, rank in enumerate(ranks)}
 
 

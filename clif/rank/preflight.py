@@ -30,13 +30,13 @@ def check_model(config: Config, layout: Layout) -> Tree | None:
     Raises ConfigError or LayoutError, with what to change, for a model that cannot be loaded, shared or served.
     """
     path = config.model.path
-    place = locate(path)
-    here = place is not None
-    place = place or _cached(path)
-    if place is None:
+    local = locate(path)
+    here = local is not None
+    local = local or _cached(path)
+    if local is None:
         return None
-    header = read_header(place) if is_gguf(place.name) else None
-    tree = header.tree() if header else read_model(place)
+    header = read_header(local) if is_gguf(local.name) else None
+    tree = header.tree() if header else read_model(local)
     if header is not None:
         header.check_tree(path, config.model.max_context)
     else:
@@ -48,8 +48,8 @@ def check_model(config: Config, layout: Layout) -> Tree | None:
             check_divisible(shape.heads, shape.kv_heads, shape.inner, size)
     if header is not None and shape is not None:
         check_gguf(header, shape, path)
-    elif here and place.is_dir():
-        check_weights(place, shape, tree.get("tie_word_embeddings"))
+    elif here and local.is_dir():
+        check_weights(local, shape, tree.get("tie_word_embeddings"))
     return tree
 
 
@@ -58,8 +58,8 @@ def check_room(config: Config, layout: Layout, ranks: int) -> None:
 
     ranks: how many of them run on this host.
     """
-    place = locate(config.model.path)
-    shape = None if place is None or device_of(config) != "cpu" else _shape(read_model(place))
+    local = locate(config.model.path)
+    shape = None if local is None or device_of(config) != "cpu" else _shape(read_model(local))
     if shape is None:
         return
     # The choice of auto may be the narrower one.
@@ -96,10 +96,10 @@ def prove(config: Config) -> str:
 
     Raises ConfigError for one that would be computed wrongly.
     """
-    place = locate(config.model.path) or _cached(config.model.path)
-    if place is None:
+    local = locate(config.model.path) or _cached(config.model.path)
+    if local is None:
         return f"model {config.model.path} is not here yet: it is checked when a start has downloaded its config.json"
-    make = read_model(place)["model_type"]
+    make = read_model(local)["model_type"]
     if make not in PROVED:
         try:
             from clif.models.weights.loading import check_start

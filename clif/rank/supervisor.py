@@ -104,8 +104,8 @@ class ReplicaSupervisor:
     def _meant_for_us(self, orders: list[Down]) -> list[Down]:
         if self._welcome:
             return orders
-        for place, order in enumerate(orders):
+        for index, order in enumerate(orders):
             if isinstance(order, Welcome) and order.incarnation == self.incarnation:
                 self._welcome = True
-                return orders[place + 1 :]
+                return orders[index + 1 :]
         return [order for order in orders if isinstance(order, Stop)]

@@ -72,8 +72,8 @@ def _training_rows(config: Config, rows: list[Row], replica: int, replicas: int)
     """The shards of all replicas that train, by replica: each looks at all, so that all end with the same sentence."""
     trainers = [r for r in range(replicas) if role_of(r, replicas, config.run).trains] or [replica]
     chosen = split_rows(rows, config.data.train_split)
-    places = enumerate(trainers)
-    return {r: shard_rows(chosen, config.data.shard, place, len(trainers)) for place, r in places}
+    indices = enumerate(trainers)
+    return {r: shard_rows(chosen, config.data.shard, index, len(trainers)) for index, r in indices}
 
 
 def _encode(rows: Sequence[Row], tokenizer: ChatTokenizer, limit: int) -> list[TrainSample]:
@@ -137,7 +137,7 @@ def _resume(
     (version,) = bank.tp_group.broadcast_ints([current.number if current else 0], bank.shadow.device)
     if not version or slot is None:
         return
-    state = read_folder(bank, store.place(version))
+    state = read_folder(bank, store.path(version))
     bank.fill_slot(slot, state)
     slots.promote(version, slot)
     saved = find_checkpoint(checkpoints, store.rounds(version), bank.shadow.device)

@@ -118,7 +118,7 @@ def compiled(case: Case) -> Compiled:
     """Compile a case. Raises whatever Triton raises for a kernel that does not compile."""
     signature, attributes, described = {}, {}, dict(case.descriptors)
     pointers = {"x", "w", "bias", "a", "b", "hidden", "y", "grad", "grad_hidden"}
-    for place, name in enumerate(case.kernel.arg_names):
+    for index, name in enumerate(case.kernel.arg_names):
         if name in case.constants:
             signature[name] = "constexpr"
             continue
@@ -127,7 +127,7 @@ def compiled(case: Case) -> Compiled:
             kind = "*i32" if name in TABLES else f"*{case.dtype}" if name in pointers else "i32"
         signature[name] = kind
         if kind.startswith("*") or (kind == "i32" and name not in INTEGERS):
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(case.kernel, signature, case.constants, attributes)
     options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": True}
     if case.constants.get("FORM") == BASE:

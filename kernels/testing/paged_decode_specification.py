@@ -36,7 +36,7 @@ def attend_by_torch(
     """
     out = q.new_zeros(q.shape)
     for row, length, blocks in sequences:
-        k, v = cache.index_select(1, _places(blocks, block_size, length, q.device)).chunk(2)
+        k, v = cache.index_select(1, _slots(blocks, block_size, length, q.device)).chunk(2)
         grouped = (q[row] * scale).view(len(k), -1, q.shape[-1])
         group = grouped.shape[1]
         # Rows as many as tensor cores take: torch adds up a product of one row in another order, with other errors.
@@ -45,7 +45,7 @@ def attend_by_torch(
     return out.flatten(1)
 
 
-def _places(blocks: Sequence[int], block_size: int, length: int, device: torch.device) -> torch.Tensor:
+def _slots(blocks: Sequence[int], block_size: int, length: int, device: torch.device) -> torch.Tensor:
     tokens = torch.arange(length, device=device)
     return torch.tensor(blocks, device=device)[tokens // block_size] * block_size + tokens % block_size
 
@@ -81,7 +81,7 @@ def random_decode(
         sequences.append(DecodeRow(row, length, (*beginning[:count], *own)))
     filled = torch.full((2 * kv_heads, total * block_size, d), torch.nan)
     for _, length, blocks in sequences:
-        at = _places(blocks, block_size, length, filled.device)
+        at = _slots(blocks, block_size, length, filled.device)
         filled[:, at] = torch.randn(2 * kv_heads, length, d, generator=rng)
     # Scores that differ by a few units: a softmax that is neither flat nor one token.
     q = 2 * torch.randn(len(lengths), heads, d, generator=rng)

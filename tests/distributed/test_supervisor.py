@@ -15,16 +15,16 @@ def model(tiny_config: Path) -> str:
 
 
 def test_the_next_life_goes_on_from_the_last_committed_round(model, data, tmp_path):
-    (told,) = run_ranks(1, bodies_supervisor.fail_in_a_round, model, data, str(tmp_path))
-    assert told["trouble"].returning and told["trouble"].error == "OutOfMemoryError: injected"
-    assert told["built"] == [0, 1]
-    assert told["same"], "shadow, moments' steps and sample cursor are those of the committed round"
-    known, again = told["answers"]
+    (result,) = run_ranks(1, bodies_supervisor.fail_in_a_round, model, data, str(tmp_path))
+    assert result["trouble"].returning and result["trouble"].error == "OutOfMemoryError: injected"
+    assert result["built"] == [0, 1]
+    assert result["same"], "shadow, moments' steps and sample cursor are those of the committed round"
+    known, again = result["answers"]
     assert known == again and len(known) == 12, "the same adapter answers on the same weights"
-    assert told["dropped"] == [], "orders of before Welcome were meant for the incarnation before"
-    assert told["freed"], "nothing holds the KV cache of the incarnation before"
-    assert told["version"] == 2, "it takes part in rounds again"
-    assert told["steps"] > 0, "steps are counted on"
+    assert result["dropped"] == [], "orders of before Welcome were meant for the incarnation before"
+    assert result["freed"], "nothing holds the KV cache of the incarnation before"
+    assert result["version"] == 2, "it takes part in rounds again"
+    assert result["steps"] > 0, "steps are counted on"
 
 
 def test_a_replica_that_fails_too_often_gives_its_error_up(model, data, tmp_path):
@@ -54,6 +54,6 @@ def test_when_one_of_two_ranks_fails_both_begin_anew_and_nobody_waits_for_a_time
 
 
 def test_a_member_that_never_comes_to_a_rounds_group_holds_up_no_request(model, data, tmp_path):
-    told, _ = run_ranks(2, bodies_supervisor.a_member_that_never_comes, model, data, str(tmp_path), timeout_s=300)
-    assert len(told["answered"]) == 12 and told["failed"] is None
-    assert told["settled"] == 0
+    result, _ = run_ranks(2, bodies_supervisor.a_member_that_never_comes, model, data, str(tmp_path), timeout_s=300)
+    assert len(result["answered"]) == 12 and result["failed"] is None
+    assert result["settled"] == 0

@@ -92,9 +92,9 @@ def test_replicas_on_nccl_compute_what_one_rank_does(model, alone, size):
 
 
 def test_a_replica_on_a_gpu_is_rebuilt_in_place(model, data, tmp_path):
-    (told,) = run_ranks(1, bodies_supervisor.fail_in_a_round, model, data, str(tmp_path), device="cuda")
-    assert told["built"] == [0, 1] and told["same"] and told["freed"] and told["version"] == 2
-    assert told["answers"][0] == told["answers"][1]
+    (result,) = run_ranks(1, bodies_supervisor.fail_in_a_round, model, data, str(tmp_path), device="cuda")
+    assert result["built"] == [0, 1] and result["same"] and result["freed"] and result["version"] == 2
+    assert result["answers"][0] == result["answers"][1]
 
 
 def test_when_one_of_two_ranks_on_a_gpu_fails_both_begin_anew(model, data, tmp_path):

@@ -129,10 +129,10 @@ def test_promise_6_file_of_a_killed_rank_is_taken_up_to_its_last_flush_and_the_r
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
-    told = (
+    expected = (
         "rank-00003 (node7) ended without closing, or still runs: rows up to its last flush, 01:02:05 after its start"
     )
-    assert told in capsys.readouterr().out
+    assert expected in capsys.readouterr().out
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["run"]["unclosed"] == [{"source": "rank-00003", "host": "node7", "last_row_s": 3725.0}]
 
@@ -156,10 +156,10 @@ def test_promise_6_mpirun_gives_the_same_file_row_for_row(run_dir: Path, size: i
 
 
 @pytest.mark.usefixtures("mpi")
-@pytest.mark.parametrize(("mode", "told"), [("raise", "cosmic ray"), ("die", "signal 9")])
-def test_broken_process_ends_all_of_them_and_leaves_nothing(run_dir: Path, mode: str, told: str) -> None:
+@pytest.mark.parametrize(("mode", "expected"), [("raise", "cosmic ray"), ("die", "signal 9")])
+def test_broken_process_ends_all_of_them_and_leaves_nothing(run_dir: Path, mode: str, expected: str) -> None:
     done = mpirun(3, ["-c", f"MODE = {mode!r}\n{BROKEN}", "collect", str(run_dir)])
-    assert done.returncode != 0 and told in done.stdout + done.stderr
+    assert done.returncode != 0 and expected in done.stdout + done.stderr
     assert not (run_dir / "run.h5").exists()
     assert left_over(run_dir) == [] or (mode == "die" and not ends_politely())
 

@@ -131,13 +131,13 @@ def test_a_version_that_was_never_given_is_objected_to() -> None:
 
 
 def result(replica: int = 0, **fields: Any) -> RoundResult:
-    told = {"samples": 8, "tokens": 80, "targets": 40, "steps": 2, "loss": 1.0, "finite": True, "round_id": 7}
-    return RoundResult(replica=replica, **{**told, **fields})
+    given = {"samples": 8, "tokens": 80, "targets": 40, "steps": 2, "loss": 1.0, "finite": True, "round_id": 7}
+    return RoundResult(replica=replica, **{**given, **fields})
 
 
 def vote(replica: int = 0, **fields: Any) -> Vote:
-    told = {"round_id": 7, "finite": True, "candidate_loss": 1.0, "active_loss": 2.0, "tokens": 5}
-    return Vote(replica=replica, **{**told, **fields})
+    given = {"round_id": 7, "finite": True, "candidate_loss": 1.0, "active_loss": 2.0, "tokens": 5}
+    return Vote(replica=replica, **{**given, **fields})
 
 
 def training() -> Round:
@@ -163,7 +163,7 @@ def published(replica: int = 0, **fields: Any) -> Published:
 
 
 @pytest.mark.parametrize(
-    ("told", "objection"),
+    ("given", "objection"),
     [
         (result(1), ""),
         (result(1, samples=16), ""),
@@ -178,16 +178,16 @@ def published(replica: int = 0, **fields: Any) -> Published:
         (result(1, targets=81), "81 answer tokens of 80"),
     ],
 )
-def test_nobody_trains_more_than_it_was_given(tmp_path: Path, told: RoundResult, objection: str) -> None:
+def test_nobody_trains_more_than_it_was_given(tmp_path: Path, given: RoundResult, objection: str) -> None:
     current = training()
     current.steps_done(1.0, result(0))
-    said = steps_objection(told, current, make_config(tmp_path))
+    said = steps_objection(given, current, make_config(tmp_path))
     assert objection in said and bool(said) == bool(objection)
-    assert steps_objection(told, None, make_config(tmp_path)) == "", "the round is over"
+    assert steps_objection(given, None, make_config(tmp_path)) == "", "the round is over"
 
 
 @pytest.mark.parametrize(
-    ("told", "objection"),
+    ("given", "objection"),
     [
         (vote(1), ""),
         (vote(1, candidate_loss=math.inf, active_loss=math.nan, finite=False), ""),
@@ -200,10 +200,10 @@ def test_nobody_trains_more_than_it_was_given(tmp_path: Path, told: RoundResult,
         (vote(1, product2=-1.0), "-1"),
     ],
 )
-def test_a_vote_is_of_a_member_once_and_can_be(told: Vote, objection: str) -> None:
+def test_a_vote_is_of_a_member_once_and_can_be(given: Vote, objection: str) -> None:
     current = voting()
     current.voted(2.0, vote(0))
-    said = vote_objection(told, current, 50)
+    said = vote_objection(given, current, 50)
     assert objection in said and bool(said) == bool(objection)
 
 
@@ -212,7 +212,7 @@ def test_nobody_votes_before_there_is_an_average() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "objection"),
+    ("given", "objection"),
     [
         (published(0), ""),
         (published(1, round_id=6), ""),
@@ -220,8 +220,8 @@ def test_nobody_votes_before_there_is_an_average() -> None:
         (published(0, version=4), "version 4 was never given, the newest is 3"),
     ],
 )
-def test_an_adapter_comes_from_whoever_was_asked_for_it(told: Published, objection: str) -> None:
-    said = publication_objection(told, settling())
+def test_an_adapter_comes_from_whoever_was_asked_for_it(given: Published, objection: str) -> None:
+    said = publication_objection(given, settling())
     assert objection in said and bool(said) == bool(objection)
     assert "not asked" in publication_objection(published(0), voting()), "nothing is decided yet"
 
@@ -236,10 +236,10 @@ def test_an_adapter_is_asked_for_once_and_of_the_next_member_when_the_first_is_l
 
 
 def test_a_held_out_loss_is_of_rows_that_there_are() -> None:
-    told = HeldoutLoss(replica=0, version=0, loss=3.0, tokens=5)
-    assert judged_objection(told, 5) == "" and judged_objection(changed(told, loss=math.nan), 5) == ""
-    assert "over 5 tokens of 4" in judged_objection(told, 4)
-    assert "held-out loss of -3" in judged_objection(changed(told, loss=-3.0), 5)
+    given = HeldoutLoss(replica=0, version=0, loss=3.0, tokens=5)
+    assert judged_objection(given, 5) == "" and judged_objection(changed(given, loss=math.nan), 5) == ""
+    assert "over 5 tokens of 4" in judged_objection(given, 4)
+    assert "held-out loss of -3" in judged_objection(changed(given, loss=-3.0), 5)
 
 
 # --- adapters ------------------------------------------------------------------------------------

@@ -316,12 +316,12 @@ def test_one_signalled_rank_drains_the_run(tmp_path: Path) -> None:
     def signal_on_request(leader: FakeLeader) -> None:
         obey = leader.obey
 
-        def tell(message: wire.Down) -> None:
+        def send(message: wire.Down) -> None:
             obey(message)
             if isinstance(message, wire.Submit) and message.request.purpose is Purpose.USER:
                 leader.channel.send(wire.Signalled(replica=leader.replica, signal="SIGTERM"))
 
-        leader.obey = tell  # type: ignore[method-assign]
+        leader.obey = send  # type: ignore[method-assign]
 
     for leader in run.leaders:
         signal_on_request(leader)
@@ -407,13 +407,13 @@ def test_an_address_that_is_not_ours_is_named(tmp_path: Path) -> None:
 
 def test_the_process_ends_when_its_parent_dies(tmp_path: Path) -> None:
     config, command, environment = prepare(tmp_path)
-    told, address = tmp_path / "stderr", config.run_dir / "control.address"
+    stderr, address = tmp_path / "stderr", config.run_dir / "control.address"
     code = f"""
 import os, subprocess, time
-subprocess.Popen({command!r}, stderr=open({str(told)!r}, "w"))
+subprocess.Popen({command!r}, stderr=open({str(stderr)!r}, "w"))
 while not os.path.exists({str(address)!r}):
     time.sleep(0.05)
 os._exit(0)
 """
     subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=True)
-    wait_for(told, "rank 0 died")
+    wait_for(stderr, "rank 0 died")

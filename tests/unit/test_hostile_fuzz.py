@@ -101,11 +101,11 @@ class Scene:
         if current is None or current.plan.incarnations[replica] != self.server.fleet.hello_of(replica).incarnation:
             return settled
         if current.state is RoundState.TRAINING and replica not in current.results:
-            told = {"samples": 8, "tokens": 8, "targets": 4, "steps": 2, "loss": 1.0, "finite": True}
-            return wire.StepsDone(result=RoundResult(round_id=round_id, replica=replica, **told))
+            given = {"samples": 8, "tokens": 8, "targets": 4, "steps": 2, "loss": 1.0, "finite": True}
+            return wire.StepsDone(result=RoundResult(round_id=round_id, replica=replica, **given))
         if current.state is RoundState.AGGREGATING and replica not in current.votes:
-            told = {"finite": True, "candidate_loss": 1.0, "active_loss": 2.0, "tokens": 4}
-            return wire.Voted(vote=Vote(round_id=round_id, replica=replica, **told))
+            given = {"finite": True, "candidate_loss": 1.0, "active_loss": 2.0, "tokens": 4}
+            return wire.Voted(vote=Vote(round_id=round_id, replica=replica, **given))
         if replica in current.asked:
             return wire.Published(
                 replica=replica, version=version, round_id=round_id, config_json=ADAPTER_JSON, weights=weights

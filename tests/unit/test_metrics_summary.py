@@ -85,8 +85,8 @@ def test_a_summary_tells_of_which_run_it_is_and_how_fast_tokens_came(run_dir: Pa
     with h5py.File(run_dir / "control.h5", "a") as first, h5py.File(resumed, "a") as second:
         first.attrs["start_unix"], second.attrs["start_unix"] = 1_700_000_000.0, 1_700_000_900.0
     summary = write_summary(run_dir)
-    told = {key: summary["run"][key] for key in ("name", "mode", "started")}
-    assert told == {"name": run_dir.name, "mode": "split", "started": "2023-11-14T22:13:20+00:00"}
+    shown = {key: summary["run"][key] for key in ("name", "mode", "started")}
+    assert shown == {"name": run_dir.name, "mode": "split", "started": "2023-11-14T22:13:20+00:00"}
     # Five requests of two tokens each, from 1 s to 11 s.
     assert summary["slo"]["output_tokens_per_s"] == 1.0
     console = Console(file=io.StringIO(), width=100)

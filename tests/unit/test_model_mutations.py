@@ -180,7 +180,7 @@ def ends() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def told(work: Callable[[], object]) -> bool:
+def refused(work: Callable[[], object]) -> bool:
     """Whether work was refused, by a sentence."""
     try:
         work()
@@ -215,10 +215,10 @@ def case(seed: int, source: Path, folder: Path, changes: list[Change]) -> str:
     path = folder / "model.gguf" if (folder / "model.gguf").exists() else folder
     config = configured(path, rng.choice([16, 64, 256]))
     with ends():
-        early = told(lambda: check_model(config, make_layout(1)))
-        late = told(lambda: serve(config))
+        early = refused(lambda: check_model(config, make_layout(1)))
+        late = refused(lambda: serve(config))
         # Another way to read weights; not in each case, as it takes as long.
-        part = told(lambda: load_model(config.model, CPU, tp_group=tp_group_of(0, 2))) if seed % 3 == 0 else late
+        part = refused(lambda: load_model(config.model, CPU, tp_group=tp_group_of(0, 2))) if seed % 3 == 0 else late
     return f"{early:d}{late:d}{part:d}"
 
 

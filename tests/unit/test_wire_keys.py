@@ -39,9 +39,9 @@ def test_what_rank_0_tells_in_the_open_does_not_hold_the_secret(tmp_path: Path) 
     keys = Keys.new()
     keys.write(tmp_path)
     secret = (tmp_path / KEY_FILE).read_text()
-    told = str(invited(keys))
-    assert len(secret) == 64 and not any(secret[i : i + 8] in told for i in range(len(secret) - 8))
-    assert keys.control.public.decode() not in told
+    shown = str(invited(keys))
+    assert len(secret) == 64 and not any(secret[i : i + 8] in shown for i in range(len(secret) - 8))
+    assert keys.control.public.decode() not in shown
 
 
 def test_a_rank_waits_for_the_keys_of_its_own_start(tmp_path: Path) -> None:
