@@ -22,7 +22,7 @@ $(ASSETS): | $(READY)
 	$(BIN)/python -P -m clif.cli fetch
 
 demo: $(READY) $(ASSETS)  ## Serve and fine-tune SmolLM2-135M on 2 ranks; ends by itself
-	OMP_NUM_THREADS=1 $(BIN)/python -P -m torch.distributed.run --standalone --nproc-per-node $(RANKS) launch/run.py --config configs/demo.yaml
+	$(BIN)/python -P -m clif.cli run demo --ranks $(RANKS)
 
 test: $(READY)  ## Everything that runs in minutes without a GPU
 	$(BIN)/python -P -m pytest -m "not gpu and not slow"

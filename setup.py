@@ -46,17 +46,22 @@ DEV = [
     "pre-commit>=4",
 ]
 
+AT_THE_TOP = {"clif.kernels": "kernels", "clif.launch": "launch", "clif.configs": "configs"}
+
 setup(
     name="clif",
     version="0.1.0",
     description="Serve a language model and fine-tune it, federated, in the slack of its replicas",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # kernels/ and launch/ stand at the top for the reader, and are installed inside clif: a top-level package
+    # kernels/, launch/ and configs/ stand at the top for the reader, and are installed inside clif: a top-level package
     # "kernels" on sys.path would be taken for Hugging Face's by transformers.
-    packages=[*find_packages(include=["clif", "clif.*"]), "clif.kernels", "clif.kernels.testing", "clif.launch"],
-    package_dir={"clif": "clif", "clif.kernels": "kernels", "clif.launch": "launch"},
-    package_data={"clif.kernels": ["tuned/*.json"]},
+    packages=[*find_packages(include=["clif", "clif.*"]), *AT_THE_TOP, "clif.kernels.testing"],
+    package_dir={"clif": "clif", **AT_THE_TOP},
+    package_data={
+        "clif.kernels": ["tuned/*.json"],
+        "clif.configs": ["*.yaml", "*.example", "models/*.json", "data/*.jsonl"],
+    },
     install_requires=REQUIRES,
     extras_require={"dev": DEV, "bench": BENCH},
     entry_points={"console_scripts": ["clif = clif.cli:main"]},

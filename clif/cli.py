@@ -1,4 +1,4 @@
-"""The `clif` command: what is done before and after a run. Runs themselves start by launch/run.py. Free of torch."""
+"""The `clif` command: runs, and what is done before and after them. Free of torch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,55 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from clif import __version__
 from clif.errors import InputError
 from clif.exit_report import sentence_of
+from clif.run import OVERRIDE_HELP, DryRun, LocalRank, start
 from clif.storage.files import keep_private
 
 if TYPE_CHECKING:
     from clif.metrics.world import Comm
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Tools around CLIF runs.")
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"clif {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="CLIF: serve a model and fine-tune it.",
+)
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and end.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG] [OVERRIDES]", help=f"demo, and {OVERRIDE_HELP}")
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file, or the name of one that CLIF brings.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Ranks on this host; by default what CONFIG asks for.")
+    ] = None,
+    dry_run: DryRun = False,
+    local_rank: LocalRank = None,
+) -> None:
+    """Serve a model and fine-tune it in the replicas' slack; ends by itself. Under a launcher, be one rank of it."""
+    start(words or [], config, ranks, dry_run, local_rank)
 
 
 @app.command()

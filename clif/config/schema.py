@@ -28,6 +28,7 @@ from clif.config.given import Given, read_given
 from clif.config.load import LoadConfig, MetricsConfig, QualityConfig
 from clif.config.messages import sentences
 from clif.config.relevance import check_relevance
+from clif.config.shipped import place_paths
 from clif.config.train import ControlConfig, FederationConfig, TrainConfig
 from clif.errors import ConfigError
 from clif.types import CoservingMode
@@ -343,6 +344,6 @@ def config_from_tree(tree: dict[str, Any]) -> Config:
 
 def _validate(given: Given) -> Config:
     try:
-        return Config.model_validate(given.tree)
+        return Config.model_validate(place_paths(given.tree))
     except ValidationError as error:
         raise ConfigError(sentences(error.errors(), Config, given.where)) from error

@@ -21,6 +21,7 @@ from clif.errors import InputError
 Environ = Mapping[str, str]
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 TORCHRUN = "torchrun"
+ALONE = "single process"
 TORCH_PORT = 29500
 """Where rank 0 listens when MASTER_ADDR is given without MASTER_PORT: torchrun's default."""
 SLURM_PORTS = range(15000, 25000)
@@ -52,7 +53,7 @@ class RankEnv:
     local_rank: int
     local_world_size: int
     master: tuple[str, int] | None = None
-    launcher: str = "single process"
+    launcher: str = ALONE
 
     def __post_init__(self) -> None:
         for name, value, size in (

@@ -36,6 +36,7 @@ MAY_IMPORT = {
 """The order of the packages, lowest first. All of them may import the modules that lie directly in clif."""
 FLAT_MAY_IMPORT = {
     "clif.cli": ("clif.data", "clif.metrics", "clif.control", "clif.storage"),
+    "clif.run": ("clif.config", "clif.data", "clif.distributed", "clif.rank"),
     "clif.llm": ("clif.config", "clif.distributed", "clif.models", "clif.adapters", "clif.engine"),
 }
 """The modules directly in clif that import a package. No other does."""
@@ -50,7 +51,8 @@ sys.meta_path.insert(0, Forbid())
 """
 TWO_RANKS = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 TORCH_FREE = [
-    "clif.types", "clif.states", "clif.errors", "clif.latency", "clif.tokenizer", "clif.exit_report", "clif.cli",
+    "clif.types", "clif.states", "clif.errors", "clif.latency", "clif.tokenizer", "clif.exit_report",
+    "clif.cli", "clif.run",
     "clif.config", "clif.storage", "clif.data", "clif.metrics", "clif.wire", "clif.control",
     "clif.distributed.layout", "clif.distributed.roles", "clif.distributed.launch_env", "clif.distributed.slurm",
     "clif.distributed.mpi", "clif.distributed.addresses",
@@ -190,9 +192,10 @@ def test_the_control_plane_works_without_torch(tmp_path):
     [
         ["launch/run.py", "--help"],
         ["-c", "import sys; sys.argv = ['clif', '--help']; from clif.cli import main; main()"],
+        ["-P", "-m", "clif.run", "--help"],
         ["-P", "-m", "clif.control", "--help"],
     ],
-    ids=["launch", "clif", "control"],
+    ids=["launch", "clif", "run", "control"],
 )
 def test_help_works_without_torch(command, tmp_path):
     done = run(command, tmp_path)

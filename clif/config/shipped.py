@@ -1,0 +1,51 @@
+"""The configurations that CLIF brings along, and what they name, wherever CLIF is installed. Free of torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from clif.errors import ConfigError, plain
+
+FOLDER = "configs"
+RANDOM = "random:"
+PACKAGE = Path(__file__).parents[1]
+
+
+def shipped_folder() -> Path:
+    """configs/ as it is installed inside the package, or as it stands beside the package in a checkout."""
+    inside = PACKAGE / FOLDER
+    return inside if inside.is_dir() else PACKAGE.parent / FOLDER
+
+
+def find_config(name: str) -> Path:
+    """The file that a name or path means: one in the working folder first, then one that CLIF brings.
+
+    Raises ConfigError, with the names that there are, for a name without a file.
+    """
+    path = Path(name)
+    # Of a path, load_config says what is wrong with it.
+    if path.is_file() or path.suffix or len(path.parts) > 1:
+        return Path(placed(name))
+    shipped = shipped_folder() / f"{name}.yaml"
+    if shipped.is_file():
+        return shipped
+    known = ", ".join(sorted(file.stem for file in shipped_folder().glob("*.yaml")))
+    raise ConfigError(f"there is no configuration {plain(name, 80)}: name a YAML file, or one of CLIF's own ({known})")
+
+
+def placed(text: str) -> str:
+    """A path as it is, or, if it begins with configs/ and is not in the working folder, the one that CLIF brings."""
+    prefix = RANDOM if text.startswith(RANDOM) else ""
+    path = Path(text.removeprefix(prefix))
+    if path.parts[:1] != (FOLDER,) or path.exists():
+        return text
+    shipped = shipped_folder().joinpath(*path.parts[1:])
+    return f"{prefix}{shipped}" if ".." not in path.parts and shipped.exists() else text
+
+
+def place_paths(value: Any) -> Any:
+    """A tree of plain values in which such paths can be found."""
+    if isinstance(value, dict):
+        return {key: place_paths(inner) for key, inner in value.items()}
+    return placed(value) if isinstance(value, str) and value.removeprefix(RANDOM).startswith(f"{FOLDER}/") else value

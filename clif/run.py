@@ -1,0 +1,174 @@
+"""Runs: one rank of them where a launcher has started this process, all ranks where none has.
+
+clif run demo                                  # starts as many ranks as the configuration asks for, on this host
+torchrun --nproc-per-node 2 -m clif.run --config demo
+torchrun --nproc-per-node 2 --no-python clif run --config demo
+torchrun --nproc-per-node 2 launch/run.py --config configs/demo.yaml
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from clif.config import Config, load_config
+from clif.config.relevance import check_device
+from clif.config.shipped import find_config
+from clif.data.check import check_inputs
+from clif.distributed.launch_env import ALONE, RankEnv, discover
+from clif.distributed.layout import Layout, make_layout
+from clif.distributed.mpi import ask_mpi
+from clif.distributed.roles import check_roles, fewest_replicas
+from clif.errors import InputError
+from clif.exit_report import Over, last_words
+from clif.rank.dry_run import plan_lines
+from clif.rank.preflight import check_gpu, check_model, check_room, device_of, prove, room_of
+
+log = logging.getLogger(__name__)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+OVERRIDE_HELP = "section.key=value, e.g. load.rate_rps=3"
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Check configuration and data, print layout, groups and memory, start nothing."),
+]
+# deepspeed names the local rank by argument, in one of two spellings; torchrun by environment.
+LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]
+
+
+@app.command()
+def main(
+    config: Annotated[str, typer.Option(help="YAML file, or the name of one that CLIF brings, see configs/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help=OVERRIDE_HELP)] = None,
+    dry_run: DryRun = False,
+    local_rank: LocalRank = None,
+) -> None:
+    """Serve a model and fine-tune it in the replicas' slack. Started once per rank, see docs/launching.md."""
+    be_rank(_who(local_rank), config, tuple(overrides or ()), dry_run)
+
+
+def start(words: list[str], config: str | None, ranks: int | None, dry_run: bool, local_rank: int | None) -> None:
+    """`clif run`: be a rank where a launcher has started this process, otherwise start all of them on this host.
+
+    words: the configuration, if `config` does not name it, and overrides. Raises InputError for what no rank can use;
+    otherwise it ends as be_rank() does, or this process becomes torchrun.
+    """
+    name, overrides = _named(words, config)
+    env = _who(local_rank)
+    launched = env.launcher != ALONE
+    if launched and ranks is not None:
+        raise InputError(f"--ranks is for a start without a launcher, and this one is of {env.launcher}: leave it out")
+    if launched or dry_run:
+        be_rank(env, name, overrides, dry_run, ranks)
+    settings = load_config(find_config(name), overrides)
+    count = ranks or settings.layout.ranks(fewest_replicas(settings))
+    # Before any rank starts: each of them would meet it, and torchrun would add a traceback.
+    _check(settings, _make_layout(settings, count))
+    if count == 1:
+        be_rank(env, name, overrides, dry_run)
+    _become_torchrun(count, ["--config", str(find_config(name)), *overrides])
+
+
+def be_rank(
+    env: RankEnv, config: str, overrides: tuple[str, ...], dry_run: bool, planned: int | None = None
+) -> NoReturn:
+    """Everything that one rank does. Ends by typer.Exit with its exit code.
+
+    planned: how many ranks a dry run without a launcher plans for; by default what the configuration asks for.
+    """
+    level = logging.INFO if env.rank == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    log.info("%s", env)
+    try:
+        with last_words(env.rank):
+            settings = load_config(find_config(config), overrides)
+            layout = _layout(settings, env, dry_run, planned)
+            _check(settings, layout, inputs=env.rank == 0)
+            code = _print(settings, layout, env) if dry_run else _run(settings, layout, env)
+    except Over as over:
+        raise typer.Exit(over.code) from over
+    raise typer.Exit(code)
+
+
+def _who(local_rank: int | None) -> RankEnv:
+    try:
+        return discover(os.environ, local_rank, ask_mpi)
+    except InputError as error:
+        # Which rank this is, is what could not be found out: each says so.
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+
+
+def _named(words: list[str], config: str | None) -> tuple[str, tuple[str, ...]]:
+    """The configuration's name and the overrides. Raises InputError."""
+    if config is not None:
+        return config, tuple(words)
+    if not words or "=" in words[0]:
+        raise InputError("which configuration? Write clif run demo, or clif run --config FILE.yaml")
+    return words[0], tuple(words[1:])
+
+
+def _become_torchrun(count: int, arguments: list[str]) -> NoReturn:
+    """This process goes on as torchrun, which gets its signals and starts the ranks."""
+    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command += ["-m", "clif.run", *arguments]
+    # Safe paths as with -P, in all ranks: transformers takes a folder kernels/ on sys.path for Hugging Face's package.
+    # Each rank chooses its threads itself; torchrun would warn that it does.
+    environ = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONSAFEPATH": "1"}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, command, environ)
+
+
+def _layout(settings: Config, env: RankEnv, dry_run: bool, planned: int | None) -> Layout:
+    world = env.world_size
+    if dry_run and world == 1:
+        # Without a launcher, a dry run shows what the configuration asks for.
+        world = planned or settings.layout.ranks(fewest_replicas(settings))
+        if world > 1:
+            log.info("no launcher: planned for %d ranks", world)
+    return _make_layout(settings, world)
+
+
+def _make_layout(settings: Config, ranks: int) -> Layout:
+    wanted = settings.layout
+    return make_layout(ranks, wanted.tp_size, wanted.replicas, wanted.replica_gpus)
+
+
+def _check(settings: Config, layout: Layout, inputs: bool = True) -> None:
+    """inputs: the files as well, which one rank of all looks at."""
+    check_roles(settings, layout)
+    if inputs:
+        check_inputs(settings, layout)
+        check_model(settings, layout)
+
+
+def _print(settings: Config, layout: Layout, env: RankEnv) -> int:
+    device, ranks = device_of(settings), env.local_world_size if env.world_size > 1 else layout.world_size
+    check_device(settings, device)
+    for line in plan_lines(settings, layout, device, room_of(settings, device, ranks)):
+        print(line)
+    check_gpu(settings)
+    print(prove(settings))
+    return 0
+
+
+def _run(settings: Config, layout: Layout, env: RankEnv) -> int:
+    if env.local_rank == 0:
+        check_room(settings, layout, env.local_world_size)
+    # Every rank would draw its own bar over the run's status.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    # Late, so that --help and wrong input need neither torch nor seconds.
+    from clif.rank.worker import run_rank
+
+    return run_rank(settings, env)
+
+
+if __name__ == "__main__":
+    # As with -P: in a checkout, transformers would take kernels/ of the working folder for Hugging Face's package.
+    if not sys.flags.safe_path:
+        sys.path.pop(0)
+    app()
