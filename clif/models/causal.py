@@ -34,7 +34,7 @@ class _Group:
     sequences: int
     longest: int
     rows: torch.Tensor | None
-    places: torch.Tensor | None
+    slots: torch.Tensor | None
     mask: torch.Tensor
 
 
@@ -57,8 +57,8 @@ class CausalSequences:
         if len(members) * longest == self.count:
             return _Group(len(members), longest, None, None, mask)
         rows = [start + j for start, length in members for j in range(length)]
-        places = [i * longest + j for i, (_, length) in enumerate(members) for j in range(length)]
-        return _Group(len(members), longest, self._index(rows), self._index(places), mask)
+        slots = [i * longest + j for i, (_, length) in enumerate(members) for j in range(length)]
+        return _Group(len(members), longest, self._index(rows), self._index(slots), mask)
 
     def _index(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
@@ -79,28 +79,28 @@ class CausalSequences:
             q, k, v = (_pad(t, group).transpose(1, 2) for t in (query, key, value))
             padded = sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
             flat = padded.reshape(-1, *query.shape[1:])
-            if group.rows is None or group.places is None:
+            if group.rows is None or group.slots is None:
                 return flat
-            out.index_copy_(0, group.rows, flat.index_select(0, group.places))
+            out.index_copy_(0, group.rows, flat.index_select(0, group.slots))
         return out
 
 
 def _pad(x: torch.Tensor, group: _Group) -> torch.Tensor:
     """[rows, heads, d] -> [sequences, longest, heads, d]."""
-    if group.rows is None or group.places is None:
+    if group.rows is None or group.slots is None:
         return x.reshape(group.sequences, group.longest, *x.shape[1:])
     padded = x.new_zeros(group.sequences * group.longest, *x.shape[1:])
-    padded.index_copy_(0, group.places, x.index_select(0, group.rows))
+    padded.index_copy_(0, group.slots, x.index_select(0, group.rows))
     return padded.view(group.sequences, group.longest, *x.shape[1:])
 
 
 def _put(padded: torch.Tensor, group: _Group, out: torch.Tensor) -> None:
     """Write [sequences, longest, heads, d] to its rows of out."""
     flat = padded.reshape(-1, *out.shape[1:])
-    if group.rows is None or group.places is None:
+    if group.rows is None or group.slots is None:
         out.copy_(flat)
     else:
-        out.index_copy_(0, group.rows, flat.index_select(0, group.places))
+        out.index_copy_(0, group.rows, flat.index_select(0, group.slots))
 
 
 def _queries(x: torch.Tensor, kv_heads: int) -> torch.Tensor:

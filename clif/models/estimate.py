@@ -57,15 +57,15 @@ def read_shape(path: str) -> Shape:
     Raises EstimateError where it is not here, or lacks a size.
     """
     try:
-        place = locate(path)
+        local = locate(path)
     except ConfigError as error:
         raise EstimateError(str(error)) from error
-    if place is None:
+    if local is None:
         raise EstimateError(f"model.path {path} has no config.json here to read sizes from")
     try:
-        return shape_of(read_model(place))
+        return shape_of(read_model(local))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise EstimateError(f"{place} is not that of a Llama-style model ({error})") from error
+        raise EstimateError(f"{local} is not that of a Llama-style model ({error})") from error
 
 
 def dtype_of(config: Config, device: Device) -> str:

@@ -42,33 +42,33 @@ def locate(path: str) -> Path | None:
     Raises ConfigError, with what to change, where there is none.
     """
     if path.startswith(RANDOM):
-        place = Path(path.removeprefix(RANDOM))
-        file = place / "config.json" if place.is_dir() else place
+        local = Path(path.removeprefix(RANDOM))
+        file = local / "config.json" if local.is_dir() else local
         if not file.is_file():
             raise ConfigError(f"model.path {path}: there is no {file}; name a config.json or a folder with one")
         return file
-    place = Path(path)
+    local = Path(path)
     if is_gguf(path):
-        if not place.is_file():
-            hint = "run `clif fetch`" if place.parts[:1] == ("assets",) else "correct it"
+        if not local.is_file():
+            hint = "run `clif fetch`" if local.parts[:1] == ("assets",) else "correct it"
             raise ConfigError(f"model.path {path} does not exist: {hint}")
-        return place
-    if place.is_dir():
-        if not (place / "config.json").is_file():
-            raise ConfigError(f"model.path {path} has no config.json: name a folder with one{_of_adapter(place)}")
-        return place
-    if place.exists():
+        return local
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise ConfigError(f"model.path {path} has no config.json: name a folder with one{_of_adapter(local)}")
+        return local
+    if local.exists():
         raise ConfigError(f"model.path {path} is not a folder: name one, a .gguf file or {RANDOM}<config.json>")
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ConfigError(f"model.path {path} is not a folder: correct it")
     return None
 
 
-def read_model(place: Path) -> Tree:
+def read_model(local: Path) -> Tree:
     """The fields of a config.json, of what locate() found. Raises ConfigError for files that cannot be read."""
-    if is_gguf(place.name):
-        return read_header(place).tree()
-    return read_tree(place / "config.json" if place.is_dir() else place)
+    if is_gguf(local.name):
+        return read_header(local).tree()
+    return read_tree(local / "config.json" if local.is_dir() else local)
 
 
 def _of_adapter(folder: Path) -> str:
@@ -139,12 +139,12 @@ def _wanted(shape: Shape, tied: bool) -> Iterator[tuple[str, Sizes]]:
     """Names and shapes of the tensors that every Llama-style model has."""
     yield "model.embed_tokens.weight", (shape.vocab, shape.hidden)
     for layer in range(shape.layers):
-        place = f"model.layers.{layer}"
+        prefix = f"model.layers.{layer}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield f"{place}.{norm}.weight", (shape.hidden,)
+            yield f"{prefix}.{norm}.weight", (shape.hidden,)
         for group in shape.groups:
             for leaf, size in zip(group.names, group.sizes, strict=True):
-                yield f"{place}.{leaf}.weight", (size, group.width)
+                yield f"{prefix}.{leaf}.weight", (size, group.width)
     yield "model.norm.weight", (shape.hidden,)
     if not tied:
         yield "lm_head.weight", (shape.vocab, shape.hidden)
@@ -166,7 +166,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, tuple[str, Sizes]]]:
                     yield name, (part.get_dtype(), tuple(part.get_shape()))
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{folder} lacks a part ({file}: {error}): get it again") from error
-        lacking = sorted({name for name, place in indexed.items() if place == file} - set(names))
+        lacking = sorted({name for name, holder in indexed.items() if holder == file} - set(names))
         if lacking:
             raise ConfigError(f"{folder}: {file} lacks {lacking[0]}, which {INDEX} names: get it again")
 

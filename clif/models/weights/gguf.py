@@ -76,9 +76,9 @@ def _provide(config: ModelConfig, store: Store, run_dir: Path, device: torch.dev
         if not (run_dir / name).is_dir():
             _unpack(config, device, run_dir / name, run_dir / f"{PART}{host}-{name}")
     except Exception as error:
-        _tell(store, waiting, {"error": str(error)})
+        _publish(store, waiting, {"error": str(error)})
         raise
-    _tell(store, waiting, {"name": name})
+    _publish(store, waiting, {"name": name})
     return name
 
 
@@ -92,7 +92,7 @@ def _first_of(store: Store, group: str) -> bool:
     return store.add(f"{_key(group)}/came", 1) == 1
 
 
-def _tell(store: Store, groups: tuple[str, ...], answer: dict[str, str]) -> None:
+def _publish(store: Store, groups: tuple[str, ...], answer: dict[str, str]) -> None:
     for group in groups:
         store.set(_key(group), json.dumps(answer))
 
@@ -151,8 +151,8 @@ def load_unpacked(folder: Path, device: torch.device, tp_group: TpGroup) -> Load
             model = load_sliced(str(folder), shape, shape.dtype, device, tp_group)
         else:
             transformers.utils.logging.disable_progress_bar()
-            place = {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
-            model = load_whole(str(folder), **place, trust_remote_code=False, dtype="auto")
+            source = {"pretrained_model_name_or_path": str(folder), "local_files_only": True}
+            model = load_whole(str(folder), **source, trust_remote_code=False, dtype="auto")
     model.eval().requires_grad_(False).to(device)
     reason = (folder / "dtype.txt").read_text()
     return LoadedModel(model, ChatTokenizer.load(folder / "tokenizer"), device, model.dtype, reason, tp_group.size == 1)

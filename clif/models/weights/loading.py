@@ -76,12 +76,12 @@ def _checked(config: ModelConfig, folder: str) -> Any:
 
     folder: model.path, or where a hub name is kept here.
     """
-    place = locate(folder)
-    if place is not None and is_gguf(place.name):
-        read_header(place).check_tree(config.path, config.max_context)
+    local = locate(folder)
+    if local is not None and is_gguf(local.name):
+        read_header(local).check_tree(config.path, config.max_context)
     with reading(f"model.path {config.path}"):
-        if config.path.startswith(RANDOM) and place is not None:
-            shape = transformers.AutoConfig.for_model(**read_tree(place))
+        if config.path.startswith(RANDOM) and local is not None:
+            shape = transformers.AutoConfig.for_model(**read_tree(local))
         else:
             shape = transformers.AutoConfig.from_pretrained(**_source(folder))
     tree = shape.to_dict()
@@ -95,9 +95,9 @@ def _checked(config: ModelConfig, folder: str) -> Any:
 
 def _source(path: str) -> dict[str, Any]:
     """How transformers is told where to read. It would ask on the terminal whether to run code of a folder."""
-    place = Path(path)
-    file = {"gguf_file": place.name} if is_gguf(path) else {}
-    name = str(place.parent) if file else path
+    local = Path(path)
+    file = {"gguf_file": local.name} if is_gguf(path) else {}
+    name = str(local.parent) if file else path
     return {"pretrained_model_name_or_path": name, "trust_remote_code": False, **file}
 
 
