@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ASSETS := assets/smollm2-135m-instruct.gguf assets/smart_home.jsonl
 RANKS ?= 2
 
-.PHONY: demo test test-all test-gpu bench gpu tune-gpu bench-kernels check format clean help
+.PHONY: demo docs test test-all test-gpu bench gpu tune-gpu bench-kernels check format clean help
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -54,6 +54,9 @@ gpu:  ## What a GPU that is lent for minutes is asked, most telling first; SECON
 
 check: $(READY)  ## Lint and types
 	$(BIN)/python -P -m ruff check . && $(BIN)/python -P -m ruff format --check . && $(BIN)/python -P -m mypy
+
+docs: $(READY)  ## Write the pages whose tables come from the code: docs/configuration.md and docs/metrics.md
+	$(BIN)/python -P docs/make_docs.py
 
 format: $(READY)  ## Let ruff mend what it can
 	$(BIN)/python -P -m ruff check --fix . ; $(BIN)/python -P -m ruff format .

@@ -1,19 +1,9 @@
 """The configuration: typed, frozen and strict, with the sentences that refuse. Free of torch."""
 
 from clif.config.load import LoadConfig, MetricsConfig, QualityConfig, TraceConfig
-from clif.config.schema import (
-    AdapterConfig,
-    Config,
-    DataConfig,
-    DistConfig,
-    EngineConfig,
-    LayoutConfig,
-    ModelConfig,
-    RunConfig,
-    SloConfig,
-    config_from_tree,
-    load_config,
-)
+from clif.config.model import AdapterConfig, EngineConfig, ModelConfig
+from clif.config.run import DistConfig, LayoutConfig, RunConfig
+from clif.config.schema import Config, DataConfig, SloConfig, config_from_tree, load_config
 from clif.config.train import ControlConfig, FederationConfig, TrainConfig
 from clif.errors import ConfigError
 

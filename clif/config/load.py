@@ -15,37 +15,57 @@ Scale = Annotated[float, Field(gt=0, le=1000)]
 
 class TraceConfig(Section):
     path: Path
+    """The trace."""
     format: Literal["azure", "burstgpt", "mooncake"] = "azure"
+    """`azure` (CSV: TIMESTAMP, ContextTokens, GeneratedTokens), `burstgpt` (CSV: Timestamp, Request tokens, Response
+    tokens), `mooncake` (JSON lines: timestamp in ms, input_length, output_length)."""
     speed: PositiveFloat = 1.0
     """2 replays twice as fast."""
     start_s: NotNegativeFloat = 0.0
-    """Offset into the trace, seconds of trace time."""
+    """Where the replay begins, in trace time after the first request."""
     lengths: Literal["trace", "data"] = "data"
-    """trace: prompt and answer lengths of the trace (end-of-text ignored); data: those of the data set's rows."""
+    """`data`: prompts as the data set has them, answers up to `load.max_tokens`. `trace`: prompts cut or repeated to
+    the trace's length, answers of exactly its length; `load.max_tokens` and `load.ignore_eos` do not count then. Where
+    a `mooncake` line has `hash_ids`, the prompt is made of them instead: each stands for a block of 512 tokens, drawn
+    at random from those of the data set's prompts, and equal ids give equal blocks, so that prompts share their
+    beginnings as in the trace."""
     prompt_scale: Scale = 1.0
+    """The trace's prompts are this many times as long, up to 1000; blocks of `hash_ids` as well, so that what is shared
+    stays the same share."""
     answer_scale: Scale = 1.0
-    """The trace's lengths are multiplied by these, then cut to those below; one token at least stays."""
+    """The same for answers; one token at least stays."""
     max_prompt_tokens: Positive | None = None
+    """[tokens] Longer prompts are cut to this, after scaling. A line of the log says how many were. Without it, a
+    request longer than `model.max_context` is rejected."""
     max_answer_tokens: Positive | None = None
+    """[tokens] The same for answers."""
 
 
 class LoadConfig(Section):
     kind: Literal["none", "constant", "poisson", "gamma", "trace"] = "none"
+    """`constant`, `poisson`, `gamma` (bursty), `trace`, or `none`."""
     rate_rps: Annotated[float, Field(gt=0, le=1e6)] = 1.0
-    """Of generated load; a trace has its own."""
+    """Mean rate of generated load."""
     cv: Annotated[float, Field(ge=0.01, le=100)] = 3.0
-    """Coefficient of variation of the gaps of gamma load: 1 is Poisson, more is burstier."""
+    """Coefficient of variation of the gaps of `gamma` load: 1 is Poisson, more is burstier; from 0.01 to 100."""
     duration_s: PositiveFloat = 60.0
-    """A trace is cut off after this time, too (at its replayed speed)."""
+    """Length of the load. It also cuts a trace, in replay time."""
     max_requests: Positive | None = None
+    """[requests] At most so many."""
     split: str = "train"
-    """Split of data.path from which prompts are drawn."""
+    """Split of `data.path` from which prompts are drawn."""
     max_tokens: Positive = 64
+    """[tokens] Longest answer."""
     temperature: float = 0.0
+    """0 is greedy; else from 1e-8 to 1000."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """1 switches it off."""
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """[tokens] 0 switches it off."""
     ignore_eos: bool = False
+    """Answer to `max_tokens`, past the end-of-text token."""
     trace: TraceConfig | None = None
+    """The section below; it and `kind: trace` need each other."""
 
     @model_validator(mode="after")
     def _trace(self) -> LoadConfig:
@@ -76,15 +96,20 @@ class LoadConfig(Section):
 
 class QualityConfig(Section):
     exact_match_rows: NotNegative = 0
-    """Held-out rows whose answers are generated and compared before and after the run; 0: none."""
+    """[rows] Held-out rows whose answers are generated before and after the run and compared with the known ones: drawn
+    by `run.seed` from those that decide no promotion, at most as many as there are. 0: none."""
     max_tokens: Positive = 64
+    """[tokens] Longest of these answers."""
 
 
 class MetricsConfig(Section):
     flush_s: Period = 1.0
+    """Rows reach the file at least this often while the process works."""
     flush_rows: Positive = 2000
+    """[rows] Or as soon as so many wait."""
     device_s: Period = 1.0
     """Interval of device samples."""
     answers: Literal["none", "sample", "all"] = "none"
-    """Which answers of users are kept, with their prompts, in RUN/answers.jsonl; sample: every twentieth by id. Those
-    of probes are kept always."""
+    """Which answers of users are kept, with their prompts, in `answers.jsonl` in the run's folder, which only its owner
+    can read: `none`, `sample` (every twentieth, by id) or `all`. Those of probes are kept always, with the known
+    answer. See [metrics](metrics.md#answersjsonl)."""

@@ -11,60 +11,77 @@ from clif.config.base import NotNegative, NotNegativeFloat, Period, Positive, Po
 
 class TrainConfig(Section):
     enabled: bool = True
+    """Whether rounds take place at all."""
     lr: PositiveFloat = 2e-3
+    """Learning rate of AdamW after warm-up."""
     weight_decay: NotNegativeFloat = 0.0
+    """Of AdamW."""
     warmup_steps: NotNegative = 5
+    """[steps] The learning rate rises linearly over this many optimizer steps of a replica."""
     clip_norm: PositiveFloat = 1.0
+    """Largest gradient norm."""
     micro_batch: Annotated[int, Field(gt=0, le=65536)] = 4
-    """Samples packed into one forward; the coordinator may choose less or more, up to max_micro_batch."""
+    """[samples] Samples packed into one forward. The coordinator may choose less; more only once the noise scale is
+    known, which takes a few rounds."""
     max_micro_batch: Annotated[int, Field(gt=0, le=65536)] = 8
+    """[samples] Upper bound of the coordinator."""
     accumulation: Annotated[int, Field(gt=0, le=65536)] = 1
-    """Micro-batches per optimizer step."""
+    """[micro-batches] Micro-batches per optimizer step. Stays as it is when the coordinator changes the micro-batch."""
 
 
 class FederationConfig(Section):
     rounds: Positive | None = None
-    """Rounds to complete over all starts, not more, before the run may end; None: as many as fit while load lasts."""
+    """[rounds] Rounds to complete in this run, over all its starts, and no more than these. `null`: as many as fit
+    while load comes; without load, as many as fit into `run.linger_s`. After the load, rounds go on for `run.linger_s`
+    at most. Training is given up, with a warning and in the summary, after twice as many discarded rounds in a row (at
+    least 4; 20 for `null`). After a round that was judged and not better, the next one takes other samples and half the
+    learning rate; each promotion doubles it again."""
     local_steps: Positive = 20
-    """Optimizer steps of a member in one round at the configured micro-batch: what counts are their samples."""
+    """[steps] Optimizer steps of a member in one round at `train.micro_batch`. What counts are their samples: with a
+    smaller micro-batch there are more steps."""
     min_members: Ranks = 1
+    """[replicas] No round with fewer."""
     round_timeout_s: PositiveFloat = 120.0
-    """Local steps are cut off after this time, also within a step; members are weighted by the samples they did."""
+    """Local steps end after this time; a step that is under way is given up, and its samples come again. Members are
+    weighted by the samples they did."""
     settle_timeout_s: PositiveFloat = 120.0
-    """A round whose aggregation and votes take longer is discarded."""
+    """A round whose results, votes or publication take longer than this is discarded."""
     tolerance: NotNegativeFloat = 0.0
-    """A candidate is promoted if its held-out loss is at most active * (1 + tolerance)."""
+    """[share] A candidate is promoted if its held-out loss is at most that of the active adapter x (1 + tolerance)."""
     strategy: Literal["fedavg"] = "fedavg"
+    """How shadows are averaged."""
 
 
 class ControlConfig(Section):
     period_s: Period = 0.25
-    """Slow loop: states, pressure, batch sizes, rounds."""
+    """Period of the slow loop: states, pressure, rounds, batch sizes."""
     report_s: Period = 0.1
     """How often a replica reports."""
     lost_after_s: PositiveFloat = 20.0
-    """A replica that is silent for longer while others speak is FAILED. When nobody speaks, dist.timeout_s more is
-    waited, unless the launcher would start all ranks anew."""
+    """A replica that is silent for longer while others speak is FAILED. When nobody speaks (say, on a starved host),
+    `dist.timeout_s` more is waited, unless the launcher would start all ranks anew."""
     retries: NotNegative = 2
-    """How often a request whose replica failed is given to another one; then it ends as failed."""
+    """How often a request whose replica failed is given to another one; then it ends as `failed`."""
     idle_below: Share = 0.6
-    """Smoothed utilisation under which a replica has slack."""
+    """[share] Smoothed utilisation under which a replica has slack."""
     serving_above: Share = 0.9
-    """Smoothed utilisation above which it has none. Between the two nothing changes (hysteresis)."""
+    """[share] Smoothed utilisation above which it has none. Must be above `idle_below`; between them nothing
+    changes."""
     hold_s: NotNegativeFloat = 1.0
-    """Slack, or its lack, must last this long before the state changes."""
+    """How long slack, or its lack, must last before the state changes."""
     smoothing_s: PositiveFloat = 2.0
     """Time constant of the utilisation average."""
     window_s: PositiveFloat = 10.0
-    """Requests finished in this window tell the service pressure."""
+    """Requests that ended in this window tell the service pressure. When a load begins, rounds wait until the latency
+    of serving is known, so long at most."""
     medium_share: Share = 0.5
-    """Part of the idle replicas that may train under medium pressure, rounded up."""
+    """[share] Part of the idle replicas that may train under medium pressure, rounded up."""
     high_below: Share = 0.8
-    """SLO attainment in the window under which pressure is high."""
+    """[share] SLO attainment in the window under which pressure is high."""
     medium_below: Share = 0.95
-    """SLO attainment in the window under which pressure is medium."""
+    """[share] SLO attainment in the window under which pressure is medium."""
     reference_batch: Positive = 8
-    """M0 of the coordinator's objective, samples."""
+    """[samples] M0 of the coordinator's objective."""
 
     @model_validator(mode="after")
     def _order(self) -> ControlConfig:

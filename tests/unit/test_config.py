@@ -8,10 +8,10 @@ from pathlib import Path
 import pydantic
 import pytest
 import yaml
-from config_fields import DOCS, documented, fields
+from config_fields import fields
 
 from clif.config import Config, ConfigError, config_from_tree, load_config
-from clif.config.relevance import ALWAYS, RELEVANCE
+from clif.config.relevance import RELEVANCE
 from clif.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -427,25 +427,3 @@ def test_every_time_and_size_names_its_unit(name, field):
 def test_every_field_has_its_line_in_the_table_of_what_matters_when():
     """Who adds a field says when it matters: in clif/config/relevance.py."""
     assert RELEVANCE.keys() == fields().keys()
-
-
-def test_the_documentation_has_the_table_as_it_is():
-    groups: dict[str, list[str]] = {}
-    for field, needs in RELEVANCE.items():
-        if needs != ALWAYS:
-            groups.setdefault(", and ".join(map(str, needs)), []).append(f"`{field}`")
-    lines = [f"| {', '.join(names)} | {need} |" for need, names in groups.items()]
-    wanted = "\n".join(["| given | matters only with |", "|---|---|", *lines])
-    assert wanted in DOCS, f"docs/configuration.md must hold:\n{wanted}"
-
-
-def test_the_documentation_lists_every_field():
-    # load.trace is a row of load and a section of its own.
-    assert documented().keys() - {"load.trace"} == fields().keys()
-
-
-@pytest.mark.parametrize("field", [name for name, known in fields().items() if not known.is_required()])
-def test_the_documentation_has_the_default_that_holds(field):
-    wanted = fields()[field].default
-    said = yaml.safe_load(documented()[field])
-    assert (str(wanted) if isinstance(wanted, Path) else wanted) == said

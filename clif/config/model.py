@@ -1,0 +1,106 @@
+"""Sections of the configuration that say what is served, with which adapters, and how it is computed. Free of torch."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from clif.config.base import Positive, PositiveFloat, Section
+from clif.types import CoservingMode
+
+
+class ModelConfig(Section):
+    path: str
+    """A hub name, a local folder, a `.gguf` file, or `random:` and a folder or `config.json`. With `layout.tp_size`
+    above 1 each rank loads its part only, except of models without safetensors. Weights must be plain and complete, and
+    code of a model's own (`auto_map`) is not run. A GGUF file is unpacked by one rank of each host, in the run's
+    folder, which needs room for it, and read by all."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """`float32`, `bfloat16`, `float16` (GPU only). `auto`: bfloat16 on a GPU that has it; on a CPU the faster of
+    bfloat16 and float32 in a short measurement."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`cpu`, `cuda`, or `auto`: the GPU where there is one."""
+    max_context: Positive = 2048
+    """[tokens] Longest prompt plus answer. At most `engine.kv_tokens`, the model's own limit, its sliding window if it
+    has one, and what its rotary embedding or query scale is the same for."""
+
+
+class AdapterConfig(Section):
+    r: Annotated[int, Field(gt=0, le=4096)] = 8
+    """LoRA rank."""
+    lora_alpha: PositiveFloat = 16.0
+    """The low-rank part is scaled by `lora_alpha / r`."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """As in peft: `all-linear` (all but the output head), a regular expression on full names, or a list of name
+    endings, each of which matches a layer."""
+    serving_slots: Annotated[int, Field(ge=2, le=1024)] = 3
+    """[versions] Versions that can answer at the same time: one active, the others retiring. At least 2."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _targets(cls, targets: object) -> object:
+        """One sentence instead of one for each type; names are held against the model where it is known."""
+        if isinstance(targets, str):
+            _check_pattern(targets)
+            return targets
+        if not isinstance(targets, (list, tuple)) or not all(isinstance(name, str) for name in targets):
+            raise ValueError('target_modules must be "all-linear", a regular expression, or a list of names of modules')
+        if len(set(targets)) < len(targets):
+            raise ValueError("target_modules lists a name twice: remove one")
+        return targets
+
+
+class EngineConfig(Section):
+    max_batch: Annotated[int, Field(gt=0, le=65536)] = 16
+    """[requests] Requests that run at the same time in a replica."""
+    kv_tokens: Positive = 8192
+    """[tokens] KV cache of a replica. A multiple of `block_size`."""
+    block_size: Positive = 16
+    """[tokens] Size of a KV block."""
+    prefix_reuse: bool = True
+    """Prompts that begin alike share the full KV blocks of their beginning, within one adapter version."""
+    prepack_weights: bool = True
+    """On a CPU in bfloat16: keep a second copy of the weights, laid out for the matrix kernels, for serving."""
+    lora_kernel: Literal["auto", "torch", "triton"] = "auto"
+    """Products of the layers with adapters. `triton`: one launch for all rows, on a GPU (a CPU only in Triton's
+    interpreter). `auto`: `triton` for the shapes that `make tune-gpu` found faster on this make of GPU, otherwise
+    `torch`. See [kernels.md](kernels.md)."""
+    decode_kernel: Literal["auto", "torch", "triton"] = "auto"
+    """Attention of rows that continue an answer. `triton`: reads the KV cache in place, on a GPU (a CPU only in
+    Triton's interpreter). `auto`: `triton` on a GPU that can run it, otherwise `torch`."""
+    max_prefill_tokens: Positive = 512
+    """[tokens] Prompt tokens computed in one step at most; longer prompts go in chunks."""
+    coserving: CoservingMode = CoservingMode.AUTO
+    """`fused`: training forwards share the products of serving steps. `concurrent`: training slices run on half of the
+    rank's CPU threads. `interleaved`: slices between steps. `auto`: `fused` on a GPU; on a CPU `concurrent` with
+    several threads, otherwise `interleaved`."""
+    slice_ms: PositiveFloat = 40.0
+    """Aim for the length of a training slice between two steps, up to four times as long where the token gaps leave
+    that much; at least one layer."""
+    concurrent_slice_ms: PositiveFloat = 160.0
+    """The same for a slice that runs while serving goes on, which no token waits for."""
+    activation_mib: Positive = 1024
+    """Memory for what training forwards keep for their backwards. Layers that do not fit are computed again; a sample
+    that cannot fit at all is an error at start."""
+    eval_tokens: Positive = 256
+    """[tokens] Tokens of one held-out forward."""
+
+    @model_validator(mode="after")
+    def _blocks(self) -> EngineConfig:
+        if self.kv_tokens % self.block_size:
+            raise ValueError(
+                f"engine.kv_tokens {self.kv_tokens} is not a multiple of engine.block_size {self.block_size}"
+            )
+        return self
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(
+            f"target_modules {pattern[:60]!r} is not a regular expression ({error}): correct it, or give a list of the "
+            "last parts of module names"
+        ) from error
