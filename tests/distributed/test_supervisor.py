@@ -37,7 +37,7 @@ def test_damaged_weights_are_noticed_and_never_serve_again(model, data, tmp_path
     assert error.startswith("the base model has changed in memory")
 
 
-def test_when_one_of_two_ranks_fails_both_begin_anew_and_nobody_waits_for_a_timeout(model, data, tmp_path):
+def test_when_one_of_two_ranks_fails_both_are_rebuilt_and_nobody_waits_for_a_timeout(model, data, tmp_path):
     # Collectives give up after longer than run_ranks waits.
     leader, peer = run_ranks(
         2,

@@ -62,7 +62,7 @@ def test_a_replica_that_fails_again_and_again_ends_its_rank_in_the_end(tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["1:serve:40", "0:serve:40", "3:backward:4"])
-def test_one_of_several_ranks_fails_and_all_of_its_replica_begin_anew(tmp_path, fault):
+def test_one_of_several_ranks_fails_and_all_of_its_replica_are_rebuilt(tmp_path, fault):
     """About 35 s each on two cores; in tests/distributed/test_supervisor.py the same without a control process."""
     run = Launched(tmp_path, *BOTH, "layout.tp_size=2", "load.duration_s=6", script=FAULTY, faults=fault, ranks=4)
     replica = int(fault[0]) // 2

@@ -97,7 +97,7 @@ def test_a_replica_on_a_gpu_is_rebuilt_in_place(model, data, tmp_path):
     assert result["answers"][0] == result["answers"][1]
 
 
-def test_when_one_of_two_ranks_on_a_gpu_fails_both_begin_anew(model, data, tmp_path):
+def test_when_one_of_two_ranks_on_a_gpu_fails_both_are_rebuilt(model, data, tmp_path):
     leader, peer = run_ranks(
         2, bodies_supervisor.one_of_two_ranks_fails, model, data, str(tmp_path / "run"),
         layout={"tp_size": 2}, device="cuda", ranks_per_gpu=2, timeout_s=300,

@@ -20,8 +20,7 @@ from huggingface_hub import constants
 
 from clif.config import ConfigError, ModelConfig
 from clif.distributed.layout import LayoutError
-from clif.models.weights import loading
-from clif.models.weights import random_init as drawn
+from clif.models.weights import loading, random_init
 from clif.models.weights import safetensors_shard as sliced
 from clif.models.weights.hub import is_hub_name
 from clif.models.weights.loading import LoadedModel, load_model
@@ -57,7 +56,7 @@ def test_random_weights_of_a_rank_are_its_part_of_those_of_one_rank(tmp_path, ti
 
 def test_no_more_than_one_tensor_of_a_random_model_is_whole_at_a_time(tmp_path, monkeypatch):
     alive: list[weakref.ref[torch.Tensor]] = []
-    original, most = drawn._draw, [0]
+    original, most = random_init._draw, [0]
 
     def watched(name: str, tensor: torch.Tensor, *rest: Any) -> torch.Tensor:
         if "_proj" in name or "lm_head" in name:
@@ -68,8 +67,8 @@ def test_no_more_than_one_tensor_of_a_random_model_is_whole_at_a_time(tmp_path, 
 
     path = shape_file(tmp_path, tie_word_embeddings=False)
     whole = sum(p.numel() for p in load(path).model.parameters())
-    monkeypatch.setattr(loading, "check_make", lambda *_: None)
-    monkeypatch.setattr(drawn, "_draw", watched)
+    monkeypatch.setattr(loading, "check_architecture", lambda *_: None)
+    monkeypatch.setattr(random_init, "_draw", watched)
     part = load(path, 1, 3).model
     held = sum(p.untyped_storage().nbytes() // 4 for p in part.parameters())
     assert most[0] == 1
