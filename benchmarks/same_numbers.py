@@ -157,6 +157,8 @@ def record(
     """Run the settings from a checkout."""
     for name in only.split(","):
         setting = SETTINGS[name]
+        if (out / name).exists():
+            raise typer.BadParameter(f"{out / name} is there already: name another folder")
         print(f"{name}: {setting.config}", flush=True)
         where = (f"run.out_dir={out.resolve()}", f"run.name={name}")
         _launch(checkout.resolve(), setting.config, (*where, *OVERRIDES, *setting.overrides))
@@ -196,6 +198,10 @@ def compare(
     names = RENAMED | dict(pair.split("=", 1) for pair in renamed or ())
     count = 0
     for name in sorted({path.name for record in (before, after) for path in record.iterdir() if path.is_dir()}):
+        if not all((record / name / "run.h5").is_file() for record in (before, after)):
+            print(f"{name}: DIFFERENT, no run.h5 in one of them")
+            count += 1
+            continue
         tolerance = SETTINGS[name].tolerance
         print(f"{name}: losses and norms within {tolerance:g}" if tolerance else f"{name}: bit for bit")
         count += compare_runs(before / name, after / name, tolerance, names)

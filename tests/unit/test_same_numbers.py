@@ -110,6 +110,12 @@ def test_another_type_table_or_number_of_rows_is_a_difference(tmp_path, change: 
     assert code == 1 and "DIFFERENT" in said
 
 
+def test_a_run_that_only_one_record_has_is_a_difference(tmp_path):
+    before, after = pair(tmp_path)
+    write(after, "demo").close()
+    assert compare(before, after)[0] == 1
+
+
 def test_renamed_words_columns_and_tables_are_compared_in_their_new_names(tmp_path, monkeypatch):
     before, after = pair(tmp_path)
     with h5py.File(after / "smoke" / "run.h5", "r+") as file:
