@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ASSETS := assets/smollm2-135m-instruct.gguf assets/smart_home.jsonl
 RANKS ?= 2
+# Tests in two lanes (one on one core), see tests/conftest.py; PYTEST_ADDOPTS="-p no:xdist" for one after the other.
+LANES := --numprocesses auto --dist loadgroup
 
 .PHONY: demo docs test test-all test-gpu bench gpu tune-gpu bench-kernels check format clean help
 
@@ -25,10 +27,10 @@ demo: $(READY) $(ASSETS)  ## Serve and fine-tune SmolLM2-135M on 2 ranks; ends b
 	$(BIN)/python -P -m clif.cli run demo --ranks $(RANKS)
 
 test: $(READY)  ## Everything that runs in minutes without a GPU
-	$(BIN)/python -P -m pytest -m "not gpu and not slow"
+	$(BIN)/python -P -m pytest $(LANES) -m "not gpu and not slow"
 
 test-all: $(READY) $(ASSETS)  ## With the slow tests
-	$(BIN)/python -P -m pytest -m "not gpu"
+	$(BIN)/python -P -m pytest $(LANES) -m "not gpu"
 
 test-gpu: $(READY)  ## Tests that need an NVIDIA GPU
 	$(BIN)/python -P -m pytest -m gpu

@@ -38,6 +38,7 @@ DEV = [
     "triton>=3.5; platform_system == 'Linux' and platform_machine == 'x86_64'",
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.7",  # `make test` in two lanes, one for each core
     "hypothesis>=6.100",
     "ruff>=0.12",
     "mypy>=1.15",

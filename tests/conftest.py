@@ -33,10 +33,47 @@ TINY = {
 }
 
 
+LANES = 2
+PROCESSES = ("distributed", "e2e")
+"""Folders of tests that start several processes each: one at a time, else they take each other's cores."""
+FIRST = ("e2e", "distributed", "test_kernel_", "test_bench_")
+"""Beginnings of names of folders and files, longest work first: lanes then end at about the same time."""
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """`make test` asks for two lanes; without pytest-xdist, or when it is switched off, there is one."""
+    if not pluginmanager.has_plugin("xdist"):
+        for option in ("--numprocesses", "--dist"):
+            parser.addoption(option, help="no effect: pytest-xdist is missing or switched off")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    return min(LANES, len(os.sched_getaffinity(0)))
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Triton kernels run in the interpreter, unless what is asked for are the tests on a GPU."""
+    """On a CPU, Triton kernels run in the interpreter and torch on one core: lanes and ranks share the cores."""
     if config.option.markexpr != "gpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # The order below, and not the one with the most tests first.
+    config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A lane takes a file at a time, or the folders of PROCESSES as one."""
+    items.sort(key=lambda item: _turn(item.path))
+    if config.pluginmanager.has_plugin("xdist"):
+        for item in items:
+            folder, file = item.path.parent.name, item.path.stem
+            item.add_marker(pytest.mark.xdist_group("processes" if folder in PROCESSES else file))
+
+
+def _turn(path: Path) -> int:
+    names = (path.parent.name, path.stem)
+    return next((i for i, name in enumerate(FIRST) if any(n.startswith(name) for n in names)), len(FIRST))
 
 
 @pytest.fixture(scope="session")

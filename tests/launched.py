@@ -8,12 +8,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import h5py
 import psutil
 import torch
+import warm
 
 from clif.adapters.store import AdapterStore
 from clif.control.durability.journal import Accepted, Ended, Journal, parse
@@ -36,7 +36,8 @@ def latest(*overrides: str) -> list[str]:
 class Launched:
     """torchrun with a run of a random model under it. agents: one torchrun for each host, all of them on this one.
 
-    script: what it starts; faults: see faulty_run.py.
+    script: what it starts; faults: see faulty_run.py. cold: interpreters that import everything, as users start them,
+    and not forks of one that has (warm.py): four seconds of CPU more for each rank and start.
     """
 
     def __init__(
@@ -48,19 +49,25 @@ class Launched:
         hosts: int = 1,
         script: str = "launch/run.py",
         faults: str = "",
+        cold: bool = False,
     ) -> None:
-        self.script, environment = script, {**os.environ, "CLIF_FAULTS": faults}
+        self.script, self.cold, environment = script, cold, {**os.environ, "CLIF_FAULTS": faults}
         self.run_dir, self.log = folder / "run", folder / "log.txt"
         meet = ["--nnodes", str(hosts), "--rdzv-backend", "c10d", "--local-addr", "127.0.0.1"]
         meet = [*meet, "--rdzv-endpoint", f"127.0.0.1:{free_port()}"] if hosts > 1 else ["--standalone"]
-        torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", *meet, "--nproc-per-node", str(ranks)]
         place = [f"run.out_dir={folder}", "run.name=run", "run.status=plain"]
-        command = [*torchrun, f"--max-restarts={restarts}", script, "--config", "configs/smoke.yaml"]
-        command += [*place, *latest(*LOAD, *ROUNDS, *overrides)]
-        with self.log.open("a") as log:
-            start = partial(subprocess.Popen, command, cwd=REPO, stdout=log, stderr=log, env=environment)
-            self.agents = [start() for _ in range(hosts)]
+        command = [*meet, "--nproc-per-node", str(ranks), f"--max-restarts={restarts}", script]
+        command += ["--config", "configs/smoke.yaml", *place, *latest(*LOAD, *ROUNDS, *overrides)]
+        self.log.touch()
+        self.agents = [self._start(command, environment) for _ in range(hosts)]
         self.process = self.agents[0]
+
+    def _start(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes] | warm.Script:
+        if not self.cold:
+            return warm.Script([warm.TORCHRUN, *command], self.log, self.log, environment)
+        torchrun = [sys.executable, "-P", "-m", "torch.distributed.run"]
+        with self.log.open("a") as log:
+            return subprocess.Popen([*torchrun, *command], cwd=REPO, stdout=log, stderr=log, env=environment)
 
     def wait_until(self, text: str, times: int = 1, limit_s: float = 120.0) -> None:
         end = time.monotonic() + limit_s
@@ -78,15 +85,22 @@ class Launched:
             assert time.monotonic() < end, "the load was over before the kill: lengthen it"
             time.sleep(0.02)
 
-    def processes(self, what: str) -> list[psutil.Process]:
-        trees = [psutil.Process(agent.pid).children(recursive=True) for agent in self.agents]
-        return [p for tree in trees for p in tree if what in p.cmdline()]
+    def processes(self) -> list[psutil.Process]:
+        return [p for agent in self.agents for p in psutil.Process(agent.pid).children(recursive=True)]
 
     def rank(self, number: int) -> psutil.Process:
-        return next(p for p in self.processes(self.script) if p.environ().get("RANK") == str(number))
+        def is_it(process: psutil.Process) -> bool:
+            if not self.cold:
+                return process.name() == warm.rank_name(number)
+            return self.script in process.cmdline() and process.environ().get("RANK") == str(number)
+
+        return next(p for p in self.processes() if is_it(p))
+
+    def controls(self) -> list[psutil.Process]:
+        return [p for p in self.processes() if "clif.control" in p.cmdline()]
 
     def control(self) -> psutil.Process:
-        return self.processes("clif.control")[0]
+        return self.controls()[0]
 
     def end(self, limit_s: float = 200.0) -> int:
         codes = [agent.wait(limit_s) for agent in self.agents]

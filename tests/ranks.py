@@ -1,8 +1,7 @@
-"""Starts ranks on gloo in one machine, in tenths of a second: forkserver with torch preloaded, FileStore."""
+"""Starts ranks on gloo in one machine, in tenths of a second: see warm.py; FileStore."""
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import pickle
 import tempfile
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import warm
 
 from clif.config import config_from_tree
 from clif.distributed.launch_env import RankEnv
@@ -41,8 +41,7 @@ def run_ranks(
         "layout": layout or {},
         "dist": {"timeout_s": timeout_s, "ranks_per_gpu": ranks_per_gpu},
     }
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "clif.distributed.topology", "ranks"])
+    context = warm.context()
     with tempfile.TemporaryDirectory() as folder:
         queue = context.Queue()
         processes = [

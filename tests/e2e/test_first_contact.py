@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from clif.distributed.addresses import free_port
-
-REPO = Path(__file__).resolve().parents[2]
 
 
 def start(folder: Path, *overrides: str, fault: str = "") -> subprocess.CompletedProcess[str]:
     """One rank without torchrun, whose own traceback would hide ours. fault: of rank 0, see faulty_run.py."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     environment = {**os.environ, **alone, "MASTER_PORT": str(free_port()), "CLIF_FAULTS": fault}
-    command = [sys.executable, "-P", "tests/faulty_run.py", "--config", "configs/smoke.yaml", f"run.out_dir={folder}"]
-    command += ["run.status=plain", *overrides]
-    return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=100)
+    command = ["tests/faulty_run.py", "--config", "configs/smoke.yaml", f"run.out_dir={folder}", "run.status=plain"]
+    return warm.run([*command, *overrides], environment, timeout=100)
 
 
 @pytest.mark.parametrize(

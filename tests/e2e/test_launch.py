@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import warm
 
 REPO = Path(__file__).resolve().parents[2]
 LAUNCHERS = ("SLURM", "OMPI", "PMI", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
@@ -20,7 +21,7 @@ RANKS = 2
 
 def command(run_dir: Path, *overrides: str) -> list[str]:
     place = [f"run.out_dir={run_dir.parent}", f"run.name={run_dir.name}", *overrides]
-    return [sys.executable, "launch/run.py", "--config", "configs/launch.yaml", *place]
+    return ["launch/run.py", "--config", "configs/launch.yaml", *place]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -38,16 +39,8 @@ def as_srun(rank: int, **extra: str) -> dict[str, str]:
 
 def run_all(run_dir: Path, environs: list[Mapping[str, str]], *overrides: str) -> list[tuple[int, str]]:
     """(exit code, stderr) of every rank."""
-    processes = [
-        subprocess.Popen(command(run_dir, *overrides), cwd=REPO, env=e, stderr=subprocess.PIPE, text=True)
-        for e in environs
-    ]
-    try:
-        errors = [process.communicate(timeout=150)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
+    done = warm.run_all(command(run_dir, *overrides), environs, timeout=150)
+    return [(rank.returncode, rank.stderr) for rank in done]
 
 
 def check_that_two_replicas_trained(run_dir: Path) -> None:
@@ -78,7 +71,7 @@ def test_ranks_that_mpirun_started_find_each_other_and_finish_a_round(tmp_path):
     if mpirun is None:
         pytest.skip("no mpirun on this machine")
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    start = [mpirun, "-n", str(RANKS), "--oversubscribe", *command(tmp_path / "mpi")]
+    start = [mpirun, "-n", str(RANKS), "--oversubscribe", sys.executable, *command(tmp_path / "mpi")]
     done = subprocess.run(start, cwd=REPO, env=environment(**allowed), capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "mpirun (Open MPI)" in done.stderr

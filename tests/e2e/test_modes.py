@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import h5py
+import warm
 
-REPO = Path(__file__).resolve().parents[2]
 SHORT = ("federation.rounds=1", "load.duration_s=3")
 
 
 def run(folder: Path, ranks: int, *overrides: str) -> dict[str, Any]:
     """Run configs/smoke.yaml to its end; returns the tables of its run.h5."""
-    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += ["launch/run.py", "--config", "configs/smoke.yaml", f"run.out_dir={folder}", "run.name=run"]
-    command += ["run.status=plain", *overrides]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=200)
+    command = [warm.TORCHRUN, "--standalone", "--nproc-per-node", str(ranks), "launch/run.py"]
+    command += ["--config", "configs/smoke.yaml", f"run.out_dir={folder}", "run.name=run", "run.status=plain"]
+    done = warm.run([*command, *overrides], timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     with h5py.File(folder / "run" / "run.h5") as file:
         return {name: data[:] for name, data in file.items() if isinstance(data, h5py.Dataset)}

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import h5py
 import pytest
+import warm
 
-REPO = Path(__file__).resolve().parents[2]
 SMALL = (
     "model.path=random:configs/models/tiny-llama.json", "model.device=cpu", "model.dtype=float32",
     "model.max_context=256", "engine.kv_tokens=2048", "engine.max_batch=8", "engine.activation_mib=256",
@@ -21,9 +17,9 @@ SMALL = (
 @pytest.mark.slow
 @pytest.mark.parametrize("profile", ["gpu1", "gpu8", "gpu8_tp2", "nodes2_70b"])
 def test_a_profile_for_gpus_answers_requests_and_completes_rounds(tmp_path, profile):
-    command = [sys.executable, "-P", "launch/run.py", "--config", f"configs/{profile}.yaml"]
+    command = ["launch/run.py", "--config", f"configs/{profile}.yaml"]
     command += [f"run.out_dir={tmp_path}", "run.name=run", "run.status=plain", *SMALL]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=200)
+    done = warm.run(command, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     with h5py.File(tmp_path / "run" / "run.h5") as file:
         answered = [r["finish"] for r in file["requests"][:] if r["purpose"] == b"user"]

@@ -117,7 +117,7 @@ def test_a_kill_while_the_ranks_load_again_costs_nothing(tmp_path, victim):
     run.wait_until("restarted by the launcher")
     if victim == "control":
         end = time.monotonic() + 60
-        while not any("--restarted" in p.cmdline() for p in run.processes("clif.control")):
+        while not any("--restarted" in p.cmdline() for p in run.controls()):
             assert time.monotonic() < end
             time.sleep(0.01)
     process = run.control() if victim == "control" else run.rank(int(victim[-1]))

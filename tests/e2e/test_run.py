@@ -6,35 +6,23 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import h5py
-import psutil
 import pytest
+import warm
+from launched import Launched
 
 from clif.metrics.collect import collect
 
 REPO = Path(__file__).resolve().parents[2]
 
 
-def command(run_dir: Path, *overrides: str, ranks: int = 2) -> list[str]:
-    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+def command(run_dir: Path, *overrides: str) -> list[str]:
+    """torchrun's arguments."""
     place = [f"run.out_dir={run_dir.parent}", f"run.name={run_dir.name}", "run.status=plain"]
-    return [*torchrun, "launch/run.py", "--config", "configs/smoke.yaml", *place, *overrides]
-
-
-def start(run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
-    log = (run_dir.parent / "log.txt").open("w")
-    return subprocess.Popen(command(run_dir, *overrides), cwd=REPO, stdout=log, stderr=log, text=True)
-
-
-def wait_until(process: subprocess.Popen[str], run_dir: Path, text: str, limit_s: float = 90) -> None:
-    """Wait until the run's log says something."""
-    log, end = run_dir.parent / "log.txt", time.monotonic() + limit_s
-    while text not in log.read_text():
-        assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
-        time.sleep(0.1)
+    ranks = ["--standalone", "--nproc-per-node", "2"]
+    return [*ranks, "launch/run.py", "--config", "configs/smoke.yaml", *place, *overrides]
 
 
 def ends(run_dir: Path) -> dict[int, tuple[str, str]]:
@@ -51,7 +39,9 @@ def ends(run_dir: Path) -> dict[int, tuple[str, str]]:
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("e2e") / "smoke"
-    done = subprocess.run(command(run_dir), cwd=REPO, capture_output=True, text=True, timeout=200)
+    # For real, without a server that has imported everything.
+    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", *command(run_dir)]
+    done = subprocess.run(torchrun, cwd=REPO, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return run_dir
 
@@ -89,7 +79,7 @@ def test_run_resumes_from_its_last_committed_round(finished_run):
     """Promise 6."""
     before = json.loads((finished_run / "adapters" / "current.json").read_text())["version"]
     overrides = ("run.resume=true", "federation.rounds=1", "load.duration_s=2", "quality.exact_match_rows=0")
-    done = subprocess.run(command(finished_run, *overrides), cwd=REPO, capture_output=True, text=True, timeout=200)
+    done = warm.run([warm.TORCHRUN, *command(finished_run, *overrides)], timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     after = json.loads((finished_run / "adapters" / "current.json").read_text())["version"]
     assert after == before + 1
@@ -100,14 +90,12 @@ def test_run_resumes_from_its_last_committed_round(finished_run):
 
 
 def test_run_ends_when_the_control_process_dies(tmp_path):
-    run_dir = tmp_path / "headless"
-    process = start(run_dir, "load.duration_s=60")
-    wait_until(process, run_dir, "open:")
-    control = [p for p in psutil.Process(process.pid).children(recursive=True) if "clif.control" in p.cmdline()]
-    control[0].kill()
-    assert process.wait(60) != 0
-    assert "the control process was killed by signal 9" in (tmp_path / "log.txt").read_text()
-    assert collect(run_dir).is_file(), "what was flushed is there"
+    run = Launched(tmp_path, "load.duration_s=60", restarts=0)
+    run.wait_until("open:")
+    run.control().kill()
+    assert run.end(60) != 0
+    assert "the control process was killed by signal 9" in run.log.read_text()
+    assert collect(run.run_dir).is_file(), "what was flushed is there"
 
 
 @pytest.mark.parametrize(
@@ -119,8 +107,6 @@ def test_run_ends_when_the_control_process_dies(tmp_path):
 )
 def test_bad_configuration_ends_at_once_with_what_to_change(tmp_path, override, sentence):
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        command(tmp_path / "bad", override), cwd=REPO, capture_output=True, text=True, timeout=100, env=environment
-    )
+    done = warm.run([warm.TORCHRUN, *command(tmp_path / "bad", override)], environment, timeout=100)
     assert done.returncode != 0
     assert sentence in done.stderr, done.stderr[-2000:]

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import warm
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clif.distributed.layout import LayoutError, check_divisible, check_hosts, make_layout
 from clif.metrics.provenance import gpu_names
-
-REPO = Path(__file__).resolve().parents[2]
 
 
 @given(tp=st.integers(1, 8), replicas=st.integers(1, 16))
@@ -81,13 +77,13 @@ def test_a_replica_spans_hosts_only_if_that_is_wanted():
 
 @pytest.mark.parametrize("profile", ["gpu1", "gpu8", "gpu8_tp2", "nodes2_70b", "tp_cpu", "demo", "smoke", "launch"])
 def test_every_profile_is_laid_out_by_a_dry_run(profile):
-    command = [sys.executable, "launch/run.py", "--dry-run", "--config", f"configs/{profile}.yaml"]
+    command = ["launch/run.py", "--dry-run", "--config", f"configs/{profile}.yaml"]
     if profile in ("demo", "tp_cpu"):
         # Model and data are fetched, and may not be here.
         command += ["model.path=random:configs/models/tiny-llama.json", "data.path=configs/data/words.jsonl"]
         command += ["layout.tp_size=2", *(["quality.exact_match_rows=8"] if profile == "demo" else [])]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60, env=environment)
+    done = warm.run(command, environment)
     if profile.startswith(("gpu", "nodes")) and not gpu_names():
         assert done.returncode == 2 and done.stderr.count("error: model.device is cuda, but this host shows no") == 1
     else:
@@ -115,6 +111,6 @@ def test_a_model_that_ranks_cannot_share_is_refused_with_what_to_change(sizes, r
 
 
 def test_a_dry_run_refuses_a_model_that_ranks_cannot_share():
-    command = [sys.executable, "launch/run.py", "--dry-run", "--config", "configs/smoke.yaml", "layout.tp_size=3"]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60)
+    command = ["launch/run.py", "--dry-run", "--config", "configs/smoke.yaml", "layout.tp_size=3"]
+    done = warm.run(command)
     assert done.returncode == 2 and "3 ranks cannot share the model's 4 attention heads" in done.stderr

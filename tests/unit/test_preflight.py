@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+import warm
 from helpers import tp_group_of
 from model_folders import SMALL, saved
 from tiny_gguf import write_gguf
@@ -308,20 +309,21 @@ def test_weights_that_no_host_holds_are_refused_before_the_system_ends_the_rank(
     check_room(configured("random:configs/models/tiny-llama.json"), make_layout(1), 1)
 
 
-def dry_run(*overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "launch/run.py", "--dry-run", "--config", "configs/smoke.yaml", *overrides]
-    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run(
-        command, cwd=REPO, env={**inherited, **environment}, capture_output=True, text=True, timeout=120
-    )
+DRY_RUN = ("launch/run.py", "--dry-run", "--config", "configs/smoke.yaml")
+
+
+def dry_run(*overrides: str) -> subprocess.CompletedProcess[str]:
+    return warm.run([*DRY_RUN, *overrides], {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")})
 
 
 def test_a_dry_run_proves_a_make_that_it_does_not_know_where_torch_is(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**SMALL, "model_type": "granite", "residual_multiplier": 0.5}))
-    done = dry_run(f"model.path=random:{tmp_path}", "data.max_sample_tokens=128")
+    overrides = (f"model.path=random:{tmp_path}", "data.max_sample_tokens=128")
+    done = dry_run(*overrides)
     assert done.returncode == 2 and "error: GraniteForCausalLM computes more than" in done.stderr
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None")
-    done = dry_run(f"model.path=random:{tmp_path}", "data.max_sample_tokens=128", PYTHONPATH=str(tmp_path))
+    command, environment = [sys.executable, "-P", *DRY_RUN, *overrides], {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "whether granite is computed rightly is not proved here" in done.stdout
 
 

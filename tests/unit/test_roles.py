@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 from clif.config import Config, ConfigError, config_from_tree, load_config
 from clif.control.policy.batch_sizes import choose_batches
@@ -207,8 +207,8 @@ def test_rounds_without_load_are_wanted_if_asked_for_or_if_training_is_all_there
 
 
 def dry_run(*overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launch/run.py", "--dry-run", "--config", "configs/smoke.yaml", *overrides]
-    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60)
+    command = ["launch/run.py", "--dry-run", "--config", "configs/smoke.yaml", *overrides]
+    return warm.run(command)
 
 
 def test_a_split_of_one_replica_is_refused_before_anything_starts() -> None:
