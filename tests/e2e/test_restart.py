@@ -23,8 +23,8 @@ def assert_answered_to_the_end(run: Launched) -> None:
 
 
 def test_a_rank_killed_in_the_middle_of_a_round_costs_no_request_no_round_and_no_sample(tmp_path):
-    # On slow cores the rounds that are left come after the load only.
-    run = Launched(tmp_path, "load.duration_s=20", "run.linger_s=60")
+    # As users start it. On slow cores the rounds that are left come after the load only.
+    run = Launched(tmp_path, "run.linger_s=60", cold=True)
     run.wait_until("round 2:")
     time.sleep(0.3)
     run.wait_for_an_open_request()
