@@ -109,6 +109,9 @@ RULES = (
 "answers" is RUN/answers.jsonl, "weights" the files in RUN/adapters. A tolerance leaves weights out.
 """
 RENAMED: dict[str, str] = {
+    "ticks.tick": "step",
+    "versions.tick": "step",
+    "ticks.slack_limit:nobody": "no_request",
     "ticks.regime:mixed": "fused",
     "ticks.regime:beside": "concurrent",
 }

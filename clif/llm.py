@@ -187,7 +187,7 @@ class LLM:
                     self._engine.scheduler.cancel(answer.request.id)
 
     def _step(self) -> None:
-        """One tick, for the requests of all streams."""
+        """One step, for the requests of all streams."""
         for event in self._open_engine.serve():
             if event.request_id in self._events:
                 self._events[event.request_id].append(event)

@@ -139,7 +139,7 @@ class Regime(enum.StrEnum):
 class SlackLimit(enum.StrEnum):
     """What decides how long training may take before the next serving step."""
 
-    NOBODY = "nobody"
+    NO_REQUEST = "no_request"
     FIRST_TOKEN = "first_token"
     NEXT_TOKEN = "next_token"
     DEADLINE = "deadline"
@@ -149,7 +149,7 @@ class SlackLimit(enum.StrEnum):
 
 
 _LIMITS = {
-    SlackLimit.NOBODY: "nobody waits",
+    SlackLimit.NO_REQUEST: "no request waits",
     SlackLimit.FULL: "every place is taken",
     SlackLimit.RIDE: "a forward waits for a step to go along with",
     SlackLimit.SHARE: "serving and training take turns: {ms:.0f} ms of training's share are left",

@@ -178,7 +178,7 @@ def whole_round(topology: Topology, model: str, data: str, run_dir: str) -> dict
         "result": result,
         "vote": vote,
         "settled": settled.version,
-        "tick": settled.tick,
+        "step": settled.step,
         "shadow": driver.replica.member.trainer.bank.shadow.detach().clone(),
         "committed": driver.replica.member.trainer.cursor_state()["committed"],
     }

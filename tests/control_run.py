@@ -201,7 +201,7 @@ class FakeLeader(threading.Thread):
         elif isinstance(message, wire.Install):
             self.version = message.version
             self.installed.append(message.version)
-            self.channel.send(wire.Settled(replica=me, round_id=0, version=self.version, tick=1))
+            self.channel.send(wire.Settled(replica=me, round_id=0, version=self.version, step=1))
         elif isinstance(message, wire.Evaluate):
             loss = 1.0 if self.version else 20.0
             result = HeldoutLoss(replica=me, version=self.version, loss=loss, tokens=HELDOUT_TOKENS)
@@ -229,7 +229,7 @@ class FakeLeader(threading.Thread):
                 weights=adapter_bytes(),
             )  # fmt: skip
             self.channel.send(published)
-        settled = wire.Settled(replica=self.replica, round_id=message.round_id, version=self.version, tick=1)
+        settled = wire.Settled(replica=self.replica, round_id=message.round_id, version=self.version, step=1)
         self.channel.send(settled)
 
 

@@ -12,8 +12,8 @@ from clif.metrics.schema import CONTROL_TABLES, RANK_TABLES
 from clif.metrics.writer import TableWriter, next_path
 
 
-def tick(writer: TableWriter, number: int) -> None:
-    writer.row("ticks", tick=number, seconds=0.1, decode_rows=1, prefill_tokens=0, running=1, waiting=0, kv_used=16)
+def write_step(writer: TableWriter, number: int) -> None:
+    writer.row("ticks", step=number, seconds=0.1, decode_rows=1, prefill_tokens=0, running=1, waiting=0, kv_used=16)
 
 
 def write_run(run_dir: Path, rows: list[int]) -> None:
@@ -25,7 +25,7 @@ def write_run(run_dir: Path, rows: list[int]) -> None:
         attributes = {"host": f"h{file}", "names": ["é", "b"], "sizes": np.arange(3), "empty": h5py.Empty("f8")}
         with TableWriter(next_path(run_dir, f"rank-{file // 2:05d}"), RANK_TABLES, attributes) as writer:
             for number in range(count):
-                tick(writer, number)
+                write_step(writer, number)
                 writer.row("device", rss_bytes=float(number))
 
 

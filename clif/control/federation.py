@@ -158,9 +158,9 @@ class Federation:
         if self.current is not None:
             self._step(now, self.current.lost(now, replica, why))
 
-    def tick(self, now: float) -> None:
+    def advance(self, now: float) -> None:
         if self.current is not None:
-            self._step(now, self.current.tick(now))
+            self._step(now, self.current.advance(now))
 
     def drain(self, now: float, reason: str) -> None:
         """Discard the round under way if its members still train: the others are about to end."""

@@ -177,7 +177,7 @@ class Round:
         self._maybe_over(now)
         return sent
 
-    def tick(self, now: float) -> Outgoing:
+    def advance(self, now: float) -> Outgoing:
         """Let time pass: cut off slow local steps, give up on aggregation, votes or answers that never come."""
         if self.over or now < self._due_s:
             return []

@@ -129,7 +129,7 @@ class ControlServer:
         self._inbox.step(self._poll_timeout_s())
         now = self._clock()
         self._submit_due(now)
-        self.federation.tick(now)
+        self.federation.advance(now)
         if self.phase is not Phase.GATHER and not self.fleet.missing:
             self.dispatcher.dispatch(now, self.fleet.routing_view)
             self._maybe_decide(now)

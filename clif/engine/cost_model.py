@@ -124,7 +124,7 @@ def training_slack(now: float, step_s: float, sequences: Iterable[Sequence], slo
     within its TPOT promise (slo's where it has none), both less the margin; and a sequence with a deadline still
     makes it if all its steps take step_s. Infinite when nobody waits.
     """
-    worst, limit, request = math.inf, SlackLimit.NOBODY, -1
+    worst, limit, request = math.inf, SlackLimit.NO_REQUEST, -1
     for sequence in sequences:
         if sequence.request.purpose is Purpose.PROBE:
             continue

@@ -229,7 +229,7 @@ _RANK = (
     _table(
         "ticks",
         "Steps of the engine that did work.",
-        _i("tick", "", "number of the step"),
+        _i("step", "", "number of the step"),
         _f("seconds", "s", "time of the serving iteration; 0: nothing was served"),
         _i("decode_rows", "tokens", "requests that got a token"),
         _i("prefill_tokens", "tokens", "prompt tokens computed"),
@@ -241,7 +241,7 @@ _RANK = (
         _s("regime", "alone; fused: with a training forward; concurrent: a slice ran on other threads", SHORT, ""),
         _i("preemptions", "", "preemptions so far", 0),
         _i("reused_tokens", "tokens", "prompt tokens found in the prefix cache so far", 0),
-        _f("slack_s", "s", "what training might have taken; inf: nobody waits; NaN: no training beside serving", NAN),
+        _f("slack_s", "s", "what training might have taken; inf: no request waits; NaN: no training then", NAN),
         _s("slack_limit", "what allowed no more; empty: no training beside serving", SHORT, ""),
         _i("slack_request", "", "the request that allowed no more; -1: none", -1),
     ),
@@ -263,7 +263,7 @@ _RANK = (
         "Switches of the active adapter.",
         _i("version", "", "adapter version"),
         _i("round_id", "", "the round it came from; -1: none", -1),
-        _i("tick", "", "first step in which new requests got it"),
+        _i("step", "", "first step in which new requests got it"),
         _i("slot", "", "adapter slot"),
     ),
     _table(

@@ -253,8 +253,8 @@ def _failures(transitions: Rows) -> list[dict[str, Any]]:
     for _, rows in _by_source(transitions):
         for row in rows[rows["to_state"] == ReplicaState.FAILED.value.encode()]:
             later = rows[(rows["replica"] == row["replica"]) & (rows["t"] > row["t"])]
-            back_s = float(later["t"][0] - row["t"]) if len(later) else None
-            failures.append({"replica": int(row["replica"]), "reason": row["reason"].decode(), "back_s": back_s})
+            rebuild_s = float(later["t"][0] - row["t"]) if len(later) else None
+            failures.append({"replica": int(row["replica"]), "reason": row["reason"].decode(), "rebuild_s": rebuild_s})
     return failures
 
 

@@ -28,7 +28,7 @@ def _sections(summary: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]
     requests, slo, training, adapters = (summary[key] for key in ("requests", "slo", "training", "adapters"))
     latencies = [(name.replace("_ms", " ms"), _pairs(slo[name])) for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")]
     states = [(f"replica {replica}", _pairs(seconds)) for replica, seconds in summary["states"].items()]
-    failures = [(f"replica {f['replica']}", f"{f['reason']}; {_back(f['back_s'])}") for f in summary["failures"]]
+    failures = [(f"replica {f['replica']}", f"{f['reason']}; {_back(f['rebuild_s'])}") for f in summary["failures"]]
     promotions = [(f"promotion of {p['version']}", _pairs(p)) for p in adapters["promotions"]]
     return [
         ("Run", _run(summary["run"])),

@@ -46,7 +46,7 @@ class RankRecords:
         self._write_step()
         self._writer.row(
             "ticks",
-            tick=step,
+            step=step,
             seconds=record.serve_s,
             decode_rows=record.decode_rows,
             prefill_tokens=record.prefill_tokens,
@@ -84,7 +84,7 @@ class RankRecords:
         )
 
     def version(self, version: int, round_id: int, step: int, slot: int) -> None:
-        self._writer.row("versions", version=version, round_id=round_id, tick=step, slot=slot)
+        self._writer.row("versions", version=version, round_id=round_id, step=step, slot=slot)
 
     def maybe_flush(self) -> None:
         now = time.monotonic()

@@ -217,7 +217,7 @@ class Member:
             yield WAIT
         self.trainer.bank.fill_slot(slot, self.trainer.bank.shadow_state())
         self.slots.promote(version, slot)
-        self.send(Settled(replica=self.topology.replica, round_id=round_id, version=version, tick=self.engine_step()))
+        self.send(Settled(replica=self.topology.replica, round_id=round_id, version=version, step=self.engine_step()))
 
     def evaluate(self) -> Slices[None]:
         """Report the held-out loss of the active version.
@@ -243,7 +243,7 @@ class Member:
         round_id, self.orders, self._snapshot = self.orders.plan.round_id, None, None
         self.send(
             Settled(
-                replica=self.topology.replica, round_id=round_id, version=self.slots.active, tick=self.engine_step()
+                replica=self.topology.replica, round_id=round_id, version=self.slots.active, step=self.engine_step()
             )
         )
 

@@ -200,12 +200,12 @@ class Published(Message, frozen=True):
 
 
 class Settled(Message, frozen=True):
-    """The replica answers new requests with `version` from engine step `tick` on."""
+    """The replica answers new requests with `version` from engine step `step` on."""
 
     replica: Count
     round_id: int
     version: Count
-    tick: Count
+    step: Count
 
 
 class Evaluated(Message, frozen=True):

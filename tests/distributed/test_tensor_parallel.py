@@ -158,7 +158,7 @@ def test_a_round_of_replicas_of_two_ranks_averages_part_by_part(model, data, tmp
     assert all(r["long"] == {0} for r in results), "promise 2: the long request ran through the promotion"
     assert len({tuple(r["after"]) for r in results}) == 1 and results[0]["after"] != results[0]["before"]
     for replica in range(3):
-        assert results[2 * replica]["tick"] == results[2 * replica + 1]["tick"]
+        assert results[2 * replica]["step"] == results[2 * replica + 1]["step"]
     for part in (0, 1):
         shadows = [results[2 * replica + part]["shadow"] for replica in range(3)]
         assert torch.equal(shadows[0], shadows[1]) and torch.equal(shadows[0], shadows[2])

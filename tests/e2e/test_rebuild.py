@@ -48,7 +48,7 @@ def test_an_error_in_serving_costs_the_others_nothing_and_no_request(tmp_path, r
     summary = json.loads((run.run_dir / "summary.json").read_text())
     assert summary["training"]["rounds_completed"] == 2, "rounds went on"
     (failure,) = summary["failures"]
-    assert failure["replica"] == replica and "injected" in failure["reason"] and failure["back_s"] > 0
+    assert failure["replica"] == replica and "injected" in failure["reason"] and failure["rebuild_s"] > 0
 
 
 @pytest.mark.slow

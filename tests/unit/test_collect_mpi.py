@@ -45,9 +45,9 @@ from clif.metrics.writer import TableWriter
 now = [50.0]
 writer = TableWriter(Path(sys.argv[1]), RANK_TABLES, {"host": "node7"}, clock=lambda: now[0])
 for number, now[0] in enumerate((60.0, 3775.0)):
-    writer.row("versions", version=number, tick=number, slot=0)
+    writer.row("versions", version=number, step=number, slot=0)
 writer.flush()
-writer.row("versions", version=99, tick=99, slot=0)
+writer.row("versions", version=99, step=99, slot=0)
 print("flushed", flush=True)
 sys.stdin.read()
 """

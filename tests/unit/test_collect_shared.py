@@ -157,7 +157,7 @@ def test_pieces_of_a_file_are_bounded_and_in_order(run_dir: Path) -> None:
     pieces = [part for part in read(Source(run_dir / "rank-00001.h5", 1, 0)) if isinstance(part, Rows)]
     assert max(part.rows.nbytes for part in pieces) <= 2000
     ticks = np.concatenate([part.rows for part in pieces if part.table == "ticks"])
-    assert ticks["tick"].tolist() == list(range(100))
+    assert ticks["step"].tolist() == list(range(100))
 
 
 @settings(max_examples=15, deadline=None)
@@ -211,12 +211,12 @@ def test_rows_left_unwritten_are_cut_at_the_end_only_also_over_many_pieces(run_d
         data[500] = data[99]
     parts = read(Source(path, 1, 0))
     ticks = np.concatenate([part.rows for part in parts if isinstance(part, Rows) and part.table == "ticks"])
-    assert len(ticks) == 501 and np.isnan(ticks["t"]).sum() == 40 + 400 and ticks["tick"][500] == 99
+    assert len(ticks) == 501 and np.isnan(ticks["t"]).sum() == 40 + 400 and ticks["step"][500] == 99
 
 
 def test_table_damaged_behind_its_first_piece_gives_no_rows(run_dir: Path) -> None:
     path = run_dir / "rank-00009.h5"
-    rows = np.array([(float(n), n) for n in range(5000)], dtype=[("t", "f8"), ("tick", "i8")])
+    rows = np.array([(float(n), n) for n in range(5000)], dtype=[("t", "f8"), ("step", "i8")])
     with h5py.File(path, "w") as file:
         data = file.create_dataset("ticks", data=rows, chunks=(100,), fletcher32=True)
         offset = data.id.get_chunk_info(40).byte_offset

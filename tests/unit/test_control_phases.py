@@ -107,7 +107,7 @@ SNAPSHOT = Snapshot(
     seconds=3.0, phase="open", pressure="low", states={"idle": 2}, running=1, queued=0, load_left=9,
     finished={"stop": 4, "rejected": 65, "failed": 0}, ttft_s=[0.1, 0.2], itl_s=[0.01], last_loss=1.5,
     training_steps=7, version=1, round="2 training",
-    slack=dict.fromkeys(range(5), "nobody waits"),
+    slack=dict.fromkeys(range(5), "no request waits"),
 )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def test_plain_progress_is_one_line_with_what_matters() -> None:
         "v1",
         "10/10 ms",
         "finished stop 4, rejected 65 |",
-        "slack replica 0: nobody waits; replica 1: nobody waits; replica 2: nobody waits; and 2 more |",
+        "slack replica 0: no request waits; replica 1: no request waits; replica 2: no request waits; and 2 more |",
     ):
         assert word in line
     progress.note("round 2 [committed]")

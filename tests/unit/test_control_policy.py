@@ -93,10 +93,10 @@ def hello(max_batch: int = 4) -> Hello:
 
 
 def report(running: int, busy: float, seconds: float = 0.0) -> Report:
-    ticks = ((float(running), 0.0, seconds),) * 4 if seconds else ()
+    timings = ((float(running), 0.0, seconds),) * 4 if seconds else ()
     return Report(
         replica=0, running=running, waiting=0, kv_used=0, busy=busy, version=0, training_steps=0, last_loss=None,
-        serve_timings=ticks,
+        serve_timings=timings,
     )  # fmt: skip
 
 
@@ -104,8 +104,8 @@ def run_states(running: int, busy: float, seconds: float, state: ReplicaState) -
     config = make_config(slo={"tpot_ms": 200.0, "margin": 0.3})
     tracker = ReplicaTracker(0.0, hello(), config)
     tracker.state = state
-    for tick in range(1, 120):
-        now = tick * 0.1
+    for period in range(1, 120):
+        now = period * 0.1
         tracker.last_seen = now
         tracker.observe(now, report(running, busy, seconds), running)
         tracker.state = next_state(now, tracker.view(running, 0), config)[0] or tracker.state

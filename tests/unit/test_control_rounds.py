@@ -161,10 +161,10 @@ def test_a_worse_average_is_discarded_and_all_members_settle_first() -> None:
 def test_slow_members_are_cut_off_and_silent_ones_discard_the_round() -> None:
     current = make_round()
     current.steps_done(1.0, result(0))
-    assert current.tick(9.0) == []
-    assert targets(current.tick(10.0), FinishSteps) == [1]
-    assert current.tick(14.0) == []
-    assert targets(current.tick(15.0), Settle) == [0, 1]
+    assert current.advance(9.0) == []
+    assert targets(current.advance(10.0), FinishSteps) == [1]
+    assert current.advance(14.0) == []
+    assert targets(current.advance(15.0), Settle) == [0, 1]
     assert current.state is RoundState.DISCARDED and "[1]" in current.reason
 
 
@@ -175,15 +175,15 @@ def test_a_round_that_is_wound_up_is_averaged_and_judged() -> None:
     assert current.wind_up(2.1) == [], "once"
     assert targets(current.steps_done(2.5, result(1, samples=4)), Aggregate) == [0, 1]
     assert current.wind_up(2.6) == [], "what is being averaged is under way already"
-    assert current.tick(7.0) == [] and current.state is RoundState.AGGREGATING
-    assert targets(current.tick(7.5), Settle) == [0, 1], "settle_timeout_s after the steps"
+    assert current.advance(7.0) == [] and current.state is RoundState.AGGREGATING
+    assert targets(current.advance(7.5), Settle) == [0, 1], "settle_timeout_s after the steps"
 
 
 def test_missing_votes_discard_the_round() -> None:
     current = make_round()
     to_votes(current)
     current.voted(2.0, vote(0))
-    assert targets(current.tick(6.0), Settle) == [0, 1]
+    assert targets(current.advance(6.0), Settle) == [0, 1]
     assert current.state is RoundState.DISCARDED
     assert not current.left_group_clean, "the other member may still be in the all-reduce"
 
@@ -259,11 +259,11 @@ def test_a_committed_round_does_not_wait_for_ever() -> None:
     current = make_round()
     to_settling(current)
     current.publication(3.0, published())
-    current.tick(7.0)
+    current.advance(7.0)
     assert current.over and current.state is RoundState.COMMITTED and "not settled" in current.reason
 
 
-steps = st.sampled_from(["steps", "vote", "bad", "fail", "lose", "settle", "publish", "tick", "discard"])
+steps = st.sampled_from(["steps", "vote", "bad", "fail", "lose", "settle", "publish", "advance", "discard"])
 
 
 @settings(max_examples=150, deadline=None)
@@ -280,13 +280,13 @@ def test_every_round_comes_to_an_end_whatever_happens(events: list[tuple[str, in
             "lose": lambda m=member, t=now: current.lost(t, m, "x"),
             "settle": lambda m=member, t=now: current.settled(t, m),
             "publish": lambda m=member, t=now: current.publication(t, published(replica=m)),
-            "tick": lambda t=now: current.tick(t),
+            "advance": lambda t=now: current.advance(t),
             "discard": lambda t=now: current.discard(t, "x"),
         }
         calls[kind]()
     for _ in range(8):
         now += 100.0
-        current.tick(now)
+        current.advance(now)
     assert current.over and current.reason
     if current.state is RoundState.COMMITTED:
         assert current.published and current.promotion is not None

@@ -28,7 +28,7 @@ def waiting(arrived_s: float, id: int = 1) -> Sequence:
 
 def test_nobody_waits_so_training_may_run():
     answer, slack = may_train(0.0, 99.0, 99.0, [], SLO)
-    assert answer and slack.reason == "nobody waits"
+    assert answer and slack.reason == "no request waits"
 
 
 @pytest.mark.parametrize(("slice_ms", "allowed"), [(39, True), (41, False)])
@@ -40,7 +40,11 @@ def test_the_margin_is_never_spent(slice_ms, allowed):
 
 @pytest.mark.parametrize(
     ("sequences", "limit", "request_id"),
-    [([running(0.0, 7)], "next_token", 7), ([waiting(-0.6, 8), running(0.0, 7)], "next_token", 7), ([], "nobody", -1)],
+    [
+        ([running(0.0, 7)], "next_token", 7),
+        ([waiting(-0.6, 8), running(0.0, 7)], "next_token", 7),
+        ([], "no_request", -1),
+    ],
 )
 def test_the_reason_names_the_promise_that_allows_no_more(sequences, limit, request_id):
     slack = training_slack(0.010, 0.020, sequences, SLO)

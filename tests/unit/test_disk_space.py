@@ -132,13 +132,13 @@ def test_a_round_is_committed_once_there_is_room_for_its_adapter(tmp_path, monke
     assert sorted(path.name for path in store.folder.iterdir()) == ["current.json", "v0001"]
 
 
-def tick(writer: TableWriter, number: int) -> None:
-    writer.row("ticks", tick=number, seconds=0.1, decode_rows=1, prefill_tokens=0, running=1, waiting=0, kv_used=16)
+def write_step(writer: TableWriter, number: int) -> None:
+    writer.row("ticks", step=number, seconds=0.1, decode_rows=1, prefill_tokens=0, running=1, waiting=0, kv_used=16)
 
 
 def ticks(path: Path) -> list[int]:
     with h5py.File(path) as file:
-        return file["ticks"]["tick"].tolist()
+        return file["ticks"]["step"].tolist()
 
 
 def test_rows_wait_in_memory_while_the_disk_is_full(tmp_path, monkeypatch):
@@ -146,7 +146,7 @@ def test_rows_wait_in_memory_while_the_disk_is_full(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(writer_module, "free_bytes", lambda _: 100)
         for number in range(3):
-            tick(writer, number)
+            write_step(writer, number)
             assert not writer.flush()
     assert writer.flush()
     writer.close()
@@ -156,7 +156,7 @@ def test_rows_wait_in_memory_while_the_disk_is_full(tmp_path, monkeypatch):
 def test_a_disk_that_is_full_too_long_ends_the_writer_with_a_sentence(tmp_path, monkeypatch):
     time = Time()
     writer = TableWriter(tmp_path / "rank-00000.h5", RANK_TABLES, {}, time.clock)
-    tick(writer, 1)
+    write_step(writer, 1)
     with monkeypatch.context() as patch:
         patch.setattr(writer_module, "free_bytes", lambda _: 100)
         assert not writer.flush()
@@ -209,11 +209,11 @@ def fill(disk: Path) -> Path:
 def test_a_real_disk_that_fills_up_and_is_cleared_loses_no_row_and_no_line(small_disk):
     journal = Journal(small_disk, room=patient(small_disk))
     writer = TableWriter(small_disk / "rank-00000.h5", RANK_TABLES, {})
-    tick(writer, 0)
+    write_step(writer, 0)
     assert writer.flush()
     in_the_way = fill(small_disk)
     for number in range(1, 1000):
-        tick(writer, number)
+        write_step(writer, number)
     assert not writer.flush()
     with pytest.raises(OSError, match="No space left"):
         for number in range(200):

@@ -97,7 +97,7 @@ class Scene:
         current = self.server.federation.current
         round_id = current.plan.round_id if current is not None else 0
         version = current.version if current is not None else self.server.federation.newest
-        settled = wire.Settled(replica=replica, round_id=round_id, version=version, tick=1)
+        settled = wire.Settled(replica=replica, round_id=round_id, version=version, step=1)
         if current is None or current.plan.incarnations[replica] != self.server.fleet.hello_of(replica).incarnation:
             return settled
         if current.state is RoundState.TRAINING and replica not in current.results:

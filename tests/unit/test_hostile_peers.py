@@ -118,7 +118,7 @@ LIES: dict[str, tuple[Lie, str]] = {
     "more steps than a table can hold": (reports(training_steps=2**63), "`int` <= 9007199254740992"),
     "a version that there is not": (reports(version=4), "version 4 was never given, the newest is 0"),
     "serving a version that there is not": (
-        lambda _: wire.Settled(replica=1, round_id=0, version=3, tick=1), "version 3 was never given",
+        lambda _: wire.Settled(replica=1, round_id=0, version=3, step=1), "version 3 was never given",
     ),
     "steps of a round that never began": (
         lambda _: wire.StepsDone(result=RoundResult(

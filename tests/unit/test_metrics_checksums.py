@@ -17,15 +17,15 @@ from clif.metrics.summary import write_summary
 from clif.metrics.writer import TableWriter
 
 
-def tick(writer: TableWriter, number: int) -> None:
-    writer.row("ticks", tick=number, seconds=0.1, decode_rows=1, prefill_tokens=0, running=1, waiting=0, kv_used=16)
+def write_step(writer: TableWriter, number: int) -> None:
+    writer.row("ticks", step=number, seconds=0.1, decode_rows=1, prefill_tokens=0, running=1, waiting=0, kv_used=16)
 
 
 def write(path: Path, rows: int, close: bool = True) -> Path:
     """A file of ticks numbered from 0; not closed: as a kill leaves it."""
     writer = TableWriter(path, RANK_TABLES, {})
     for number in range(rows):
-        tick(writer, number)
+        write_step(writer, number)
     writer.flush()
     if not close:
         content = path.read_bytes()
@@ -61,7 +61,7 @@ def test_a_byte_that_changed_anywhere_in_the_rows_of_a_closed_file_names_file_an
         with h5py.File(collect(tmp_path)) as run:
             (problem,) = run.attrs["unreadable"]
             assert problem.startswith("rank-00000.h5: table ticks: ")
-            assert run["ticks"]["tick"].tolist() == [0, 1, 2], "the others are merged"
+            assert run["ticks"]["step"].tolist() == [0, 1, 2], "the others are merged"
 
 
 def test_rows_of_before_are_kept_when_a_kill_tears_the_chunks_at_the_end(tmp_path: Path) -> None:
@@ -72,10 +72,10 @@ def test_rows_of_before_are_kept_when_a_kill_tears_the_chunks_at_the_end(tmp_pat
     with h5py.File(path) as file:
         with pytest.raises(OSError, match=r"read|filter"):
             file["ticks"][:]
-        assert Checked(file["ticks"], closed=False)[:]["tick"].tolist() == list(range(700))
-        assert Checked(file["ticks"], closed=False)[690:695]["tick"].tolist() == list(range(690, 695))
+        assert Checked(file["ticks"], closed=False)[:]["step"].tolist() == list(range(700))
+        assert Checked(file["ticks"], closed=False)[690:695]["step"].tolist() == list(range(690, 695))
     with h5py.File(collect(tmp_path)) as run:
-        assert len(run.attrs["unreadable"]) == 0 and run["ticks"]["tick"].tolist() == list(range(700))
+        assert len(run.attrs["unreadable"]) == 0 and run["ticks"]["step"].tolist() == list(range(700))
 
 
 def test_a_chunk_before_the_end_is_damaged_and_not_torn(tmp_path: Path) -> None:

@@ -31,18 +31,18 @@ writer = TableWriter(Path(sys.argv[1]), RANK_TABLES, {"host": "here"})
 n = 0
 while True:
     for _ in range(37):
-        writer.row("ticks", tick=n, seconds=0.1, decode_rows=1, prefill_tokens=0, running=1, waiting=0, kv_used=16,
+        writer.row("ticks", step=n, seconds=0.1, decode_rows=1, prefill_tokens=0, running=1, waiting=0, kv_used=16,
                    train_kind="forward", train_s=0.01)
         writer.row("device", rss_bytes=float(n))
         n += 1
     writer.flush()
-    writer.row("versions", version=99, round_id=1, tick=n, slot=0)  # Never flushed on its own.
+    writer.row("versions", version=99, round_id=1, step=n, slot=0)  # Never flushed on its own.
     print(n, flush=True)
 """
 
 
-def tick(writer: TableWriter, number: int) -> None:
-    writer.row("ticks", tick=number, seconds=0.1, decode_rows=1, prefill_tokens=0, running=1, waiting=0, kv_used=16)
+def write_step(writer: TableWriter, number: int) -> None:
+    writer.row("ticks", step=number, seconds=0.1, decode_rows=1, prefill_tokens=0, running=1, waiting=0, kv_used=16)
 
 
 def killed(path: Path, after_s: float) -> int:
@@ -66,7 +66,7 @@ def test_promise_6_file_of_a_killed_process_opens_and_holds_all_rows_up_to_the_l
         with h5py.File(path) as file:
             assert set(file) == set(RANK_TABLES)
             assert len(file["ticks"]) >= flushed
-            assert np.array_equal(file["ticks"]["tick"][:flushed], np.arange(flushed))
+            assert np.array_equal(file["ticks"]["step"][:flushed], np.arange(flushed))
             assert set(file["ticks"]["train_kind"][:flushed].tolist()) == {b"forward"}
             assert np.array_equal(file["device"]["rss_bytes"][:flushed], np.arange(flushed))
     with h5py.File(collect(tmp_path)) as run:
@@ -88,12 +88,12 @@ def test_promise_6_every_data_set_exists_from_the_start(tmp_path: Path) -> None:
 def test_flush_comes_by_time_and_by_rows(tmp_path: Path) -> None:
     now = [100.0]
     with TableWriter(tmp_path / "a.h5", RANK_TABLES, {}, lambda: now[0], flush_s=1.0, flush_rows=3) as writer:
-        tick(writer, 0)
+        write_step(writer, 0)
         assert not writer.maybe_flush()
         now[0] = 101.0
         assert writer.maybe_flush()
         for number in (1, 2, 3):
-            tick(writer, number)
+            write_step(writer, number)
         assert writer.maybe_flush()
         assert writer.since_start(101.0) == 1.0
         writer.row("device", cpu_percent=None)
@@ -108,12 +108,12 @@ def test_collect_merges_ranks_and_restarts_row_for_row(tmp_path: Path) -> None:
         path = next_path(tmp_path, stem)
         with TableWriter(path, RANK_TABLES, {"host": path.stem}) as writer:
             for number in numbers:
-                tick(writer, number)
+                write_step(writer, number)
     with TableWriter(next_path(tmp_path, "control"), CONTROL_TABLES, provenance()) as writer:
         writer.row("transitions", replica=0, from_state="serving", to_state="serving", reason="é" * 300)
     with h5py.File(collect(tmp_path)) as run:
         ticks = run["ticks"][:]
-        assert ticks["tick"].tolist() == [1, 2, 3, 7, 5, 6]
+        assert ticks["step"].tolist() == [1, 2, 3, 7, 5, 6]
         assert ticks["rank"].tolist() == [0, 0, 0, 0, 1, 1]
         assert ticks["source"].tolist() == [b"rank-00000"] * 3 + [b"rank-00000.r1"] + [b"rank-00001"] * 2
         assert run["transitions"]["rank"].tolist() == [-1]
@@ -125,16 +125,16 @@ def test_collect_merges_ranks_and_restarts_row_for_row(tmp_path: Path) -> None:
 
 def test_collect_reads_a_run_that_goes_on(tmp_path: Path) -> None:
     with TableWriter(tmp_path / "rank-00000.h5", RANK_TABLES, {}) as writer:
-        tick(writer, 1)
+        write_step(writer, 1)
         writer.flush()
         with h5py.File(collect(tmp_path)) as run:
-            assert run["ticks"]["tick"].tolist() == [1]
+            assert run["ticks"]["step"].tolist() == [1]
 
 
 def test_unreadable_file_is_named_and_the_others_are_merged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "rank-00000.h5").write_bytes(b"not HDF5")
     with TableWriter(tmp_path / "rank-00001.h5", RANK_TABLES, {}) as writer:
-        tick(writer, 1)
+        write_step(writer, 1)
     with h5py.File(collect(tmp_path)) as run:
         (problem,) = run.attrs["unreadable"]
         assert "rank-00000.h5" in problem
@@ -144,18 +144,18 @@ def test_unreadable_file_is_named_and_the_others_are_merged(tmp_path: Path, capl
 
 def test_rows_that_a_kill_left_unwritten_are_cut(tmp_path: Path) -> None:
     with TableWriter(tmp_path / "rank-00000.h5", RANK_TABLES, {}) as writer:
-        tick(writer, 1)
+        write_step(writer, 1)
     with h5py.File(tmp_path / "rank-00000.h5", "a") as file:
         file["ticks"].resize((900,))
     with h5py.File(collect(tmp_path)) as run:
-        assert run["ticks"]["tick"].tolist() == [1]
+        assert run["ticks"]["step"].tolist() == [1]
 
 
 def test_column_of_an_older_file_that_is_missing_is_filled(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "rank-00000.h5", "w") as file:
-        file["ticks"] = np.array([(1.0, 4, 2)], dtype=[("t", "f8"), ("tick", "i8"), ("gone", "i8")])
+        file["ticks"] = np.array([(1.0, 4, 2)], dtype=[("t", "f8"), ("step", "i8"), ("gone", "i8")])
     with h5py.File(collect(tmp_path)) as run:
-        assert run["ticks"]["tick"].tolist() == [4] and run["ticks"]["running"].tolist() == [-1]
+        assert run["ticks"]["step"].tolist() == [4] and run["ticks"]["running"].tolist() == [-1]
         assert "gone" in run.attrs["unreadable"][0]
 
 

@@ -146,7 +146,7 @@ def test_states_add_up_to_the_end_of_the_run(run_dir: Path) -> None:
 
 
 def test_failures_of_replicas_are_told_with_the_reason_and_when_they_were_back(run_dir: Path) -> None:
-    assert write_summary(run_dir)["failures"] == [{"replica": 1, "reason": "test", "back_s": None}]
+    assert write_summary(run_dir)["failures"] == [{"replica": 1, "reason": "test", "rebuild_s": None}]
     clock = Clock()
     with TableWriter(next_path(run_dir, "control"), CONTROL_TABLES, {}, clock) as writer:
         changes = (("serving", "serving", 1.0), ("serving", "failed", 0.5), ("failed", "serving", 9.0))
@@ -154,7 +154,7 @@ def test_failures_of_replicas_are_told_with_the_reason_and_when_they_were_back(r
             writer.row("transitions", replica=0, from_state=before, to_state=after, reason=f"to {after}")
             clock.now += seconds
     summary = write_summary(run_dir)
-    assert summary["failures"][1:] == [{"replica": 0, "reason": "to failed", "back_s": pytest.approx(0.5)}]
+    assert summary["failures"][1:] == [{"replica": 0, "reason": "to failed", "rebuild_s": pytest.approx(0.5)}]
     stream = io.StringIO()
     print_summary(summary, Console(file=stream, width=120))
     assert "to failed; back after 0.5 s" in stream.getvalue() and "test; not rebuilt" in stream.getvalue()

@@ -50,7 +50,7 @@ UP = [
              serve_timings=((1.0, 0.0, 0.1),)),
     m.StepsDone(result=RESULT), m.Voted(vote=VOTE), m.RoundFailed(round_id=1, replica=0, error="e"),
     m.Published(replica=0, version=3, round_id=1, config_json="{}", weights=b"w"),
-    m.Settled(replica=0, round_id=1, version=3, tick=9),
+    m.Settled(replica=0, round_id=1, version=3, step=9),
     m.Evaluated(result=HeldoutLoss(replica=0, version=0, loss=1.0, tokens=3)), m.Trouble(replica=0, error="e"),
     m.Goodbye(replica=0), m.Signalled(replica=0, signal="SIGTERM"),
 ]  # fmt: skip

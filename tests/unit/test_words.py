@@ -100,7 +100,7 @@ IDENTIFIERS = {
     "Split": ("shard_dim", CODE),
     "tell": ("send", CODE),
     "_tell": ("what it does", CODE),
-    "tick": ("step", ("clif/engine", "clif/rank")),
+    "tick": ("step", CODE),
     "told": ("what it holds", CODE),
     "turn": ("step", (*ENGINE, *CONTROL)),
     "turns": ("steps", (*ENGINE, *CONTROL)),
