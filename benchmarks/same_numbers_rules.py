@@ -42,7 +42,8 @@ OVERRIDES = (
     # Every replica takes part in every round.
     "federation.min_members=2",
 )
-ONE_THREAD = ("dist.threads_per_rank=1", "engine.coserving=interleaved")
+ONE_THREAD = ("dist.threads_per_rank=1", "engine.coserving=interleaved", "engine.slice_ms=1000000")
+"""Slices are never cut: a part of the head's rows is another product, with other last digits."""
 ONE_SAMPLE = ("train.micro_batch=1", "train.max_micro_batch=1", "train.accumulation=4")
 """The coordinator, which goes by measured times, has no choice."""
 PACKED = ("train.max_micro_batch=4", "control.reference_batch=100000")
@@ -67,10 +68,9 @@ SHORT_DEMO = (
     "data.heldout_rows=48",
     "quality.exact_match_rows=4",
     "quality.max_tokens=32",
-    # In bfloat16 a product of other rows is another product: one request at a time, and slices that are never cut.
+    # In bfloat16 a product of other rows is another product, which chooses other tokens: one request at a time.
     "engine.max_batch=1",
     "engine.prefix_reuse=false",
-    "engine.slice_ms=1000000",
 )
 SETTINGS = {
     "smoke": Setting("configs/smoke.yaml", (*ONE_THREAD, *PACKED)),
