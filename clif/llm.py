@@ -115,7 +115,7 @@ class LLM:
         sampling, adapter: for all prompts, or one for each. adapter: a PEFT folder, a name of `adapters`, or None for
         the base model; several are served in one batch. Raises InputError before anything is computed.
         """
-        answers = self._submit(prompts, sampling, adapter)
+        answers = self._checked(prompts, sampling, adapter)
         for _ in self._run(answers):
             pass
         return [answer.completion() for answer in answers]
@@ -128,9 +128,10 @@ class LLM:
     ) -> Iterator[StreamEvent]:
         """As generate(), an event as soon as a prompt has a new token. What is left when it is closed is cancelled.
 
-        Several streams, and generate(), may take turns: whichever is asked computes for all.
+        It begins, and loads adapters, when it is asked for its first event. Several streams, and generate(), may take
+        turns: whichever is asked computes for all.
         """
-        return self._run(self._submit(prompts, sampling, adapter))
+        return self._run(self._checked(prompts, sampling, adapter))
 
     def close(self) -> None:
         """Cancel what runs and give the memory back."""
@@ -138,7 +139,6 @@ class LLM:
             return
         for request_id in [*self._events]:
             self._engine.scheduler.cancel(request_id)
-        self._events.clear()
         self._engine.close()
         self._engine = None
         del self._cache
@@ -149,32 +149,37 @@ class LLM:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    @property
-    def _open_engine(self) -> Engine:
+    def _opened(self) -> Engine:
         if self._engine is None:
             raise InputError("this LLM is closed: make another one")
         return self._engine
 
-    def _submit(self, prompts: object, sampling: object, adapter: object) -> list[_Answer]:
-        """Everything is checked before the first request is taken in."""
-        engine, given = self._open_engine, _listed(prompts)
+    def _checked(self, prompts: object, sampling: object, adapter: object) -> list[_Answer]:
+        """What is asked for, before anything is done for it. Raises InputError."""
+        self._opened()
+        given = _listed(prompts)
         wanted = [Sampling() if s is None else s for s in _for_each(sampling, len(given), "sampling", Sampling)]
         chosen = [self._folder(a) for a in _for_each(adapter, len(given), "adapter", (str, Path))]
         ids = [self._encode(prompt, index) for index, prompt in enumerate(given)]
-        for index, (one, params) in enumerate(zip(ids, wanted, strict=True)):
-            self._check_room(index, len(one), params.max_tokens)
-        versions = self._cache.versions_of([folder for folder in chosen if folder is not None])
         answers = []
         for index, (one, params, folder) in enumerate(zip(ids, wanted, chosen, strict=True)):
+            self._check_room(index, len(one), params.max_tokens)
             request = Request(id=next(self._ids), prompt=tuple(one), sampling=params)
-            version = 0 if folder is None else versions[folder]
-            refused = engine.scheduler.add(request, engine.clock(), version=version)
-            self._events[request.id] = deque([] if refused is None else [refused])
-            answers.append(_Answer(index, request, version, _Text(self.tokenizer, params.stop)))
+            answers.append(_Answer(index, request, folder, _Text(self.tokenizer, params.stop)))
         return answers
+
+    def _begin(self, answers: list[_Answer]) -> None:
+        """All adapters are there before the first request is taken in."""
+        engine = self._opened()
+        versions = self._cache.versions_of([answer.folder for answer in answers if answer.folder is not None])
+        for answer in answers:
+            answer.version = 0 if answer.folder is None else versions[answer.folder]
+            refused = engine.scheduler.add(answer.request, engine.clock(), version=answer.version)
+            self._events[answer.request.id] = deque([] if refused is None else [refused])
 
     def _run(self, answers: list[_Answer]) -> Iterator[StreamEvent]:
         """Compute until all of these answers are complete."""
+        self._begin(answers)
         try:
             while any(answer.finish is None for answer in answers):
                 for answer in answers:
@@ -189,7 +194,7 @@ class LLM:
 
     def _step(self) -> None:
         """One step, for the requests of all streams."""
-        for event in self._open_engine.serve():
+        for event in self._opened().serve():
             if event.request_id in self._events:
                 self._events[event.request_id].append(event)
 
@@ -219,8 +224,9 @@ class _Answer:
 
     index: int
     request: Request
-    version: int
+    folder: Path | None
     text: _Text
+    version: int = 0
     ids: list[int] = field(default_factory=list)
     sent: str = ""
     finish: FinishReason | None = None

@@ -109,11 +109,13 @@ def test_streams_take_turns_and_one_that_is_closed_cancels_what_is_left(llm):
     third = llm.stream(PROMPTS[2], GREEDY)
     next(third)
     third.close()
+    unasked = llm.stream(PROMPTS[2], GREEDY)
     rest = (list(first), list(second))
     assert found[0].token_ids + found[2].token_ids + sum((e.token_ids for e in rest[0]), ()) == expected[0]
     assert found[1].token_ids + sum((e.token_ids for e in rest[1]), ()) == expected[1]
     scheduler = llm._engine.scheduler
     assert not scheduler.running and not scheduler.waiting and not llm._events
+    unasked.close()
 
 
 def test_adapters_of_one_batch_answer_as_each_does_in_an_engine_made_for_it(random_model, folders, llm):
@@ -138,9 +140,11 @@ def test_the_adapter_that_nobody_asked_for_longest_makes_room_and_comes_back(fol
     with pytest.raises(InputError, match=r"4 adapters at once, but adapter.serving_slots is 3: raise it"):
         llm.generate([PROMPTS[0]] * 4, GREEDY, adapter=folders)
     streams = [llm.stream(PROMPTS[0], GREEDY, adapter=folder) for folder in folders[:3]]
+    begun = [next(stream).token_ids for stream in streams]
     with pytest.raises(InputError, match="all 3 adapter slots are read by requests that run: wait for them"):
         llm.generate(PROMPTS[0], GREEDY, adapter=folders[3])
-    assert [sum((e.token_ids for e in s), ()) for s in streams] == [c.token_ids for c in first[:3]]
+    rest = [sum((e.token_ids for e in stream), ()) for stream in streams]
+    assert [a + b for a, b in zip(begun, rest, strict=True)] == [c.token_ids for c in first[:3]]
 
 
 def test_names_of_adapters_and_a_new_export_into_the_same_folder(random_model, folders, tmp_path):
@@ -186,8 +190,16 @@ def test_an_adapter_of_a_larger_rank_is_refused_with_the_field_to_raise(random_m
     llm = LLM(random_model, adapter={"r": 8}, engine={"kv_tokens": 1024}, **EXACT)
     with llm, pytest.raises(InputError, match=r"has r=16, more than adapter.r 8: raise adapter.r"):
         llm.generate(PROMPTS[0], GREEDY, adapter=folders[1])
-    with pytest.raises(InputError, match="this LLM is closed: make another one"):
-        llm.generate(PROMPTS[0])
+
+
+def test_a_closed_library_refuses_and_so_do_its_streams(random_model):
+    llm = LLM(random_model, engine={"kv_tokens": 1024}, **EXACT)
+    stream = llm.stream(PROMPTS, GREEDY)
+    next(stream)
+    llm.close()
+    for use in (lambda: list(stream), lambda: llm.generate(PROMPTS[0]), lambda: llm.stream(PROMPTS[0])):
+        with pytest.raises(InputError, match="this LLM is closed: make another one"):
+            use()
     llm.close()
 
 
