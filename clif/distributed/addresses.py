@@ -13,7 +13,7 @@ import psutil
 from clif.errors import ConfigError
 
 _ELSEWHERE = ("198.51.100.1", "2001:db8::1")
-"""Of blocks kept for documentation: the way to them is the way to the world."""
+"""Addresses reserved for documentation: the kernel routes them like any address outside of this network."""
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
@@ -28,7 +28,7 @@ def address_towards(master: str) -> str:
     except OSError as error:
         raise ConfigError(f"MASTER_ADDR {master} is no host that this one knows ({error}): correct it") from error
     if not (_is_number(master) or master == "localhost"):
-        # Debian's /etc/hosts gives a host its own name as 127.0.1.1: useless to the others, who see another number.
+        # Debian's /etc/hosts maps a host's own name to 127.0.1.1, which other hosts cannot reach.
         targets = [target for target in targets if not ipaddress.ip_address(target).is_loopback]
     source = _first_source(targets) if targets else outward_address()
     if source is None:
@@ -37,11 +37,11 @@ def address_towards(master: str) -> str:
 
 
 def outward_address() -> str:
-    """The address from which this host reaches the world, or its only one that others reach. Raises ConfigError."""
+    """This host's address on its default route, or else its only one that others can reach. Raises ConfigError."""
     source = _first_source(_ELSEWHERE)
     if source is not None:
         return source
-    # Compute nodes often have no way out.
+    # Compute nodes often have no default route.
     own = _own_addresses(socket.AF_INET) or _own_addresses(socket.AF_INET6)
     if len(own) != 1:
         raise ConfigError(
@@ -61,14 +61,14 @@ def interface_of(address: str) -> str | None:
 
 
 def free_port() -> int:
-    """A TCP port that nobody on this host listens on at the moment."""
+    """A TCP port that no process on this host uses at the moment."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 
 def in_url(host: str) -> str:
-    """The host as it stands before a colon and a port: an IPv6 number in brackets."""
+    """The host as a URL has it before the port: an IPv6 address in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
@@ -93,7 +93,7 @@ def _first_source(targets: list[str] | tuple[str, ...]) -> str | None:
         try:
             return _source(target)
         except OSError:
-            # Of a family that this host does not speak, say: the next may do.
+            # This host may lack the address family; the next address may work.
             continue
     return None
 

@@ -30,7 +30,7 @@ class _Backend(Protocol):
 class Group:
     """A process group of torch's C++ backends: Gloo's and NCCL's take the same calls.
 
-    Invariant: nobody else refers to it, so that closing it frees its descriptors and threads.
+    Invariant: it holds the only reference to the backend, so that closing it frees its descriptors and threads.
     """
 
     def __init__(self, backend: _Backend) -> None:
@@ -52,10 +52,10 @@ class Group:
         return self._backend.alltoall_base(output, input, output_split_sizes, input_split_sizes)
 
     def close(self) -> None:
-        """Give up what is pending and free what the group holds; it cannot be used again.
+        """Abandon pending collectives and free the group, which cannot be used again.
 
-        In a thread of its own: gloo has no abort, and frees nothing until what is pending has ended. That it does as
-        soon as the other ranks close the group as well or are gone, and after the group's timeout at the latest.
+        This happens in a thread of its own: gloo has no abort and frees nothing until pending collectives have ended.
+        They end once the other ranks close the group or are gone, and after the group's timeout at the latest.
         """
         held, self._held = self._held, []
         threading.Thread(target=_free, args=(held,), name="clif/close-group", daemon=True).start()
@@ -68,7 +68,7 @@ class Group:
 
 
 def _free(held: list[_Backend]) -> None:
-    """Drop the last reference. It is in a list, so that no frame of the caller holds another one."""
+    """Drop the last reference; a list passes it, so that no frame of the caller holds another one."""
     if held and not isinstance(held[0], dist.ProcessGroupGloo):
         # A kernel that waits for another rank would never end.
         held[0].abort()
@@ -78,8 +78,8 @@ def _free(held: list[_Backend]) -> None:
 def make_group(backend: str, store: dist.Store, name: str, rank: int, size: int, timeout: datetime.timedelta) -> Group:
     """A group of `size` ranks that meet in the store under `name`; this one is number `rank` of them.
 
-    Not by dist.new_group: it derives the name from the number of groups that a process has made before, which
-    differs between replicas that took part in different rounds, and ranks with different names wait for ever.
+    dist.new_group cannot be used: it derives the name from the number of groups that a process has made before. That
+    number differs between replicas that took part in different rounds, and ranks with different names wait forever.
     """
     prefixed = dist.PrefixStore(name, store)
     if backend == "gloo":
@@ -90,12 +90,12 @@ def make_group(backend: str, store: dist.Store, name: str, rank: int, size: int,
 
 
 class PeersLost(RuntimeError):
-    """A collective failed because ranks of its group did not answer: as a rule their processes are gone."""
+    """A collective failed because ranks of its group did not answer: usually their processes are gone."""
 
 
 @dataclass(frozen=True)
 class GroupMembers:
-    """Who belongs to a group, so that an error can name those who did not answer.
+    """The members of a group, so that an error can name those that did not answer.
 
     name: of the group; rank: this one; ranks: all members, global numbers.
     """
@@ -111,7 +111,7 @@ class GroupMembers:
         return self.ranks.index(self.rank)
 
     def failed(self, error: RuntimeError) -> RuntimeError:
-        """A collective's error, with the name of the group and the members who did not see one as well."""
+        """A collective's error, with the name of the group and the members that did not report one."""
         self.store.set(f"clif/failed/{self.name}/{self.rank}", "")
         time.sleep(FAILURE_SPREAD_S)
         missing = [r for r in self.ranks if not self.store.check([f"clif/failed/{self.name}/{r}"])]
@@ -120,11 +120,11 @@ class GroupMembers:
         return kind(f"{self.name} (ranks {list(self.ranks)}): {who}: {str(error).splitlines()[0]}")
 
     def leave(self, why: str) -> None:
-        """Tell the other members that this one will take part in nothing any more."""
+        """Announce to the other members that this one takes part in no further collective."""
         self.store.set(f"clif/left/{self.name}/{self.rank}", why)
 
     def left(self) -> RuntimeError | None:
-        """The error to raise when a member has left; None as long as all are there."""
+        """The error to raise after a member has left; None while all are present."""
         for rank in self.ranks:
             key = f"clif/left/{self.name}/{rank}"
             if self.store.check([key]):
@@ -133,9 +133,9 @@ class GroupMembers:
 
 
 FAILURE_SPREAD_S = 1.0
-"""Members who wait for the same collective run into its timeout within so much of each other."""
+"""Seconds: members that wait for the same collective reach its timeout within this time of each other."""
 POLL_PERIOD = datetime.timedelta(seconds=0.25)
-"""How long a peer waits in a collective before it looks whether somebody has left."""
+"""How long a rank waits in a collective before it checks whether a member has left."""
 
 
 class RoundBroken(RuntimeError):
@@ -143,9 +143,9 @@ class RoundBroken(RuntimeError):
 
 
 class PendingCollective:
-    """A collective of a round that goes on while the caller does other things.
+    """An asynchronous collective of a round: the caller does other work and polls done().
 
-    roll: who belongs to the group; error: what the collective ended with, once it has.
+    members: of the group; error: the error that the collective ended with, None before and after success.
     """
 
     def __init__(self, work: dist.Work, members: GroupMembers | None) -> None:
@@ -154,7 +154,7 @@ class PendingCollective:
         self._members = members
 
     def done(self) -> bool:
-        """True when the collective has ended; `error` says whether it failed."""
+        """True once the collective has ended; `error` says whether it failed."""
         if self._work is None:
             return True
         if not self._work.is_completed():
@@ -168,7 +168,10 @@ class PendingCollective:
 
 
 class Exchange(PendingCollective):
-    """Gives each rank of a group its part of everybody's vector. Costs a rank the traffic of one vector each way."""
+    """An all-to-all: each rank of a group receives its part of every rank's vector.
+
+    Each rank sends and receives as much as one vector.
+    """
 
     def __init__(
         self, parts: list[torch.Tensor], index: int, group: Group, members: GroupMembers | None = None
@@ -178,17 +181,17 @@ class Exchange(PendingCollective):
         Part i is as large on all ranks.
         """
         sizes = [part.numel() for part in parts]
-        # Kept until the end: a backend need not hold what it sends.
+        # Kept until the end: a backend may not hold a reference to the tensor that it sends.
         self._sent, self._device = torch.cat(parts), parts[0].device
         if isinstance(group, dist.ProcessGroupGloo):
-            # For tensors of a GPU it promises sums and broadcasts only.
+            # gloo supports only all-reduce and broadcast for tensors of a GPU.
             self._sent = self._sent.cpu()
         self._parts = self._sent.new_empty(len(sizes), sizes[index])
         work = group.alltoall_base(self._parts.view(-1), self._sent, [sizes[index]] * len(sizes), sizes)
         super().__init__(work, members)
 
     def result(self) -> torch.Tensor:
-        """This rank's parts of all vectors [ranks, size], in the group's order. Raises what the exchange ended with."""
+        """This rank's parts of all vectors [ranks, size], in the group's order. Raises the exchange's error."""
         if self.error is not None:
             raise self.error
         return self._parts.to(self._device)
@@ -197,8 +200,10 @@ class Exchange(PendingCollective):
 class WeightedMean(PendingCollective):
     """A weighted average of vectors over a group.
 
-    The sum of the weights travels in the vector's last place, so the divisor is what was really sent. A rank
-    whose vector must not count sends zeros with weight 0: multiplying by 0 would not do (0 x NaN is NaN).
+    The sum of the weights travels as one more element of the vector, so the divisor is the weight that was really sent.
+    A rank whose vector must not count sends zeros with weight 0: multiplying by 0 is not enough (0 x NaN is NaN).
+
+    Sources: McMahan et al. 2017 (FedAvg); Bonawitz et al. 2019 (rounds that survive the loss of members).
     """
 
     def __init__(
@@ -209,8 +214,7 @@ class WeightedMean(PendingCollective):
         members: GroupMembers | None = None,
         buffer: torch.Tensor | None = None,
     ) -> None:
-        """buffer [n + 1], float32: to be used, and left to whoever reads the result; fresh memory costs as much as
-        the sum."""
+        """buffer [n + 1], float32: scratch, reused for the result. Allocating it costs as much as the reduction."""
         self._buffer = vector.new_empty(vector.numel() + 1, dtype=torch.float32) if buffer is None else buffer
         if weight > 0:
             torch.mul(vector, weight, out=self._buffer[:-1])
@@ -220,7 +224,7 @@ class WeightedMean(PendingCollective):
         super().__init__(group.allreduce([self._buffer]), members)
 
     def result(self) -> tuple[torch.Tensor, float]:
-        """(mean [n], sum of weights), once. The mean is undefined when the sum is 0. Raises what the sum ended with."""
+        """(mean [n], sum of weights); call it once. The mean is undefined if the sum is 0. Raises the sum's error."""
         if self.error is not None:
             raise self.error
         total = float(self._buffer[-1])
@@ -228,39 +232,41 @@ class WeightedMean(PendingCollective):
 
 
 class TpGroup:
-    """The ranks of one replica, which hold one model together; the first of them leads.
+    """The tensor-parallel group: the ranks of one replica, which share one model; the first of them is the leader.
 
-    rank, size: this rank's place among them. Without a group there is one rank: every call gives back what it got.
-    Rule: all peers make the same calls in the same order, from the thread that serves.
+    rank, size: this rank's index and their number. Without a group there is one rank, and every call returns its
+    argument. Rule: all ranks make the same calls in the same order, from the thread that serves.
+
+    Sources: Shoeybi et al. 2019 (Megatron-LM).
     """
 
     def __init__(self, group: Group | None = None, members: GroupMembers | None = None) -> None:
-        """members: of the same ranks, the leader first. Raises RuntimeError, here and later, when a peer is missing."""
+        """members: the same ranks, the leader first. Raises RuntimeError, here and later, if a rank is missing."""
         self._group, self._members = group, members
         self.size = 1 if members is None else len(members.ranks)
         self.rank = 0 if members is None else members.index
 
     def leave(self, why: str) -> None:
-        """Let the others know that this rank has failed, so that none waits for it until a timeout."""
+        """Announce that this rank has failed, so that no other rank waits for it until a timeout."""
         if self._members is not None:
             self._members.leave(why)
 
     def rebuild_group(self, group: Group, members: GroupMembers) -> None:
-        """Go on with a new group of the same ranks after one has left; what is pending in the old one is given up."""
+        """Replace the group by a new one of the same ranks after one has left; pending collectives are abandoned."""
         assert self._group is not None
         self._group.close()
         self._group, self._members = group, members
 
     def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all peers, in place; equal bits on all."""
+        """The sum over all ranks, in place; bitwise equal on all."""
         if self._group is not None:
             self._wait(self._group.allreduce([tensor]))
         return tensor
 
     def all_gather_columns(self, part: torch.Tensor, start: int, total: int) -> torch.Tensor:
-        """Rows [rows, total] of which each peer gives other columns, this one `part` from `start` on; equal on all.
+        """[rows, total], assembled from the columns of each rank; `part` is this rank's, from `start` on. Equal on all.
 
-        As a sum with zeros, which changes no number: parts may differ in width, and every backend can do it.
+        It is a sum with zeros, which changes no number: parts may differ in width, and every backend supports it.
         """
         if self.size == 1:
             return part
@@ -269,7 +275,7 @@ class TpGroup:
         return self.all_reduce_(whole)
 
     def broadcast_ints(self, values: list[int], device: torch.device) -> list[int]:
-        """What the leader gives, on every peer; all give lists of one length."""
+        """The leader's values, on every rank; all ranks pass lists of the same length."""
         if self._group is None or not values:
             return values
         shared = torch.tensor(values, dtype=torch.int64, device=device)
@@ -277,27 +283,26 @@ class TpGroup:
         return [int(v) for v in shared.tolist()]
 
     def all_true(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is set on all peers."""
+        """Whether the flag is set on all ranks."""
         if self.size == 1:
             return flag
         missing = torch.tensor([int(not flag)], dtype=torch.int64, device=device)
         return int(self.all_reduce_(missing)) == 0
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The tensors of all peers, in their order; all give one shape."""
+        """The tensors of all ranks, in their order; all have the same shape."""
         if self._group is None:
             return [tensor]
         parts = [tensor.clone() for _ in range(self.size)]
-        # By broadcasts: gloo gathers no tensors of a GPU.
+        # Broadcasts, because gloo cannot gather tensors of a GPU.
         for rank, part in enumerate(parts):
             self._wait(self._group.broadcast(part, rank))
         return parts
 
     def broadcast_messages(self, messages: list[bytes] | None, device: torch.device) -> list[bytes]:
-        """Give the leader's encoded messages to its peers, so that all act on them at the same step.
+        """The leader's encoded messages, on every rank, so that all handle them at the same step.
 
-        messages: the leader's; None on the others. One size broadcast, and a second one with the bytes only when
-        there are any.
+        messages: the leader's; None on the others. The size is broadcast first, then the bytes if there are any.
         """
         if self._group is None:
             return messages or []
@@ -312,7 +317,7 @@ class TpGroup:
         return _unpack(bytes(data.cpu().numpy()))
 
     def _wait(self, work: dist.Work) -> None:
-        """Until it is done on gloo, until it is queued on NCCL, whose work is waited for by the stream."""
+        """Wait until the work is done (gloo) or queued (NCCL, whose work the stream waits for)."""
         while self._group is not None and self._group.on_gloo and not _over(work):
             left = self._members.left() if self._members is not None else None
             if left is not None:
@@ -324,11 +329,11 @@ class TpGroup:
 
 
 def _over(work: dist.Work) -> bool:
-    """Whether a collective has ended, well or not, after waiting for it a moment."""
+    """Whether a collective has ended, with success or not, after waiting for it for POLL_PERIOD."""
     try:
         work.wait(POLL_PERIOD)
     except RuntimeError:
-        # That the moment is over is told by an error as well; which one it was, the next wait() tells.
+        # wait(timeout) raises on expiry too; the next wait() distinguishes the two.
         return work.is_completed()
     return True
 

@@ -1,11 +1,11 @@
-"""What the launcher says about this process: its rank, how many there are, and where they meet. Free of torch.
+"""This process's rank, the number of ranks and their rendezvous, from the launcher's environment. Free of torch.
 
-The launcher that started this process last is believed, since the variables of outer ones are inherited:
+The innermost launcher counts, since a process inherits the variables of outer ones:
 
 1. torch's own environment (torchrun, deepspeed), also inside `srun torchrun` or `mpirun torchrun`;
 2. mpirun's variables (Open MPI, MVAPICH, Hydra), also inside a Slurm job, where Slurm's describe mpirun's daemons;
 3. a Slurm step (srun with one task per rank);
-4. mpi4py, when some other variable says that an MPI started this process;
+4. mpi4py, if another variable shows that an MPI started this process;
 5. none: a single process.
 """
 
@@ -23,9 +23,9 @@ TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 TORCHRUN = "torchrun"
 ALONE = "single process"
 TORCH_PORT = 29500
-"""Where rank 0 listens when MASTER_ADDR is given without MASTER_PORT: torchrun's default."""
+"""Rank 0's port if MASTER_ADDR is given without MASTER_PORT: torchrun's default."""
 SLURM_PORTS = range(15000, 25000)
-"""Below the ports that Linux hands out by itself, so that no client of that host holds the one that is chosen."""
+"""Below the range of Linux's ephemeral ports, so that no client of that host holds the chosen one."""
 _SUFFIXES = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
 MPIRUN = {
     "mpirun (Open MPI)": tuple(f"OMPI_COMM_WORLD_{suffix}" for suffix in _SUFFIXES),
@@ -34,7 +34,7 @@ MPIRUN = {
 }
 """Variables of rank, world size, rank on this host, ranks on this host."""
 MPI_SIGNS = ("PMIX_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID")
-"""Any of these says that an MPI started this process, though not all that must be known."""
+"""Any of these shows that an MPI started this process; they do not suffice for a RankEnv."""
 
 
 class LaunchError(InputError):
@@ -43,7 +43,7 @@ class LaunchError(InputError):
 
 @dataclass(frozen=True)
 class RankEnv:
-    """Where this process stands. Raises LaunchError for numbers that cannot be.
+    """The position of this process among all. Raises LaunchError for impossible numbers.
 
     master: host and port where rank 0 keeps the key-value store; None for a single process.
     """
@@ -76,10 +76,10 @@ class RankEnv:
 
 
 def discover(environ: Environ, local_rank: int | None = None, ask_mpi: Callable[[], RankEnv] | None = None) -> RankEnv:
-    """Find out who this process is.
+    """The position of this process among all.
 
-    local_rank: of the argument that deepspeed adds. ask_mpi: a collective over all MPI ranks that returns all of a
-    RankEnv; called only when an MPI started this process and its environment does not say enough.
+    local_rank: from the argument that deepspeed adds. ask_mpi: a collective over all MPI ranks that returns a complete
+    RankEnv; called only if an MPI started this process and its environment is incomplete.
     Raises LaunchError, and ConfigError for a MASTER_ADDR that is link-local.
     """
     if local_rank is not None:
@@ -95,7 +95,7 @@ def discover(environ: Environ, local_rank: int | None = None, ask_mpi: Callable[
 
 
 def restarts_left(environ: Environ) -> int:
-    """How many times the launcher will still start all ranks anew when one fails; 0 for all but torchrun."""
+    """How many times the launcher will still restart all ranks after one fails; 0 for all but torchrun."""
     if "TORCHELASTIC_MAX_RESTARTS" not in environ:
         return 0
     count = _number(environ, "TORCHELASTIC_RESTART_COUNT")
@@ -103,10 +103,10 @@ def restarts_left(environ: Environ) -> int:
 
 
 def from_torch(environ: Environ) -> RankEnv | None:
-    """From torch's environment, as torchrun and deepspeed set it; None unless all of it is there."""
+    """From torch's environment, as torchrun and deepspeed set it; None unless it is complete."""
     if any(name not in environ for name in TORCH):
         return None
-    # deepspeed says LOCAL_SIZE.
+    # deepspeed sets LOCAL_SIZE instead.
     name = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in environ), None)
     if name is None:
         raise LaunchError("RANK and WORLD_SIZE are set without LOCAL_WORLD_SIZE: set it to the ranks of this host")
@@ -116,7 +116,7 @@ def from_torch(environ: Environ) -> RankEnv | None:
 
 
 def from_mpirun(environ: Environ) -> RankEnv | None:
-    """From the variables that mpirun gives its ranks; the master only if MASTER_ADDR is passed on."""
+    """From the variables that mpirun sets; the master only if MASTER_ADDR is forwarded."""
     for launcher, names in MPIRUN.items():
         if all(name in environ for name in names):
             rank, world, local, local_world = (_number(environ, name) for name in names)
@@ -127,13 +127,13 @@ def from_mpirun(environ: Environ) -> RankEnv | None:
 def from_slurm(environ: Environ) -> RankEnv | None:
     """From the variables of a Slurm step, one task per rank; None outside of a step.
 
-    A batch script has SLURM_PROCID=0 and SLURM_NTASKS of the whole job as well, but no step: what it starts
-    without srun is alone.
+    A batch script has SLURM_PROCID=0 and the SLURM_NTASKS of the whole job, too, but no step: a process that it
+    starts without srun is the only one.
     """
     step = environ.get("SLURM_STEP_ID", environ.get("SLURM_STEPID"))
     if step is None or "SLURM_PROCID" not in environ:
         return None
-    # The step's own numbers come first: an interactive step of one task inherits those of its job.
+    # The step's own numbers take precedence: an interactive step of one task inherits those of its job.
     world = _first_number(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
     rank, local = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_LOCALID")
     local_world = _slurm_local_world(environ, world)
@@ -179,7 +179,7 @@ def _mpi(ask_mpi: Callable[[], RankEnv] | None) -> RankEnv:
 
 
 def _agreeing(found: RankEnv | None, asked: RankEnv) -> RankEnv:
-    """The answer of MPI itself, if it is the same world that mpirun's variables tell of."""
+    """MPI's own answer, provided that it agrees with mpirun's variables. Raises LaunchError otherwise."""
     if found is None:
         return asked
     if (found.rank, found.world_size) != (asked.rank, asked.world_size):
@@ -191,7 +191,7 @@ def _agreeing(found: RankEnv | None, asked: RankEnv) -> RankEnv:
 
 
 def _refuse_partial(environ: Environ) -> None:
-    """Nobody else started this process, so a torn environment is a mistake and not a remainder."""
+    """Raises LaunchError for an incomplete environment: no launcher started this process, so it is a mistake."""
     missing = [name for name in TORCH if name not in environ]
     if "RANK" in environ or "WORLD_SIZE" in environ:
         given = [name for name in TORCH if name in environ]

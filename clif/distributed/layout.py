@@ -32,7 +32,7 @@ class Layout:
         return self._positions[rank][0]
 
     def tp_rank_of(self, rank: int) -> int:
-        """Place of a rank within its replica: 0 is the leader."""
+        """Index of a rank within its replica: 0 is the leader."""
         return self._positions[rank][1]
 
     def data_parallel_ranks(self, members: tuple[int, ...], tp_rank: int) -> tuple[int, ...]:
@@ -50,9 +50,9 @@ def make_layout(
     replicas: int | None = None,
     replica_gpus: tuple[tuple[int, ...], ...] | None = None,
 ) -> Layout:
-    """Lay replicas over ranks: by explicit lists of ranks, or world_size / tp_size equal blocks.
+    """Assign ranks to replicas: by explicit lists, or in world_size / tp_size equal blocks.
 
-    Raises LayoutError, with what to change, when they do not cover every rank exactly once.
+    Raises LayoutError if they do not cover every rank exactly once.
     """
     if replica_gpus is not None:
         return _explicit(world_size, tp_size, replicas, replica_gpus)
@@ -85,7 +85,7 @@ def check_divisible(heads: int, kv_heads: int, inner: int, size: int) -> None:
 
 
 def check_hosts(layout: Layout, ranks_per_host: int, across_hosts: bool) -> None:
-    """Raises LayoutError for a replica on several hosts, unless that is wanted. Hosts have equally many ranks."""
+    """Raises LayoutError for a replica on several hosts, unless across_hosts. All hosts have equally many ranks."""
     for replica, ranks in enumerate(layout.replicas):
         hosts = sorted({rank // ranks_per_host for rank in ranks})
         if len(hosts) > 1 and not across_hosts:

@@ -1,7 +1,7 @@
-"""Asks MPI who this process is and where rank 0 can be reached. Free of torch.
+"""Asks MPI for this process's rank and for rank 0's address. Free of torch.
 
-The one broadcast outside of clif/distributed/collectives.py: it tells the ranks where to meet, so no group of theirs
-exists yet.
+It is the one broadcast outside of clif/distributed/collectives.py: the ranks need the address to make their first
+group.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from clif.distributed.launch_env import LaunchError, RankEnv
 def ask_mpi() -> RankEnv:
     """Collective over all MPI ranks. Raises LaunchError where mpi4py finds no MPI."""
     mpi = _load()
-    # Left again at once: only the address comes by MPI, and a rank that fails later shall not wait in MPI's exit.
+    # MPI is finalized at once: only the address comes by MPI, and a rank that fails later must not hang in MPI's exit.
     mpi.Init()
     try:
         world = mpi.COMM_WORLD
@@ -34,7 +34,7 @@ def _load() -> Any:
         mpi4py.rc.initialize = False
         mpi4py.rc.finalize = False
         from mpi4py import MPI
-    # mpi4py installs without an MPI; its import then raises RuntimeError.
+    # mpi4py can be installed without an MPI; its import then raises RuntimeError.
     except (ImportError, RuntimeError) as error:
         raise LaunchError(
             "an MPI started this process, but mpi4py cannot use it: pass MASTER_ADDR and MASTER_PORT "

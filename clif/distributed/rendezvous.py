@@ -1,8 +1,8 @@
-"""Which start of the ranks this is: they agree on a name for it, and on how many restarts are left.
+"""The ranks of one start agree on a name for it, and on how many restarts are left.
 
-torchrun restarts the ranks but not its key-value store: what an earlier start wrote is still there, under the same
-names. A rank must not take that for an answer of this start. The count of restarts that torchrun gives is no help,
-since it differs between hosts. So every process asks under a name of its own, which nobody can have answered before.
+torchrun restarts the ranks but not its key-value store, which keeps the keys of earlier starts. A rank must not mistake
+one of them for an answer of this start. torchrun's restart count does not help, since it differs between hosts. So
+every process asks under a random name of its own, for which the store holds no earlier answer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ POLL_S = 0.005
 
 
 class KeyValues(Protocol):
-    """What is used of torch.distributed.Store."""
+    """The part of torch.distributed.Store that is used here."""
 
     def set(self, key: str, value: str, /) -> None: ...
 
@@ -27,7 +27,7 @@ class KeyValues(Protocol):
 def agree_on_start(store: KeyValues, rank: int, world_size: int, timeout_s: float) -> str:
     """A name that all processes of this start share and no earlier one had. Collective over all ranks.
 
-    Raises TimeoutError when a rank does not come within timeout_s.
+    Raises TimeoutError if a rank does not arrive within timeout_s.
     """
     mine, deadline = secrets.token_hex(8), time.monotonic() + timeout_s
     if rank == 0:
@@ -47,7 +47,7 @@ def _answer_all(store: KeyValues, name: str, world_size: int, deadline: float) -
         for rank in sorted(left):
             if not store.check([f"clif/start/asks/{rank}"]):
                 continue
-            # It may be what the same rank of an earlier start asked; then nobody reads the answer.
+            # The request may stem from the same rank of an earlier start; then no process reads the answer.
             asked = store.get(f"clif/start/asks/{rank}")
             if answered.get(rank) != asked:
                 store.set(f"clif/start/answer/{asked.decode()}", name)
@@ -67,10 +67,10 @@ def _wait_for(store: KeyValues, key: str, deadline: float, complaint: str) -> No
 
 
 def fewest_restarts(store: KeyValues, rank: int, world_size: int, mine: int) -> int:
-    """On rank 0 the least number of restarts left that a rank was told of, on the others their own. Collective.
+    """On rank 0 the least number of restarts left on any rank, on the others their own. Collective.
 
-    store: of this start alone. Each host's torchrun counts the restarts that it asked for, and gives up by itself: a
-    rank that is lost comes back only if its own host has one left. Raises what the store does when a rank stays away.
+    store: of this start alone. Each host's torchrun counts its own restarts and gives up on its own: a lost rank comes
+    back only if its host has a restart left. Raises the store's error if a rank does not arrive.
     """
     store.set(f"clif/restarts_left/{rank}", str(mine))
     if rank != 0:

@@ -1,4 +1,4 @@
-"""What each replica is for in each run.mode: CLIF itself, or a baseline that it is compared with. Free of torch."""
+"""Which replicas serve and which train in each run.mode: CLIF itself, or a baseline to compare with. Free of torch."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def role_of(replica: int, replicas: int, run: RunConfig) -> Role:
     if run.mode == "split":
         trainer = replica >= replicas - run.trainers
         return Role(serves=not trainer, trains=trainer)
-    # train_only has no load, but probes of quality are answered.
+    # train_only has no load, but quality probes are answered.
     return BOTH
 
 
 def fewest_replicas(config: Config) -> int:
-    """The least number of replicas that can do what run.mode and federation ask."""
+    """The least number of replicas that run.mode and federation need."""
     trainers = config.federation.min_members if config.train.enabled else 1
     return config.run.trainers + 1 if config.run.mode == "split" else trainers
 
 
 def check_roles(config: Config, layout: Layout) -> None:
-    """Raises ConfigError when the replicas that were started cannot do what run.mode and federation ask."""
+    """Raises ConfigError if the replicas that were started are too few for run.mode and federation."""
     _check_coserving(config, layout)
     run, least, replicas = config.run, config.federation.min_members, len(layout.replicas)
     trainers = [r for r in range(replicas) if config.train.enabled and role_of(r, replicas, run).trains]

@@ -1,6 +1,6 @@
-"""The process groups of federated rounds: made when one is first needed, used again, closed when it may hang.
+"""The process groups of federated rounds: made on first use, reused, and closed if a collective in them may hang.
 
-Invariant: a number stands for one group. Whoever retires a group never meets the others under its number again.
+Invariant: a number stands for one group. A rank that retires a group never joins one under its number again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ POLL_S = 0.01
 
 @dataclass
 class _Entry:
-    """A group, made or in the making. given_up: nobody waits for it any more."""
+    """A group, made or in the making. given_up: the rank no longer waits for it."""
 
     number: int
     made: Future[Group] = field(default_factory=Future)
@@ -30,7 +30,7 @@ class _Entry:
 
 
 class RoundGroups:
-    """Groups of one rank, by member set; the one that was used last comes last."""
+    """Groups of one rank, by member set, in the order of their last use."""
 
     def __init__(
         self, rank: int, backend: str, store: dist.Store, device: torch.device, timeout: datetime.timedelta
@@ -42,8 +42,8 @@ class RoundGroups:
     def get(self, members: Members, ranks: tuple[int, ...], number: int) -> Future[Group]:
         """The group of this number over these ranks.
 
-        Made in a thread of its own, as a member may be late, or fail before it comes. A group of the same members with
-        another number is closed, and so is the one that was not used for longest when there are too many.
+        A thread of its own makes it, as a member may be late or fail before it arrives. A group of the same members
+        with another number is closed, and so is the least recently used one if there are too many.
         """
         entry = self._entries.pop(members, None)
         if entry is not None and entry.number != number:
@@ -66,7 +66,7 @@ class RoundGroups:
 
     def _make(self, number: int, ranks: tuple[int, ...]) -> _Entry:
         entry, name = _Entry(number), f"clif/combined/{number}/{'-'.join(map(str, ranks))}"
-        # A copy of the store (torch's stubs lack clone): one that waits in it blocks all others who use it.
+        # A copy of the store (torch's stubs lack clone): a thread that waits in a store blocks all its other users.
         store = self._store.clone()  # type: ignore[attr-defined]
 
         def make() -> None:
@@ -81,9 +81,9 @@ class RoundGroups:
 
     def _meet(self, store: dist.Store, name: str, ranks: tuple[int, ...], given_up: threading.Event) -> Group:
         if self._device.type == "cuda":
-            # Which GPU is the current one is known by thread.
+            # The current GPU is a property of the thread.
             torch.cuda.set_device(self._device)
-        # Not left to the backend, whose waiting nobody can end.
+        # The rendezvous is done here, because the backend's own cannot be interrupted.
         store.set(f"{name}/here/{self._rank}", "")
         deadline = time.monotonic() + self._timeout.total_seconds()
         while missing := [r for r in ranks if not store.check([f"{name}/here/{r}"])]:
@@ -95,6 +95,6 @@ class RoundGroups:
 
 
 def _close(entry: _Entry) -> None:
-    """Close it now, or as soon as it is made."""
+    """Close a group now, or as soon as it is made."""
     entry.given_up.set()
     entry.made.add_done_callback(lambda made: None if made.exception() else made.result().close())

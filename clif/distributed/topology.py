@@ -1,4 +1,4 @@
-"""Process groups: what make_layout computed, made real. Groups are cached; nobody uses the default group."""
+"""The process groups of a layout. Groups are cached; the default group is never used."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from clif.types import Members
 
 @dataclass
 class Topology:
-    """Where this rank stands, and the groups that it belongs to.
+    """The position of this rank, and the groups that it belongs to.
 
-    store: keys of this start of the ranks; job_store: the one around it, which outlives restarts by torchrun.
+    store: holds the keys of this start of the ranks; job_store: the store around it, which outlives torchrun's
+    restarts.
     """
 
     env: RankEnv
@@ -55,30 +56,30 @@ class Topology:
     def combined_group(self, members: Members, number: int) -> Future[Group]:
         """The group that averages this rank's shard over the member replicas; all of them must ask for this number.
 
-        Made by its members alone, so that non-members go on serving, and used again as long as its number is the same.
-        The control process gives a member set a new number when something may still be pending in its group.
+        Its members alone make it, so that other replicas continue serving, and reuse it while its number is the same.
+        The control process gives a member set a new number if a collective may still be pending in its group.
         """
         return self._groups.get(members, self.layout.data_parallel_ranks(members[0], self.tp_rank), number)
 
     def group_members(self, members: Members, round_id: int) -> GroupMembers:
-        """Who averages this rank's shard in a round."""
+        """The ranks that average this rank's shard in a round."""
         ranks = self.layout.data_parallel_ranks(members[0], self.tp_rank)
         return GroupMembers(self.store, f"all-reduce of round {round_id}", self.env.rank, ranks)
 
     def retire_group(self, members: Members) -> None:
-        """Close this member set's group: an all-reduce that was given up may still be pending in it."""
+        """Close this member set's group: an abandoned all-reduce may still be pending in it."""
         self._groups.retire(members)
 
     @property
     def can_rebuild_group(self) -> bool:
-        """Whether the ranks of this replica can go on after a failure of one: those on NCCL would hang in a kernel."""
+        """Whether the ranks of this replica can continue after one has failed: on NCCL they would hang in a kernel."""
         return self.tp_group.size == 1 or self.backend == "gloo"
 
     def rebuild_group(self, incarnation: int) -> None:
         """Give the ranks of this replica a new group, after one of them has failed. Collective over them.
 
-        Groups of rounds are not used again either: the others know this replica's life, and make new ones.
-        Raises RuntimeError when a rank does not come.
+        Groups of rounds are retired as well: the other replicas know this one's incarnation and make new groups.
+        Raises RuntimeError if a rank does not arrive.
         """
         self._groups.retire_all()
         if self.tp_group.size > 1:
@@ -96,7 +97,7 @@ def _tensor_parallel(topology: Topology, incarnation: int) -> tuple[Group, Group
 
 
 def choose_device(wanted: str, local_rank: int, ranks_per_gpu: int = 1) -> torch.device:
-    """The GPU of this rank, or its share of one. Raises ConfigError when a GPU is asked for and this rank has none."""
+    """The GPU of this rank, or its share of one. Raises ConfigError if a GPU is wanted and this rank has none."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     gpu = local_rank // ranks_per_gpu
@@ -107,7 +108,7 @@ def choose_device(wanted: str, local_rank: int, ranks_per_gpu: int = 1) -> torch
         )
     torch.cuda.set_device(gpu)
     if ranks_per_gpu > 1:
-        # Else one rank's cache of free memory would starve the others.
+        # Otherwise one rank's cache of free memory would starve the others.
         torch.cuda.set_per_process_memory_fraction(1 / ranks_per_gpu, gpu)
     return torch.device("cuda", gpu)
 
@@ -153,9 +154,9 @@ def make_topology(config: Config, env: RankEnv, store: dist.Store | None = None)
 
 
 def _store(env: RankEnv, timeout: datetime.timedelta) -> dist.Store:
-    """The key-value store shared by all ranks, torchrun's or rank 0's; one of our own for a single process.
+    """The key-value store shared by all ranks, torchrun's or rank 0's; an own one for a single process.
 
-    By address and not by env://, which would need torch's variables where other launchers set their own.
+    It is found by address and not by env://, which needs torch's variables where other launchers set their own.
     """
     if env.master is None:
         return dist.HashStore()
@@ -166,7 +167,7 @@ def _store(env: RankEnv, timeout: datetime.timedelta) -> dist.Store:
 
 
 def _choose_interface(env: RankEnv) -> None:
-    """Let gloo use the interface towards rank 0: by itself it takes the host's name, often a loopback address."""
+    """Make gloo use the interface towards rank 0: it would resolve the host's name, often to a loopback address."""
     if env.one_host or env.master is None or "GLOO_SOCKET_IFNAME" in os.environ:
         return
     interface = interface_of(address_towards(env.master[0]))

@@ -12,9 +12,9 @@ from clif.models.estimate import Device, EstimateError, Room, dtype_of, estimate
 
 
 def plan_lines(config: Config, layout: Layout, device: Device, room: Room | None = None) -> Iterator[str]:
-    """The layout, the groups and the estimate, a line each. device: what ranks of this host would run on.
+    """The layout, the groups and the estimate, a line each. device: of the ranks of this host.
 
-    room: None where nobody knows.
+    room: the memory of this host; None if it is unknown.
     """
     for replica, ranks in enumerate(layout.replicas):
         role = role_of(replica, len(layout.replicas), config.run)
@@ -37,7 +37,7 @@ def group_lines(config: Config, layout: Layout) -> Iterator[str]:
 
 
 def memory_lines(config: Config, layout: Layout, device: Device, room: Room | None = None) -> Iterator[str]:
-    """An estimate for a rank of each size of replica, or why there is none; activations are their budget.
+    """An estimate for a rank of each size of replica, or why there is none; activations count as their budget.
 
     Raises LayoutError for a model that a replica's ranks cannot share.
     """

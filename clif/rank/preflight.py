@@ -1,6 +1,6 @@
-"""What can be known of a model before any rank loads it, from its files and the configuration. Free of torch.
+"""Checks of a model before any rank loads it, from its files and the configuration. Free of torch.
 
-A dry run and the start ask the same; what takes torch to know, the start asks before it reads weights.
+A dry run and a start make the same checks; a start makes those that need torch before it reads weights.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ PROVED = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def check_model(config: Config, layout: Layout) -> Tree | None:
-    """The fields of the model's config.json; None for a name of the hub that was not downloaded yet.
+    """The fields of the model's config.json; None for a hub name that was not downloaded yet.
 
-    Raises ConfigError or LayoutError, with what to change, for a model that cannot be loaded, shared or served.
+    Raises ConfigError or LayoutError for a model that cannot be loaded, shared or served.
     """
     path = config.model.path
     local = locate(path)
@@ -54,7 +54,7 @@ def check_model(config: Config, layout: Layout) -> Tree | None:
 
 
 def check_room(config: Config, layout: Layout, ranks: int) -> None:
-    """Raises ConfigError where the weights alone of this host's ranks exceed its memory, which would end them late.
+    """Raises ConfigError if the weights alone of this host's ranks exceed its memory: the system would kill them later.
 
     ranks: how many of them run on this host.
     """
@@ -62,7 +62,7 @@ def check_room(config: Config, layout: Layout, ranks: int) -> None:
     shape = None if local is None or device_of(config) != "cpu" else _shape(read_model(local))
     if shape is None:
         return
-    # The choice of auto may be the narrower one.
+    # auto may choose the narrower type.
     dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
     narrow = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
     size = max(len(group) for group in layout.replicas)
@@ -76,7 +76,7 @@ def check_room(config: Config, layout: Layout, ranks: int) -> None:
 
 
 def check_gpu(config: Config) -> None:
-    """Raises ConfigError where a GPU is asked for and none is seen."""
+    """Raises ConfigError if a GPU is wanted and none is visible."""
     if config.model.device == "cuda" and not gpu_names():
         raise ConfigError(
             "model.device is cuda, but this host shows no NVIDIA GPU: start where there is one, or set model.device=cpu"
@@ -110,13 +110,13 @@ def prove(config: Config) -> str:
 
 
 def device_of(config: Config) -> Device:
-    """What ranks of this host run on."""
+    """The device of the ranks of this host."""
     wanted = config.model.device
     return "cuda" if wanted == "cuda" or (wanted == "auto" and gpu_names()) else "cpu"
 
 
 def _cached(name: str) -> Path | None:
-    """The config.json of a hub name, if it was downloaded before; nothing is asked of the network."""
+    """The config.json of a hub name that was downloaded before; the network is not used."""
     try:
         found = try_to_load_from_cache(name, "config.json")
     except ValueError as error:

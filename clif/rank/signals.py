@@ -1,7 +1,8 @@
-"""How a rank hears that it must leave: SIGTERM or SIGINT, from torchrun, another launcher or a person.
+"""SIGTERM and SIGINT, from torchrun, another launcher or a terminal: a rank drains and leaves.
 
-The signal only asks: the control process lets what runs come to its end and then says Stop. But a rank may hang in a
-collective with one that is gone, and then runs no Python code. So a thread sees to it that it leaves in time.
+The signal is a request: the control process lets running requests finish and then sends Stop. But a rank may hang in a
+collective with a rank that is gone, and then runs no Python code. So a thread ends the process if it does not leave in
+time.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from collections.abc import Callable
 log = logging.getLogger(__name__)
 EXIT_CODE = 128 + signal.SIGTERM
 LATE_S = 2.0
-"""After a drain: how long a rank waits for Stop."""
+"""Seconds that a rank waits for Stop after a drain."""
 HANGS_S = 2.0
-"""After that: how long it may take to close its files."""
+"""Seconds that it may take after that to close its files."""
 
 
 class SignalWatcher:
-    """From its construction on, SIGTERM and SIGINT are requests. Make it in the main thread.
+    """From its construction on, SIGTERM and SIGINT are requests. Construct it in the main thread.
 
-    drain_s: longest drain, seconds. While not `serving`, nothing is lost by leaving at once, and that is what happens.
-    on_signal: called once with the signal's name, by the thread: before a rank leaves, or in place of it.
+    drain_s: longest drain, seconds. A rank that is not `serving` leaves at once, since nothing is lost by that.
+    on_signal: called once with the signal's name, by the thread, before the rank leaves.
     """
 
     def __init__(self, drain_s: float) -> None:
@@ -38,13 +39,13 @@ class SignalWatcher:
         os.set_blocking(write, False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        # Python writes the number there at once, also when the main thread is in the middle of a call into torch.
+        # Python writes the number to the pipe at once, also while the main thread is inside a call into torch.
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(read,), name="signals", daemon=True).start()
 
     @property
     def late(self) -> bool:
-        """Whether Stop should have come by now."""
+        """Whether Stop is overdue."""
         return bool(self.signal) and time.monotonic() - self._asked_s > self._drain_s + LATE_S
 
     def _watch(self, read: int) -> None:

@@ -21,12 +21,12 @@ from clif.wire.messages import Down, Stop, Trouble, Up, Welcome
 
 log = logging.getLogger(__name__)
 WINDOW_S = 600.0
-"""run.rebuilds are counted over so long."""
+"""Seconds over which run.rebuilds are counted."""
 Build = Callable[[int, int], Replica]
 
 
 class ReplicaSupervisor:
-    """The replica as it is now. build: makes the replica for (incarnation, steps so far). send: as of a replica.
+    """The current replica. build: makes it for (incarnation, steps so far). send: to the control process.
 
     rebuilds: how many are allowed within WINDOW_S. on_built: called with each replica once it is built.
     """
@@ -52,9 +52,9 @@ class ReplicaSupervisor:
         return self._replica
 
     def step(self, payloads: list[bytes] | None) -> None:
-        """One step of the replica; an error in it begins its next incarnation. Raises what that cannot cure.
+        """One step of the replica; an error that a rebuild can cure begins the next incarnation, others are raised.
 
-        payloads: what the leader received, None on the other ranks.
+        payloads: messages that the leader received; None on the other ranks.
         """
         try:
             inbox = self._topology.tp_group.broadcast_messages(payloads, self._topology.device)
@@ -63,21 +63,21 @@ class ReplicaSupervisor:
         except Exception as error:
             log.exception("replica %d failed in incarnation %d", self.replica.id, self.incarnation)
             why = f"{type(error).__name__}: {error}"
-            # Before anything that takes time: others wait for this rank, and requests for another replica.
+            # First of all: the peers wait for this rank, and its requests wait for another replica.
             self._topology.tp_group.leave(why)
             if not self._curable(error):
                 raise
         self._send(Trouble(replica=self.replica.id, error=why, returning=True))
-        # Not in the except clause: the error holds the frames, and these the memory, of what failed.
+        # Outside of the except clause: the error holds the frames of the failure, and these hold its memory.
         self._rebuild()
 
     def close(self) -> None:
-        """Wait for what the replica still writes."""
+        """Wait for pending writes of the replica."""
         if self._replica is not None:
             self._replica.close()
 
     def _curable(self, error: Exception) -> bool:
-        """Whether this failure may be answered by a rebuild: none may be left, or a peer may be gone."""
+        """Whether a rebuild can cure this failure: one must be left, and no peer may be gone."""
         self._rebuilt_s = [at for at in self._rebuilt_s if time.monotonic() - at < WINDOW_S]
         allowed = len(self._rebuilt_s) < self._rebuilds
         return allowed and self._topology.can_rebuild_group and not isinstance(error, PeersLost)

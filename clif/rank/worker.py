@@ -1,4 +1,4 @@
-"""The life of a rank: join, load, loop, leave. Rank 0 also starts the control process and answers for its end."""
+"""What a rank does from start to exit: join, load, loop, leave. Rank 0 also starts the control process."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from clif.wire.messages import Goodbye, Hello, Signalled, Trouble, Up
 
 log = logging.getLogger(__name__)
 ALONE_S = 60.0
-"""A broken connection to the control process may be made again for so long; without it nobody sends Stop."""
+"""Seconds for which a rank tries to reconnect to the control process; without a connection Stop never arrives."""
 
 
 def run_rank(config: Config, env: RankEnv) -> int:
-    """Everything that one rank does; returns its exit code. Raises InputError before work, Over after it was said."""
+    """All work of one rank; returns its exit code. Raises InputError before any work, Over after its error was shown."""
     torch.set_num_threads(config.dist.threads_per_rank or _threads(env))
     signals = SignalWatcher(config.run.drain_s)
-    # Before anything that takes time.
+    # First of all: a wrong file is refused before anything that takes time.
     given_secret(config)
     topology = make_topology(config, env)
     folder = agree_on_folder(config, topology)
@@ -67,12 +67,12 @@ def _live(config: Config, topology: Topology, folder: RunFolder, signals: Signal
     restarts = fewest_restarts(topology.store, env.rank, env.world_size, restarts_left(os.environ))
     started = time.monotonic()
     loaded = _load(config, topology, run_dir, folder.restarted)
-    # Not before: what loading puts into a cache may be meant for others as well.
+    # After loading: files that it adds to a model cache may be shared with other users.
     keep_private()
     load_s = time.monotonic() - started
     log.info("rank %d: %s in %s (%s), %.1f s", env.rank, config.model.path, loaded.dtype, loaded.dtype_reason, load_s)
     with control_process(config, topology, folder, loaded.tokenizer, restarts, signals) as control:
-        # Inside: a control process that is told to end has less to say than what this rank met.
+        # Inside the block: this rank's error says more than that of a control process that is terminated.
         with last_words(env.rank, topology.store):
             code = _serve(config, topology, run_dir, loaded, load_s, control, signals)
         code = _code_for(env, code) if control is None else control.wait()
@@ -82,27 +82,27 @@ def _live(config: Config, topology: Topology, folder: RunFolder, signals: Signal
 
 
 def _code_for(env: RankEnv, code: int) -> int:
-    """What a rank without a control process exits with.
+    """The exit code of a rank without a control process.
 
-    torchrun on another host than rank 0's must not take the end of a run that failed for success: it would wait for the
-    others to succeed as well, and they for it to restart. Other launchers kill all ranks at the first code that is
-    not 0, rank 0 before its control process has closed its files.
+    A torchrun agent on another host must not mistake a failed run for a successful one: it would wait for the others to
+    succeed, and they would wait for it to restart. Other launchers kill all ranks at the first code that is not 0, and
+    so rank 0 before its control process has closed its files.
     """
     return code if env.launcher == TORCHRUN else 0
 
 
 def _load(config: Config, topology: Topology, run_dir: Path, restarted: bool) -> LoadedModel:
     env, tp_group = topology.env, topology.tp_group
-    # One rank that nobody restarts has no one to unpack it for.
+    # A single rank without restarts reads the file once: unpacking it to disk would not pay.
     if is_gguf(config.model.path) and (env.world_size > 1 or restarts_left(os.environ)):
         return load_gguf(config.model, topology.store, run_dir, topology.device, tp_group, restarted)
     return load_model(config.model, topology.device, config.run.seed, tp_group)
 
 
 def _threads(env: RankEnv) -> int:
-    """This rank's part of the host's cores, but not more than the launcher has bound it to (mpirun, Slurm)."""
+    """This rank's share of the host's cores, at most those that the launcher has bound it to (mpirun, Slurm)."""
     cores = os.cpu_count() or 1
-    # Not every system can bind processes.
+    # Not every system can bind processes to cores.
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
     return max(1, min(cores // env.local_world_size, bound))
 
@@ -116,7 +116,7 @@ def _serve(
     control: Control | None,
     signals: SignalWatcher,
 ) -> int:
-    """Join, loop until Stop, leave; returns the exit code that Stop gave."""
+    """Join, loop until Stop, leave; returns the exit code that Stop carries."""
     channel = connect(config, topology, run_dir) if topology.is_leader else None
 
     def send(message: Up) -> None:
@@ -137,10 +137,10 @@ def _serve(
     def say_hello(replica: Replica, incarnation: int) -> None:
         send(_hello(config, topology, replica, base, load_s, incarnation))
 
-    # The group of all replicas is the one that most rounds need: made while nobody is being served.
-    everybody = tuple(range(len(topology.layout.replicas)))
-    topology.combined_group((everybody, (0,) * len(everybody)), number=0).result()
-    # So every rank has its model: a leader comes here only when its peers have built theirs with it.
+    # Most rounds need the group of all replicas: it is made before any request is served.
+    replicas = tuple(range(len(topology.layout.replicas)))
+    topology.combined_group((replicas, (0,) * len(replicas)), number=0).result()
+    # At this point every rank has its model: a leader arrives here only after its peers have built theirs.
     if topology.env.local_rank == 0 and not restarts_left(os.environ):
         remove_unpacked(run_dir)
     supervisor = ReplicaSupervisor(topology, build, send, config.run.rebuilds, on_built=say_hello)
@@ -169,13 +169,13 @@ def _loop(
             if not signalled:
                 channel.send(Signalled(replica=supervisor.replica.id, signal=signals.signal))
                 signalled = True
-            # Nobody is left to say Stop, or it should have come.
+            # Stop can no longer arrive, or is overdue.
             if channel.lost_s is not None or signals.late:
                 return
         if channel is not None and (channel.lost_s or 0.0) > ALONE_S:
             raise RuntimeError(f"no connection to the control process for {ALONE_S:.0f} s")
         supervisor.step(channel.receive(supervisor.replica.wait_s()) if channel is not None else None)
-        # Nobody would ever say Stop again; torchrun ends the other ranks when this one fails.
+        # Without a control process Stop never arrives; torchrun ends the other ranks once this one fails.
         if control is not None and not supervisor.replica.stopping and control.poll() is not None:
             raise control_ended(control)
 
