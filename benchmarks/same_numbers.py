@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 import h5py
 import typer
-from same_numbers_rules import OVERRIDES, RENAMED, RULES, SETTINGS, Rule
+from same_numbers_rules import OVERRIDES, RENAMED, RULES, SETTINGS, USUAL, Rule
 
 from clif.config.renamed import KEYS, VALUES
 
@@ -152,7 +152,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def record(
     out: Annotated[Path, typer.Option(help="folder for the runs")],
     checkout: Annotated[Path, typer.Option(help="of CLIF, with a .venv and the demo's assets")] = REPO,
-    only: Annotated[str, typer.Option(help="settings, separated by commas")] = ",".join(SETTINGS),
+    only: Annotated[str, typer.Option(help="settings, separated by commas")] = ",".join(USUAL),
 ) -> None:
     """Run the settings from a checkout."""
     for name in only.split(","):

@@ -80,6 +80,9 @@ SETTINGS = {
     ),
     "demo": Setting("configs/demo.yaml", (*ONE_THREAD, *SHORT_DEMO)),
 }
+USUAL = ("smoke", "demo")
+"""Two runs of one commit were equal in these. For the others, in which training shares products or cores with serving,
+it is not yet known how near to each other two runs of one commit are."""
 RULES = (
     Rule("requests", "id", "purpose prompt_tokens detail slo_met"),
     Rule("requests", "id version", "output_tokens finish exact_match", shared=True),
