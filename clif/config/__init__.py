@@ -1,4 +1,4 @@
-"""The configuration: typed, frozen and strict, with the sentences that refuse. Free of torch."""
+"""The configuration: typed, frozen and strict, with the sentences that refuse it. Free of torch."""
 
 from clif.config.load import LoadConfig, MetricsConfig, QualityConfig, TraceConfig
 from clif.config.model import AdapterConfig, EngineConfig, ModelConfig

@@ -1,6 +1,6 @@
 """What all sections of the configuration share. Free of torch.
 
-Every number has a largest value, far above what makes sense: beyond it lie overflows and endless waits, not wishes.
+Every number has an upper bound, far above sensible values: beyond it are only overflows and endless waits.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Ranks = Annotated[int, Field(gt=0, le=65536)]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e9)]
 NotNegativeFloat = Annotated[float, Field(ge=0, le=1e9)]
 Period = Annotated[float, Field(ge=0.001, le=3600)]
-"""Seconds between two times that something is done."""
+"""Seconds between two repetitions."""
 Share = Annotated[float, Field(ge=0, le=1)]
 MAX_TEXT = 4096
-"""Characters: the longest path of Linux."""
+"""Characters: the longest path on Linux."""
 
 
 class Section(BaseModel):
@@ -31,7 +31,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain(cls, value: Any, info: ValidationInfo) -> Any:
-        """true would pass for 1. Text that no file system, file or terminal takes would fail far from here."""
+        """Refuse true, which would pass for 1, and text that no file system, file or terminal accepts."""
         name = info.field_name or ""
         kind = cls.model_fields[name].annotation
         if isinstance(value, bool) and kind is not bool:
@@ -53,7 +53,7 @@ def _check_text(name: str, text: str) -> None:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a path names a file that can be seen. A name that is too long, or a folder that is closed, is none."""
+    """Whether a path names a visible file: False for a name that is too long, or in a folder without permission."""
     try:
         return path.is_file()
     except OSError:

@@ -1,4 +1,4 @@
-"""What the user gave: the file, the overrides after it, and where each value comes from. Free of torch."""
+"""The user's input: the file, the overrides after it, and the origin of each value. Free of torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from clif.config.yaml import KeyPath, read_yaml
 from clif.errors import ConfigError
 
 MAX_BYTES = 1 << 16
-"""Of a file: a configuration is a few lines, and /dev/zero has no end."""
+"""Largest file: a configuration is a few lines, and /dev/zero has no end."""
 FIELD = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")
 SHOWN = 80
 """Characters of a value that a sentence repeats."""
@@ -22,7 +22,7 @@ SHOWN = 80
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value was given. where: file and line, or the override. taken_back: null took back what a file said."""
+    """Where a value was given. where: file and line, or the override. taken_back: an override set it to null."""
 
     where: str
     override: bool = False
@@ -31,19 +31,19 @@ class Origin:
 
 @dataclass
 class Given:
-    """tree: plain values by section, as they count in the end. origins: of each of them."""
+    """tree: the resulting plain values by section. origins: of each of them."""
 
     tree: dict[str, Any] = field(default_factory=dict)
     origins: dict[KeyPath, Origin] = field(default_factory=dict)
 
     def where(self, loc: Iterable[int | str], sentence: str) -> str:
-        """What to add to a sentence about a value: where it was given.
+        """The origin of a value, to append to a sentence about it.
 
-        A sentence about a section, or about several, names the fields that it means: it gets where these were given.
+        A sentence about one or several sections names its fields: the origins of these are appended.
         """
         key_path = tuple(map(str, loc))
         key_paths = [tuple(name.split(".")) for name in FIELD.findall(sentence)] if len(key_path) < 2 else []
-        # Of an item of a list, the list; of a field that is missing, its section.
+        # The origin of a list's item is that of the list; that of a missing field is its section's.
         around = [key_path[:end] for end in range(len(key_path), 0, -1) if key_path[:end] in self.origins][:1]
         found = dict.fromkeys(self.origins[at].where for at in key_paths if at in self.origins)
         shown = list(found) or [self.origins[at].where for at in around]
@@ -51,7 +51,7 @@ class Given:
 
 
 def read_given(path: Path | str, overrides: tuple[str, ...]) -> Given:
-    """Read a file and lay `section.key=value` arguments over it. Raises ConfigError."""
+    """Read a file and apply `section.key=value` overrides to it. Raises ConfigError."""
     given = _read_file(Path(path))
     for key_path, value, origin in sorted(_changes(overrides), key=_sections_first):
         _put(given, key_path, value, origin)
@@ -82,9 +82,9 @@ def _read_file(path: Path) -> Given:
 
 
 def _changes(overrides: tuple[str, ...]) -> Iterator[tuple[KeyPath, Any, Origin]]:
-    """Each value that overrides give; a value that is a mapping gives several. Raises ConfigError for one given twice.
+    """Each value of the overrides; a mapping has several. Raises ConfigError for a value that is given twice.
 
-    So that which of two counts never depends on their order.
+    Hence the order of overrides never matters.
     """
     seen: dict[KeyPath, str] = {}
     for override in overrides:
@@ -116,7 +116,7 @@ def _leaves(key_path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, Any]]:
 
 
 def _sections_first(change: tuple[KeyPath, Any, Origin]) -> int:
-    """load=null takes back what the file says there, and load.kind=poisson then counts, in whatever order they came."""
+    """Sort key: load=null removes the file's section before load.kind=poisson is applied, whatever their order is."""
     return len(change[0])
 
 
@@ -141,13 +141,13 @@ def _put(given: Given, key_path: KeyPath, value: Any, origin: Origin) -> None:
 
 
 def _said(error: yaml.YAMLError) -> str:
-    """In one line: what is wrong and where."""
+    """The problem and its position, in one line."""
     mark = getattr(error, "problem_mark", None)
     where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
     return f"{getattr(error, 'problem', None) or ' '.join(str(error).split())}{where}"
 
 
 def _short(text: str) -> str:
-    """For a sentence of one line: what a terminal would obey is not repeated."""
+    """The text for a sentence of one line: shortened, without control sequences of a terminal."""
     shown = "".join(c if c.isprintable() else "?" for c in text[:SHOWN])
     return shown if len(text) <= SHOWN else f"{shown}…"

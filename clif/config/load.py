@@ -1,4 +1,4 @@
-"""Sections of the configuration that say what is asked of the model and what is written down. Free of torch."""
+"""Sections of the configuration about the load, quality probes and metrics. Free of torch."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class LoadConfig(Section):
     duration_s: PositiveFloat = 60.0
     """Length of the load. It also cuts a trace, in replay time."""
     max_requests: Positive | None = None
-    """[requests] At most so many."""
+    """[requests] Upper bound."""
     split: str = "train"
     """Split of `data.path` from which prompts are drawn."""
     max_tokens: Positive = 64
     """[tokens] Longest answer."""
     temperature: float = 0.0
-    """0 is greedy; else from 1e-8 to 1000."""
+    """0 is greedy; otherwise from 1e-8 to 1000."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """1 switches it off."""
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -75,7 +75,7 @@ class LoadConfig(Section):
 
     @model_validator(mode="after")
     def _sampling(self) -> LoadConfig:
-        """What a request may ask is said in one place."""
+        """Apply the limits of a request, which clif.types.Sampling holds."""
         try:
             self.sampling(seed=0)
         except ValueError as error:
@@ -83,7 +83,7 @@ class LoadConfig(Section):
         return self
 
     def sampling(self, seed: int) -> Sampling:
-        """How the tokens of a request are chosen. seed: of this request; a greedy one needs none."""
+        """Sampling parameters of a request. seed: of this request; unused if it is greedy."""
         return Sampling(
             max_tokens=self.max_tokens,
             temperature=self.temperature,
@@ -106,7 +106,7 @@ class MetricsConfig(Section):
     flush_s: Period = 1.0
     """Rows reach the file at least this often while the process works."""
     flush_rows: Positive = 2000
-    """[rows] Or as soon as so many wait."""
+    """[rows] Rows also reach the file as soon as this many are buffered."""
     device_s: Period = 1.0
     """Interval of device samples."""
     answers: Literal["none", "sample", "all"] = "none"

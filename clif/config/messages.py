@@ -1,4 +1,4 @@
-"""What pydantic refuses, said in sentences."""
+"""Turns pydantic's errors into sentences that say what to change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from clif.config.renamed import new_key, new_value
 
 MOST = 20
-"""Mistakes that are told at once."""
+"""Mistakes that are shown at once."""
 SHOWN = 60
 """Characters of a value, or of a name, that are repeated."""
 
@@ -35,7 +35,7 @@ def sentence(error: Mapping[str, Any], root: type[BaseModel]) -> str:
         return f"{where} is required: add it"
     if error["type"] == "value_error":
         message, loc = str(error["msg"]).removeprefix("Value error, "), error["loc"]
-        # A check of one field does not know in which section it is.
+        # The validator of a field does not know the name of its section.
         of_field = len(loc) > 1 and message.startswith(f"{loc[-1]} ")
         return f"{'.'.join(map(str, loc[:-1]))}.{message}" if of_field else message
     return f"{where}: {error['msg']}{_given(error.get('input'))}{_remedy(error)}"
@@ -64,5 +64,5 @@ def _known(loc: tuple[Any, ...], root: type[BaseModel]) -> str:
 
 
 def _section(annotation: Any) -> Any:
-    """The section itself, of one that may be left out."""
+    """The section's class, also of an optional section."""
     return next((part for part in get_args(annotation) if hasattr(part, "model_fields")), annotation)

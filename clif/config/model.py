@@ -1,4 +1,4 @@
-"""Sections of the configuration that say what is served, with which adapters, and how it is computed. Free of torch."""
+"""Sections of the configuration about the model, its adapters and the engine. Free of torch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class AdapterConfig(Section):
     @field_validator("target_modules", mode="before")
     @classmethod
     def _targets(cls, targets: object) -> object:
-        """One sentence instead of one for each type; names are held against the model where it is known."""
+        """Raise one sentence instead of one for each type; names are checked against the model once it is known."""
         if isinstance(targets, str):
             _check_pattern(targets)
             return targets
@@ -80,7 +80,7 @@ class EngineConfig(Section):
     """Aim for the length of a training slice between two steps, up to four times as long where the token gaps leave
     that much; at least one layer."""
     concurrent_slice_ms: PositiveFloat = 160.0
-    """The same for a slice that runs while serving goes on, which no token waits for."""
+    """The same for a slice that runs concurrently with serving, for which no token waits."""
     activation_mib: Positive = 1024
     """Memory for what training forwards keep for their backwards. Layers that do not fit are computed again; a sample
     that cannot fit at all is an error at start."""

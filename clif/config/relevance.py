@@ -1,8 +1,8 @@
-"""Which field matters when, as data. What was given and cannot matter is refused. Free of torch.
+"""The conditions under which a field has an effect, as data. A given field without effect is refused. Free of torch.
 
-Defaults that cannot matter stay silent. So does config.json, which gives every field: only files and overrides are
-asked. An override that switches something off, as in `train.enabled=false` after a file that sets train.lr, is the
-later word: what it leaves without effect of the file is told in a line and not refused.
+Only files and overrides are checked, neither defaults nor config.json, which gives every field. An override that
+switches something off takes precedence, as in `train.enabled=false` after a file that sets train.lr: the fields of the
+file that it leaves without effect are logged and not refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from clif.errors import ConfigError
 
 @dataclass(frozen=True)
 class Need:
-    """A field that must have one of the values `among`, or, if there are none, any other than those of `but`."""
+    """A field that must have one of the values `among`; without these, any value except those of `but`."""
 
     field: str
     among: tuple[Any, ...] = ()
@@ -53,7 +53,7 @@ PROBES = Need("quality.exact_match_rows", but=(0,))
 DATA = Need("data.path", but=(None,))
 SERVES = Either((LOAD, PROBES))
 ADAPTS = Need("run.mode", among=("clif",))
-"""The baselines look neither at slack nor at pressure, and serve and train apart."""
+"""The baselines use neither slack nor pressure, and serve and train separately."""
 OWN_LENGTHS = Need("load.trace.lengths", but=("trace",))
 TRACE_LENGTHS = Need("load.trace.lengths", among=("trace",))
 SAMPLES = Need("load.temperature", but=(0.0,))
@@ -181,20 +181,20 @@ RELEVANCE: dict[str, Needs] = {
     "metrics.device_s": ALWAYS,
     "metrics.answers": (LOAD,),
 }
-"""All of a field's needs must be met for it to matter. A test holds that every field has its line here."""
+"""A field has an effect if all of its needs are met. A test checks that every field has its line here."""
 
 
 def value_of(config: object, field: str) -> Any:
-    """Value of a field that is named like load.kind; None within a section that is left out."""
+    """Value of a field, named as in load.kind; None within an omitted section."""
     for part in field.split("."):
         config = None if config is None else getattr(config, part)
     return config
 
 
 def check_relevance(config: object, origins: Mapping[KeyPath, Origin]) -> list[str]:
-    """What overrides have left without effect, in lines to be told.
+    """Lines to log about fields that overrides have left without effect.
 
-    origins: of all that was given. Raises ConfigError, a line for each cause, for what was given and cannot matter.
+    origins: of all given values. Raises ConfigError, a line for each cause, for given fields without effect.
     """
     refused: dict[str, list[str]] = {}
     notes: dict[str, list[str]] = {}
@@ -213,7 +213,7 @@ def check_relevance(config: object, origins: Mapping[KeyPath, Origin]) -> list[s
 
 
 def check_device(config: object, device: str) -> None:
-    """What model.device=auto leaves open until the device is known. Raises ConfigError."""
+    """The check that model.device=auto allows only once the device is known. Raises ConfigError."""
     share = value_of(config, "dist.ranks_per_gpu")
     if device == "cpu" and share > 1:
         raise ConfigError(f"dist.ranks_per_gpu {share}: no effect on a CPU, and there is no GPU here: remove it")
@@ -223,7 +223,7 @@ def _given_fields(config: object, origins: Mapping[KeyPath, Origin]) -> Iterator
     for field in RELEVANCE:
         key_path = tuple(field.split("."))
         origin = origins.get(key_path)
-        # null takes a wish back: it says that nothing is wanted.
+        # null removes a value: there is nothing to check.
         if origin is not None and not origin.taken_back and value_of(config, field) is not None:
             yield field, origin
 

@@ -1,4 +1,4 @@
-"""Sections of the configuration that say what a run is, of which ranks, and how they meet. Free of torch."""
+"""Sections of the configuration about the run, its ranks and their connections. Free of torch."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class RunConfig(Section):
 
     @property
     def adaptive(self) -> bool:
-        """Whether rounds and batch sizes follow slack and pressure, as in CLIF; the baselines do not look."""
+        """Whether rounds and batch sizes follow slack and pressure; those of the baselines do not."""
         return self.mode == "clif"
 
 
@@ -87,9 +87,9 @@ class LayoutConfig(Section):
         return self
 
     def ranks(self, replicas: int) -> int:
-        """Ranks that this section asks for when no launcher says how many there are.
+        """The number of ranks that this section needs if no launcher determines it.
 
-        replicas: how many there are to be if the section does not say it either.
+        replicas: their number if the section does not set it.
         """
         if self.replica_gpus is not None:
             return sum(map(len, self.replica_gpus))

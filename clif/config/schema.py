@@ -1,8 +1,8 @@
 """The configuration: typed, frozen and strict. Free of torch.
 
 Every field carries its unit in its name or in its comment. Unknown keys and impossible combinations are errors
-that say what to change, and so are fields that were given and cannot matter (clif/config/relevance.py). A file is YAML;
-`section.key=value` arguments override it, parsed as YAML too.
+that say what to change, and so are given fields without effect (clif/config/relevance.py). A file is YAML;
+`section.key=value` arguments override it and are parsed as YAML, too.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Config(Section):
                 "train.enabled is true but there is no time to train: without load rounds last for run.linger_s, "
                 "which is 0: raise it, or set train.enabled=false"
             )
-        # The baselines leave the size as it is: there the largest one means nothing.
+        # The baselines never change the size: its upper bound has no effect there.
         if self.run.adaptive and train.micro_batch > train.max_micro_batch:
             raise ValueError(
                 f"train.micro_batch {train.micro_batch} exceeds train.max_micro_batch {train.max_micro_batch}: raise "

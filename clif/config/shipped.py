@@ -19,12 +19,12 @@ def shipped_folder() -> Path:
 
 
 def find_config(name: str) -> Path:
-    """The file that a name or path means: one in the working folder first, then one that CLIF brings.
+    """The file of a name or path: from the working folder first, then from the configurations that come with CLIF.
 
-    Raises ConfigError, with the names that there are, for a name without a file.
+    Raises ConfigError, with the known names, for a name without a file.
     """
     path = Path(name)
-    # Of a path, load_config says what is wrong with it.
+    # load_config reports what is wrong with a path.
     if path.is_file() or path.suffix or len(path.parts) > 1:
         return Path(placed(name))
     shipped = shipped_folder() / f"{name}.yaml"
@@ -35,7 +35,7 @@ def find_config(name: str) -> Path:
 
 
 def placed(text: str) -> str:
-    """A path as it is, or, if it begins with configs/ and is not in the working folder, the one that CLIF brings."""
+    """The path; one that begins with configs/ and is missing in the working folder is taken from CLIF's own files."""
     prefix = RANDOM if text.startswith(RANDOM) else ""
     path = Path(text.removeprefix(prefix))
     if path.parts[:1] != (FOLDER,) or path.exists():

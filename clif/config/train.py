@@ -1,4 +1,4 @@
-"""Sections of the configuration that say how is trained, and what decides when. Free of torch."""
+"""Sections of the configuration about training, rounds and the control policies. Free of torch."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class FederationConfig(Section):
 
 class ControlConfig(Section):
     period_s: Period = 0.25
-    """Period of the slow loop: states, pressure, rounds, batch sizes."""
+    """Period of the policy loop: states, pressure, rounds, batch sizes."""
     report_s: Period = 0.1
     """How often a replica reports."""
     lost_after_s: PositiveFloat = 20.0
-    """A replica that is silent for longer while others speak is FAILED. When nobody speaks (say, on a starved host),
-    `dist.timeout_s` more is waited, unless the launcher would start all ranks anew."""
+    """A replica that sends nothing for longer while others report is FAILED. If none reports (say, on a starved host),
+    the control process waits `dist.timeout_s` longer, unless the launcher would restart all ranks."""
     retries: NotNegative = 2
     """How often a request whose replica failed is given to another one; then it ends as `failed`."""
     idle_below: Share = 0.6
@@ -72,8 +72,8 @@ class ControlConfig(Section):
     smoothing_s: PositiveFloat = 2.0
     """Time constant of the utilisation average."""
     window_s: PositiveFloat = 10.0
-    """Requests that ended in this window tell the service pressure. When a load begins, rounds wait until the latency
-    of serving is known, so long at most."""
+    """Requests that ended in this window determine the service pressure. After a load begins, rounds wait until the
+    latency of serving is known, for this time at most."""
     medium_share: Share = 0.5
     """[share] Part of the idle replicas that may train under medium pressure, rounded up."""
     high_below: Share = 0.8

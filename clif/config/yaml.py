@@ -1,8 +1,8 @@
-"""YAML without surprises: the core schema of YAML 1.2, and nothing that a configuration has no use for.
+"""YAML without surprises: the core schema of YAML 1.2, without the features that no configuration needs.
 
-Read are mappings with names as keys, lists, and plain values: null, true, false, numbers, text. So `off`, `no`,
-`2026-11-27` and `12:30` are text, as they look. Refused, with the place, are a key twice (PyYAML would drop the first
-one in silence), tags, anchors, nesting without end, numbers of hundreds of digits, and control characters in text.
+It reads mappings with names as keys, lists, and plain values: null, true, false, numbers, text. So `off`, `no`,
+`2026-11-27` and `12:30` are text, as they look. It refuses, with the position, a key that is given twice (PyYAML drops
+the first one silently), tags, anchors, deep nesting, numbers of hundreds of digits, and control characters in text.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Document:
-    """What was read. lines: on which line, from 1, each mapping's value begins."""
+    """The parsed text. lines: the line, from 1, on which each mapping's value begins."""
 
     value: Any
     lines: dict[KeyPath, int]
 
 
 def read_yaml(text: str) -> Document:
-    """Raises yaml.YAMLError, whose text names the place and says what to change."""
+    """Parse a text. Raises yaml.YAMLError, whose text names the position and says what to change."""
     try:
         node = yaml.compose(text, _Core)
     except ValueError as error:
-        # PyYAML's scanner lets it through: an escape beyond Unicode, a version of thousands of digits.
+        # PyYAML's scanner accepts an escape beyond Unicode and a version of thousands of digits, and fails later.
         raise yaml.YAMLError(f"a character or number out of range ({error})") from error
     lines: dict[KeyPath, int] = {}
     return Document(None if node is None else _value(node, (), lines), lines)
@@ -72,7 +72,7 @@ class _Core(yaml.SafeLoader):
         return node
 
 
-# Instead of PyYAML's. In this order: 12 is an int, though a float could be written so as well.
+# These replace PyYAML's. The order matters: 12 must be an int, although it matches a float, too.
 _Core.yaml_implicit_resolvers = {}
 for _tag, _form in {**WORDS, **NUMBERS}.items():
     _Core.add_implicit_resolver(_tag, re.compile(f"(?:{_form.pattern})$"), None)

@@ -1,1 +1,1 @@
-"""One replica, put together from the configuration."""
+"""One replica, built from the configuration."""

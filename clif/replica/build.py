@@ -1,4 +1,4 @@
-"""Puts a replica together from the configuration: model, adapters, data, engine, round member."""
+"""Builds a replica from the configuration: model, adapters, data, engine, round member."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReplicaData:
-    """This replica's samples: to train on, to judge candidates by, and to report quality by."""
+    """This replica's samples: for training, for votes on candidates, and for the quality report."""
 
     train: list[TrainSample]
     gate: list[TrainSample]
@@ -41,9 +41,9 @@ class ReplicaData:
 
 
 def load_data(config: Config, tokenizer: ChatTokenizer, replica: int, replicas: int) -> ReplicaData:
-    """Read, share out and tokenise the instruction data; rows that cannot be used are logged with the reason.
+    """Read, shard and tokenise the instruction data; unusable rows are logged with the reason.
 
-    Raises DataError, the same in every replica, also when a trainer would have no sample or nobody could judge.
+    Raises DataError, the same in every replica, also if a trainer would have no sample or no replica a held-out row.
     """
     if config.data.path is None:
         return ReplicaData([], [], [])
@@ -52,16 +52,16 @@ def load_data(config: Config, tokenizer: ChatTokenizer, replica: int, replicas: 
     train = _training_rows(config, rows, replica, replicas) if config.train.enabled else {}
     for trainer, shard in train.items():
         check_some_fit(shard, f"training rows of replica {trainer}", tokenizer, limit)
-    # Without training they may be missing: then quality is not measured by them.
+    # Without training, held-out rows may be missing: then quality is not measured.
     parts = heldout_parts(rows, config)
     if config.train.enabled:
         check_some_fit(parts.gate, "held-out rows that decide promotions", tokenizer, limit)
         check_some_fit(parts.report, "held-out rows that quality is measured on", tokenizer, limit)
     if parts.shared:
         log.warning("one held-out prompt is used: it decides promotions and quality is measured on it as well")
-    # A replica that only serves needs no shard; it gets one, so that all are built alike.
+    # A replica that only serves needs no shard; it gets one, so that all replicas are built alike.
     mine = train.get(replica) or next(iter(train.values()), [])
-    # A round whose members had no row to judge by would be discarded: of few rows some are judged by several members.
+    # A round whose members have no held-out row would be discarded: few rows are shared by several members.
     few = 0 < len(parts.gate) <= replica
     gate = [parts.gate[replica % len(parts.gate)]] if few else parts.gate[replica::replicas]
     judged = (_encode(part, tokenizer, limit) for part in (gate, parts.report[replica::replicas]))
@@ -69,7 +69,7 @@ def load_data(config: Config, tokenizer: ChatTokenizer, replica: int, replicas: 
 
 
 def _training_rows(config: Config, rows: list[Row], replica: int, replicas: int) -> dict[int, list[Row]]:
-    """The shards of all replicas that train, by replica: each looks at all, so that all end with the same sentence."""
+    """The shards of all training replicas: each rank checks all of them, so that all raise the same error."""
     trainers = [r for r in range(replicas) if role_of(r, replicas, config.run).trains] or [replica]
     chosen = split_rows(rows, config.data.train_split)
     indices = enumerate(trainers)
@@ -93,7 +93,7 @@ def build_replica(
     send: Callable[[Up], None],
     steps: int = 0,
 ) -> Replica:
-    """Everything of one rank but the loop; with run.resume from what is on disk. steps: steps that it took before."""
+    """All parts of one rank except its loop; with run.resume from the checkpoints. steps: steps that it took before."""
     engine = build_engine(config, base, topology.tp_group)
     bank, runner, slots = base.bank, engine.runner, engine.scheduler.slots
     if data.train:
@@ -115,7 +115,7 @@ def build_replica(
         base_name=config.model.path,
         send=send,
         checkpoints=checkpoints,
-        # Once per replica: its ranks all take the same steps.
+        # One per replica: all of its ranks take the same steps.
         on_step=records.train_step if topology.is_leader else lambda *_: None,
         on_version=on_version,
         engine_step=lambda: replica.steps,
@@ -128,12 +128,12 @@ def build_replica(
 def _resume(
     store: AdapterStore, checkpoints: CheckpointWriter, bank: AdapterBank, slots: SlotTable, trainer: ShadowTrainer
 ) -> None:
-    """Serve and go on training from the last promoted version, with the last committed moments and sample cursor.
+    """Continue from the last promoted version, with the last committed moments and sample cursor.
 
-    Raises AdapterError or ValueError when what is on disk does not fit this run.
+    Raises AdapterError or ValueError if the files do not fit this run.
     """
     current, slot = store.current(), slots.free_slot()
-    # The leader's: the control process may store another one while its peers read.
+    # The leader's version counts: the control process may store another one while the peers read.
     (version,) = bank.tp_group.broadcast_ints([current.number if current else 0], bank.shadow.device)
     if not version or slot is None:
         return
@@ -142,9 +142,9 @@ def _resume(
     slots.promote(version, slot)
     saved = find_checkpoint(checkpoints, store.rounds(version), bank.shadow.device)
     if saved is not None and saved.trainer["shadow"].shape != bank.shadow.shape:
-        # Another tp_size: the adapter is cut anew, the moments are of parts that nobody holds any more.
+        # tp_size has changed: the adapter is sharded again, but the moments belong to shards that no longer exist.
         log.warning("the checkpoint is of other parts of the model: the optimizer begins with fresh moments")
     elif saved is not None:
         trainer.resume(saved.trainer, saved.cursor)
-    # A replica that had not installed the last version yet has its own moments, but everybody's shadow.
+    # A replica that had not installed the last version yet keeps its own moments and takes the promoted shadow.
     bank.set_shadow(state)

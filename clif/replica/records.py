@@ -1,4 +1,4 @@
-"""What a rank writes down: its file's tables and their columns, in one place."""
+"""Writes a rank's metrics: the one place that names the tables and columns of its file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RankRecords:
         self.last_step: StepResult | None = None
 
     def engine_step(self, step: int, record: StepRecord, scheduler: Scheduler) -> None:
-        """A step in which something was done; idle steps leave no row."""
+        """Record a step that did work; idle steps have no row."""
         if not record.serve_s and not record.train_s:
             return
         if record.train_kind in STEP_KINDS:
@@ -62,7 +62,7 @@ class RankRecords:
         )
 
     def train_step(self, plan: RoundPlan, result: StepResult) -> None:
-        """Written at the end of the step, when the time of its last slice is known."""
+        """Record an optimizer step at its end, when the time of its last slice is known."""
         self.last_step, self._ended = result, (plan, result)
 
     def _write_step(self) -> None:
@@ -98,7 +98,7 @@ class RankRecords:
 
 
 def _slack(slack: TrainingSlack | None) -> dict[str, Any]:
-    """Columns of `ticks`; left to their defaults where nothing was decided."""
+    """Columns of `ticks`; their defaults if no slack was computed."""
     if slack is None:
         return {}
     return {"slack_s": slack.seconds, "slack_limit": slack.limit.value, "slack_request": slack.request}

@@ -1,6 +1,6 @@
-"""One replica as seen by one of its ranks: it obeys the control process, serves, learns and reports.
+"""One rank's part of a replica: it handles messages of the control process, serves, trains and reports.
 
-Invariant: all ranks of a replica get the same inbox at the same step, so they admit, promote and stop together.
+Invariant: all ranks of a replica handle the same messages at the same step, so they admit, promote and stop together.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ ROUND = "round"
 
 
 class CountedLost(RuntimeError):
-    """The control process has given this replica's requests to others: it must begin anew."""
+    """The control process declared this replica lost and reassigned its requests: it must rebuild."""
 
 
 class Replica:
-    """The step of a replica. send: passes a message to the control process (nothing on ranks that do not lead).
+    """One replica, on one rank. send: sends a message to the control process; does nothing on ranks that do not lead.
 
-    close waits for what is still being written. steps: steps that were taken before.
+    close waits for pending writes. steps: steps that were taken before.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Replica:
         }
 
     def step(self, inbox: list[m.Down]) -> None:
-        """One step: obey, serve, learn, settle. All ranks of a replica get the same inbox and stay in step."""
+        """One step: handle messages, serve, train. inbox: the same on all ranks of the replica."""
         for order in inbox:
             self._orders[type(order)](order)
         events = self.engine.serve()
@@ -79,7 +79,7 @@ class Replica:
         self._account()
 
     def abandon(self) -> None:
-        """Let go of everything after a failure, which may go wrong as well: there is nothing to save here."""
+        """Best-effort teardown after a failure; errors are logged and ignored."""
         for letting_go in (self.engine.close, self.close):
             try:
                 letting_go()
@@ -87,10 +87,10 @@ class Replica:
                 log.exception("replica %d: while it was given up", self.id)
 
     def wait_s(self) -> float:
-        """How long the next step may wait for messages: not at all while there is work."""
+        """Seconds that the next step may wait for messages: 0 while there is work."""
         if self.engine.busy:
             return 0.0
-        # A job that waits for others (an all-reduce, a free slot) is looked at often; else only reports are due.
+        # A job that waits for other ranks (an all-reduce, a free slot) is polled often; otherwise only reports are due.
         return 0.002 if self.engine.jobs else self.config.control.report_s / 2
 
     def _send(self, events: list[TokenEvent]) -> None:
@@ -98,9 +98,10 @@ class Replica:
             self.send(m.Tokens(replica=self.id, events=tuple(events)))
 
     def _learn(self) -> None:
-        """A round that breaks (a failed all-reduce, memory) ends for this member; its serving goes on.
+        """Train for one slice. A round that breaks (a failed all-reduce, memory) ends for this member; serving
+        continues.
 
-        With several ranks only if it broke on all of them: the others of a single one wait for it in a slice.
+        With several ranks this holds only if the round broke on all of them: otherwise the peers wait in the slice.
         """
         try:
             self.engine.learn()
@@ -119,7 +120,7 @@ class Replica:
         self._slack = record.slack or self._slack
         if record.serve_s and not record.prefill_tokens:
             training = float(self.member.micro_batch) if self.engine.training else 0.0
-            # What a slice took of the step is part of the gap between two tokens.
+            # The time of a slice is part of the gap between two tokens.
             self._serve_timings.append((float(record.decode_rows), training, record.serve_s + record.gap_s))
         if record.train_kind in STEP_KINDS:
             self._train_work += record.train_s
@@ -182,7 +183,7 @@ class Replica:
 
     def _settle(self, order: m.Settle) -> None:
         if not self._in_round(order.round_id):
-            # The first publisher was lost after this replica had settled: somebody has to send the adapter.
+            # The first publisher was lost after this replica had settled: this replica sends the adapter instead.
             if order.commit and order.publish and order.version == self.engine.scheduler.slots.active:
                 self.member.publish(order)
             return

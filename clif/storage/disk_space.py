@@ -1,6 +1,6 @@
-"""Patience with a full disk: what cannot be written waits until there is room again, for a bounded time. Free of torch.
+"""Patience with a full disk: writes wait until there is room again, for a bounded time. Free of torch.
 
-A write is repeated, or what it was to write stays in memory; nothing that was accepted is given up in the meantime.
+A write is repeated, or its content stays in memory; no accepted content is dropped in the meantime.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 LIMIT_S = 120.0
-"""How long a disk may be full before that ends the process, seconds."""
+"""Seconds for which a disk may be full before that ends the process."""
 POLL_S = 0.25
-# HDF5 and safetensors report the system's error in their texts only.
+# HDF5 and safetensors report the system's error only in their texts.
 _NUMBER = re.compile(r"(?:errno = |os error )(\d+)")
 
 
@@ -42,7 +42,7 @@ class Room:
         self._since: float | None = None
 
     def repeat(self, write: Callable[[], T]) -> T:
-        """What write gives, as soon as the disk takes it. Raises what refused() does, and other errors of write."""
+        """The result of write, once the disk has room. Raises OSError as refused() does, and other errors of write."""
         while True:
             try:
                 result = write()
@@ -56,7 +56,7 @@ class Room:
                 return result
 
     def refused(self, error: Exception | None = None) -> None:
-        """There is no room now. Raises OSError when that has lasted too long."""
+        """Note that there is no room now. Raises OSError after that has lasted too long."""
         now = self._clock()
         if self._since is None:
             self._since = now
@@ -65,14 +65,14 @@ class Room:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path)) from error
 
     def accepted(self) -> None:
-        """There is room."""
+        """Note that there is room."""
         if self._since is not None:
             log.warning("the disk of %s has room again after %.1f s", self._path, self._clock() - self._since)
             self._since = None
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether a write failed since the disk, or this user's part of it, is full."""
+    """Whether a write failed because the disk, or this user's quota, is full."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in FULL
     found = _NUMBER.search(str(error))
@@ -80,6 +80,6 @@ def is_full(error: BaseException) -> bool:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that this user may still write there."""
+    """Bytes that this user can still write there."""
     found = os.statvfs(folder)
     return found.f_bavail * found.f_frsize

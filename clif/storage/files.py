@@ -1,4 +1,4 @@
-"""How files of a run's folder are written: as a whole, and for their owner alone. Free of torch."""
+"""Writes files of a run's folder: atomically, and private to their owner. Free of torch."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import os
 from pathlib import Path
 
 OTHERS = 0o077
-"""What nobody but the owner may do: prompts and weights are in these files."""
+"""Permissions that only the owner has: the files hold prompts and weights."""
 
 
 def keep_private() -> None:
-    """From here on this process makes files of mode 0600 and folders of mode 0700.
+    """From here on this process creates files of mode 0600 and folders of mode 0700.
 
-    Only for a process that writes to a run's folder and nowhere else: a model cache may be shared with others.
+    Call it only in a process that writes to nothing but a run's folder: a model cache may be shared with other users.
     """
     os.umask(OTHERS)
 
 
 def keep_from_others(folder: Path) -> None:
-    """The same for a folder that is there already, and all that is in it. Raises OSError."""
+    """Make an existing folder and all of its content private. Raises OSError."""
     for path in (folder, *folder.rglob("*")):
         path.chmod(path.stat().st_mode & ~OTHERS & 0o777)
 
@@ -31,7 +31,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a file of mode 0600 through to the disk. Raises OSError."""
+    """Write a file of mode 0600 and flush it to the disk. Raises OSError."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(content)
         file.flush()

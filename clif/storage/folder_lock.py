@@ -1,8 +1,8 @@
 """The right to write to a run's folder, for one start at a time. Free of torch.
 
-Rank 0 takes it before it touches anything and hands it to the control process: the lock belongs to the open file, so
-the system frees it when both are gone, however they went. It reaches other hosts where the file system carries locks
-between them (NFS, GPFS, Lustre with -o flock). Elsewhere a journal that grows tells of a run on another host.
+Rank 0 takes the lock before it changes anything and passes it to the control process. The lock belongs to the open
+file, so the system frees it once both processes are gone, whatever ended them. Other hosts see it on file systems that
+share locks between hosts (NFS, GPFS, Lustre with -o flock). Elsewhere a growing journal shows a run on another host.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 LOCK_FILE = "journal.lock"
 GROWS_FILE = "journal.jsonl"
 WAIT_S = 10.0
-"""How long a start waits for the processes of the one before it to be gone, seconds."""
+"""Seconds for which a start waits until the processes of the previous one are gone."""
 WATCH_S = 3.0
-"""How long the journal is watched when the last holder was on another host: it grows once a second."""
+"""Seconds for which the journal is watched if the last holder was on another host: it grows once a second."""
 POLL_S = 0.05
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
@@ -33,9 +33,9 @@ class InUse(InputError):
 
 
 class FolderLock:
-    """Held from construction to close(). Nothing but the lock's own file is made or changed by taking it.
+    """Held from construction to close(). Taking it creates or changes only the lock's own file.
 
-    Raises InUse when somebody has it for longer than wait_s, InputError where files cannot be locked, OSError.
+    Raises InUse if another start holds it for longer than wait_s, InputError if files cannot be locked, and OSError.
     """
 
     def __init__(self, folder: Path, wait_s: float | None = None, watch_s: float = WATCH_S) -> None:
@@ -51,7 +51,7 @@ class FolderLock:
 
     @classmethod
     def inherited(cls, folder: Path, file: int) -> FolderLock:
-        """The lock that the parent process holds, by the number of its open file: held until both have closed it."""
+        """The parent process's lock, from the number of its open file: held until both processes have closed it."""
         lock = cls.__new__(cls)
         lock.folder, lock._file = folder, file
         lock._sign()
@@ -89,7 +89,7 @@ class FolderLock:
             time.sleep(POLL_S)
 
     def _watch(self, watch_s: float) -> None:
-        """Raises InUse when the last holder was on another host and the journal grows all the same."""
+        """Raises InUse if the last holder was on another host and the journal still grows."""
         _, _, host = self._holder().partition(" on ")
         if host in ("", socket.gethostname()):
             return
@@ -100,7 +100,7 @@ class FolderLock:
                 raise self._in_use()
 
     def _size(self) -> int:
-        # Opened anew each time: only that makes a network file system ask its server.
+        # The file is reopened each time: only that makes a network file system ask its server.
         try:
             with (self.folder / GROWS_FILE).open("rb") as file:
                 return os.fstat(file.fileno()).st_size

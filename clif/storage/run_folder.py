@@ -1,6 +1,6 @@
-"""The folder of a run: which one this start takes, and what becomes of it when nothing ran. Free of torch.
+"""The folder of a run: its choice at the start, and its removal if nothing ran. Free of torch.
 
-Rank 0 alone decides. It holds the folder's lock before it changes anything in it.
+Rank 0 alone decides, and holds the folder's lock before it changes anything in it.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ log = logging.getLogger(__name__)
 RUN_DIR = "clif/run_dir"
 CONFIG_FILE = "config.json"
 UNUSED_FILE = "unused"
-"""Marks a folder from its making until a run begins in it."""
+"""Marks a folder from its creation until a run begins in it."""
 PRIVATE = 0o700
 RESTART_WAIT_S = 60.0
-"""A launcher has told the processes of the start before to end, so that they are waited for longer."""
+"""Longer, because the launcher is still ending the processes of the previous start."""
 
 
 @dataclass
 class RunFolder:
-    """A run's folder in the hands of a rank.
+    """A run's folder, as a rank uses it.
 
-    restarted: by the launcher. made: this launch has made it, so that it may remove it. lock: rank 0 has it.
+    restarted: by the launcher. made: this launch has created it and may remove it. lock: on rank 0 only.
     """
 
     path: Path
@@ -37,13 +37,13 @@ class RunFolder:
     lock: FolderLock | None = None
 
     def leave(self) -> None:
-        """Say where the files are, or remove a folder in which nothing ran. For rank 0, after its control process."""
+        """Print where the files are, or remove a folder in which nothing ran. On rank 0, after its control process."""
         if self.lock is None:
             return
         lock, self.lock = self.lock, None
         if self.made and not began(self.path):
             log.info("nothing ran: %s is removed", self.path)
-            # Ranks that are being killed may still write to it.
+            # Ranks that are about to be killed may still write to it.
             shutil.rmtree(self.path, ignore_errors=True)
         else:
             log.info("run folder: %s", self.path)
@@ -53,8 +53,8 @@ class RunFolder:
 def take_folder(config: Config, launch: KeyValues) -> RunFolder:
     """The folder of this start, locked.
 
-    A restart by the launcher goes on in the folder of the start before; run.resume takes the one that run.name names;
-    otherwise it is one that no former run used. launch: the store that outlives restarts. Raises InputError.
+    A restart by the launcher continues in the folder of the previous start; run.resume takes the folder of run.name;
+    otherwise the folder is a new one. launch: the store that outlives restarts. Raises InputError.
     """
     try:
         if launch.check([RUN_DIR]):
@@ -99,10 +99,10 @@ def _make(wanted: Path) -> Path:
 
 
 def begin(folder: Path) -> None:
-    """All replicas are there: from now on the folder holds something. Raises OSError."""
+    """Note that all replicas have arrived: from now on the folder is kept. Raises OSError."""
     (folder / UNUSED_FILE).unlink(missing_ok=True)
 
 
 def began(folder: Path) -> bool:
-    """Whether a run in this folder ever had all its replicas: before that there is nothing to keep."""
+    """Whether all replicas of a run have ever arrived in this folder: before that there is nothing to keep."""
     return not (folder / UNUSED_FILE).exists()
