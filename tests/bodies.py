@@ -11,7 +11,7 @@ import torch
 from helpers import answer, request
 from helpers import finish as finish_slices
 
-from clif.config import config_from_tree
+from clif.config import Config, config_from_tree
 from clif.distributed.collectives import Group, WeightedMean
 from clif.distributed.topology import Topology
 from clif.engine.base import build_base
@@ -95,21 +95,30 @@ def inbox(topology: Topology) -> tuple[list[bytes], list[bytes]]:
 class Driver:
     """A replica without a control process: the test gives the orders and reads what the replica says."""
 
+    replica: Replica
+
     def __init__(self, topology: Topology, model: str, data: str, run_dir: str, **sections: Any) -> None:
         tree = {
-            "model": {"path": model, "dtype": "float32", "max_context": 200, "device": "cpu"},
+            "model": {"path": model, "dtype": "float32", "max_context": 200, "device": topology.device.type},
             "engine": {"kv_tokens": 1024, "max_batch": 8},
             "data": {"path": data},
             "train": {"lr": 0.02, "micro_batch": 4, "warmup_steps": 0},
             **sections,
         }
-        self.topology, self.said = topology, []
-        config = config_from_tree(tree)
-        self.loaded = load_model(config.model, topology.device, seed=3)
-        records = RankRecords(Path(run_dir), topology.env.rank, config.metrics, {})
-        base = build_base(config, self.loaded, topology.tp_group)
-        data = load_data(config, self.loaded.tokenizer, topology.replica, len(topology.layout.replicas))
-        self.replica: Replica = build_replica(config, topology, base, data, Path(run_dir), records, self.said.append)
+        self.topology, self.folder, self.said = topology, Path(run_dir), []
+        self.config = config_from_tree(tree)
+        self.send: Callable[[m.Up], None] = self.said.append
+        self.loaded = load_model(self.config.model, topology.device, seed=3)
+        self.base = build_base(self.config, self.loaded, topology.tp_group)
+        self._rows = load_data(self.config, self.loaded.tokenizer, topology.replica, len(topology.layout.replicas))
+        self._records = RankRecords(self.folder, topology.env.rank, self.config.metrics, {})
+        self.start()
+
+    def start(self) -> None:
+        self.replica = self.build(self.config)
+
+    def build(self, config: Config, steps: int = 0) -> Replica:
+        return build_replica(config, self.topology, self.base, self._rows, self.folder, self._records, self.send, steps)
 
     def step(self, *orders: m.Down) -> None:
         self.replica.step(list(orders))
@@ -131,17 +140,22 @@ class Driver:
     def events(self, request_id: int) -> list[TokenEvent]:
         return [e for x in self.said if isinstance(x, m.Tokens) for e in x.events if e.request_id == request_id]
 
-    def begin(self, members: tuple[int, ...], steps: int, round_id: int = 1, group: int = 1) -> None:
+    def begin(
+        self, members: tuple[int, ...], steps: int, round_id: int = 1, group: int | None = None, base_version: int = 0
+    ) -> None:
         plan = RoundPlan(
             round_id=round_id,
             members=members,
-            incarnations=(0,) * len(members),
+            incarnations=self.incarnations(members),
             local_steps=steps,
             micro_batch=4,
             accumulation=1,
-            base_version=0,
+            base_version=base_version,
         )
-        self.step(m.BeginRound(plan=plan, group=group))
+        self.step(m.BeginRound(plan=plan, group=round_id if group is None else group))
+
+    def incarnations(self, members: tuple[int, ...]) -> tuple[int, ...]:
+        return (0,) * len(members)
 
 
 def serve_alone(driver: Driver, id: int) -> list[int]:

@@ -3,59 +3,44 @@
 from __future__ import annotations
 
 import gc
-import time
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
+from bodies import Driver
 from helpers import answer, request
 
 from clif.adapters.store import AdapterStore
-from clif.config import config_from_tree
 from clif.distributed.topology import Topology
-from clif.engine.base import build_base
-from clif.models.weights.loading import load_model
 from clif.rank.supervisor import ReplicaSupervisor
-from clif.replica.build import build_replica, load_data
-from clif.replica.records import RankRecords
 from clif.replica.replica import Replica
-from clif.types import AdapterVersion, RoundPlan
+from clif.types import AdapterVersion
 from clif.wire import messages as m
 
 
-class Alive:
+class Alive(Driver):
     """A replica with its incarnations, as the worker runs it; the test is the control process."""
 
     def __init__(self, topology: Topology, model: str, data: str, run_dir: str, rebuilds: int = 3) -> None:
-        tree = {
-            "run": {"out_dir": str(Path(run_dir).parent), "name": Path(run_dir).name},
-            "model": {"path": model, "dtype": "float32", "max_context": 200, "device": topology.device.type},
-            "engine": {"kv_tokens": 1024, "max_batch": 8},
-            "data": {"path": data},
-            "train": {"lr": 0.02, "micro_batch": 4, "warmup_steps": 0},
-        }
-        self.topology, self.folder, self.said = topology, Path(run_dir), []
-        config = config_from_tree(tree)
-        resumed = config.model_copy(update={"run": config.run.model_copy(update={"resume": True})})
-        loaded = load_model(config.model, topology.device, seed=3)
-        records = RankRecords(self.folder, topology.env.rank, config.metrics, {})
-        self.base = build_base(config, loaded, topology.tp_group)
-        rows = load_data(config, loaded.tokenizer, topology.replica, len(topology.layout.replicas))
-        self.send: Callable[[m.Up], None] = self.said.append if topology.is_leader else lambda _: None
+        self._rebuilds, self.built = rebuilds, list[int]()
+        run = {"out_dir": str(Path(run_dir).parent), "name": Path(run_dir).name}
+        super().__init__(topology, model, data, run_dir, run=run)
 
-        def build(incarnation: int, steps: int) -> Replica:
-            if incarnation:
-                self.base.renew(config.run.seed)
-            wanted = resumed if incarnation else config
-            return build_replica(wanted, topology, self.base, rows, self.folder, records, self.send, steps)
-
-        self.built: list[int] = []
+    def start(self) -> None:
+        if not self.topology.is_leader:
+            self.send = lambda _: None
         self.supervisor = ReplicaSupervisor(
-            topology, build, self.send, rebuilds, lambda _, incarnation: self.built.append(incarnation)
+            self.topology, self._build, self.send, self._rebuilds, lambda _, incarnation: self.built.append(incarnation)
         )
+
+    def _build(self, incarnation: int, steps: int) -> Replica:
+        if not incarnation:
+            return self.build(self.config, steps)
+        self.base.renew(self.config.run.seed)
+        resumed = self.config.run.model_copy(update={"resume": True})
+        return self.build(self.config.model_copy(update={"run": resumed}), steps)
 
     @property
     def replica(self) -> Replica:
@@ -65,40 +50,16 @@ class Alive:
         leads = self.topology.is_leader
         self.supervisor.step([msgspec.msgpack.encode(order) for order in orders] if leads else None)
 
-    def until(self, done: Callable[[], bool], limit_s: float = 40.0) -> None:
-        end = time.monotonic() + limit_s
-        while not done():
-            assert time.monotonic() < end, f"nothing came of it; said {[type(x).__name__ for x in self.said[-5:]]}"
-            self.step()
-
-    def last(self, kind: type) -> Any:
-        found = [x for x in self.said if isinstance(x, kind)]
-        return found[-1] if found else None
-
-    def wait_for(self, kind: type) -> Any:
-        self.until(lambda: self.last(kind) is not None)
-        return self.last(kind)
-
     def tokens(self, request_id: int) -> list[int]:
-        events = [e for x in self.said if isinstance(x, m.Tokens) for e in x.events if e.request_id == request_id]
-        return answer(events)
+        return answer(self.events(request_id))
 
-    def begin(self, round_id: int, steps: int, base_version: int = 0) -> None:
-        plan = RoundPlan(
-            round_id=round_id,
-            members=(0,),
-            incarnations=(self.supervisor.incarnation,),
-            local_steps=steps,
-            micro_batch=4,
-            accumulation=1,
-            base_version=base_version,
-        )
-        self.step(m.BeginRound(plan=plan, group=plan.round_id))
+    def incarnations(self, members: tuple[int, ...]) -> tuple[int, ...]:
+        return (self.supervisor.incarnation,) * len(members)
 
     def commit(self, round_id: int, version: int) -> None:
         """A whole round of this replica alone, stored as the control process would."""
         self.said.clear()
-        self.begin(round_id, steps=3, base_version=version - 1)
+        self.begin((0,), steps=3, round_id=round_id, base_version=version - 1)
         self.wait_for(m.StepsDone)
         self.step(m.Aggregate(round_id=round_id))
         self.wait_for(m.Voted)
@@ -128,7 +89,7 @@ def fail_in_a_round(topology: Topology, model: str, data: str, run_dir: str) -> 
     trainer = alive.replica.member.trainer
     before = (trainer.bank.shadow.detach().clone(), trainer.steps, trainer.cursor_state()["committed"])
     known = answer_of(alive, 1)
-    alive.begin(2, steps=50, base_version=1)
+    alive.begin((0,), steps=50, round_id=2, base_version=1)
     alive.until(lambda: trainer.steps > 4)
     cache = weakref.ref(alive.replica.engine.runner.cache)
     steps, heard = alive.replica.steps, len(alive.said)
@@ -201,10 +162,7 @@ def a_member_that_never_comes(topology: Topology, model: str, data: str, run_dir
         topology.store.get("clif/test/over")
         return {}
     alive = Alive(topology, model, data, run_dir)
-    plan = RoundPlan(
-        round_id=1, members=(0, 1), incarnations=(0, 0), local_steps=2, micro_batch=4, accumulation=1, base_version=0
-    )
-    alive.step(m.BeginRound(plan=plan, group=plan.round_id))
+    alive.begin((0, 1), steps=2)
     alive.wait_for(m.StepsDone)
     alive.step(m.Aggregate(round_id=1))
     answered = answer_of(alive, 1)

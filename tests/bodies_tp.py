@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import SMALL, answer, random_state, request, stack_logits
+from helpers import answer, random_state, request, small_config, stack_logits
 from huggingface_hub import constants
 
 from clif.adapters.bank import AdapterBank
 from clif.adapters.peft_io import read_weights, write_weights
-from clif.config import Config, config_from_tree
 from clif.distributed.collectives import PeersLost, TpGroup, WeightedMean
 from clif.distributed.topology import Topology
 from clif.engine.engine import Engine
@@ -43,13 +42,8 @@ class Part:
     """This rank's part of a model, with an adapter that answers and a shadow that learns; both random."""
 
     def __init__(self, topology: Topology, model: str, coserving: str = "interleaved", **engine: Any) -> None:
-        tree = {
-            "model": {"path": model, "dtype": "float32", "max_context": 200, "device": topology.device.type},
-            "engine": {**SMALL, "coserving": coserving, **engine},
-            "adapter": {"r": 4, "lora_alpha": 8},
-            "train": {"enabled": False},
-        }
-        self.config: Config = config_from_tree(tree)
+        kinds = {"coserving": coserving, **engine}
+        self.config = small_config(model, engine=kinds, device=topology.device.type, model={"max_context": 200})
         self.tp_group, loaded = topology.tp_group, load_model(self.config.model, topology.device, 3, topology.tp_group)
         if model.startswith("random:"):
             add_biases(loaded.model, topology.tp_group)

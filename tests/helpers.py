@@ -85,21 +85,27 @@ def stack_logits(stack: CausalStack, ids: torch.Tensor, slot: int | None = None)
     return stack.logits(stack.norm(hidden))
 
 
-def make_rig(
-    model_path: str,
+def small_config(
+    path: str,
     engine: dict | None = None,
     adapter: dict | None = None,
     device: str = "cpu",
     model: dict | None = None,
-    seed: int = 3,
-) -> Rig:
-    tree = {
-        "model": {"path": model_path, "dtype": "float32", "max_context": 256, "device": device, **(model or {})},
-        "engine": {**SMALL, **(engine or {})},
-        "adapter": {"r": 4, "lora_alpha": 8, **(adapter or {})},
-        "train": {"enabled": False},
-    }
-    config = config_from_tree(tree)
+) -> Config:
+    """Of an engine that only serves until a test trains with it."""
+    return config_from_tree(
+        {
+            "model": {"path": path, "dtype": "float32", "max_context": 256, "device": device, **(model or {})},
+            "engine": {**SMALL, **(engine or {})},
+            "adapter": {"r": 4, "lora_alpha": 8, **(adapter or {})},
+            "train": {"enabled": False},
+        }
+    )
+
+
+def make_rig(model_path: str, device: str = "cpu", seed: int = 3, **sections: Any) -> Rig:
+    """An engine around a model; what it takes besides is of small_config()."""
+    config = small_config(model_path, device=device, **sections)
     loaded = load_model(config.model, torch.device(device), seed)
     return Rig(config, loaded, Engine.from_config(config, loaded))
 
