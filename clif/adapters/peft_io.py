@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from clif.adapters.bank import AdapterBank, State
 from clif.adapters.peft_files import ELSEWHERE, PREFIX
 from clif.adapters.store import CONFIG_FILE, WEIGHTS_FILE
 from clif.errors import InputError, plain
+
+_A, _B = ".lora_A.", ".lora_B."
 
 
 class AdapterError(InputError):
@@ -126,43 +129,52 @@ def fit_folder(bank: AdapterBank, folder: Path) -> State:
     """
     config, weights = _read_files(folder)
     _check_extras(config, folder)
-    rank, alpha = read_rank(folder), config.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not alpha > 0:
-        raise AdapterError(f"{folder} has lora_alpha={plain(alpha)}: correct it to a number above 0")
+    rank, state = _rank_of(config, folder), _by_name(_tensors(weights))
     if rank > bank.config.r:
         raise AdapterError(f"{folder} has r={rank}, more than adapter.r {bank.config.r}: raise adapter.r")
-    scale = (alpha / rank) / (bank.config.lora_alpha / bank.config.r)
-    state, shapes = _by_name(_tensors(weights)), bank.shapes()
-    unknown = sorted(state.keys() - shapes.keys())
+    scale = _scale_of(config, rank, folder) / (bank.config.lora_alpha / bank.config.r)
+    _check_modules(state, bank, folder)
+    whole = {name: torch.zeros(shape, device=bank.shadow.device) for name, shape in bank.shapes().items()}
+    for name, tensor in sorted(state.items()):
+        # A is [r, in], B [out, r].
+        dim = 0 if _A in name else 1
+        room = whole[name].narrow(dim, 0, rank)
+        if tensor.shape != room.shape:
+            raise AdapterError(f"{name} has shape {list(tensor.shape)}, not {list(room.shape)}")
+        room.copy_(_served(name, tensor, bank.dtype))
+        if dim == 1 and scale != 1:
+            room.mul_(scale)
+    return bank.local(whole)
+
+
+def _check_modules(state: State, bank: AdapterBank, folder: Path) -> None:
+    """Raises AdapterError for factors of modules that the bank has not got, and for one factor without the other."""
+    unknown = sorted(state.keys() - bank.shapes().keys())
     if unknown or not state:
         raise AdapterError(f"{folder} does not fit the model: {len(unknown)} unknown keys {plain(unknown[:3])}")
-    whole = {name: torch.zeros(shape, device=bank.shadow.device) for name, shape in shapes.items()}
-    for name, tensor in state.items():
-        dim = 0 if name.endswith("lora_A.weight") else 1
-        expected = list(shapes[name])
-        expected[dim] = rank
-        if list(tensor.shape) != expected:
-            raise AdapterError(f"{name} has shape {list(tensor.shape)}, not {expected}")
-        served = _served(name, tensor, bank.dtype)
-        whole[name].narrow(dim, 0, rank).copy_(served if dim == 0 or scale == 1 else served * scale)
-    lonely = sorted(name for name in state if _other_factor(name) not in state)
+    pairs = {name: name.replace(_A, _B) if _A in name else name.replace(_B, _A) for name in state}
+    lonely = sorted(name for name, other in pairs.items() if other not in state)
     if lonely:
         raise AdapterError(f"{folder} holds {lonely[0]} without its other factor: export the adapter again")
-    return bank.local(whole)
 
 
 def read_rank(folder: Path) -> int:
     """The rank of an adapter in a PEFT folder. Raises AdapterError."""
-    config, _ = _read_files(folder)
+    return _rank_of(_read_files(folder)[0], folder)
+
+
+def _rank_of(config: dict[str, Any], folder: Path) -> int:
     rank = config.get("r")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise AdapterError(f"{folder} has r={plain(rank)}: correct it to a whole number above 0")
     return rank
 
 
-def _other_factor(name: str) -> str:
-    a, b = ".lora_A.", ".lora_B."
-    return name.replace(a, b) if a in name else name.replace(b, a)
+def _scale_of(config: dict[str, Any], rank: int, folder: Path) -> float:
+    alpha = config.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+        raise AdapterError(f"{folder} has lora_alpha={plain(alpha)}: correct it to a number above 0")
+    return alpha / rank
 
 
 def _read_files(folder: Path) -> tuple[dict[str, Any], bytes]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from helpers import answer, make_rig, random_state, request
 
@@ -190,6 +192,27 @@ def test_an_adapter_of_a_larger_rank_is_refused_with_the_field_to_raise(random_m
     llm = LLM(random_model, adapter={"r": 8}, engine={"kv_tokens": 1024}, **EXACT)
     with llm, pytest.raises(InputError, match=r"has r=16, more than adapter.r 8: raise adapter.r"):
         llm.generate(PROMPTS[0], GREEDY, adapter=folders[1])
+
+
+@pytest.mark.parametrize(
+    "changes, lost, sentence",
+    [
+        ({"r": "8"}, "", "has r=8: correct it to a whole number above 0"),
+        ({"r": 3}, "", r"down_proj.lora_A.weight has shape \[4, 96\], not \[3, 96\]"),
+        ({"lora_alpha": -1}, "", "has lora_alpha=-1: correct it to a number above 0"),
+        ({"use_dora": True}, "", "uses use_dora, which cannot be served"),
+        ({}, "lora_B", "without its other factor: export the adapter again"),
+    ],
+)
+def test_an_adapter_that_cannot_be_fitted_is_refused_with_what_to_change(
+    llm, folders, tmp_path, changes, lost, sentence
+):
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(json.loads((folders[0] / CONFIG_FILE).read_text()) | changes))
+    state = safetensors.torch.load_file(folders[0] / WEIGHTS_FILE)
+    kept = {name: tensor for name, tensor in state.items() if not lost or lost not in name}
+    safetensors.torch.save_file(kept, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(InputError, match=sentence):
+        llm.generate(PROMPTS[0], GREEDY, adapter=tmp_path)
 
 
 def test_a_closed_library_refuses_and_so_do_its_streams(random_model):
