@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from clif.kernels.dual_lora_grads_kernel import dual_lora_grads
 from clif.kernels.dual_lora_kernel import BASE, FUSED, SHRINK, dual_lora_linear
 from clif.kernels.dual_lora_reference import MergedLinear, Segment
-from clif.kernels.dual_lora_table import RowTable, column_tiles, grad_tiles
+from clif.kernels.dual_lora_table import RowTable, RowTables, column_tiles, grad_tiles
 from clif.kernels.tiles import GradTiles, LinearTiles, descriptor_boxes
 
 INTERPRET = not isinstance(dual_lora_linear, triton.runtime.JITFunction)
@@ -187,11 +187,14 @@ class FusedLinear:
         self._backward_blocks = self._table([(m.start, m.stop) for m in adapted])
         self._columns: dict[tuple[Callable[..., Any], int], tuple[torch.Tensor, bool]] = {}
 
-    def forward(self, x: torch.Tensor, segments: Sequence[Segment] | RowTable) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, segments: Sequence[Segment] | RowTable, tables: RowTables | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """y [rows, out] and h = scale * x A^T [rows, k r] of x [rows, in]; rows in no segment have no h.
 
-        A table instead of segments is for a captured graph: refilled, it serves others in the next replay. Raises
-        ValueError for segments that overlap, or a table made for other tiles.
+        tables: of these segments; without them tables are made and kept for segments that come again. A table instead
+        of segments is for a captured graph: refilled, it serves others in the next replay. Raises ValueError for
+        segments that overlap, or a table made for other tiles.
         """
         p, x = self.merged, _rows(x)
         out, depth = p.weight.shape
@@ -201,14 +204,18 @@ class FusedLinear:
         tiles = self._launcher.tiling.linear(len(x), depth, out, p.r, False)
         if tiles.form == "separate" and not isinstance(segments, RowTable):
             return self._separate(x, segments, hidden), hidden
-        rows = self._table_of(segments, len(x), tiles)
+        rows = self._table_of(segments, len(x), tiles, tables)
         columns = self._cut(column_tiles, p.projections, tiles.block_n)
         blocks = self._forward_blocks
         self._launcher.linear(tiles, x, p.weight, p.bias, p.a, p.b, hidden, y, rows, *columns, blocks, p.r, p.scale)
         return y, hidden
 
-    def _table_of(self, segments: Sequence[Segment] | RowTable, rows: int, tiles: LinearTiles) -> RowTable:
+    def _table_of(
+        self, segments: Sequence[Segment] | RowTable, rows: int, tiles: LinearTiles, tables: RowTables | None
+    ) -> RowTable:
         if not isinstance(segments, RowTable):
+            if tables is not None:
+                return tables.of(tiles.block_m, len(self.merged.a))
             return self._launcher.rows(segments, rows, tiles.block_m, len(self.merged.a))
         if tiles.form == "separate" or segments.block_m != tiles.block_m:
             raise ValueError(f"a table of {segments.block_m}-row tiles does not fit {tiles}: make it for these")

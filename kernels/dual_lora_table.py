@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from clif.kernels.dual_lora_reference import Projection, Segment
+from clif.kernels.staging import Staged
 
 
 def row_tiles(segments: Sequence[Segment], rows: int, block_m: int, slots: int) -> tuple[list[tuple[int, ...]], int]:
@@ -63,8 +64,10 @@ class RowTable:
         """capacity: tiles that `refill` may need later, as a captured graph does."""
         self.block_m, self.slots = block_m, slots
         found, adapted = row_tiles(segments, rows, block_m, slots)
-        self._words = _words(found, adapted, max(capacity, len(found), 1)).to(device, non_blocking=True)
-        self.counts, self.tiles = self._words[:2], self._words[HEADER:].view(-1, 3)
+        capacity = max(capacity, len(found), 1)
+        self._staged = Staged.zeros(HEADER + 3 * capacity, torch.int32, device)
+        self.counts, self.tiles = self._staged.words[:2], self._staged.words[HEADER:].view(-1, 3)
+        self._send(found, adapted)
 
     @property
     def capacity(self) -> int:
@@ -79,15 +82,46 @@ class RowTable:
         found, adapted = row_tiles(segments, rows, self.block_m, self.slots)
         if len(found) > self.capacity:
             raise ValueError(f"{len(found)} row tiles do not fit in {self.capacity}: make the table with more capacity")
-        self._words.copy_(_words(found, adapted, self.capacity), non_blocking=True)
+        self._send(found, adapted)
+
+    def _send(self, found: Sequence[Sequence[int]], adapted: int) -> None:
+        """Counts and tiles in one piece, where a GPU can fetch it while Python goes on."""
+        words = self._staged.write().numpy()
+        values = [len(found), adapted, *[0] * (HEADER - 2), *itertools.chain.from_iterable(found)]
+        words[: len(values)] = values
+        words[len(values) :].reshape(-1, 3)[:] = NO_TILE
+        self._staged.send()
+
+
+class RowTables:
+    """The rows of one kind in each batch, cut for layers of any tile height; each table is made once and refilled.
+
+    refill() sends all tables of the batch's size that exist, so that a forward meets tables that are ready.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._tables: dict[tuple[int, int, int], RowTable] = {}
+        self.segments: tuple[Segment, ...] = ()
+        self.rows = self._size = 0
+
+    def refill(self, segments: tuple[Segment, ...], rows: int) -> None:
+        """The batch that comes next. Raises ValueError as RowTable does."""
+        self.segments, self.rows, self._size = segments, rows, 1 << max(0, rows - 1).bit_length()
+        for (size, _, _), table in self._tables.items():
+            if size == self._size:
+                table.refill(segments, rows)
+
+    def of(self, block_m: int, slots: int) -> RowTable:
+        """The table of this batch for tiles of so many rows."""
+        key = (self._size, block_m, slots)
+        if key not in self._tables:
+            # Each slot, and the rows without one, may end in a tile that is not full.
+            capacity = self._size // block_m + slots + 1
+            self._tables[key] = RowTable(self.segments, self.rows, block_m, slots, self._device, capacity)
+        return self._tables[key]
 
 
 HEADER = 16
 """Words before the tiles, so that these are aligned."""
-
-
-def _words(found: Sequence[Sequence[int]], adapted: int, capacity: int) -> torch.Tensor:
-    """Counts and tiles in one piece, where a GPU can fetch it while Python goes on."""
-    padding = [0, 0, -1] * (capacity - len(found))
-    values = [len(found), adapted, *[0] * (HEADER - 2), *itertools.chain.from_iterable(found), *padding]
-    return torch.tensor(values, dtype=torch.int32, pin_memory=torch.cuda.is_available())
+NO_TILE = (0, 0, -1)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from clif.kernels.staging import Staged
+
 
 class DecodeRow(NamedTuple):
     """One sequence: its row in the batch, its tokens in the cache (the new one included), and its blocks in order."""
@@ -59,9 +61,8 @@ class DecodeTable:
         self.capacity, self.max_blocks, self.block_size = capacity, max_blocks, block_size
         # Parts that begin at multiples of 16 words are aligned, which the compiler makes use of.
         self._width = -(-capacity // 16) * 16
-        self._host = torch.zeros(16 + 2 * self._width + capacity * max_blocks, dtype=torch.int32)
-        self._words = self._host.to(device, copy=True)
-        self.counts, self.rows, self.lengths, self.blocks = self._views(self._words)
+        self._staged = Staged.zeros(16 + 2 * self._width + capacity * max_blocks, torch.int32, device)
+        self.counts, self.rows, self.lengths, self.blocks = self._views(self._staged.words)
 
     @classmethod
     def make(
@@ -76,8 +77,8 @@ class DecodeTable:
 
         Both are the next power of two if they are not given, so that few shapes are launched. Raises ValueError.
         """
-        blocks = max((-(-s.length // block_size) for s in sequences), default=1)
-        table = cls(capacity or _power(len(sequences)), max_blocks or max(16, _power(blocks)), block_size, device)
+        least = table_size(sequences, block_size)
+        table = cls(capacity or least[0], max_blocks or least[1], block_size, device)
         table.refill(sequences)
         return table
 
@@ -91,14 +92,14 @@ class DecodeTable:
                 f"{len(sequences)} sequences do not fit in {self.capacity}: make the table with more capacity"
             )
         needed = [self._needed(s) for s in sequences]
-        counts, rows, lengths, blocks = (view.numpy() for view in self._views(self._host))
+        counts, rows, lengths, blocks = (view.numpy() for view in self._views(self._staged.write()))
         counts[0] = len(sequences)
         for i, (sequence, count) in enumerate(zip(sequences, needed, strict=True)):
             rows[i], lengths[i] = sequence.row, sequence.length
             blocks[i, :count] = sequence.blocks[:count]
             # Never read; were it, it would be the sequence's own.
             blocks[i, count:] = sequence.blocks[count - 1]
-        self._words.copy_(self._host)
+        self._staged.send()
 
     def _needed(self, sequence: DecodeRow) -> int:
         count = -(-sequence.length // self.block_size)
@@ -120,6 +121,28 @@ class DecodeTable:
         width = self._width
         parts = words[:1], words[16 : 16 + self.capacity], words[16 + width : 16 + width + self.capacity]
         return *parts, words[16 + 2 * width :].view(self.capacity, self.max_blocks)
+
+
+class DecodeTables:
+    """Decode tables of a few sizes (powers of two), each made once and refilled from then on."""
+
+    def __init__(self, block_size: int, device: torch.device) -> None:
+        self._block_size, self._device = block_size, device
+        self._tables: dict[tuple[int, int], DecodeTable] = {}
+
+    def refill(self, sequences: Sequence[DecodeRow]) -> DecodeTable:
+        """The table of the smallest size that holds these sequences, with them. Raises ValueError as it does."""
+        size = table_size(sequences, self._block_size)
+        if size not in self._tables:
+            self._tables[size] = DecodeTable(*size, self._block_size, self._device)
+        self._tables[size].refill(sequences)
+        return self._tables[size]
+
+
+def table_size(sequences: Sequence[DecodeRow], block_size: int) -> tuple[int, int]:
+    """(capacity, max_blocks) that hold these sequences: the next powers of two."""
+    blocks = max((-(-s.length // block_size) for s in sequences), default=1)
+    return _power(len(sequences)), max(16, _power(blocks))
 
 
 def _power(count: int) -> int:

@@ -9,7 +9,8 @@ from bodies_tp import SAMPLES, Part, counted, list_slices
 from helpers import request
 
 from clif.distributed.topology import Topology
-from clif.engine.sampling import choose, make_rng
+from clif.engine import sampling
+from clif.engine.sampling import make_rng
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import LoraRows
 from clif.models.head import Head
@@ -43,6 +44,11 @@ def exact_rows(topology: Topology, broken: bool) -> torch.Tensor:
     if broken:
         rows[2] = float("nan")
     return rows.to(topology.device)
+
+
+def choose(*arguments: Any) -> list[int]:
+    tokens: list[int] = sampling.choose(*arguments).tolist()
+    return tokens
 
 
 def choices(topology: Topology) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def fail_in_a_round(topology: Topology, model: str, data: str, run_dir: str) -> 
     alive.until(lambda: trainer.steps > 4)
     cache = weakref.ref(alive.replica.engine.runner.cache)
     steps, heard = alive.replica.steps, len(alive.said)
-    alive.replica.engine.runner.serve = fail  # type: ignore[method-assign]
+    alive.replica.engine.runner.forward = fail  # type: ignore[method-assign]
     alive.step(m.Submit(request=request(2, [9, 8], max_tokens=5)))
     trouble = alive.said[heard]
     del trainer
@@ -124,7 +124,7 @@ def fail_too_often(topology: Topology, model: str, data: str, run_dir: str) -> t
     alive = Alive(topology, model, data, run_dir, rebuilds=2)
     try:
         for incarnation in range(1, 5):
-            alive.replica.engine.runner.serve = fail  # type: ignore[method-assign]
+            alive.replica.engine.runner.forward = fail  # type: ignore[method-assign]
             alive.step(m.Submit(request=request(incarnation, [9, 8], max_tokens=5)))
             alive.step(m.Welcome(incarnation=incarnation))
     except torch.OutOfMemoryError as error:
@@ -149,7 +149,7 @@ def one_of_two_ranks_fails(topology: Topology, model: str, data: str, run_dir: s
     alive = Alive(topology, model, data, run_dir)
     known = answer_of(alive, 1)
     if topology.env.rank == 1:
-        alive.replica.engine.runner.serve = fail  # type: ignore[method-assign]
+        alive.replica.engine.runner.forward = fail  # type: ignore[method-assign]
     alive.step(m.Submit(request=request(2, [9, 8], max_tokens=5)))
     alive.step(m.Welcome(incarnation=1))
     again = answer_of(alive, 3)

@@ -110,7 +110,7 @@ def serve_and_train(topology: Topology, model: str, coserving: str, kernel: str 
 def counted() -> Iterator[Counter[str]]:
     """How often this rank calls each collective of TpGroup that others are made of."""
     calls: Counter[str] = Counter()
-    originals = {name: getattr(TpGroup, name) for name in ("all_reduce_", "broadcast_ints")}
+    originals = {name: getattr(TpGroup, name) for name in ("all_reduce_", "broadcast_", "broadcast_ints")}
 
     def counting(name: str) -> Any:
         def called(self: TpGroup, *arguments: Any) -> Any:

@@ -72,6 +72,9 @@ class EngineConfig(Section):
     Triton's interpreter). `auto`: `triton` on a GPU that can run it, otherwise `torch`."""
     max_prefill_tokens: Positive = 512
     """[tokens] Prompt tokens computed in one step at most; longer prompts go in chunks."""
+    overlap: bool = False
+    """Launch a step before the tokens of the one before are read: a GPU need not wait for the host, a CPU gains
+    nothing. Answers do not change; ends are seen a step later, and what a request holds is held that much longer."""
     coserving: CoservingMode = CoservingMode.AUTO
     """`fused`: training forwards share the products of serving steps. `concurrent`: training slices run on half of the
     rank's CPU threads. `interleaved`: slices between steps. `auto`: `fused` on a GPU; on a CPU `concurrent` with

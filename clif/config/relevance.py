@@ -103,6 +103,7 @@ RELEVANCE: dict[str, Needs] = {
     "engine.lora_kernel": ALWAYS,
     "engine.decode_kernel": (SERVES,),
     "engine.max_prefill_tokens": (SERVES,),
+    "engine.overlap": (SERVES,),
     "engine.coserving": (TRAINS, LOAD, ADAPTS),
     "engine.slice_ms": (TRAINS,),
     "engine.concurrent_slice_ms": (

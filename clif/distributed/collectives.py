@@ -274,6 +274,12 @@ class TpGroup:
         whole[:, start : start + part.shape[1]] = part
         return self.all_reduce_(whole)
 
+    def broadcast_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The leader's tensor in place of this rank's, which has the same shape and type."""
+        if self._group is not None:
+            self._wait(self._group.broadcast(tensor, 0))
+        return tensor
+
     def broadcast_ints(self, values: list[int], device: torch.device) -> list[int]:
         """The leader's values, on every rank; all ranks pass lists of the same length."""
         if self._group is None or not values:

@@ -8,6 +8,7 @@ decide, so that all ranks of a replica do the same.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,15 +16,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-
 from clif.config import Config, EngineConfig, SloConfig
 from clif.distributed.collectives import TpGroup
+from clif.engine.batch import Batch
 from clif.engine.cost_model import UNLIMITED, CostModel, may_train, training_slack
 from clif.engine.jobs import WAIT, Job, Slice, SliceKind
 from clif.engine.passes import Pass
 from clif.engine.runner import ModelRunner
-from clif.engine.sampling import choose, make_rng
+from clif.engine.sampling import SampledTokens
 from clif.engine.scheduler import Chunk, Scheduler
 from clif.engine.train_thread import TrainThread
 from clif.types import Regime, SlackLimit, TokenEvent, TrainingSlack
@@ -55,6 +55,17 @@ class StepRecord:
     slack: TrainingSlack | None = None
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A step under way. fused: the training forward that it took along; start: on the engine's clock."""
+
+    chunks: list[Chunk]
+    tokens: SampledTokens
+    fused: Slice | None
+    regime: Regime
+    start: float
+
+
 @dataclass
 class Engine:
     """Serves and learns. jobs: training work in the order in which it is done; record: what the last step did.
@@ -78,6 +89,8 @@ class Engine:
     _beside: tuple[Slice, int] | None = None
     _credit_s: float = 0.0
     _broken: RuntimeError | None = None
+    _launched: Launched | None = None
+    _settled_s: float = -math.inf
 
     @classmethod
     def from_config(cls, config: Config, loaded: LoadedModel | None = None, tp_group: TpGroup | None = None) -> Engine:
@@ -100,40 +113,53 @@ class Engine:
         return self.scheduler.config
 
     def serve(self) -> list[TokenEvent]:
-        """One iteration over all running requests: schedule, run, sample, settle."""
+        """One step over all running requests: schedule, fill, forward, settle."""
         self.record = StepRecord()
         self._collect()
-        chunks = self.scheduler.schedule()
-        if not chunks:
-            return []
-        rider = self._rider(chunks)
-        start = self.clock()
-        sampling = [c.sequence for c in chunks if c.needs_sampling]
-        for sequence in sampling:
-            if sequence.rng is None:
-                drawn, size = len(sequence.output_ids), self.runner.stack.vocab_size
-                sequence.rng = make_rng(sequence.request, self.runner.device, drawn, size)
-        logits = self._run(chunks, rider)
-        params, rngs = [s.request.sampling for s in sampling], [s.rng for s in sampling]
-        tokens = choose(self.runner.stack.head, logits, params, rngs)
-        now = self.clock()
-        self._note(chunks, rider, now - start)
-        return self.scheduler.settle(chunks, tokens, now)
+        return self._overlapped_step() if self.config.overlap else self._normal_step()
 
-    def _run(self, chunks: Sequence[Chunk], rider: Slice | None) -> torch.Tensor:
-        if rider is None:
-            return self.runner.serve(chunks)
+    def _normal_step(self) -> list[TokenEvent]:
+        chunks = self.scheduler.schedule()
+        return self._settle(self._launch(chunks)) if chunks else []
+
+    def _overlapped_step(self) -> list[TokenEvent]:
+        """Launch this step, then settle the one before: the device computes while the host does everything else.
+
+        Its rows take their ids from the step before on the device. What it computes for a sequence that turns out to
+        have ended is thrown away when it is settled, and only then are blocks and versions released.
+        """
+        chunks = self.scheduler.schedule()
+        before, self._launched = self._launched, self._launch(chunks) if chunks else None
+        return self._settle(before) if before else []
+
+    def _launch(self, chunks: list[Chunk]) -> Launched:
+        fused, start = self._rider(chunks), self.clock()
+        batch = self.runner.fill(chunks)
+        tokens, fused = self._forward(batch, fused)
+        return Launched(chunks, tokens, fused, Regime.CONCURRENT if self._beside else Regime.ALONE, start)
+
+    def _forward(self, batch: Batch, fused: Slice | None) -> tuple[SampledTokens, Slice | None]:
+        """The step's tokens, and the training forward that it really took along."""
+        if fused is None:
+            return self.runner.forward(batch), None
         try:
-            logits = self.runner.serve(chunks, rider.rider)
+            tokens = self.runner.forward(batch, fused.rider)
         except RuntimeError as error:
             if self.tp_group.size > 1:
                 # The others are in the middle of the same step.
                 raise
             # The rows that serve did nothing wrong: they are computed again, over what they have written.
             self._broken = error
-            return self.runner.serve(chunks)
+            return self.runner.forward(batch), None
         self._resume(None)
-        return logits
+        return tokens, fused
+
+    def _settle(self, step: Launched) -> list[TokenEvent]:
+        tokens, now = step.tokens.read(), self.clock()
+        # A step that was launched while the one before still ran began when that one ended.
+        self._note(step, now - max(step.start, self._settled_s))
+        self._settled_s = now
+        return self.scheduler.settle(step.chunks, tokens, now)
 
     def learn(self) -> None:
         """At most one slice of the first job, and only if every running and waiting request can afford it.
@@ -211,7 +237,7 @@ class Engine:
 
     @property
     def serving(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._launched)
 
     @property
     def training(self) -> bool:
@@ -335,20 +361,19 @@ class Engine:
             self.record.slack = training_slack(self.clock(), step_s, sequences, self.slo)
         return self.record.slack.seconds
 
-    def _note(self, chunks: Sequence[Chunk], rider: Slice | None, seconds: float) -> None:
+    def _note(self, step: Launched, seconds: float) -> None:
+        chunks, record, regime = step.chunks, self.record, step.regime
         decode = sum(c.is_decode for c in chunks)
         rows, context = sum(c.stop - c.start for c in chunks), sum(c.stop for c in chunks)
-        record = self.record
         record.decode_rows, record.prefill_tokens, record.serve_s = decode, rows - decode, seconds
-        if rider is not None and self._broken is None:
-            record.regime, record.train_kind = Regime.FUSED, rider.kind
+        if step.fused is not None:
+            regime, record.train_kind = Regime.FUSED, step.fused.kind
             record.gap_s = max(0.0, seconds - self.cost_model.step_s(rows, context))
             # What the forward cost is what it made the step longer by: the step's own part is serving.
             record.train_s, record.serve_s = record.gap_s, seconds - record.gap_s
-            rows += rider.tokens
-        elif self._beside is not None:
-            record.regime = Regime.CONCURRENT
-        self.cost_model.observe_step(rows, context, seconds, record.regime)
+            rows += step.fused.tokens
+        record.regime = regime
+        self.cost_model.observe_step(rows, context, seconds, regime)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,11 +11,12 @@ import torch
 from clif.adapters.bank import AdapterBank
 from clif.config import ConfigError, EngineConfig
 from clif.engine.attention import KVCache, PagedRows
+from clif.engine.batch import Batch, BatchBuilder
 from clif.engine.jobs import Slice, SliceKind, Slices
 from clif.engine.passes import Pass, measure_activations, pack
+from clif.engine.sampling import SampledTokens, choose
 from clif.engine.scheduler import Chunk
-from clif.kernels.dual_lora_reference import Segment
-from clif.models.dual_linear import SHADOW, LoraRows
+from clif.models.dual_linear import SHADOW
 from clif.models.layer import SubBatch
 from clif.models.stack import CausalStack
 from clif.types import TrainSample
@@ -62,6 +63,9 @@ class ModelRunner:
         self.activations = measure_activations(stack, device, config.activation_mib << 20)
         self.pace: Pace = AtOnce()
         self.paged = paged
+        self._batches = BatchBuilder(config, stack.vocab_size, device, dtype)
+        # Of the last step, in the order in which its chunks sample: the next one may need them before the host knows.
+        self._last_tokens = torch.zeros(config.max_batch, dtype=torch.int64, device=device)
 
     def check_samples(self, longest: int) -> None:
         """Raises ConfigError if a training sample of this many tokens cannot be held."""
@@ -71,26 +75,34 @@ class ModelRunner:
                 f"{self.config.activation_mib}: raise it or lower data.max_sample_tokens"
             )
 
+    def fill(self, chunks: Sequence[Chunk]) -> Batch:
+        """The batch of one step's chunks; valid until the next one is filled. Does not wait for the device."""
+        return self._batches.fill(chunks, self.paged is not None)
+
     @torch.no_grad()
-    def serve(self, chunks: Sequence[Chunk], rider: Pass | None = None) -> torch.Tensor:
-        """Compute one step's chunks. Returns this rank's columns of the logits of the chunks that sample, in order.
+    def forward(self, batch: Batch, fused: Pass | None = None) -> SampledTokens:
+        """Compute one step and choose its tokens, one for each chunk that samples. Collective over the peers.
 
-        rider: a forward that goes through its remaining layers in the same products.
+        Does not wait for the device: ids that the step before chose are taken from there. fused: a training forward
+        that goes through its remaining layers in the same products.
         """
-        ids = self._tensor([t for c in chunks for t in c.sequence.tokens[c.start : c.stop]])
-        positions = self._tensor([p for c in chunks for p in range(c.start, c.stop)])
-        plan = PagedRows(self.cache, chunks, self.config.block_size, self.device, self.paged)
-        sub_batch = self.stack.sub_batch(LoraRows(plan.count, _segments(chunks)), positions, plan)
-        hidden = self._layers(self.stack.embed(ids), sub_batch, rider)
-        ends = torch.tensor([c.stop - c.start for c in chunks]).cumsum(0) - 1
-        rows = ends[torch.tensor([c.needs_sampling for c in chunks])].to(self.device)
-        return self.stack.head(self.stack.norm(hidden[rows]))
+        ids = batch.ids
+        if batch.sources is not None:
+            ids = torch.where(batch.sources < 0, ids, self._last_tokens[batch.sources.clamp_min(0)])
+        attention = PagedRows(self.cache, batch.layout, self.paged)
+        sub_batch = self.stack.sub_batch(batch.rows, batch.positions, attention)
+        hidden = self._layers(self.stack.embed(ids), sub_batch, fused)
+        logits = self.stack.head(self.stack.norm(hidden[batch.ends]))
+        tokens = choose(self.stack.head, logits, batch.params, batch.rngs)
+        # A sequence without a token ends; until that is known, its next row needs some id.
+        self._last_tokens[: len(tokens)] = tokens.clamp_min(0)
+        return SampledTokens(tokens)
 
-    def _layers(self, hidden: torch.Tensor, sub_batch: SubBatch, rider: Pass | None) -> torch.Tensor:
-        joined = self.stack.num_layers if rider is None else rider.at
+    def _layers(self, hidden: torch.Tensor, sub_batch: SubBatch, fused: Pass | None) -> torch.Tensor:
+        joined = self.stack.num_layers if fused is None else fused.at
         (hidden,) = self.stack.layers(0, joined, [hidden], [sub_batch])
-        while rider is not None and rider.left:
-            (hidden,) = rider.layer([hidden], [sub_batch])
+        while fused is not None and fused.left:
+            (hidden,) = fused.layer([hidden], [sub_batch])
         return hidden
 
     def loss_and_gradients(self, samples: Sequence[TrainSample], divisor: float) -> Slices[float]:
@@ -141,27 +153,3 @@ class ModelRunner:
             loss, start = yield Slice(kind, 1, end - start, work, least=min(HEAD_LEAST, end - start))
             total += loss
         return total
-
-    def _tensor(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
-
-
-def _segments(chunks: Sequence[Chunk]) -> tuple[Segment, ...]:
-    """Rows of each adapter slot; chunks come sorted by slot, those of the base first."""
-    return tuple(_merged(chunks))
-
-
-def _merged(chunks: Sequence[Chunk]) -> Iterator[Segment]:
-    row = 0
-    current: Segment | None = None
-    for chunk in chunks:
-        stop, slot = row + chunk.stop - chunk.start, chunk.sequence.slot
-        if current is not None and current.slot == slot:
-            current = current._replace(stop=stop)
-        else:
-            if current is not None:
-                yield current
-            current = None if slot is None else Segment(row, stop, slot)
-        row = stop
-    if current is not None:
-        yield current

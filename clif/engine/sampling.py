@@ -24,27 +24,31 @@ def make_rng(request: Request, device: torch.device, drawn: int = 0, vocabulary:
     return rng
 
 
-def choose(head: Head, logits: torch.Tensor, params: list[Sampling], rngs: list[torch.Generator | None]) -> list[int]:
+def choose(
+    head: Head, logits: torch.Tensor, params: list[Sampling], rngs: list[torch.Generator | None]
+) -> torch.Tensor:
     """One token id per sequence, the same on all peers. logits: [sequences, this rank's columns]. Collective.
 
     NO_TOKEN where the logits are not finite. While all are greedy, only each rank's best cross the wire. Else all peers
-    get whole rows, and the leader's draws count.
+    get whole rows, and the leader's draws count. Nothing here waits for the device.
     """
     if not params:
-        return []
+        return logits.new_zeros(0, dtype=torch.int64)
     if all(rng is None for rng in rngs):
-        tokens: list[int] = head.best(logits).tolist()
-        return tokens
-    return head.tp_group.broadcast_ints(sample(head.whole(logits), params, rngs), logits.device)
+        return head.best(logits)
+    return head.tp_group.broadcast_(sample(head.whole(logits), params, rngs))
 
 
-def sample(logits: torch.Tensor, params: list[Sampling], rngs: list[torch.Generator | None]) -> list[int]:
+def sample(logits: torch.Tensor, params: list[Sampling], rngs: list[torch.Generator | None]) -> torch.Tensor:
     """logits: [sequences, vocabulary]. Returns one token id per sequence, NO_TOKEN where they are not finite."""
-    tokens: list[int] = or_none(*top(logits)).tolist()
+    tokens = or_none(*top(logits))
     for i, (p, rng) in enumerate(zip(params, rngs, strict=True)):
-        if rng is not None and tokens[i] != NO_TOKEN:
-            probabilities = distribution(logits[i].float(), p)
-            tokens[i] = int(torch.multinomial(probabilities, 1, generator=rng))
+        if rng is not None:
+            broken = tokens[i] == NO_TOKEN
+            # Nothing can be drawn from NaN. The draw of a request that ends here counts for nothing.
+            probabilities = distribution(logits[i].float().masked_fill(broken, 0.0), p)
+            drawn = torch.multinomial(probabilities, 1, generator=rng)[0]
+            tokens[i] = torch.where(broken, tokens[i], drawn)
     return tokens
 
 
@@ -69,3 +73,22 @@ def distribution(logits: torch.Tensor, params: Sampling) -> torch.Tensor:
         probabilities = probabilities.index_fill(0, index[outside], 0.0)
         probabilities = probabilities / probabilities.sum()
     return probabilities
+
+
+class SampledTokens:
+    """The tokens of one step, on the device and on their way to the host."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        """tokens [sequences that sample]: read once the device has computed them; later launches do not delay that."""
+        self._host, self._arrived = tokens, None
+        if tokens.is_cuda:
+            self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._host.copy_(tokens, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(tokens.device))
+
+    def read(self) -> list[int]:
+        """Wait for the step, and no other work, and return its tokens: one or NO_TOKEN per sequence."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [int(token) for token in self._host.tolist()]

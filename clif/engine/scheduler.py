@@ -20,10 +20,13 @@ from clif.types import NO_TOKEN, FinishReason, Request, TokenEvent
 
 @dataclass(eq=False)
 class Sequence:
-    """A request inside a replica. tokens: prompt and answer; num_computed_tokens: how many have their KV in the cache.
+    """A request inside a replica. tokens: prompt and answer, as far as they are known.
 
+    num_computed_tokens: how many have their KV in the cache, or get it in a step that is under way.
+    num_tokens_in_flight: tokens that such steps choose; num_steps_in_flight: steps under way that hold a chunk of it.
     version: -1 until the first admission. blocks hold at least the computed tokens; both are empty while it waits.
-    arrived_s and last_s (time of the last token) are on the engine's clock.
+    arrived_s and last_s (time of the last token) are on the engine's clock. sampled_at: where its token is among those
+    of the last step in which it took one.
     """
 
     request: Request
@@ -35,6 +38,15 @@ class Sequence:
     num_computed_tokens: int = 0
     last_s: float | None = None
     rng: Any = None
+    num_tokens_in_flight: int = 0
+    num_steps_in_flight: int = 0
+    sampled_at: int = -1
+    ended: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and answer, those in flight included."""
+        return len(self.tokens) + self.num_tokens_in_flight
 
     @property
     def output_ids(self) -> list[int]:
@@ -43,7 +55,7 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens whose KV is not in the cache: 1 for an answer under way, more when there is a prefill to do."""
-        return len(self.tokens) - self.num_computed_tokens
+        return self.num_tokens - self.num_computed_tokens
 
 
 @dataclass(frozen=True)
@@ -53,10 +65,7 @@ class Chunk:
     sequence: Sequence
     start: int
     stop: int
-
-    @property
-    def needs_sampling(self) -> bool:
-        return self.stop == len(self.sequence.tokens)
+    needs_sampling: bool
 
     @property
     def is_decode(self) -> bool:
@@ -110,7 +119,8 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """Chunks of the next step: one token for each running answer, then tokens to prefill within the step's budget.
 
-        Sorted by adapter slot, so that each adapter's rows lie together. Their blocks are taken.
+        Sorted by adapter slot, so that each adapter's rows lie together. Their blocks are taken, and their tokens count
+        as computed: the step after it may be scheduled before this one is settled.
         """
         self._admit()
         chunks, budget = [], self.config.max_prefill_tokens
@@ -123,13 +133,24 @@ class Scheduler:
         return sorted(chunks, key=lambda c: (c.sequence.slot is not None, c.sequence.slot or 0))
 
     def settle(self, chunks: list[Chunk], tokens: list[int], now: float) -> list[TokenEvent]:
-        """Take the step's outcome: tokens holds one token, or NO_TOKEN, for each chunk that samples, in order."""
+        """Take a step's outcome: tokens holds one token, or NO_TOKEN, for each chunk that samples, in order.
+
+        Steps are settled in the order in which they were scheduled, and at most one more is under way. What such a step
+        computed for a sequence that has ended meanwhile is thrown away.
+        """
         chosen = iter(tokens)
         events = []
         for chunk in chunks:
-            self._advance(chunk)
-            if chunk.needs_sampling:
-                events.append(self._append(chunk.sequence, next(chosen), now))
+            sequence = chunk.sequence
+            sequence.num_steps_in_flight -= 1
+            sequence.num_tokens_in_flight -= chunk.needs_sampling
+            token = next(chosen) if chunk.needs_sampling else None
+            if sequence.ended:
+                self._release(sequence)
+                continue
+            self._register(chunk)
+            if token is not None:
+                events.append(self._append(sequence, token, now))
         return events
 
     def _admit(self) -> None:
@@ -156,18 +177,29 @@ class Scheduler:
 
     def _due(self, sequence: Sequence) -> int:
         """Blocks that a sequence takes soon: for the tokens it has, and for a block of answer, if it gets that long."""
-        soon = min(len(sequence.tokens) + self.pool.block_size, sequence.request.max_total_tokens)
+        soon = min(sequence.num_tokens + self.pool.block_size, sequence.request.max_total_tokens)
         return self.pool.blocks_for(soon) - len(sequence.blocks)
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk | None:
-        size = 1 if sequence.num_uncomputed_tokens == 1 else min(sequence.num_uncomputed_tokens, budget)
-        stop = sequence.num_computed_tokens + size
+        if sequence.num_tokens == sequence.request.max_total_tokens:
+            # Its last token is in flight.
+            return None
+        left = sequence.num_uncomputed_tokens
+        size = 1 if left == 1 else min(left, budget)
+        start, stop = sequence.num_computed_tokens, sequence.num_computed_tokens + size
         if not size or not self._make_room(sequence, stop):
             return None
-        return Chunk(sequence, sequence.num_computed_tokens, stop)
+        chunk = Chunk(sequence, start, stop, needs_sampling=size == left)
+        sequence.num_computed_tokens = stop
+        sequence.num_steps_in_flight += 1
+        sequence.num_tokens_in_flight += chunk.needs_sampling
+        return chunk
 
     def _make_room(self, sequence: Sequence, stop: int) -> bool:
-        """Blocks for tokens [0, stop), taken from the youngest if need be. False: the youngest is the sequence."""
+        """Blocks for tokens [0, stop), taken from the youngest if need be. False: the youngest is the sequence.
+
+        At once, even from one in a step under way: the device does that step first, then this one.
+        """
         while not self.pool.allocate(sequence.blocks, stop):
             youngest = self.running.pop()
             self._free_blocks(youngest)
@@ -177,15 +209,23 @@ class Scheduler:
                 return False
         return True
 
-    def _advance(self, chunk: Chunk) -> None:
+    def _register(self, chunk: Chunk) -> None:
+        """Let others find the full blocks, unless the sequence has lost its blocks since."""
         sequence = chunk.sequence
-        sequence.num_computed_tokens = chunk.stop
-        if self.config.prefix_reuse:
+        if self.config.prefix_reuse and sequence.blocks:
             self.pool.register(sequence.version, sequence.tokens, sequence.blocks, chunk.start, chunk.stop)
 
     def _free_blocks(self, sequence: Sequence) -> None:
         self.pool.free(sequence.blocks)
         sequence.blocks, sequence.num_computed_tokens = [], 0
+
+    def _release(self, sequence: Sequence) -> None:
+        """Give back what an ended sequence holds, once no step under way reads its blocks and its version."""
+        if sequence.num_steps_in_flight:
+            return
+        self._free_blocks(sequence)
+        if sequence.version >= 0:
+            self.slots.release(sequence.version)
 
     def _append(self, sequence: Sequence, token: int, now: float) -> TokenEvent:
         if token == NO_TOKEN:
@@ -214,9 +254,8 @@ class Scheduler:
         text: str | None = None,
     ) -> TokenEvent:
         (self.running if sequence in self.running else self.waiting).remove(sequence)
-        self._free_blocks(sequence)
-        if sequence.version >= 0:
-            self.slots.release(sequence.version)
+        sequence.ended = True
+        self._release(sequence)
         return TokenEvent(
             request_id=sequence.request.id,
             tokens=tokens,

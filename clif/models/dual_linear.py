@@ -30,6 +30,7 @@ from clif.models.shard import Shard, ShardDim
 
 if TYPE_CHECKING:
     from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
+    from clif.kernels.dual_lora_table import RowTables
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,13 @@ class LoraRows:
     """Rows of one kind in a batch: how many, and which adapter slot each segment of them uses.
 
     Segments are disjoint, in row order, counted from the first of these rows; rows in none use the base alone.
-    learns: every row uses the shadow, and gradients are wanted.
+    learns: every row uses the shadow, and gradients are wanted. tables: the segments as the fused kernel reads them.
     """
 
     count: int
     segments: tuple[Segment, ...] = ()
     learns: bool = False
+    tables: RowTables | None = None
 
 
 class DualLinear:
@@ -178,7 +180,8 @@ class DualLinear:
             return [*served.split([r.count for r in rows[:-1]]), learnt] if len(xs) > 1 else [learnt]
         x = xs[0] if len(xs) == 1 else torch.cat(list(xs))
         if self._fused is not None:
-            y, _ = self._fused.forward(x, _segments(rows))
+            # Rows of several kinds lie behind each other: their tables are made anew.
+            y, _ = self._fused.forward(x, _segments(rows), rows[0].tables if len(rows) == 1 else None)
         else:
             y = self._add_adapters(self._base(x), x, rows)
         self._join(y)

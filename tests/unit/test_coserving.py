@@ -106,7 +106,7 @@ def test_a_forward_may_join_a_step_at_any_layer(tiny_config):
         )
         run.forward(joins)
         rig.engine.scheduler.add(request(joins, [5, 6, 7], max_tokens=1), 0.0)
-        rig.runner.serve(chunks := rig.engine.scheduler.schedule(), run)
+        rig.runner.forward(rig.runner.fill(chunks := rig.engine.scheduler.schedule()), run)
         rig.engine.scheduler.settle(chunks, [1] * len(chunks), 0.0)
         run.head(0, len(run.batch.targets), sum(s.targets for s in SAMPLES))
         run.backward(len(run.cuts))
@@ -130,7 +130,7 @@ def test_rows_that_serve_leave_nothing_in_the_graph(tiny_config):
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             if served:
                 rig.engine.scheduler.add(request(0, [5] * served, max_tokens=2), 0.0)
-                rig.runner.serve(rig.engine.scheduler.schedule(), run)
+                rig.runner.forward(rig.runner.fill(rig.engine.scheduler.schedule()), run)
             else:
                 run.forward(run.left)
         return size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import Rig, answer, finish, make_rig, random_state, request
@@ -57,9 +59,9 @@ def test_a_mixed_batch_and_a_training_step_are_those_of_torch(tiny_config, monke
 
     launches, forward = [], FusedLinear.forward
 
-    def watched(self: FusedLinear, x: torch.Tensor, segments: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    def watched(self: FusedLinear, x: torch.Tensor, segments: tuple, *tables: Any) -> tuple[torch.Tensor, torch.Tensor]:
         launches.append({segment.slot for segment in segments})
-        return forward(self, x, segments)
+        return forward(self, x, segments, *tables)
 
     monkeypatch.setattr(FusedLinear, "forward", watched)
     assert_same(f"random:{tiny_config}")

@@ -34,7 +34,7 @@ def test_greedy_and_sampled_rows_share_a_batch():
     logits = torch.tensor([[0.0, 9.0, 1.0], [2.0, 2.0, 2.0]])
     rng = torch.Generator().manual_seed(3)
     params = [Sampling(), Sampling(temperature=1.0)]
-    draws = [sample(logits, params, [None, rng]) for _ in range(60)]
+    draws = [sample(logits, params, [None, rng]).tolist() for _ in range(60)]
     assert {d[0] for d in draws} == {1} and {d[1] for d in draws} == {0, 1, 2}
 
 
@@ -42,7 +42,7 @@ def test_rows_that_are_not_finite_give_no_token_and_their_neighbours_do():
     logits = torch.tensor([[0.0, 9.0, float("nan")], [0.0, 1.0, 5.0], [float("inf"), 2.0, 2.0], [0.0, 1.0, 2.0]])
     rngs = [torch.Generator().manual_seed(3), torch.Generator().manual_seed(3), None, None]
     params = [Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=1), Sampling(), Sampling()]
-    assert sample(logits, params, rngs) == [NO_TOKEN, 2, NO_TOKEN, 2]
+    assert sample(logits, params, rngs).tolist() == [NO_TOKEN, 2, NO_TOKEN, 2]
 
 
 EXTREME = [1e-300, 1e-38, 1e-8, 1.0, 1e30, 1e300]
@@ -61,7 +61,7 @@ def test_no_request_makes_probabilities_that_cannot_be_drawn_from(numbers, kind,
     # Not by its constructor, which refuses most of this: what is drawn from must not depend on who was asked before.
     params = SimpleNamespace(temperature=temperature, top_p=top_p, top_k=top_k)
     rngs = [torch.Generator().manual_seed(1) for _ in logits]
-    for token, row in zip(sample(logits, [params] * len(logits), rngs), logits, strict=True):
+    for token, row in zip(sample(logits, [params] * len(logits), rngs).tolist(), logits, strict=True):
         largest = row.float().max()
         assert (token == NO_TOKEN) == (not largest.isfinite())
         if token != NO_TOKEN:
@@ -104,7 +104,7 @@ def test_a_seed_reproduces_the_draws_and_the_id_stands_in_for_a_seed():
     def drawn(id: int, **sampling: object) -> list[int]:
         asked = request(id, [1], temperature=1.0, **sampling)
         rng = make_rng(asked, torch.device("cpu"))
-        return [sample(random_logits(), [asked.sampling], [rng])[0] for _ in range(20)]
+        return [sample(random_logits(), [asked.sampling], [rng]).tolist()[0] for _ in range(20)]
 
     assert drawn(1, seed=5) == drawn(2, seed=5) != drawn(1, seed=6)
     assert drawn(1) == drawn(1) != drawn(2)
@@ -114,5 +114,5 @@ def test_a_seed_reproduces_the_draws_and_the_id_stands_in_for_a_seed():
 @pytest.mark.parametrize("temperature", [1e-6, 1e-8])
 def test_tiny_temperatures_are_nearly_greedy(temperature):
     logits = random_logits() * 10
-    drawn = sample(logits, [Sampling(temperature=temperature)], [torch.Generator().manual_seed(0)])
+    drawn = sample(logits, [Sampling(temperature=temperature)], [torch.Generator().manual_seed(0)]).tolist()
     assert drawn == [int(logits.argmax())]

@@ -86,10 +86,61 @@ def test_cancelling_a_waiting_request_takes_nothing_and_a_running_one_gives_all_
     scheduler = make(max_batch=1)
     for i in range(2):
         scheduler.add(request(i, [1] * 8, max_tokens=8), 0.0)
-    scheduler.schedule()
+    step(scheduler)
     used = scheduler.pool.used_tokens
     scheduler.cancel(1)
     assert used > 0 and scheduler.pool.used_tokens == used and not scheduler.waiting
     scheduler.slots.promote(1, 0)
     event = scheduler.cancel(0)
     assert event.version == 0 and scheduler.pool.used_tokens == 0 and scheduler.slots.retiring == ()
+
+
+def test_a_step_launched_past_a_stop_is_thrown_away_and_leaves_no_trace():
+    """What it reads is held until it is settled, and no longer: blocks, and the version (promise 2)."""
+    scheduler = make()
+    scheduler.add(request(0, [3] * 15, max_tokens=9), 0.0)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert [(c.start, c.stop, c.needs_sampling) for c in (*first, *second)] == [(0, 15, True), (15, 16, True)]
+    scheduler.slots.promote(1, 0)
+    (end,) = scheduler.settle(first, [0], 0.0)
+    assert end.finish is FinishReason.STOP and not scheduler.running and scheduler.schedule() == []
+    assert scheduler.pool.used_tokens == 16 and scheduler.slots.retiring == (0,)
+    assert scheduler.settle(second, [7], 0.0) == []
+    assert scheduler.pool.used_tokens == 0 and scheduler.slots.retiring == ()
+    assert scheduler.pool.acquire_cached(0, [3] * 15 + [0, 5]) == [0], "its own block of the prompt, and no later one"
+
+
+def test_a_request_cancelled_between_launch_and_settle_ends_at_once_and_gives_back_when_the_step_is_settled():
+    scheduler = make()
+    scheduler.add(request(0, [3] * 8, max_tokens=9), 0.0)
+    chunks = scheduler.schedule()
+    assert scheduler.cancel(0).finish is FinishReason.CANCELLED and scheduler.cancel(0) is None
+    assert scheduler.pool.used_tokens == 8
+    assert scheduler.settle(chunks, [7], 0.0) == [] and scheduler.pool.used_tokens == 0
+
+
+def test_no_step_is_launched_past_the_last_token_that_a_request_may_have():
+    scheduler = make()
+    scheduler.add(request(0, [3] * 8, max_tokens=2), 0.0)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert scheduler.schedule() == []
+    events = scheduler.settle(first, [7], 0.0) + scheduler.settle(second, [8], 0.0)
+    assert [(e.tokens, e.finish) for e in events] == [((7,), None), ((8,), FinishReason.LENGTH)]
+
+
+def test_a_request_preempted_under_way_keeps_the_token_that_the_step_chose():
+    scheduler = make(kv_tokens=48, max_batch=2)
+    for i in range(2):
+        scheduler.add(request(i, [i + 1] * 8, max_tokens=40), 0.0)
+    before = scheduler.schedule()
+    for _ in range(40):
+        chunks = scheduler.schedule()
+        if scheduler.preemptions:
+            break
+        scheduler.settle(before, [5, 5], 0.0)
+        before = chunks
+    (waiting,) = scheduler.waiting
+    had = len(waiting.tokens)
+    assert waiting.num_tokens_in_flight == 1 and not waiting.blocks
+    scheduler.settle(before, [5, 6], 0.0)
+    assert waiting.tokens[had:] == [6] and waiting.num_tokens_in_flight == waiting.num_computed_tokens == 0

@@ -5,7 +5,7 @@ The model is a stand-in: the KV of a token is (version, all tokens up to it), an
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 from helpers import answer, request
 from hypothesis import given, settings
@@ -17,9 +17,12 @@ from clif.engine.blocks import cache_slots
 from clif.engine.scheduler import Chunk, Scheduler, Sequence
 from clif.types import FinishReason, Request, TokenEvent
 
+EOS = 0
+
 
 def next_token(version: int, tokens: list[int]) -> int:
-    return 1 + hash((version, tuple(tokens))) % 90
+    number = hash((version, tuple(tokens)))
+    return 1 + number % 90 if number % 13 else EOS
 
 
 def expected(version: int, prompt: tuple[int, ...], count: int) -> list[int]:
@@ -30,20 +33,26 @@ def expected(version: int, prompt: tuple[int, ...], count: int) -> list[int]:
 
 
 class Bench:
-    """A scheduler with the stand-in model, which checks at every step what must always hold."""
+    """A scheduler with the stand-in model, which checks at every step what must always hold.
 
-    def __init__(self, **config: int) -> None:
+    overlap: a step is settled only after the next one was scheduled and computed.
+    """
+
+    def __init__(self, overlap: bool = False, **config: int) -> None:
         fields = {"kv_tokens": 64, "block_size": 4, "max_batch": 4, "max_prefill_tokens": 16, **config}
         self.config, self.slots = EngineConfig(**fields), SlotTable(3)
-        self.scheduler = Scheduler(self.config, self.slots, (0,), lambda ids: "")
+        self.scheduler = Scheduler(self.config, self.slots, (EOS,), lambda ids: "")
         self.cache: dict[int, tuple[int, tuple[int, ...]]] = {}
         self.requests: dict[int, Request] = {}
         self.events: dict[int, list[TokenEvent]] = {}
         self.rows = 0
+        self.overlap = overlap
+        self.under_way: tuple[list[Chunk], list[int]] = ([], [])
+        self.in_flight: defaultdict[int, list[int]] = defaultdict(list)
 
-    def add(self, prompt: list[int], max_tokens: int) -> int:
+    def add(self, prompt: list[int], max_tokens: int, stops: bool = False) -> int:
         id = len(self.requests)
-        self.requests[id], self.events[id] = request(id, prompt, max_tokens=max_tokens, ignore_eos=True), []
+        self.requests[id], self.events[id] = request(id, prompt, max_tokens=max_tokens, ignore_eos=not stops), []
         self._take([self.scheduler.add(self.requests[id], 0.0)])
         return id
 
@@ -67,27 +76,45 @@ class Bench:
         for chunk in chunks:
             self._read(chunk)
         self.rows += sum(c.stop - c.start for c in chunks)
-        chosen = [next_token(c.sequence.version, c.sequence.tokens) for c in chunks if c.needs_sampling]
-        self._take(self.scheduler.settle(chunks, chosen, 1.0))
+        sampling = [c.sequence for c in chunks if c.needs_sampling]
+        chosen = [next_token(s.version, self.tokens_of(s)) for s in sampling]
+        for sequence, token in zip(sampling, chosen, strict=True):
+            self.in_flight[sequence.request.id].append(token)
+        step = (chunks, chosen)
+        if self.overlap:
+            step, self.under_way = self.under_way, step
+        self._settle(*step)
         return chunks
+
+    def _settle(self, chunks: list[Chunk], chosen: list[int]) -> None:
+        for chunk in chunks:
+            if chunk.needs_sampling:
+                self.in_flight[chunk.sequence.request.id].pop(0)
+        self._take(self.scheduler.settle(chunks, chosen, 1.0))
+
+    def tokens_of(self, sequence: Sequence) -> list[int]:
+        """All tokens, those in flight included."""
+        return [*sequence.tokens, *self.in_flight[sequence.request.id]]
 
     def drain(self) -> None:
         for _ in range(5000):
-            if not (self.scheduler.running or self.scheduler.waiting):
+            if not (self.scheduler.running or self.scheduler.waiting or self.under_way[0]):
                 return
-            assert self.step(), "a step with requests and without work would be for ever"
+            settled = self.under_way[0]
+            assert self.step() or settled, "a step with requests and without work would be for ever"
         raise AssertionError("requests never end")
 
     def check_memory(self) -> None:
         pool, running, waiting = self.scheduler.pool, self.scheduler.running, self.scheduler.waiting
-        held = Counter(block for s in running for block in s.blocks)
+        ended = {c.sequence.request.id: c.sequence for c in self.under_way[0] if c.sequence.ended}
+        held = Counter(block for s in (*running, *ended.values()) for block in s.blocks)
         assert all(pool.ref_count(block) == held[block] for block in range(pool.total))
         assert sorted([*pool._free, *pool._cached, *held]) == list(range(pool.total))
         assert pool.used_tokens == len(held) * pool.block_size <= self.config.kv_tokens
         assert all(not s.blocks and not s.num_computed_tokens for s in waiting)
         ids = [s.request.id for s in (*running, *waiting)]
         assert ids == sorted(ids), "oldest first"
-        readers = Counter(s.version for s in (*running, *waiting) if s.version >= 0)
+        readers = Counter(s.version for s in (*running, *waiting, *ended.values()) if s.version >= 0)
         assert all(entry.readers == readers[v] for v, entry in self.slots._versions.items())
         assert set(readers) <= set(self.slots._versions)
 
@@ -102,6 +129,8 @@ class Bench:
             got = answer(events)
             assert got == expected(version, asked.prompt, len(got))
             assert events[-1].finish is not FinishReason.LENGTH or len(got) == asked.sampling.max_tokens
+            if not asked.sampling.ignore_eos:
+                assert EOS not in got[:-1] and (events[-1].finish is FinishReason.STOP) == (got[-1:] == [EOS])
 
     def sequence(self, id: int) -> Sequence:
         both = (*self.scheduler.running, *self.scheduler.waiting)
@@ -112,15 +141,15 @@ class Bench:
 
     def _write(self, chunk: Chunk) -> None:
         sequence, pool = chunk.sequence, self.scheduler.pool
-        assert chunk.start == sequence.num_computed_tokens
+        assert chunk.stop == sequence.num_computed_tokens
         for i, slot in list(enumerate(self._cache_slots(chunk)))[chunk.start :]:
             block = slot // self.config.block_size
             assert pool.ref_count(block) == 1 and not pool._table.finds(block), "nobody writes what another may read"
-            self.cache[slot] = (sequence.version, tuple(sequence.tokens[: i + 1]))
+            self.cache[slot] = (sequence.version, tuple(self.tokens_of(sequence)[: i + 1]))
 
     def _read(self, chunk: Chunk) -> None:
         for i, slot in enumerate(self._cache_slots(chunk)):
-            assert self.cache[slot] == (chunk.sequence.version, tuple(chunk.sequence.tokens[: i + 1]))
+            assert self.cache[slot] == (chunk.sequence.version, tuple(self.tokens_of(chunk.sequence)[: i + 1]))
 
     def _take(self, events: list[TokenEvent | None]) -> None:
         for event in events:
@@ -392,7 +421,7 @@ Prompt = st.tuples(st.integers(0, 2), st.integers(1, 30), st.integers(0, 3)).map
     lambda p: [10 + p[0]] * p[1] + [p[2]]
 )
 Step = st.one_of(
-    st.tuples(st.just("add"), Prompt, st.integers(1, 20)),
+    st.tuples(st.just("add"), Prompt, st.integers(1, 20), st.booleans()),
     st.tuples(st.just("step"), st.integers(1, 6)),
     st.tuples(st.just("cancel"), st.integers(0, 30)),
     st.tuples(st.just("promote")),
@@ -407,9 +436,13 @@ Step = st.one_of(
     block_size=st.sampled_from([1, 3, 4]),
     budget=st.integers(1, 20),
     reuse=st.booleans(),
+    overlap=st.booleans(),
 )
-def test_every_request_ends_once_with_its_own_tokens_whatever_happens(steps, blocks, block_size, budget, reuse):
-    bench = Bench(kv_tokens=blocks * block_size, block_size=block_size, max_prefill_tokens=budget, prefix_reuse=reuse)
+def test_every_request_ends_once_with_its_own_tokens_whatever_happens(
+    steps, blocks, block_size, budget, reuse, overlap
+):
+    memory = {"kv_tokens": blocks * block_size, "block_size": block_size}
+    bench = Bench(overlap, **memory, max_prefill_tokens=budget, prefix_reuse=reuse)
     for step, *args in steps:
         if step == "add":
             bench.add(*args)

@@ -1,0 +1,168 @@
+"""The batch of one step, filled from the scheduler's plan into buffers of fixed capacity that are made once.
+
+Order of a step: schedule (chunks), fill (this file), forward (the runner: layers and sampling), settle (the scheduler).
+On a GPU a fill is one copy from pinned memory for each buffer and nothing here waits for the device, so that a step can
+be filled and launched while the one before it still runs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from clif.config import EngineConfig
+from clif.engine.attention import DecodeGroup, PagedLayout, PromptChunk, make_group, past_mask
+from clif.engine.blocks import cache_slots
+from clif.engine.sampling import make_rng
+from clif.engine.scheduler import Chunk
+from clif.kernels.dual_lora_reference import Segment
+from clif.kernels.dual_lora_table import RowTables
+from clif.kernels.paged_decode_table import DecodeRow, DecodeTables
+from clif.kernels.staging import Staged
+from clif.models.causal import CausalSequences, bucket
+from clif.models.dual_linear import LoraRows
+from clif.types import Sampling
+
+FIELDS = 4
+"""Numbers of a row: token id, position, cache slot, and where its id lies among the last step's tokens."""
+KNOWN = -1
+"""The id of a row is known on the host."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What forward() computes: rows of all chunks, one chunk behind the other. Valid until the next fill.
+
+    ids, positions [rows]. sources [rows]: which of the last step's tokens is a row's id, KNOWN where `ids` has it; None
+    where all ids are known. ends [chunks that sample]: the rows whose logits choose a token, with the parameters and
+    random numbers of each.
+    """
+
+    chunks: Sequence[Chunk]
+    ids: torch.Tensor
+    positions: torch.Tensor
+    sources: torch.Tensor | None
+    ends: torch.Tensor
+    rows: LoraRows
+    layout: PagedLayout
+    params: list[Sampling]
+    rngs: list[torch.Generator | None]
+
+
+class BatchBuilder:
+    """Fills batches for one device. dtype: of the scores that attention computes without the paged kernel."""
+
+    def __init__(self, config: EngineConfig, vocab_size: int, device: torch.device, dtype: torch.dtype) -> None:
+        self._block_size, self._vocab_size, self._device = config.block_size, vocab_size, device
+        self._dtype = dtype
+        # A row for each answer, and the prompts of a step.
+        self._capacity = config.max_batch + config.max_prefill_tokens
+        self._staged = Staged.zeros(FIELDS * self._capacity + config.max_batch, torch.int64, device)
+        self._tables = DecodeTables(config.block_size, device)
+        self._row_tables = RowTables(device)
+
+    def fill(self, chunks: Sequence[Chunk], paged: bool) -> Batch:
+        """The batch of these chunks, which lie sorted by adapter slot. paged: its decode rows are for the kernel."""
+        sampling = [chunk.sequence for chunk in chunks if chunk.needs_sampling]
+        for sequence in sampling:
+            if sequence.rng is None:
+                drawn = len(sequence.output_ids)
+                sequence.rng = make_rng(sequence.request, self._device, drawn, self._vocab_size)
+        rows, ends, late = self._fill_rows(chunks)
+        segments = tuple(_segments(chunks))
+        self._row_tables.refill(segments, rows.shape[1])
+        # Only now: a sequence's place among the tokens of the step before was needed to fill the rows.
+        for i, sequence in enumerate(sampling):
+            sequence.sampled_at = i
+        return Batch(
+            chunks,
+            rows[0],
+            rows[1],
+            rows[3] if late else None,
+            ends,
+            LoraRows(rows.shape[1], segments, tables=self._row_tables),
+            self._layout(chunks, rows[2], paged),
+            [sequence.request.sampling for sequence in sampling],
+            [sequence.rng for sequence in sampling],
+        )
+
+    def _fill_rows(self, chunks: Sequence[Chunk]) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """[FIELDS, rows] and ends on the device, and whether an id of them is not known yet."""
+        fields: tuple[list[int], ...] = tuple([] for _ in range(FIELDS))
+        ids, positions, slots, sources = fields
+        ends = []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            known = sequence.tokens[chunk.start : chunk.stop]
+            late = chunk.stop - chunk.start - len(known)
+            ids += known + [0] * late
+            sources += [KNOWN] * len(known) + [sequence.sampled_at] * late
+            positions += range(chunk.start, chunk.stop)
+            slots += cache_slots(sequence.blocks, self._block_size, chunk.start, chunk.stop)
+            if chunk.needs_sampling:
+                ends.append(len(ids) - 1)
+        host, n, after = self._staged.write().numpy(), len(ids), FIELDS * self._capacity
+        for i, values in enumerate(fields):
+            host[i * self._capacity : i * self._capacity + n] = values
+        host[after : after + len(ends)] = ends
+        self._staged.send()
+        words = self._staged.words
+        rows = words[:after].view(FIELDS, self._capacity)[:, :n]
+        return rows, words[after : after + len(ends)], any(source != KNOWN for source in sources)
+
+    def _layout(self, chunks: Sequence[Chunk], slot_mapping: torch.Tensor, paged: bool) -> PagedLayout:
+        decoding: list[DecodeRow] = []
+        fresh: list[tuple[int, int]] = []
+        continued: list[PromptChunk] = []
+        row = 0
+        for chunk in chunks:
+            size = chunk.stop - chunk.start
+            if size == 1:
+                decoding.append(DecodeRow(row, chunk.stop, chunk.sequence.blocks))
+            elif chunk.start == 0:
+                fresh.append((row, row + size))
+            else:
+                context = self._index(cache_slots(chunk.sequence.blocks, self._block_size, 0, chunk.stop))
+                continued.append(
+                    PromptChunk(row, row + size, context, past_mask(chunk.start, chunk.stop, self._device))
+                )
+            row += size
+        return PagedLayout(
+            row,
+            slot_mapping,
+            self._tables.refill(decoding) if paged and decoding else None,
+            () if paged else tuple(self._groups(decoding)),
+            self._index([r for start, stop in fresh for r in range(start, stop)]) if fresh else None,
+            CausalSequences([stop - start for start, stop in fresh], self._device) if fresh else None,
+            continued,
+        )
+
+    def _groups(self, decoding: Sequence[DecodeRow]) -> Iterator[DecodeGroup]:
+        """Without the kernel: rows whose contexts are of like length share a product."""
+        by_size: dict[int, list[DecodeRow]] = defaultdict(list)
+        for sequence in decoding:
+            by_size[bucket(sequence.length)].append(sequence)
+        return (make_group(members, self._block_size, self._dtype, self._device) for members in by_size.values())
+
+    def _index(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+def _segments(chunks: Sequence[Chunk]) -> Iterator[Segment]:
+    """Rows of each adapter slot; chunks come sorted by slot, those of the base first."""
+    row = 0
+    current: Segment | None = None
+    for chunk in chunks:
+        stop, slot = row + chunk.stop - chunk.start, chunk.sequence.slot
+        if current is not None and current.slot == slot:
+            current = current._replace(stop=stop)
+        else:
+            if current is not None:
+                yield current
+            current = None if slot is None else Segment(row, stop, slot)
+        row = stop
+    if current is not None:
+        yield current

@@ -1,0 +1,47 @@
+"""Data of a fixed size that the host writes and the device reads again and again; neither waits for the other."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Staged:
+    """A tensor on the device with pinned host copies that are used in turn; on a CPU host and device are one tensor.
+
+    write() gives the host copy to be filled, send() puts it on its way: one copy, in the order of the current stream,
+    so that launches before it read the old words and launches after it the new ones. A host copy is written again only
+    after its last journey has ended. Addresses on the device never change: a captured graph may read them.
+    """
+
+    def __init__(self, words: torch.Tensor) -> None:
+        """words: on a CPU, as they are at first."""
+        self.words = words
+        self._hosts = [words]
+        self._sent: list[torch.cuda.Event | None] = [None]
+        self._turn = 0
+
+    @classmethod
+    def zeros(cls, size: int, dtype: torch.dtype, device: torch.device) -> Staged:
+        """`size` zeros on the device."""
+        staged = cls(torch.zeros(size, dtype=dtype, device=device))
+        if device.type == "cuda":
+            staged._hosts = [torch.zeros(size, dtype=dtype, pin_memory=True) for _ in range(2)]
+            staged._sent = [None, None]
+        return staged
+
+    def write(self) -> torch.Tensor:
+        """The host copy to be filled next; what it held before is of no use."""
+        sent = self._sent[self._turn]
+        if sent is not None:
+            sent.synchronize()
+        return self._hosts[self._turn]
+
+    def send(self) -> None:
+        """Have the device read what was written."""
+        if self.words is self._hosts[self._turn]:
+            return
+        self.words.copy_(self._hosts[self._turn], non_blocking=True)
+        event = self._sent[self._turn] or torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.words.device))
+        self._sent[self._turn] = event
+        self._turn = (self._turn + 1) % len(self._hosts)
