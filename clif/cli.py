@@ -110,7 +110,7 @@ def mend(run: RunDir) -> None:
 
 
 def main() -> None:
-    """Entry point. What the user can correct is one line and exit status 2, not a traceback."""
+    """Entry point. An error that the user can correct is one line and exit status 2, not a traceback."""
     try:
         app()
     except Exception as error:

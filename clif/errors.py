@@ -1,4 +1,4 @@
-"""Errors that a user can mend: their base, and that of the configuration."""
+"""Errors that a user can correct: their base class, and that of the configuration."""
 
 
 class InputError(ValueError):
@@ -10,6 +10,6 @@ class ConfigError(InputError):
 
 
 def plain(given: object, longest: int = 400) -> str:
-    """What somebody gave, fit to be part of a sentence: on one line, printable, cut in the middle if it is long."""
+    """A given value, fit for a sentence: on one line, printable, cut in the middle if it is long."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(given))
     return text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}"

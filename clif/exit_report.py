@@ -1,4 +1,4 @@
-"""What a process says when it ends: a sentence for what a person can mend, a traceback for a bug. Free of torch."""
+"""The last output of a process: a sentence for an error of the user, a traceback for a bug. Free of torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Protocol
 from clif.errors import InputError
 
 SPEAK_S = 2.0
-"""How long a rank waits for rank 0 to say the same."""
+"""Seconds that a rank waits for rank 0 to print the same error."""
 WRONG_INPUT = 2
 """Exit code after a sentence."""
 ROOM = "make room, then go on with run.resume=true"
@@ -34,13 +34,13 @@ REMEDIES = {
 
 
 class Counter(Protocol):
-    """What is used of torch.distributed.Store: of this start alone."""
+    """The part of torch.distributed.Store that is used: a store of this start alone."""
 
     def add(self, key: str, amount: int, /) -> int: ...
 
 
 class Over(Exception):
-    """This process ends, and why has been said. code: what it exits with."""
+    """This process ends, and the reason was printed. code: its exit code."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"ends with code {code}")
@@ -48,7 +48,7 @@ class Over(Exception):
 
 
 def sentence_of(error: BaseException) -> str | None:
-    """What to tell a person; None for a bug, whose traceback is wanted. The one place that decides this."""
+    """The sentence for the user; None for a bug, which needs its traceback. The one place that decides this."""
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, OSError):
@@ -56,7 +56,7 @@ def sentence_of(error: BaseException) -> str | None:
     text = str(error)
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
         return f"the host has no memory left ({text or 'out of memory'}): start fewer ranks, or a smaller model"
-    # By name: this file is free of torch.
+    # Compared by name: this file is free of torch.
     if type(error).__name__ == "OutOfMemoryError":
         first = text.splitlines()[0] if text else "out of memory"
         return (
@@ -75,10 +75,10 @@ def _of_the_system(error: OSError) -> str:
 
 @contextmanager
 def last_words(rank: int = 0, store: Counter | None = None) -> Iterator[None]:
-    """Says in one sentence what ends the block, if it has one, and raises Over in its place.
+    """Print the sentence of an error that ends the block, if it has one, and raise Over instead.
 
-    A launcher kills all ranks when one ends. So the others let rank 0 speak first: if it met the same, they are gone
-    before they repeat it, or see it in the store, and otherwise nobody else would have said it.
+    A launcher kills all ranks after one has ended. So the other ranks wait for rank 0: if it met the same error, they
+    are killed before they repeat it, or see it in the store; otherwise they print it themselves.
     """
     try:
         yield

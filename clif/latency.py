@@ -1,7 +1,9 @@
-"""Online latency models: how long an iteration takes, given its own work and the other work beside it.
+"""Online latency models: seconds of an iteration, given its own work and concurrent work.
 
 T = a * own + b * other + c, in seconds, with a, b, c >= 0. For serving, own is running requests and other the
 samples of the micro-batch under way; for training it is the reverse. Free of torch.
+
+Sources: Huber 1964 (robust estimation); Lawson and Hanson 1974 (non-negative least squares).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ TRUSTED_SAMPLES = 8.0
 MIN_NOISE = 0.02
 """Relative noise that is always granted to measurements."""
 HUBER = 2.0
-"""Residuals beyond this many robust standard deviations count less (their pull stays constant)."""
+"""Residuals beyond this many robust standard deviations have a constant influence."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Fit:
 class LatencyModel:
     """Windowed, forgetting, robust least squares with non-negative coefficients and a prior.
 
-    The prior acts like PRIOR_SAMPLES observations: it decides alone at first, and later only what the data
-    leave open (say, the effect of training when nothing trained yet).
+    The prior acts like PRIOR_SAMPLES observations: it dominates at first, and later determines only what the data
+    leave open (say, the effect of training before any training).
     """
 
     def __init__(self, prior: Fit = Fit(0.002, 0.002, 0.02), half_life: float = HALF_LIFE) -> None:
@@ -72,7 +74,7 @@ class LatencyModel:
         return self.fit.predict(x_own, x_other)
 
     def observe(self, x_own: float, x_other: float, seconds: float) -> None:
-        """Take one measurement; refits now and then. Measurements that are not finite or negative are no data."""
+        """Add one measurement; refit at intervals. Measurements that are not finite or negative are ignored."""
         if not np.isfinite((x_own, x_other, seconds)).all() or min(x_own, x_other, seconds) < 0:
             return
         self._samples.append((x_own, x_other, seconds))
@@ -85,7 +87,7 @@ class LatencyModel:
             self.observe(x_own, x_other, seconds)
 
     def refit(self) -> Fit:
-        """Fit to the window. Costs well under a millisecond; does nothing when there is nothing new."""
+        """Fit to the window. It costs well under a millisecond, and nothing without new measurements."""
         if not self._fresh:
             return self.fit
         self._fresh = 0
@@ -105,10 +107,10 @@ class LatencyModel:
         prior = np.array([self.prior.a, self.prior.b, self.prior.c])
         scale = np.maximum(np.sqrt((features**2).mean(axis=0)), 1.0)
         ridge = PRIOR_SAMPLES * scale**2
-        # A stall hundreds of times as long as a step would tilt even the first pass, from which the weights come.
+        # A stall of hundreds of steps would bias even the first pass, from which the weights come.
         clipped = np.minimum(seconds, 4.0 * np.quantile(seconds, 0.75))
         theta = _nonnegative(features, clipped, age, ridge, prior)
-        # Without a floor, data that fit perfectly would count less than the prior wherever the two disagree.
+        # Without a floor, data that fit perfectly would count less than a prior that disagrees with them.
         floor = MIN_NOISE * max(_weighted_median(seconds, age), 1e-9)
         for _ in range(4):
             residual = np.abs(seconds - features @ theta)

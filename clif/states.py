@@ -1,6 +1,6 @@
 """States and their allowed transitions, as data. Free of torch.
 
-Invariant: nobody changes a state but through advance(), which refuses what TRANSITIONS does not list.
+Invariant: states change only through advance(), which refuses transitions that TRANSITIONS does not list.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TypeVar
 class ReplicaState(enum.StrEnum):
     """SERVING only serves; IDLE has slack and may be asked to train; COMBINED serves and trains.
 
-    FAILED is lost; it comes back when it was rebuilt.
+    FAILED is lost; it returns once it was rebuilt.
     """
 
     SERVING = "serving"
@@ -61,7 +61,7 @@ TRANSITIONS: dict[enum.Enum, frozenset[enum.Enum]] = {
 
 
 class IllegalTransition(RuntimeError):
-    """Somebody asked for a transition that TRANSITIONS does not list."""
+    """A requested transition is not listed in TRANSITIONS."""
 
 
 def advance(current: S, target: S) -> S:

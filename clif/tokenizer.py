@@ -1,7 +1,7 @@
 """Text to token ids and back, the same in the control process and in the replicas. Free of torch.
 
-The model's own tokenizer (a tokenizers.Tokenizer) and chat template travel as one small folder, written by
-rank 0 from the Hugging Face tokenizer, so that the control process needs neither torch nor transformers.
+Rank 0 writes the model's tokenizer (a tokenizers.Tokenizer) and chat template to one small folder, so that the control
+process needs neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Message = dict[str, str]
 
 
 class ChatError(InputError):
-    """A conversation that the model's template or tokenizer does not take; the message says why."""
+    """A conversation that the model's template or tokenizer refuses; the message says why."""
 
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -55,7 +55,7 @@ class ChatTokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> ChatTokenizer:
-        """What save() wrote. Raises InputError if it is not whole."""
+        """Read what save() wrote. Raises InputError if it is incomplete."""
         try:
             chat = json.loads((folder / CHAT_FILE).read_text())
             tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
@@ -91,7 +91,7 @@ class ChatTokenizer:
             raise ChatError("half of a character (a lone surrogate) is no text: remove it") from error
 
     def _render(self, template: jinja2.Template, messages: Sequence[Message]) -> str:
-        """The conversation as text. A template is a program of the model's makers: it may refuse, and it may fail."""
+        """The conversation as text. A template is a program of the model's authors: it may refuse, and it may fail."""
         try:
             return template.render(messages=list(messages), add_generation_prompt=True, **self.special)
         except _OF_TEMPLATES as error:
@@ -136,7 +136,7 @@ def from_transformers(tokenizer: Any, eos_ids: Sequence[int]) -> ChatTokenizer:
     return ChatTokenizer(backend, template, ids, special)
 
 
-# What Jinja raises, and what Python does for an expression in a template: "a" + none, a range too long.
+# Errors of Jinja, and of Python for an expression in a template: "a" + none, a range that is too long.
 _OF_TEMPLATES = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
 )  # fmt: skip

@@ -17,7 +17,7 @@ TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Amount = Annotated[float, Meta(ge=0, le=1e9)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Share = Annotated[float, Meta(ge=0, le=1)]
-"""Bounds of numbers that come from another process: msgspec holds them when it decodes. None of the floats is NaN."""
+"""Bounds of numbers that come from another process: msgspec checks them when it decodes. None of the floats is NaN."""
 
 
 class FinishReason(enum.StrEnum):
@@ -31,20 +31,20 @@ class FinishReason(enum.StrEnum):
 
 
 class Purpose(enum.StrEnum):
-    """Whom a request serves: a user, or a probe by which CLIF measures the quality of its own answers."""
+    """The origin of a request: a user, or a probe by which CLIF measures the quality of its own answers."""
 
     USER = "user"
     PROBE = "probe"
 
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-8, 1000.0
-"""Between 0 and the lowest a temperature is a mistake: such answers are greedy. So is what makes all tokens equal."""
+"""A temperature outside of these bounds is a mistake: answers would be greedy, or all tokens equally likely."""
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose tokens. temperature 0 is greedy; top_k 0 and top_p 1 switch the filters off.
 
-    Raises ValueError for what cannot be meant.
+    Raises ValueError for impossible values.
     """
 
     max_tokens: int = 64
@@ -80,11 +80,11 @@ class Slo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 ID_SPACE = 2**40
-"""Ids of requests that one source may give: more than any of them ever has."""
+"""Size of each source's range of request ids: more than any source ever uses."""
 
 
 def first_id(source: int) -> int:
-    """First id of a source's own. 0: the load of users, over all starts; 1 + n: the probes of start n."""
+    """First id of a source's range. 0: the load of users, over all starts; 1 + n: the probes of start n."""
     return source * ID_SPACE
 
 
@@ -104,7 +104,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 NO_TOKEN = -1
-"""In place of a token id: the logits are not finite, none can be chosen."""
+"""In place of a token id: the logits are not finite, so no token can be chosen."""
 
 
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -162,7 +162,7 @@ _LIMITS = {
 class TrainingSlack(msgspec.Struct, frozen=True):
     """Seconds that training may take before the next serving step, and what allows no more; request: -1 for none.
 
-    Made at every step, so the sentence about it is made only where it is shown.
+    It is made at every step, so its sentence is made only where it is shown.
     """
 
     seconds: float
@@ -202,7 +202,7 @@ GROUPS_KEPT = 8
 
 
 class RoundPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What the members of a federated round are asked to do.
+    """The work of the members of a federated round.
 
     members: replica ids, sorted. incarnations: how often each of them has been rebuilt.
     local_steps: optimizer steps per member at this micro_batch; each takes micro_batch x accumulation samples.
@@ -224,12 +224,12 @@ class RoundPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def samples(self) -> int:
-        """What each member trains on. It stays when the coordinator changes the micro-batch: then the steps change."""
+        """Samples of each member. A change of the micro-batch changes the number of steps instead."""
         return self.local_steps * self.micro_batch * self.accumulation
 
 
 class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What one member did in its local steps. samples is its FedAvg weight; noise_scale is in samples (or None).
+    """The local steps of one member. samples is its FedAvg weight; noise_scale is in samples (or None).
 
     loss: mean over the answer tokens of all its steps, nats; targets: how many these are, so that the means of all
     members can be pooled. tokens: with those of the prompts. Steps that were not finite count nowhere.
@@ -251,8 +251,8 @@ class Vote(msgspec.Struct, frozen=True, kw_only=True):
     """A member's judgement of the averaged adapter on its part of the held-out rows.
 
     Losses are sums over answer tokens, in nats, so that the parts of all members can be pooled.
-    error2, product2: squared norms, over the layers that fell to this member, of what averaging A and B apart does
-    wrong, sum_i w_i (B_i - Bbar)(A_i - Abar), and of Bbar Abar. Over all members they add up.
+    error2, product2: squared norms, over the layers assigned to this member, of the error of averaging A and B
+    separately, sum_i w_i (B_i - Bbar)(A_i - Abar), and of Bbar Abar. They add up over all members.
     """
 
     round_id: int

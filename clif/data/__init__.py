@@ -1,1 +1,1 @@
-"""What goes in: instruction data sets, request traces, generated load, and how the demo gets its own."""
+"""Inputs of a run: instruction data, request traces, generated load, and the demo's downloads."""

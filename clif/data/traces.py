@@ -1,4 +1,4 @@
-"""Recorded request traces: when requests came, and how long they and their answers were."""
+"""Recorded request traces: arrivals and the lengths of prompts and answers."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ TraceFormat = Literal["azure", "burstgpt", "mooncake"]
 BLOCK_TOKENS = 512
 """Tokens of a prompt that one of Mooncake's hash_ids stands for."""
 MOST_TOKENS = 10_000_000
-"""Of a prompt or an answer; more is an error of the trace."""
+"""Upper bound for a prompt or an answer; more is an error in the trace."""
 LATEST_S = 1e12
-"""Seconds since any beginning, 30,000 years; more are of another unit."""
+"""Upper bound of a time in seconds, 30,000 years; larger values have another unit."""
 
 
 class TraceError(InputError):
-    """The trace cannot be replayed; the message names the place and says what is expected."""
+    """The trace cannot be replayed; the message names file and line and says what is expected."""
 
 
 class Arrival(msgspec.Struct, frozen=True, kw_only=True):
     """A request arrives at at_s, seconds from the start. The token numbers are known only from a trace.
 
-    blocks: names of the prompt's blocks of BLOCK_TOKENS; prompts share what they begin with as their blocks are equal.
+    blocks: names of the prompt's blocks of BLOCK_TOKENS; prompts with equal first blocks have equal beginnings.
     """
 
     at_s: float
@@ -79,7 +79,7 @@ def _read_burstgpt(path: Path) -> Iterator[Arrival]:
 
 def _read_csv(path: Path, expected: str, columns: Sequence[str], seconds: Callable[[str], float]) -> Iterator[Arrival]:
     """columns: those of the time, the prompt's and the answer's tokens; others are not needed."""
-    # One header and no quoted line breaks: so a row is a line and gets its own number.
+    # There is one header and no quoted line break, so a row is a line and its number is that of the line.
     lines = read_lines(path, TraceError)
     number, header = next(lines, (1, ""))
     names = [name.strip() for name in header.split(",")]

@@ -1,1 +1,1 @@
-"""Metrics: one HDF5 file per process while a run goes on, merged into RUN/run.h5, summed up in RUN/summary.json."""
+"""Metrics: one HDF5 file per process during a run, merged into RUN/run.h5, summed up in RUN/summary.json."""

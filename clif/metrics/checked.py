@@ -1,8 +1,8 @@
-"""Tables read with their checksums, so that a damaged row is an error and not a figure. Free of torch.
+"""Reads tables with their checksums, so that a damaged row is an error and not a figure. Free of torch.
 
-A kill in the middle of a flush may leave checksums that do not fit the last chunks of a table, whose rows up to the
-flush before are whole: a chunk is written again in the same place, and these rows do not change. So in a file that was
-not closed the chunks at the end of a table are taken without their checksums.
+A kill during a flush may leave wrong checksums in the last chunks of a table. Rows of earlier flushes are intact there:
+a chunk is rewritten in place, and these rows do not change. So the last chunks of a table are read without checksums if
+the file was not closed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Array = np.ndarray[Any, Any]
 class Checked:
     """The rows of a data set, by slices. closed: whether its process has closed the file.
 
-    Reading raises OSError for a chunk whose checksum does not fit, unless that may be the work of a kill.
+    Reading raises OSError for a chunk with a wrong checksum, unless a kill may have caused it.
     """
 
     def __init__(self, data: Any, closed: bool) -> None:
@@ -44,7 +44,7 @@ class Checked:
         return int(self._data.chunks[0])
 
     def _whole(self) -> int:
-        """Rows before the chunks at the end whose checksums do not fit."""
+        """Rows before the last chunks with wrong checksums."""
         at = (len(self) - 1) // self._chunk * self._chunk
         while at >= 0 and not self._fits(at):
             at -= self._chunk

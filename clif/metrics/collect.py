@@ -23,13 +23,13 @@ Read = Callable[[Source], Generator[Part, None, None]]
 
 
 class CollectError(InputError):
-    """There is nothing to merge; the message says what was looked for."""
+    """There is nothing to merge; the message names the missing files."""
 
 
 def collect(run_dir: Path) -> Path:
     """Write RUN/run.h5 from every process file, each up to its last flush, and return its path.
 
-    Also works while the run goes on. A file that cannot be read is named in a warning and in the attribute
+    It also works during the run. A file that cannot be read is named in a warning and in the attribute
     `unreadable`, one that its process has not closed in `unclosed`; the others are merged. Raises CollectError when no
     file is there or none can be read.
     """
@@ -47,11 +47,12 @@ def find(run_dir: Path) -> list[Source]:
 
 
 def merge(run_dir: Path, found: Sequence[Source], read: Read) -> Path:
-    """Write RUN/run.h5 from what read gives for each file, in the order of found, and return its path.
+    """Write RUN/run.h5 from the parts that read yields for each file, in the order of found, and return its path.
 
-    Raises CollectError when no file can be read. Whatever is raised, an older run.h5 stays and nothing else is left.
+    Raises CollectError if no file can be read. After any error an older run.h5 is kept and no other file is left.
     """
-    # In a folder of its own: two that collect at the same time each write a whole file, and the later one stays.
+    # A folder of its own lets two processes collect at the same time: each writes a whole file, and the later one
+    # stays.
     with tempfile.TemporaryDirectory(prefix=".collect-", dir=run_dir) as folder:
         temporary = Path(folder) / "run.h5"
         with h5py.File(temporary, "w") as run:
@@ -74,7 +75,7 @@ def merge(run_dir: Path, found: Sequence[Source], read: Read) -> Path:
 
 
 def _take_all(found: Sequence[Source], read: Read, run: h5py.File) -> list[str]:
-    """Append the rows of all files; returns what could not be read."""
+    """Append the rows of all files; returns descriptions of unreadable ones."""
     problems: list[str] = []
     for source in found:
         with closing(read(source)) as parts:

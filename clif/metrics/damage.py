@@ -1,4 +1,4 @@
-"""What can be relied on in a metrics file, whatever happened to it, and in words what cannot. Free of torch."""
+"""Separates the reliable content of a metrics file from its damage, which is described in words. Free of torch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from clif.types import FinishReason, Purpose
 DAMAGE = (
     OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError,
 )  # fmt: skip
-"""What h5py raises when a file is not what it seems."""
+"""Errors that h5py raises for damaged files."""
 UNWRITTEN_ROWS = 1_000_000
-"""A table may have so many rows that a kill left unwritten; more are a damaged number."""
+"""Rows of a table that a kill may have left unwritten; a larger number is damage."""
 NUMBERS: Mapping[str, Callable[[float], bool]] = {"end_s": lambda s: not s < 0, "start_unix": lambda s: 0 <= s < 1e11}
 """Attributes that must be numbers, and which; a kill leaves end_s NaN. The others are text or numbers."""
 
@@ -33,11 +33,11 @@ _WORDS: Mapping[tuple[str, str], frozenset[bytes]] = {
     ("requests", "finish"): frozenset(reason.value.encode() for reason in FinishReason),
     ("requests", "purpose"): frozenset(purpose.value.encode() for purpose in Purpose),
 }
-"""Columns that hold one of these."""
+"""Columns that hold one of these words."""
 
 
 def checked_attributes(file: h5py.File) -> tuple[dict[str, Any], list[str]]:
-    """(attributes that are as they were written, what is wrong with the others)."""
+    """(intact attributes, descriptions of the damaged ones)."""
     values: dict[str, Any] = {}
     problems: list[str] = []
     for name in list(file.attrs):
@@ -80,7 +80,7 @@ def checked_table(data: Any, table: Table) -> tuple[h5py.Dataset, list[str]]:
                 raise ValueError(f"column {column.name} holds {data.dtype[column.name]}, not {column.dtype}")
     if "t" not in data.dtype.names:
         raise ValueError("has no column t")
-    # Compression makes of a byte some 1,000 at most.
+    # Compression expands a byte to some 1,000 at most.
     held = data.id.get_storage_size() * 1100 // data.dtype.itemsize
     if len(data) > held + UNWRITTEN_ROWS:
         raise ValueError(f"claims {len(data)} rows and holds {held} at most")
@@ -89,7 +89,7 @@ def checked_table(data: Any, table: Table) -> tuple[h5py.Dataset, list[str]]:
 
 
 def cleaned(rows: np.ndarray[Any, Any], table: str, damage: Counter[str]) -> np.ndarray[Any, Any]:
-    """The rows whose words are known ones, all of their text valid UTF-8; damage counts what was not, in words."""
+    """The rows with known words, their text made valid UTF-8; damage counts all changes, in words."""
     whole = np.ones(len(rows), dtype=bool)
     for name in rows.dtype.names or ():
         if (table, name) in _WORDS:
@@ -104,7 +104,7 @@ def cleaned(rows: np.ndarray[Any, Any], table: str, damage: Counter[str]) -> np.
 
 
 def _not_text(column: np.ndarray[Any, Any]) -> list[int]:
-    """Positions of what is not UTF-8. Few hold more than ASCII: only these are looked at one by one."""
+    """Positions of text that is not UTF-8. Only the few that are not ASCII are decoded one by one."""
     letters = np.ascontiguousarray(column).view(np.uint8).reshape(len(column), -1)
     return [int(row) for row in np.flatnonzero((letters >= 128).any(axis=1)) if not _is_text(column[row])]
 

@@ -15,7 +15,7 @@ NAN = float("nan")
 
 
 class DeviceMonitor:
-    """Gives rows of the table `device`. What cannot be read is NaN and never an error; each kind is logged once.
+    """Makes rows of the table `device`. An unreadable figure is NaN and never an error; each kind is logged once.
 
     gpu: NVML index, or a UUID as torch or nvidia-smi print it (safer: CUDA may number GPUs in another order),
     or None for a rank that computes on the CPU. note: why there are no GPU figures, empty if there are; logged once.
@@ -55,7 +55,7 @@ class DeviceMonitor:
         try:
             return float(figure())
         except (psutil.Error, OSError) as error:
-            # OSError: psutil reads /proc, which a process out of descriptors cannot.
+            # OSError: psutil reads /proc, for which a process may lack file descriptors.
             self._say(name, error)
             return NAN
 

@@ -1,6 +1,6 @@
-"""Work that may hang or crash its process, done in a process of its own. Free of torch.
+"""Runs work that may hang or crash in a process of its own. Free of torch.
 
-HDF5's library trusts what it reads: a single flipped bit can make it loop for ever or abort.
+HDF5's library trusts its input: a single flipped bit can make it loop forever or abort.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 LIMIT_S = 60.0
 MEMORY_BYTES = 2 << 30
 """A damaged size must not take the host's memory."""
-# Forked: it begins in milliseconds, and inherits no more than it needs, as it does nothing but read and tell.
+# Forked, because that takes milliseconds; the process only reads and sends, so that inherited state does not matter.
 _FORK = multiprocessing.get_context("fork")
 _PART, _END, _ERROR = "part", "end", "error"
 
@@ -35,10 +35,10 @@ def isolated(
     limit_s: float = LIMIT_S,
     memory_bytes: int | None = MEMORY_BYTES,
 ) -> Generator[T, None, None]:
-    """What work(alive) yields. Both the parts and what it raises must be fit to be pickled.
+    """Yield what work(alive) yields. Its parts and errors must be picklable.
 
-    The work must call alive(), or yield, at least once in limit_s seconds: else its process is ended by the system,
-    whatever it does. memory_bytes: what it may take beside what this process has; None: as much as there is.
+    The work must call alive(), or yield, at least once in limit_s seconds; otherwise the system ends its process.
+    memory_bytes: its limit, beyond the memory of this process; None: no limit.
     Close it to end early. Raises Crashed when that process dies, and what the work raises.
     """
     receiving, sending = _FORK.Pipe(duplex=False)
@@ -71,7 +71,7 @@ def _work(
     limit_s: float,
     memory_bytes: int | None,
 ) -> None:
-    """The life of the forked process."""
+    """The main function of the forked process."""
 
     def alive() -> None:
         signal.setitimer(signal.ITIMER_REAL, limit_s)
@@ -83,7 +83,7 @@ def _work(
     alive()
     try:
         for part in work(alive):
-            # Who takes the parts may be slow.
+            # The receiver may be slow.
             signal.setitimer(signal.ITIMER_REAL, 0)
             sending.send((_PART, part))
             alive()
@@ -94,7 +94,7 @@ def _work(
 
 
 def _become_mortal() -> None:
-    """Every signal ends this process, also inside a library; what a crash prints is told in words instead."""
+    """Make every signal end this process, also inside a library, and suppress the output of a crash."""
     faulthandler.disable()
     for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)

@@ -28,7 +28,7 @@ class Merged:
 
 
 def load_merged(run_h5: Path) -> Merged:
-    """All of it. Raises CollectError when it cannot be read."""
+    """Read all of a run.h5. Raises CollectError if it cannot be read."""
     try:
         (merged,) = isolated(lambda alive: iter([_load(run_h5)]), limit_s=LOAD_S, memory_bytes=None)
     except (Crashed, *DAMAGE) as error:
@@ -48,7 +48,7 @@ def _load(run_h5: Path) -> Merged:
 
 
 def _rows(run: h5py.File, name: str) -> np.ndarray[Any, Any]:
-    """Filled where an older CLIF had no such table or column."""
+    """The rows of a table, with fill values for tables and columns that an older CLIF lacks."""
     table = merged_table(name)
     found = run[name][:] if name in run else np.empty(0, dtype=table.dtype)
     rows = np.full(len(found), table.fill, dtype=table.dtype)

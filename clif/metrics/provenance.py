@@ -1,4 +1,4 @@
-"""Where a run's figures come from: configuration, versions, host, GPUs, commit. Free of torch."""
+"""The provenance of a run's figures: configuration, versions, host, GPUs, commit. Free of torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PACKAGES = ("torch", "transformers", "peft", "triton", "deepspeed", "mpi4py", "n
 def provenance(config: Config | None = None) -> dict[str, str | float]:
     """Attributes of a metrics file. Versions come from package metadata, so that nothing heavy is imported.
 
-    What cannot be found out is an empty string. The wall time of the start comes from the writer (start_unix).
+    Unknown values are empty strings. The wall time of the start comes from the writer (start_unix).
     """
     versions = {f"version.{name}": _version(name) for name in PACKAGES}
     return {
@@ -50,7 +50,7 @@ def _version(package: str) -> str:
 
 
 def cpu_model() -> str:
-    """Name of the CPU, as far as the system tells it."""
+    """Name of the CPU, if the system reports one."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -85,14 +85,14 @@ def _each_gpu(ask: Callable[[Any], Any]) -> list[Any]:
 def git_commit() -> str:
     """Commit of the checkout this code runs from, with "-dirty" if it was changed; empty outside of a checkout."""
     package = Path(clif.__file__).parent
-    # Installed into an environment inside somebody else's checkout, the file is not tracked there.
+    # CLIF may be installed into an environment inside another checkout, which does not track this file.
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return ""
     return _git(package, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or ""
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    # Many ranks of one host ask at the same time: none may take the index lock.
+    # Many ranks of one host run git at the same time: none may take the index lock.
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     command = ["git", "-C", str(folder), *arguments]
     try:

@@ -1,11 +1,11 @@
 """Collect a run with several processes of an MPI world. Free of torch; mpi4py comes in as an argument.
 
-Process 0 alone writes run.h5, in the order that one process would take. The others read: each copies, checks and
-converts the files that process 0 gave it, and hands over one piece when it is asked for one. So a process never holds
-more than a few pieces, HDF5 need not be built for MPI, and what is small goes pickled but rows go as plain buffers.
+Process 0 alone writes run.h5, in the same order as a single process. The others read: each copies, checks and converts
+the files that process 0 assigns to it, and sends one piece on request. So a process never holds more than a few pieces,
+HDF5 need not be built for MPI, small objects are pickled, and rows are sent as plain buffers.
 
-All waiting is by polling: a blocking call of MPI would take a whole core, and would not let go when the process is told
-to end, so that temporary files would stay.
+All waiting is polling: a blocking call of MPI would occupy a whole core and could not be interrupted by a signal, so
+that temporary files would stay.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _POLL_S = 1e-3
 
 
 class ShareError(RuntimeError):
-    """Another process cannot go on; the message says why."""
+    """Another process failed; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class _Announced:
 
 @dataclass(frozen=True)
 class _Line:
-    """This process's end of the line. check raises when the process is to end."""
+    """This process's side of the connection. check raises if the process must end."""
 
     comm: Comm
     check: Callable[[], None]
 
     def receive(self, source: int, tag: int) -> Any:
-        """The next message. Raises ShareError when another process tells that it failed."""
+        """The next message. Raises ShareError if another process reports a failure."""
 
         def there() -> bool:
             if self.comm.iprobe(tag=_FAILURE):
@@ -67,7 +67,7 @@ class _Line:
         return self.comm.recv(source=source, tag=tag)
 
     def finish(self, transfer: Request) -> None:
-        """It is under way, so others are let run but nothing is slept."""
+        """Wait for a transfer. It is under way, so the processor is yielded without sleeping."""
         self._until(transfer.Test, 0)
 
     def _until(self, done: Callable[[], bool], pause_s: float) -> None:
@@ -81,10 +81,9 @@ class _Line:
 def collect_shared(run_dir: Path, comm: Comm, check: Callable[[], None] = lambda: None) -> Path | None:
     """Write RUN/run.h5 as collect() does; every process of comm, of which there are two or more, must call it.
 
-    check is called while waiting and between pieces; what it raises ends this process, and so all of them. Returns
-    the path in process 0 and None in the others. Raises CollectError, in process 0, when there is nothing to merge.
-    Anything else that is raised in any process, process 0 prints, and ends all of them by MPI's Abort; what was
-    written so far is removed before.
+    check is called while waiting and between pieces; its error ends this process, and so all of them. Returns the path
+    in process 0 and None in the others. Raises CollectError, in process 0, if there is nothing to merge. On any other
+    error of any process, process 0 prints it, removes what it has written, and ends all processes by MPI's Abort.
     """
     line = _Line(comm, check)
     if comm.Get_rank() == 0:
@@ -94,7 +93,7 @@ def collect_shared(run_dir: Path, comm: Comm, check: Callable[[], None] = lambda
 
 
 def shares(sizes: Sequence[int], readers: int) -> list[int]:
-    """Which reader (0 to readers - 1) takes each file: the largest first, each to who has least so far.
+    """The reader (0 to readers - 1) of each file: the largest files first, each to the reader with the fewest bytes.
 
     sizes: bytes of the files, in any order.
     """
@@ -122,7 +121,7 @@ def _lead(run_dir: Path, line: _Line) -> Path:
         _stop(comm)
         raise
     except BaseException as error:
-        # Readers wait for orders, or for a transfer that nobody takes. merge() has removed its file by now.
+        # Readers wait for orders, or for a transfer that is never received. merge() has removed its file by now.
         log.critical("collecting failed: %s", _said(error))
         comm.Abort(1)
         raise
@@ -145,7 +144,7 @@ def _size(source: Source) -> int:
     try:
         return source.path.stat().st_size
     except OSError:
-        return 0  # It went away; whoever reads it tells.
+        return 0  # It has disappeared; its reader reports that.
 
 
 def _ask(line: _Line, reader: int) -> Generator[Part, None, None]:
@@ -163,7 +162,7 @@ def _ask(line: _Line, reader: int) -> Generator[Part, None, None]:
 
 
 def _serve(line: _Line) -> None:
-    """Hand out this process's files, part by part, until told to stop."""
+    """Send this process's files, part by part, until the order to stop."""
     try:
         mine = line.receive(0, _ORDER)
         if mine == _STOP:
@@ -176,13 +175,13 @@ def _serve(line: _Line) -> None:
         line.comm.send(text, dest=0, tag=_FAILURE)
         if not isinstance(error, Exception):
             raise
-    # Process 0 says when all is done, or ends this process: leaving earlier could end it before it has cleaned up.
+    # Process 0 announces the end, or ends this process: an earlier exit could end process 0 before its cleanup.
     while line.receive(0, _ORDER) != _STOP:
         pass
 
 
 def _hand_out(line: _Line, source: Source) -> bool:
-    """False when told to stop. Each part is read before it is asked for, so that reading and writing overlap."""
+    """Send one file; False after the order to stop. Parts are read ahead, so that reading and writing overlap."""
     if not source.path.exists():
         raise InputError(
             f"{source.path} is not there: put the run where all hosts see it, or start the processes on one host"

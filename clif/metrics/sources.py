@@ -24,7 +24,7 @@ from clif.metrics.schema import TABLES, Column, Table
 log = logging.getLogger(__name__)
 
 PIECE_BYTES = 4 << 20
-"""Rows are read, sent and written in pieces of about this size, so that memory does not grow with a table."""
+"""Rows are read, sent and written in pieces of about this size, so that memory does not grow with the table."""
 
 _FILE = re.compile(r"(?P<stem>control|rank-(?P<rank>\d+))(\.r(?P<restart>\d+))?\.h5")
 _ORIGIN = (
@@ -63,7 +63,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something of a file that cannot be read, in words."""
+    """A description of an unreadable part of a file."""
 
     text: str
 
@@ -80,7 +80,7 @@ def sources(run_dir: Path) -> list[Source]:
 
 
 def earlier_rows(run_dir: Path, table: str) -> np.ndarray[Any, Any]:
-    """Rows of a table in the control files of processes that are gone, each up to its last flush.
+    """Rows of a table in the control files of earlier processes, each up to its last flush.
 
     A file that cannot be read counts as empty, as it does in run.h5; a warning names it.
     """
@@ -103,12 +103,12 @@ def merged_table(name: str) -> Table:
 
 
 def read(source: Source) -> Generator[Part, None, None]:
-    """What a file holds, up to its last flush: attributes, pieces of tables, and what could not be read.
+    """The content of a file up to its last flush: attributes, pieces of tables, and problems.
 
-    A table that is damaged anywhere gives a problem and no rows. Whatever the file makes of HDF5's library, it is a
-    problem of this file. Close the iterator to end early.
+    A damaged table yields a problem and no rows. A crash or hang of HDF5's library is a problem of this file, too.
+    Close the iterator to end early.
     """
-    # A copy stands still: the process may be writing, and HDF5 refuses a file that is open for writing.
+    # A copy does not change: the process may be writing, and HDF5 refuses a file that is open for writing.
     with tempfile.TemporaryDirectory(prefix=".collect-", dir=source.path.parent) as folder:
         try:
             copy = Path(shutil.copy(source.path, folder))
@@ -163,9 +163,9 @@ def _table(source: Source, name: str, file: h5py.File, closed: bool, alive: Aliv
 
 
 def _written(data: Checked, step: int, alive: Alive) -> int:
-    """Number of rows without those at the end that a kill left unwritten.
+    """Number of rows, without those at the end that a kill left unwritten.
 
-    Reads all of the table, so that damage shows before a row is taken.
+    It reads the whole table, so that damage is found before any row is used.
     """
     count = 0
     for start in range(0, len(data), step):
@@ -178,7 +178,7 @@ def _written(data: Checked, step: int, alive: Alive) -> int:
 
 def _merged(source: Source, table: Table, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     merged = np.full(len(rows), table.fill, dtype=table.dtype)
-    # By name: a file of an older CLIF may lack a column, which then keeps its fill value.
+    # Columns are copied by name: a file of an older CLIF may lack one, which then keeps its fill value.
     for column in rows.dtype.names or ():
         if column in (merged.dtype.names or ()):
             merged[column] = rows[column]
@@ -187,6 +187,6 @@ def _merged(source: Source, table: Table, rows: np.ndarray[Any, Any]) -> np.ndar
 
 
 def _problem(words: object) -> Problem:
-    """What a damaged file says of itself may be anything; this can be printed and stored."""
+    """A problem whose words, which may come from a damaged file, can be printed and stored."""
     text = str(words).encode("utf-8", "backslashreplace").decode()
     return Problem("".join(c if c.isprintable() else "?" for c in text)[:400])

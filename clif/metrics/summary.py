@@ -31,11 +31,11 @@ PHASES = ("before", "after")
 
 
 def summarize(run_h5: Path) -> dict[str, Any]:
-    """Figures of a merged file; null where nothing was measured. Only requests of users count.
+    """Figures of a merged file; null if nothing was measured. Only requests of users count.
 
-    requests: submitted counts what the load generator submitted or what ended, whichever tells of it; unfinished had
-    no terminal event; duplicate_ends counts terminal events beyond the first of a request (there should be none).
-    reasons: of those that were not answered, by how they ended; reasons that differ in numbers only count together.
+    requests: submitted counts requests that were recorded as submitted or as ended; unfinished ones had no terminal
+    event; duplicate_ends counts terminal events beyond the first of a request (there should be none).
+    reasons: of unanswered requests, by their end; reasons that differ only in numbers count together.
     slo: attainment is the share of requests with a terminal event that were answered (stop, length) and met all
     their promises, so that rejected, failed and cancelled ones count as missed; goodput_rps is their number over
     duration_s, first arrival to last terminal event; output_tokens_per_s counts the tokens of all. Percentiles of
@@ -94,7 +94,7 @@ def write_summary(run_dir: Path) -> dict[str, Any]:
 
 
 def _end(name: str, attributes: dict[str, Any], tables: dict[str, Rows]) -> float:
-    """Length of a process's file in seconds; that of a killed one by its last row."""
+    """Length of a process's file in seconds; that of a killed process from its last row."""
     end = float(attributes.get("end_s", math.nan))
     if math.isfinite(end):
         return end
@@ -137,7 +137,7 @@ def _by_source(rows: Rows) -> Iterator[tuple[str, Rows]]:
 
 
 def _requests(users: Rows, load: Rows) -> dict[str, Any]:
-    # By id alone: a request that was accepted before a restart may end after it, in another file.
+    # Matched by id: a request that was accepted before a restart may end after it, in another file.
     ended = set(users["id"].tolist())
     submitted = ended | set(load["request"].tolist())
     counts = Counter(users["finish"].tolist())
@@ -200,13 +200,13 @@ def _training(rounds: Rows, steps: Rows) -> dict[str, Any]:
 
 
 def _gave_up(rounds: Rows) -> str | None:
-    """Why training was given up; of the last start that had rounds, since the next one tries again."""
+    """Why training was given up, in the last start that had rounds, since each start tries again."""
     last = rounds["gave_up"][-1].decode() if len(rounds) else ""
     return last or None
 
 
 def _quality(rows: Rows) -> dict[str, Any]:
-    """The first figure of "before" and the last of "after": a resumed run compares with its very beginning."""
+    """The first figure of "before" and the last of "after": a resumed run is compared with its beginning."""
     result: dict[str, Any] = {}
     for phase, position in zip(PHASES, (0, -1), strict=True):
         mine = rows[rows["phase"] == phase.encode()]
@@ -259,7 +259,7 @@ def _failures(transitions: Rows) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """The same with null for what is not finite: JSON has no NaN."""
+    """The same with null in place of values that are not finite: JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The summary of a run, printed for a person: in a terminal, and readable in a plain log. Free of torch."""
+"""Prints the summary of a run for a terminal; also readable in a plain log. Free of torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
         table = Table("", "", title=title, title_justify="left", show_header=False, box=box.ASCII)
         table.columns[0].min_width = 22
         for name, text in rows:
-            # Not as markup: reasons come from other processes and may hold brackets.
+            # Without markup: reasons come from other processes and may hold brackets.
             table.add_row(name, Text(text))
         console.print(table)
 
@@ -73,7 +73,7 @@ def _run(figures: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _ended(file: dict[str, Any]) -> str:
-    """How far a file goes that was not closed. Whether its process still runs cannot be told from the file."""
+    """The end of a file that was not closed. The file does not show whether its process still runs."""
     if file["last_row_s"] is None:
         rows = "no rows"
     else:

@@ -1,7 +1,7 @@
-"""Tells whether this process is one of several that an MPI launcher started. Free of torch, and of MPI where it can be.
+"""Whether this process is one of several that an MPI launcher started. Free of torch, and of MPI if possible.
 
-What counts is the number of processes that the launcher announces in the environment, not that a batch system is
-there: within a job script of Slurm `clif collect` is one process, although SLURM_NTASKS says how many there might be.
+The number of processes that the launcher announces in the environment counts, not the presence of a batch system: in a
+job script of Slurm `clif collect` is one process, although SLURM_NTASKS gives the size of the allocation.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from clif.errors import InputError
 
-# (variable with the number of processes, variable that must be there too); the first that is set counts. Open MPI's
-# comes before Slurm's: under Slurm, mpirun starts its own helpers by srun and hands their variables on.
+# (variable with the number of processes, variable that must be set, too); the first one that is set counts. Open MPI's
+# comes before Slurm's: under Slurm, mpirun starts its own helpers by srun and forwards their variables.
 _SIZES = (
     ("OMPI_COMM_WORLD_SIZE", ""),  # Open MPI
     ("PMI_SIZE", ""),  # MPICH, Intel MPI, Cray MPICH
@@ -22,7 +22,7 @@ _SIZES = (
     ("SLURM_STEP_NUM_TASKS", ""),  # srun
     ("WORLD_SIZE", "TORCHELASTIC_RUN_ID"),  # torchrun, which makes no MPI world: refused below
 )
-_RANK = "PMIX_RANK"  # Of launchers that tell no size.
+_RANK = "PMIX_RANK"  # Of launchers that announce no size.
 
 
 class Request(Protocol):
@@ -32,7 +32,7 @@ class Request(Protocol):
 
 
 class Comm(Protocol):
-    """What is used of mpi4py's communicator: lower case sends small objects, upper case buffers."""
+    """The part of mpi4py's communicator that is used: lower case sends small objects, upper case buffers."""
 
     def Get_rank(self) -> int: ...
     def Get_size(self) -> int: ...
@@ -45,17 +45,17 @@ class Comm(Protocol):
 
 
 class Termination:
-    """Leaves by SystemExit when the launcher ends this process (SIGTERM), so that temporary files are removed.
+    """Raises SystemExit after SIGTERM, so that temporary files are removed.
 
-    Python drops what is raised while it runs a callback of its memory management, of which h5py has many: so whoever
-    waits calls check(), which raises again.
+    Python drops an exception that is raised inside a callback of its memory management, of which h5py has many. So
+    code that waits calls check(), which raises again.
     """
 
     def __init__(self) -> None:
         self._code = 0
 
     def watch(self) -> None:
-        """From now on. Only in the main thread."""
+        """Start watching. Call it in the main thread."""
         signal.signal(signal.SIGTERM, self._end)
 
     def check(self) -> None:
@@ -69,16 +69,16 @@ class Termination:
 
 
 def announced(environ: Mapping[str, str]) -> int | None:
-    """Number of processes that were started together, as the launcher tells; None when none tells."""
+    """Number of processes that were started together, as the launcher announces; None without an announcement."""
     name = _announcement(environ)
     return None if name is None else int(environ[name])
 
 
 def world(environ: Mapping[str, str]) -> Comm | None:
-    """The communicator of all processes that were started together; None when this is the only one.
+    """The communicator of all processes that were started together; None if this is the only one.
 
-    mpi4py is imported only if a launcher announces more than one process. Raises InputError when there is no MPI then,
-    or when MPI sees another number of processes: each of them would do all of the work.
+    mpi4py is imported only if a launcher announces more than one process. Raises InputError if there is no MPI then, or
+    if MPI sees another number of processes: each of them would do all of the work.
     """
     size = announced(environ)
     if size == 1 or (size is None and _RANK not in environ):
@@ -97,7 +97,7 @@ def world(environ: Mapping[str, str]) -> Comm | None:
 
 
 def _announcement(environ: Mapping[str, str]) -> str | None:
-    """Name of the variable that tells the number of processes."""
+    """Name of the variable that holds the number of processes."""
     for size, mark in _SIZES:
         if environ.get(size, "").isdigit() and (not mark or mark in environ):
             return size
@@ -107,7 +107,7 @@ def _announcement(environ: Mapping[str, str]) -> str | None:
 def _load() -> Comm:
     try:
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, but no MPI library.
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is installed without an MPI library.
         reason = " ".join(str(error).split())
         raise InputError(
             f"several processes were started, but MPI cannot be used ({reason}): "

@@ -1,7 +1,7 @@
-"""The HDF5 file of one process, written so that it opens after SIGKILL at any moment. Free of torch.
+"""Writes the HDF5 file of one process, which can be opened after SIGKILL at any moment. Free of torch.
 
-Default libver, no SWMR, every data set made and flushed at the start, rows appended at each flush. A flush hands the
-rows to the operating system: they survive the death of the process, not that of the host.
+Default libver, no SWMR, every data set created and flushed at the start, rows appended at each flush. A flush passes
+the rows to the operating system: they survive a crash of the process, not of the host.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from clif.metrics.schema import REQUIRED, TABLES, Column, Table, create
 from clif.storage.disk_space import POLL_S, Room, free_bytes, is_full
 
 SPARE_BYTES = 1 << 20
-"""What is left free beside the rows: for HDF5's own structures, and for others who write at the same time."""
+"""Bytes kept free beside the rows: for HDF5's own structures, and for other writers."""
 
 
 class MetricsError(ValueError):
@@ -78,7 +78,7 @@ class TableWriter:
         self._flushed = self.start
 
     def since_start(self, stamp: float) -> float:
-        """Turn a value of the clock into the file's time, as the columns of stamps want it."""
+        """Convert a value of the clock to the file's time, for columns of stamps."""
         return stamp - self.start
 
     def row(self, table: str, **values: Any) -> None:
@@ -95,14 +95,14 @@ class TableWriter:
         self._pending += 1
 
     def maybe_flush(self) -> bool:
-        """Flush if flush_rows rows wait or flush_s seconds passed; tells whether it did."""
+        """Flush if flush_rows rows wait or flush_s seconds have passed; returns whether it did."""
         due = self._pending >= self._flush_rows or self._clock() - self._flushed >= self._flush_s
         return due and self.flush()
 
     def flush(self) -> bool:
-        """Append what is buffered; tells whether it did: when the disk is full the rows wait for the next flush.
+        """Append the buffered rows; returns whether it did: on a full disk the rows wait for the next flush.
 
-        Raises OSError when the disk has been full for room.LIMIT_S, and for other errors of it.
+        Raises OSError after the disk has been full for room.LIMIT_S, and for its other errors.
         """
         self._flushed = self._clock()
         if not self._pending:
@@ -120,7 +120,7 @@ class TableWriter:
         return written
 
     def _has_room(self) -> bool:
-        """Asked before HDF5 is, which leaves files that it cannot close when it runs out of room in the middle."""
+        """Checked before HDF5 writes: if it runs out of room during a write, it can no longer close the file."""
         return free_bytes(self.path.parent) >= SPARE_BYTES + sum(b.waiting_bytes for b in self._tables.values())
 
     def _append(self) -> bool:
@@ -133,7 +133,7 @@ class TableWriter:
         return True
 
     def close(self) -> None:
-        """Flush, note the end (attribute end_s) and close, with patience for a full disk. Closing twice is harmless.
+        """Flush, record the end (attribute end_s) and close, waiting for a full disk. Closing twice is harmless.
 
         Raises OSError as flush() does.
         """
@@ -167,7 +167,7 @@ class _Buffer:
 
     @property
     def waiting_bytes(self) -> int:
-        """Room that the waiting rows need at most: the last chunk may be a new one."""
+        """Bytes that the waiting rows need at most: the last chunk may be a new one."""
         chunk: int = self._data.chunks[0]
         return (len(self._rows) + chunk) * self._dtype.itemsize if self._rows else 0
 
