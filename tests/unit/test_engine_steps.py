@@ -100,8 +100,8 @@ def model(request: pytest.FixtureRequest, tiny_config: Path) -> tuple[str, str]:
     return request.param, path
 
 
-def told(events: dict[int, list[TokenEvent]]) -> dict[str, Any]:
-    """What a client is told of each request: versions, tokens, end."""
+def outcome(events: dict[int, list[TokenEvent]]) -> dict[str, Any]:
+    """What a client receives for each request: versions, tokens, end."""
     return {
         str(i): [sorted({e.version for e in got if e.tokens}), answer(got), got[-1].finish] for i, got in events.items()
     }
@@ -117,7 +117,7 @@ def recorded(model: str, name: str) -> dict[str, Any]:
 def test_answers_are_those_of_the_engine_before(model: tuple[str, str], name: str, overlap: bool) -> None:
     """With overlap also those that are cancelled between launch and settle: they end a token earlier."""
     scenario = SCENARIOS[name]
-    got = told(scenario.run(model[1], overlap=overlap))
+    got = outcome(scenario.run(model[1], overlap=overlap))
     if os.environ.get("RECORD") and not overlap:
         known = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
         known.setdefault(model[0], {})[name] = got

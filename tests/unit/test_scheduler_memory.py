@@ -77,7 +77,7 @@ class Bench:
             self._read(chunk)
         self.rows += sum(c.stop - c.start for c in chunks)
         sampling = [c.sequence for c in chunks if c.needs_sampling]
-        chosen = [next_token(s.version, self.tokens_of(s)) for s in sampling]
+        chosen = [next_token(s.version, self.all_tokens(s)) for s in sampling]
         for sequence, token in zip(sampling, chosen, strict=True):
             self.in_flight[sequence.request.id].append(token)
         step = (chunks, chosen)
@@ -92,7 +92,7 @@ class Bench:
                 self.in_flight[chunk.sequence.request.id].pop(0)
         self._take(self.scheduler.settle(chunks, chosen, 1.0))
 
-    def tokens_of(self, sequence: Sequence) -> list[int]:
+    def all_tokens(self, sequence: Sequence) -> list[int]:
         """All tokens, those in flight included."""
         return [*sequence.tokens, *self.in_flight[sequence.request.id]]
 
@@ -145,11 +145,11 @@ class Bench:
         for i, slot in list(enumerate(self._cache_slots(chunk)))[chunk.start :]:
             block = slot // self.config.block_size
             assert pool.ref_count(block) == 1 and not pool._table.finds(block), "nobody writes what another may read"
-            self.cache[slot] = (sequence.version, tuple(self.tokens_of(sequence)[: i + 1]))
+            self.cache[slot] = (sequence.version, tuple(self.all_tokens(sequence)[: i + 1]))
 
     def _read(self, chunk: Chunk) -> None:
         for i, slot in enumerate(self._cache_slots(chunk)):
-            assert self.cache[slot] == (chunk.sequence.version, tuple(self.tokens_of(chunk.sequence)[: i + 1]))
+            assert self.cache[slot] == (chunk.sequence.version, tuple(self.all_tokens(chunk.sequence)[: i + 1]))
 
     def _take(self, events: list[TokenEvent | None]) -> None:
         for event in events:
