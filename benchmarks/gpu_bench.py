@@ -113,7 +113,8 @@ class Bench:
     def weights(self) -> int:
         """Bytes of the weights that a decode step reads: linear layers and head."""
         stack = self.runner.stack
-        return sum(linear.weight.nbytes for linear in stack.linears) + stack.head.weight.nbytes
+        bases = (*(linear.base for linear in stack.linears), stack.head.base)
+        return sum(base.shape.numel() * base.dtype.itemsize for base in bases)
 
     def kv(self, tokens: int) -> float:
         """Bytes of keys and values of so many tokens, in all layers."""

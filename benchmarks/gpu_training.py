@@ -42,7 +42,7 @@ def peft_step(bench: Bench, count: int, length: int) -> Callable[[], None]:
 def measure(shape: str, scale: Scale) -> list[str]:
     """Markdown of one shape."""
     bench = Bench(shape, scale)
-    parameters = sum(linear.weight.numel() for linear in bench.runner.stack.linears)
+    parameters = sum(linear.base.shape.numel() for linear in bench.runner.stack.linears)
     lines = [
         f"### Training alone, {shape}, r={bench.config.adapter.r} all-linear, {scale.dtype}",
         "",

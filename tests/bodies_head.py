@@ -96,7 +96,7 @@ def losses(topology: Topology, tied: bool) -> dict[str, Any]:
     alone, nothing = head_loss(head, normed, targets)
     assert nothing is None and alone == loss, "an evaluation sees the loss of a training step"
     broken, _ = head_loss(head, normed.index_fill(0, targets[:1], float("nan")), targets)
-    return {"loss": loss, "gradient": gradient.cpu(), "broken": broken, "held": head.weight.shape[0]}
+    return {"loss": loss, "gradient": gradient.cpu(), "broken": broken, "held": head.base.shape[0]}
 
 
 @torch.no_grad()

@@ -135,7 +135,7 @@ def fail_too_often(topology: Topology, model: str, data: str, run_dir: str) -> t
 def damaged_weights(topology: Topology, model: str, data: str, run_dir: str) -> str:
     """The error that brought a life to its end has damaged what all lives share."""
     alive = Alive(topology, model, data, run_dir)
-    alive.base.stack.linears[0].weight[:4] *= 2
+    alive.base.stack.linears[0].base.tensors[0][:4] *= 2
     try:
         alive.step(m.Rebuild(reason="test"))
     except RuntimeError as error:

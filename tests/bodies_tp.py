@@ -149,7 +149,7 @@ def round_trip(topology: Topology, model: str) -> dict[str, Any]:
     weights = write_weights(part.bank.whole(part.bank.shadow.data))
     part.bank.set_shadow(random_state(part.bank, 1))
     part.bank.set_shadow(read_weights(part.bank, weights))
-    held = sum(linear.weight.numel() for linear in part.runner.stack.linears)
+    held = sum(linear.base.shape.numel() for linear in part.runner.stack.linears)
     same = torch.equal(before, part.bank.shadow.data)
     return {"weights": weights, "same": same, "held": held, "kv": part.runner.cache.bytes}
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from clif.config import AdapterConfig, ConfigError
 from clif.distributed.collectives import TpGroup
-from clif.models.dual_linear import DualLinear, ShardSpec
+from clif.models.lora_factors import Factors, LoraFactors
+from clif.models.shard import ShardSpec
 from clif.models.stack import CausalStack
 
 State = dict[str, torch.Tensor]
@@ -26,7 +27,7 @@ class AdapterBank:
     shadow: the trained vector [n]; gradient [n]: its .grad, allocated once and accumulated in place.
     """
 
-    def __init__(self, layers: list[DualLinear], config: AdapterConfig, tp_group: TpGroup | None = None) -> None:
+    def __init__(self, layers: list[LoraFactors], config: AdapterConfig, tp_group: TpGroup | None = None) -> None:
         self.layers, self.config, self.tp_group = layers, config, tp_group or TpGroup()
         masters = [m for layer in layers for m in (layer.shadow_a, layer.shadow_b)]
         self.shadow = nn.Parameter(torch.cat([m.data.flatten() for m in masters]))
@@ -55,17 +56,17 @@ class AdapterBank:
                 yield flat[at : at + shape.numel()].view(shape)
                 at += shape.numel()
 
-    def _chosen(self, layers: range | None) -> list[DualLinear]:
+    def _chosen(self, layers: range | None) -> list[LoraFactors]:
         return self.layers if layers is None else self.layers[layers.start : layers.stop]
 
-    def factors(self, flat: torch.Tensor, layers: range | None = None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def factors(self, flat: torch.Tensor, layers: range | None = None) -> dict[str, Factors]:
         """A [r, in] and B [out, r] by module name, as views of a vector that is laid out like the shadow.
 
         layers: of these alone; the vector holds nothing else.
         """
         views, found = self._views(flat, layers), {}
         for layer in self._chosen(layers):
-            found.update(layer.factors(next(views), next(views)))
+            found.update(layer.by_module(next(views), next(views)))
         return found
 
     def sizes(self, layers: range | None = None) -> list[int]:
@@ -199,9 +200,8 @@ def inject(stack: CausalStack, config: AdapterConfig) -> AdapterBank:
     for layer in stack.linears:
         adapted = [i for i, name in enumerate(layer.names) if name in names]
         if adapted:
-            layer.adapt(adapted, config.r, config.lora_alpha / config.r, config.serving_slots)
-            layers.append(layer)
-    outside = names - {name for layer in layers for name in layer.names}
+            layers.append(layer.adapt(adapted, config.r, config.lora_alpha / config.r, config.serving_slots))
+    outside = names - {name for layer in layers for name in layer.shard_specs()}
     if outside:
         raise ConfigError(
             f"adapter.target_modules {config.target_modules!r} matches {', '.join(sorted(outside))}, which lies "

@@ -69,8 +69,8 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
         torch.manual_seed(config.run.seed)
         bank = inject(stack, config.adapter)
         launcher = choose_kernels(config.engine.lora_kernel, loaded.device, loaded.dtype, config.adapter.r)
-        for layer in bank.layers if launcher else ():
-            layer.fuse(launcher)
+        for linear in stack.linears if launcher else ():
+            linear.fuse(launcher)
         if config.engine.prepack_weights:
             stack.prepack()
         if expected is not None and not shared:

@@ -181,12 +181,7 @@ def measure_activations(stack: CausalStack, device: torch.device, budget: int) -
         held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    frozen = {
-        t.untyped_storage().data_ptr()
-        for linear in stack.linears
-        for t in (linear.weight, linear.bias)
-        if t is not None
-    }
+    frozen = {t.untyped_storage().data_ptr() for linear in stack.linears for t in linear.base.tensors}
     frozen |= {p.untyped_storage().data_ptr() for p in stack.model.parameters()}
     run.forward(1)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
 from clif.distributed.collectives import TpGroup
-from clif.models.backends import Linear, prepacked_linear
+from clif.models.base_weight import BaseWeight, Dense, prepacked
 from clif.models.shard import shard_linear, uneven_shard
 from clif.types import NO_TOKEN
 
 
 class Head:
-    """This rank's rows [span] of the head [vocabulary, hidden size]; all of them without peers.
+    """This rank's rows [shard] of the head [vocabulary, hidden size]; all of them without peers.
 
     Always cut where there are peers: each rank reads and multiplies its share only, and what this costs in
     communication is small beside it. A greedy token costs the one collective that it took to agree on it before.
@@ -28,17 +27,16 @@ class Head:
         if not tied:
             shard_linear(module, "out", self.shard, first=True)
         rows = slice(self.shard.start, self.shard.stop) if tied else slice(None)
-        self.weight = module.weight.data[rows]
-        self.bias = None if module.bias is None else module.bias.data[rows]
-        self._prepacked: Linear | None = None
+        bias = None if module.bias is None else module.bias.data[rows]
+        self.base: BaseWeight = Dense(module.weight.data[rows], bias)
 
     def prepack(self) -> None:
         """Lay the weight out for the machine's matrix kernels where that pays."""
-        self._prepacked = prepacked_linear(self.weight, self.bias)
+        self.base = prepacked(self.base)
 
     def __call__(self, normed: torch.Tensor) -> torch.Tensor:
-        """normed [rows, hidden size] -> this rank's columns of the logits [rows, span]."""
-        return self._prepacked(normed) if self._prepacked is not None else linear(normed, self.weight, self.bias)
+        """normed [rows, hidden size] -> this rank's columns of the logits [rows, shard]."""
+        return self.base.forward(normed)
 
     def whole(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits [rows, vocabulary], equal bits on all peers, from the columns of each. Collective."""

@@ -16,7 +16,7 @@ from torch import nn
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
 from clif.models.dual_linear import DualLinear, LoraRows
-from clif.models.shard import Shard, ShardDim, shard_linear
+from clif.models.shard import LinearShards, Shard, ShardDim, shard_linear
 
 LayerShards = Mapping[str, tuple[ShardDim, Shard]]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -158,6 +158,5 @@ def _merged(parent: Any, name: str, leaves: Sequence[str], shards: LayerShards, 
     shard_dim = shards[leaves[0]][0]
     for leaf, linear in zip(leaves, linears, strict=True):
         shard_linear(linear, *shards[leaf], first=tp_group.rank == 0)
-    return DualLinear(
-        [f"{name}.{leaf}" for leaf in leaves], linears, shard_dim, [shards[leaf][1] for leaf in leaves], tp_group
-    )
+    parts = LinearShards(shard_dim, tuple(shards[leaf][1] for leaf in leaves), tp_group)
+    return DualLinear([f"{name}.{leaf}" for leaf in leaves], linears, parts)

@@ -31,7 +31,7 @@ def head_loss(
         # The softmax of this rank's columns is that of all, but for the share of the whole sum that they have.
         p.mul_((own_sum - log_sum).exp_().div_(divisor)[:, None])
         p.scatter_add_(1, columns, mine.float().mul_(-1.0 / divisor))
-        return loss, head.tp_group.all_reduce_(p.to(normed.dtype) @ head.weight)
+        return loss, head.tp_group.all_reduce_(head.base.backward(p.to(normed.dtype)))
 
 
 def _joined(head: Head, log_sum: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

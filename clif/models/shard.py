@@ -8,10 +8,13 @@ Where there are fewer KV heads than ranks, several ranks hold the same one. The 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from clif.distributed.collectives import TpGroup
 
 ShardDim = Literal["out", "in"]
 """Which side of a weight [out, in] is cut."""
@@ -28,6 +31,60 @@ class Shard:
     @property
     def size(self) -> int:
         return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """Which part of a tensor this rank holds: `shard` of its dimension `dim`; without a shard all of it."""
+
+    dim: int = 0
+    shard: Shard | None = None
+
+    def holders(self, peers: int) -> int:
+        """How many of the peers hold this part."""
+        return peers if self.shard is None else peers * self.shard.size // self.shard.total
+
+    def of_rank(self, rank: int, peers: int) -> ShardSpec:
+        """The part that another peer holds."""
+        if self.shard is None:
+            return self
+        start = rank // self.holders(peers) * self.shard.size
+        return ShardSpec(self.dim, Shard(start, start + self.shard.size, self.shard.total))
+
+    def take(self, whole: torch.Tensor) -> torch.Tensor:
+        """This part of a whole tensor, as a view."""
+        return whole if self.shard is None else whole.narrow(self.dim, self.shard.start, self.shard.size)
+
+
+@dataclass(frozen=True)
+class LinearShards:
+    """This rank's parts of the modules of a merged linear layer, and the ranks that hold the others.
+
+    shards: one for each module, all along the same dimension.
+    """
+
+    dim: ShardDim
+    shards: tuple[Shard, ...]
+    tp_group: TpGroup
+
+    @property
+    def inputs(self) -> Shard | None:
+        """The part of the inputs that this rank reads; None: all of them."""
+        return self.shards[0] if self.dim == "in" else None
+
+    def of_factors(self, module: int) -> tuple[ShardSpec, ShardSpec]:
+        """How A [r, in] and B [out, r] of a module lie in the whole ones: one of them is cut, the other is not."""
+        if self.dim == "out":
+            return ShardSpec(), ShardSpec(0, self.shards[module])
+        return ShardSpec(1, self.shards[module]), ShardSpec()
+
+    def sum_outputs(self, y: torch.Tensor) -> torch.Tensor:
+        """Sum the partial results of ranks that hold parts of the inputs, in place: base and low-rank part at once."""
+        return self.tp_group.all_reduce_(y) if self.dim == "in" else y
+
+    def sum_inputs(self, grad_x: torch.Tensor) -> torch.Tensor:
+        """Sum the gradient of the input over ranks that hold parts of the outputs, in place."""
+        return self.tp_group.all_reduce_(grad_x) if self.dim == "out" else grad_x
 
 
 def even_shard(total: int, rank: int, size: int) -> Shard:

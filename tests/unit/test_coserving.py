@@ -158,7 +158,8 @@ def test_activations_never_exceed_their_budget(tiny_config):
     budget = longest * keep.entry * keep.layers + 2 * keep.of_layer([longest])
     rig.runner.activations = type(keep)(budget, keep.layers, keep.entry, keep.layer, keep.square)
     linears = rig.runner.stack.linears
-    frozen = {t.untyped_storage().data_ptr() for one in linears for t in (one.weight, one.compute_a, one.compute_b)}
+    held = [t for one in linears for t in (*one.base.tensors, one.lora.compute_a, one.lora.compute_b)]
+    frozen = {t.untyped_storage().data_ptr() for t in held}
     frozen |= {p.untyped_storage().data_ptr() for p in rig.loaded.model.parameters()}
     live: dict[int, int] = {}
     most = 0

@@ -126,5 +126,6 @@ def test_on_a_gpu_that_can_run_it_auto_means_the_decode_kernel(monkeypatch: pyte
 
 def test_on_a_cpu_auto_means_torch(tiny_config) -> None:
     rig = rig_with("auto", f"random:{tiny_config}")
-    assert all(layer._fused is None for layer in rig.bank.layers)
-    assert all(layer._fused is not None for layer in rig_with("triton", f"random:{tiny_config}").bank.layers)
+    assert all(linear._fused is None for linear in rig.runner.stack.linears)
+    fused = rig_with("triton", f"random:{tiny_config}").runner.stack.linears
+    assert all(linear._fused is not None for linear in fused)

@@ -1,0 +1,115 @@
+"""The LoRA factors of one merged linear layer: those that serve, one per slot, and those of the shadow, which learn.
+
+Sources: LoRA (Hu et al. 2021) for the factors and how they begin; S-LoRA (Sheng et al. 2023) and Punica (Chen et al.
+2023) for several adapters in one batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from clif.kernels.dual_lora_reference import SHADOW, MergedLinear, Projection
+from clif.models.base_weight import BaseWeight, Dense
+from clif.models.shard import LinearShards, Shard, ShardSpec
+
+Factors = tuple[torch.Tensor, torch.Tensor]
+"""A [r, in] and B [out, r] of one module."""
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """One module of a merged linear layer. name: in the model; size: outputs on this rank; adapted: has an adapter."""
+
+    name: str
+    size: int
+    adapted: bool
+
+
+class LoraFactors:
+    """Factors of the k adapted modules of a merged layer, of rank r.
+
+    A [k r, in] holds the modules' own A one below the other. B [out, k r] has each module's own B in its own rows and
+    columns and zeros elsewhere: one product per factor in place of k.
+
+    serving_a, serving_b [slots, ...] and compute_a, compute_b are in the base's dtype; shadow_a [k r, in] and
+    shadow_b [adapted rows, r] are float32 masters, trained. compute_* are what the shadow's rows are multiplied with:
+    call refresh() after the masters have changed.
+    """
+
+    def __init__(
+        self, modules: Sequence[LoraModule], base: BaseWeight, shards: LinearShards, r: int, scale: float, slots: int
+    ) -> None:
+        """slots: adapters that serve at a time. The shadow begins as draw() makes it."""
+        self.modules, self.shards, self.r, self.scale = tuple(modules), shards, r, scale
+        self.adapted = [i for i, module in enumerate(modules) if module.adapted]
+        (out, self.width), rank, device = base.shape, r * len(self.adapted), base.device
+        shapes = ((rank, self.width), (out, rank))
+        self.a, self.b = (torch.zeros(slots + 1, *shape, dtype=base.dtype, device=device) for shape in shapes)
+        self.serving_a, self.serving_b = self.a[:SHADOW], self.b[:SHADOW]
+        self.compute_a, self.compute_b = self.a[SHADOW], self.b[SHADOW]
+        rows = sum(modules[i].size for i in self.adapted)
+        self.shadow_a = nn.Parameter(torch.empty(rank, self.width, device=device))
+        self.shadow_b = nn.Parameter(torch.empty(rows, r, device=device))
+        self.draw()
+
+    def draw(self) -> None:
+        """The shadow as it is before any training: A drawn from torch's random numbers like a linear layer, B zero."""
+        inputs = self.shards.inputs or Shard(0, self.width, self.width)
+        for a in self.shadow_a.data.split(self.r):
+            # Drawn whole: the same adapter, however many ranks share it.
+            whole = torch.empty(self.r, inputs.total, device=a.device)
+            nn.init.kaiming_uniform_(whole, a=math.sqrt(5))
+            a.copy_(whole[:, inputs.start : inputs.stop])
+        self.shadow_b.data.zero_()
+
+    def in_slot(self, slot: int) -> Factors:
+        """Merged A [k r, in] and B [out, k r] of a slot."""
+        return self.a[slot], self.b[slot]
+
+    def by_module(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, Factors]:
+        """Views of merged masters (shaped like shadow_a, shadow_b) by module name: A [r, in] and B [own rows, r]."""
+        parts = zip(a.split(self.r), b.split([self.modules[i].size for i in self.adapted]), strict=True)
+        return {self.modules[i].name: part for i, part in zip(self.adapted, parts, strict=True)}
+
+    def shard_specs(self) -> dict[str, tuple[ShardSpec, ShardSpec]]:
+        """How A and B of each adapted module lie in the whole ones."""
+        return {self.modules[i].name: self.shards.of_factors(i) for i in self.adapted}
+
+    def fill_slot(self, slot: int, factors: dict[str, Factors]) -> None:
+        """Copy an adapter into a serving slot, rounding to the base's dtype once."""
+        self._spread(factors, self.serving_a[slot], self.serving_b[slot])
+
+    def refresh(self) -> None:
+        """Round the shadow's masters to what its rows are multiplied with."""
+        self._spread(self.by_module(self.shadow_a.data, self.shadow_b.data), self.compute_a, self.compute_b)
+
+    def gather_b(self, b: torch.Tensor) -> torch.Tensor:
+        """The blocks of a merged B [out, k r] one below the other: [adapted rows, r]."""
+        blocks = self._blocks(b)
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+    def as_merged(self, base: Dense) -> MergedLinear:
+        """Base and adapters as the kernels read them: views, no copy."""
+        projections, start = [], 0
+        for i, module in enumerate(self.modules):
+            block = self.adapted.index(i) if module.adapted else None
+            projections.append(Projection(start, start + module.size, block))
+            start += module.size
+        return MergedLinear(base.weight, base.bias, self.a, self.b, self.r, self.scale, tuple(projections))
+
+    def _spread(self, factors: dict[str, Factors], to_a: torch.Tensor, to_b: torch.Tensor) -> None:
+        blocks = self._blocks(to_b)
+        for i, a, block in zip(self.adapted, to_a.split(self.r), blocks, strict=True):
+            from_a, from_b = factors[self.modules[i].name]
+            a.copy_(from_a)
+            block.copy_(from_b)
+
+    def _blocks(self, b: torch.Tensor) -> list[torch.Tensor]:
+        """The non-zero blocks of a merged B [out, k r], one per adapted module."""
+        rows = b.split([module.size for module in self.modules])
+        return [rows[i][:, j * self.r : (j + 1) * self.r] for j, i in enumerate(self.adapted)]
