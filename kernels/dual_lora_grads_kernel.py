@@ -3,8 +3,9 @@
     grad_A = g_h^T x   [R, d_in],   with g_h = scale * g B   (dual_lora_linear makes it beside the gradient of x)
     grad_B = g^T h     [d_out, r],  with h = scale * x A^T   (kept from the forward)
 
-Both are a thin matrix times a wide one over the rows that learn, so that one launch does both. The rows are split;
-the last to arrive at a tile adds the partial sums in a fixed order: no atomics on results, equal input, equal bits.
+Both are a thin matrix times a wide one over the rows that learn, so one launch computes both. The rows are split; the
+last program to arrive at a tile adds the partial sums in a fixed order. Results need no atomics: equal input gives
+equal bits.
 """
 
 import triton

@@ -19,7 +19,7 @@ from clif.kernels.tiles import GradTiles, LinearTiles, descriptor_boxes
 INTERPRET = not isinstance(dual_lora_linear, triton.runtime.JITFunction)
 """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when they were first imported)."""
 INTERPRETED_PROGRAMS = 3
-"""The interpreter runs programs one after the other: a few show that any number of them will do."""
+"""The interpreter runs programs one after the other: a few show that any number of them is right."""
 
 
 class Tiling(Protocol):
@@ -31,7 +31,7 @@ class Tiling(Protocol):
 
 
 class Workspace:
-    """What the programs of one stream's launches tell each other; grows when a launch needs more.
+    """Memory through which the programs of one stream's launches communicate; it grows with the launches' needs.
 
     tickets: zero between launches. flags: numbers of launches. left [1]: programs that have left, 65536 per launch.
     """
@@ -41,7 +41,7 @@ class Workspace:
         self.flags = torch.zeros(256, dtype=torch.int64, device=device)
         self.left = torch.zeros(1, dtype=torch.int64, device=device)
         self.planes = torch.empty(1 << 16, dtype=torch.float32, device=device)
-        # Captured graphs go on writing to what was outgrown since.
+        # Captured graphs still write to tensors that were replaced by larger ones.
         self._outgrown: list[torch.Tensor] = []
 
     def take_tickets(self, count: int) -> torch.Tensor:
@@ -57,7 +57,7 @@ class Workspace:
         return self.flags
 
     def take_planes(self, count: int) -> torch.Tensor:
-        """Room for so many partial sums."""
+        """Memory for `count` partial sums."""
         if count > len(self.planes):
             self._outgrown.append(self.planes)
             self.planes = self.planes.new_empty(count)
@@ -77,13 +77,13 @@ class KernelLauncher:
     def workspace(self) -> Workspace:
         """One per stream: launches of one stream never overlap. Launch once on a stream before capturing there."""
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
-        # Not setdefault(): it would make a workspace, with its fills, at every launch.
+        # setdefault() would make a workspace, with its fills, at every launch.
         if stream not in self._workspaces:
             self._workspaces[stream] = Workspace(self.device)
         return self._workspaces[stream]
 
     def rows(self, segments: Sequence[Segment], rows: int, block_m: int, slots: int) -> RowTable:
-        """The row tiles of a batch: made once, for all layers."""
+        """The row tiles of a batch, made once for all layers."""
         key = (tuple(segments), rows, block_m, slots)
         if key not in self._tables:
             if len(self._tables) > 64:
@@ -256,7 +256,7 @@ class FusedLinear:
     def through(self, grad: torch.Tensor, down: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The backward's first launch: gradients of x (None unless down) and of h / scale, times scale.
 
-        The forward's kernel, with the shadow's factors in each other's place.
+        It is the forward's kernel, with the shadow's factors swapped.
         """
         p = self.merged
         out, depth = p.weight.shape
@@ -290,7 +290,7 @@ class FusedLinear:
 
 
 def _through_tiles(what: tuple[int, int], size: int) -> list[tuple[int, int, int, int]]:
-    """Column tiles of the gradient of x: each takes something from every block of h's gradient."""
+    """Column tiles of the gradient of x: each depends on every block of h's gradient."""
     depth, blocks = what
     return [(col, min(col + size, depth), 0, blocks) for col in range(0, depth, size)]
 
@@ -300,21 +300,21 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _padded(r: int) -> int:
-    """Tensor cores multiply depths of 16 and more."""
+    """The rank, padded for tensor cores, which multiply depths of 16 and more."""
     return max(16, triton.next_power_of_2(r))
 
 
 def _options(warps: int, stages: int) -> dict[str, Any]:
-    # Triton 3.10 will no longer fuse products and sums by itself: bitwise tests must not depend on the version.
+    # Triton 3.10 no longer fuses products and sums by default: bitwise tests must not depend on the version.
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 def _described(
     tiles: LinearTiles, rank: int, transposed: bool, operands: dict[str, torch.Tensor]
 ) -> dict[str, TensorDescriptor] | None:
-    """Operands for the copy engine, as they lie in memory, the slots of factors one below the other.
+    """Tensor descriptors of the operands, as they lie in memory, with the slots of factors one below the other.
 
-    None if it cannot read one of them.
+    None if the copy engine cannot read one of them.
     """
     x, w, a, b = operands.values()
     if transposed:
@@ -327,6 +327,6 @@ def _described(
 
 
 def _describable(matrix: torch.Tensor) -> bool:
-    """Whether the copy engine can read it, and in the types that tensor cores multiply: 16-byte aligned rows."""
+    """Whether the copy engine can read a matrix: rows aligned to 16 bytes, of a type that tensor cores multiply."""
     pitch = matrix.stride(0) * matrix.element_size()
     return matrix.element_size() == 2 and matrix.stride(1) == 1 and pitch % 16 == 0 and matrix.data_ptr() % 16 == 0

@@ -10,14 +10,17 @@ row tile adds the partial sums in a fixed order, rounds once and raises a flag. 
 They look at the flag only after their own contraction, long after it was raised, and add one more product of depth r.
 With few rows a tile's contraction is split, too, so that every multiprocessor reads a part of W.
 
-No deadlock: shrinkers wait for nobody, and programs start in the order of their numbers (or all at once, if the GPU
-has room for all), so that whoever waits, waits for a program that has started. Nothing needs to be cleared between
-launches, as a captured graph demands: tickets are put back by the last to arrive, and a flag holds the number of its
-launch, which every program derives from how many have left before.
+No deadlock: shrinkers wait for no other program, and programs start in the order of their numbers (or all at once, if
+the GPU has room for all), so that a program only waits for programs that have started. Nothing needs to be cleared
+between launches, as a captured graph demands: the last program to arrive resets the tickets, and a flag holds the
+number of its launch, which every program derives from the count of programs that have left before.
 
 Invariants: a tile holds rows of one slot, and the adapter is chosen by pointer, never by a mask: a NaN of one adapter
 cannot reach rows of another. Rows of no adapter compute exactly what they would compute in a launch without adapters.
 All sums have a fixed order: equal input gives equal bits.
+
+Sources: Chen et al. 2023 (Punica) and Sheng et al. 2023 (S-LoRA): segmented products; Osama et al. 2023 (Stream-K):
+split contractions that the last program to arrive completes.
 """
 
 import triton
@@ -90,7 +93,7 @@ def _shrink(
     for k in range(begin, end, BLOCK_K):
         left = _tile_of_x(x, row, k, stop, end, x_row, BLOCK_M, BLOCK_K, TMA)
         if TMA:
-            # Deeper than the block it reads B's zeros or nothing; more than RANK of h's columns are not stored.
+            # Beyond the block it reads B's zeros or nothing; only RANK of h's columns are stored.
             if TRANSPOSED:
                 right = a.load([k, block * RANK])
             else:
@@ -151,7 +154,7 @@ def _finish(
         ranks = tl.arange(0, RANK_P)
         if FORM == 2 and not INTERPRET:
             tl.extra.cuda.gdc_wait()
-        # Not pipelined: what a later round reads must not be fetched before its flag was seen.
+        # Not pipelined: operands of a later round must not be fetched before its flag was seen.
         for block in tl.range(block_first, block_stop, num_stages=1):
             if FORM == 0:
                 raised = tl.atomic_add(flags + m * BLOCKS + block, 0, sem="acquire")
@@ -163,7 +166,7 @@ def _finish(
                 hidden + rows[:, None] * (BLOCKS * RANK) + at[None, :], mask=inside, other=0.0, cache_modifier=".cg"
             )
             if TMA:
-                # More than RANK deep it reads zeros or what meets the zeros of `left`.
+                # Beyond RANK it reads zeros, or values that meet the zeros of `left`.
                 if TRANSPOSED:
                     right = b.load([block * RANK, col])
                 else:
@@ -236,7 +239,7 @@ def _tile_of_y(
     TMA: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """The base product of one tile of y, or a part of its contraction; who has the whole finishes the tile."""
+    """The base product of one tile of y, or part of its contraction; the program with the whole sum completes it."""
     tile = item // SPLIT
     # Tiles that share rows of x or of W run close together, so that the second reads the cache.
     width = GROUP_M * n_columns
@@ -252,7 +255,7 @@ def _tile_of_y(
     block_first = tl.load(col_tiles + 4 * n + 2)
     block_stop = tl.load(col_tiles + 4 * n + 3)
     if ALIGNED:
-        # Then elements of y are stored 16 bytes at a time.
+        # This lets elements of y be stored 16 bytes at a time.
         col = tl.multiple_of(col, 16)
         col_stop = tl.multiple_of(col_stop, 16)
     cols = col + tl.arange(0, BLOCK_N)
@@ -347,7 +350,7 @@ def dual_lora_linear(
     programs = tl.num_programs(0)
     n_tiles = tl.load(counts)
     adapted = tl.load(counts + 1)
-    # The same for all programs of a launch: those that have left it are fewer than 65536 until the last one has.
+    # The same for all programs of a launch: fewer than 65536 have left until the last one leaves.
     launch = (tl.load(left) >> 16) + 1
     if FORM == 1 and not INTERPRET:
         tl.extra.cuda.gdc_launch_dependents()
@@ -365,9 +368,9 @@ def dual_lora_linear(
                 SPLIT, RANK, RANK_P, BLOCKS, FORM, TRANSPOSED, ALIGNED, HAS_BIAS, TMA, INTERPRET,
             )  # fmt: skip
     if FORM == 0:
-        # Nobody waits for it. The first program makes the sum of a launch the same for any number of programs.
+        # No program waits for it. The first program makes the total of a launch the same for any number of programs.
         share = tl.where(program == 0, 65537 - programs, 1)
         tl.atomic_add(left, share.to(tl.int64), sem="relaxed")
     if FORM == 2 and not INTERPRET:
-        # Also where no tile has an adapter: what follows this launch must follow the shrink launch, too.
+        # Also if no tile has an adapter: work after this launch must come after the shrink launch, too.
         tl.extra.cuda.gdc_wait()

@@ -2,7 +2,9 @@
 
     y[rows of slot s] += scale * (x A_s^T) B_s^T
 
-It is the CPU path, and the specification of any faster kernel that takes its place.
+It is the CPU path, and the specification of the faster kernels.
+
+Sources: Hu et al. 2021 (LoRA); Chen et al. 2023 (Punica) and Sheng et al. 2023 (S-LoRA): segments of rows per adapter.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Projection:
-    """Outputs [start, stop) of a merged layer that belong to one linear layer; block: its place in h, or None."""
+    """Outputs [start, stop) of a merged layer that belong to one linear layer; block: its index in h, or None."""
 
     start: int
     stop: int
@@ -93,7 +95,7 @@ def shadow_backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """Gradients of x, A and B, given that of y [rows, d_out].
 
-    grad_x: what comes through the base, grad W [rows, d_in]; it is added to in place (None: not wanted).
+    grad_x: the gradient through the base, grad W [rows, d_in]; it is added to in place (None: not wanted).
     Returns (grad_x, grad_a [r, d_in], grad_b [d_out, r]).
     """
     grad_hidden = (grad @ b).mul_(scale)

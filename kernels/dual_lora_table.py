@@ -1,4 +1,4 @@
-"""Tables on the device that tell a dual LoRA kernel which rows and columns each of its tiles has. Free of Triton."""
+"""Tables on the device with the rows and columns of each tile of a dual LoRA kernel. Free of Triton."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def row_tiles(segments: Sequence[Segment], rows: int, block_m: int, slots: int) 
 
 
 def column_tiles(projections: Sequence[Projection], block_n: int) -> list[tuple[int, int, int, int]]:
-    """(first column, end, first block, end of blocks) of every tile of y; none crosses from one member to the next."""
+    """(first column, end, first block, end of blocks) of every tile of y; none spans two projections."""
     tiles = []
     for member in projections:
         first, end = (0, 0) if member.block is None else (member.block, member.block + 1)
@@ -71,13 +71,13 @@ class RowTable:
 
     @property
     def capacity(self) -> int:
-        """Tiles that there is room for."""
+        """Number of tiles that fit."""
         return len(self.tiles)
 
     def refill(self, segments: Sequence[Segment], rows: int) -> None:
-        """Other segments for the same launch: a captured graph reads them in its next replay.
+        """Replace the segments: a captured graph reads the new ones in its next replay.
 
-        Raises ValueError if they need more tiles than there is room for.
+        Raises ValueError if they need more tiles than fit.
         """
         found, adapted = row_tiles(segments, rows, self.block_m, self.slots)
         if len(found) > self.capacity:
@@ -85,7 +85,7 @@ class RowTable:
         self._send(found, adapted)
 
     def _send(self, found: Sequence[Sequence[int]], adapted: int) -> None:
-        """Counts and tiles in one piece, where a GPU can fetch it while Python goes on."""
+        """Counts and tiles in one tensor, pinned so that the copy to a GPU is asynchronous."""
         words = self._staged.write().numpy()
         values = [len(found), adapted, *[0] * (HEADER - 2), *itertools.chain.from_iterable(found)]
         words[: len(values)] = values
@@ -123,5 +123,5 @@ class RowTables:
 
 
 HEADER = 16
-"""Words before the tiles, so that these are aligned."""
+"""Words before the tiles, which aligns these."""
 NO_TILE = (0, 0, -1)

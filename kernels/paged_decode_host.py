@@ -15,7 +15,7 @@ from clif.kernels.paged_decode_table import DecodeConfig, DecodeTable
 INTERPRET = not isinstance(paged_decode, triton.runtime.JITFunction)
 """Whether Triton's interpreter runs the kernel (TRITON_INTERPRET=1 when it was first imported)."""
 LEAST_ROWS = 16
-"""Rows, and head dimensions, of the smallest product that tensor cores make."""
+"""Smallest number of rows, and of head dimensions, of a product on tensor cores."""
 
 
 class PagedDecode:
@@ -52,7 +52,7 @@ class PagedDecode:
             space.take_tickets(targets), scale * math.log2(math.e), table.max_blocks, *q.stride()[:2],
             *cache.stride()[:2], out.stride(0),
             **constants(d, group, table.block_size, config), INTERPRET=INTERPRET, num_warps=config.warps,
-            # Triton 3.10 will no longer fuse products and sums by itself: bitwise tests must not depend on the version.
+            # Triton 3.10 no longer fuses products and sums by default: bitwise tests must not depend on the version.
             num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip
 

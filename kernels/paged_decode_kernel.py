@@ -5,14 +5,17 @@
 `kernels/testing/paged_decode_specification.py` is the specification.
 
 How: a program takes one part of one sequence's context and one KV head, with all query heads that share it, so that
-K and V are read once. It keeps a running maximum, a running sum and the weighted values, all float32. The last to
-arrive at a sequence and head adds up its parts in a fixed order. The grid is that of the table's capacity; how many
-sequences there are, and how long, is read from the device, so that a captured graph can be replayed over a table that
-was filled again. Programs without work leave at once.
+K and V are read once. It keeps a running maximum, a running sum and the weighted values, all float32. The last program
+to arrive at a sequence and head adds up its parts in a fixed order. The grid is that of the table's capacity. The
+number of sequences and their lengths are read from the device, so that a captured graph can be replayed over a refilled
+table. Programs without work leave at once.
 
-Invariants: only slots that hold a token of the sequence are loaded; what lies elsewhere, a NaN of another request or
-the rest of a block, is not multiplied by zero but never read. The parts depend on the length of their own sequence
-only, and all sums have a fixed order: a sequence gets the same bits in any company, and again in the next run.
+Invariants: only slots that hold a token of the sequence are loaded. Other slots, which may hold a NaN of another
+request, are never read, not even to multiply them by zero. The parts depend only on the length of their own sequence,
+and all sums have a fixed order: a sequence gets the same bits in any batch, and again in the next run.
+
+Sources: Kwon et al. 2023 (PagedAttention); Dao et al. 2023 (Flash-Decoding: parts of a context in parallel);
+Milakov and Gimelshein 2018 (online softmax).
 """
 
 import triton
@@ -41,8 +44,8 @@ def _part_of_context(
         scores = dot(query, key, tl.zeros([ROWS, BLOCK_KV], dtype=tl.float32), INTERPRET)
         scores = tl.where(inside[None, :], scores, float("-inf"))
         above = tl.maximum(highest, tl.max(scores, 1))
-        # Scaled after the difference: what rounding does to the large weights is then small. Rounded before they are
-        # added up: the weights of the values then add up to one.
+        # Scaled after the difference, which keeps rounding errors of the large weights small. Rounded before the sum,
+        # so that the weights of the values add up to one.
         weights = rounded(tl.exp2((scores - above[:, None]) * scale), keys.dtype.element_ty, INTERPRET)
         shrink = tl.exp2((highest - above) * scale)
         value = tl.load(values + slot[:, None] + cols[None, :], mask=inside[:, None] & inside_head[None, :], other=0.0)
@@ -121,10 +124,10 @@ def paged_decode(
             tl.store(plane + part * (GROUP * HEAD_DIM), acc, mask=inside)
             tl.store(partial + part * (2 * GROUP), highest, mask=projections < GROUP)
             tl.store(partial + part * (2 * GROUP) + GROUP, total, mask=projections < GROUP)
-            # All threads' stores come before the one thread that hands in the ticket.
+            # The stores of all threads must precede the ticket, which one thread draws.
             tl.debug_barrier()
             if tl.atomic_add(tickets + target, 1, sem="acq_rel") == parts - 1:
-                # The maximum first: then no load waits for the arithmetic of the one before.
+                # The maximum comes first: then no load waits for the arithmetic of the previous one.
                 highest = tl.full([ROWS], float("-inf"), dtype=tl.float32)
                 for i in range(parts):
                     one = tl.load(partial + i * (2 * GROUP), mask=projections < GROUP, other=0.0, cache_modifier=".cg")

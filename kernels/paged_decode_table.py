@@ -1,4 +1,4 @@
-"""Which cache blocks each sequence of a decode batch reads, on the device; and how a launch is cut. Free of Triton."""
+"""The cache blocks of each sequence of a decode batch, on the device, and the split of a launch. Free of Triton."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class DecodeRow(NamedTuple):
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How paged_decode is computed; what it computes is the same up to roundings.
+    """How paged_decode is computed; its result is the same up to roundings.
 
-    block_kv: tokens of a step, a power of two of at least 16; parts: into how many a context is split at most; least:
-    tokens of a part at least, a multiple of block_kv. Both cut a context by its own length only, whoever else is in
-    the batch. stages: with 5, two steps of K and V are on their way while one is computed; a step takes two stages,
-    since its slots must be looked up before it is loaded. Raises ValueError.
+    block_kv: tokens of a step, a power of two of at least 16; parts: the most parts of a context; least: the fewest
+    tokens of a part, a multiple of block_kv. Both split a context by its own length only, whatever else is in the
+    batch. stages: with 5, two steps of K and V are in flight while one is computed; a step takes two stages, since its
+    slots must be looked up before it is loaded. Raises ValueError.
     """
 
     block_kv: int = 64
@@ -59,7 +59,7 @@ class DecodeTable:
         if min(capacity, max_blocks, block_size) < 1:
             raise ValueError(f"capacity {capacity}, max_blocks {max_blocks}, block_size {block_size}: all at least 1")
         self.capacity, self.max_blocks, self.block_size = capacity, max_blocks, block_size
-        # Parts that begin at multiples of 16 words are aligned, which the compiler makes use of.
+        # Parts begin at multiples of 16 words: the compiler uses the alignment.
         self._width = -(-capacity // 16) * 16
         self._staged = Staged.zeros(16 + 2 * self._width + capacity * max_blocks, torch.int32, device)
         self.counts, self.rows, self.lengths, self.blocks = self._views(self._staged.words)
@@ -83,7 +83,7 @@ class DecodeTable:
         return table
 
     def refill(self, sequences: Sequence[DecodeRow]) -> None:
-        """Other sequences for the same launch: a captured graph reads them in its next replay.
+        """Replace the sequences: a captured graph reads the new ones in its next replay.
 
         Raises ValueError, and changes nothing, if they do not fit or if a sequence lacks a block.
         """
@@ -97,7 +97,7 @@ class DecodeTable:
         for i, (sequence, count) in enumerate(zip(sequences, needed, strict=True)):
             rows[i], lengths[i] = sequence.row, sequence.length
             blocks[i, :count] = sequence.blocks[:count]
-            # Never read; were it, it would be the sequence's own.
+            # Padding, which is never read; it repeats a block of the sequence itself.
             blocks[i, count:] = sequence.blocks[count - 1]
         self._staged.send()
 

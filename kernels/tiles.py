@@ -1,4 +1,4 @@
-"""Tile sizes of the dual LoRA kernels: how the work of one launch is cut. Free of Triton."""
+"""Tile sizes of the dual LoRA kernels, which divide the work of one launch. Free of Triton."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class GradTiles:
 
 
 def descriptor_boxes(tiles: LinearTiles, rank: int, transposed: bool) -> dict[str, tuple[int, int]]:
-    """What one load by tensor descriptor brings, for x, w, a and b of dual_lora_linear. rank: padded."""
+    """Shape of one load by tensor descriptor, for x, w, a and b of dual_lora_linear. rank: padded."""
     boxes = {"w": (tiles.block_n, tiles.block_k), "a": (rank, tiles.block_k), "b": (tiles.block_n, rank)}
     if transposed:
         boxes = {name: box[::-1] for name, box in boxes.items()}

@@ -1,4 +1,4 @@
-"""Which tiles for which shape: a measured table per kind of GPU (`make tune-gpu` writes it), and reasoned defaults.
+"""The tiles of each shape: a measured table per type of GPU (`make tune-gpu` writes it), and reasoned defaults.
 
 Nothing is tuned while serving. A shape that was measured may have the form "separate": torch's own products were
 faster there. Free of Triton.
@@ -30,7 +30,7 @@ class LaunchShape:
 
 @dataclass(frozen=True)
 class Defaults:
-    """Tiles by reasoning, for shapes that nobody measured. programs: multiprocessors; capability: of the GPU, 90 = 9.0.
+    """Tiles by reasoning, for unmeasured shapes. programs: multiprocessors; capability: of the GPU, 90 = 9.0.
 
     Few rows: tiles and parts of the depth, so that every multiprocessor reads a part of W. Many rows: tiles that
     reuse what they read, as large as the registers hold (see compile_gate).
@@ -50,10 +50,10 @@ class Defaults:
         block_n = 128 if out >= 4096 and tma else 64 if block_m == 64 or tma else 32
         # Shared memory for two programs on a multiprocessor: shrinkers run beside the others.
         tall, block_k = -(-rows // block_m), 128 if block_m == 16 and tma else 64
-        # Every program reads all of its rows of x: better few columns of programs, each with a part of the depth.
+        # Every program reads all of its rows of x: few columns of programs, each with a part of the depth, read less.
         most = max(1, min(self.programs // (tall * -(-out // block_n)), depth // (4 * block_k), 8))
         split, slices = 1 << (most.bit_length() - 1), max(1, min(32 // tall, depth // block_k))
-        # Addresses take registers that descriptors do not: there more threads share them.
+        # Addresses take registers, which descriptors do not: without descriptors more threads share them.
         warps = 4 if tma else 8
         return LinearTiles(
             block_m=block_m, block_n=block_n, block_k=block_k, split=split, slices=slices, warps=warps, tma=tma
@@ -98,7 +98,7 @@ class TileTable:
 
 
 def _nearest(entries: dict[LaunchShape, Any], wanted: LaunchShape) -> Any:
-    """The entry with the fewest rows that are enough, else the one with the most; None if no other number fits."""
+    """The entry with the fewest rows that suffice, otherwise with the most; None if the other numbers differ."""
     like = [
         s
         for s in entries
@@ -110,7 +110,7 @@ def _nearest(entries: dict[LaunchShape, Any], wanted: LaunchShape) -> Any:
 
 
 def table_path(device: str) -> Path:
-    """Where the table of a GPU of this name is kept."""
+    """File of the table of a GPU with this name."""
     return TUNED / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
 
 

@@ -5,7 +5,7 @@
 #              same path. Without it: RANKS ranks (default 2) on this host.
 # MASTER_ADDR  address of the first host that the others reach (default: the first that its `hostname -I` prints)
 # MASTER_PORT  free port there (default 29500)
-# DS_ACCELERATOR=cpu  on hosts without GPUs; handed on to all hosts
+# DS_ACCELERATOR=cpu  on hosts without GPUs; forwarded to all hosts
 # PYTHON       interpreter with CLIF installed, at the same path on all hosts (default: the repository's .venv)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,7 +14,7 @@ python=$(realpath -s "${PYTHON:-.venv/bin/python}")
 arguments=(--master_port "${MASTER_PORT:-29500}")
 if [ -n "${HOSTFILE:-}" ]; then
     arguments+=(--hostfile "$HOSTFILE" --launcher pdsh ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"})
-    # pdsh hands on only what deepspeed knows of; the rest goes by a file that deepspeed reads from this folder.
+    # pdsh forwards only variables that deepspeed knows; deepspeed reads the others from a file in this folder.
     exports=$(mktemp)
     trap 'rm -f "$exports"' EXIT
     for name in OMP_NUM_THREADS DS_ACCELERATOR GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME; do

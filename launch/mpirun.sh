@@ -4,7 +4,7 @@
 # RANKS        ranks in all (default 2)
 # HOSTFILE     Open MPI's host file, lines like "node01 slots=2" (default: this host, or the hosts of the Slurm job)
 # MASTER_ADDR, MASTER_PORT  address of rank 0's host and a free port on it; needed where mpi4py cannot use this MPI,
-#              else mpi4py tells the ranks
+#              otherwise the ranks get it from mpi4py
 # MPIRUN_ARGS  more arguments, e.g. --allow-run-as-root in a container
 # PYTHON       interpreter with CLIF installed (default: the repository's .venv)
 # MPICH and Intel MPI: use their mpirun -n RANKS -genvlist MASTER_ADDR,MASTER_PORT PYTHON launch/run.py ...

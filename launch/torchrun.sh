@@ -5,7 +5,7 @@
 # RANKS       ranks per host: one per GPU, or CPU slots (default 2)
 # RDZV        first host and a free port on it, where the hosts find each other; the same on all hosts
 # LOCAL_ADDR  this host's address, if its name does not resolve to one that the other hosts reach
-# RESTARTS    how often all ranks are started anew when one is lost; the run goes on (default 0)
+# RESTARTS    how often all ranks are restarted after one is lost; the run continues (default 0)
 # PYTHON      interpreter with CLIF installed (default: the repository's .venv)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,6 +19,6 @@ else
     meet=(--nnodes "$HOSTS" --rdzv-backend c10d --rdzv-id "${RDZV_ID:-clif}"
         --rdzv-endpoint "${RDZV:?first host and port, e.g. node01:29400}" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"})
 fi
-# -P: the repository's folder kernels/ must not be taken for Hugging Face's package of that name.
+# -P: transformers would mistake the repository's folder kernels/ for Hugging Face's package of that name.
 exec "$PYTHON" -P -m torch.distributed.run "${meet[@]}" --nproc-per-node "${RANKS:-2}" \
     --max-restarts "${RESTARTS:-0}" launch/run.py "$@"

@@ -1,4 +1,4 @@
-"""Compiles the kernels for GPUs that need not be there, and reads what the compiler made of them.
+"""Compiles the kernels for GPUs that need not be present, and checks the compiler's output.
 
     python -m clif.kernels.testing.compile_gate            # needs Triton and no GPU; exits with 1 beyond a limit
     python -m clif.kernels.testing.compile_gate --corners  # the cases nearest to a limit, of each kernel and form
@@ -51,7 +51,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made. Bytes per program, registers and stack bytes per thread."""
+    """Output of the compiler. Bytes per program, registers and stack bytes per thread."""
 
     case: Case
     registers: int
@@ -61,7 +61,7 @@ class Compiled:
     mma: bool
 
     def broken(self) -> list[str]:
-        """The limits that do not hold."""
+        """The limits that are exceeded."""
         found = []
         if self.stack:
             found.append(f"{self.stack} bytes of stack: registers were spilled")
@@ -115,7 +115,7 @@ INTEGERS = ("n_columns", "shrinkers", "rows")
 
 
 def compiled(case: Case) -> Compiled:
-    """Compile a case. Raises whatever Triton raises for a kernel that does not compile."""
+    """Compile a case. Raises Triton's error for a kernel that does not compile."""
     signature, attributes, described = {}, {}, dict(case.descriptors)
     pointers = {"x", "w", "bias", "a", "b", "hidden", "y", "grad", "grad_hidden"}
     for index, name in enumerate(case.kernel.arg_names):
@@ -164,7 +164,7 @@ SHAPES = (
 
 
 def cases() -> Iterator[Case]:
-    """What the default tiles of the shapes of 1B and 8B models come to, on Hopper and Ampere."""
+    """The default tiles for the shapes of 1B and 8B models, on Hopper and Ampere."""
     for capability, programs in ((90, 132), (80, 108)):
         defaults = Defaults(programs, capability)
         for r in (8, 16, 64) if capability >= 90 else (16, 64):
@@ -202,7 +202,7 @@ CORNERS = frozenset(
 
 
 def _line(number: int) -> tuple[str, bool]:
-    """What one of the cases came to, and whether all limits hold. By number, since kernels cannot be sent elsewhere."""
+    """A line for one of the cases, and whether all limits hold. It is named by number: kernels cannot be pickled."""
     case = next(itertools.islice(cases(), number, None))
     made = compiled(case)
     broken = made.broken()

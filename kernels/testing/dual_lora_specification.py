@@ -1,9 +1,8 @@
-"""What the dual LoRA kernels must compute, and how near: one specification for GPU, interpreter and plain torch.
+"""Specification of the dual LoRA kernels and its error bounds, the same for GPU, interpreter and plain torch.
 
-A result is judged against float64: its Frobenius error is at most 1.25 times that of torch's products in the same
-type on the same data, and every element is within what the roundings of that element allow. In float32, where nothing
-else is rounded, torch's error depends on how its library cuts a sum: there the error of adding up in one sequence is
-allowed as well.
+A result is compared with float64: its Frobenius error is at most 1.25 times that of torch's products in the same type
+on the same data, and every element is within the bound of its roundings. In float32, where only sums are rounded,
+torch's error depends on how its library splits a sum: there the error of a sequential sum is allowed, too.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class Results:
 
 
 class Layer(Protocol):
-    """What is to be judged: kernels/dual_lora_host.FusedLinear."""
+    """The layer under test: kernels/dual_lora_host.FusedLinear."""
 
     def forward(self, x: torch.Tensor, segments: Sequence[Segment]) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -133,7 +132,7 @@ def _gathered(merged: MergedLinear, grad_b: torch.Tensor) -> torch.Tensor:
 
 
 def violations(batch: Batch, found: Results) -> list[str]:
-    """What is wrong with a result, in words; empty if nothing is."""
+    """Violations of the specification, in words; empty if there are none."""
     exact, eager, bounds = by_torch(batch, torch.float64), by_torch(batch), _bounds(batch)
     wrong = []
     for name in ("y", "grad_x", "grad_a", "grad_b"):

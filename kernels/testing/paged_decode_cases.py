@@ -1,4 +1,4 @@
-"""What the paged decode kernel is compiled for in the compile gate: see `kernels/testing/compile_gate.py`.
+"""Cases of the paged decode kernel for the compile gate, see `kernels/testing/compile_gate.py`.
 
 python -m clif.kernels.testing.paged_decode_cases      # needs Triton and no GPU; exits with 1 if a case breaks a limit
 """
@@ -28,7 +28,7 @@ def decode_case(
 
 
 def _pointers(dtype: str) -> tuple[tuple[str, str], ...]:
-    """Types of the arguments that no other kernel has, or that are something else there."""
+    """Types of the arguments that other kernels lack, or that have other types there."""
     data, tables = dict.fromkeys(("q", "cache", "out"), f"*{dtype}"), dict.fromkeys(("rows", "lengths"), "*i32")
     return tuple({**data, **tables, "sums": "*fp32"}.items())
 

@@ -1,11 +1,11 @@
-"""Attention of one new token per sequence to a paged KV cache: the torch reference, and how near a kernel must come.
+"""Attention of one new token per sequence to a paged KV cache: the torch reference, and its error bounds.
 
     out = softmax(scale * q K^T) V      over the sequence's own slots of the cache, for each of its query heads
 
-One specification for GPU and interpreter. A result is judged against float64: every element is within what the
-roundings of that element allow, and, where there are elements enough to compare two sums of chance, its Frobenius error
-is at most 1.25 times that of torch's products in the same type on the same data, beside what the hardware's exponential
-adds. Free of Triton.
+The specification is the same for GPU and interpreter. A result is compared with float64: every element is within the
+bound of its roundings. With enough elements for a comparison of random errors, its Frobenius error is at most 1.25
+times that of torch's products in the same type on the same data, plus that of the hardware's exponential. Free of
+Triton.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EXP2 = 2.0**-22
 """The kernel's weights come from the hardware's 2^x, right to two units in the last place (CUDA C++ Programming Guide,
 exp2f), torch's from a more exact one. It shows in float32 alone: 3.13e-7 against torch's 1.74e-7 on an H200."""
 FEW = 512
-"""Below so many elements it is a matter of luck whose error is larger: up to 1.8 times in 65 float32 batches."""
+"""Below this many elements it is chance which error is larger: up to 1.8 times in 65 float32 batches."""
 
 
 def attend_by_torch(
@@ -39,7 +39,7 @@ def attend_by_torch(
         k, v = cache.index_select(1, _slots(blocks, block_size, length, q.device)).chunk(2)
         grouped = (q[row] * scale).view(len(k), -1, q.shape[-1])
         group = grouped.shape[1]
-        # Rows as many as tensor cores take: torch adds up a product of one row in another order, with other errors.
+        # As many rows as tensor cores take: torch adds up a product of one row in another order, with other errors.
         padded = pad(grouped, (0, 0, 0, max(0, 16 - group)))
         out[row] = (torch.matmul(padded, k.transpose(-1, -2)).softmax(-1) @ v)[:, :group].reshape_as(out[row])
     return out.flatten(1)
@@ -72,7 +72,7 @@ def random_decode(
     rng = torch.Generator().manual_seed(seed)
     counts = [-(-length // block_size) for length in lengths]
     total = shared + sum(counts) + 3
-    # Block 0 belongs to nobody: a table full of zeros must not look right.
+    # Block 0 belongs to no sequence: a table full of zeros must not look right.
     order = (torch.randperm(total - 1, generator=rng) + 1).tolist()
     beginning, order = order[:shared], order[shared:]
     sequences = []
@@ -89,7 +89,7 @@ def random_decode(
 
 
 def violations(batch: DecodeBatch, found: torch.Tensor) -> list[str]:
-    """What is wrong with a result, in words; empty if nothing is."""
+    """Violations of the specification, in words; empty if there are none."""
     exact, torchs = _by_torch(batch, torch.float64), _by_torch(batch, batch.q.dtype).double()
     if not exact.numel():
         return []

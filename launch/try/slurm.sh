@@ -45,7 +45,7 @@ NodeName=node01 NodeAddr=10.77.0.1 CPUs=4
 NodeName=node02 NodeAddr=10.77.0.2 CPUs=4
 PartitionName=main Nodes=ALL Default=YES State=UP
 END
-    # Nothing here needs control groups; with a plugin named, nobody looks for them.
+    # Control groups are not needed; with a plugin named, Slurm does not look for them.
     echo "CgroupPlugin=cgroup/v1" > "$TRY/cgroup.conf"
     mv "$TRY/slurm.tmp" "$SLURM_CONF"
     slurmctld
