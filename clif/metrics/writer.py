@@ -155,23 +155,16 @@ class TableWriter:
         self.close()
 
 
-class _Buffer:
-    """Rows of one table that wait for the next flush."""
+class RowFormat:
+    """Checks and converts the rows of one table."""
 
-    def __init__(self, table: Table, data: h5py.Dataset) -> None:
-        self._table, self._data, self._dtype = table, data, table.dtype
+    def __init__(self, table: Table) -> None:
+        self._table = table
         self._defaults = {c.name: c.default for c in table.columns if c.default is not REQUIRED}
         self._converters = [(c.name, _converter(c)) for c in table.columns]
-        self._rows: list[tuple[Any, ...]] = []
-        self._stored = 0
 
-    @property
-    def waiting_bytes(self) -> int:
-        """Bytes that the waiting rows need at most: the last chunk may be a new one."""
-        chunk: int = self._data.chunks[0]
-        return (len(self._rows) + chunk) * self._dtype.itemsize if self._rows else 0
-
-    def add(self, values: dict[str, Any]) -> None:
+    def convert(self, values: dict[str, Any]) -> tuple[Any, ...]:
+        """The row as it is stored, in the order of the columns. Raises MetricsError for a row that does not fit."""
         given = self._defaults | values
         try:
             row = tuple([convert(given[name]) for name, convert in self._converters])
@@ -179,18 +172,7 @@ class _Buffer:
             raise MetricsError(self._complaint(given)) from error
         if len(given) != len(row):
             raise MetricsError(self._complaint(given))
-        self._rows.append(row)
-
-    def write(self) -> None:
-        if not self._rows:
-            return
-        end = self._stored + len(self._rows)
-        self._data.resize((end,))
-        self._data[self._stored : end] = np.array(self._rows, dtype=self._dtype)
-
-    def settle(self) -> None:
-        self._stored += len(self._rows)
-        self._rows.clear()
+        return row
 
     def _complaint(self, given: dict[str, Any]) -> str:
         names = [column.name for column in self._table.columns]
@@ -202,6 +184,35 @@ class _Buffer:
             if column.name in given and not _fits(column, given[column.name])
         ]
         return f"table {self._table.name}: {'; '.join(problems)} (columns: {', '.join(names)})"
+
+
+class _Buffer:
+    """Rows of one table that wait for the next flush."""
+
+    def __init__(self, table: Table, data: h5py.Dataset) -> None:
+        self._data, self._dtype, self._format = data, table.dtype, RowFormat(table)
+        self._rows: list[tuple[Any, ...]] = []
+        self._stored = 0
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes that the waiting rows need at most: the last chunk may be a new one."""
+        chunk: int = self._data.chunks[0]
+        return (len(self._rows) + chunk) * self._dtype.itemsize if self._rows else 0
+
+    def add(self, values: dict[str, Any]) -> None:
+        self._rows.append(self._format.convert(values))
+
+    def write(self) -> None:
+        if not self._rows:
+            return
+        end = self._stored + len(self._rows)
+        self._data.resize((end,))
+        self._data[self._stored : end] = np.array(self._rows, dtype=self._dtype)
+
+    def settle(self) -> None:
+        self._stored += len(self._rows)
+        self._rows.clear()
 
 
 def _converter(column: Column) -> Callable[[Any], Any]:

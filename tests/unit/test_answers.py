@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from control_run import ANSWER, make_config, make_tokenizer
+from control_run import make_config
 from helpers import request
+from scripted_replica import ANSWER, make_tokenizer
 
 from clif.control.answers import FILE, SAMPLE, Answers
 from clif.control.dispatcher import RequestRecord

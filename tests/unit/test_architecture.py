@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "clif.replica": (*BASICS, "clif.kernels", "clif.data", "clif.metrics", "clif.wire", *MODEL),
     "clif.control.policy": (*BASICS, "clif.wire"),
     "clif.control": (*BASICS, "clif.data", "clif.metrics", "clif.wire", "clif.adapters", "clif.control.policy"),
+    "clif.simulate": (*BASICS, "clif.metrics", "clif.wire", "clif.control"),
     "clif.rank": (*BASICS, "clif.metrics", "clif.wire", *MODEL),
     "clif.launch": (*BASICS, "clif.data", "clif.rank"),
 }
@@ -53,7 +54,7 @@ TWO_RANKS = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0
 TORCH_FREE = [
     "clif.types", "clif.states", "clif.errors", "clif.latency", "clif.tokenizer", "clif.exit_report",
     "clif.cli", "clif.run",
-    "clif.config", "clif.storage", "clif.data", "clif.metrics", "clif.wire", "clif.control",
+    "clif.config", "clif.storage", "clif.data", "clif.metrics", "clif.wire", "clif.control", "clif.simulate",
     "clif.distributed.layout", "clif.distributed.roles", "clif.distributed.launch_env", "clif.distributed.slurm",
     "clif.distributed.mpi", "clif.distributed.addresses",
     "clif.models.estimate", "clif.models.shape", "clif.models.hf_config",

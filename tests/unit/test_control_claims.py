@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from control_run import ADAPTER_JSON, SHAPES, adapter_bytes, make_config
+from control_run import make_config
 from msgspec.structs import replace
+from scripted_replica import ADAPTER_JSON, SHAPES, adapter_bytes
 
 from clif.adapters.peft_files import PREFIX, config_flaw, describe, weights_flaw
 from clif.config import FederationConfig

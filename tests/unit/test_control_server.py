@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,9 +12,11 @@ from typing import Any
 
 import h5py
 import pytest
-from control_run import KEYS, SERVES, FakeLeader, Run, came_back, make_config, make_tokenizer
+from control_run import SERVES, Run, came_back, make_config
+from scripted_replica import KEYS, ScriptedReplica, SocketReplica, make_tokenizer
 
 import clif
+import clif.control.__main__ as control_process
 from clif.config import Config
 from clif.control.durability.shutdown import DRAINED
 from clif.control.policy.phases import ControlError, Phase
@@ -23,7 +24,6 @@ from clif.control.server import ControlServer
 from clif.metrics.collect import collect
 from clif.types import Purpose
 from clif.wire import messages as wire
-from clif.wire.channels import LeaderChannel
 
 
 def test_a_run_goes_through_all_phases_and_commits_a_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +77,7 @@ def test_promise_1_every_request_ends_when_a_replica_falls_silent(tmp_path: Path
     )
     run = Run(config, silent={1: 3})
     # Until then replica 0 only fills up, so that replica 1 gets its share for certain.
-    run.leaders[0].serves_after = run.leaders[1].gone
+    run.leaders[0].serves = lambda: run.leaders[1].gone
     run.go()
     assert run.server.phase is Phase.DONE
     run.assert_promise_1()
@@ -90,7 +90,7 @@ def failing(config: Config, **options: Any) -> Run:
     """Replica 1 fails while it holds two requests; until then replica 0 only fills up, so that it gets them."""
     run = Run(config, **options)
     run.leaders[1].fails_after = 2
-    run.leaders[0].serves_after = run.leaders[1].gone
+    run.leaders[0].serves = lambda: run.leaders[1].gone
     return run
 
 
@@ -123,14 +123,14 @@ def test_a_replica_that_wakes_up_after_it_was_counted_as_lost_begins_anew(tmp_pa
     slow = {"duration_s": 4.0, "rate_rps": 5.0}
     run = Run(make_config(tmp_path, **SERVES, control={"lost_after_s": 0.5}, load=slow), silent={1: 2})
     run.leaders[1].wakes = True
-    run.leaders[0].serves_after = run.leaders[1].gone
+    run.leaders[0].serves = lambda: run.leaders[1].gone
     run.go()
     run.assert_promise_1()
     assert {row["finish"] for row in run.table("requests")} == {"stop"}
     assert came_back(run, 1) and run.leaders[1].incarnation == 1
 
 
-def fail_in_the_first_round(leader: FakeLeader) -> None:
+def fail_in_the_first_round(leader: ScriptedReplica) -> None:
     obey, failed = leader.obey, []
 
     def fail_once(message: wire.Down) -> None:
@@ -210,7 +210,7 @@ def test_what_does_not_end_in_the_drain_is_cancelled_with_the_reason(tmp_path: P
     )  # fmt: skip
     run = Run(config, signalled=busy)
     for leader in run.leaders:
-        leader.serves_after = threading.Event()
+        leader.serves = lambda: False
     run.go()
     run.assert_promise_1()
     rows = run.table("requests")
@@ -231,14 +231,14 @@ def test_open_requests_of_a_lost_run_are_ended_or_left_to_the_restart(
         "quality": {"exact_match_rows": 0}, "train": {"enabled": False}, "federation": {"rounds": None},
     }  # fmt: skip
     config = make_config(tmp_path, **sections)
-    run = Run(config, stop_reason=broken, restarts_left=restarts_left)
+    run = Run(config, files=True, stop_reason=broken, restarts_left=restarts_left)
     for leader in run.leaders:
-        leader.serves_after = threading.Event()
+        leader.serves = lambda: False
     with pytest.raises(ControlError, match="rank 0 died"):
         run.go()
     assert {row["finish"] for row in run.table("requests")} == ends
     assert run.exit_codes() == {1}, "every host's torchrun must see that the run failed"
-    again = Run(config, relaunched=True)
+    again = Run(config, files=True, relaunched=True)
     again.go()
     assert again.exit_codes() == {0}
     assert again.server.phase is Phase.DONE and not again.server.drained
@@ -247,7 +247,7 @@ def test_open_requests_of_a_lost_run_are_ended_or_left_to_the_restart(
     everything = Counter({i: 1 for i in range(len(run.load))})
     assert Counter(requests["id"].tolist()) == Counter(load["request"].tolist()) == everything
     assert Counter(requests["finish"].tolist())[b"stop"] >= len(run.load) - (3 if ends else 0)
-    once_more = Run(config, relaunched=True)
+    once_more = Run(config, files=True, relaunched=True)
     once_more.go()
     assert not once_more.server.finished, "the run was through"
 
@@ -258,7 +258,7 @@ def test_with_restarts_left_a_lost_replica_ends_the_run_without_ending_its_reque
         quality={"exact_match_rows": 0},
     )  # fmt: skip
     run = Run(config, silent={1: 1}, restarts_left=1)
-    run.leaders[0].serves_after = run.leaders[1].gone
+    run.leaders[0].serves = lambda: run.leaders[1].gone
     with pytest.raises(ControlError, match="replica 1 is lost"):
         run.go()
     assert {row["finish"] for row in run.table("requests")} <= {"stop"}
@@ -266,14 +266,14 @@ def test_with_restarts_left_a_lost_replica_ends_the_run_without_ending_its_reque
 
 def test_a_replica_that_hangs_in_a_drain_leaves_nothing_open_though_restarts_are_left(tmp_path: Path) -> None:
     def silent() -> str:
-        return "got SIGTERM" if run.leaders[1].gone.is_set() else ""
+        return "got SIGTERM" if run.leaders[1].gone else ""
 
     config = make_config(
         tmp_path, run={"drain_s": 1.0}, control={"lost_after_s": 0.5}, train={"enabled": False},
         federation={"rounds": None}, quality={"exact_match_rows": 0},
     )  # fmt: skip
     run = Run(config, silent={1: 1}, restarts_left=1, signalled=silent)
-    run.leaders[0].serves_after = run.leaders[1].gone
+    run.leaders[0].serves = lambda: run.leaders[1].gone
     run.go()
     assert run.server.drained
     run.assert_promise_1()
@@ -286,8 +286,8 @@ def test_in_a_drain_requests_are_left_open_only_for_a_replica_that_lost_a_rank(t
     def fail(message: wire.Down) -> None:
         obey(message)
         if isinstance(message, wire.Ping):
-            first.channel.send(wire.Trouble(replica=0, error="no answer from ranks [1]", gone=gone))
-            second.serves_after = None
+            first.send(wire.Trouble(replica=0, error="no answer from ranks [1]", gone=gone))
+            second.serves = lambda: True
 
     sections: dict[str, Any] = {
         "quality": {"exact_match_rows": 0}, "train": {"enabled": False}, "federation": {"rounds": None},
@@ -298,7 +298,7 @@ def test_in_a_drain_requests_are_left_open_only_for_a_replica_that_lost_a_rank(t
         signalled=lambda: "got SIGTERM" if run.server.dispatcher.outstanding > 2 else "",
     )
     first, second = run.leaders
-    first.serves_after = second.serves_after = threading.Event()
+    first.serves = second.serves = lambda: False
     obey, first.obey = first.obey, fail  # type: ignore[method-assign]
     if gone:
         with pytest.raises(ControlError, match="replica 0 is lost"):
@@ -313,15 +313,15 @@ def test_one_signalled_rank_drains_the_run(tmp_path: Path) -> None:
     run = Run(make_config(tmp_path, load={"duration_s": 20.0}))
 
     # Whichever of them gets the first request: where no queue is, one replica may get all of them.
-    def signal_on_request(leader: FakeLeader) -> None:
+    def signal_on_request(leader: ScriptedReplica) -> None:
         obey = leader.obey
 
-        def send(message: wire.Down) -> None:
+        def signal_once(message: wire.Down) -> None:
             obey(message)
             if isinstance(message, wire.Submit) and message.request.purpose is Purpose.USER:
-                leader.channel.send(wire.Signalled(replica=leader.replica, signal="SIGTERM"))
+                leader.send(wire.Signalled(replica=leader.replica, signal="SIGTERM"))
 
-        leader.obey = send  # type: ignore[method-assign]
+        leader.obey = signal_once  # type: ignore[method-assign]
 
     for leader in run.leaders:
         signal_on_request(leader)
@@ -340,12 +340,10 @@ def test_a_signal_while_all_leave_changes_nothing(tmp_path: Path) -> None:
 def test_a_replica_that_cannot_start_ends_the_run_with_its_reason(tmp_path: Path) -> None:
     run = Run(make_config(tmp_path), leaders=1)
 
-    def fail(leader: FakeLeader = run.leaders[0]) -> None:
-        channel = LeaderChannel(leader.address, KEYS, 0)
-        channel.send(wire.Trouble(replica=0, error="model file is missing"))
-        channel.close()
+    def fail() -> None:
+        run.leaders[0].send(wire.Trouble(replica=0, error="model file is missing"))
 
-    run.leaders[0].run = fail  # type: ignore[method-assign]
+    run.leaders[0].start = fail  # type: ignore[method-assign]
     with pytest.raises(ControlError, match="model file is missing"):
         run.go()
 
@@ -377,7 +375,7 @@ def test_the_process_runs_to_the_end_with_exit_code_0_and_a_summary(tmp_path: Pa
     (config.run_dir / "config.json").write_text(config_json.model_dump_json())
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         wait_for(config.run_dir / "control.address", "tcp://")
-        leader = FakeLeader((config.run_dir / "control.address").read_text(), 0)
+        leader = SocketReplica(ScriptedReplica(0), (config.run_dir / "control.address").read_text())
         leader.start()
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
@@ -396,13 +394,15 @@ def test_sigterm_ends_the_process_with_a_clear_last_line(tmp_path: Path) -> None
     assert errors.strip().splitlines()[-1] == "clif: ended before all replicas were there: got SIGTERM"
 
 
-def test_an_address_that_is_not_ours_is_named(tmp_path: Path) -> None:
-    _, command, environment = prepare(tmp_path)
-    done = subprocess.run(
-        [*command, "--host", "192.0.2.1"], env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 1
-    assert "dist.control_host" in done.stderr.strip().splitlines()[-1]
+def test_an_address_that_is_not_ours_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, command, _ = prepare(tmp_path)
+    monkeypatch.setattr(sys, "argv", [*command[command.index("clif.control") :], "--host", "192.0.2.1"])
+    for name in ("keep_private", "allow_connections", "Outside"):
+        monkeypatch.setattr(control_process, name, lambda *_: None)
+    assert control_process.main() == 1
+    assert "dist.control_host" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_the_process_ends_when_its_parent_dies(tmp_path: Path) -> None:

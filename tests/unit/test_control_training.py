@@ -22,7 +22,7 @@ def test_when_linger_is_over_what_was_trained_is_averaged_and_judged(tmp_path: P
 
 
 def test_giving_up_is_told_in_the_log_and_in_the_summary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run = Run(make_config(tmp_path, **NO_LOAD))
+    run = Run(make_config(tmp_path, **NO_LOAD), files=True)
     for leader in run.leaders:
         leader.candidate_loss = 30.0
     run.go()

@@ -169,7 +169,7 @@ def test_a_disk_that_is_full_too_long_ends_the_writer_with_a_sentence(tmp_path, 
 
 
 def test_a_run_on_a_disk_that_is_full_for_a_moment_pauses_and_answers_every_request(tmp_path, monkeypatch, caplog):
-    run, write, calls = Run(make_config(tmp_path)), os.write, [0]
+    run, write, calls = Run(make_config(tmp_path), files=True), os.write, [0]
 
     def crowded(file: int, data: bytes) -> int:
         calls[0] += file == run.journal._file

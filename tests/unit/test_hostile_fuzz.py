@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import msgspec
 import pytest
-from control_run import ADAPTER_JSON, SHAPES, FakeLeader, Run, adapter_bytes, make_config
+from control_run import Run, make_config
+from scripted_replica import ADAPTER_JSON, SHAPES, ScriptedReplica, adapter_bytes
 
 from clif.adapters.peft_files import describe, weights_flaw
 from clif.control.policy.phases import Phase
@@ -118,7 +119,7 @@ class Scene:
             if not self.server.fleet.is_alive(replica):
                 # Those that left in good order, too.
                 self.server._failures._ignored.clear()
-                leader = FakeLeader("", replica)
+                leader = ScriptedReplica(replica)
                 was_here = self.server.fleet.was_here(replica)
                 incarnation = self.server.fleet.hello_of(replica).incarnation + 1 if was_here else 0
                 leader.incarnation, leader.version = min(incarnation, 2**53), self.server.federation.newest
@@ -168,5 +169,3 @@ def test_promise_1_and_3_no_message_of_a_replica_ends_the_run(
     assert scene.server.dispatcher.outstanding == 0
     for folder in (scene.run.config.run_dir / "adapters").glob("v*"):
         assert weights_flaw((folder / "adapter_model.safetensors").read_bytes(), describe(SHAPES)) == ""
-    scene.run.channel.close()
-    scene.run.journal.close()

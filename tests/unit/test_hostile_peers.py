@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import zmq
-from control_run import ADAPTER_JSON, KEYS, SERVES, FakeLeader, Run, adapter_bytes, make_config
+from control_run import SERVES, Run, make_config
+from scripted_replica import ADAPTER_JSON, KEYS, ScriptedReplica, adapter_bytes
 
 from clif.control.policy.phases import Phase
 from clif.types import FinishReason, RoundResult, TokenEvent, Vote
@@ -58,7 +59,7 @@ def test_strangers_who_are_there_first_neither_end_the_run_nor_are_in_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """steal_identity, and all that FORGED holds, before the leaders come and as long as the run lasts."""
-    run = Run(make_config(tmp_path))
+    run = Run(make_config(tmp_path), sockets=True)
     strangers = Strangers(run.channel.address)
     with caplog.at_level(logging.INFO):
         for _ in range(1000):
@@ -80,12 +81,12 @@ def test_strangers_who_are_there_first_neither_end_the_run_nor_are_in_it(
 
 # --- broken replicas -----------------------------------------------------------------------------
 
-Lie = Callable[[FakeLeader], wire.Up | bytes | None]
+Lie = Callable[[ScriptedReplica], wire.Up | bytes | None]
 """What a replica says; None: the occasion has not come."""
 
 
 def of_a_request(*tokens: int, **fields: object) -> Lie:
-    def lie(leader: FakeLeader) -> wire.Up | None:
+    def lie(leader: ScriptedReplica) -> wire.Up | None:
         if not leader.running:
             return None
         event = TokenEvent(request_id=next(iter(leader.running)), tokens=tokens, **fields)  # type: ignore[arg-type]
@@ -128,20 +129,20 @@ LIES: dict[str, tuple[Lie, str]] = {
 }  # fmt: skip
 
 
-class Liar(FakeLeader):
+class Liar(ScriptedReplica):
     """Replica 1 says one lie in each of its incarnations, and is honest when it has no more."""
 
-    def __init__(self, address: str, lies: list[Lie]) -> None:
-        super().__init__(address, 1)
+    def __init__(self, lies: list[Lie]) -> None:
+        super().__init__(1)
         self.lies, self.lied = lies, False
         self.fails_for_s = 0.01
 
     def serve(self) -> None:
         lie = self.lies[0](self) if self.lies and not self.lied else None
         if isinstance(lie, bytes):
-            self.channel._socket.send(lie)
+            self.send_bytes(lie)
         elif lie is not None:
-            self.channel.send(lie)
+            self.send(lie)
         elif not self.lied:
             super().serve()
         if lie is not None:
@@ -160,7 +161,7 @@ def test_a_replica_that_claims_what_cannot_be_begins_anew_and_its_requests_are_a
         return run.server.fleet.is_alive(1) and run.server.fleet.hello_of(1).incarnation == len(LIES)
 
     run = Run(config, signalled=lambda: "all lies are told" if is_back() else "")
-    liar = run.leaders[1] = Liar(run.channel.address, [lie for lie, _ in LIES.values()])
+    liar = run.leaders[1] = Liar([lie for lie, _ in LIES.values()])
     # So that the other one gets requests, too.
     hello = msgspec.structs.replace(run.leaders[0].hello(), max_batch=1)
     run.leaders[0].hello = lambda: hello  # type: ignore[method-assign]
@@ -178,7 +179,7 @@ def test_a_replica_that_claims_what_cannot_be_begins_anew_and_its_requests_are_a
 def test_a_replica_that_lies_after_all_of_its_lives_is_given_up_and_the_others_answer(tmp_path: Path) -> None:
     config = make_config(tmp_path, **{**SERVES, "run": {"rebuilds": 0}}, control={"retries": 1000})
     run = Run(config)
-    run.leaders[1] = Liar(run.channel.address, [of_a_request(-5)])
+    run.leaders[1] = Liar([of_a_request(-5)])
     run.go()
     assert run.server.phase is Phase.DONE
     run.assert_promise_1()
@@ -192,7 +193,7 @@ def not_finite() -> bytes:
     return safetensors.numpy.save(arrays)
 
 
-def publishing(leader: FakeLeader, weights: bytes, unasked: bool = False) -> None:
+def publishing(leader: ScriptedReplica, weights: bytes, unasked: bool = False) -> None:
     """From now on it publishes these weights."""
     settle = leader.settle
 
@@ -202,7 +203,7 @@ def publishing(leader: FakeLeader, weights: bytes, unasked: bool = False) -> Non
                 replica=leader.replica, version=message.version, round_id=message.round_id, config_json=ADAPTER_JSON,
                 weights=weights,
             )  # fmt: skip
-            leader.channel.send(published)
+            leader.send(published)
         settle(msgspec.structs.replace(message, publish=False))
 
     leader.settle = lie  # type: ignore[method-assign]
@@ -240,7 +241,7 @@ def test_promise_3_weights_that_cannot_be_are_not_stored_and_the_next_member_is_
 def test_a_signal_is_obeyed_between_the_turns_of_a_flood(tmp_path: Path) -> None:
     """Neither run.max_s nor SIGTERM waits for the end of it: a turn of the loop takes a bounded number of messages."""
     turns: list[int] = []
-    run = Run(make_config(tmp_path), signalled=lambda: "got SIGTERM" if sum(turns) else "")
+    run = Run(make_config(tmp_path), sockets=True, signalled=lambda: "got SIGTERM" if sum(turns) else "")
     read, take = run.channel.receive, run.server._inbox._take
 
     def receive(timeout_s: float) -> Iterator[tuple[int, bytes]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from control_run import make_config, make_tokenizer
+from control_run import make_config
+from scripted_replica import make_tokenizer
 
 from clif.control.durability.journal import Accepted, Began
 from clif.control.durability.recovery import Recorded, add_up, recover

@@ -7,7 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from control_run import make_config, make_tokenizer
+from control_run import make_config
+from scripted_replica import make_tokenizer
 
 from clif.distributed.launch_env import RankEnv
 from clif.errors import InputError

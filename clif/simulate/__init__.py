@@ -1,0 +1,1 @@
+"""Virtual time: the real control server with simulated replicas, as fast as it computes. Free of torch."""

@@ -1,0 +1,88 @@
+"""The channel of the control server in virtual time: replicas are objects in this process. Free of torch and sockets.
+
+Every message is encoded and decoded as on the wire, so that what could not be sent to another process fails here, too.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from clif.simulate.virtual_time import VirtualTime
+from clif.wire.channels import TURN_MESSAGES, decode_down
+from clif.wire.messages import Down, Up
+
+OnMessage = Callable[[Down], None]
+LATENCY_S = 0.0001
+
+
+class SimLine:
+    """A replica leader's end. It is open until it is closed or the same replica connects again."""
+
+    def __init__(self, channel: SimChannel, replica: int, on_message: OnMessage) -> None:
+        self.replica, self.on_message = replica, on_message
+        self._channel = channel
+
+    def send(self, message: Up) -> None:
+        self.send_bytes(msgspec.msgpack.encode(message))
+
+    def send_bytes(self, payload: bytes) -> None:
+        """Send what may be no message at all."""
+        self._channel.carry_up(self.replica, payload)
+
+    def close(self) -> None:
+        """The replica's process is gone: nothing reaches it any more. What it has sent still arrives."""
+        self._channel.disconnect(self)
+
+
+class SimChannel:
+    """A Channel of which waiting is virtual: receive() moves the time to the next event instead of sleeping.
+
+    latency_s: how long a message is under way. Messages of one sender arrive in the order in which they were sent.
+    """
+
+    def __init__(self, time: VirtualTime, latency_s: float = LATENCY_S) -> None:
+        self._time, self._latency_s = time, latency_s
+        self._arrived: deque[tuple[int, bytes]] = deque()
+        self._lines: dict[int, SimLine] = {}
+
+    def connect(self, replica: int, on_message: OnMessage) -> SimLine:
+        """Connect a replica; on_message is called at the time at which a message reaches it."""
+        self._lines[replica] = SimLine(self, replica, on_message)
+        return self._lines[replica]
+
+    def disconnect(self, line: SimLine) -> None:
+        if self._lines.get(line.replica) is line:
+            del self._lines[line.replica]
+
+    def carry_up(self, replica: int, payload: bytes) -> None:
+        self._time.after(self._latency_s, lambda: self._arrived.append((replica, payload)))
+
+    def receive(self, timeout_s: float) -> Iterator[tuple[int, bytes]]:
+        """Yield what has arrived, TURN_MESSAGES at most; the time passes until something has, or timeout_s is over."""
+        deadline = self._time() + timeout_s
+        while not self._arrived and self._time.advance(deadline):
+            pass
+        while self._time.advance(self._time()):
+            pass
+        for _ in range(min(len(self._arrived), TURN_MESSAGES)):
+            yield self._arrived.popleft()
+
+    def send(self, replica: int, message: Down) -> bool:
+        """Send to a replica. False when it is not connected (any more)."""
+        line = self._lines.get(replica)
+        if line is None:
+            return False
+        payload = msgspec.msgpack.encode(message)
+        self._time.after(self._latency_s, lambda: self._deliver(line, payload))
+        return True
+
+    def refused(self) -> int:
+        return 0
+
+    def _deliver(self, line: SimLine, payload: bytes) -> None:
+        """What is under way to a process that is gone is lost with it."""
+        if self._lines.get(line.replica) is line:
+            line.on_message(decode_down(payload))
