@@ -83,7 +83,12 @@ class ControlChannel:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.IPV6, int(":" in host))
         self._refusals = self._watch_refusals()
-        port = self._socket.bind_to_random_port(f"tcp://{in_url(host)}")
+        try:
+            port = self._socket.bind_to_random_port(f"tcp://{in_url(host)}")
+        except zmq.ZMQError:
+            # A context that is left open would hold up whatever collects it as garbage.
+            self.close()
+            raise
         self.address = f"tcp://{in_url(host)}:{port}"
         self._poller = zmq.Poller()
         for socket in (self._door.zap_socket, self._socket):
