@@ -67,7 +67,9 @@ def whole_state(bank: AdapterBank, seed: int) -> dict[str, torch.Tensor]:
     return {k: (torch.randn(shape, generator=rng) * 0.2).to(device) for k, shape in bank.shapes().items()}
 
 
-def serve_and_train(topology: Topology, model: str, coserving: str, kernel: str = "torch") -> dict[str, Any]:
+def serve_and_train(
+    topology: Topology, model: str, coserving: str, kernel: str = "torch", max_tokens: int = 9
+) -> dict[str, Any]:
     """Logits, the answers of requests of two versions with a training step between, gradient and shadow."""
     part = Part(topology, model, coserving, lora_kernel=kernel)
     part.promote(1, seed=4)
@@ -80,8 +82,8 @@ def serve_and_train(topology: Topology, model: str, coserving: str, kernel: str 
         results.append((yield from trainer.step(2, 2)))
 
     part.engine.jobs.append(Job("step", step()))
-    requests = [request(i, [3 + i, 9, 20 + i] * (i + 1), max_tokens=9, ignore_eos=True) for i in range(3)]
-    requests.append(request(3, [5, 6], max_tokens=9, ignore_eos=True, temperature=0.8, seed=11))
+    requests = [request(i, [3 + i, 9, 20 + i] * (i + 1), max_tokens=max_tokens, ignore_eos=True) for i in range(3)]
+    requests.append(request(3, [5, 6], max_tokens=max_tokens, ignore_eos=True, temperature=0.8, seed=11))
     for one in requests[:2]:
         part.engine.scheduler.add(one, 0.0)
     events: dict[int, list[Any]] = {one.id: [] for one in requests}
@@ -215,16 +217,27 @@ def hub_loading(topology: Topology, home: str, name: str) -> dict[str, Any]:
     return sliced_loading(topology, name)
 
 
+def hang(topology: Topology) -> str:
+    """Until two others have told what became of them."""
+    while topology.store.add("told", 0) < 2:
+        time.sleep(0.05)
+    return "hung"
+
+
+def told(topology: Topology, text: str) -> str:
+    topology.store.add("told", 1)
+    return text
+
+
 def a_peer_that_hangs(topology: Topology) -> str:
     """Rank 1 of three does not come to a sum, nor its replica to an average: what the others are told."""
     if topology.env.rank == 1:
-        time.sleep(8)
-        return "slept"
+        return hang(topology)
     try:
         topology.tp_group.all_reduce_(torch.ones(3))
     except PeersLost as error:
-        return str(error)
-    return "nothing"
+        return told(topology, str(error))
+    return told(topology, "nothing")
 
 
 def a_member_that_hangs(topology: Topology) -> str:
@@ -232,9 +245,8 @@ def a_member_that_hangs(topology: Topology) -> str:
     members = ((0, 1, 2), (0, 0, 0))
     group = topology.combined_group(members, 7).result()
     if topology.env.rank == 1:
-        time.sleep(8)
-        return "slept"
+        return hang(topology)
     mean = WeightedMean(torch.ones(3), 1, group, topology.group_members(members, 7))
     while not mean.done():
         time.sleep(0.01)
-    return str(mean.error)
+    return told(topology, str(mean.error))

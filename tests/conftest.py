@@ -85,6 +85,15 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def two_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with less of everything, for kernels in Triton's interpreter."""
+    file = tmp_path_factory.mktemp("two") / "config.json"
+    less = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    file.write_text(json.dumps({**TINY, **less}))
+    return file
+
+
+@pytest.fixture(scope="session")
 def byte_tokenizer() -> ChatTokenizer:
     """One token per byte; id 256 ends the text; messages are <role>content."""
     # Late: the kernels' tests need neither.

@@ -1,6 +1,7 @@
 """Cases of the paged decode kernel for the compile gate, see `kernels/testing/compile_gate.py`.
 
-python -m clif.kernels.testing.paged_decode_cases      # needs Triton and no GPU; exits with 1 if a case breaks a limit
+python -m clif.kernels.testing.paged_decode_cases               # needs Triton, no GPU; 1 if a case breaks a limit
+python -m clif.kernels.testing.paged_decode_cases --corners     # the largest case, and one whose sizes are padded
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from clif.kernels.testing.compile_gate import Case, compiled
 
 HEADS = ((128, 4, 16, "bf16"), (128, 8, 64, "bf16"), (64, 3, 16, "bf16"), (80, 7, 12, "bf16"), (96, 1, 16, "fp16"))
 """Size of a head, query heads for each KV head, tokens of a cache block, and the type of all."""
+CORNERS = ((128, 8, 64, "bf16"), (80, 7, 12, "bf16"))
+"""The one with most registers and shared memory, and the one whose head and group are no powers of two."""
 
 
 def decode_case(
@@ -33,17 +36,17 @@ def _pointers(dtype: str) -> tuple[tuple[str, str], ...]:
     return tuple({**data, **tables, "sums": "*fp32"}.items())
 
 
-def paged_decode_cases() -> Iterator[Case]:
-    """The default configuration for usual heads, on Hopper and Ampere."""
+def paged_decode_cases(corners: bool = False) -> Iterator[Case]:
+    """The default configuration for usual heads, or the corners, on Hopper and Ampere."""
     for capability in (90, 80):
-        for head_dim, group, block_size, dtype in HEADS:
+        for head_dim, group, block_size, dtype in CORNERS if corners else HEADS:
             yield decode_case(head_dim, group, block_size, DecodeConfig(), capability=capability, dtype=dtype)
 
 
-def main() -> int:
-    """Compile all cases, print a line for each, and return how many broke a limit."""
+def main(corners: bool = False) -> int:
+    """Compile all cases, or the corners, print a line for each, and return how many broke a limit."""
     bad = 0
-    for case in paged_decode_cases():
+    for case in paged_decode_cases(corners):
         made = compiled(case)
         broken = made.broken()
         line = f"sm_{case.capability} {case.name}: {made.registers} registers, {made.shared >> 10} KiB shared"
@@ -53,4 +56,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(bool(main()))
+    sys.exit(bool(main("--corners" in sys.argv[1:])))

@@ -33,7 +33,7 @@ def serve_and_train(rig: Rig) -> tuple[dict[int, list[int]], torch.Tensor]:
     rig.engine.jobs.append(Job("step", trainer.step(len(SAMPLES), 1)))
     rig.fill(1, seed=4)
     rig.bank.set_shadow(random_state(rig.bank, 5))
-    rig.engine.scheduler.add(request(0, [3, 9, 20, 11], max_tokens=6, ignore_eos=True), 0.0)
+    rig.engine.scheduler.add(request(0, [3, 9, 20, 11], max_tokens=3, ignore_eos=True), 0.0)
     tokens: dict[int, list[int]] = {0: [], 1: []}
     added = False
     while rig.engine.serving or rig.engine.jobs:
@@ -42,7 +42,7 @@ def serve_and_train(rig: Rig) -> tuple[dict[int, list[int]], torch.Tensor]:
         if not added:
             # Behind a promotion: two versions answer in one batch.
             rig.fill(2, seed=6)
-            rig.engine.scheduler.add(request(1, [7, 8], max_tokens=5, ignore_eos=True), 0.0)
+            rig.engine.scheduler.add(request(1, [7, 8], max_tokens=2, ignore_eos=True), 0.0)
             added = True
         rig.engine.learn()
     return tokens, rig.bank.gradient.clone()
@@ -54,7 +54,7 @@ def assert_same(model: str, **adapter: object) -> None:
     assert (found[1] - expected[1]).norm() <= 1e-5 * expected[1].norm()
 
 
-def test_a_mixed_batch_and_a_training_step_are_those_of_torch(tiny_config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixed_batch_and_a_training_step_are_those_of_torch(two_layers, monkeypatch: pytest.MonkeyPatch) -> None:
     from clif.kernels.dual_lora_host import FusedLinear
 
     launches, forward = [], FusedLinear.forward
@@ -64,14 +64,15 @@ def test_a_mixed_batch_and_a_training_step_are_those_of_torch(tiny_config, monke
         return forward(self, x, segments, *tables)
 
     monkeypatch.setattr(FusedLinear, "forward", watched)
-    assert_same(f"random:{tiny_config}")
+    assert_same(f"random:{two_layers}")
     assert {0, SHADOW} in launches and {0, 1} in launches, "rows of several kinds shared a launch"
 
 
-def test_so_they_are_where_only_some_packed_projections_are_adapted(tiny_config) -> None:
-    assert_same(f"random:{tiny_config}", target_modules=["q_proj", "v_proj", "down_proj"])
+def test_so_they_are_where_only_some_packed_projections_are_adapted(two_layers) -> None:
+    assert_same(f"random:{two_layers}", target_modules=["q_proj", "v_proj", "down_proj"])
 
 
+@pytest.mark.slow
 def test_so_they_are_in_the_real_260k_model(stories: str) -> None:
     answers, losses = [], []
     for kernel in ("torch", "triton"):
@@ -87,13 +88,13 @@ def test_so_they_are_in_the_real_260k_model(stories: str) -> None:
     assert (losses[0][1] - losses[1][1]).norm() <= 1e-5 * losses[0][1].norm()
 
 
-def test_a_nan_in_the_shadow_changes_no_answer_with_the_kernels(tiny_config) -> None:
-    rig = rig_with("triton", f"random:{tiny_config}")
+def test_a_nan_in_the_shadow_changes_no_answer_with_the_kernels(two_layers) -> None:
+    rig = rig_with("triton", f"random:{two_layers}")
     rig.fill(1, seed=4)
-    expected = answer(rig.run([request(0, [3, 9, 20], max_tokens=4, ignore_eos=True)])[0])
+    expected = answer(rig.run([request(0, [3, 9, 20], max_tokens=2, ignore_eos=True)])[0])
     rig.bank.set_shadow({k: torch.full_like(v, float("nan")) for k, v in rig.bank.shadow_state().items()})
     rig.bank.refresh()
-    assert answer(rig.run([request(1, [3, 9, 20], max_tokens=4, ignore_eos=True)])[1]) == expected
+    assert answer(rig.run([request(1, [3, 9, 20], max_tokens=2, ignore_eos=True)])[1]) == expected
 
 
 def test_a_wish_that_cannot_be_met_is_an_error_and_says_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,8 +125,8 @@ def test_on_a_gpu_that_can_run_it_auto_means_the_decode_kernel(monkeypatch: pyte
     assert choose_decode("auto", torch.device("cpu"), torch.bfloat16) is None
 
 
-def test_on_a_cpu_auto_means_torch(tiny_config) -> None:
-    rig = rig_with("auto", f"random:{tiny_config}")
+def test_on_a_cpu_auto_means_torch(two_layers) -> None:
+    rig = rig_with("auto", f"random:{two_layers}")
     assert all(linear._fused is None for linear in rig.runner.stack.linears)
-    fused = rig_with("triton", f"random:{tiny_config}").runner.stack.linears
+    fused = rig_with("triton", f"random:{two_layers}").runner.stack.linears
     assert all(linear._fused is not None for linear in fused)
