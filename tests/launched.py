@@ -24,7 +24,7 @@ from clif.training.checkpoint import CheckpointWriter, find_checkpoint
 
 REPO = Path(__file__).resolve().parents[1]
 # Answers of many tokens, so that a kill finds some of them half given.
-LOAD = ("load.duration_s=12", "load.rate_rps=8", "load.max_tokens=100", "model.max_context=200", "run.linger_s=5")
+LOAD = ("load.duration_s=8", "load.rate_rps=8", "load.max_tokens=100", "model.max_context=200", "run.linger_s=5")
 ROUNDS = ("federation.rounds=4", "federation.local_steps=8", "quality.exact_match_rows=0", "run.max_s=150")
 
 

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from functools import partial
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -132,22 +131,31 @@ def _script(arguments: Sequence[str]) -> None:
 def _torchrun(arguments: Sequence[str]) -> None:
     """torchrun's own agent, whose ranks are forked of it and not interpreters that it starts."""
     from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     def launch(config: LaunchConfig, entrypoint: Any) -> Any:
         config.start_method = "fork"
-        return partial(elastic_launch(config, _forked_rank))
+        return elastic_launch(config, _script)
 
     torchrun.elastic_launch = launch
+    # Its own waits at the end for all ranks, and does not leave at a signal.
+    api._wrap = _forked_rank
     torchrun.main(list(arguments))
 
 
-def _forked_rank(*command: str) -> None:
-    """command: as torchrun would start it with an interpreter, `-u script arguments`."""
+def _forked_rank(local_rank: int, function: Any, arguments: Any, envs: Any, _: Any, __: Any, results: Any, *rest: Any):
+    """arguments: as torchrun would start an interpreter with them, `-u script arguments`."""
     import torch.multiprocessing as torch_mp
 
+    os.environ.update(envs[local_rank])
     # The agent's handlers, and the signal at its end, are not a rank's that was started by a path.
     torch_mp._prctl_pr_set_pdeathsig(0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch_mp._set_thread_name(rank_name(os.environ["RANK"]))
-    _script(command[1:])
+    try:
+        _script(arguments[local_rank][1:])
+    except SystemExit as end:
+        if end.code:
+            raise
+    results[local_rank].put(None)

@@ -225,8 +225,8 @@ def broken_kernel(folder: Path, old: str, new: str) -> Any:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("for i in range(parts):\n                    one = tl.load(partial + i * (2 * GROUP), mask=projections < GROUP, "
-         "other=0.0, cache_modifier=\".cg\")\n                    many", "for i in range(parts - 1):\n"
+        ("for i in range(parts):\n                    one = tl.load(partial + i * (2 * GROUP), mask=projections < "
+         "GROUP, other=0.0, cache_modifier=\".cg\")\n                    many", "for i in range(parts - 1):\n"
          "                    one = tl.load(partial + i * (2 * GROUP), mask=projections < GROUP, other=0.0)\n"
          "                    many"),
         ("scores - above[:, None]) * scale", "scores - above[:, None]) * (scale * 1.02)"),
