@@ -1,4 +1,4 @@
-# CLIF: the commands that people use. Everything runs in .venv, which is made when it is missing.
+# Commands of CLIF. They run in .venv, which is made if it is missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 # Modules instead of scripts (python -m ...): a package of the machine's own Python has no script in .venv.
-# A torch that PYTHON has is kept, also that of an active environment; TORCH=cpu gives .venv one of its own all the same.
+# The torch of PYTHON is used, also that of an active environment; TORCH=cpu gives .venv its own torch in any case.
 $(READY): setup.py pyproject.toml .ci/make_venv.py
 	$(PYTHON) .ci/make_venv.py $(VENV) $(if $(filter cpu,$(TORCH)),--cpu-torch)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
@@ -39,18 +39,18 @@ bench: $(READY) $(ASSETS)  ## The engine alone against transformers and PEFT, th
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/coserving.py
 
-# The kernels need torch and Triton only: no network and no installation, where there is no .venv.
+# The kernels need only torch and Triton: without a .venv no network and no installation.
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-tune-gpu:  ## Find the kernels' tiles for the GPU that is here and write the table that CLIF reads
+tune-gpu:  ## Find the kernels' tiles for this GPU and write the table that CLIF reads
 	$(GPU_PYTHON) benchmarks/tune_gpu.py $(if $(DRY),--dry --out $(or $(OUT),/dev/stdout))
 
 bench-kernels:  ## The kernels on one GPU against cuBLAS, PEFT and the usual four launches
 	$(GPU_PYTHON) benchmarks/bench_kernels.py $(if $(DRY),--dry) $(if $(OUT),--out $(OUT))
 
-# Stages, each with a limit and a result file of its own; again, it goes on with those that have not passed.
+# Stages, each with its limit and result file; a second call continues with those that have not passed.
 # No .venv and no network are needed: WHEELS names a folder with the packages that the machine lacks.
-gpu:  ## What a GPU that is lent for minutes is asked, most telling first; SECONDS_ALL=180 for the first stages
+gpu:  ## Measure on a GPU that is available for minutes, the most important first; SECONDS_ALL=180: the first stages
 	$(GPU_PYTHON) benchmarks/gpu_stages.py $(if $(DRY),--dry) $(if $(OUT),--out $(OUT)) \
 		$(if $(SECONDS_ALL),--seconds $(SECONDS_ALL)) $(if $(ONLY),--only $(ONLY)) $(if $(WHEELS),--wheels $(WHEELS))
 
@@ -60,8 +60,8 @@ check: $(READY)  ## Lint and types
 docs: $(READY)  ## Write the pages whose tables come from the code: docs/configuration.md and docs/metrics.md
 	$(BIN)/python -P docs/make_docs.py
 
-format: $(READY)  ## Let ruff mend what it can
+format: $(READY)  ## Fix and format with ruff
 	$(BIN)/python -P -m ruff check --fix . ; $(BIN)/python -P -m ruff format .
 
-clean:  ## Remove the virtual environment and what runs left
+clean:  ## Remove the virtual environment and the files of runs
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -3,7 +3,7 @@
     python benchmarks/bench_kernels.py            # needs torch, Triton and this repository; matplotlib for the plot
     python benchmarks/bench_kernels.py --dry      # interpreter on a CPU, tiny shapes: its figures mean nothing
 
-Every result is first held against the specification. `make tune-gpu` comes before it: untuned, the default tiles run.
+Every result is first checked against the specification. Run `make tune-gpu` before it: otherwise the default tiles run.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ ORDER = (BASE, DGRAD, FUSED, PER_SEGMENT, ONE_PRODUCT, FOUR, AUGMENTED, PEFT, PE
 
 
 class Kernels:
-    """Tiles for the benchmark: the kernel's own best where it was tuned, also where CLIF would choose torch."""
+    """Tiles for the benchmark: the kernel's best tiles if it was tuned, also if CLIF would choose torch."""
 
     def __init__(self, defaults: Defaults, path: Path | None) -> None:
         own = kernel_tiles(path) if path else {}
@@ -147,7 +147,7 @@ class Kernels:
 
 @dataclass
 class Findings:
-    """What was measured of each case: timings by way, ways that failed, faults of the results."""
+    """Measurements of each case: timings by way, ways that failed, faults of the results."""
 
     timings: dict[str, dict[str, Timing]] = field(default_factory=dict)
     failed: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -187,7 +187,7 @@ def measure(cases: Sequence[Case], tuner: Tuner, kernels: Kernels, repeats: int,
 
 
 def launches(way: Any) -> str:
-    """What one call puts on the GPU."""
+    """The launches of one call."""
     from torch.profiler import ProfilerActivity, profile
 
     way(0)
@@ -200,7 +200,7 @@ def launches(way: Any) -> str:
 
 
 def rates(case: Case, batch: Batch, timing: Timing) -> str:
-    """Bytes that must move at least and operations of the base product, per second."""
+    """The least bytes to move and the operations of the base product, per second."""
     p, rows = batch.merged, len(batch.x)
     out, depth = p.weight.shape
     used = {s.slot for s in batch.segments}
@@ -305,7 +305,7 @@ def main() -> int:
 
 
 def clocks() -> str:
-    """Clocks of the GPU as they are now."""
+    """Current clocks of the GPU."""
     query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,driver_version", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True)
     return f"clocks and driver: {done.stdout.strip() or 'unknown'}"

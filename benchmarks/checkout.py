@@ -1,4 +1,4 @@
-"""Lets the kernels be imported from a checkout that is not installed: a GPU machine may have torch and Triton only."""
+"""Makes the kernels importable from a checkout that is not installed: a GPU machine may have only torch and Triton."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 def use_checkout() -> None:
-    """To be called before the first import of clif.kernels."""
+    """Call it before the first import of clif.kernels."""
     if find_spec("clif") is None:
-        # At the end: nothing but the package clif is wanted from there.
+        # At the end of sys.path: only the package clif is needed from there.
         sys.path.append(str(REPO))
     import clif
 
@@ -22,9 +22,9 @@ def use_checkout() -> None:
 
 
 def link_checkout(site: Path) -> None:
-    """Make a folder for PYTHONPATH in which the checkout looks installed: processes of their own import it, too.
+    """Make a folder for PYTHONPATH in which the checkout looks installed, so that subprocesses can import it, too.
 
-    By links: the package clif with kernels/ and launch/ inside it, as setup.py lays them out. Raises OSError.
+    It holds links: the package clif with kernels/ and launch/ inside it, as setup.py maps them. Raises OSError.
     """
     package = site / "clif"
     package.mkdir(parents=True, exist_ok=True)

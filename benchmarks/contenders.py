@@ -1,4 +1,4 @@
-"""What benchmarks/engine.py compares: CLIF, transformers and PEFT at the same work, each in its best form we know."""
+"""The contenders of benchmarks/engine.py: CLIF, transformers and PEFT at the same work, each in its best known form."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class Work:
                 "train": {"enabled": False},
             }
         )
-        # The rate is reached at once, as PEFT's loop does.
+        # Without warm-up, as in PEFT's loop.
         return config.model_copy(update={"train": config.train.model_copy(update={"enabled": True, "warmup_steps": 0})})
 
     def prompts(self, repeat: int, vocab: int) -> list[list[int]]:
         """Token ids that no other repeat has, the same for all contenders. Special tokens, at the start, are left out.
 
-        Nobody can reuse what it computed before: prefix caches would serve a repeat from the former one's prompts.
+        So no contender can reuse earlier results: prefix caches would serve a repeat from the previous one's prompts.
         """
         rng = random.Random(f"prompts of repeat {repeat}")
         return [rng.choices(range(100, vocab), k=self.prompt) for _ in range(self.requests)]

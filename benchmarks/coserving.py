@@ -1,10 +1,10 @@
 """CLIF against its baselines: the real program under the same load in every run.mode, as ratios within repeats.
 
     python benchmarks/coserving.py                       # about 9 minutes per repeat on 2 cores
-    python benchmarks/coserving.py --smoke --out /tmp    # shows within a minute or two that all of this runs
+    python benchmarks/coserving.py --smoke --out /tmp    # a trial of all parts, within a minute or two
 
-Each repeat measures what the machine does when it only serves and when it only trains, and then serves the same
-requests in every mode. The report holds what was read from the folders of these runs, which are kept.
+Each repeat measures the machine's capacity for serving alone and for training alone, and then serves the same requests
+in every mode. The report is read from the folders of these runs, which are kept.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TRAINING_ROUNDS = 4
 
 @dataclass(frozen=True)
 class Plan:
-    """What stays the same in all runs. threads: of the machine; load_s: length of the load of each mode."""
+    """Settings of all runs. threads: of the machine; load_s: length of the load of each mode."""
 
     config: Path
     folder: Path
@@ -60,7 +60,7 @@ class Plan:
 
 @dataclass
 class Comparison:
-    """The runs of all repeats, and what came of them. rate: requests/s at full capacity, known from repeat 1 on."""
+    """The runs of all repeats and their results. rate: requests/s at full capacity, known from repeat 1 on."""
 
     plan: Plan
     results: Results = field(default_factory=lambda: Results(LOAD))
@@ -83,7 +83,7 @@ class Comparison:
 
     def _capacity(self, number: int) -> Capacity:
         burst = [f"load.max_requests={self.plan.saturating_requests}", f"load.rate_rps={SATURATING_RPS}"]
-        # By work and not by time: however slow the machine, the rounds are there. run.max_s bounds them.
+        # Limited by work and not by time, so that a slow machine completes the rounds, too. run.max_s bounds them.
         rounds = [f"federation.rounds={TRAINING_ROUNDS}", "run.linger_s=3600"]
         name = f"{number}-training"
         alone = launch(self.plan, "train_only", name, number, rounds)
@@ -92,7 +92,7 @@ class Comparison:
         return Capacity(serve_capacity(full), train_capacity(alone))
 
     def _serve(self, mode: str, name: str, seed: int, extra: list[str]) -> RunData:
-        """All modes answer with an adapter from the first token on: rows with one are dearer than rows without."""
+        """All modes answer with an adapter from the first token on: such rows cost more than rows without one."""
         assert self.adapter is not None
         folder = self.plan.folder / name
         folder.mkdir()
@@ -130,7 +130,7 @@ def command(plan: Plan, mode: str, name: str, seed: int, extra: list[str]) -> li
 
 
 def launch(plan: Plan, mode: str, name: str, seed: int, extra: list[str]) -> RunData:
-    """Start a run, wait for its end and read it. Raises RuntimeError, naming its log, if it does not go through."""
+    """Start a run, wait for its end and read it. Raises RuntimeError, naming its log, if the run fails."""
     log = plan.folder / f"{name}.log"
     environment = {**os.environ, "OMP_NUM_THREADS": str(plan.threads_per_rank)}
     with log.open("w") as output:
@@ -197,7 +197,7 @@ def main(
     now, requests = datetime.datetime.now(), 160
     stem = f"coserving-{now.date().isoformat()}"
     if smoke:
-        # One thread: of so small a model more threads only wait for each other, for ever beside other programs.
+        # One thread: with so small a model more threads only wait for each other, forever beside other programs.
         threads, repeats, load_s, requests = 1, 1, min(load_s, 4.0), 64
         config = REPO / "configs" / "bench-smoke.yaml"
         stem = f"coserving-smoke-{now.date().isoformat()}"

@@ -1,4 +1,4 @@
-"""What a dispatch costs the control process by number of replicas: hand-over, view and decision, with real classes.
+"""Cost of a dispatch in the control process by number of replicas: hand-over, view and decision, with real classes.
 
 python benchmarks/dispatch.py [--replicas 2 100 1000] [--requests 2000]
 """

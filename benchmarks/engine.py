@@ -1,7 +1,7 @@
 """Speed of the engine alone, as ratios within one run: serving against transformers, training against PEFT.
 
     python benchmarks/engine.py --model assets/smollm2-135m-instruct.gguf     # about 5 minutes; idle cores
-    python benchmarks/engine.py --dry --out /tmp                              # shows within a minute that all runs
+    python benchmarks/engine.py --dry --out /tmp                              # a trial of all parts, within a minute
 
 Each contender is a process of its own, pinned to the same cores, with the same limit of memory; they take turns within
 each repeat. All of them get the same prompts and samples in a repeat and new ones in the next.
@@ -26,11 +26,11 @@ from clif.metrics.provenance import cpu_model, git_commit
 
 REPO = Path(__file__).resolve().parents[1]
 TURN_S = 180.0
-"""For the slowest contender on slow cores, and for loading."""
+"""Seconds for the slowest contender on slow cores, and for loading."""
 
 
 def first_tokens(ours: list[int], theirs: list[int]) -> str:
-    """Answers that begin alike: in bfloat16 a few do not, where two tokens are as good as equally likely."""
+    """Share of answers with equal first tokens: in bfloat16 a few differ, if two tokens are almost equally likely."""
     same = sum(a == b for a, b in zip(ours, theirs, strict=True))
     return f"{same} of {len(ours)} answers begin alike"
 
@@ -40,7 +40,7 @@ def losses(ours: float, theirs: float) -> str:
 
 
 def measure(work: c.Work, repeats: int, limits: Limits) -> tuple[list[str], bool]:
-    """Markdown of both comparisons, and whether all contenders went through."""
+    """Markdown of both comparisons, and whether all contenders finished."""
     serving = [
         Contender("CLIF", c.clif_serving, (work,)),
         Contender("transformers.generate, static batch", c.static_batch, (work,)),
@@ -83,7 +83,7 @@ def main(
     busy, cores = os.getloadavg()[0], tuple(sorted(os.sched_getaffinity(0)))
     work, stem = c.Work(model, dtype), f"engine-{dtype}"
     if dry:
-        # One core: of so small a model more threads only wait for each other, for ever beside other programs.
+        # One core: with so small a model more threads only wait for each other, forever beside other programs.
         tiny = f"random:{REPO / 'configs' / 'models' / 'tiny-llama.json'}"
         work, stem, repeats, cores = c.Work(tiny, dtype, 4, 12, 6, 2, 2, 24, 12), f"{stem}-dry", 2, cores[:1]
     limits = Limits(cores, int(memory_gib * (1 << 30)), TURN_S)

@@ -1,10 +1,10 @@
-"""Compiles the kernels that later GPU stages launch, in parallel and without launching any: Triton keeps what it made.
+"""Compiles the kernels of later GPU stages, in parallel and without launching them: Triton caches the result.
 
     python benchmarks/gpu_ahead.py            # started by gpu_stages.py beside the first stages
     python benchmarks/gpu_ahead.py --dry      # in the interpreter, tiny shapes: shows that every job reaches its kernel
 
-A job builds what a stage builds and calls it as the stage does, so that each kernel is compiled for the very arguments
-it will get. Its launch is turned into a warm-up, which compiles and returns.
+A job builds and calls the same objects as a stage, so that each kernel is compiled for exactly the same arguments. Its
+launch becomes a warm-up, which compiles and returns.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the GPU stages share: an engine at the shape of a 1B or 8B model with random weights, and how it is timed.
+"""Shared parts of the GPU stages: an engine at the shape of a 1B or 8B model with random weights, and its timing.
 
-Every stage is a script of its own (see gpu_stages.py). `--dry` runs it on a CPU with a tiny model: it shows that all of
-it works, and its figures mean nothing.
+Every stage is a script of its own (see gpu_stages.py). `--dry` runs it on a CPU with a tiny model: it shows that the
+script works, and its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from clif.types import Request, Sampling, TrainSample
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is. prompt, answer: tokens; window_s: seconds of one measurement."""
+    """Sizes of a stage. prompt, answer: tokens; window_s: seconds of one measurement."""
 
     shapes: tuple[str, ...]
     device: str
@@ -61,7 +61,7 @@ def run_stage(measure: Callable[[str, Scale], list[str]], shapes: int) -> None:
 
 
 def scale_of(arguments: list[str]) -> Scale:
-    """FULL, or with --dry DRY. Exits with a sentence where there is no GPU."""
+    """FULL, or with --dry DRY. Exits with a sentence if there is no GPU."""
     scale = DRY if "--dry" in arguments else FULL
     if scale.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no NVIDIA GPU here: add --dry, or use a machine that has one")
@@ -84,7 +84,7 @@ class Bench:
         self._ids = iter(range(1 << 60))
 
     def engine(self, coserving: str = "interleaved") -> Engine:
-        """A new one on the same runner: its costs are not known yet."""
+        """A new engine on the same runner, with an untrained cost model."""
         scheduler = Scheduler(self.config.engine, self.slots, (), self.loaded.tokenizer.decode)
         return Engine(self.runner, scheduler, self.config.slo, coserving)
 
@@ -117,7 +117,7 @@ class Bench:
         return sum(base.shape.numel() * base.dtype.itemsize for base in bases)
 
     def kv(self, tokens: int) -> float:
-        """Bytes of keys and values of so many tokens, in all layers."""
+        """Bytes of keys and values of `tokens` tokens, in all layers."""
         return tokens * self.runner.cache.bytes / self.config.engine.kv_tokens
 
 
@@ -163,7 +163,7 @@ def bandwidth(device: torch.device, size: int = 1 << 30) -> float:
 
 
 def launches(work: Callable[[], object]) -> dict[str, tuple[int, float]]:
-    """What one call puts on the GPU: kernel name -> (launches, microseconds in all)."""
+    """The kernels of one call: name -> (launches, microseconds in all)."""
     from torch.profiler import ProfilerActivity, profile
 
     work()

@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_coserving.py [--dry] [SHAPE ...]
 
-Serving is closed-loop: a request that ends is followed by the next, so that the share of the batch that is taken stays
-as it is. Efficiency is serving tokens/s over those of serving alone, plus training tokens/s over those of training
-alone; taking turns gives 1 at most.
+Serving is closed-loop: a new request follows each one that ends, so that the load of the batch stays the same.
+Efficiency is serving tokens/s over those of serving alone, plus training tokens/s over those of training alone;
+alternating between the two gives at most 1.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def measure(shape: str, scale: Scale) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for share in LOADS:
-        # The batch itself stays as large as it is: what changes is how much of it is taken.
+        # The size of the batch stays the same; the number of its requests changes.
         bench.scale = replace(scale, batch=max(1, round(share * scale.batch)))
         quiet = rates(bench, trainer, "interleaved", serves=True, trains=False)
         lines.append(f"| {bench.scale.batch} | serving alone | {quiet.serving:.0f} | 0 | {quiet.gap_p99 * 1e3:.1f} | |")

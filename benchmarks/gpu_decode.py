@@ -1,10 +1,10 @@
-"""GPU stage: a decode step of a full batch, by the engine as it is and as one captured graph of the same parts.
+"""GPU stage: a decode step of a full batch, by the engine itself and as one captured graph of the same parts.
 
     python benchmarks/gpu_decode.py [--dry] [SHAPE ...]
 
-The limit is what reading the weights and the KV cache once takes at the copy rate that was measured just before. A
-graph is replayed over other tokens, positions and blocks than it was captured with, and its logits are held against the
-eager ones bit for bit. Raises no error for a variant that fails: its line says why.
+The limit is the time to read the weights and the KV cache once, at the copy rate measured just before. A graph is
+replayed over other tokens, positions and blocks than it was captured with, and its logits must equal the eager ones bit
+for bit. A variant that fails raises no error: its line says why.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class DecodeStep:
             layer.normal_(0, 0.5)
 
     def load(self, step: int) -> None:
-        """The tokens, positions and places of the step-th token after the context."""
+        """The tokens, positions and slots of the step-th token after the context."""
         rng = torch.Generator().manual_seed(step)
         self.ids.copy_(torch.randint(100, self.bench.vocab, (len(self.ids),), generator=rng))
         length = self.context + step
@@ -105,7 +105,7 @@ def engine_step(shape: str, scale: Scale, copy_bps: float, kernel: str) -> str:
 
 
 def captured(shape: str, scale: Scale, copy_bps: float, variant: str) -> str:
-    """The step of the parts: eager, captured, and captured with refill and tokens read back."""
+    """A step made of the same parts: eager, captured, and captured with refill and tokens read back."""
     bench = Bench(shape, scale, decode_kernel="triton", lora_kernel="triton" if variant == "triton" else "torch")
     step = DecodeStep(bench, variant != "base")
     step.load(0)
@@ -167,7 +167,7 @@ def _device_seconds(graph: Any) -> float:
 
 
 def generate_line(shape: str, scale: Scale) -> str:
-    """transformers.generate on one static batch; the stack leaves the model itself as it was."""
+    """transformers.generate on one static batch; the stack does not change the model itself."""
     bench = Bench(shape, scale)
     ids = torch.randint(100, bench.vocab, (scale.batch, scale.prompt), device=bench.device)
     answer = max(8, scale.answer // 8)

@@ -1,4 +1,4 @@
-"""GPU stage: what failed on the first GPU, or has never run there, in eight lines.
+"""GPU stage: parts that failed on the first GPU, or have never run on one, in eight lines.
 
     python benchmarks/gpu_faults.py [--dry]
 
@@ -40,7 +40,7 @@ from clif.models.weights.loading import load_model
 from clif.training.trainer import ShadowTrainer
 
 Check = Callable[[], str]
-"""Returns what is wrong; empty: nothing."""
+"""Returns the fault; empty if there is none."""
 DRY_RUN = "--dry" in sys.argv
 DEVICE = "cpu" if DRY_RUN else "cuda"
 KINDS = ((13, 0), (5, None), (40, 1), (71, SHADOW)) if not DRY_RUN else ((3, 0), (2, None), (4, SHADOW))
@@ -92,7 +92,7 @@ def large_model() -> str:
 
 
 def same_on_both_devices() -> str:
-    """Equal weights, so that equal tokens and gradients mean something."""
+    """Equal weights on both devices must give equal tokens and gradients."""
     with tempfile.TemporaryDirectory() as folder:
         shape = Path(__file__).resolve().parents[1] / "configs" / "models" / "tiny-llama.json"
         tree = {"model": {"path": f"random:{shape}", "dtype": "float32", "device": "cpu", "max_context": 256}}
@@ -109,7 +109,7 @@ def _gradient(folder: str, device: str) -> torch.Tensor:
     tree = {"model": {"path": folder, "dtype": "float32", "device": device, "max_context": 256}}
     config = config_from_tree({**tree, "train": {"enabled": False}})
     config = config.model_copy(update={"train": config.train.model_copy(update={"enabled": True, "clip_norm": 1e9})})
-    # Its own random numbers decide the first A, and a device has its own: taken from the CPU.
+    # Each device has its own random numbers, which decide the first A: it is taken from the CPU.
     runner = Engine.from_config(config, load_model(config.model, torch.device(device), seed=3)).runner
     bank = runner.bank
     rng = torch.Generator().manual_seed(5)
@@ -132,7 +132,7 @@ def nccl_average() -> str:
 
 
 def full_batch_trains() -> str:
-    """Requests take the whole batch, and none is near its promise: training gets something."""
+    """Requests fill the whole batch, and none is close to its SLO: training must progress."""
     scale = scale_of(sys.argv)
     bench = Bench(scale.shapes[0], scale)
     engine, trainer = bench.engine(), bench.trainer(4, 32 if DRY_RUN else 128)
@@ -142,7 +142,7 @@ def full_batch_trains() -> str:
         bench.top_up(engine)
         engine.serve()
         engine.learn()
-    # On the slow cores of a dry run, whether a step fits into the gaps is a matter of chance.
+    # On the slow cores of a dry run it is chance whether a step fits into the gaps.
     return "not one training step in 2 s beside a full batch" if engine.jobs and not DRY_RUN else ""
 
 

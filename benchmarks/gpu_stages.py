@@ -1,14 +1,13 @@
-"""What a GPU that is lent for minutes is asked, most telling first (make gpu).
+"""Measurements for a GPU that is available for minutes, the most important first (make gpu).
 
     python benchmarks/gpu_stages.py                        # all stages, at most 8 minutes
-    python benchmarks/gpu_stages.py --seconds 180          # those that fit, in the same order
+    python benchmarks/gpu_stages.py --seconds 180          # the stages that fit, in the same order
     python benchmarks/gpu_stages.py --only decode,training # these
     python benchmarks/gpu_stages.py --dry                  # on a CPU with tiny shapes: figures mean nothing
 
-Every stage is a process of its own with a limit of its own. Its result is on disk before the next one begins, so that
-nothing is lost when the machine is taken away. A second call skips what has passed. The machine needs torch, Triton and
-transformers, and no network: CLIF is imported from the checkout, and packages that are missing are taken from wheels
-(--wheels).
+Every stage is a process with a time limit. Its result is on disk before the next one begins, so that nothing is lost
+when the machine is taken away. A second call skips stages that have passed. The machine needs torch, Triton and
+transformers, and no network: CLIF is imported from the checkout, and missing packages are taken from wheels (--wheels).
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from checkout import REPO, commit, link_checkout
 
 PYTHON = sys.executable
 LEAST_S = 10.0
-"""With less time than this left no stage is begun: importing torch takes most of it."""
+"""Seconds that must be left for a stage to begin: importing torch takes most of them."""
 ON_A_CPU = ("model.path=random:configs/models/tiny-llama.json", "model.device=cpu", "model.dtype=float32")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One question. limit_s: after so long it is ended; dry: the command without a GPU (empty: the same with --dry)."""
+    """One measurement. limit_s: its time limit; dry: the command without a GPU (empty: the same with --dry)."""
 
     name: str
     asks: str
@@ -54,13 +53,13 @@ def sized(name: str, shape: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def ranks(count: int, *overrides: str) -> tuple[str, ...]:
-    """A whole run of so many ranks."""
+    """A whole run of `count` ranks."""
     torchrun = (PYTHON, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
     return (*torchrun, "launch/run.py", "--config", "configs/gpu_trial.yaml", *overrides)
 
 
 def tests(*files: str, processes: int = 1) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Tests that need a GPU, and their collection alone."""
+    """Tests that need a GPU, and, as the dry run, their collection."""
     pytest = (PYTHON, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
     paths = tuple(f"tests/gpu/{file}.py" for file in files)
     parallel = ("-n", str(processes)) if processes > 1 else ()
@@ -83,7 +82,7 @@ STAGES = (
     Stage("decode-8b", "a decode step, 8B", 75, *sized("gpu_decode", "llama-8b")),
     Stage("engine-tests", "engine, gradients and NCCL on the GPU", 60, *tests("test_gpu")),
     Stage("tensor-parallel", "replicas of several ranks on one GPU", 120, *tests("test_gpu_tensor_parallel")),
-    # Compiling is most of their time: a process for each two cores.
+    # They mostly compile: one process for every two cores.
     Stage(
         "kernel-tests",
         "the kernels against their specification",
@@ -117,7 +116,7 @@ class Session:
         return file.is_file() and "\n* outcome: passed" in file.read_text()
 
     def take(self, number: int, stage: Stage, again: bool) -> bool:
-        """Run a stage, unless it has passed before or no time is left; whether it has passed."""
+        """Run a stage, unless it has passed before or no time is left; returns whether it has passed."""
         if not again and self.passed(number, stage):
             print(f"[passed before] {stage.name}", flush=True)
             return True
@@ -127,7 +126,7 @@ class Session:
         return self.run(number, stage)
 
     def run(self, number: int, stage: Stage) -> bool:
-        """Run a stage and write its result, whatever becomes of it; whether it passed."""
+        """Run a stage and write its result, also of a failure; returns whether it passed."""
         limit, start = min(stage.limit_s, self.end_s - time.monotonic()), time.monotonic()
         command = self._command(stage)
         log = self.folder / "logs" / f"{number:02d}-{stage.name}.log"
@@ -154,9 +153,9 @@ class Session:
 
 
 def _run(command: Sequence[str], log: Path, limit_s: float, environment: dict[str, str]) -> str:
-    """How it ended. Nothing that it started is left behind."""
+    """Run a command; returns how it ended. None of its processes is left behind."""
     with log.open("wb") as out:
-        # A session of its own: ranks and compilers of a stage that hangs go with it.
+        # A session of its own: ranks and compilers of a stage that hangs end with it.
         process = subprocess.Popen(
             command, cwd=REPO, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
@@ -178,7 +177,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _told(log: Path, lines: int = 60) -> list[str]:
-    """What a stage said: its tables if it came to them, else the end of its log."""
+    """The output of a stage: its tables if there are any, otherwise the end of its log."""
     text = log.read_text(errors="replace").splitlines()
     begins = next((i for i, line in enumerate(text) if line.startswith(("### ", "# "))), None)
     return text[begins:] if begins is not None else ["```", *text[-lines:], "```"]
@@ -191,7 +190,7 @@ def _replace(file: Path, text: str) -> None:
 
 
 def environment(folder: Path, wheels: Path | None) -> dict[str, str]:
-    """Variables under which CLIF of this checkout is importable, without having been installed. Raises OSError."""
+    """Environment in which CLIF is importable from this checkout without an installation. Raises OSError."""
     site = folder / "site"
     link_checkout(site)
     if wheels is not None:
@@ -204,9 +203,9 @@ def environment(folder: Path, wheels: Path | None) -> dict[str, str]:
 
 @contextmanager
 def compiling_ahead(folder: Path, env: dict[str, str]) -> Iterator[None]:
-    """Compile the kernels of later stages meanwhile: waiting for a compiler is most of what they would do."""
+    """Compile the kernels of later stages meanwhile: otherwise these would mostly wait for the compiler."""
     with (folder / "logs" / "ahead.log").open("wb") as out:
-        # Behind the stages, which measure.
+        # With a lower priority than the stages, which measure.
         command = ["nice", "-n", "10", *script("gpu_ahead")]
         process = subprocess.Popen(
             command, cwd=REPO, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
@@ -226,7 +225,7 @@ IMPORTS = (
     "clif.control.__main__",
     "clif.launch.run",
 )
-"""What the stages import. Asked first: a package that is missing would cost every stage its start."""
+"""Imports of the stages, checked first: a missing package would fail every stage only after its start."""
 ASK = """
 import importlib, sys
 sys.path += [{benchmarks!r}, {tests!r}]
@@ -244,7 +243,7 @@ print(gpu_bench.provenance())
 
 
 def provenance(env: dict[str, str], dry: bool) -> str:
-    """Heading of the results: date, machine, versions. Raises ValueError where a package of the stages is missing."""
+    """Heading of the results: date, machine, versions. Raises ValueError if a package of the stages is missing."""
     folders = {"benchmarks": str(REPO / "benchmarks"), "tests": str(REPO / "tests")}
     command = [PYTHON, "-c", ASK.format(names=IMPORTS, **folders), *(["--dry"] if dry else [])]
     machine = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True)
@@ -256,7 +255,7 @@ def provenance(env: dict[str, str], dry: bool) -> str:
 
 
 def chosen(only: str, stages: Sequence[Stage] = STAGES) -> list[tuple[int, Stage]]:
-    """The stages asked for, with their numbers. Raises ValueError for a name that is none."""
+    """The selected stages, with their numbers. Raises ValueError for an unknown name."""
     names = [name for name in only.split(",") if name]
     unknown = set(names) - {stage.name for stage in stages}
     if unknown:

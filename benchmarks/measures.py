@@ -20,9 +20,10 @@ Rows = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run left: stamps (_s) by request, token, optimizer step and round; gaps_s between tokens of a request.
+    """The records of a run: stamps (_s) by request, token, optimizer step and round; gaps_s between tokens of a
+    request.
 
-    met: requests that were answered and kept all promises. step_* and round_* are those of committed rounds only.
+    met: requests that were answered and met their SLO. step_* and round_* are those of committed rounds only.
     """
 
     arrival_s: Floats
@@ -59,18 +60,18 @@ class Measures:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What the machine does in one repeat when it does only one thing, tokens/s."""
+    """Tokens/s of the machine in one repeat, of serving alone and of training alone."""
 
     serve_tps: float
     train_tps: float
 
     def efficiency(self, row: Measures) -> float:
-        """Co-serving efficiency: the two shares of what the machine could do, added up."""
+        """Co-serving efficiency: the sum of the shares of the two capacities."""
         return ratio(row.output_tps, self.serve_tps) + ratio(row.train_tps, self.train_tps)
 
 
 def read_run(run_h5: Path) -> RunData:
-    """Read a run that went through."""
+    """Read a finished run."""
     with h5py.File(run_h5, "r") as file:
         tables = {name: data[:] for name, data in file.items() if isinstance(data, h5py.Dataset)}
         started = {name: float(group.attrs["start_unix"]) for name, group in file["sources"].items()}
@@ -113,8 +114,8 @@ def _token_stamps(users: Rows, gaps: Rows) -> Floats:
 def serve_capacity(run: RunData) -> float:
     """Output tokens/s of a saturated run, from the first request handed to a replica to the last.
 
-    Until the last one is handed over others wait, so the batch is full. Requests that came together end together:
-    between two hand-overs lie whole waves of prompts and answers, nothing of which is left out.
+    Until the last hand-over other requests wait, so the batch is full. Requests that arrived together end together:
+    between two hand-overs lie complete waves of prompts and answers.
     """
     dispatched = run.dispatched_s[np.isfinite(run.dispatched_s)]
     start, end = (float(dispatched.min()), float(dispatched.max())) if len(dispatched) else (0.0, 0.0)
@@ -136,7 +137,7 @@ def train_capacity(run: RunData) -> float:
 
 
 def measure(run: RunData, mode: str, load: float, repeat: int, load_s: float) -> Measures:
-    """Figures of a run whose load lasted load_s. Every request counts, and what happened within the load's time."""
+    """Figures of a run whose load lasted load_s. Every request counts; rates count the time of the load."""
 
     def within(stamps: Floats) -> Rows:
         return (stamps >= 0) & (stamps < load_s)
@@ -161,7 +162,7 @@ def _percentiles(seconds: Floats) -> tuple[float, float]:
 
 
 def ratio(part: float, whole: float) -> float:
-    """NaN where there is nothing to compare with."""
+    """part / whole; NaN without a whole."""
     return part / whole if whole > 0 else math.nan
 
 
@@ -184,7 +185,7 @@ def compare(rows: list[Measures], capacity: Capacity) -> dict[str, float]:
 def slice_share(wanted: float, gain: float) -> float:
     """run.training_share with which time_slice trains about `wanted` (share of the training capacity).
 
-    gain: training that it got per share in the repeat before, 1 at first. It is more than 1 where serving leaves
-    time idle, which training gets on top of its share; 0 says nothing but that the share was too small.
+    gain: training per share in the previous repeat, 1 at first. It exceeds 1 if serving leaves idle time, which
+    training gets on top of its share; 0 only shows that the share was too small.
     """
     return min(1.0, max(0.01, wanted / gain if gain > 0 else wanted))

@@ -1,9 +1,9 @@
-"""Replicas of several ranks on one machine: tensor parallelism, FedAvg, and what a round costs the requests.
+"""Replicas of several ranks on one machine: tensor parallelism, FedAvg, and the cost of a round for requests.
 
     python benchmarks/parallel.py            # needs the demo's assets; idle cores
 
-Ratios within one run. Every measurement starts new processes, and every request has a prompt of its own: no cache gives
-one layout what another one computed. Ranks are processes on gloo. *Communication* is the time in all-reduces of one
+Ratios within one run. Every measurement starts new processes, and every request has its own prompt, so that no layout
+profits from the caches of another one. Ranks are processes on gloo. *Communication* is the time in all-reduces of one
 rank's steps.
 """
 
@@ -64,7 +64,7 @@ def _rank(
 
 
 class Clock:
-    """Adds up the time that this rank spends in sums over its peers, and counts those of the layers, not the head's."""
+    """Adds up the time of this rank's all-reduces, and counts those of the layers without the head's."""
 
     def __init__(self) -> None:
         self.seconds, self.calls = 0.0, 0
@@ -178,7 +178,7 @@ def stall(topology: Topology, model: str, dtype: str) -> dict[str, float]:
                 slots.promote(2, slot)
                 promoted = True
         now = time.perf_counter()
-        # Steps with a prompt are long for a reason of their own.
+        # Steps with a prompt are long for another reason.
         if step > 20 and not prefill:
             (busy if mean is not None and len(busy) < 40 and step >= 120 else quiet).append(now - last)
         last = now

@@ -1,4 +1,4 @@
-"""Plots of the co-serving comparison: how latencies are distributed, and how training follows the load."""
+"""Plots of the co-serving comparison: distributions of latencies, and training over the load."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def plot_timeline(run: RunData, load_s: float, train_tps: float, path: Path) -> 
 def cumulative(seconds: Floats) -> tuple[Floats, Floats]:
     """Milliseconds in order, and the share of all that is at most that."""
     known = np.sort(seconds[np.isfinite(seconds)]) * 1000
-    # A logarithmic axis has no zero: tokens that came in one message lie at its left end.
+    # A logarithmic axis has no zero: gaps of tokens of one message lie at its left end.
     return np.maximum(known, 0.1), np.arange(1, len(known) + 1) / max(1, len(known))
 
 

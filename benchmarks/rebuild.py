@@ -1,10 +1,10 @@
-"""What the failure of a replica costs: how long it is away, what its requests and the other replica's feel of it.
+"""The cost of a replica's failure: its outage, and the delay of its requests and of the other replica's.
 
     python benchmarks/rebuild.py --times 3 [--config configs/demo.yaml] [--out benchmarks/rebuild-DATE.md]
 
 Each time is a run under torchrun in which rank 1 meets an out-of-memory error in the middle of a serving step (see
 tests/faulty_run.py). All stamps are the control process's. Gaps between two tokens are those of the requests that
-ended within WINDOW_S of the failure; the requests that were moved are those whose replica failed under them.
+ended within WINDOW_S of the failure; moved requests are those whose replica failed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def measure(run_h5: Path) -> dict[str, float]:
     moved = [r for r in users if times.get(r["id"], 0) > 1]
     near = users[np.abs(users["finished_s"] - failed["t"]) < WINDOW_S]
     others = np.isin(gaps["request"], near["id"]) & ~np.isin(gaps["request"], [r["id"] for r in moved])
-    # Those whose first token another replica gave are gone on with here: they have none of this one.
+    # Requests whose first token came from another replica only continue here: they have no first token of this one.
     first = users[(users["replica"] == failed["replica"]) & (users["first_token_s"] > back["t"])]
     return {
         "away, s": float(back["t"] - failed["t"]),

@@ -12,7 +12,7 @@ from measures import Capacity, Measures, compare
 
 @dataclass(frozen=True)
 class Goal:
-    """A bound for a ratio of measures.compare: at most, or else at least."""
+    """A bound for a ratio of measures.compare: an upper bound, or a lower one."""
 
     key: str
     text: str

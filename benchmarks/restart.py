@@ -2,9 +2,9 @@
 
     python benchmarks/restart.py --ranks 4 --times 3 [--config configs/demo.yaml] [--out benchmarks/restart-DATE.md]
 
-Each time starts a run under torchrun --max-restarts, waits for a round, kills the last rank with SIGKILL in the middle
-of it, and reads from the journal when the first token came that was computed after the kill. The load average is
-printed before each kill: what other work there is counts.
+Each time starts a run under torchrun --max-restarts, waits for a round, kills the last rank with SIGKILL during it, and
+reads from the journal the time of the first token that was computed after the kill. The load average is printed before
+each kill, because other programs slow down a restart.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def victim(process: subprocess.Popen[bytes], rank: int) -> psutil.Process:
 
 
 def wait_for(process: subprocess.Popen[bytes], log: Path, pattern: str, after: int = 0) -> float:
-    """Wall time at which the log, from a byte on, says something."""
+    """Wall time at which a pattern appears in the log, from a byte on."""
     end = time.monotonic() + LIMIT_S
     while not re.search(pattern, log.read_bytes()[after:].decode(errors="replace"), re.MULTILINE):
         if process.poll() is not None or time.monotonic() > end:

@@ -1,4 +1,4 @@
-"""Other ways to compute a linear layer with two adapters, each in its strongest form that we know, and ours."""
+"""Ways to compute a linear layer with two adapters: CLIF's, and the others, each in its strongest known form."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _slots(batch: Batch) -> list[int]:
 
 
 def _mask(batch: Batch) -> torch.Tensor:
-    """[rows, slots in use * k r]: scale where a row uses the slot, else 0."""
+    """[rows, slots in use * k r]: scale if a row uses the slot, otherwise 0."""
     p, slots = batch.merged, _slots(batch)
     mask = torch.zeros(len(batch.x), len(slots), p.a.shape[1], dtype=p.weight.dtype, device=p.weight.device)
     for start, stop, slot in batch.segments:
@@ -100,7 +100,7 @@ def _with_masks(batches: Sequence[Batch], compute: Callable[..., torch.Tensor]) 
 
 
 def _one_product(batch: Batch, mask: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """All rows through all adapters, and a mask between. A NaN of one adapter reaches the rows of all."""
+    """All rows through all adapters, with a mask between. A NaN of one adapter reaches all rows."""
     y = linear(batch.x, batch.merged.weight)
     return y.addmm_((batch.x @ a.T).mul_(mask), b.T)
 
@@ -128,7 +128,7 @@ def _four(batches: Sequence[Batch]) -> Way:
 
 
 def _peft(batch: Batch, slot: int = SHADOW) -> torch.Tensor:
-    """What peft's LoRA layer computes: one adapter for all rows, five kernels."""
+    """The computation of peft's LoRA layer: one adapter for all rows, five kernels."""
     p = batch.merged
     result = linear(batch.x, p.weight)
     return result + linear(linear(batch.x, p.a[slot]), p.b[slot]) * p.scale

@@ -1,4 +1,4 @@
-"""Does a refactoring keep the numbers? Runs shipped configurations before and after it, and compares what they stored.
+"""Checks that a refactoring keeps the numbers: runs shipped configurations before and after it, and compares records.
 
     python benchmarks/same_numbers.py record --out /tmp/before --checkout ../before    # another checkout, with a .venv
     python benchmarks/same_numbers.py record --out /tmp/after                          # minutes on 2 cores
@@ -41,7 +41,7 @@ class Table:
 
 
 def read(run: Path) -> dict[str, Table]:
-    """What a run left in its folder."""
+    """The records in a run's folder."""
     tables = {}
     with h5py.File(run / "run.h5") as file:
         for name, data in file.items():
@@ -62,7 +62,7 @@ def _plain(value: Any) -> Any:
 
 
 def rename(tables: dict[str, Table], renamed: dict[str, str]) -> dict[str, Table]:
-    """Say it in the new names: words in the columns first, then columns, then tables."""
+    """Translate to the new names: words in the columns first, then columns, then tables."""
     for old, new in sorted(renamed.items(), key=lambda item: (":" not in item[0], "." not in item[0])):
         name, _, rest = old.partition(".")
         column, _, word = rest.partition(":")
@@ -79,7 +79,7 @@ def rename(tables: dict[str, Table], renamed: dict[str, str]) -> dict[str, Table
 
 
 def column_differences(before: Table, after: Table) -> list[str]:
-    """What differs in names, types and units."""
+    """Differences in names, types and units."""
     names = sorted(before.columns.keys() | after.columns.keys())
     pairs = [(name, before.columns.get(name, "not there"), after.columns.get(name, "not there")) for name in names]
     return [f"column {name}: {one}, then {other}" for name, one, other in pairs if one != other]
@@ -180,7 +180,7 @@ def _launch(checkout: Path, config: str, overrides: tuple[str, ...]) -> None:
 
 
 def _older(override: str) -> str:
-    """The same with the value, or else the key, in the name that it had before; itself if it never had another."""
+    """The override with the old name of its value or its key; unchanged if it was never renamed."""
     key, _, value = override.partition("=")
     now = KEYS.get(key, key)
     values = [old for (of, old), new in VALUES.items() if of == now and new == value]

@@ -1,4 +1,4 @@
-"""What same_numbers.py runs, what may not differ, and what has been renamed: all data."""
+"""Data of same_numbers.py: runs, columns that must be equal, and renamings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Rule:
-    """What two runs have in common in a table.
+    """The equal parts of a table in two runs.
 
     keys: columns that name a row. same, near: columns compared exactly, and within the tolerance of the setting.
     words: columns of which the set of values is compared. shared: rows that only one run has are left out, because a
@@ -36,16 +36,16 @@ OVERRIDES = (
     "run.status=off",
     "run.max_s=280",
     "run.linger_s=200",
-    # No promise is ever short of time: pressure stays low, and no slice of training waits for a request.
+    # SLOs are never at risk: pressure stays low, and no slice of training waits for a request.
     "slo.ttft_ms=60000",
     "slo.tpot_ms=60000",
     # Every replica takes part in every round.
     "federation.min_members=2",
 )
 ONE_THREAD = ("dist.threads_per_rank=1", "engine.coserving=interleaved", "engine.slice_ms=1000000")
-"""Slices are never cut: a part of the head's rows is another product, with other last digits."""
+"""Slices are never cut: a part of the head's rows is another product, with other rounding errors."""
 ONE_SAMPLE = ("train.micro_batch=1", "train.max_micro_batch=1", "train.accumulation=4")
-"""The coordinator, which goes by measured times, has no choice."""
+"""The coordinator, which uses measured times, has no choice."""
 PACKED = ("train.max_micro_batch=4", "control.reference_batch=100000")
 """The configured micro-batch of 4 is best by its objective, and so little is measured that it stays."""
 BUSY = (

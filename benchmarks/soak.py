@@ -1,4 +1,4 @@
-"""Ten minutes of co-serving with little memory: are the KV cache and the activations what the configuration says?
+"""Ten minutes of co-serving with little memory: the KV cache and the activations must keep to the configuration.
 
     python benchmarks/soak.py --load-s 600
 
@@ -27,11 +27,11 @@ from clif.metrics.provenance import cpu_model, git_commit
 REPO = Path(__file__).resolve().parents[1]
 RANKS, KV_TOKENS, ACTIVATION_MIB = 2, 1536, 48
 SETTLED_S = 60.0
-"""Until then caches of compiled kernels and of the allocator fill up."""
+"""Seconds in which caches of compiled kernels and of the allocator fill up."""
 
 
 def command(folder: Path, name: str, load_s: float) -> list[str]:
-    """A bursty load that wants more KV than there is, and rounds back to back."""
+    """A bursty load that exceeds the KV cache, and rounds back to back."""
     torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     memory = [f"engine.kv_tokens={KV_TOKENS}", f"engine.activation_mib={ACTIVATION_MIB}", "data.max_sample_tokens=256"]
     load = ["load.kind=gamma", "load.cv=2", "load.rate_rps=2.5", "load.max_tokens=96", f"load.duration_s={load_s}"]

@@ -1,7 +1,7 @@
-"""Times several ways of doing the same, in turn, so that a drift of clocks meets all of them.
+"""Times several ways of the same work alternately, so that a drift of clocks affects all of them.
 
-On a GPU each way is captured once as a CUDA graph over several layers with weights of their own, so that no weight is
-in the cache when it is read, and no launch waits for Python.
+On a GPU each way is captured once as a CUDA graph over several layers with their own weights, so that no weight is in
+the cache when it is read, and no launch waits for Python.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 Way = Callable[[int], Any]
 """Does the work of one layer."""
 SAMPLE_S = 1e-3
-"""A sample lasts at least so long, in replays of the graph."""
+"""Least length of a sample, in replays of the graph."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def contest(
             failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats):
-        # Every other time backwards: who runs after whom shall not matter.
+        # Every other time in reverse order: the order must not matter.
         for name in list(runs)[:: 1 if repeat % 2 else -1]:
             samples[name].append(runs[name]())
     return {name: Timing.of(values) for name, values in samples.items()}, failed
@@ -73,7 +73,7 @@ def _captured(way: Way, layers: int) -> Callable[[], float]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        # Compiles, and makes tables and workspaces: nothing of that may fall into the capture.
+        # This compiles, and makes tables and workspaces, outside of the capture.
         for _ in range(2):
             for layer in range(layers):
                 way(layer)

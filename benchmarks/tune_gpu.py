@@ -1,10 +1,10 @@
-"""Finds the tiles of the dual LoRA kernels on the GPU that is here, and writes the table that CLIF reads.
+"""Finds the best tiles of the dual LoRA kernels on this GPU, and writes the table that CLIF reads.
 
     python benchmarks/tune_gpu.py                 # needs torch, Triton and this repository
-    python benchmarks/tune_gpu.py --dry           # interpreter, tiny shapes: shows that it runs
+    python benchmarks/tune_gpu.py --dry           # interpreter, tiny shapes: a trial
 
-For every shape: a walk from the reasoned default, one setting at a time, keeping what is faster; then the best against
-torch's own products. Where those win, the table says "separate", and CLIF uses them.
+For every shape: a walk from the reasoned default, one setting at a time, keeping each faster one; then the best against
+torch's own products. If those win, the table says "separate", and CLIF uses them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ GOALS = (((4096,), 4096), ((2048,), 2048), ((1024,), 4096), ((4096, 1024, 1024),
 
 
 def walk(start: T, moves: Mapping[str, Sequence[Any]], cost: Callable[[T], float], late: Callable[[], bool]) -> T:
-    """Change one setting at a time, keep what costs less, until a whole round changes nothing or it gets late."""
+    """Change one setting at a time and keep cheaper ones, until a whole round changes nothing or the time is over."""
     best, lowest, known = start, cost(start), {start}
     while not late():
         before = best
@@ -105,7 +105,7 @@ class Tuner:
     def batches(
         self, sizes: Sequence[int], depth: int, r: int, lengths: Sequence[tuple[int, int | None]]
     ) -> list[Batch]:
-        """Layers of one shape, with so much weight that the cache does not hold it."""
+        """Layers of one shape, with more weights than the cache holds."""
         dtype = torch.bfloat16
         count = max(2, min(16, -(-self.bytes // (2 * depth * sum(sizes)))))
         return [
@@ -137,7 +137,7 @@ class Tuner:
         launcher = KernelLauncher(self.device, Fixed(best, self._grads_of(batches)))
         wrong = violations(batches[0], computed(batches[0], FusedLinear(p, launcher)))
         if wrong:
-            # Never into the table, whatever its speed.
+            # Wrong results never enter the table, whatever their speed.
             print(f"  WRONG RESULTS with {best}: {wrong}", flush=True)
         good = not wrong and us.get("kernel", float("inf")) <= us["separate"]
         return (best if good else LinearTiles(form="separate")), best, us
@@ -172,13 +172,13 @@ class Tuner:
         try:
             way(0)
         except (OutOfResources, CompilationError, PTXASError):
-            # Too large a tile for this GPU: one of the walk's ways to find a border.
+            # The tile is too large for this GPU: the walk has reached a limit.
             return float("inf")
         found, failed = contest({"way": way}, layers, self.repeats, self.device)
         return found["way"].median if not failed else float("inf")
 
     def _allowed(self) -> dict[str, Sequence[Any]]:
-        """Without what this GPU does not have."""
+        """The settings that this GPU supports."""
         if self.defaults.capability >= 90:
             return MOVES
         return MOVES | {"form": ("fused",), "tma": (False,)}

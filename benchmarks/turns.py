@@ -1,7 +1,8 @@
 """Contenders of a benchmark, each in a process of its own, that take turns. Free of torch.
 
 No contender shares memory, threads or an allocator with another; all have the same cores, to which their threads are
-pinned, and the same limit of memory. One that breaks, wants more or hangs is reported and stops nobody.
+pinned, and the same limit of memory. A contender that fails, exceeds the limit or hangs is reported, and the others
+continue.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Ready:
-    """What a contender answers when it is prepared.
+    """A prepared contender.
 
-    settings: a line for the report. turn: makes the inputs of a repeat and returns what is timed, whose result is kept.
+    settings: a line for the report. turn: makes the inputs of a repeat and returns the timed call, whose result is
+    kept.
     """
 
     settings: str
@@ -35,7 +37,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Limits:
-    """What each contender gets: cores by number, bytes of memory, seconds for each answer."""
+    """Limits of each contender: cores by number, bytes of memory, seconds for each answer."""
 
     cores: tuple[int, ...]
     memory_bytes: int
@@ -52,7 +54,7 @@ class Limits:
 
 @dataclass
 class Contender:
-    """A process, and what came of it. seconds and results: by repeat; failed: why it is out, or nothing."""
+    """A process and its results. seconds and results: by repeat; failed: the reason, or empty."""
 
     name: str
     prepare: Callable[..., Ready]
@@ -64,7 +66,7 @@ class Contender:
     failed: str = ""
 
     def start(self, limits: Limits) -> None:
-        """Prepare it, and wait until that is done."""
+        """Prepare the contender, and wait until it is ready."""
         self._limits = limits
         self._line, theirs = SPAWN.Pipe()
         arguments = (theirs, limits, self.prepare, self.arguments)
@@ -75,7 +77,7 @@ class Contender:
         self.settings = self._ask(None) or ""
 
     def take_turn(self, number: int, warm_up: bool) -> None:
-        """One repeat. A warm-up leaves nothing."""
+        """Run one repeat. A warm-up is not recorded."""
         if self.failed or (answer := self._ask(number)) is None:
             return
         seconds, result, self.peak_mib = answer
@@ -109,7 +111,7 @@ class Contender:
 
 @contextmanager
 def _environment(more: dict[str, str]) -> Iterator[None]:
-    """What a process is started with: OpenMP reads it before any line of Python runs."""
+    """Set environment variables for new processes: OpenMP reads them before any line of Python runs."""
     before = dict(os.environ)
     os.environ.update(more)
     try:
@@ -122,7 +124,7 @@ def _environment(more: dict[str, str]) -> Iterator[None]:
 def answer_turns(line: Connection, limits: Limits, prepare: Callable[..., Ready], arguments: tuple[Any, ...]) -> None:
     """The contender's process. Its answers: (True, settings), then (True, (seconds, result, peak MiB)) by turn.
 
-    The last one is (False, what went wrong) if something did.
+    After an error the last one is (False, its description).
     """
     os.sched_setaffinity(0, limits.cores)
     resource.setrlimit(resource.RLIMIT_DATA, (limits.memory_bytes, limits.memory_bytes))
@@ -144,7 +146,7 @@ def answer_turns(line: Connection, limits: Limits, prepare: Callable[..., Ready]
 
 
 def race(contenders: Sequence[Contender], repeats: int, limits: Limits) -> None:
-    """All contenders through all repeats and a warm-up, in turns: A B C, then C B A, so that drift hits all alike."""
+    """Run all contenders through a warm-up and all repeats: A B C, then C B A, so that drift affects all alike."""
     try:
         for contender in contenders:
             contender.start(limits)
