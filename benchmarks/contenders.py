@@ -15,6 +15,7 @@ from clif.config import Config, config_from_tree
 from clif.engine.engine import Engine
 from clif.engine.jobs import Job
 from clif.models.weights.loading import load_model
+from clif.training.train_runner import TrainRunner
 from clif.training.trainer import ShadowTrainer
 from clif.types import Request, Sampling, TrainSample
 
@@ -151,8 +152,9 @@ def clif_training(work: Work) -> Ready:
     """Results of training: the mean loss of a repeat."""
     config = work.config()
     runner = Engine.from_config(config).runner
-    bank = runner.bank
-    trainer = ShadowTrainer(runner, bank, work.training(0, runner.stack.vocab_size)[0], config.train)
+    trainer = ShadowTrainer(
+        TrainRunner(runner), runner.bank, work.training(0, runner.stack.vocab_size)[0], config.train
+    )
 
     def turn(repeat: int) -> Any:
         batches = work.training(repeat, runner.stack.vocab_size)

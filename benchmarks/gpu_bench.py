@@ -23,10 +23,12 @@ use_checkout()
 import torch
 
 from clif.config import Config, config_from_tree
+from clif.engine.build import make_strategy
 from clif.engine.engine import Engine
 from clif.engine.jobs import Job
 from clif.engine.scheduler import Scheduler
 from clif.models.weights.loading import LoadedModel, load_model
+from clif.training.train_runner import TrainRunner
 from clif.training.trainer import ShadowTrainer
 from clif.types import Request, Sampling, TrainSample
 
@@ -86,11 +88,12 @@ class Bench:
     def engine(self, coserving: str = "interleaved") -> Engine:
         """A new engine on the same runner, with an untrained cost model."""
         scheduler = Scheduler(self.config.engine, self.slots, (), self.loaded.tokenizer.decode)
-        return Engine(self.runner, scheduler, self.config.slo, coserving)
+        return Engine(self.runner, scheduler, make_strategy(coserving, self.config))
 
     def trainer(self, count: int, length: int) -> ShadowTrainer:
         """A trainer on `count` samples of `length` tokens, of which the second half are targets."""
-        return ShadowTrainer(self.runner, self.bank, samples(self.vocab, count, length), self.config.train)
+        runner = TrainRunner(self.runner)
+        return ShadowTrainer(runner, self.bank, samples(self.vocab, count, length), self.config.train)
 
     def sync(self) -> None:
         if self.device.type == "cuda":

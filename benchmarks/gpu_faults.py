@@ -37,6 +37,7 @@ from clif.kernels.testing.paged_decode_specification import random_decode
 from clif.kernels.testing.paged_decode_specification import violations as decode_violations
 from clif.kernels.tuning import Defaults
 from clif.models.weights.loading import load_model
+from clif.training.train_runner import TrainRunner
 from clif.training.trainer import ShadowTrainer
 
 Check = Callable[[], str]
@@ -114,7 +115,7 @@ def _gradient(folder: str, device: str) -> torch.Tensor:
     bank = runner.bank
     rng = torch.Generator().manual_seed(5)
     bank.set_shadow({k: torch.randn(v.shape, generator=rng) * 0.2 for k, v in bank.shadow_state().items()})
-    trainer = ShadowTrainer(runner, bank, samples(runner.stack.vocab_size, 3, 40), config.train)
+    trainer = ShadowTrainer(TrainRunner(runner), bank, samples(runner.stack.vocab_size, 3, 40), config.train)
     run_step(trainer, 3)
     return bank.gradient.cpu()
 

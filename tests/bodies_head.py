@@ -118,8 +118,8 @@ def communication(topology: Topology, model: str) -> dict[str, Any]:
         engine.serve()
     found["step that draws"] = dict(calls)
     for name, work in (
-        ("training", part.runner.loss_and_gradients(SAMPLES, 1.0)),
-        ("evaluation", part.runner.loss(SAMPLES, None)),
+        ("training", part.train_runner.loss_and_gradients(SAMPLES, 1.0)),
+        ("evaluation", part.train_runner.loss(SAMPLES, None)),
     ):
         with counted() as calls:
             found[name] = list_slices(work, calls)

@@ -21,6 +21,7 @@ from clif.engine.engine import Engine
 from clif.engine.jobs import Job
 from clif.models.shard import layer_shards, shard_of
 from clif.models.weights.loading import load_model
+from clif.training.train_runner import TrainRunner
 from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
 
@@ -49,6 +50,7 @@ class Part:
             add_biases(loaded.model, topology.tp_group)
         self.engine = Engine.from_config(self.config, loaded, self.tp_group)
         self.runner, self.bank, self.slots = self.engine.runner, self.engine.runner.bank, self.engine.scheduler.slots
+        self.train_runner = TrainRunner(self.runner)
         # Ranks whose clocks differ: only the leader's may decide.
         self.engine.clock = lambda: 0.0 if self.tp_group.rank == 0 else 1e9 * self.tp_group.rank
         self.bank.set_shadow(self.bank.local(whole_state(self.bank, 5)))
@@ -75,7 +77,7 @@ def serve_and_train(
     part.promote(1, seed=4)
     logits = stack_logits(part.runner.stack, torch.arange(3, 30, device=topology.device), 0)
     config = part.config.train.model_copy(update={"enabled": True, "clip_norm": 0.5, "lr": 0.01})
-    trainer = ShadowTrainer(part.runner, part.bank, SAMPLES, config)
+    trainer = ShadowTrainer(part.train_runner, part.bank, SAMPLES, config)
     results: list[Any] = []
 
     def step() -> Any:

@@ -1,6 +1,6 @@
 """launch/run.py in which chosen ranks meet errors. CLIF_FAULTS: "rank:method:call", joined by commas.
 
-method: of ModelRunner or Pass, say serve or backward; its call of that number (from 1) raises instead.
+method: of ModelRunner, TrainRunner or Pass, say serve or backward; its call of that number (from 1) raises instead.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from clif.engine.passes import Pass
 from clif.engine.runner import ModelRunner
+from clif.training.passes import Pass
+from clif.training.train_runner import TrainRunner
 
 
 def break_call(owner: type, method: str, number: int) -> None:
@@ -34,5 +35,6 @@ def break_call(owner: type, method: str, number: int) -> None:
 for fault in filter(None, os.environ.get("CLIF_FAULTS", "").split(",")):
     rank, method, number = fault.split(":")
     if rank == os.environ.get("RANK"):
-        break_call(Pass if method == "backward" else ModelRunner, method, int(number))
+        owner = next(owner for owner in (ModelRunner, TrainRunner, Pass) if hasattr(owner, method))
+        break_call(owner, method, int(number))
 runpy.run_path(str(Path(__file__).parents[1] / "launch" / "run.py"), run_name="__main__")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from clif.models.dual_linear import LoraRows
 from clif.models.shard import layer_shards, shard_of, uneven_shard
 from clif.models.stack import CausalStack
 from clif.models.weights.loading import LoadedModel, load_model
+from clif.training.train_runner import TrainRunner
 from clif.types import Request, Sampling, TokenEvent
 
 SMALL = {"kv_tokens": 1024, "block_size": 4, "max_batch": 8, "max_prefill_tokens": 24, "coserving": "interleaved"}
@@ -37,6 +39,10 @@ class Rig:
     @property
     def runner(self) -> ModelRunner:
         return self.engine.runner
+
+    @cached_property
+    def train_runner(self) -> TrainRunner:
+        return TrainRunner(self.runner)
 
     @property
     def bank(self) -> AdapterBank:

@@ -11,13 +11,25 @@ from clif.config import Config, ConfigError
 from clif.distributed.collectives import TpGroup
 from clif.distributed.topology import choose_device
 from clif.engine.base import Base, build_base
+from clif.engine.coserving.concurrent import Concurrent
+from clif.engine.coserving.fused import Fused
+from clif.engine.coserving.interleaved import Interleaved
+from clif.engine.coserving.strategy import Strategy
+from clif.engine.coserving.time_slice import TimeSlice
+from clif.engine.cost_model import CostModel
 from clif.engine.engine import Engine
+from clif.engine.job_queue import JobQueue
 from clif.engine.scheduler import Scheduler
 from clif.engine.train_thread import TrainThread
 from clif.models.weights.loading import LoadedModel, load_model
 from clif.types import CoservingMode
 
 log = logging.getLogger(__name__)
+STRATEGIES: dict[CoservingMode, type[Strategy]] = {
+    CoservingMode.INTERLEAVED: Interleaved,
+    CoservingMode.FUSED: Fused,
+    CoservingMode.CONCURRENT: Concurrent,
+}
 
 
 def load_engine(config: Config, loaded: LoadedModel | None, tp_group: TpGroup | None) -> Engine:
@@ -39,12 +51,18 @@ def build_engine(config: Config, base: Base, tp_group: TpGroup | None = None) ->
     return Engine(
         base.runner(config.engine),
         Scheduler(config.engine, slots, tokenizer.eos_ids, tokenizer.decode),
-        config.slo,
-        coserving,
-        config.run.training_share,
-        train_thread=TrainThread(threads) if coserving == "concurrent" else None,
-        tp_group=tp_group,
+        make_strategy(coserving, config),
+        JobQueue(TrainThread(threads) if coserving == CoservingMode.CONCURRENT else None),
+        tp_group,
     )
+
+
+def make_strategy(coserving: str, config: Config) -> Strategy:
+    """A strategy that has measured nothing yet. coserving: a CoservingMode but AUTO, or the baseline "time_slice"."""
+    parts = CostModel(), config.engine, config.slo
+    if coserving == "time_slice":
+        return TimeSlice(*parts, config.run.training_share)
+    return STRATEGIES[CoservingMode(coserving)](*parts)
 
 
 def choose_coserving(config: Config, device: torch.device, tp_group: TpGroup, threads: int) -> str:

@@ -8,13 +8,19 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+    from clif.models.layer import SubBatch
 
 
 class SliceKind(enum.StrEnum):
     """What a slice computes, as it is stored in `ticks`; the cost of each kind is learnt apart."""
 
     WAIT = "wait"
+    PACK = "pack"
     FORWARD = "forward"
     HEAD = "head"
     BACKWARD = "backward"
@@ -24,20 +30,40 @@ class SliceKind(enum.StrEnum):
     PRODUCT_ERROR = "product_error"
 
 
+class FusedPass(Protocol):
+    """A training forward whose remaining layers a serving step can compute in its own products."""
+
+    sub_batch: SubBatch
+
+    @property
+    def at(self) -> int:
+        """The layer that comes next."""
+        ...
+
+    def enter(self) -> tuple[torch.Tensor, bool]:
+        """Input [rows, hidden size] of the next layer, and whether autograd is to record the layer."""
+        ...
+
+    def leave(self, entry: torch.Tensor, out: torch.Tensor) -> None:
+        """The next layer has made `out` [rows, hidden size] of `entry`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Slice:
-    """What a job would do next: up to `units` pieces (layers of a pass, or rows of the head) of `tokens` rows each.
+    """What a job would do next: up to `units` pieces of `tokens` rows each.
 
-    work: does as many as it is told, without a break, and returns their result; it touches nothing that serving
-    touches, so that it may run beside it. least: fewer are not worth a slice.
-    rider: the forward that a serving step can take along instead, where there is one.
+    The pieces are layers of a pass, rows of the head, or, for PACK, the tokens that the next pass may have.
+    work: computes as many as it is told, without a break, and returns their result; it touches nothing that serving
+    touches, so that it may run concurrently. least: fewer are not worth a slice.
+    fused_pass: the forward that a serving step can take along instead, where there is one.
     """
 
     kind: SliceKind
     tokens: int = 0
     units: int = 0
     work: Callable[[int], Any] = lambda units: None
-    rider: Any = None
+    fused_pass: FusedPass | None = None
     least: int = 1
 
 

@@ -116,6 +116,26 @@ class Scheduler:
                 return self._end(sequence, (), FinishReason.CANCELLED, "cancelled by the client")
         return None
 
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """All that run and wait, oldest first."""
+        return (*self.running, *self.waiting)
+
+    @property
+    def full(self) -> bool:
+        """No more requests can run at the same time: others may queue at the dispatcher."""
+        return len(self.running) + len(self.waiting) >= self.max_batch
+
+    def limit_batch(self, max_batch: int) -> None:
+        """How many requests run at the same time from the next step on. Those that run already go on."""
+        self.max_batch = max_batch
+
+    def next_step(self) -> tuple[int, int]:
+        """Rows and cached tokens of the next step: a token per answer, and prompts within the step's budget."""
+        prompts = sum(s.num_uncomputed_tokens for s in self.sequences if s.num_uncomputed_tokens > 1)
+        answers = sum(s.num_uncomputed_tokens == 1 for s in self.running)
+        return answers + min(prompts, self.config.max_prefill_tokens), sum(s.num_computed_tokens for s in self.running)
+
     def schedule(self) -> list[Chunk]:
         """Chunks of the next step: one token for each running answer, then tokens to prefill within the step's budget.
 

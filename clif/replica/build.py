@@ -24,6 +24,7 @@ from clif.tokenizer import ChatTokenizer
 from clif.training.checkpoint import CheckpointWriter, find_checkpoint
 from clif.training.heldout import Heldout
 from clif.training.member import Member
+from clif.training.train_runner import TrainRunner
 from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
 from clif.wire.messages import Up
@@ -95,7 +96,8 @@ def build_replica(
 ) -> Replica:
     """All parts of one rank except its loop; with run.resume from the checkpoints. steps: steps that it took before."""
     engine = build_engine(config, base, topology.tp_group)
-    bank, runner, slots = base.bank, engine.runner, engine.scheduler.slots
+    bank, slots = base.bank, engine.scheduler.slots
+    runner = TrainRunner(engine.runner)
     if data.train:
         runner.check_samples(max(len(sample.ids) for sample in data.train))
     trainer = ShadowTrainer(runner, bank, data.train, config.train, config.run.seed)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from clif.config import MetricsConfig
-from clif.engine.engine import StepRecord
 from clif.engine.jobs import STEP_KINDS
 from clif.engine.scheduler import Scheduler
+from clif.engine.step_record import StepRecord
 from clif.metrics.device import DeviceMonitor
 from clif.metrics.writer import TableWriter, next_path
 from clif.training.trainer import StepResult

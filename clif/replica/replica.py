@@ -106,12 +106,12 @@ class Replica:
         try:
             self.engine.learn()
         except RuntimeError as error:
-            orders = self.member.orders
-            if orders is None or (self.engine.tp_group.size > 1 and not isinstance(error, RoundBroken)):
+            round_id = self.member.round_id
+            if round_id is None or (self.engine.tp_group.size > 1 and not isinstance(error, RoundBroken)):
                 raise
-            log.exception("round %d broke in replica %d", orders.plan.round_id, self.id)
+            log.exception("round %d broke in replica %d", round_id, self.id)
             self._drop_round()
-            self.send(m.RoundFailed(round_id=orders.plan.round_id, replica=self.id, error=str(error)))
+            self.send(m.RoundFailed(round_id=round_id, replica=self.id, error=str(error)))
 
     def _account(self) -> None:
         self.steps += 1
@@ -166,39 +166,32 @@ class Replica:
             self._send([event])
 
     def _limits(self, order: m.Limits) -> None:
-        self.engine.scheduler.max_batch = order.max_batch
-        self.member.micro_batch = order.micro_batch
+        self.engine.scheduler.limit_batch(order.max_batch)
+        self.member.limit_micro_batch(order.micro_batch)
 
     def _begin_round(self, order: m.BeginRound) -> None:
-        orders = RoundOrders(order.plan, order.group)
-        self.engine.jobs.append(Job(ROUND, self.member.take_part(orders)))
+        self.engine.jobs.append(Job(ROUND, self.member.take_part(RoundOrders(order.plan, order.group))))
 
     def _finish_steps(self, order: m.FinishSteps) -> None:
-        if self._in_round(order.round_id) and self.member.finish_steps():
-            self.engine.interrupt(ROUND, StepCut("the time of the round is up"))
+        if self.member.finish_steps(order.round_id):
+            self.engine.jobs.interrupt(ROUND, StepCut("the time of the round is up"))
 
     def _aggregate(self, order: m.Aggregate) -> None:
-        if self._in_round(order.round_id):
-            self.member.orders.aggregate = True  # type: ignore[union-attr]
+        self.member.aggregate(order.round_id)
 
     def _settle(self, order: m.Settle) -> None:
-        if not self._in_round(order.round_id):
+        if order.round_id != self.member.round_id:
             # The first publisher was lost after this replica had settled: this replica sends the adapter instead.
             if order.commit and order.publish and order.version == self.engine.scheduler.slots.active:
                 self.member.publish(order)
-            return
-        if order.commit:
-            self.member.orders.settle = order  # type: ignore[union-attr]
-            return
-        self._drop_round()
-        self.member.discard()
+        elif order.commit:
+            self.member.settle(order)
+        else:
+            self._drop_round()
+            self.member.discard()
 
     def _drop_round(self) -> None:
-        self.engine.drop(ROUND)
-
-    def _in_round(self, round_id: int) -> bool:
-        orders = self.member.orders
-        return orders is not None and orders.plan.round_id == round_id
+        self.engine.jobs.drop(ROUND)
 
     def _rebuild(self, order: m.Rebuild) -> None:
         raise CountedLost(order.reason)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from clif.adapters.slots import SlotTable
 from clif.engine.jobs import Slices
-from clif.engine.runner import ModelRunner
+from clif.training.train_runner import TrainRunner
 from clif.types import TrainSample
 
 
@@ -14,7 +14,7 @@ class Heldout:
     rows: how many; tokens: answer tokens among them; max_tokens: tokens of one forward at most.
     """
 
-    def __init__(self, runner: ModelRunner, samples: list[TrainSample], max_tokens: int) -> None:
+    def __init__(self, runner: TrainRunner, samples: list[TrainSample], max_tokens: int) -> None:
         self._runner = runner
         self._batches = _batches(samples, max_tokens)
         self.num_rows = len(samples)

@@ -109,14 +109,34 @@ class Member:
                 break
         return sum_up(plan.round_id, self.topology.replica, results, time.monotonic() - started)
 
-    def finish_steps(self) -> bool:
-        """The time for local steps is up. Returns whether one is under way, which is to be cut.
+    @property
+    def round_id(self) -> int | None:
+        """The round that this member takes part in."""
+        return self.orders.plan.round_id if self.orders is not None else None
 
-        It may be held up by a load that leaves no slack, for as long as the load lasts.
+    def finish_steps(self, round_id: int) -> bool:
+        """The time for local steps of this round is up. Returns whether a step is under way, which is to be cut.
+
+        A load that leaves no slack may hold it up for as long as the load lasts.
         """
-        if self.orders is not None:
-            self.orders.finish_steps = True
+        if self.orders is None or self.round_id != round_id:
+            return False
+        self.orders.finish_steps = True
         return self._stepping
+
+    def aggregate(self, round_id: int) -> None:
+        """All members of this round have finished their steps: average."""
+        if self.orders is not None and self.round_id == round_id:
+            self.orders.aggregate = True
+
+    def settle(self, order: Settle) -> None:
+        """Promote the average of the round under way."""
+        if self.orders is not None and self.round_id == order.round_id:
+            self.orders.settle = order
+
+    def limit_micro_batch(self, micro_batch: int) -> None:
+        """Samples per forward from the next optimizer step on."""
+        self.micro_batch = micro_batch
 
     def _average(self, orders: RoundOrders, result: RoundResult) -> Slices[tuple[float, float] | None]:
         """FedAvg over the members, weighted by samples; leaves the mean in the shadow.

@@ -16,8 +16,8 @@ from clif.adapters.bank import AdapterBank
 from clif.config import TrainConfig
 from clif.data.cursor import SampleCursor, fingerprint
 from clif.engine.jobs import Slice, SliceKind, Slices
-from clif.engine.runner import ModelRunner
 from clif.training.noise_scale import NoiseWatch
+from clif.training.train_runner import TrainRunner
 from clif.types import TrainSample
 
 
@@ -47,7 +47,7 @@ class ShadowTrainer:
     """Trains the bank's shadow on this replica's samples."""
 
     def __init__(
-        self, runner: ModelRunner, bank: AdapterBank, samples: list[TrainSample], config: TrainConfig, seed: int = 0
+        self, runner: TrainRunner, bank: AdapterBank, samples: list[TrainSample], config: TrainConfig, seed: int = 0
     ) -> None:
         """Raises ValueError when training is enabled and there is no sample."""
         self.runner, self.bank, self.samples, self.config = runner, bank, samples, config

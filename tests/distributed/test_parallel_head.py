@@ -13,8 +13,8 @@ from bodies_tp import assert_equal
 from conftest import TINY
 from ranks import run_ranks
 
-from clif.engine.passes import HEAD_ROWS
 from clif.models.shard import Shard, uneven_shard
+from clif.training.passes import HEAD_ROWS
 from clif.types import NO_TOKEN
 
 
@@ -82,8 +82,9 @@ def test_there_is_one_all_reduce_per_attention_and_one_per_mlp_and_few_of_the_he
         blocks = -(-sum(sample.targets for sample in bodies_head.SAMPLES) // HEAD_ROWS["cpu"])
         # Nothing below the first layer's attention learns: its gradient goes no further down.
         forward, backward = {"all_reduce_": 2 * layers}, {"all_reduce_": 2 * layers - 1}
-        assert found["training"] == {"forward": forward, "head": {"all_reduce_": 2 * blocks}, "backward": backward}
-        assert found["evaluation"] == {"evaluate": forward, "evaluate_head": {"all_reduce_": blocks}}
+        training = {"forward": forward, "head": {"all_reduce_": 2 * blocks}, "backward": backward}
+        assert found["training"] == {"pack": {}, **training}
+        assert found["evaluation"] == {"pack": {}, "evaluate": forward, "evaluate_head": {"all_reduce_": blocks}}
 
 
 def test_shares_differ_by_one_row_at_most_and_cover_all():

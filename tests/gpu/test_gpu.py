@@ -64,23 +64,22 @@ def test_gradients_on_the_gpu_are_those_of_the_cpu(model):
     for device in ("cpu", "cuda"):
         rig = make_rig(model, device=device)
         rig.bank.set_shadow(random_state(rig.bank, 5))
-        trainer = ShadowTrainer(rig.runner, rig.bank, samples, TrainConfig(clip_norm=1e9))
+        trainer = ShadowTrainer(rig.train_runner, rig.bank, samples, TrainConfig(clip_norm=1e9))
         finish(trainer.step(3, 1))
         gradients.append(rig.bank.gradient.cpu())
     assert (gradients[0] - gradients[1]).norm() <= 1e-4 * gradients[0].norm()
 
 
-def test_forwards_that_ride_on_ticks_change_neither_side(model):
+def test_forwards_that_are_fused_with_serving_change_neither_side(model):
     samples = [TrainSample(id=i, ids=tuple(range(5 + i, 40 + 2 * i)), target_start=12) for i in range(3)]
     outcomes = []
     for way in ("interleaved", "fused"):
-        rig = make_rig(model, device="cuda")
-        rig.engine.coserving = way
+        rig = make_rig(model, engine={"coserving": way}, device="cuda")
         # A clock that stands still: every promise has all its time left.
         rig.engine.clock = lambda: 0.0
         rig.fill(1, seed=4)
         rig.bank.set_shadow(random_state(rig.bank, 5))
-        trainer = ShadowTrainer(rig.runner, rig.bank, samples, TrainConfig(clip_norm=1e9))
+        trainer = ShadowTrainer(rig.train_runner, rig.bank, samples, TrainConfig(clip_norm=1e9))
         rig.engine.jobs.append(Job("step", trainer.step(3, 1)))
         for i in range(5):
             rig.engine.scheduler.add(request(i, [3 + i, 9, 20 + i], max_tokens=20, ignore_eos=True), 0.0)

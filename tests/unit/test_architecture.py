@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "clif.models": (*BASICS, "clif.kernels", "clif.data"),
     "clif.adapters": (*BASICS, "clif.models"),
     "clif.engine": (*BASICS, "clif.kernels", "clif.models", "clif.adapters"),
-    "clif.training": (*BASICS, "clif.data", "clif.wire", "clif.models", "clif.adapters", "clif.engine"),
+    "clif.training": (*BASICS, "clif.kernels", "clif.data", "clif.wire", "clif.models", "clif.adapters", "clif.engine"),
     "clif.replica": (*BASICS, "clif.kernels", "clif.data", "clif.metrics", "clif.wire", *MODEL),
     "clif.control.policy": (*BASICS, "clif.wire"),
     "clif.control": (*BASICS, "clif.data", "clif.metrics", "clif.wire", "clif.adapters", "clif.control.policy"),
@@ -61,6 +61,7 @@ TORCH_FREE = [
     "clif.models.weights.files", "clif.models.weights.gguf_header",
     "clif.adapters.store", "clif.adapters.peft_files",
     "clif.engine.scheduler", "clif.engine.cost_model", "clif.engine.blocks", "clif.engine.prefix", "clif.engine.jobs",
+    "clif.engine.job_queue", "clif.engine.step_record", "clif.engine.coserving",
     "clif.rank.dry_run", "clif.rank.preflight",
 ]  # fmt: skip
 

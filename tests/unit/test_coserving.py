@@ -12,12 +12,13 @@ import torch
 from helpers import answer, finish, make_rig, random_state, request
 
 from clif.config import ConfigError, MetricsConfig, TrainConfig
-from clif.engine.engine import StepRecord
+from clif.engine.build import make_strategy
 from clif.engine.jobs import Job, Slice
-from clif.engine.passes import Pass, pack
+from clif.engine.step_record import StepRecord
 from clif.engine.train_thread import TrainThread
 from clif.models.dual_linear import SHADOW
 from clif.replica.records import RankRecords
+from clif.training.passes import Pass, pack
 from clif.training.trainer import ShadowTrainer
 from clif.types import SlackLimit, TrainingSlack, TrainSample
 
@@ -39,7 +40,7 @@ class Forever:
 
 def build(tiny_config, coserving="interleaved", **engine):
     rig = make_rig(f"random:{tiny_config}", engine=engine)
-    rig.engine.coserving = coserving
+    rig.engine.strategy = make_strategy(coserving, rig.config)
     rig.engine.clock = Forever()
     rig.fill(1, seed=8)
     rig.bank.set_shadow(random_state(rig.bank, 5))
@@ -47,7 +48,7 @@ def build(tiny_config, coserving="interleaved", **engine):
 
 
 def trainer_for(rig) -> ShadowTrainer:
-    return ShadowTrainer(rig.runner, rig.bank, SAMPLES, TrainConfig(warmup_steps=0, clip_norm=1e9))
+    return ShadowTrainer(rig.train_runner, rig.bank, SAMPLES, TrainConfig(warmup_steps=0, clip_norm=1e9))
 
 
 def submit(rig) -> None:
@@ -81,7 +82,7 @@ def gradient_alone(tiny_config):
 def test_serving_and_training_together_compute_what_each_computes_alone(tiny_config, coserving):
     rig = build(tiny_config, coserving)
     if coserving == "concurrent":
-        rig.engine.train_thread = TrainThread(1)
+        rig.engine.jobs.thread = TrainThread(1)
     rig.engine.jobs.append(Job("step", trainer_for(rig).step(4, 1)))
     submit(rig)
     got, regimes = {}, set()
@@ -102,7 +103,7 @@ def test_a_forward_may_join_a_step_at_any_layer(tiny_config):
     for joins in range(rig.runner.stack.num_layers):
         rig.bank.gradient.zero_()
         run = Pass(
-            rig.runner.stack, pack(SAMPLES, rig.runner.device), SHADOW, rig.runner.device, rig.runner.activations
+            rig.runner.stack, pack(SAMPLES, rig.runner.device), SHADOW, rig.runner.device, rig.train_runner.activations
         )
         run.forward(joins)
         rig.engine.scheduler.add(request(joins, [5, 6, 7], max_tokens=1), 0.0)
@@ -125,7 +126,7 @@ def test_rows_that_serve_leave_nothing_in_the_graph(tiny_config):
             return tensor
 
         run = Pass(
-            rig.runner.stack, pack(SAMPLES, rig.runner.device), SHADOW, rig.runner.device, rig.runner.activations
+            rig.runner.stack, pack(SAMPLES, rig.runner.device), SHADOW, rig.runner.device, rig.train_runner.activations
         )
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             if served:
@@ -142,10 +143,10 @@ def test_rows_that_serve_leave_nothing_in_the_graph(tiny_config):
 def test_layers_beyond_the_budget_are_computed_again_with_the_same_gradients(tiny_config, kept_layers):
     expected = gradient_alone(tiny_config)
     rig = build(tiny_config)
-    keep, lengths = rig.runner.activations, [len(s.ids) for s in SAMPLES]
+    keep, lengths = rig.train_runner.activations, [len(s.ids) for s in SAMPLES]
     room = sum(lengths) * keep.entry * keep.layers + (kept_layers + 1) * keep.of_layer(lengths)
-    rig.runner.activations = type(keep)(room, keep.layers, keep.entry, keep.layer, keep.square)
-    assert rig.runner.activations.kept(lengths) == kept_layers < keep.layers
+    rig.train_runner.activations = type(keep)(room, keep.layers, keep.entry, keep.layer, keep.square)
+    assert rig.train_runner.activations.kept(lengths) == kept_layers < keep.layers
     finish(trainer_for(rig).step(4, 1))
     assert (rig.bank.gradient - expected).norm() <= 1e-5 * expected.norm()
 
@@ -153,10 +154,10 @@ def test_layers_beyond_the_budget_are_computed_again_with_the_same_gradients(tin
 def test_activations_never_exceed_their_budget(tiny_config):
     """Counted by storage, over a whole step whose samples do not fit one pass."""
     rig = build(tiny_config)
-    keep = rig.runner.activations
+    keep = rig.train_runner.activations
     longest = max(len(s.ids) for s in SAMPLES)
     budget = longest * keep.entry * keep.layers + 2 * keep.of_layer([longest])
-    rig.runner.activations = type(keep)(budget, keep.layers, keep.entry, keep.layer, keep.square)
+    rig.train_runner.activations = type(keep)(budget, keep.layers, keep.entry, keep.layer, keep.square)
     linears = rig.runner.stack.linears
     held = [t for one in linears for t in (*one.base.tensors, one.lora.compute_a, one.lora.compute_b)]
     frozen = {t.untyped_storage().data_ptr() for t in held}
@@ -180,7 +181,7 @@ def test_activations_never_exceed_their_budget(tiny_config):
         finish(trainer_for(rig).step(4, 1))
     assert 0 < most <= budget
     with pytest.raises(ConfigError, match=r"engine\.activation_mib"):
-        rig.runner.check_samples(longest * 4)
+        rig.train_runner.check_samples(longest * 4)
 
 
 def test_a_burst_in_the_middle_of_a_backward_waits_for_one_slice(tiny_config):
@@ -222,23 +223,21 @@ def test_training_stands_still_when_a_burst_leaves_no_slack_and_comes_back_after
 def test_an_error_in_training_costs_the_job_and_no_token(tiny_config, coserving):
     rig = build(tiny_config, coserving)
     if coserving == "concurrent":
-        rig.engine.train_thread = TrainThread(1)
+        rig.engine.jobs.thread = TrainThread(1)
 
     class Broken:
-        left = 1
         at = 0
 
-        def layer(self, others, parts):
+        def enter(self):
             raise RuntimeError("out of memory")
 
     def work():
         def fail(units):
             raise RuntimeError("out of memory")
 
-        yield Slice("forward", 4, 2, fail, rider=Broken())
+        yield Slice("forward", 4, 2, fail, fused_pass=Broken())
 
     rig.engine.jobs.append(Job("step", work()))
-    rig.engine._may_ride = lambda piece: True
     submit(rig)
     got, errors = {}, 0
     while rig.engine.serving:
@@ -249,7 +248,7 @@ def test_an_error_in_training_costs_the_job_and_no_token(tiny_config, coserving)
         except RuntimeError as error:
             assert "out of memory" in str(error)
             errors += 1
-            rig.engine.drop("step")
+            rig.engine.jobs.drop("step")
     assert errors == 1
     assert {i: answer(events) for i, events in got.items()} == serve_alone(tiny_config)
 
@@ -257,7 +256,7 @@ def test_an_error_in_training_costs_the_job_and_no_token(tiny_config, coserving)
 def test_tokens_flow_while_a_slice_beside_them_takes_its_time(tiny_config):
     """A slice that does not end before requests do: they are answered all the same."""
     rig = build(tiny_config, "concurrent")
-    rig.engine.train_thread = TrainThread(1)
+    rig.engine.jobs.thread = TrainThread(1)
     release = threading.Event()
 
     def work():
@@ -315,7 +314,7 @@ def test_nothing_is_trained_while_every_place_is_taken(tiny_config):
 @pytest.mark.parametrize("breaks", [False, True])
 def test_a_job_given_up_beside_serving_takes_its_slice_along_and_no_other_job(tiny_config, breaks):
     rig = build(tiny_config, "concurrent")
-    rig.engine.train_thread = TrainThread(1)
+    rig.engine.jobs.thread = TrainThread(1)
     release, done = threading.Event(), []
 
     def work(name):
@@ -335,7 +334,7 @@ def test_a_job_given_up_beside_serving_takes_its_slice_along_and_no_other_job(ti
         rig.engine.learn()
         assert rig.engine.training
         release.set()
-        rig.engine.drop(given_up)
+        rig.engine.jobs.drop(given_up)
         while rig.engine.serving or rig.engine.jobs:
             step(rig, {})
     assert done == ["kept"] if breaks else done == ["kept", "dropped"], "each slice was done once"

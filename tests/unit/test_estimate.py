@@ -16,6 +16,7 @@ from clif.engine.engine import Engine
 from clif.models.estimate import EstimateError, Memory, estimate, read_shape
 from clif.models.weights.loading import load_model
 from clif.rank.dry_run import group_lines, plan_lines
+from clif.training.train_runner import TrainRunner
 from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
 
@@ -41,7 +42,7 @@ def test_the_estimate_is_what_a_replica_holds(tiny_config, tmp_path, targets, ti
     weights = sum(p.nbytes for p in loaded.model.parameters())
     runner = Engine.from_config(config, loaded).runner
     bank = runner.bank
-    trainer = ShadowTrainer(runner, bank, [TrainSample(id=0, ids=(1, 2, 3), target_start=1)], config.train)
+    trainer = ShadowTrainer(TrainRunner(runner), bank, [TrainSample(id=0, ids=(1, 2, 3), target_start=1)], config.train)
     finish(trainer.step(1, 1))
     slots = sum(t.nbytes for x in bank.layers for t in (x.serving_a, x.serving_b, x.compute_a, x.compute_b))
     snapshot = trainer.snapshot()

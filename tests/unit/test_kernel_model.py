@@ -28,8 +28,7 @@ def rig_with(kernel: str, model: str, **adapter: object) -> Rig:
 
 def serve_and_train(rig: Rig) -> tuple[dict[int, list[int]], torch.Tensor]:
     """Two requests of different versions and a training step in their steps: tokens, and the shadow's gradient."""
-    trainer = ShadowTrainer(rig.runner, rig.bank, SAMPLES, TrainConfig(clip_norm=1e9))
-    rig.engine.coserving = "fused"
+    trainer = ShadowTrainer(rig.train_runner, rig.bank, SAMPLES, TrainConfig(clip_norm=1e9))
     rig.engine.jobs.append(Job("step", trainer.step(len(SAMPLES), 1)))
     rig.fill(1, seed=4)
     rig.bank.set_shadow(random_state(rig.bank, 5))
@@ -80,7 +79,9 @@ def test_so_they_are_in_the_real_260k_model(stories: str) -> None:
         rig.fill(1, seed=4)
         rig.bank.set_shadow(random_state(rig.bank, 5))
         events = rig.run([request(0, [1, 403, 407], max_tokens=6, ignore_eos=True)])
-        loss = finish(rig.runner.loss_and_gradients([TrainSample(id=0, ids=tuple(range(1, 12)), target_start=4)], 1.0))
+        loss = finish(
+            rig.train_runner.loss_and_gradients([TrainSample(id=0, ids=tuple(range(1, 12)), target_start=4)], 1.0)
+        )
         answers.append(answer(events[0]))
         losses.append((loss, rig.bank.gradient.clone()))
     assert answers[0] == answers[1]

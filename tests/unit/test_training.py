@@ -34,7 +34,7 @@ def rig(tiny_config):
 
 
 def trainer_for(rig, **config) -> ShadowTrainer:
-    return ShadowTrainer(rig.runner, rig.bank, SAMPLES, TrainConfig(warmup_steps=0, **config))
+    return ShadowTrainer(rig.train_runner, rig.bank, SAMPLES, TrainConfig(warmup_steps=0, **config))
 
 
 def peft_gradients(rig) -> tuple[float, dict[str, torch.Tensor]]:
@@ -104,7 +104,7 @@ def test_training_never_touches_what_requests_read(rig):
 
 def test_steps_learn_and_rollback_undoes_them_exactly(rig):
     trainer = trainer_for(rig, lr=5e-3)
-    heldout = Heldout(rig.runner, SAMPLES, max_tokens=64)
+    heldout = Heldout(rig.train_runner, SAMPLES, max_tokens=64)
     finish(trainer.step(2, 1))
     trainer.commit()
     snapshot = trainer.snapshot()
@@ -186,10 +186,10 @@ def test_no_slice_does_more_than_asked_for(rig):
         after = job.upcoming
         if after is not None and after.kind == before.kind and after.units < before.units:
             assert after.units == before.units - 3, "layers and rows that were not asked for are still to come"
-    assert kinds == {"forward", "head", "backward", "optimizer"}
+    assert kinds == {"pack", "forward", "head", "backward", "optimizer"}
 
 
 def test_heldout_loss_is_the_mean_over_answer_tokens_of_the_model_itself(rig):
     loss, _ = peft_gradients(rig)
-    heldout = Heldout(rig.runner, SAMPLES, max_tokens=40)
+    heldout = Heldout(rig.train_runner, SAMPLES, max_tokens=40)
     assert finish(heldout.loss(-1)) / heldout.tokens == pytest.approx(loss, rel=1e-5)

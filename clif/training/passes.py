@@ -14,7 +14,6 @@ import torch
 from clif.kernels.dual_lora_reference import Segment
 from clif.models.causal import SAVED_LENGTH, CausalSequences
 from clif.models.dual_linear import LoraRows
-from clif.models.layer import SubBatch
 from clif.models.loss import head_loss
 from clif.models.stack import CausalStack
 from clif.types import TrainSample
@@ -111,22 +110,30 @@ class Pass:
         """Layers of the forward that are still to come."""
         return self.stack.num_layers - self.at
 
-    def forward(self, layers: int) -> None:
-        for _ in range(layers):
-            self.layer([], [])
+    @property
+    def _kept(self) -> bool:
+        """Whether the next layer keeps its activations; otherwise its backward computes them again."""
+        return self.learns and self.at >= self._first_kept
 
-    def layer(self, others: Sequence[torch.Tensor], sub_batches: Sequence[SubBatch]) -> list[torch.Tensor]:
-        """The next layer, together with rows of other kinds; returns their hidden states."""
-        keep = self.learns and self.at >= self._first_kept
+    def forward(self, layers: int) -> None:
+        """The next layers, without rows of other kinds."""
+        for _ in range(layers):
+            entry, keep = self.enter()
+            with torch.set_grad_enabled(keep):
+                (out,) = self.stack.layers(self.at, self.at + 1, [entry], [self.sub_batch])
+            self.leave(entry, out)
+
+    def enter(self) -> tuple[torch.Tensor, bool]:
+        """Input [rows, hidden size] of the next layer, cut off from the graph, and whether autograd is to record it."""
         # Nothing below the first layer learns: no gradient with respect to the embedding.
-        entry = self.hidden.detach().requires_grad_(keep and self.at > 0)
-        with torch.set_grad_enabled(keep):
-            *others, out = self.stack.layers(self.at, self.at + 1, [*others, entry], [*sub_batches, self.sub_batch])
+        return self.hidden.detach().requires_grad_(self._kept and self.at > 0), self._kept
+
+    def leave(self, entry: torch.Tensor, out: torch.Tensor) -> None:
+        """The next layer has made `out` of `entry`, alone or in the products of a serving step."""
         if self.learns:
-            self.cuts.append((entry, out if keep else None))
+            self.cuts.append((entry, out if self._kept else None))
         self.hidden = out.detach()
         self.at += 1
-        return others
 
     def head(self, start: int, rows: int, divisor: float) -> tuple[float, int]:
         """Summed cross-entropy in nats of so many targets from `start` on, and where they end.

@@ -1,0 +1,1 @@
+"""How training shares a replica with serving: one strategy per file. Free of torch."""

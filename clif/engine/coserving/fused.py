@@ -1,0 +1,46 @@
+"""Training forwards share the products of serving steps; all other slices run between two steps.
+
+On a GPU a decode step waits for the weights to be read, so that more rows in the same products cost little.
+
+Sources: FlexLLM (Miao et al., "FlexLLM: A System for Co-Serving Large Language Model Inference and Parameter-Efficient
+Finetuning", 2024), for co-serving in one batch; Orca (Yu et al., OSDI 2022), for batching by iteration.
+"""
+
+from __future__ import annotations
+
+from clif.engine.coserving.interleaved import Interleaved
+from clif.engine.coserving.strategy import FULL, Decision, StepView
+from clif.engine.cost_model import may_train
+from clif.engine.jobs import Slice
+from clif.types import Regime, SlackLimit, TrainingSlack
+
+
+class Fused(Interleaved):
+    fuses = True
+
+    def pack_tokens(self, view: StepView, piece: Slice) -> int:
+        """Half of a token's budget: a forward that just fits would hardly ever find a step to be fused with."""
+        seconds = self._budget_s() / 2
+        return min(piece.units, self.costs.tokens_within(view.rows, view.context, seconds))
+
+    def fuse(self, view: StepView, piece: Slice) -> Decision:
+        if view.full:
+            return Decision(0, FULL)
+        alone = self.costs.step_s(view.rows, view.context)
+        more = max(0.0, self._fused_s(view, piece) - alone)
+        may, slack = may_train(view.now, more, alone, view.sequences, self.slo)
+        return Decision(piece.units if may else 0, slack)
+
+    def between(self, view: StepView, piece: Slice) -> Decision:
+        """A forward that a step in time can take along does not run alone."""
+        spare_s = self._budget_s() - self._fused_s(view, piece)
+        if piece.fused_pass is None or spare_s < 0:
+            return super().between(view, piece)
+        return Decision(0, None if view.decided else TrainingSlack(spare_s, SlackLimit.RIDE))
+
+    def _fused_s(self, view: StepView, piece: Slice) -> float:
+        return self.costs.step_s(view.rows + piece.tokens, view.context, Regime.FUSED)
+
+    def _budget_s(self) -> float:
+        """What a step may take at most that begins with the token before it."""
+        return self.slo.tpot_ms / 1000 * (1 - self.slo.margin)

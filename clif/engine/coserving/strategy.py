@@ -1,0 +1,94 @@
+"""What a co-serving strategy sees, what it decides, and what it may leave as it is.
+
+A strategy decides and computes nothing: its decisions are pure functions of a StepView, made at one point of a step,
+so that all ranks of a replica can carry out those of its leader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import ClassVar
+
+from clif.config import EngineConfig, SloConfig
+from clif.engine.cost_model import CostModel, training_slack
+from clif.engine.jobs import Slice
+from clif.engine.scheduler import Sequence
+from clif.types import Regime, SlackLimit, TrainingSlack
+
+FULL = TrainingSlack(-1.0, SlackLimit.FULL)
+
+
+@dataclass(frozen=True)
+class StepView:
+    """What a decision sees. rows, context: of the serving step that comes next, and the cached tokens that it reads.
+
+    sequences: all running and waiting ones. full: the scheduler takes no more, so that requests may queue at the
+    dispatcher, where this replica knows nothing of them. serve_s: seconds of the last serving step. decided: there is
+    a reason for this step already.
+    """
+
+    now: float
+    rows: int
+    context: int
+    sequences: Seq[Sequence] = ()
+    full: bool = False
+    serve_s: float = 0.0
+    decided: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What training does now. units: of the upcoming slice, 0: nothing; slack: the reason, as `ticks` stores it.
+
+    concurrent: on the thread for training, while serving goes on. whole_step: the slices behind it too, up to the end
+    of the optimizer step.
+    """
+
+    units: int = 0
+    slack: TrainingSlack | None = None
+    concurrent: bool = False
+    whole_step: bool = False
+
+
+@dataclass
+class Strategy:
+    """Decides for a replica. costs: what work takes, as the engine has measured it.
+
+    fuses: fuse() is asked. What spent() keeps is all that a strategy may remember.
+    """
+
+    fuses: ClassVar[bool] = False
+
+    costs: CostModel
+    config: EngineConfig
+    slo: SloConfig
+
+    def pack_tokens(self, view: StepView, piece: Slice) -> int:
+        """Rows of the pass that begins, at most, while there is serving; a longer sample goes alone."""
+        return piece.units
+
+    def fuse(self, view: StepView, piece: Slice) -> Decision:
+        """Whether the serving step of `view` takes the forward `piece` along: units is 0 or all of it."""
+        raise NotImplementedError
+
+    def between(self, view: StepView, piece: Slice) -> Decision:
+        """How much of `piece` runs before the serving step of `view`."""
+        raise NotImplementedError
+
+    def spent(self, seconds: float) -> None:
+        """Training took so long between two serving steps."""
+
+    def units_within(self, piece: Slice, seconds: float) -> int:
+        """How much of a slice takes at most so many seconds; 0 if not even the least of it does."""
+        units = min(piece.units, self.costs.units_within(piece.kind, piece.tokens, seconds))
+        if piece.kind not in self.costs.slices:
+            return piece.least if units else 0
+        return units if units >= piece.least else 0
+
+    def slack(self, view: StepView, regime: Regime) -> TrainingSlack:
+        """What training may take before a serving step of this regime. Negative while the scheduler is full."""
+        if view.full:
+            return FULL
+        step_s = self.costs.step_s(view.rows, view.context, regime)
+        return training_slack(view.now, step_s, view.sequences, self.slo)

@@ -1,0 +1,87 @@
+"""Training and evaluation of one rank in slices: a slice says what comes next, the engine how much of it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from clif.config import ConfigError
+from clif.engine.jobs import Slice, SliceKind, Slices
+from clif.engine.runner import ModelRunner
+from clif.models.dual_linear import SHADOW
+from clif.training.passes import Pass, measure_activations, pack
+from clif.types import TrainSample
+
+HEAD_LEAST = 16
+"""Rows of the head's smallest slice: one row would read the whole matrix, too."""
+
+
+class TrainRunner:
+    """Computes losses and gradients with the model and the adapters of a ModelRunner, within engine.activation_mib."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.stack, self.bank, self.config, self.device = runner.stack, runner.bank, runner.config, runner.device
+        self.activations = measure_activations(self.stack, self.device, self.config.activation_mib << 20)
+
+    def check_samples(self, longest: int) -> None:
+        """Raises ConfigError if a training sample of this many tokens cannot be held."""
+        if not self.activations.fits([longest]):
+            raise ConfigError(
+                f"a training sample of {longest} tokens needs more than engine.activation_mib "
+                f"{self.config.activation_mib}: raise it or lower data.max_sample_tokens"
+            )
+
+    def loss_and_gradients(self, samples: Sequence[TrainSample], divisor: float) -> Slices[float]:
+        """Forward and backward of the shadow; adds the gradients of (summed cross-entropy / divisor) to it.
+
+        Returns the summed cross-entropy in nats.
+        """
+        total, left = 0.0, list(samples)
+        while left:
+            run = yield from self._pack(left, SHADOW, learns=True)
+            yield from self._forward(run, SliceKind.FORWARD)
+            total += yield from self._head(run, SliceKind.HEAD, divisor)
+            while run.cuts:
+                yield Slice(SliceKind.BACKWARD, run.batch.tokens, len(run.cuts), run.backward)
+        return total
+
+    def loss(self, samples: Sequence[TrainSample], slot: int | None) -> Slices[float]:
+        """Summed cross-entropy in nats under an adapter slot (SHADOW, a serving slot, None: the base)."""
+        total, left = 0.0, list(samples)
+        while left:
+            run = yield from self._pack(left, slot, learns=False)
+            yield from self._forward(run, SliceKind.EVALUATE)
+            total += yield from self._head(run, SliceKind.EVALUATE_HEAD, 1.0)
+        return total
+
+    def _pack(self, left: list[TrainSample], slot: int | None, learns: bool) -> Slices[Pass]:
+        """The next pass over samples from `left`; how many tokens it may have is asked by a slice."""
+        tokens = sum(len(sample.ids) for sample in left)
+        work = partial(self._next_pass, left, slot, learns)
+        return (yield Slice(SliceKind.PACK, 1, tokens, work, least=len(left[0].ids)))
+
+    def _next_pass(self, left: list[TrainSample], slot: int | None, learns: bool, max_batch_tokens: int) -> Pass:
+        """Take samples from `left`, one and as many more as the tokens and, for a backward, the memory allow."""
+        taken = [left.pop(0)]
+        lengths = [len(taken[0].ids)]
+        while left and sum(lengths) + len(left[0].ids) <= max_batch_tokens:
+            if learns and not self.activations.fits([*lengths, len(left[0].ids)]):
+                break
+            taken.append(left.pop(0))
+            lengths.append(len(taken[-1].ids))
+        if slot == SHADOW:
+            # The masters may have changed since: rounding them again is cheap beside a forward.
+            self.bank.refresh()
+        return Pass(self.stack, pack(taken, self.device), slot, self.device, self.activations if learns else None)
+
+    def _forward(self, run: Pass, kind: SliceKind) -> Slices[None]:
+        while run.left:
+            yield Slice(kind, run.batch.tokens, run.left, run.forward, fused_pass=run)
+
+    def _head(self, run: Pass, kind: SliceKind, divisor: float) -> Slices[float]:
+        total, start, end = 0.0, 0, len(run.batch.targets)
+        while start < end:
+            work = partial(run.head, start, divisor=divisor)
+            loss, start = yield Slice(kind, 1, end - start, work, least=min(HEAD_LEAST, end - start))
+            total += loss
+        return total
