@@ -115,6 +115,7 @@ RENAMED: dict[str, str] = {
     "ticks.tick": "step",
     "versions.tick": "step",
     "ticks.slack_limit:nobody": "no_request",
+    "ticks.slack_limit:ride": "fuse",
     "ticks.regime:mixed": "fused",
     "ticks.regime:beside": "concurrent",
 }

@@ -144,14 +144,14 @@ class SlackLimit(enum.StrEnum):
     NEXT_TOKEN = "next_token"
     DEADLINE = "deadline"
     FULL = "full"
-    RIDE = "ride"
+    FUSE = "fuse"
     SHARE = "share"
 
 
 _LIMITS = {
     SlackLimit.NO_REQUEST: "no request waits",
-    SlackLimit.FULL: "every place is taken",
-    SlackLimit.RIDE: "a forward waits for a step to go along with",
+    SlackLimit.FULL: "as many requests run as may run at the same time",
+    SlackLimit.FUSE: "a forward waits for a step to be fused with",
     SlackLimit.SHARE: "serving and training take turns: {ms:.0f} ms of training's share are left",
     SlackLimit.FIRST_TOKEN: "first token of request {request} has {ms:.0f} ms of slack",
     SlackLimit.NEXT_TOKEN: "next token of request {request} has {ms:.0f} ms of slack",

@@ -68,9 +68,9 @@ def make_strategy(coserving: str, config: Config) -> Strategy:
 def choose_coserving(config: Config, device: torch.device, tp_group: TpGroup, threads: int) -> str:
     """The way of co-serving that the configuration names, or that suits the device. threads: of this rank, on a CPU.
 
-    On a GPU forwards ride on steps. A CPU computes as fast for a few rows as for many, so that riding saves nothing
-    there (measured at 70 % load: 36 training tokens/s fused, 95 interleaved); with several threads a concurrent slice
-    uses what small operations leave of them. Raises ConfigError for a wish that cannot be met.
+    On a GPU forwards are fused with serving steps. A CPU computes as fast for a few rows as for many, so that fusing
+    saves nothing there (measured at 70 % load: 36 training tokens/s fused, 95 interleaved); with several threads a
+    concurrent slice uses what small operations leave of them. Raises ConfigError for a wish that cannot be met.
     """
     on_cpu = device.type == "cpu"
     way: str = config.engine.coserving
