@@ -165,6 +165,8 @@ class Engine:
         else:
             units = self.strategy.units_within(piece, self.config.slice_ms / 1000) or piece.least
             self._compute(piece, self._leaders(units))
+        # A pass that begins now can be fused with the next step.
+        self._upcoming()
 
     def _upcoming(self) -> Slice | None:
         """The next slice. A job that begins a pass first learns how many tokens the pass may have."""
@@ -220,8 +222,8 @@ class Engine:
 
     def _fused_slice(self, chunks: Sequence[Chunk]) -> Slice | None:
         """The training forward that this step takes along."""
-        piece = self._upcoming() if self.strategy.fuses else None
-        if piece is None or piece.fused_pass is None:
+        piece = self.jobs.upcoming
+        if piece is None or piece.fused_pass is None or not self.strategy.fuses:
             return None
         decision = self.strategy.fuse(self._view(*_size(chunks)), piece)
         self.record.slack = decision.slack

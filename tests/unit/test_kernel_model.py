@@ -64,7 +64,9 @@ def test_a_mixed_batch_and_a_training_step_are_those_of_torch(two_layers, monkey
 
     monkeypatch.setattr(FusedLinear, "forward", watched)
     assert_same(f"random:{two_layers}")
-    assert {0, SHADOW} in launches and {0, 1} in launches, "rows of several kinds shared a launch"
+    assert any({0, SHADOW} <= slots for slots in launches) and {0, 1} in launches, (
+        "rows of several kinds shared a launch"
+    )
 
 
 def test_so_they_are_where_only_some_packed_projections_are_adapted(two_layers) -> None:
