@@ -221,13 +221,13 @@ def hub_loading(topology: Topology, home: str, name: str) -> dict[str, Any]:
 
 def hang(topology: Topology) -> str:
     """Until two others have told what became of them."""
-    while topology.store.add("told", 0) < 2:
+    while topology.store.add("reported", 0) < 2:
         time.sleep(0.05)
     return "hung"
 
 
-def told(topology: Topology, text: str) -> str:
-    topology.store.add("told", 1)
+def reported(topology: Topology, text: str) -> str:
+    topology.store.add("reported", 1)
     return text
 
 
@@ -238,8 +238,8 @@ def a_peer_that_hangs(topology: Topology) -> str:
     try:
         topology.tp_group.all_reduce_(torch.ones(3))
     except PeersLost as error:
-        return told(topology, str(error))
-    return told(topology, "nothing")
+        return reported(topology, str(error))
+    return reported(topology, "nothing")
 
 
 def a_member_that_hangs(topology: Topology) -> str:
@@ -251,4 +251,4 @@ def a_member_that_hangs(topology: Topology) -> str:
     mean = WeightedMean(torch.ones(3), 1, group, topology.group_members(members, 7))
     while not mean.done():
         time.sleep(0.01)
-    return told(topology, str(mean.error))
+    return reported(topology, str(mean.error))

@@ -40,15 +40,15 @@ class ShardSpec:
     dim: int = 0
     shard: Shard | None = None
 
-    def holders(self, peers: int) -> int:
-        """How many of the peers hold this part."""
-        return peers if self.shard is None else peers * self.shard.size // self.shard.total
+    def holders(self, tp_size: int) -> int:
+        """How many of the tp_size ranks hold this part."""
+        return tp_size if self.shard is None else tp_size * self.shard.size // self.shard.total
 
-    def of_rank(self, rank: int, peers: int) -> ShardSpec:
-        """The part that another peer holds."""
+    def of_rank(self, rank: int, tp_size: int) -> ShardSpec:
+        """The part that another rank holds."""
         if self.shard is None:
             return self
-        start = rank // self.holders(peers) * self.shard.size
+        start = rank // self.holders(tp_size) * self.shard.size
         return ShardSpec(self.dim, Shard(start, start + self.shard.size, self.shard.total))
 
     def take(self, whole: torch.Tensor) -> torch.Tensor:

@@ -45,8 +45,8 @@ def test_waiting_takes_no_longer_than_until_the_first_message_or_the_timeout() -
 def test_messages_arrive_in_the_order_in_which_they_were_sent_and_a_turn_takes_a_bounded_number() -> None:
     _, channel, got = pair()
     line = channel.connect(3, got.append)
-    for tick in range(TURN_MESSAGES + 5):
-        line.send(wire.Settled(replica=3, round_id=0, version=0, step=tick))
+    for number in range(TURN_MESSAGES + 5):
+        line.send(wire.Settled(replica=3, round_id=0, version=0, step=number))
     turns = [[decode_up(payload).step for _, payload in channel.receive(1.0)] for _ in range(3)]  # type: ignore[union-attr]
     assert [len(turn) for turn in turns] == [TURN_MESSAGES, 5, 0]
     assert turns[0] + turns[1] == list(range(TURN_MESSAGES + 5))
