@@ -25,7 +25,7 @@ from turns import Contender, Limits, race, table
 from clif.metrics.provenance import cpu_model, git_commit
 
 REPO = Path(__file__).resolve().parents[1]
-TURN_S = 180.0
+ANSWER_S = 180.0
 """Seconds for the slowest contender on slow cores, and for loading."""
 
 
@@ -86,7 +86,7 @@ def main(
         # One core: with so small a model more threads only wait for each other, forever beside other programs.
         tiny = f"random:{REPO / 'configs' / 'models' / 'tiny-llama.json'}"
         work, stem, repeats, cores = c.Work(tiny, dtype, 4, 12, 6, 2, 2, 24, 12), f"{stem}-dry", 2, cores[:1]
-    limits = Limits(cores, int(memory_gib * (1 << 30)), TURN_S)
+    limits = Limits(cores, int(memory_gib * (1 << 30)), ANSWER_S)
     today = datetime.date.today().isoformat()
     lines, whole = measure(work, repeats, limits)
     path = out / f"{stem}-{today}.md"

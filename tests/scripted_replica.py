@@ -25,7 +25,7 @@ HELDOUT_TOKENS = 10
 KEYS = Keys(b"0123456789abcdef" * 2)
 SHAPES = {"layer.lora_A.weight": (8, 4), "layer.lora_B.weight": (4, 8)}
 ADAPTER_JSON = json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 16.0})
-TURN_S, REPORT_S = 0.005, 0.02
+STEP_S, REPORT_S = 0.005, 0.02
 
 
 def adapter_bytes(value: float = 0.5) -> bytes:
@@ -42,9 +42,9 @@ def make_tokenizer() -> ChatTokenizer:
 
 
 class ScriptedReplica:
-    """Answers one token per turn, and knows the right answer from version 1 on.
+    """Answers one token per step, and knows the right answer from version 1 on.
 
-    Its driver gives it `send` and calls start(), take() for each message, and turn(now) every TURN_S until it is over.
+    Its driver gives it `send` and calls start(), take() for each message, and step(now) every STEP_S until it is over.
     silent_after, fails_after: after so many requests it hangs (and wakes up 1.5 s later if it `wakes`), or meets an
     error and is rebuilt in fails_for_s. gone: it has done so. serves: whether it answers at present.
     """
@@ -84,7 +84,7 @@ class ScriptedReplica:
         """A message has arrived; it is read in the next turn."""
         self._waiting.append(message)
 
-    def turn(self, now: float) -> None:
+    def step(self, now: float) -> None:
         self._now = now
         if not self._awake():
             return
@@ -220,13 +220,13 @@ def drive(script: ScriptedReplica, clock: VirtualTime, channel: SimChannel) -> N
     line = channel.connect(script.replica, script.take)
     script.send, script.send_bytes = line.send, line.send_bytes
 
-    def turn() -> None:
-        script.turn(clock())
+    def step() -> None:
+        script.step(clock())
         if not script.over:
-            clock.after(TURN_S, turn)
+            clock.after(STEP_S, step)
 
     script.start()
-    clock.after(TURN_S, turn)
+    clock.after(STEP_S, step)
 
 
 class SocketReplica(threading.Thread):
@@ -243,11 +243,11 @@ class SocketReplica(threading.Thread):
         self.script.start()
         while not self.script.over and not self.end.is_set():
             self._receive(channel, 0.002)
-            self.script.turn(time.monotonic())
+            self.script.step(time.monotonic())
         if not self.script.over:
             # The server may have gone before its last word was read.
             self._receive(channel, 1.0)
-            self.script.turn(time.monotonic())
+            self.script.step(time.monotonic())
         channel.close()
 
     def _receive(self, channel: LeaderChannel, timeout_s: float) -> None:

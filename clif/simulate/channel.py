@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from clif.simulate.virtual_time import VirtualTime
-from clif.wire.channels import TURN_MESSAGES, decode_down
+from clif.wire.channels import RECEIVE_MESSAGES, decode_down
 from clif.wire.messages import Down, Up
 
 OnMessage = Callable[[Down], None]
@@ -61,13 +61,13 @@ class SimChannel:
         self._time.after(self._latency_s, lambda: self._arrived.append((replica, payload)))
 
     def receive(self, timeout_s: float) -> Iterator[tuple[int, bytes]]:
-        """Yield what has arrived, TURN_MESSAGES at most; the time passes until something has, or timeout_s is over."""
+        """Yield arrived messages, RECEIVE_MESSAGES at most; time passes until one arrives or timeout_s is over."""
         deadline = self._time() + timeout_s
         while not self._arrived and self._time.advance(deadline):
             pass
         while self._time.advance(self._time()):
             pass
-        for _ in range(min(len(self._arrived), TURN_MESSAGES)):
+        for _ in range(min(len(self._arrived), RECEIVE_MESSAGES)):
             yield self._arrived.popleft()
 
     def send(self, replica: int, message: Down) -> bool:

@@ -32,10 +32,10 @@ OVERHEAD_BYTES = 1024
 HANDSHAKE_MS = 5000
 QUEUE_MESSAGES = 1000
 """Messages of one sender that wait here; more wait at the sender."""
-TURN_MESSAGES = 512
-TURN_BYTES = 2**24
-TURN_S = 0.05
-TURN_STRANGERS = 512
+RECEIVE_MESSAGES = 512
+RECEIVE_BYTES = 2**24
+RECEIVE_S = 0.05
+RECEIVE_STRANGERS = 512
 
 
 class Channel(Protocol):
@@ -102,13 +102,13 @@ class ControlChannel:
     def receive(self, timeout_s: float) -> Iterator[tuple[int, bytes]]:
         """Yield (replica, encoded message) for what is at hand, waiting up to timeout_s for the first.
 
-        Not more in one call than TURN_MESSAGES, TURN_BYTES and TURN_S allow, the caller's own time included: what is
-        left comes with the next call. ZeroMQ takes turns among the senders.
+        One call yields no more than RECEIVE_MESSAGES, RECEIVE_BYTES and RECEIVE_S allow, the caller's own time
+        included; the next call yields the rest. ZeroMQ serves the senders fairly.
         """
         if not self._wait(timeout_s):
             return
-        began, room = self._clock(), TURN_BYTES
-        for _ in range(TURN_MESSAGES):
+        began, room = self._clock(), RECEIVE_BYTES
+        for _ in range(RECEIVE_MESSAGES):
             try:
                 route, *parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
@@ -122,13 +122,13 @@ class ControlChannel:
             payload = b"".join(part.buffer for part in parts)
             room -= len(payload)
             yield sender, payload
-            if room <= 0 or self._clock() - began >= TURN_S:
+            if room <= 0 or self._clock() - began >= RECEIVE_S:
                 return
 
     def refused(self) -> int:
         """How many connections without a key have been refused since the last call."""
         count = 0
-        while count < TURN_STRANGERS and self._refusals.poll(0):
+        while count < RECEIVE_STRANGERS and self._refusals.poll(0):
             self._refusals.recv_multipart()
             count += 1
         return count

@@ -19,7 +19,7 @@ from scripted_replica import ADAPTER_JSON, KEYS, ScriptedReplica, adapter_bytes
 from clif.control.policy.phases import Phase
 from clif.types import FinishReason, RoundResult, TokenEvent, Vote
 from clif.wire import messages as wire
-from clif.wire.channels import TURN_MESSAGES, LeaderChannel
+from clif.wire.channels import RECEIVE_MESSAGES, LeaderChannel
 
 FORGED = [
     wire.Hello(replica=1, rank=1, host="\x1b]0;owned\x07", pid=1, max_batch=4, kv_tokens=8192, max_context=2048,
@@ -240,24 +240,24 @@ def test_promise_3_weights_that_cannot_be_are_not_stored_and_the_next_member_is_
 
 def test_a_signal_is_obeyed_between_the_turns_of_a_flood(tmp_path: Path) -> None:
     """Neither run.max_s nor SIGTERM waits for the end of it: a turn of the loop takes a bounded number of messages."""
-    turns: list[int] = []
-    run = Run(make_config(tmp_path), sockets=True, signalled=lambda: "got SIGTERM" if sum(turns) else "")
+    received: list[int] = []
+    run = Run(make_config(tmp_path), sockets=True, signalled=lambda: "got SIGTERM" if sum(received) else "")
     read, take = run.channel.receive, run.server._inbox._take
 
     def receive(timeout_s: float) -> Iterator[tuple[int, bytes]]:
-        turns.append(0)
+        received.append(0)
         return read(timeout_s)
 
     def count(now: float, sender: int, payload: bytes) -> None:
-        turns[-1] += 1
+        received[-1] += 1
         take(now, sender, payload)
 
     run.channel.receive, run.server._inbox._take = receive, count  # type: ignore[method-assign]
     flood = LeaderChannel(run.channel.address, KEYS, 1)
-    for message in [run.leaders[1].hello()] + [run.leaders[1].report()] * (20 * TURN_MESSAGES):
+    for message in [run.leaders[1].hello()] + [run.leaders[1].report()] * (20 * RECEIVE_MESSAGES):
         flood.send(message)
     run.leaders = []
     run.go()
     flood.close()
     assert run.server.drained == "got SIGTERM" and run.server.phase is Phase.DONE
-    assert 0 < max(turns) <= TURN_MESSAGES
+    assert 0 < max(received) <= RECEIVE_MESSAGES

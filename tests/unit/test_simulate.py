@@ -12,7 +12,7 @@ from clif.simulate.channel import SimChannel
 from clif.simulate.memory import MemoryDisplay, MemorySink
 from clif.simulate.virtual_time import VirtualTime
 from clif.wire import messages as wire
-from clif.wire.channels import TURN_MESSAGES, decode_up
+from clif.wire.channels import RECEIVE_MESSAGES, decode_up
 
 
 def test_events_happen_in_the_order_of_their_times_and_then_of_their_plans() -> None:
@@ -45,11 +45,11 @@ def test_waiting_takes_no_longer_than_until_the_first_message_or_the_timeout() -
 def test_messages_arrive_in_the_order_in_which_they_were_sent_and_a_turn_takes_a_bounded_number() -> None:
     _, channel, got = pair()
     line = channel.connect(3, got.append)
-    for number in range(TURN_MESSAGES + 5):
+    for number in range(RECEIVE_MESSAGES + 5):
         line.send(wire.Settled(replica=3, round_id=0, version=0, step=number))
-    turns = [[decode_up(payload).step for _, payload in channel.receive(1.0)] for _ in range(3)]  # type: ignore[union-attr]
-    assert [len(turn) for turn in turns] == [TURN_MESSAGES, 5, 0]
-    assert turns[0] + turns[1] == list(range(TURN_MESSAGES + 5))
+    received = [[decode_up(payload).step for _, payload in channel.receive(1.0)] for _ in range(3)]  # type: ignore[union-attr]
+    assert [len(messages) for messages in received] == [RECEIVE_MESSAGES, 5, 0]
+    assert received[0] + received[1] == list(range(RECEIVE_MESSAGES + 5))
 
 
 def test_nothing_reaches_a_replica_that_is_gone_and_its_last_words_still_arrive() -> None:

@@ -16,7 +16,7 @@ import zmq
 
 from clif.wire import channels
 from clif.wire import messages as m
-from clif.wire.channels import PART_BYTES, TURN_MESSAGES, ControlChannel, LeaderChannel, decode_down, decode_up
+from clif.wire.channels import PART_BYTES, RECEIVE_MESSAGES, ControlChannel, LeaderChannel, decode_down, decode_up
 from clif.wire.keys import KeyPair, Keys
 
 KEYS = Keys(b"k" * 32)
@@ -163,32 +163,32 @@ def flooded(control: ControlChannel, leader: LeaderChannel, messages: list[m.Up]
     """How many messages came in each turn."""
     for message in messages:
         leader.send(message)
-    turns: list[int] = []
-    while sum(turns) < len(messages):
-        turns.append(len(hear(control, 1)))
-    return turns
+    received: list[int] = []
+    while sum(received) < len(messages):
+        received.append(len(hear(control, 1)))
+    return received
 
 
 def test_one_turn_takes_so_many_messages_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channels, "TURN_S", 1e9)
+    monkeypatch.setattr(channels, "RECEIVE_S", 1e9)
     with control_port() as control, leader_of(control, 0) as leader:
-        turns = flooded(control, leader, [m.Goodbye(replica=0)] * (5 * TURN_MESSAGES))
-        assert max(turns) <= TURN_MESSAGES and len(turns) >= 5
+        received = flooded(control, leader, [m.Goodbye(replica=0)] * (5 * RECEIVE_MESSAGES))
+        assert max(received) <= RECEIVE_MESSAGES and len(received) >= 5
 
 
 def test_one_turn_takes_so_many_bytes_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channels, "TURN_BYTES", 1000)
-    monkeypatch.setattr(channels, "TURN_S", 1e9)
+    monkeypatch.setattr(channels, "RECEIVE_BYTES", 1000)
+    monkeypatch.setattr(channels, "RECEIVE_S", 1e9)
     with control_port() as control, leader_of(control, 0) as leader:
-        turns = flooded(control, leader, [m.Trouble(replica=0, error="x" * 600)] * 20)
-        assert max(turns) <= 2
+        received = flooded(control, leader, [m.Trouble(replica=0, error="x" * 600)] * 20)
+        assert max(received) <= 2
 
 
 def test_one_turn_takes_so_long_and_no_longer() -> None:
-    clock = itertools.count(0.0, 2 * channels.TURN_S)
+    clock = itertools.count(0.0, 2 * channels.RECEIVE_S)
     with control_port(clock=lambda: next(clock)) as control, leader_of(control, 0) as leader:
-        turns = flooded(control, leader, [m.Goodbye(replica=0)] * 20)
-        assert max(turns) == 1, "after each message the time of the turn is over"
+        received = flooded(control, leader, [m.Goodbye(replica=0)] * 20)
+        assert max(received) == 1, "after each message the time of the turn is over"
 
 
 CROWD = """

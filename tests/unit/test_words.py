@@ -48,6 +48,10 @@ ANYWHERE = {
     "SlowLoop": "PolicyLoop",
     "sum_": "all_reduce_",
     "tokens_of": "Request.max_total_tokens",
+    "TURN_BYTES": "RECEIVE_BYTES",
+    "TURN_MESSAGES": "RECEIVE_MESSAGES",
+    "TURN_S": "RECEIVE_S",
+    "TURN_STRANGERS": "RECEIVE_STRANGERS",
     "TurnRecord": "StepRecord",
     "UnderWay": "PendingCollective",
 }
