@@ -7,6 +7,8 @@ ASSETS := assets/smollm2-135m-instruct.gguf assets/smart_home.jsonl
 RANKS ?= 2
 # Tests in two lanes (one on one core), see tests/conftest.py; PYTEST_ADDOPTS="-p no:xdist" for one after the other.
 LANES := --numprocesses auto --dist loadgroup
+# Of the kernels' tests on a GPU compiling is most: a process for each two cores.
+KERNELS := tests/gpu/test_gpu_dual_lora.py tests/gpu/test_gpu_paged_decode.py
 
 .PHONY: demo docs test test-all test-gpu bench gpu tune-gpu bench-kernels check format clean help
 
@@ -33,7 +35,8 @@ test-all: $(READY) $(ASSETS)  ## With the slow tests
 	$(BIN)/python -P -m pytest $(LANES) -m "not gpu"
 
 test-gpu: $(READY)  ## Tests that need an NVIDIA GPU
-	$(BIN)/python -P -m pytest -m gpu
+	$(BIN)/python -P -m pytest -m gpu --numprocesses 8 $(KERNELS)
+	$(BIN)/python -P -m pytest -m gpu $(filter-out $(KERNELS),$(wildcard tests/gpu/test_*.py))
 
 bench: $(READY) $(ASSETS)  ## The engine alone against transformers and PEFT, then CLIF against its baselines; idle cores
 	$(BIN)/python benchmarks/engine.py
