@@ -58,6 +58,7 @@ ANYWHERE = {
 """A word that is no English, in any text, to the standard term. A leading underscore does not matter."""
 
 IDENTIFIERS = {
+    "answer": ("output_ids", ("clif/engine/scheduler.py",)),
     "birth": ("incarnation", CODE),
     "births": ("incarnations", CODE),
     "computed": ("num_computed_tokens", ENGINE),
@@ -68,6 +69,7 @@ IDENTIFIERS = {
     "every": ("all_true", ("clif/distributed",)),
     "grow": ("allocate", ("clif/engine",)),
     "high": ("upper_bound", ("clif/engine",)),
+    "joined": ("rounds_joined", ("clif/control/policy",)),
     "Launcher": ("KernelLauncher", CODE),
     "leaders": ("broadcast_ints", ("clif/distributed", "clif/models")),
     "leaving": ("signals", CODE),
@@ -97,11 +99,14 @@ IDENTIFIERS = {
     "Rows": ("LoraRows", (*ENGINE, *MODELS)),
     "samples": ("needs_sampling, serve_timings or noise_scale", ("clif/engine/scheduler.py", "clif/wire")),
     "share": ("acquire_cached", ("clif/engine/blocks.py", "clif/engine/scheduler.py")),
+    "Shape": ("LaunchShape", ("kernels",)),
     "sidecar": ("train_thread", CODE),
     "Sidecar": ("TrainThread", CODE),
+    "signal": ("drain_reason", ("clif/control/policy",)),
     "Span": ("Shard", CODE),
     "speaks": ("on_message_from_failed", CODE),
     "Split": ("shard_dim", CODE),
+    "Table": ("TileTable", ("kernels",)),
     "tell": ("send", CODE),
     "_tell": ("what it does", CODE),
     "tick": ("step", CODE),
