@@ -64,7 +64,7 @@ class Outside:
         return self._signal
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        # The first one tells why: a terminal interrupts all processes, and then the launcher ends what it started.
+        # The first signal is the reason: a terminal interrupts all processes, and the launcher then ends them.
         self._signal = self._signal or SIGNALS[signal.Signals(number)]
 
 
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace, progress: Progress, config: Config, outsi
     Raises ControlError, InputError or OSError.
     """
     run_dir: Path = arguments.run_dir
-    # First: while another control process has the folder, nothing is read or written.
+    # The lock comes first: while another control process has the folder, nothing is read or written.
     lock = FolderLock(run_dir) if arguments.lock is None else FolderLock.inherited(run_dir, arguments.lock)
     tokenizer = ChatTokenizer.load(run_dir / "tokenizer")
     rows = read_data(config)
@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace, progress: Progress, config: Config, outsi
             shutdown=ShutdownPolicy(outside.parent_died, outside.signalled, arguments.restarts_left),
         )
         server = ControlServer(config, ports, time.monotonic, arguments.replicas)
-        # The address comes last: a leader that finds it is heard at once.
+        # The address comes last: a leader that finds it can connect at once.
         write_atomic(run_dir / ADDRESS_FILE, channel.address.encode())
         server.run()
     finally:
@@ -132,7 +132,7 @@ def run(arguments: argparse.Namespace, progress: Progress, config: Config, outsi
 
 
 def read_recorded(run_dir: Path) -> Recorded:
-    """What the tables of the control processes before this one hold."""
+    """What the tables of earlier control processes hold."""
     requests = earlier_rows(run_dir, "requests")
     users = requests[requests["purpose"] == Purpose.USER.value.encode()]
     return Recorded(
@@ -144,9 +144,9 @@ def read_recorded(run_dir: Path) -> Recorded:
 
 
 def allow_connections() -> None:
-    """Take all the open files that the system gives: whoever connects holds one until it is refused for want of a key.
+    """Raise the limit of open files as far as the system allows: a connection holds one until it is refused.
 
-    With none left for the run's own files, a stranger could end the run.
+    Otherwise connections without a key could use up the files that the run itself needs.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -25,7 +25,7 @@ SAMPLE = 20
 class Answers:
     """Keeps what was answered. decode: token ids to text.
 
-    Of users as `wanted` says. Of probes always: they are rows of the run's own data, and asked for by their number.
+    Answers to users are kept as `wanted` says. Answers to probes are always kept: a probe is a row of the run's data.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Answers:
     def keep(self, record: RequestRecord, judgement: Judgement | None) -> None:
         """Write a request that has ended, if it is wanted and something was answered.
 
-        An answer that cannot be written is told once and left out: requests go on.
+        An answer that cannot be written is logged once and left out: serving continues.
         """
         if not record.tokens or not self._wants(record):
             return
@@ -76,13 +76,13 @@ class Answers:
         return row
 
     def _write(self, line: bytes) -> None:
-        """One write a line, after a line break where the last one was torn."""
+        """Write a line at once, after a line break if the last line was torn."""
         if self._file is None:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             size = os.fstat(self._file).st_size
             self._whole = size == 0 or os.pread(self._file, 1, size - 1) == b"\n"
         if not self._whole:
             line = b"\n" + line
-        # Torn unless all of it is written: the next line then begins with a break.
+        # Unless the whole line is written it is torn, and the next one begins with a break.
         self._whole = False
         self._whole = os.write(self._file, line) == len(line)

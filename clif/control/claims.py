@@ -1,7 +1,7 @@
-"""What a replica may claim, held against what it was given. Pure functions: an objection says why a claim cannot be.
+"""Checks of what a replica claims against what it was given. Pure functions: an objection says why a claim is false.
 
-An empty objection says that the claim can be, or that it is of something that is over: replicas may be late. Bounds
-that hold in every run are types of the messages, see clif/wire/messages.py.
+An empty objection means that the claim is possible, or that it concerns something that is over: replicas may be late.
+Bounds that hold in every run are types of the messages, see clif/wire/messages.py.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Check = Callable[[Any], str]
 
 
 class Claims:
-    """Knows what was given: by the fleet, which replicas there are; by the federation, which versions and rounds.
+    """The fleet knows which replicas there are, the federation which versions and rounds were given.
 
-    most_tokens: answer tokens that a replica can judge an adapter by.
+    most_tokens: answer tokens that a replica can judge an adapter by, at most.
     """
 
     def __init__(self, config: Config, fleet: Fleet, federation: Federation, most_tokens: int) -> None:
@@ -43,14 +43,14 @@ class Claims:
         }
 
     def objection(self, message: wire.Up) -> str:
-        """To a message of a replica that is here, or to the Hello of one that comes."""
+        """To a message of a replica that has joined, or to the Hello of one that joins."""
         check = self._checks.get(type(message))
         if check is None:
             return ""
         return check(message) or round_objection(message, self._federation.history.last_round)
 
     def to_event(self, replica: int, event: TokenEvent, record: RequestRecord | None) -> str:
-        """To tokens or the end of a request. record: of the request, if the replica holds it."""
+        """To tokens or the end of a request. record: the request's, or None if the replica does not hold it."""
         if record is None:
             return ""
         return event_objection(event, record, self._fleet.hello_of(replica), self._fleet.version_of(replica))
@@ -85,7 +85,7 @@ def newest_objection(version: int, newest: int) -> str:
 
 
 def size_objection(hello: wire.Hello, config: Config) -> str:
-    """A replica takes what the configuration gives it, or less."""
+    """A replica has the configured sizes or smaller ones."""
     sizes = (
         ("max_batch", hello.max_batch, config.engine.max_batch),
         ("kv_tokens", hello.kv_tokens, config.engine.kv_tokens),
@@ -96,14 +96,14 @@ def size_objection(hello: wire.Hello, config: Config) -> str:
 
 
 def model_objection(hello: wire.Hello, other: wire.Hello) -> str:
-    """All replicas hold the same model with the same adapters: only such can be averaged."""
+    """Averaging needs replicas with the same model and the same adapter tensors."""
     if hello.vocabulary != other.vocabulary:
         return f"its model has {hello.vocabulary} token ids, that of replica {other.replica} {other.vocabulary}"
     return "" if hello.adapter == other.adapter else f"its adapters are others than those of replica {other.replica}"
 
 
 def event_objection(event: TokenEvent, record: RequestRecord, hello: wire.Hello, serves: int) -> str:
-    """hello: of the replica that holds the request; serves: the newest version that it answers with."""
+    """hello: the Hello of the replica that holds the request. serves: the newest version that it answers with."""
     request, name = record.request, f"request {record.request.id}"
     begins = record.state is RequestState.DISPATCHED
     answered = len(event.tokens) + (0 if begins and event.version != record.version else len(record.tokens))
@@ -130,7 +130,7 @@ def event_objection(event: TokenEvent, record: RequestRecord, hello: wire.Hello,
 
 
 def round_objection(message: wire.Up, last_round: int) -> str:
-    """last_round: the number of the round that began last."""
+    """last_round: the number of the newest round that began."""
     match message:
         case wire.StepsDone(result):
             claimed = result.round_id
@@ -147,7 +147,7 @@ def steps_objection(result: RoundResult, current: Round | None, config: Config) 
     if current is None or result.round_id != current.plan.round_id:
         return ""
     plan, longest = current.plan, min(config.data.max_sample_tokens, config.model.max_context)
-    # The last step may go beyond what was asked for, at the micro-batch that the coordinator allows.
+    # The last step may exceed what was asked for, at the largest micro-batch that the coordinator allows.
     most = plan.samples + config.train.max_micro_batch * plan.accumulation
     if result.replica not in plan.members:
         return f"it is no member of round {plan.round_id}"
@@ -159,7 +159,7 @@ def steps_objection(result: RoundResult, current: Round | None, config: Config) 
 
 
 def vote_objection(vote: Vote, current: Round | None, most: int) -> str:
-    """most: answer tokens that it can judge by."""
+    """most: answer tokens that a member can judge by."""
     if current is None or vote.round_id != current.plan.round_id:
         return ""
     if vote.replica not in current.plan.members:
@@ -182,7 +182,7 @@ def judged_objection(result: HeldoutLoss, most: int) -> str:
 
 
 def publication_objection(message: wire.Published, current: Round | None) -> str:
-    """Weights come from whoever was asked for them, once."""
+    """Only a member that was asked for the weights may publish them, once."""
     if current is None or message.round_id != current.plan.round_id:
         return ""
     if message.replica not in current.asked:

@@ -1,7 +1,7 @@
 """The dispatcher: admits, queues, hands out and follows requests.
 
-Invariant (promise 1): every request that submit() took gets exactly one terminal event, through _finish();
-whatever comes for it afterwards is counted and ignored.
+Invariant (promise 1): every request that submit() accepts gets exactly one terminal event, through _finish(). Later
+events for it are counted and ignored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Send = Callable[[int, Down], bool]
 
 @dataclass(eq=False)
 class RequestRecord:
-    """A request's life; stamps are seconds of the control process's clock, intervals are None if they never were."""
+    """A request from arrival to end. Stamps are seconds of the control process's clock; None: it has not happened."""
 
     request: Request
     arrival_s: float
@@ -41,7 +41,7 @@ class RequestRecord:
     unservable: bool = False
     """Rejected at submission because no replica can ever serve it: no sign of pressure."""
     failed_replicas: int = 0
-    """How many replicas were lost while they held it."""
+    """How many replicas failed while they held it."""
 
     @property
     def first_token_s(self) -> float | None:
@@ -53,13 +53,13 @@ class RequestRecord:
 
     @property
     def tpot_s(self) -> float | None:
-        """Mean time per output token after the first; None for less than two tokens."""
+        """Mean time per output token after the first; None for fewer than two tokens."""
         times = self.token_times
         return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
 
     @property
     def gaps_s(self) -> list[float]:
-        """Times between tokens; tokens that came in one event have gaps of 0."""
+        """Times between tokens; tokens of one event have gaps of 0."""
         return [b - a for a, b in zip(self.token_times, self.token_times[1:], strict=False)]
 
     @property
@@ -68,7 +68,7 @@ class RequestRecord:
 
     @property
     def slo_met(self) -> bool:
-        """Whether it was answered, and within all that was promised."""
+        """Whether it was answered within every promised latency."""
         slo: Slo = self.request.slo
         pairs = ((self.ttft_s, slo.ttft_s), (self.tpot_s, slo.tpot_s), (self.e2e_s, slo.deadline_s))
         answered = self.finish in (FinishReason.STOP, FinishReason.LENGTH)
@@ -79,7 +79,7 @@ class RequestRecord:
 class Hooks:
     """Called for each end of a request, each hand-over (record, predicted seconds, reason), and each event with tokens.
 
-    A request that a lost replica had may begin anew: then its record holds only what came since.
+    A request of a failed replica may start over under another version: its record then holds only the new tokens.
     """
 
     finished: Callable[[RequestRecord], None]
@@ -90,8 +90,8 @@ class Hooks:
 class Dispatcher:
     """Holds all requests that have not ended. The time is an argument of every call.
 
-    context_limit: longest prompt plus answer, tokens. ignored_events: events of requests that had ended, or that a
-    lost replica no longer holds.
+    context_limit: longest prompt plus answer, tokens. ignored_events: events for requests that had ended, or that their
+    sender no longer holds.
     """
 
     def __init__(self, config: Config, send: Send, hooks: Hooks) -> None:
@@ -116,7 +116,7 @@ class Dispatcher:
 
     @property
     def running(self) -> int:
-        """Requests that have a first token and not yet their last."""
+        """Requests that have their first token and not yet their last."""
         return self._states[RequestState.RUNNING]
 
     def oldest_wait_s(self, now: float) -> float:
@@ -127,9 +127,9 @@ class Dispatcher:
         return max(0.0, now - min(waiting, default=now))
 
     def submit(self, now: float, request: Request, arrival_s: float | None = None) -> None:
-        """Accept a request: it waits for a replica, or is rejected at once if it can never be served.
+        """Accept a request: it waits for a replica, or is rejected at once if no replica can ever serve it.
 
-        arrival_s: when it arrived, if that was before now. Raises ValueError for an id that is still in use.
+        arrival_s: when it arrived; by default now. Raises ValueError for an id that is still in use.
         """
         if request.id in self._records:
             raise ValueError(f"request id {request.id} is in use: ids must be unique")
@@ -159,21 +159,21 @@ class Dispatcher:
                 continue
             order = Submit(request=record.request, output_ids=tuple(record.tokens), version=record.version)
             if not self._send(route.replica, order):
-                # The sender is told to count the replica as lost; the request keeps its place.
+                # send() marks the replica as unreachable; the request keeps its position.
                 return
             self._queue.popleft()
             self._hand_over(now, record, route.replica)
             self._hooks.dispatched(record, route.predicted_s, reason)
 
     def held_by(self, replica: int, request_id: int) -> RequestRecord | None:
-        """The request, if the replica holds it: what it says of others is ignored."""
+        """The request, or None if the replica does not hold it."""
         return self.held.get(replica, request_id)
 
     def on_event(self, now: float, replica: int, event: TokenEvent) -> None:
-        """Take tokens or the end of a request from the replica that holds it. The event must be one that can be."""
+        """Take tokens or the end of a request from the replica that holds it. Claims have checked the event."""
         record = self.held_by(replica, event.request_id)
         if record is None:
-            # Of a request that ended here before (cancelled, or moved away from a lost replica), or a second end.
+            # The request was cancelled, moved away from a failed replica, or has ended already.
             self.ignored_events += 1
             log.debug("event for request %d of replica %d ignored", event.request_id, replica)
             return
@@ -188,7 +188,7 @@ class Dispatcher:
             self._finish(now, record, event.finish, event.detail)
 
     def _begin(self, record: RequestRecord, version: int) -> None:
-        """Its first tokens from a replica. Under another version than a lost one had, the answer begins anew."""
+        """First tokens from this replica. If its version differs from the failed replica's, the answer starts over."""
         if record.version != version:
             record.tokens.clear()
             record.token_times.clear()
@@ -196,15 +196,15 @@ class Dispatcher:
         self._advance(record, RequestState.RUNNING)
 
     def cancel(self, now: float, request_id: int, detail: str = "") -> None:
-        """End a request by request; its replica is told to drop it. Does nothing if it ended already."""
+        """Cancel a request, also at its replica. Does nothing if it ended already."""
         record = self._records.get(request_id)
         if record is None:
             return
-        self._tell_cancel(record)
+        self._send_cancel(record)
         self._finish(now, record, FinishReason.CANCELLED, detail)
 
     def cancel_all(self, now: float, detail: str) -> int:
-        """Cancel everything that has not ended; returns how many that were."""
+        """Cancel every request that has not ended; return their number."""
         ids = list(self._records)
         for request_id in ids:
             self.cancel(now, request_id, detail)
@@ -227,13 +227,13 @@ class Dispatcher:
                 self._queue.appendleft(record)
 
     def fail_all(self, now: float, reason: str, probes_only: bool = False) -> None:
-        """End everything that has not ended as failed, with the reason."""
+        """End every request that has not ended as failed, with the reason."""
         for record in list(self._records.values()):
             if not probes_only or record.request.purpose is Purpose.PROBE:
                 self._finish(now, record, FinishReason.FAILED, reason)
 
     def cancel_probes(self, now: float, detail: str) -> None:
-        """End all probes that have not ended: quality is not measured any more."""
+        """Cancel the probes that have not ended: quality is no longer measured."""
         for request_id in [i for i, r in self._records.items() if r.request.purpose is Purpose.PROBE]:
             self.cancel(now, request_id, detail)
 
@@ -257,7 +257,7 @@ class Dispatcher:
         record.state = advance(record.state, state)
         self._states[state] += 1
 
-    def _tell_cancel(self, record: RequestRecord) -> None:
+    def _send_cancel(self, record: RequestRecord) -> None:
         if record.replica is not None:
             self._send(record.replica, Cancel(request_id=record.request.id))
 

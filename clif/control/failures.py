@@ -1,7 +1,7 @@
-"""What becomes of replicas that fail: their requests and rounds go on elsewhere, and they may come back.
+"""Failed replicas: their requests move to other replicas, and they may come back.
 
-A replica that meets an error says whether it will be rebuilt. One that fell silent and speaks again is told to begin
-anew, for its requests live elsewhere by then. Whoever does not come back in time is given up.
+A replica that meets an error reports whether it rebuilds itself. A replica that was declared lost and reports again
+must rebuild: its requests were reassigned. A replica that is not back in time is given up.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class FailureHandler:
 
     @property
     def reachable(self) -> tuple[int, ...]:
-        """Replicas that live or are being rebuilt."""
+        """Replicas that are alive or being rebuilt."""
         return (*self._fleet.alive, *self.returning)
 
     @property
     def all_silent_limit_s(self) -> float:
-        """How long a silence of all replicas is put up with: a launcher that starts all ranks anew cures it sooner."""
+        """How long a silence of all replicas is tolerated, seconds; 0 if the launcher restarts the ranks sooner."""
         return 0.0 if self._shutdown.restarts_left else self._config.dist.timeout_s
 
     @property
@@ -69,15 +69,15 @@ class FailureHandler:
         self.mark_failed(now, message.replica, message.error, message.gone)
 
     def left(self, now: float, replica: int) -> None:
-        """It said goodbye before it was told to stop."""
+        """The replica said goodbye before Stop was sent."""
         self._due.pop(replica, None)
         self.mark_failed(now, replica, "it left")
 
     def mark_failed(self, now: float, replica: int, reason: str, gone: bool = False) -> None:
-        """Count a replica as lost. gone: its process is no more.
+        """Mark a replica as failed. gone: its process has ended.
 
-        First its state, so that nothing is sent to it by what follows. Raises ControlError when the launcher is to
-        start all ranks anew, which loses less than to go on with the others for good.
+        The state changes first, so that nothing that follows sends to it. Raises ControlError when the launcher is to
+        restart all ranks, which loses less than to continue without the replica.
         """
         if gone:
             self._due.pop(replica, None)
@@ -92,7 +92,7 @@ class FailureHandler:
         self._quality.on_lost(replica)
 
     def on_message_from_failed(self, now: float, replica: int) -> None:
-        """A replica that is lost, or was never here, says something: its requests live elsewhere now."""
+        """A failed replica, or one that never joined, sent something: its requests were reassigned."""
         if replica in self._due or replica in self._ignored:
             return
         if not self._fleet.was_here(replica):
@@ -108,7 +108,7 @@ class FailureHandler:
             self._ignored.add(replica)
 
     def broken(self, now: float, replica: int, why: str) -> None:
-        """It says what cannot be, so nothing of it is relied upon: it begins anew, or leaves."""
+        """The replica sent something impossible, so nothing of it can be trusted: it rebuilds or leaves."""
         if replica in self._due or replica in self._ignored:
             return
         again = bool(self._config.run.rebuilds) and self._state.phase is not Phase.STOPPING
@@ -123,7 +123,7 @@ class FailureHandler:
         self._fleet.send(replica, Rebuild(reason=why) if again else Stop())
 
     def join(self, now: float, hello: Hello) -> None:
-        """Take a replica in, or back."""
+        """Take in a replica that joins or returns."""
         if hello.replica in self._ignored and self._fleet.was_here(hello.replica):
             return
         if not self._fleet.join(now, hello):
@@ -132,12 +132,12 @@ class FailureHandler:
         if self._due.pop(hello.replica, None) is not None:
             log.info("replica %d is back, incarnation %d", hello.replica, hello.incarnation)
             self._federation.on_return(hello.replica, hello.version)
-        # Its Stop may have come together with what made it fail.
+        # An earlier Stop may have been dropped with the incarnation that failed.
         if self._state.phase is Phase.STOPPING:
             self._fleet.send(hello.replica, Stop())
 
     def step(self, now: float) -> None:
-        """Give up on those that should be back by now. Raises ControlError as mark_failed() does."""
+        """Give up replicas whose rebuild is overdue. Raises ControlError as mark_failed() does."""
         for replica in [r for r, due in self._due.items() if now > due]:
             del self._due[replica]
             reason = f"not rebuilt within {self._config.dist.timeout_s:g} s"
@@ -145,5 +145,5 @@ class FailureHandler:
             self._shutdown.request_restart(self._state.phase, replica, reason, gone=False)
 
     def _expect(self, now: float, replica: int) -> None:
-        """Its ranks meet again before it is back, for which they have as long as for any collective."""
+        """Await the replica: its ranks have as long to meet again as for any collective."""
         self._due[replica] = now + self._config.dist.timeout_s

@@ -1,4 +1,4 @@
-"""The rounds of a run, one at a time: starts them, carries their messages, stores and installs what they promote."""
+"""The rounds of a run, one at a time: start, messages, storing and installing what they promote."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Federation:
 
     @property
     def busy(self) -> bool:
-        """Whether a round is under way or a replica has not installed the last promotion yet."""
+        """Whether a round is under way, or a replica has yet to install the last promotion."""
         return self.current is not None or bool(self._installing)
 
     @property
@@ -71,13 +71,13 @@ class Federation:
         return max(self._last_version, self.current.version if self.current is not None else 0)
 
     def awaits(self, message: Published) -> bool:
-        """Whether these are weights to be stored."""
+        """Whether these weights are to be stored."""
         return self.current is not None and self.current.awaits(message)
 
     def resume(self, last_round: int = 0, last_version: int = 0, completed: int = 0) -> None:
         """Continue after the last promoted version on disk, if there is one.
 
-        last_round, last_version: numbers that were given out, which are not given again; completed: rounds that count.
+        last_round, last_version: the highest numbers that were given out; numbers are never reused. completed: rounds.
         """
         found = self.store.current()
         self._last_version = last_version
@@ -88,7 +88,7 @@ class Federation:
             self._last_version = max(last_version, found.number)
 
     def start(self, now: float, plan: RoundPlan, reason: str) -> None:
-        """Begin a planned round: members become COMBINED first, then they get the plan."""
+        """Begin a planned round: members become COMBINED first and get the plan afterwards."""
         if self.current is not None:
             raise RuntimeError(f"round {self.current.plan.round_id} is still under way")
         self._observer.on_round_began(plan)
@@ -117,7 +117,7 @@ class Federation:
             self._step(now, self.current.failed(now, message.replica, message.error))
 
     def on_settled(self, now: float, message: Settled) -> None:
-        """A member or a replica that installs serves a version."""
+        """A member, or a replica that installed a version, serves it now."""
         self._fleet.installed(message.replica, message.version)
         if message.version >= self._installing.get(message.replica, math.inf):
             del self._installing[message.replica]
@@ -126,7 +126,7 @@ class Federation:
             self._step(now, [])
 
     def on_published(self, now: float, message: Published) -> None:
-        """Store the promoted adapter, and only then give it to the replicas that were not in the round."""
+        """Store the promoted adapter first, and then send it to the replicas that were not in the round."""
         current = self.current
         if current is None or not current.publication(now, message):
             log.debug("version %d was published again: ignored", message.version)
@@ -138,13 +138,13 @@ class Federation:
         self._last_version = version.number
         self.history = replace(self.history, version=version.number)
         self._observer.on_stored(version)
-        # A member that was lost and has come back is no member any more.
+        # A member that failed and came back is no longer a member.
         for replica in sorted(set(self._fleet.alive) - set(current.members)):
             self._install(replica, version, message.weights)
         self._step(now, [])
 
     def on_return(self, replica: int, version: int) -> None:
-        """A replica was rebuilt and serves this version: it gets a later one that was stored meanwhile."""
+        """A rebuilt replica serves this version: send it the version that was stored meanwhile, if any."""
         stored = self.store.current()
         if stored is not None and stored.number > version:
             self._install(replica, stored, self.store.weights(stored.number))
@@ -163,14 +163,14 @@ class Federation:
             self._step(now, self.current.advance(now))
 
     def drain(self, now: float, reason: str) -> None:
-        """Discard the round under way if its members still train: the others are about to end."""
+        """Discard the round under way if its members still train. A round past training is about to end by itself."""
         if self.current is not None and self.current.state is RoundState.TRAINING:
             self.abandon(now, reason)
 
     def wind_up(self, now: float, late_s: float) -> None:
-        """Once rounds have no time left, what the one under way has trained is averaged and judged.
+        """When the time for rounds is over, average and judge what the round under way has trained.
 
-        late_s: since when; negative while there is time. A round for which that takes too long is discarded.
+        late_s: seconds since then; negative while time is left. A round that takes too long for that is discarded.
         """
         if self.current is None or late_s < 0:
             return
@@ -184,7 +184,7 @@ class Federation:
             self._step(now, self.current.discard(now, reason))
 
     def finish(self, now: float, reason: str) -> None:
-        """Close the round under way, whatever its members still owe: the run is over."""
+        """Close the round under way without awaiting its members: the run is over."""
         if self.current is not None:
             self._step(now, self.current.finish(now, reason))
 
@@ -199,7 +199,7 @@ class Federation:
         committed = ended.state is RoundState.COMMITTED
         if not ended.left_group_clean:
             self._groups.spoil(ended.plan.member_set)
-        # A number once given out is never given to other weights, not even when nobody could publish them.
+        # A version number is never reused for other weights, even if no member could publish these.
         self._last_version = max(self._last_version, ended.version)
         self.history = self.history.after(now, committed, ended.voted_s is not None)
         ended.gave_up = given_up(self.history, self._config)

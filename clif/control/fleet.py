@@ -31,7 +31,7 @@ class Loads(Protocol):
 PRICED_AFTER = 32
 """Serving iterations, an answer or two."""
 BREAK = 0.05
-"""Part of control.lost_after_s. A longer break between any two messages counts as so much: nobody could speak."""
+"""Part of control.lost_after_s: the most that a break between two messages, of any replicas, counts as silence."""
 
 
 class Fleet:
@@ -63,15 +63,15 @@ class Fleet:
 
     @property
     def serving(self) -> tuple[int, ...]:
-        """Living replicas that requests may be sent to."""
+        """Replicas that are alive and answer requests."""
         return tuple(r for r in self.alive if self._trackers[r].role.serves)
 
     @property
     def priced(self) -> bool:
-        """Whether serving was measured often enough on the living replicas that may also train.
+        """Whether serving was measured often enough on the replicas that are alive and may also train.
 
-        On one of them at least, and on each that has something to answer: where few requests come, one replica may get
-        all of them. By number and not by confidence: on a busy host measurements scatter for as long as it is busy.
+        That is: on at least one of them, and on each that has requests. Under light load one replica may get all of
+        them. The measure is their number and not the confidence: on a busy host measurements scatter all the time.
         """
         both = [r for r in self.alive if self._trackers[r].role.serves and self._trackers[r].role.trains]
         known = [r for r in both if self._trackers[r].serve.seen >= PRICED_AFTER]
@@ -85,7 +85,7 @@ class Fleet:
         return self._trackers[replica].hello
 
     def version_of(self, replica: int) -> int:
-        """The newest version that it answers with."""
+        """The newest version that the replica answers with."""
         return self._trackers[replica].version
 
     def is_alive(self, replica: int) -> bool:
@@ -93,15 +93,15 @@ class Fleet:
         return tracker is not None and tracker.state is not ReplicaState.FAILED
 
     def was_here(self, replica: int) -> bool:
-        """Whether it joined at some time, alive or not by now."""
+        """Whether the replica ever joined, alive or not now."""
         return replica in self._trackers
 
     def serves(self, replica: int) -> bool:
-        """Whether requests may be sent to it as long as it lives."""
+        """Whether the replica answers requests while it is alive."""
         return self._trackers[replica].role.serves
 
     def join(self, now: float, hello: Hello) -> bool:
-        """Take a leader in, or back when its replica was lost and rebuilt. False: it says Hello out of turn."""
+        """Take in a leader, also of a failed replica that was rebuilt. False: a Hello was not due."""
         former = self._trackers.get(hello.replica)
         if former is not None:
             return self._return(now, former, hello)
@@ -118,13 +118,13 @@ class Fleet:
             return False
         self._trackers[hello.replica] = former.rebuilt(now, hello)
         self.heard(now, hello.replica)
-        # Before all else that is sent to it.
+        # The first message to the new incarnation.
         self.send(hello.replica, Welcome(incarnation=hello.incarnation))
         self.set_state(now, hello.replica, ReplicaState.SERVING, f"rebuilt, incarnation {hello.incarnation}")
         return True
 
     def heard(self, now: float, replica: int) -> None:
-        """Any message is a sign of life. A break in which nobody spoke is no sign that this or that replica is lost."""
+        """Any message is a sign of life. A break in which all replicas were silent says nothing about a single one."""
         control = self._config.control
         self._spoken_s += min(now - self._heard_s, max(BREAK * control.lost_after_s, 2 * control.report_s))
         self._heard_s = now
@@ -150,7 +150,7 @@ class Fleet:
         self._on_transition(replica, before, state, reason)
 
     def set_limits(self, replica: int, max_batch: int | None = None, micro_batch: int | None = None) -> bool:
-        """Set the batch bounds (None: as configured) and tell the replica; False if they were so already."""
+        """Set the batch bounds (None: as configured) and send them; False if nothing changes."""
         tracker = self._trackers[replica]
         wanted = (max_batch or tracker.hello.max_batch, micro_batch or self._config.train.micro_batch)
         if wanted == (tracker.max_batch, tracker.micro_batch):

@@ -1,8 +1,8 @@
-"""Everything that the replicas say: bound to its sender, held against what it was given, then carried to its handler.
+"""Messages of the replicas: bound to their sender, checked against what it was given, then passed to their handler.
 
-A message is of the replica whose key its connection has (clif/wire/channels.py). A replica that speaks for another one,
-says what nobody understands, or claims what cannot be, is broken: it is lost as any other and may begin anew. Nothing
-that is said ends the run, but that a replica cannot start.
+The sender is the replica whose key the connection has (clif/wire/channels.py). A replica that writes in the name of
+another one, sends what cannot be decoded, or claims what is impossible, is broken: it fails and may rebuild. No message
+ends the run, except that a replica cannot start.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TEXTS = {
     wire.Trouble: ("error",),
     wire.Signalled: ("signal",),
 }
-"""Text of replicas that is shown and stored."""
+"""Text that replicas send and that is shown and stored."""
 Handlers = Mapping[type[wire.Message], Callable[[float, Any], None]]
 
 
@@ -52,7 +52,7 @@ class Inbox:
         self._strangers = 0
 
     def step(self, timeout_s: float) -> None:
-        """Take what came, as much as one step may; wait up to timeout_s for the first. Raises ControlError."""
+        """Take the messages that have come, waiting up to timeout_s for the first. Raises ControlError."""
         for sender, payload in self._channel.receive(timeout_s):
             self._take(self._clock(), sender, payload)
         self._count_strangers(self._channel.refused())
@@ -92,14 +92,14 @@ class Inbox:
             self._handlers[type(message)](now, message)
 
     def _count_strangers(self, more: int) -> None:
-        """One line for the first connection without a key, and one whenever there are ten times as many."""
+        """Log the first connection without a key, and again whenever there are ten times as many."""
         before, self._strangers = self._strangers, self._strangers + more
         if (more and len(str(self._strangers)) > len(str(before))) or (more and not before):
             log.warning("%d connections to the control port did not have the run's keys: refused", self._strangers)
 
 
 def tidy(message: wire.Up) -> wire.Up:
-    """The same with text that can be shown."""
+    """The message with printable texts."""
     names = TEXTS.get(type(message), ())
     return msgspec.structs.replace(message, **{name: printable(getattr(message, name)) for name in names})
 

@@ -1,6 +1,6 @@
 """The policy loop, every control.period_s: latency models, states, pressure, rounds and batch sizes.
 
-It only carries out what the pure functions decide, in the order in which each needs what the one before changed.
+It carries out what the pure functions decide, in the order in which each depends on the one before.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PolicyLoop:
         self._written: Pressure | None = None
 
     def step(self, now: float, rounds_may_start: bool) -> str:
-        """One step. Returns a line about a round that it started, or an empty one."""
+        """One step. Returns a line about the round that it started; empty: none."""
         self._fleet.refit()
         self._update_states(now)
         view = self._fleet.view(self._dispatcher.queued)

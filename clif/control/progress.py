@@ -26,10 +26,10 @@ Mode = Literal["live", "plain", "off"]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is shown. States: number of replicas in each; seconds since the start.
+    """What is shown. seconds: since the start of the run. states: number of replicas in each.
 
     finished: requests of users by finish reason, in this start; the words are those of the summary.
-    last_loss: of the last optimizer step, nats per answer token. slack: by replica, what its training is held against.
+    last_loss: of the last optimizer step, nats per answer token. slack: by replica, what limits its training.
     """
 
     seconds: float
@@ -70,7 +70,7 @@ class Snapshot:
 
 
 class RecentLatencies:
-    """Recent latencies, for the display only; the files have them all."""
+    """Recent latencies, for the display only; the tables hold all of them."""
 
     def __init__(self) -> None:
         self.ttft_s: deque[float] = deque(maxlen=RECENT)
@@ -105,7 +105,7 @@ class Progress:
     def __init__(self, wanted: Literal["auto", "live", "plain", "off"], stream: TextIO | None = None) -> None:
         stream = sys.stderr if stream is None else stream
         self.mode: Mode = choose_mode(wanted, stream.isatty(), os.environ)
-        # A table whose lines are folded by the terminal is taller than rich believes, and leaves its upper part behind.
+        # A table whose lines the terminal folds is taller than rich assumes: its upper part would stay on the screen.
         self._console = Console(file=stream, highlight=False, soft_wrap=self.mode != "live")
         self._live = Live(console=self._console, auto_refresh=False) if self.mode == "live" else None
         self._next_s = 0.0
@@ -119,7 +119,7 @@ class Progress:
             return
         self._next_s = now + (LIVE_S if self._live is not None else PLAIN_S)
         if self._live is not None:
-            # While ranks load they write to the terminal as well, which would tear the table.
+            # Ranks that load write to the terminal as well, which would tear the table.
             if snapshot.phase != Phase.GATHER.value:
                 self._live.start()
                 self._live.update(_table(snapshot), refresh=True)

@@ -27,7 +27,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A probe that ended: the known answer, and whether it was given; match None: nothing was answered."""
+    """A probe that ended: the expected answer, and whether it was given; match None: no answer was given."""
 
     expected: str
     match: bool | None
@@ -36,8 +36,8 @@ class Judgement:
 class QualityCheck:
     """Collects one measurement at a time from the replicas' evaluations and the probes' answers.
 
-    start: number of control processes that were in this run's folder before; no two share a probe's id. most_tokens:
-    answer tokens that anybody can judge by, as all held-out rows together have no more.
+    start: number of control processes that used this run's folder before; it keeps the ids of probes unique.
+    most_tokens: answer tokens that a replica can judge by, at most: all held-out rows have no more.
     """
 
     def __init__(self, config: Config, rows: Sequence[Row], tokenizer: ChatTokenizer, start: int = 0) -> None:
@@ -68,7 +68,7 @@ class QualityCheck:
         )
 
     def begin(self, replicas: Iterable[int]) -> list[Request]:
-        """Start over: these replicas evaluate, and the returned probes are to be submitted."""
+        """Begin a measurement: these replicas evaluate, and the returned probes are to be submitted."""
         self._evaluating = set(replicas)
         self._losses, self._matches = [], []
         first = self._next_id
@@ -82,17 +82,17 @@ class QualityCheck:
             self._losses.append(result)
 
     def give_up(self) -> None:
-        """Nothing is waited for any more."""
+        """Await nothing any longer."""
         self._evaluating, self._answers = set(), {}
 
     def on_lost(self, replica: int) -> None:
-        """Its part of the held-out rows is missing from the pool."""
+        """The replica's part of the held-out rows is missing from the pool."""
         self._evaluating.discard(replica)
 
     def on_probe(self, record: RequestRecord) -> Judgement | None:
         """Judge a probe that ended. None: not a probe of this measurement.
 
-        One that failed or was cancelled is no answer, and counts as neither right nor wrong.
+        A probe that failed or was cancelled counts as neither right nor wrong.
         """
         answer = self._answers.pop(record.request.id, None)
         if answer is None:

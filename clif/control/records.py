@@ -1,4 +1,4 @@
-"""What the control process writes down: the one place that names the tables and columns of control.h5."""
+"""Rows of the control process: the one place that names the tables and columns of control.h5."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Records:
         self.round_row(row_of(ended))
 
     def round_row(self, row: dict[str, Any]) -> None:
-        """The same from row_of(); its stamps are of the clock."""
+        """A row as row_of() makes it; its stamps are of the clock."""
         stamps = {name: self._stamp(row[name]) for name in ROUND_STAMPS}
         self._sink.row("rounds", **{**row, **stamps})
 
@@ -150,7 +150,7 @@ class Records:
 
 
 def row_of(ended: Round) -> dict[str, Any]:
-    """Columns of the table rounds. Stamps are of the clock; ROUND_STAMPS names them."""
+    """Columns of the table rounds. ROUND_STAMPS names those that are stamps of the clock."""
     results: list[RoundResult] = list(ended.results.values())
     votes: list[Vote] = list(ended.votes.values())
     candidate, active = pooled_losses(votes)
@@ -178,10 +178,10 @@ def row_of(ended: Round) -> dict[str, Any]:
 
 
 def product_error(votes: Sequence[Vote]) -> float | None:
-    """Relative error of averaging A and B apart, from the shares of all members. None without them or for B = 0."""
+    """Relative error of averaging A and B separately, from all members' shares; None if one is missing or B = 0."""
     shares = [(v.error2, v.product2) for v in votes if v.error2 is not None and v.product2 is not None]
     error2, product2 = (sum(column) for column in zip(*shares, strict=True)) if shares else (0.0, 0.0)
-    # What a member claims need not be squares.
+    # A member may claim numbers that are no squares.
     if len(shares) < len(votes) or not (product2 > 0 and error2 >= 0):
         return None
     return math.sqrt(error2 / product2)

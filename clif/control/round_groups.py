@@ -6,20 +6,20 @@ from clif.types import GROUPS_KEPT, Members
 
 
 class GroupNumbers:
-    """The number of each member set's group. The ranks make a group when they see its number for the first time.
+    """The number of each member set's group. Ranks create a group when its number is new to them.
 
-    Only the control process can tell whether a group is clean: a member knows that its own all-reduce has ended, and
-    not whether the others' have. So it decides, and tells the number with each round.
+    Only the control process knows whether a group is clean: a member sees the end of its own all-reduce, but not of the
+    others'. So the control process chooses the group and sends its number with each round.
     """
 
     def __init__(self, replicas: int) -> None:
-        """The group of all replicas is made at the start, as number 0."""
+        """The group of all replicas exists from the start, as number 0."""
         self._numbers: dict[Members, int] = {(tuple(range(replicas)), (0,) * replicas): 0}
 
     def of(self, members: Members, round_id: int) -> int:
         """The number of these members' group; round_id if they have none.
 
-        Forgets what lies back further than GROUPS_KEPT member sets: the ranks may have closed it.
+        Groups of more than GROUPS_KEPT member sets ago are forgotten: the ranks may have closed them.
         """
         number = self._numbers.pop(members, round_id)
         self._numbers[members] = number
@@ -28,5 +28,5 @@ class GroupNumbers:
         return number
 
     def spoil(self, members: Members) -> None:
-        """Something may be pending in their group: they get a new one."""
+        """An operation may be pending in their group: the members get a new one."""
         self._numbers.pop(members, None)

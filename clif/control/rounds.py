@@ -1,6 +1,9 @@
 """One federated round: local steps -> aggregate -> vote -> commit or discard. Driven by messages and time.
 
 Every method takes the time and returns the messages to send, so that a round runs the same live and in tests.
+
+Sources: federated averaging of local steps, weighted by samples: McMahan et al. 2017 (FedAvg). Rounds that a
+coordinator cuts off and abandons by time limits: Bonawitz et al. 2019, "Towards Federated Learning at Scale".
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ Outgoing = list[tuple[int, Down]]
 
 @dataclass(frozen=True)
 class Promotion:
-    """The verdict of a vote that passed; losses in nats per answer token, pooled over the members."""
+    """Result of a vote that passed; losses in nats per answer token, pooled over the members."""
 
     candidate_loss: float
     active_loss: float
@@ -49,12 +52,12 @@ def decide_promotion(votes: Sequence[Vote], config: FederationConfig) -> tuple[P
 
 
 class Round:
-    """A round under way. Over when its state is COMMITTED or DISCARDED and nobody's Settled is awaited.
+    """A round under way. It is over when its state is COMMITTED or DISCARDED and no Settled is awaited.
 
-    Stamps (_s) are seconds of the caller's clock. The owner fills in running_requests at the decision, and in gave_up
-    why no further round is tried.
+    Stamps (_s) are seconds of the caller's clock. The owner sets running_requests at the decision, and gave_up to the
+    reason why no further round is tried.
 
-    Once commit is decided it stands: losing members afterwards changes only who publishes.
+    A decided commit stands: members that fail afterwards change only which member publishes.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class Round:
         self._publisher: int | None = None
         self._asked: set[int] = set()
         self._due_s = now + config.round_timeout_s
-        self._asked_to_finish = self._told_to_average = False
+        self._asked_to_finish = self._averaging_began = False
 
     @property
     def decided(self) -> bool:
@@ -94,24 +97,24 @@ class Round:
 
     @property
     def members(self) -> tuple[int, ...]:
-        """Members that are still there."""
+        """Members that have not failed."""
         return tuple(sorted(self._members))
 
     @property
     def asked(self) -> frozenset[int]:
-        """Members that may publish: they were asked to, and have not done so yet."""
+        """Members that were asked to publish and have not done so yet."""
         return frozenset(self._asked)
 
     @property
     def left_group_clean(self) -> bool:
-        """Whether nothing can be pending in the members' group: no all-reduce was begun in it, or all have ended."""
-        return not self._told_to_average or set(self.votes) == set(self.plan.members)
+        """Whether no operation can be pending in the members' group: no all-reduce began, or every one ended."""
+        return not self._averaging_began or set(self.votes) == set(self.plan.members)
 
     def begin(self) -> Outgoing:
         return [(m, BeginRound(plan=self.plan, group=self.group)) for m in self.members]
 
     def steps_done(self, now: float, result: RoundResult) -> Outgoing:
-        """A member's local steps are done; when all are, they average."""
+        """A member's local steps are done; after the last member's the members average."""
         if self.state is not RoundState.TRAINING or not self._is_member(result.replica, result.round_id):
             return []
         self.results[result.replica] = result
@@ -121,12 +124,12 @@ class Round:
         if not any(r.finite and r.samples > 0 for r in self.results.values()):
             return self.discard(now, "no member has a finite result from any sample")
         self.state = advance(self.state, RoundState.AGGREGATING)
-        self._told_to_average = True
+        self._averaging_began = True
         self._due_s = now + self._config.settle_timeout_s
         return [(m, Aggregate(round_id=self.plan.round_id)) for m in self.members]
 
     def voted(self, now: float, vote: Vote) -> Outgoing:
-        """A member judged the average; when all did, the round is decided."""
+        """A member judged the average; after the last vote the round is decided."""
         if self.state is not RoundState.AGGREGATING or not self._is_member(vote.replica, vote.round_id):
             return []
         self.votes[vote.replica] = vote
@@ -144,12 +147,12 @@ class Round:
         self._maybe_over(now)
 
     def awaits(self, message: Published) -> bool:
-        """Whether these are the promoted weights, and nobody has sent them yet."""
+        """Whether these are the promoted weights, and the first to arrive."""
         awaited = self.state is RoundState.SETTLING and not self.published
         return awaited and message.replica in self._asked and self._is_promoted(message)
 
     def publication(self, now: float, message: Published) -> bool:
-        """Whether these are the promoted weights, to be stored and installed."""
+        """Take published weights. True: they are the promoted ones, to be stored and installed."""
         awaited = self.awaits(message)
         if self._is_promoted(message):
             self._asked.discard(message.replica)
@@ -160,13 +163,13 @@ class Round:
         return True
 
     def failed(self, now: float, replica: int, error: str) -> Outgoing:
-        """A member cannot go on with the round; it stays and serves."""
+        """A member cannot continue the round; it stays and serves."""
         if self.decided or replica not in self._members:
             return []
         return self.discard(now, f"replica {replica} failed in the round: {error}")
 
     def lost(self, now: float, replica: int, why: str) -> Outgoing:
-        """A member is gone. Before the decision that ends the round; afterwards another one publishes."""
+        """A member failed. Before the decision that ends the round; after it another member publishes."""
         if replica not in self._members:
             return []
         self._members.discard(replica)
@@ -178,7 +181,7 @@ class Round:
         return sent
 
     def advance(self, now: float) -> Outgoing:
-        """Let time pass: cut off slow local steps, give up on aggregation, votes or answers that never come."""
+        """Apply the time limits: cut off slow local steps, give up on missing results, votes or answers."""
         if self.over or now < self._due_s:
             return []
         if self.state is RoundState.TRAINING and not self._asked_to_finish:
@@ -191,14 +194,14 @@ class Round:
             return self.discard(now, f"no vote from replicas {missing} in {self._config.settle_timeout_s:g} s")
         if self.state is RoundState.SETTLING and not self.published:
             return self._replace_publisher(now, f"replica {self._publisher} did not publish")
-        # Whoever has not settled by now still will, or is lost: the decision does not wait for it any longer.
+        # A member that has not settled by now will settle later or fail: the decision does not wait for it.
         self.reason += f"; replicas {sorted(self._awaited)} have not settled yet"
         self._awaited.clear()
         self._maybe_over(now)
         return []
 
     def wind_up(self, now: float) -> Outgoing:
-        """Cut local steps off, once: who is not through with them reports what it has done."""
+        """Cut local steps off, once: members that still train report what they have done."""
         if self.state is not RoundState.TRAINING or self._asked_to_finish:
             return []
         self._asked_to_finish = True
@@ -207,9 +210,9 @@ class Round:
         return [(m, FinishSteps(round_id=self.plan.round_id)) for m in slow]
 
     def discard(self, now: float, reason: str) -> Outgoing:
-        """End the round without a promotion; the members drop the candidate and stay on the base version.
+        """End the round without a promotion: the members drop the candidate and keep the base version.
 
-        Does nothing once the round is decided.
+        Does nothing if the round is decided.
         """
         if self.decided:
             return []
@@ -222,7 +225,7 @@ class Round:
         return [(m, settle) for m in self.members]
 
     def finish(self, now: float, reason: str) -> Outgoing:
-        """End at once, without waiting for any answer. Promoted weights that are not stored yet are given up."""
+        """End at once, without waiting for answers. Promoted weights that are not stored are given up."""
         messages = self.discard(now, reason)
         if self.state is RoundState.SETTLING and not self.published:
             self.reason += f"; not published: {reason}"
@@ -245,7 +248,7 @@ class Round:
         return Settle(round_id=self.plan.round_id, commit=True, version=self.version, publish=publish)
 
     def _replace_publisher(self, now: float, why: str) -> Outgoing:
-        """Ask the next member for the weights: all members hold the same average."""
+        """Ask the next member for the weights: every member holds the same average."""
         if self.published:
             return []
         later = [m for m in self.members if self._publisher is None or m > self._publisher]

@@ -4,8 +4,8 @@ The control process binds one ROUTER; each leader connects one DEALER. ZeroMQ ke
 reconnects. High-water marks are off where a message would be dropped, because a lost token event would be a lost
 request; the control process's own makes a sender's queue grow instead of its.
 
-Invariant: who a message is from is told by the key (CURVE) of its connection, and by nothing in the message. Nothing is
-read from a connection that has none of the run's keys.
+Invariant: the sender of a message is known by the key (CURVE) of its connection, and by nothing in the message. Nothing
+is read from a connection without one of the run's keys.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from clif.wire.messages import Down, Up
 
 DRAIN_MS = 5000
 PART_BYTES = 2**20
-"""Longer messages travel in parts. A larger part ends the connection: a stranger cannot make this process hold it."""
+"""Longer messages travel in parts. A larger part ends the connection: no peer can make this process hold it."""
 OVERHEAD_BYTES = 1024
-"""What encryption adds to a part, and more."""
+"""More than encryption adds to a part."""
 HANDSHAKE_MS = 5000
 QUEUE_MESSAGES = 1000
 """Messages of one sender that wait here; more wait at the sender."""
@@ -68,10 +68,10 @@ class ControlChannel:
         self._routes: dict[int, bytes] = {}
         self._connections: set[bytes] = set()
         self._context = zmq.Context()
-        # Answers who may connect in this thread, on its way to the messages: there is no other one.
-        self._door = Authenticator(self._context)
-        self._door.start()
-        self._door.configure_curve_callback("*", self)
+        # Decides which connections are admitted, in this thread: there is no other one.
+        self._authenticator = Authenticator(self._context)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback("*", self)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, QUEUE_MESSAGES)
@@ -91,7 +91,7 @@ class ControlChannel:
             raise
         self.address = f"tcp://{in_url(host)}:{port}"
         self._poller = zmq.Poller()
-        for socket in (self._door.zap_socket, self._socket):
+        for socket in (self._authenticator.zap_socket, self._socket):
             self._poller.register(socket, zmq.POLLIN)
         self._encoder = msgspec.msgpack.Encoder()
 
@@ -113,10 +113,10 @@ class ControlChannel:
                 route, *parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            # Told by ZeroMQ, from the key of the connection.
+            # ZeroMQ knows it from the key of the connection.
             sender = self._names[str(parts[-1].get("User-Id")).encode()]
             if route.bytes not in self._connections:
-                # The newest connection of a key is its owner's, whatever an older one that broke has left to be read.
+                # The newest connection of a key is its owner's, even if a broken older one has left messages to read.
                 self._connections.add(route.bytes)
                 self._routes[sender] = route.bytes
             payload = b"".join(part.buffer for part in parts)
@@ -149,17 +149,17 @@ class ControlChannel:
         self._socket.disable_monitor()
         self._refusals.close(linger=0)
         self._socket.close(linger=DRAIN_MS)
-        self._door.stop()
+        self._authenticator.stop()
         self._context.term()
 
     def _wait(self, timeout_s: float) -> bool:
-        """Wait for a message, and answer who knocks meanwhile. False: none came."""
+        """Wait for a message, and admit or refuse new connections meanwhile. False: no message came."""
         deadline = self._clock() + timeout_s
         while ready := dict(self._poller.poll(max(0, int((deadline - self._clock()) * 1000)))):
-            if self._door.zap_socket in ready:
+            if self._authenticator.zap_socket in ready:
                 # A coroutine that never waits, as callback() does not.
                 with suppress(StopIteration):
-                    self._door.handle_zap_message(self._door.zap_socket.recv_multipart()).send(None)
+                    self._authenticator.handle_zap_message(self._authenticator.zap_socket.recv_multipart()).send(None)
             if self._socket in ready:
                 return True
         return False
@@ -194,7 +194,7 @@ class LeaderChannel:
 
     @property
     def lost_s(self) -> float | None:
-        """Seconds since the connection broke, if it was not made again with the same process; None while it stands."""
+        """Seconds since the connection broke; None while it stands, also if it was made again with the same process."""
         while self._monitor.poll(0):
             broke = recv_monitor_message(self._monitor)["event"] == zmq.EVENT_DISCONNECTED
             since = time.monotonic() if self._lost_s is None else self._lost_s
@@ -202,7 +202,7 @@ class LeaderChannel:
         return None if self._lost_s is None else time.monotonic() - self._lost_s
 
     def receive(self, timeout_s: float) -> list[bytes]:
-        """Every encoded message at hand, waiting up to timeout_s for the first. Bytes, to be passed to TP peers."""
+        """The encoded messages at hand, waiting up to timeout_s for the first. Bytes, to be passed to TP peers."""
         if not self._socket.poll(max(0, int(timeout_s * 1000))):
             return []
         received: list[bytes] = []
@@ -217,7 +217,7 @@ class LeaderChannel:
         self._socket.send_multipart([payload[at : at + PART_BYTES] for at in range(0, len(payload), PART_BYTES)])
 
     def close(self) -> None:
-        """Close; what was sent gets a moment to be delivered, unless the other end is gone."""
+        """Close. What was sent gets DRAIN_MS to be delivered, unless the other end is gone."""
         lost = self.lost_s is not None
         self._socket.disable_monitor()
         self._monitor.close(linger=0)

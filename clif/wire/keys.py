@@ -1,8 +1,8 @@
-"""Who may speak on the control port: key pairs (CURVE) that only the processes of one start of the ranks can make.
+"""Access to the control port: key pairs (CURVE) that only the processes of one start of the ranks can derive.
 
-All pairs follow from one secret. Rank 0 makes it, and leaves it in the run's folder, readable by its user alone. Where
-hosts share no folder, dist.secret_file gives every host the same secret instead. The public keys are kept secret, too:
-who lacks the control process's cannot begin to speak to it.
+All pairs are derived from one secret. Rank 0 creates it and leaves it in the run's folder, readable by its user alone.
+Where hosts share no folder, dist.secret_file gives every host the same secret instead. The public keys are secret as
+well: without the control process's key no connection can be made.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ADDRESS_FILE = "control.address"
 """In the run's folder: where the control process listens."""
 LEAST_BYTES = 32
 VISIBLE_S = 30.0
-"""How long a file that rank 0 has written may stay unseen on other hosts, seconds: network file systems cache names."""
+"""How long a file of rank 0 may stay unseen on other hosts, seconds: network file systems cache names."""
 POLL_S = 0.1
 
 
@@ -40,10 +40,10 @@ class KeyPair:
 
 
 class Invitation(msgspec.Struct, frozen=True):
-    """What rank 0 tells the other ranks in the open: nothing of it is secret.
+    """What rank 0 sends to the other ranks in the open: none of it is secret.
 
-    address: of the control port. salt: what a secret of dist.secret_file is mixed with, so that no start of the ranks
-    has the keys of another. fingerprint: by which a rank knows that it has the right secret.
+    address: of the control port. salt: mixed with a secret of dist.secret_file, so that no start of the ranks has the
+    keys of another. fingerprint: shows a rank that it has the right secret.
     """
 
     address: str
@@ -59,7 +59,7 @@ class Keys:
 
     @classmethod
     def new(cls, given: bytes | None = None, salt: str = "") -> Keys:
-        """Of a random secret, or of the one that was given to all hosts."""
+        """From a random secret, or from the one that all hosts were given."""
         return cls(secrets.token_bytes(LEAST_BYTES) if given is None else _mix(given, f"start {salt}"))
 
     @property
@@ -71,7 +71,7 @@ class Keys:
 
     @property
     def fingerprint(self) -> str:
-        """Tells secrets apart without telling them."""
+        """Distinguishes secrets without revealing them."""
         return _mix(self._secret, "fingerprint").hex()[:16]
 
     def write(self, run_dir: Path) -> None:
@@ -134,7 +134,7 @@ def accept(invitation: Invitation, run_dir: Path, given: bytes | None, wait_s: f
 
 
 def _seen(run_dir: Path, fingerprint: str) -> Keys | None:
-    """The keys in the run's folder, unless they are not there yet, or those of an earlier start."""
+    """The keys in the run's folder; None if they are not there yet, or belong to an earlier start."""
     if not (run_dir / KEY_FILE).exists():
         return None
     keys = Keys.read(run_dir)

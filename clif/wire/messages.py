@@ -3,8 +3,8 @@
 Down = control to leader, Up = leader to control. Both are tagged unions: the tag is the class name.
 Messages of one sender arrive in the order in which they were sent.
 
-What a leader sends is decoded under the bounds that are written here and in clif/types.py as types: a number outside of
-them makes the whole message one that nobody understands. What depends on the run is checked in clif/control/claims.py.
+The types here and in clif/types.py bound what a leader may send: a message with a number outside of its bounds cannot
+be decoded. Bounds that depend on the run are checked in clif/control/claims.py.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Submit(Message, frozen=True):
-    """A request to answer. answer, version: what a replica that failed has answered of it, if it has."""
+    """A request to answer. output_ids: what a failed replica has answered so far. version: the adapter's, for these."""
 
     request: Request
     output_ids: tuple[int, ...] = ()
@@ -56,7 +56,7 @@ class Limits(Message, frozen=True):
 
 
 class BeginRound(Message, frozen=True):
-    """group: number of the process group in which the members average; a new one is made if they have none of it."""
+    """group: number of the process group in which the members average; they create it if the number is new."""
 
     plan: RoundPlan
     group: int
@@ -94,11 +94,11 @@ class Evaluate(Message, frozen=True):
 
 
 class Ping(Message, frozen=True):
-    """Nothing to do: that it can be sent says that the replica's process is there."""
+    """Nothing to do: that it can be sent shows that the replica's process is there."""
 
 
 class Rebuild(Message, frozen=True):
-    """The replica was counted as lost and its requests were given to others: it must begin anew."""
+    """The replica was declared lost and its requests were reassigned: it must rebuild."""
 
     reason: str
 
@@ -110,7 +110,7 @@ class Welcome(Message, frozen=True):
 
 
 class Stop(Message, frozen=True):
-    """Finish: close files and leave. Sent when no request is outstanding, or none can be answered any more.
+    """Close files and leave. Sent when no request is outstanding, or none can be answered any more.
 
     code: exit code of the ranks; 0 if the run is through.
     """
@@ -124,9 +124,9 @@ class Stop(Message, frozen=True):
 class Hello(Message, frozen=True):
     """First message of a leader, and again when its replica was rebuilt. Token and KV capacities are in tokens.
 
-    vocabulary: token ids are below it. adapter: the tensors of a promoted adapter, as describe() of
-    clif/adapters/peft_files.py tells them. heldout_rows: those that it measures quality on. incarnation: how often it
-    was rebuilt; version: what it answers new requests with.
+    vocabulary: token ids are below it. adapter: the tensors of a promoted adapter, as describe() in
+    clif/adapters/peft_files.py writes them. heldout_rows: rows on which it measures quality. incarnation: how often it
+    was rebuilt. version: of the adapter that answers new requests.
     """
 
     replica: Count
@@ -151,13 +151,13 @@ class Tokens(Message, frozen=True):
 
 
 class Report(Message, frozen=True):
-    """How the replica is doing, sent a few times a second; also its sign of life.
+    """State of the replica, sent a few times a second; also its sign of life.
 
     busy: share of the interval since the last report in which serving work ran (0 to 1).
     serve_timings / train_timings: (running requests, micro-batch in progress or 0, seconds) of steps and
     (micro-batch, running requests, seconds of training work) of micro-batches, to fit latency models.
     last_loss: of the last optimizer step, nats per answer token; None before the first.
-    slack: what training was last held against since the last report; None if it was not.
+    slack: what last limited training since the report before; None if nothing did.
     """
 
     replica: Count
@@ -182,7 +182,7 @@ class Voted(Message, frozen=True):
 
 
 class RoundFailed(Message, frozen=True):
-    """A member cannot go on with the round (say: the all-reduce failed); its own serving goes on."""
+    """A member cannot continue the round (say: the all-reduce failed); it still serves."""
 
     round_id: int
     replica: Count
@@ -213,9 +213,9 @@ class Evaluated(Message, frozen=True):
 
 
 class Trouble(Message, frozen=True):
-    """The replica met an error that it cannot serve through; it leaves, or is rebuilt and says Hello again.
+    """The replica met an error that stops serving; it leaves, or rebuilds and says Hello again.
 
-    gone: the error is that a peer is lost.
+    returning: it rebuilds. gone: the error is that a peer is lost.
     """
 
     replica: Count
@@ -225,7 +225,7 @@ class Trouble(Message, frozen=True):
 
 
 class Signalled(Message, frozen=True):
-    """The replica's process was told to end (say by torchrun); it waits for Stop for the length of a drain."""
+    """The replica's process got a signal to end (say from torchrun); it waits for Stop for the length of a drain."""
 
     replica: Count
     signal: str

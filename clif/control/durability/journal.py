@@ -1,12 +1,12 @@
 """The journal of a run: what must not be lost when the control process dies. Free of torch.
 
-An append-only file of JSON lines, RUN/journal.jsonl. Each line is handed to the operating system when it is made,
-before anything follows from it: the death of any process loses nothing. It is forced to disk once in SYNC_S, in a
-thread of its own, for all lines since the last time together: the death of the host loses at most that. Requests
-accepted in that time are then offered again by the load, and those that ended in it are answered again.
+An append-only file of JSON lines, RUN/journal.jsonl. Each line is handed to the operating system before anything
+follows from it: the death of a process loses nothing. Every SYNC_S a thread forces the lines since the last time to
+disk: the death of the host loses at most these. The load then offers the requests accepted in that time again, and the
+requests that ended in it are answered again.
 
-Each line ends in a checksum of itself: a changed digit would else be another request, answered twice, or a token id
-that the model does not have. Lines of an older CLIF have none; after the first that has one all must.
+Each line ends in a checksum of itself: otherwise a changed digit could be another request, answered twice, or a token
+id that the model does not have. After the first line with a checksum every line must have one.
 
 The folder is locked while a control process lives, so that two never write it (clif/storage/folder_lock.py).
 """
@@ -41,11 +41,11 @@ class JournalError(InputError):
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Base of all lines. Stamps named _unix are seconds of the wall clock, for only they outlive a restart."""
+    """Base of all lines. Stamps named _unix are seconds of the wall clock: only these outlive a restart."""
 
 
 class Began(Entry, frozen=True):
-    """A control process took over. load: what its load is made from; first_id: id of that load's first request."""
+    """A control process took over. load: fingerprint of its load. first_id: id of that load's first request."""
 
     load: str
     first_id: int
@@ -59,7 +59,7 @@ class Entered(Entry, frozen=True):
 
 
 class Accepted(Entry, frozen=True):
-    """A request of a user was accepted. arrival_unix: when it arrived; at_s: in seconds from the start of the load."""
+    """A user's request was accepted. arrival_unix: when it arrived. at_s: the same in seconds of the load."""
 
     request: Request
     arrival_unix: float
@@ -67,7 +67,7 @@ class Accepted(Entry, frozen=True):
 
 
 class Ended(Entry, frozen=True):
-    """Its terminal event. token_s, finished_s: seconds after its arrival."""
+    """A request's terminal event. token_s, finished_s: seconds after its arrival."""
 
     id: int
     finish: FinishReason
@@ -90,7 +90,7 @@ class RoundBegan(Entry, frozen=True):
 
 
 class VersionGiven(Entry, frozen=True):
-    """A round was decided, its members serve this version; its adapter may not be on disk yet."""
+    """A round was decided and its members serve this version; its adapter may not be on disk yet."""
 
     version: int
 
@@ -122,7 +122,7 @@ def seal(line: bytes) -> bytes:
 
 
 def unsealed(line: bytes, must: bool) -> tuple[Line, bool]:
-    """(what a line says, whether it has a checksum). must: it needs one. Raises _Damaged."""
+    """(the line, whether it has a checksum). must: it needs one. Raises _Damaged."""
     found = _SEAL.fullmatch(line, max(0, len(line) - _SEAL_BYTES))
     if found is None and must:
         raise _Damaged("its checksum is missing")
@@ -135,7 +135,7 @@ def unsealed(line: bytes, must: bool) -> tuple[Line, bool]:
 
 
 def parse(content: bytes) -> tuple[list[Line], int]:
-    """(lines, bytes that they take). What follows the last whole line is torn: its writer died in the middle of it.
+    """(lines, bytes that they take). What follows the last whole line is torn: its writer died while writing it.
 
     Raises JournalError for a damaged line that is not the last.
     """
@@ -213,12 +213,12 @@ class Journal:
         self._dirty, self._synced = False, clock()
 
     def write(self, line: Line) -> None:
-        """Append a line; it survives this process from now on. Raises OSError, and has then written nothing."""
+        """Append a line; it survives this process. Raises OSError, having written nothing."""
         data = seal(self._encoder.encode(line)) + b"\n"
         start = os.fstat(self._file).st_size
         try:
             while data:
-                # Of a line that only fits in part the rest follows, so that it stays one line.
+                # The rest of a line that fits only in part follows, so that it stays one line.
                 written = self._room.repeat(partial(os.write, self._file, data))
                 data = data[written:]
         except OSError:
@@ -227,7 +227,7 @@ class Journal:
         self._dirty = True
 
     def maybe_sync(self) -> None:
-        """Force what was written to disk, if SYNC_S have passed, without waiting. Raises what the last one raised."""
+        """Force what was written to disk if SYNC_S have passed, without waiting. Raises an error of the last time."""
         if self._sync is not None and self._sync.done():
             done, self._sync = self._sync, None
             self._after_sync(done)

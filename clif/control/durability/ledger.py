@@ -1,4 +1,4 @@
-"""What the control process writes to the journal and takes from it: between the journal's lines and records."""
+"""Between the journal's lines and the control process's records: writes the ones, restores the others."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ class Ledger:
         self._journal.write(line)
 
     def accepted(self, due: DueRequest) -> None:
-        """Before the request goes anywhere."""
+        """Called before the request goes anywhere."""
         unix = self._journal.unix(due.arrival_s)
         self.write(Accepted(request=due.request, arrival_unix=unix, at_s=due.at_s))
 
     def ended(self, record: RequestRecord) -> None:
-        """Before its row is written: an end that has a row is in the journal as well."""
+        """Called before the row is written: an end that has a row is in the journal as well."""
         if record.request.purpose is Purpose.USER and record.finish is not None and record.finished_s is not None:
             self.write(
                 Ended(
@@ -81,7 +81,7 @@ class Ledger:
         self.write(Entered(phase=phase.value))
 
     def storing(self, current: Round, version: AdapterVersion) -> None:
-        """A round is committed by what follows now: its adapter becomes the current one."""
+        """Called before the round's adapter becomes the current one, which commits the round."""
         row: dict[str, Any] = {**row_of(current), "state": RoundState.COMMITTED.value}
         row["ended_s"] = row["aggregated_s"]
         row |= {name: row[name] and self._journal.unix(row[name]) for name in ROUND_STAMPS}
@@ -91,18 +91,18 @@ class Ledger:
         self.write(line)
 
     def step(self, now: float, load_s: float, run_s: float) -> None:
-        """Once per step of the loop: note how far the run is, and see that what was written gets to disk."""
+        """Once per step of the loop: note how far the run is, and force to disk what was written."""
         if now - self._progressed >= PROGRESS_S:
             self._progressed = now
             self.write(Elapsed(load_s=round(load_s, 3), run_s=round(run_s, 3)))
         self._journal.maybe_sync()
 
     def open(self) -> list[tuple[Accepted, float]]:
-        """Accepted requests without an end, and when they arrived: before this process began."""
+        """Accepted requests without an end, and the stamps of their arrival, which precede this process."""
         return [(a, self._journal.stamp(a.arrival_unix)) for a in self.recovery.open]
 
     def restore(self, records: Records) -> None:
-        """Write the rows that a killed process could not: of requests that ended, and of rounds that were committed."""
+        """Write the rows that a killed process could not write: ended requests, committed rounds and adapters."""
         for accepted, ended in self.recovery.unrecorded:
             records.request(_record(accepted, ended, self._journal.stamp(accepted.arrival_unix)), None)
         for stored in self.recovery.unrecorded_rounds:

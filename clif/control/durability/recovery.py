@@ -1,4 +1,4 @@
-"""What a control process goes on with, decided from the journal of those before it. Pure functions, free of torch."""
+"""What a control process continues with, decided from the journal of earlier ones. Pure functions, free of torch."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from clif.data.load import ScheduledRequest
 
 @dataclass
 class Past:
-    """The journal added up. accepted, ended: by request id; a second line for the same id does not count.
+    """The sum of the journal. accepted, ended: by request id; a second line for the same id does not count.
 
     done, opened: whether the last run in this folder went through, and whether its load had begun. rounds: those that
-    it committed, if their adapters became current. load_s, run_s: how long its load came and how long it took, seconds.
+    it committed, if their adapters became current. load_s, run_s: how long its load and the run itself took, seconds.
     """
 
     starts: int = 0
@@ -128,7 +128,7 @@ class Recovery:
 
 
 def fingerprint(load: Sequence[ScheduledRequest]) -> str:
-    """Tells whether two loads are the same requests at the same times."""
+    """Equal for two loads of the same requests at the same times."""
     digest = hashlib.sha256()
     for scheduled in load:
         digest.update(msgspec.msgpack.encode(scheduled))
@@ -189,7 +189,7 @@ def _shift(scheduled: ScheduledRequest, first_id: int) -> ScheduledRequest:
 def hands_over(restarts_left: int, gathering: bool, draining: bool, lost: bool) -> bool:
     """Whether a run that ends early leaves its open requests to the next start instead of ending them.
 
-    Only when torchrun has restarts left. A signal (draining) means that somebody wants the run to end, unless a rank is
-    lost: then it is torchrun, which clears up before it restarts. While replicas gather nobody can tell.
+    Only when torchrun has restarts left. A signal (draining) means that a person wants the run to end, unless a rank is
+    lost: then torchrun clears up before it restarts. While replicas gather the two cannot be told apart.
     """
     return restarts_left > 0 and (lost or gathering or not draining)

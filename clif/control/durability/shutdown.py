@@ -14,10 +14,10 @@ DRAINED = 128 + signal.SIGTERM
 
 
 class ShutdownPolicy:
-    """Watches for reasons and knows what they mean for open requests.
+    """Watches for reasons to end and knows what they mean for open requests.
 
-    stop_reason: says why the run must end now (a dead parent); signalled: why it is to drain; empty as long as it need
-    not. restarts_left: how often the launcher will start all ranks anew. drain: why the run drains, if it does.
+    stop_reason: why the run must end now (a dead parent). signalled: why it is to drain. Both are empty otherwise.
+    restarts_left: how often the launcher will still restart all ranks. drain: why the run drains; empty: it does not.
     """
 
     def __init__(
@@ -29,30 +29,30 @@ class ShutdownPolicy:
         self.drain = ""
         self.restarts_left = restarts_left
         self._stop_reason, self._signalled = stop_reason, signalled
-        self._said = ""
+        self._drain_reason = ""
         self._lost = False
 
     def check(self, phase: Phase) -> None:
         """Once per step. Raises ControlError when the run must end without a drain."""
-        # While all leave, rank 0 may be the first, and signals change nothing: nothing is lost by that any more.
+        # While the ranks leave, rank 0 may be the first, and nothing is left to lose.
         if phase is Phase.STOPPING:
             return
         reason = self._stop_reason()
         if reason:
             raise ControlError(reason)
-        self.drain = self.drain or self._signalled() or self._said
+        self.drain = self.drain or self._signalled() or self._drain_reason
         if self.drain and phase is Phase.GATHER and self.restarts_left:
             raise ControlError(f"{self.drain} while replicas loaded")
 
     def on_signalled(self, now: float, message: Signalled) -> None:
-        """A rank was told to end. One is enough: launchers tell all, and rank 0 may be slower."""
-        self._said = self._said or f"replica {message.replica} got {message.signal}"
+        """A rank got a signal. One is enough: launchers signal every rank, and rank 0's may come later."""
+        self._drain_reason = self._drain_reason or f"replica {message.replica} got {message.signal}"
 
     def request_restart(self, phase: Phase, replica: int, reason: str, gone: bool) -> None:
-        """Raises ControlError when the loss of a replica is to be healed by a restart of all ranks.
+        """Raises ControlError if a restart of all ranks is to replace the failed replica.
 
-        gone: a process of it is no more. In a drain only that tells of a restart to come: a replica that hangs or fails
-        then is one more reason to end.
+        gone: one of its processes has ended. While draining, only a dead process means that a restart follows; a
+        replica that hangs or fails is one more reason to end.
         """
         if self.restarts_left and phase is not Phase.STOPPING and (gone or phase is not Phase.DRAIN):
             self._lost = True

@@ -11,9 +11,9 @@ from clif.latency import Fit
 from clif.states import ReplicaState
 
 MIN_CONFIDENCE = 0.5
-"""Below this the latency models only guess, and the configured sizes stay."""
+"""Below this the latency models know too little, and the configured sizes stay."""
 WORTH_CHANGING = 1.1
-"""The best micro-batch replaces the present one only if it is better by this factor: models waver a little."""
+"""The best micro-batch replaces the present one only if it is better by this factor: fits fluctuate."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ def choose_batches(
     Objective: (x1 g / T_train(x1, x2)) * (phi + M0) / (phi + M), M = x1 g members, g = accumulation; subject to
     T_infer(x2, x1) <= budget. T_train grows with x2, so the literal maximum over both is always x2 = 1, which
     starves serving. Hence x1 is chosen at the x2 that requests ask for now, and then x2 is raised as far as the
-    budget allows. Infeasible pairs are left out, never clamped. As long as phi (noise_scale) is unknown, nobody can
-    tell what a larger batch is worth, and train.micro_batch is the upper bound instead of max_micro_batch.
+    budget allows. Infeasible pairs are left out, never clamped. While phi (noise_scale) is unknown, so is
+    the worth of a larger batch, and train.micro_batch is the upper bound instead of max_micro_batch.
     """
     if replica.state is not ReplicaState.COMBINED:
         return None, "not combined"
@@ -58,9 +58,11 @@ def choose_batches(
 
 
 def objective(x1: int, x2: int, train: Fit, members: int, noise_scale: float | None, config: Config) -> float:
-    """Training samples per second, discounted by what a larger batch is worth (McCandlish et al., 2018).
+    """Training samples per second, discounted by what a larger batch is worth.
 
-    noise_scale (phi) is in samples; as long as it is unknown, batches of any size are worth the same.
+    noise_scale (phi) is in samples; while it is unknown, every batch size is worth the same per sample.
+    Sources: McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", for the discount; Qiao et al. 2021
+    (Pollux), for goodput as throughput times statistical efficiency.
     """
     accumulation = config.train.accumulation
     # T_train is the time of one micro-batch, so an optimizer step takes g of them.

@@ -1,4 +1,4 @@
-"""The phases of a run, as data, and the pure decision when one is through."""
+"""The phases of a run as data, and the pure decision when the next one begins."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ GATHER_S = 900.0
 STOPPING_S = 15.0
 """Longest wait for the replicas' Goodbye, seconds."""
 DRAINED_S = 2.0
-"""The same after a drain, of which run.drain_s has taken most of the launcher's patience."""
+"""The same after a drain: run.drain_s has used up most of the time that the launcher grants."""
 
 
 class Phase(enum.StrEnum):
     """GATHER: replicas load. BASELINE / CLOSING: quality before / after. OPEN: load. LINGER: what is under way ends.
 
-    DRAIN: after a signal, from any phase before STOPPING: no new load, what runs may end within run.drain_s.
+    DRAIN: after a signal, from any phase before STOPPING: no new load; running requests may end within run.drain_s.
     """
 
     GATHER = "gather"
@@ -43,7 +43,7 @@ ORDER: dict[Phase, Phase] = {
 
 
 class ControlError(RuntimeError):
-    """The run cannot go on; the message says why."""
+    """The run cannot continue; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def next_phase(now: float, facts: Facts, config: Config) -> tuple[Phase | None, 
             return None, f"waiting for goodbyes of replicas {list(facts.awaiting_goodbye)}"
         return Phase.DONE, "all replicas left" if not facts.awaiting_goodbye else f"no goodbye in {limit:g} s"
     if facts.drain_reason and phase is not Phase.DRAIN:
-        # Before all are there nothing runs.
+        # Nothing runs before every replica has joined.
         return (Phase.STOPPING if phase is Phase.GATHER else Phase.DRAIN), facts.drain_reason
     if phase is Phase.GATHER:
         if facts.missing and waited > GATHER_S:
@@ -108,10 +108,10 @@ def next_phase(now: float, facts: Facts, config: Config) -> tuple[Phase | None, 
 
 
 def rounds_may_start(now: float, facts: Facts, config: Config) -> bool:
-    """While load comes; after it only as long as more rounds are wanted and run.linger_s lasts.
+    """Rounds may start while load comes, and after it only if more rounds are wanted and run.linger_s lasts.
 
-    Not with the first requests: before it is known what serving takes, nobody can tell what it leaves. Where so few
-    come that this stays unknown, there is enough left.
+    They do not start with the first requests: what serving takes must be known before its slack is. Where requests are
+    too rare to learn it, there is enough slack.
     """
     if facts.phase is Phase.OPEN:
         known = facts.priced or now - facts.entered_s >= config.control.window_s

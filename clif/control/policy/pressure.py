@@ -1,4 +1,4 @@
-"""Service pressure: how hard serving is pressed, from outcomes, waiting and backlog."""
+"""Service pressure: how loaded serving is, from outcomes, waiting and backlog."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ServiceWindow:
 
 
 def service_pressure(now: float, window: ServiceWindow, config: Config) -> tuple[Pressure, str]:
-    """The worst that any of the three signs says; the reason names it.
+    """The highest pressure that any of the three signs indicates; the reason names the sign.
 
     Waiting: a first token later than the TTFT budget is high, later than half of it medium. Backlog: more than
     the replicas can run at once is high, any queue medium. Attainment: by control.high_below / medium_below.

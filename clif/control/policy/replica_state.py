@@ -1,4 +1,4 @@
-"""State policy of a replica: SERVING <-> IDLE with hysteresis, and when it counts as lost."""
+"""State policy of a replica: SERVING <-> IDLE with hysteresis, and when it counts as failed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def next_state(
 
     all_silent_limit_s: how long a silence of all replicas is tolerated.
 
-    COMBINED is left by the end of its round only; FAILED by nothing in this function. In the baselines
-    (run.mode) load changes nothing: who may train is IDLE outside of rounds, who may not is SERVING.
+    COMBINED ends with its round, and FAILED with a rebuild, neither of them here. In the baselines (run.mode) load
+    changes nothing: a replica that may train is IDLE outside of rounds, any other is SERVING.
     """
     control = config.control
     if replica.state is ReplicaState.FAILED:
@@ -47,7 +47,7 @@ def next_state(
 
 
 def state_after_round(replica: ReplicaView, config: Config) -> ReplicaState:
-    """Where a member goes when its round is over."""
+    """The state of a member after its round."""
     has_slack = not config.run.adaptive or replica.utilisation <= config.control.serving_above
     return ReplicaState.IDLE if has_slack else ReplicaState.SERVING
 

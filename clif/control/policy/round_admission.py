@@ -1,4 +1,7 @@
-"""The fine-tuning launcher: decides who enters a federated round, and when."""
+"""The fine-tuning launcher: decides which replicas enter a federated round, and when.
+
+Sources: Bonawitz et al. 2019, "Towards Federated Learning at Scale", for rounds over idle participants.
+"""
 
 from __future__ import annotations
 
@@ -59,11 +62,11 @@ class History:
 def plan_round(
     now: float, view: ClusterView, pressure: Pressure, history: History, config: Config
 ) -> tuple[RoundPlan | None, str]:
-    """Plan the next round, or say why there is none now. The caller sees to it that no round is under way.
+    """Plan the next round, or say why there is none now. The caller ensures that no round is under way.
 
     High pressure admits none, medium ceil(medium_share * idle), low all idle replicas; always at least
-    federation.min_members or no round. Those that trained least go first, so that every replica's data count.
-    The baselines of run.mode do not look at the pressure: they admit all.
+    federation.min_members or no round. Replicas that trained least go first, so that every replica's data
+    count. The baselines of run.mode ignore the pressure: they admit all.
     """
     over, reason = target_reached(history, config)
     if over:
