@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import answer, random_state, request, small_config, stack_logits
+from helpers import answer, layer_shards, random_state, request, small_config, stack_logits
 from huggingface_hub import constants
 
 from clif.adapters.bank import AdapterBank
@@ -19,7 +19,7 @@ from clif.distributed.collectives import PeersLost, TpGroup, WeightedMean
 from clif.distributed.topology import Topology
 from clif.engine.engine import Engine
 from clif.engine.jobs import Job
-from clif.models.shard import layer_shards, shard_of
+from clif.models.shard import shard_of
 from clif.models.weights.loading import load_model
 from clif.training.train_runner import TrainRunner
 from clif.training.trainer import ShadowTrainer

@@ -18,7 +18,8 @@ from clif.engine.runner import ModelRunner
 from clif.kernels.dual_lora_reference import Segment
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import LoraRows
-from clif.models.shard import layer_shards, shard_of, uneven_shard
+from clif.models.shard import Shard, ShardDim, shard_of, uneven_shard
+from clif.models.spec import spec_of
 from clif.models.stack import CausalStack
 from clif.models.weights.loading import LoadedModel, load_model
 from clif.training.train_runner import TrainRunner
@@ -140,6 +141,12 @@ def tp_group_of(rank: int, size: int) -> TpGroup:
     tp_group = TpGroup()
     tp_group.rank, tp_group.size = rank, size
     return tp_group
+
+
+def layer_shards(config: Any, rank: int, size: int) -> dict[str, tuple[ShardDim, Shard]]:
+    """Cut side and shard of every linear layer of a decoder layer, by the last part of its name."""
+    shards = spec_of(config).layer.shards(rank, size)
+    return {name.rpartition(".")[2]: shard for name, shard in shards.items()}
 
 
 def expected_part(name: str, whole: torch.Tensor, config: Any, rank: int, size: int) -> torch.Tensor:

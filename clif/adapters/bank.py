@@ -6,7 +6,6 @@ likewise), so that the optimizer, FedAvg, snapshots and finiteness checks are si
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import torch
@@ -17,6 +16,7 @@ from clif.distributed.collectives import TpGroup
 from clif.models.lora_factors import Factors, LoraFactors
 from clif.models.shard import ShardSpec
 from clif.models.stack import CausalStack
+from clif.models.targets import ALL, Targets, each, is_target
 
 State = dict[str, torch.Tensor]
 
@@ -210,19 +210,13 @@ def inject(stack: CausalStack, config: AdapterConfig) -> AdapterBank:
     return AdapterBank(layers, config, stack.tp_group)
 
 
-def _targets(stack: CausalStack, targets: str | tuple[str, ...]) -> set[str]:
-    """Names of the linear layers that targets mean, by peft's rules.
-
-    "all-linear" is all but the output head; a string is a regular expression; a list is suffixes.
-    """
+def _targets(stack: CausalStack, targets: Targets) -> set[str]:
+    """Names of the linear layers that targets mean. Raises ConfigError for a target that means none."""
     head = stack.model.get_output_embeddings()  # type: ignore[operator]
     linears = {name: module for name, module in stack.model.named_modules() if isinstance(module, nn.Linear)}
-    if targets == "all-linear":
+    if targets == ALL:
         return {name for name, module in linears.items() if module is not head}
-    if isinstance(targets, str):
-        found = {targets: {name for name in linears if re.fullmatch(targets, name)}}
-    else:
-        found = {t: {name for name in linears if name == t or name.endswith(f".{t}")} for t in targets}
+    found = {target: {name for name in linears if is_target(name, alone)} for target, alone in each(targets).items()}
     idle = [target for target, names in found.items() if not names]
     if idle or not found:
         leaves = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))

@@ -11,7 +11,8 @@ from typing import Literal
 
 from clif.config import AdapterConfig, Config
 from clif.errors import ConfigError, InputError
-from clif.models.shape import Group, Shape, is_target, shape_of
+from clif.models.spec import LinearGroup, ModelSpec, spec_of
+from clif.models.targets import is_target
 from clif.models.weights.files import locate, read_model
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -51,7 +52,7 @@ class Room:
     ranks: int
 
 
-def read_shape(path: str) -> Shape:
+def read_spec(path: str) -> ModelSpec:
     """The sizes of the model that model.path names: a folder, a GGUF file, or random:<folder or config.json>.
 
     Raises EstimateError where it is not here, or lacks a size.
@@ -63,7 +64,7 @@ def read_shape(path: str) -> Shape:
     if local is None:
         raise EstimateError(f"model.path {path} has no config.json here to read sizes from")
     try:
-        return shape_of(read_model(local))
+        return spec_of(read_model(local))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise EstimateError(f"{local} is not that of a Llama-style model ({error})") from error
 
@@ -75,24 +76,31 @@ def dtype_of(config: Config, device: Device) -> str:
     return "bfloat16" if device == "cuda" else "float32"
 
 
-def estimate(config: Config, shape: Shape, tp_size: int, device: Device) -> Memory:
+def estimate(config: Config, spec: ModelSpec, tp_size: int, device: Device) -> Memory:
     """Bytes of a rank of a replica of tp_size ranks.
 
     They share linear layers, KV heads and the head, which is a view of the embedding where it is tied to it.
     """
     dtype = dtype_of(config, device)
-    linears = shape.layers * sum(sum(_rows(g, tp_size)) * _width(g, tp_size) for g in shape.groups)
+    linears = spec.num_layers * sum(sum(_rows(g, tp_size)) * _width(g, tp_size) for g in spec.layer.linears)
     # The largest share.
-    head = -(-shape.vocab // tp_size) * shape.hidden
-    rest = shape.vocab * shape.hidden + (0 if shape.tied else head) + (2 * shape.layers + 1) * shape.hidden
+    head = -(-spec.vocab_size // tp_size) * spec.hidden_size
+    rest = (
+        spec.vocab_size * spec.hidden_size + (0 if spec.tied else head) + (2 * spec.num_layers + 1) * spec.hidden_size
+    )
     prepacked = config.engine.prepack_weights and device == "cpu" and dtype == "bfloat16"
-    slot, shadow = _adapters(config.adapter, shape, tp_size)
+    slot, shadow = _adapters(config.adapter, spec, tp_size)
     trains = config.train.enabled
-    kv_heads = -(-shape.kv_heads // tp_size)
+    kv_heads = -(-spec.layer.attention.kv_heads // tp_size)
     return Memory(
         weights=BYTES[dtype] * (linears + rest),
         prepacked_weights=BYTES[dtype] * (linears + head) if prepacked else 0,
-        kv_cache=BYTES[dtype] * shape.layers * 2 * kv_heads * shape.head_dim * config.engine.kv_tokens,
+        kv_cache=BYTES[dtype]
+        * spec.num_layers
+        * 2
+        * kv_heads
+        * spec.layer.attention.head_dim
+        * config.engine.kv_tokens,
         # One more than serve: what the shadow's own rows are multiplied with.
         adapter_slots=BYTES[dtype] * slot * (config.adapter.serving_slots + 1),
         shadow=MASTER * shadow,
@@ -104,21 +112,25 @@ def estimate(config: Config, shape: Shape, tp_size: int, device: Device) -> Memo
     )
 
 
-def _rows(group: Group, tp_size: int) -> tuple[int, ...]:
-    return tuple(-(-size // tp_size) for size in group.sizes) if group.by_rows else group.sizes
+def _rows(group: LinearGroup, tp_size: int) -> tuple[int, ...]:
+    """Outputs of each module on a rank."""
+    sizes = tuple(module.size for module in group.modules)
+    return tuple(-(-size // tp_size) for size in sizes) if group.shard_dim == "out" else sizes
 
 
-def _width(group: Group, tp_size: int) -> int:
-    return group.width if group.by_rows else -(-group.width // tp_size)
+def _width(group: LinearGroup, tp_size: int) -> int:
+    """Inputs on a rank."""
+    return group.inputs.size if group.shard_dim == "out" else -(-group.inputs.size // tp_size)
 
 
-def _adapters(config: AdapterConfig, shape: Shape, tp_size: int) -> tuple[int, int]:
-    """Numbers of one slot, in the merged form of DualLinear, and of the shadow."""
+def _adapters(config: AdapterConfig, spec: ModelSpec, tp_size: int) -> tuple[int, int]:
+    """Numbers of one slot, in the merged form of LoraFactors, and of the shadow."""
     slot = shadow = 0
-    for layer in range(shape.layers):
-        for group in shape.groups:
+    for layer in range(spec.num_layers):
+        for group in spec.layer.linears:
             rows, width = _rows(group, tp_size), _width(group, tp_size)
-            adapted = [i for i, name in enumerate(group.names) if is_target(f"model.layers.{layer}.{name}", config)]
+            names = [f"{spec.layers}.{layer}.{module.name}" for module in group.modules]
+            adapted = [i for i, name in enumerate(names) if is_target(name, config.target_modules)]
             rank = config.r * len(adapted)
             slot += rank * (width + sum(rows)) if adapted else 0
             shadow += rank * width + config.r * sum(rows[i] for i in adapted)

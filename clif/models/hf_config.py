@@ -19,7 +19,6 @@ LARGEST = {
     "num_attention_heads": 1 << 14, "num_key_value_heads": 1 << 14, "head_dim": 1 << 12,
 }  # fmt: skip
 """Sizes of a model, each with a number that none exceeds: 10^9 layers would be built for days."""
-NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 FILE_BYTES = 16 << 20
 """More than any config.json has."""
 OWN_CODE = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")

@@ -6,28 +6,18 @@ are merged into one product, that a product sees all rows at once, and that atte
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
 from clif.models.dual_linear import DualLinear, LoraRows
-from clif.models.shard import LinearShards, Shard, ShardDim, shard_linear
-
-LayerShards = Mapping[str, tuple[ShardDim, Shard]]
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
-NEEDED = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    *(f"self_attn.{name}" for name in ATTENTION),
-    *(f"mlp.{name}" for name in (*MLP, "act_fn")),
-)
-KNOWN = tuple(f"{name}." for name in (*NEEDED, "self_attn.q_norm", "self_attn.k_norm"))
+from clif.models.mlp import GatedMlp
+from clif.models.shard import LinearShards, shard_linear
+from clif.models.spec import Experts, LayerSpec, LinearGroup
 
 
 class AttentionPlan(Protocol):
@@ -64,42 +54,35 @@ class SubBatch:
 class DecoderLayer:
     """Layer `index` of a model; `module` is transformers' decoder layer, `name` its name in the model.
 
-    Raises ConfigError for a layer of another make.
+    Raises ConfigError for a layer of another architecture than the spec's.
     """
 
-    def __init__(
-        self, module: Any, name: str, index: int, head_dim: int, shards: LayerShards, tp_group: TpGroup
-    ) -> None:
-        """spans: this rank's parts of the linear layers. With peers the module is left no more than these."""
-        check_layer(module)
-        attention, mlp = module.self_attn, module.mlp
-        self.index, self.head_dim = index, head_dim
-        self.qkv = _merged(attention, f"{name}.self_attn", ATTENTION[:3], shards, tp_group)
-        self.out = _merged(attention, f"{name}.self_attn", ATTENTION[3:], shards, tp_group)
-        self.gate_up = _merged(mlp, f"{name}.mlp", MLP[:2], shards, tp_group)
-        self.down = _merged(mlp, f"{name}.mlp", MLP[2:], shards, tp_group)
-        self._norm, self._mlp_norm, self._act = module.input_layernorm, module.post_attention_layernorm, mlp.act_fn
-        probe = torch.linspace(-4, 4, 64)
-        self._is_silu = torch.equal(self._act(probe), nn.functional.silu(probe))
-        self._q_norm, self._k_norm = (getattr(attention, n, None) for n in ("q_norm", "k_norm"))
-        self._scale: float = getattr(attention, "scaling", head_dim**-0.5)
-
-    @property
-    def linears(self) -> tuple[DualLinear, ...]:
-        return self.qkv, self.out, self.gate_up, self.down
+    def __init__(self, module: Any, name: str, index: int, spec: LayerSpec, tp_group: TpGroup) -> None:
+        """With peers, the module is left no more than this rank's parts of its linear layers."""
+        check_layer(module, spec)
+        groups = {group.name: _merged(module, name, group, tp_group) for group in spec.linears}
+        self.linears: tuple[DualLinear, ...] = tuple(groups.values())
+        outputs = {group.name: group.local_outputs(tp_group.rank, tp_group.size) for group in spec.linears}
+        self.index, self.head_dim = index, spec.attention.head_dim
+        self.qkv, self.out, self._qkv_sizes = groups["qkv"], groups["out"], outputs["qkv"]
+        self.mlp = GatedMlp(
+            groups["gate_up"], groups["down"], outputs["gate_up"], _part_of(module, spec.mlp.activation)
+        )
+        self._norm, self._mlp_norm = (_part_of(module, norm) for norm in spec.norms)
+        self._q_norm, self._k_norm = (_part_of(module, norm) for norm in spec.attention.norms)
+        self._scale: float = getattr(module.self_attn, "scaling", self.head_dim**-0.5)
 
     def __call__(self, hidden: Sequence[torch.Tensor], sub_batches: Sequence[SubBatch]) -> list[torch.Tensor]:
-        """hidden: [rows, hidden size] for each part; a part that learns comes last."""
+        """hidden: [rows, hidden size] for each sub-batch; one that learns comes last."""
         rows = [sub_batch.rows for sub_batch in sub_batches]
         qkv = self.qkv([self._norm(h) for h in hidden], rows)
         attended = self.out([self._attend(x, sub_batch) for x, sub_batch in zip(qkv, sub_batches, strict=True)], rows)
         hidden = [h + x for h, x in zip(hidden, attended, strict=True)]
-        wide = self.gate_up([self._mlp_norm(h) for h in hidden], rows)
-        narrow = self.down([self._gate(x) for x in wide], rows)
+        narrow = self.mlp([self._mlp_norm(h) for h in hidden], rows)
         return [h + x for h, x in zip(hidden, narrow, strict=True)]
 
     def _attend(self, qkv: torch.Tensor, sub_batch: SubBatch) -> torch.Tensor:
-        q_size, k_size, v_size = self.qkv.sizes
+        q_size, k_size, v_size = self._qkv_sizes
         turned, value = qkv.split([q_size + k_size, v_size], -1)
         turned = turned.unflatten(-1, (-1, self.head_dim))
         heads = [q_size // self.head_dim, k_size // self.head_dim]
@@ -109,54 +92,32 @@ class DecoderLayer:
         query, key = sub_batch.rope.turn(turned).split(heads, 1)
         return sub_batch.plan.attend(self.index, query, key, value.unflatten(-1, (-1, self.head_dim)), self._scale)
 
-    def _gate(self, wide: torch.Tensor) -> torch.Tensor:
-        if self._is_silu and wide.requires_grad:
-            gated: torch.Tensor = _SwiGLU.apply(wide)
-            return gated
-        gate, up = wide.split(self.gate_up.sizes, -1)
-        return self._act(gate) * up
 
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of [rows, gate and up]: keeps its input alone, and its gradient is written in one piece."""
-
-    @staticmethod
-    def forward(ctx: Any, wide: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(wide)
-        gate, up = wide.chunk(2, -1)
-        return nn.functional.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        (wide,) = ctx.saved_tensors
-        gate, up = wide.chunk(2, -1)
-        grad = torch.empty_like(wide)
-        grad_gate, grad_up = grad.chunk(2, -1)
-        torch.mul(nn.functional.silu(gate), gradients[0], out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(gradients[0] * up, gate))
-        return grad
-
-
-def check_layer(module: Any) -> None:
-    """Raises ConfigError for a decoder layer that is not built like Llama's: parts are missing, or there are more."""
-    name, missing = type(module).__name__, [name for name in NEEDED if not _has(module, name)]
+def check_layer(module: Any, spec: LayerSpec) -> None:
+    """Raises ConfigError for a decoder layer of another architecture: parts are missing, or there are more."""
+    name, missing = type(module).__name__, [part for part in spec.needed if _part_of(module, part) is None]
     if missing:
         raise ConfigError(f"{name} is not a Llama-style layer ({', '.join(missing)} not found): choose another model")
-    more = [n for n, _ in module.named_parameters() if not n.startswith(KNOWN)]
+    known = tuple(f"{part}." for part in spec.known)
+    more = [n for n, _ in module.named_parameters() if not n.startswith(known)]
     if more:
         raise ConfigError(f"{name} has more than a Llama-style layer ({', '.join(more[:3])}): choose another model")
+    if isinstance(spec.mlp, Experts):
+        raise ConfigError(f"{name} is not a Llama-style layer (it has experts): choose another model")
 
 
-def _has(module: Any, path: str) -> bool:
+def _part_of(module: Any, path: str) -> Any:
+    """What lies at a dotted path within a module; None where there is nothing."""
     for leaf in path.split("."):
         module = getattr(module, leaf, None)
-    return module is not None
+    return module
 
 
-def _merged(parent: Any, name: str, leaves: Sequence[str], shards: LayerShards, tp_group: TpGroup) -> DualLinear:
-    linears = [getattr(parent, leaf) for leaf in leaves]
-    shard_dim = shards[leaves[0]][0]
-    for leaf, linear in zip(leaves, linears, strict=True):
-        shard_linear(linear, *shards[leaf], first=tp_group.rank == 0)
-    parts = LinearShards(shard_dim, tuple(shards[leaf][1] for leaf in leaves), tp_group)
-    return DualLinear([f"{name}.{leaf}" for leaf in leaves], linears, parts)
+def _merged(module: Any, name: str, group: LinearGroup, tp_group: TpGroup) -> DualLinear:
+    shards = group.shards(tp_group.rank, tp_group.size)
+    linears = [_part_of(module, one.name) for one in group.modules]
+    for linear, shard in zip(linears, shards, strict=True):
+        shard_linear(linear, group.shard_dim, shard, first=tp_group.rank == 0)
+    return DualLinear(
+        [f"{name}.{one.name}" for one in group.modules], linears, LinearShards(group.shard_dim, shards, tp_group)
+    )

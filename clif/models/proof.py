@@ -19,6 +19,7 @@ from clif.distributed.collectives import TpGroup
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import LoraRows
 from clif.models.guard import reading
+from clif.models.spec import SIZES, narrow_fields, spec_of
 from clif.models.stack import CausalStack
 from clif.models.weights.sharded_build import Slice, build
 
@@ -30,9 +31,6 @@ ROUNDED = 16
 """Relative difference of a stage of real weights, in units of the dtype's rounding: measured 1 to 2 in bfloat16 at
 depths 4 and 32, where whole forwards are 2 to 20 apart. More is allowed because attention that looks at few tokens
 multiplies the rounding of its scores; wrong makes are found in float32 before."""
-SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -146,10 +144,7 @@ def check_architecture(config: Any, max_context: int) -> None:
 
 def _narrowed(config: Any) -> Any:
     narrow = copy.deepcopy(config)
-    # Rotary embeddings may depend on the size of a head.
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    narrow.update({"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 2 * head_dim})
-    narrow.update({"intermediate_size": 64, "vocab_size": 64})
+    narrow.update(narrow_fields(spec_of(config)))
     narrow.update({"bos_token_id": None, "eos_token_id": None, "pad_token_id": None})
     return narrow
 

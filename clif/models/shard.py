@@ -1,19 +1,21 @@
-"""How the linear layers of a model are cut over the ranks of a replica, as Megatron-LM does: arithmetic and slices.
+"""How the linear layers of a model are cut over the ranks of a replica: arithmetic and slices.
 
 Layers that read the hidden state are cut by outputs: query, key and value by heads, gate and up by columns. Layers that
 write to it are cut by inputs, and their partial results are summed: one all-reduce per attention and one per MLP.
 Where there are fewer KV heads than ranks, several ranks hold the same one. The output head is cut by rows, not evenly.
+
+Sources: Megatron-LM (Shoeybi et al. 2019).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from clif.distributed.collectives import TpGroup
 
 ShardDim = Literal["out", "in"]
@@ -97,29 +99,15 @@ def uneven_shard(total: int, rank: int, size: int) -> Shard:
     return Shard(total * rank // size, total * (rank + 1) // size, total)
 
 
-def kv_shard(kv_heads: int, head_dim: int, rank: int, size: int) -> Shard:
-    """An equal share of KV heads, or the one head that this rank's query heads read, which others hold as well."""
-    if kv_heads >= size:
-        return even_shard(kv_heads * head_dim, rank, size)
-    head = rank * kv_heads // size
-    return Shard(head * head_dim, (head + 1) * head_dim, kv_heads * head_dim)
+def unit_shard(units: int, unit: int, rank: int, size: int) -> Shard:
+    """An equal share of units (heads, columns) of `unit` numbers each; where they are too few, the one to share.
 
-
-def layer_shards(config: Any, rank: int, size: int) -> dict[str, tuple[ShardDim, Shard]]:
-    """Side and span of every linear layer of a decoder layer, by its last name. config: of the transformers model."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    query, key = even_shard(heads * head_dim, rank, size), kv_shard(kv_heads, head_dim, rank, size)
-    inner = even_shard(config.intermediate_size, rank, size)
-    return {
-        "q_proj": ("out", query),
-        "k_proj": ("out", key),
-        "v_proj": ("out", key),
-        "o_proj": ("in", query),
-        "gate_proj": ("out", inner),
-        "up_proj": ("out", inner),
-        "down_proj": ("in", inner),
-    }
+    Of fewer KV heads than ranks, a rank holds the one that its query heads read, and others hold it as well.
+    """
+    if units >= size:
+        return even_shard(units * unit, rank, size)
+    first = rank * units // size
+    return Shard(first * unit, (first + 1) * unit, units * unit)
 
 
 def shard_of(whole: torch.Tensor, shard_dim: ShardDim, shard: Shard) -> torch.Tensor:

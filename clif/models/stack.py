@@ -10,13 +10,10 @@ import transformers
 
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
-from clif.distributed.layout import check_divisible
 from clif.models.dual_linear import DualLinear, LoraRows
 from clif.models.head import Head
 from clif.models.layer import AttentionPlan, DecoderLayer, Rope, SubBatch
-from clif.models.shard import layer_shards
-
-PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
+from clif.models.spec import ModelSpec, spec_of
 
 
 class CausalStack:
@@ -29,18 +26,16 @@ class CausalStack:
 
     def __init__(self, model: transformers.PreTrainedModel, tp_group: TpGroup | None = None) -> None:
         self.tp_group = tp_group = tp_group or TpGroup()
-        inner = check_model(model)
+        self.spec = spec = spec_of(model.config)
+        inner = check_model(model, spec)
         self.model, self._inner = model, inner
-        config = model.config
         self.num_layers = len(inner.layers)
-        check_divisible(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, tp_group.size)
-        self.num_heads: int = config.num_attention_heads // tp_group.size
-        self.num_kv_heads: int = max(1, config.num_key_value_heads // tp_group.size)
-        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.vocab_size: int = config.vocab_size
-        shards = layer_shards(config, tp_group.rank, tp_group.size)
+        spec.check_divisible(tp_group.size)
+        self.num_heads = spec.layer.attention.heads // tp_group.size
+        self.num_kv_heads = max(1, spec.layer.attention.kv_heads // tp_group.size)
+        self.head_dim, self.vocab_size = spec.layer.attention.head_dim, spec.vocab_size
         self._layers = [
-            DecoderLayer(m, f"model.layers.{i}", i, self.head_dim, shards, tp_group) for i, m in enumerate(inner.layers)
+            DecoderLayer(m, f"{spec.layers}.{i}", i, spec.layer, tp_group) for i, m in enumerate(inner.layers)
         ]
         head: Any = model.get_output_embeddings()
         self.head = Head(head, self.vocab_size, head.weight is inner.embed_tokens.weight, tp_group)
@@ -93,15 +88,15 @@ class CausalStack:
             linear.prepack()
 
 
-def check_model(model: transformers.PreTrainedModel) -> Any:
-    """The part of a model that has embedding, layers and norm. Raises ConfigError for a model of another make."""
+def check_model(model: transformers.PreTrainedModel, spec: ModelSpec) -> Any:
+    """The part of a model that has embedding, layers and norm. Raises ConfigError for another architecture."""
     inner: Any = getattr(model, "model", None)
-    name = type(model).__name__
-    missing = [part for part in PARTS if not hasattr(inner, part)]
+    name, parts = type(model).__name__, (spec.embedding, spec.layers, spec.norm, spec.rotary)
+    missing = [leaf for leaf in (part.rpartition(".")[2] for part in parts) if not hasattr(inner, leaf)]
     if missing:
         raise ConfigError(f"{name} is not a Llama-style model ({', '.join(missing)} not found): choose another")
-    known = tuple(f"model.{part}." for part in PARTS)
-    more = [n for n, _ in model.named_parameters() if not n.startswith((*known, "lm_head."))]
+    known = tuple(f"{part}." for part in (*parts, spec.head))
+    more = [n for n, _ in model.named_parameters() if not n.startswith(known)]
     if more:
         raise ConfigError(f"{name} has more than a Llama-style model ({', '.join(more[:3])}): choose another")
     return inner

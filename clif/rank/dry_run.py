@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from clif.config import Config
-from clif.distributed.layout import Layout, check_divisible
+from clif.distributed.layout import Layout
 from clif.distributed.roles import role_of
-from clif.models.estimate import Device, EstimateError, Room, dtype_of, estimate, read_shape
+from clif.models.estimate import Device, EstimateError, Room, dtype_of, estimate, read_spec
 
 
 def plan_lines(config: Config, layout: Layout, device: Device, room: Room | None = None) -> Iterator[str]:
@@ -42,19 +42,19 @@ def memory_lines(config: Config, layout: Layout, device: Device, room: Room | No
     Raises LayoutError for a model that a replica's ranks cannot share.
     """
     try:
-        shape = read_shape(config.model.path)
+        spec = read_spec(config.model.path)
     except EstimateError as error:
         yield f"no estimate of memory: {error}"
         return
     for tp_size in sorted({len(ranks) for ranks in layout.replicas}):
-        check_divisible(shape.heads, shape.kv_heads, shape.inner, tp_size)
-        memory = estimate(config, shape, tp_size, device)
+        spec.check_divisible(tp_size)
+        memory = estimate(config, spec, tp_size, device)
         share = f", 1 of {tp_size} of its replica" if tp_size > 1 else ""
         where = "a GPU" if device == "cuda" else "the CPU"
         yield f"memory of a rank{share}, {dtype_of(config, device)} on {where}: about {_mib(memory.total)}"
         for name, size in asdict(memory).items():
             if size:
-                yield f"  {name.replace('_', ' '):<15}{_mib(size):>12}"
+                yield f"  {name.replace('_', ' '):<18}{_mib(size):>12}"
         yield _fits(memory.total, device, room)
 
 

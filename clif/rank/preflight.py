@@ -11,17 +11,15 @@ import psutil
 from huggingface_hub import try_to_load_from_cache
 
 from clif.config import Config
-from clif.distributed.layout import Layout, check_divisible
+from clif.distributed.layout import Layout
 from clif.errors import ConfigError
 from clif.metrics.provenance import gpu_bytes, gpu_names
 from clif.models.estimate import Device, Room, estimate
 from clif.models.hf_config import Tree, check_tree
-from clif.models.shape import Shape, check_targets, shape_of
+from clif.models.spec import FAMILIES, ModelSpec, spec_of
+from clif.models.targets import check_targets
 from clif.models.weights.files import check_gguf, check_weights, is_gguf, locate, read_model
 from clif.models.weights.gguf_header import read_header
-
-PROVED = ("llama", "mistral", "qwen2", "qwen3")
-"""Makes of which CLIF's own tests prove that they are computed rightly, whatever fields check_tree lets through."""
 
 
 def check_model(config: Config, layout: Layout) -> Tree | None:
@@ -41,15 +39,15 @@ def check_model(config: Config, layout: Layout) -> Tree | None:
         header.check_tree(path, config.model.max_context)
     else:
         check_tree(tree, path, config.model.max_context)
-    shape = _shape(tree)
-    if shape is not None:
-        check_targets(config.adapter, shape)
+    spec = _spec(tree)
+    if spec is not None:
+        check_targets(config.adapter, spec)
         for size in {len(ranks) for ranks in layout.replicas}:
-            check_divisible(shape.heads, shape.kv_heads, shape.inner, size)
-    if header is not None and shape is not None:
-        check_gguf(header, shape, path)
+            spec.check_divisible(size)
+    if header is not None and spec is not None:
+        check_gguf(header, spec, path)
     elif here and local.is_dir():
-        check_weights(local, shape, tree.get("tie_word_embeddings"))
+        check_weights(local, spec, tree.get("tie_word_embeddings"))
     return tree
 
 
@@ -59,14 +57,14 @@ def check_room(config: Config, layout: Layout, ranks: int) -> None:
     ranks: how many of them run on this host.
     """
     local = locate(config.model.path)
-    shape = None if local is None or device_of(config) != "cpu" else _shape(read_model(local))
-    if shape is None:
+    spec = None if local is None or device_of(config) != "cpu" else _spec(read_model(local))
+    if spec is None:
         return
     # auto may choose the narrower type.
     dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
     narrow = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
     size = max(len(group) for group in layout.replicas)
-    need = ranks * estimate(narrow, shape, size, "cpu").weights
+    need = ranks * estimate(narrow, spec, size, "cpu").weights
     have = psutil.virtual_memory().total + psutil.swap_memory().total
     if need > have:
         raise ConfigError(
@@ -100,7 +98,7 @@ def prove(config: Config) -> str:
     if local is None:
         return f"model {config.model.path} is not here yet: it is checked when a start has downloaded its config.json"
     make = read_model(local)["model_type"]
-    if make not in PROVED:
+    if make not in FAMILIES:
         try:
             from clif.models.weights.loading import check_start
         except ImportError as error:
@@ -124,9 +122,9 @@ def _cached(name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _shape(tree: Tree) -> Shape | None:
-    """None for a model of another make, and where sizes are left to transformers' defaults."""
+def _spec(tree: Tree) -> ModelSpec | None:
+    """None for a model of another architecture, and where sizes are left to transformers' defaults."""
     try:
-        return shape_of(tree)
+        return spec_of(tree)
     except (KeyError, TypeError, ValueError):
         return None

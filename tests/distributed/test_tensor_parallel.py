@@ -16,7 +16,7 @@ from ranks import run_ranks
 from safetensors.torch import load, save_file
 
 from clif.config import ModelConfig
-from clif.models.shard import Shard, even_shard, kv_shard
+from clif.models.shard import Shard, even_shard, unit_shard
 from clif.models.weights.loading import load_model
 
 SHAPE = {**TINY, "num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}
@@ -181,5 +181,5 @@ def test_a_federated_round_gives_one_adapter_however_many_ranks_share_it(model, 
 
 def test_spans_cover_everything_once_and_share_kv_heads_when_there_are_too_few():
     assert [even_shard(6, r, 3) for r in range(3)] == [Shard(0, 2, 6), Shard(2, 4, 6), Shard(4, 6, 6)]
-    assert [kv_shard(2, 8, r, 4) for r in range(4)] == [Shard(0, 8, 16)] * 2 + [Shard(8, 16, 16)] * 2
-    assert kv_shard(4, 8, 1, 2) == Shard(16, 32, 32)
+    assert [unit_shard(2, 8, r, 4) for r in range(4)] == [Shard(0, 8, 16)] * 2 + [Shard(8, 16, 16)] * 2
+    assert unit_shard(4, 8, 1, 2) == Shard(16, 32, 32)

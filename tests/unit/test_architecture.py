@@ -57,7 +57,7 @@ TORCH_FREE = [
     "clif.config", "clif.storage", "clif.data", "clif.metrics", "clif.wire", "clif.control", "clif.simulate",
     "clif.distributed.layout", "clif.distributed.roles", "clif.distributed.launch_env", "clif.distributed.slurm",
     "clif.distributed.mpi", "clif.distributed.addresses",
-    "clif.models.estimate", "clif.models.shape", "clif.models.hf_config",
+    "clif.models.estimate", "clif.models.spec", "clif.models.shard", "clif.models.targets", "clif.models.hf_config",
     "clif.models.weights.files", "clif.models.weights.gguf_header",
     "clif.adapters.store", "clif.adapters.peft_files",
     "clif.engine.scheduler", "clif.engine.cost_model", "clif.engine.blocks", "clif.engine.prefix", "clif.engine.jobs",

@@ -13,7 +13,7 @@ from helpers import finish
 from clif.config import Config, config_from_tree
 from clif.distributed.layout import make_layout
 from clif.engine.engine import Engine
-from clif.models.estimate import EstimateError, Memory, estimate, read_shape
+from clif.models.estimate import EstimateError, Memory, estimate, read_spec
 from clif.models.weights.loading import load_model
 from clif.rank.dry_run import group_lines, plan_lines
 from clif.training.train_runner import TrainRunner
@@ -36,7 +36,7 @@ def test_the_estimate_is_what_a_replica_holds(tiny_config, tmp_path, targets, ti
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**json.loads(tiny_config.read_text()), "tie_word_embeddings": tied}))
     config = configured(f"random:{file}", adapter={"r": 3, "target_modules": targets})
-    memory = estimate(config, read_shape(config.model.path), 1, "cpu")
+    memory = estimate(config, read_spec(config.model.path), 1, "cpu")
 
     loaded = load_model(config.model, torch.device("cpu"))
     weights = sum(p.nbytes for p in loaded.model.parameters())
@@ -64,49 +64,49 @@ def test_bfloat16_on_a_cpu_counts_the_packed_copy_of_linear_layers_and_head(tiny
     config = configured(
         f"random:{tiny_config}", model={"path": f"random:{tiny_config}", "dtype": "bfloat16", "max_context": 64}
     )
-    shape = read_shape(config.model.path)
-    whole, gpu = estimate(config, shape, 1, "cpu"), estimate(config, shape, 1, "cuda")
-    norms = 2 * (2 * shape.layers + 1) * shape.hidden
+    spec = read_spec(config.model.path)
+    whole, gpu = estimate(config, spec, 1, "cpu"), estimate(config, spec, 1, "cuda")
+    norms = 2 * (2 * spec.num_layers + 1) * spec.hidden_size
     assert whole.prepacked_weights == whole.weights - norms, "all but the norms, as the head is the embedding"
     assert gpu == replace(whole, prepacked_weights=0)
 
 
 def test_llama_8b_has_the_parameters_it_is_named_after():
     path = f"random:{REPO / 'configs/models/llama-8b.json'}"
-    memory = estimate(configured(path), read_shape(path), 1, "cpu")
+    memory = estimate(configured(path), read_spec(path), 1, "cpu")
     assert memory.weights == 4 * 8_030_261_248
     assert memory.kv_cache == 128 * 4 * 32 * 2 * 8 * 128
 
 
 def test_ranks_of_a_replica_share_linear_layers_head_and_cache_but_hold_the_embedding_whole():
     path = f"random:{REPO / 'configs/models/llama-8b.json'}"
-    shape = read_shape(path)
-    one, four = (estimate(configured(path), shape, n, "cuda") for n in (1, 4))
-    whole = 4 * (shape.vocab + 2 * shape.layers + 1) * shape.hidden
+    spec = read_spec(path)
+    one, four = (estimate(configured(path), spec, n, "cuda") for n in (1, 4))
+    whole = 4 * (spec.vocab_size + 2 * spec.num_layers + 1) * spec.hidden_size
     assert 4 * (four.weights - whole) == one.weights - whole
     assert 4 * four.kv_cache == one.kv_cache
     assert one.shadow / 4 < four.shadow < one.shadow, "one factor of each layer is cut, the other is not"
-    assert estimate(configured(path), shape, 16, "cuda").kv_cache == one.kv_cache // 8, "8 KV heads cannot be halved"
+    assert estimate(configured(path), spec, 16, "cuda").kv_cache == one.kv_cache // 8, "8 KV heads cannot be halved"
 
 
 def test_a_shared_head_is_counted_by_its_largest_slice_and_costs_nothing_where_it_is_a_view(tiny_config):
     config = configured(
         f"random:{tiny_config}", model={"path": f"random:{tiny_config}", "dtype": "bfloat16", "max_context": 64}
     )
-    tied = replace(read_shape(config.model.path), vocab=301)
+    tied = replace(read_spec(config.model.path), vocab_size=301)
     one, three = (estimate(config, tied, n, "cpu") for n in (1, 3))
-    rest = 2 * (301 + 2 * tied.layers + 1) * tied.hidden
+    rest = 2 * (301 + 2 * tied.num_layers + 1) * tied.hidden_size
     linears = three.weights - rest
     assert 3 * linears > one.weights - rest > linears, "fewer KV heads than ranks: some are held twice"
-    assert three.prepacked_weights == linears + 2 * 101 * tied.hidden, "of the embedding only the slice is packed"
+    assert three.prepacked_weights == linears + 2 * 101 * tied.hidden_size, "of the embedding only the slice is packed"
     untied = estimate(config, replace(tied, tied=False), 3, "cpu")
-    assert untied.weights == three.weights + 2 * 101 * tied.hidden
+    assert untied.weights == three.weights + 2 * 101 * tied.hidden_size
     assert untied.prepacked_weights == three.prepacked_weights
 
 
 def test_a_run_that_only_serves_needs_nothing_for_training(tiny_config):
     config = configured(f"random:{tiny_config}", train={"enabled": False})
-    memory = estimate(config, read_shape(config.model.path), 1, "cpu")
+    memory = estimate(config, read_spec(config.model.path), 1, "cpu")
     assert (memory.moments, memory.snapshot, memory.activations) == (0, 0, 0)
 
 
@@ -120,7 +120,7 @@ def test_a_model_whose_sizes_are_not_here_gets_no_estimate_but_the_layout(path):
 def test_a_config_without_a_size_is_refused_with_its_name(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}')
     with pytest.raises(EstimateError, match="vocab_size"):
-        read_shape(str(tmp_path))
+        read_spec(str(tmp_path))
 
 
 def test_a_dry_run_names_the_groups_of_tensor_parallelism_and_of_rounds():

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from clif.errors import ConfigError
 from clif.models.hf_config import Tree, read_tree
-from clif.models.shape import Shape
+from clif.models.spec import ModelSpec
 from clif.models.weights.gguf_header import GgufHeader, read_header
 
 RANDOM = "random:"
@@ -75,9 +75,9 @@ def _of_adapter(folder: Path) -> str:
     return ", not of an adapter" if (folder / "adapter_config.json").is_file() else ""
 
 
-def check_gguf(header: GgufHeader, shape: Shape, name: str) -> None:
-    """Raises ConfigError for a file without all tensors of a Llama-style model of this shape."""
-    wanted = dict(_wanted(shape, tied=True))
+def check_gguf(header: GgufHeader, spec: ModelSpec, name: str) -> None:
+    """Raises ConfigError for a file without all tensors of a Llama-style model of this spec."""
+    wanted = dict(spec.tensors(tied=True))
     _compare({_in_gguf(tensor): sizes for tensor, sizes in wanted.items()}, header.tensors, name)
 
 
@@ -88,14 +88,14 @@ def _in_gguf(tensor: str) -> str:
     return f"{GGUF_NAMES['.'.join(where)]}.weight"
 
 
-def check_weights(folder: Path, shape: Shape | None, tied: bool | None) -> None:
-    """Raises ConfigError for a folder without all weights of a Llama-style model of this shape.
+def check_weights(folder: Path, spec: ModelSpec | None, tied: bool | None) -> None:
+    """Raises ConfigError for a folder without all weights of a Llama-style model of this spec.
 
-    shape: None where it is not known; then files and headers are looked at alone. tied: whether the head is the
+    spec: None where it is not known; then files and headers are looked at alone. tied: whether the head is the
     embedding; None: not known. Pickled weights are not looked into.
     """
     found = dict(_tensors(folder))
-    if not found or shape is None:
+    if not found or spec is None:
         return
     packed = sorted({f"{tensor} in {dtype}" for tensor, (dtype, _) in found.items() if dtype not in PLAIN})
     if packed:
@@ -103,7 +103,7 @@ def check_weights(folder: Path, shape: Shape | None, tied: bool | None) -> None:
     # A folder of the inner model alone has other names, and no head.
     inner = "embed_tokens.weight" in found
     have = {f"model.{tensor}" if inner else tensor: sizes for tensor, (_, sizes) in found.items()}
-    _compare(dict(_wanted(shape, tied is not False)), have, str(folder))
+    _compare(dict(spec.tensors(tied is not False)), have, str(folder))
 
 
 def check_tensors(name: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
@@ -133,21 +133,6 @@ def _compare(wanted: dict[str, Sizes], have: dict[str, Sizes], name: str) -> Non
                 f"{name}: {tensor} has shape {list(have[tensor])}, and {list(sizes)} by its sizes: correct its "
                 "config.json, or get it again"
             )
-
-
-def _wanted(shape: Shape, tied: bool) -> Iterator[tuple[str, Sizes]]:
-    """Names and shapes of the tensors that every Llama-style model has."""
-    yield "model.embed_tokens.weight", (shape.vocab, shape.hidden)
-    for layer in range(shape.layers):
-        prefix = f"model.layers.{layer}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield f"{prefix}.{norm}.weight", (shape.hidden,)
-        for group in shape.groups:
-            for leaf, size in zip(group.names, group.sizes, strict=True):
-                yield f"{prefix}.{leaf}.weight", (size, group.width)
-    yield "model.norm.weight", (shape.hidden,)
-    if not tied:
-        yield "lm_head.weight", (shape.vocab, shape.hidden)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, tuple[str, Sizes]]]:

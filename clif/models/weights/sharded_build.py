@@ -15,9 +15,8 @@ from accelerate import init_empty_weights
 
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
-from clif.distributed.layout import check_divisible
-from clif.models.layer import ATTENTION
-from clif.models.shard import Shard, ShardDim, layer_shards, uneven_shard
+from clif.models.shard import Shard, ShardDim, uneven_shard
+from clif.models.spec import spec_of
 from clif.models.stack import check_model
 
 Slice = tuple[ShardDim, Shard] | None
@@ -47,19 +46,19 @@ def build(config: Any, source: Source, dtype: torch.dtype, device: torch.device,
 
 
 def _parts(model: Any, tied: bool, tp_group: TpGroup) -> Iterator[tuple[str, tuple[ShardDim, Shard]]]:
-    """Tensor name -> side and span, for every linear weight (and cut bias) that the peers share."""
-    config = model.config
-    check_model(model)
-    check_divisible(config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, tp_group.size)
+    """Tensor name -> cut side and shard, for every linear weight (and cut bias) that the peers share."""
+    spec = spec_of(model.config)
+    check_model(model, spec)
+    spec.check_divisible(tp_group.size)
     if not tied:
-        rows = uneven_shard(config.vocab_size, tp_group.rank, tp_group.size)
-        yield from ((f"{HEAD}.{leaf}", ("out", rows)) for leaf in ("weight", "bias"))
+        rows = uneven_shard(spec.vocab_size, tp_group.rank, tp_group.size)
+        yield from ((f"{spec.head}.{leaf}", ("out", rows)) for leaf in ("weight", "bias"))
+    shards = spec.layer.shards(tp_group.rank, tp_group.size)
     for layer in range(len(model.model.layers)):
-        for leaf, (shard_dim, shard) in layer_shards(config, tp_group.rank, tp_group.size).items():
-            block = "self_attn" if leaf in ATTENTION else "mlp"
-            yield f"model.layers.{layer}.{block}.{leaf}.weight", (shard_dim, shard)
+        for name, (shard_dim, shard) in shards.items():
+            yield f"{spec.layers}.{layer}.{name}.weight", (shard_dim, shard)
             if shard_dim == "out":
-                yield f"model.layers.{layer}.{block}.{leaf}.bias", (shard_dim, shard)
+                yield f"{spec.layers}.{layer}.{name}.bias", (shard_dim, shard)
 
 
 def _put(model: Any, name: str, tensor: torch.Tensor) -> None:
