@@ -351,3 +351,14 @@ def test_the_reason_of_the_decision_is_in_the_table_ticks(tiny_config, tmp_path)
         with_slack, without = file["ticks"][:]
     assert (with_slack["slack_s"], with_slack["slack_limit"], with_slack["slack_request"]) == (0.012, b"deadline", 3)
     assert np.isnan(without["slack_s"]) and (without["slack_limit"], without["slack_request"]) == (b"", -1)
+
+
+def test_time_slices_do_a_whole_optimizer_step_between_two_serving_steps(tiny_config):
+    rig = build(tiny_config, "time_slice")
+    trainer = trainer_for(rig)
+    rig.engine.jobs.append(Job("steps", trainer.step(4, 1)))
+    submit(rig)
+    got = {}
+    step(rig, got)
+    assert got and trainer.steps == 1 and rig.engine.record.train_kind == "optimizer"
+    assert rig.engine.record.slack.limit is SlackLimit.SHARE
