@@ -42,9 +42,9 @@ class Base:
         return ModelRunner(self.stack, self.bank, config, self.loaded.device, self.loaded.dtype, self.paged)
 
     def renew(self, seed: int) -> None:
-        """Make the adapters as they were when the model was loaded. Collective over the peers.
+        """Reset the adapters to what they were when the model was loaded. Collective over the peers.
 
-        Raises RuntimeError when the model does not compute any more what it did: its memory is damaged.
+        Raises RuntimeError when the model no longer computes what it did: its memory is damaged.
         """
         self.bank.reset(seed)
         error = float((_probe(self.stack, self.loaded) - self.probe_logits).norm() / self.probe_logits.norm())
@@ -55,17 +55,17 @@ class Base:
 def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = None) -> Base:
     """The model with dual layers; with peers, this rank's part of it. Collective over the peers.
 
-    Raises ConfigError for a model that we would compute wrongly, LayoutError for one that the peers cannot share.
+    Raises ConfigError for a model whose results would be wrong, LayoutError for one that the peers cannot share.
     """
     with torch.no_grad():
-        # A model of which no rank holds the whole has nothing to be compared with but its make, which is proved.
+        # Where no rank holds the whole model, no result exists to compare with; its architecture is checked instead.
         expected = ask_ends(loaded.model, config.model.max_context) if loaded.whole else None
         shared = tp_group is not None and tp_group.size > 1
         if expected is not None and shared:
-            # Before it is cut: parts are rounded before they are added, which is no fault of the model's make.
+            # Before it is sharded: shards are rounded before they are added, which is no fault of the architecture.
             compare(CausalStack(loaded.model), expected)
         stack = CausalStack(loaded.model, tp_group)
-        # The same first A on every replica: FedAvg averages factors, which only makes sense from one start.
+        # The same first A on every replica: FedAvg averages factors, which makes sense from a common start only.
         torch.manual_seed(config.run.seed)
         bank = inject(stack, config.adapter)
         launcher = choose_kernels(config.engine.lora_kernel, loaded.device, loaded.dtype, config.adapter.r)

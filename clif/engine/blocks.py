@@ -1,4 +1,8 @@
-"""Blocks of the KV cache: who reads which, and where a sequence's tokens lie. Free of torch."""
+"""Blocks of the KV cache: which sequences hold which, and where a sequence's tokens lie. Free of torch.
+
+Source: PagedAttention (Kwon et al., "Efficient Memory Management for Large Language Model Serving with
+PagedAttention", SOSP 2023).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ class BlockPool:
     """Hands out blocks of `block_size` tokens.
 
     Invariants: a block is free, or has readers, or is cached: full, without readers, found by its tokens. Only a
-    full block ever has several readers, so nobody writes what another one reads.
+    full block ever has several readers, so that no sequence writes what another one reads.
     """
 
     def __init__(self, tokens: int, block_size: int) -> None:
@@ -30,7 +34,7 @@ class BlockPool:
 
     @property
     def available(self) -> int:
-        """Blocks that can be taken: free ones, and cached ones, which then lose what they hold."""
+        """Blocks that can be allocated: free ones, and cached ones, which then lose their tokens."""
         return len(self._free) + len(self._cached)
 
     def ref_count(self, block: int) -> int:
@@ -42,7 +46,7 @@ class BlockPool:
         return -(-tokens // self.block_size)
 
     def allocate(self, blocks: list[int], tokens: int) -> bool:
-        """Extend a sequence's blocks to hold `tokens` tokens. False, and nothing taken, when there are not enough."""
+        """Extend a sequence's blocks to hold `tokens` tokens. False, with nothing allocated, when too few are left."""
         count = self.blocks_for(tokens) - len(blocks)
         if count > self.available:
             return False
@@ -50,7 +54,7 @@ class BlockPool:
         return True
 
     def acquire_cached(self, version: int, tokens: Seq[int]) -> list[int]:
-        """A reader more for the blocks with the longest known beginning of `tokens`, at most all but its last one."""
+        """The blocks of the longest cached prefix of `tokens`, short of the last token; each gets one reader more."""
         blocks = self._table.find(version, tokens)
         for block in blocks:
             self._cached.pop(block, None)
@@ -58,12 +62,12 @@ class BlockPool:
         return blocks
 
     def register(self, version: int, tokens: Seq[int], blocks: list[int], start: int, stop: int) -> None:
-        """Tokens [start, stop) of a sequence are computed, as all before them: let others find the full blocks."""
+        """Let other sequences find the full blocks of tokens [start, stop): these and all before them are computed."""
         self._table.put(version, tokens, blocks, start // self.block_size, stop // self.block_size)
 
     def free(self, blocks: list[int]) -> None:
-        """One reader of these blocks, all that a sequence holds, is gone. Without readers, known blocks stay cached."""
-        # A beginning serves more requests than what follows it, so the last block is the first to be evicted.
+        """Take one reader off all blocks of a sequence. A registered block without readers stays cached."""
+        # A prefix serves more requests than what follows it, so the last block is the first to be evicted.
         for block in reversed(blocks):
             self._ref_counts[block] -= 1
             if self._ref_counts[block]:

@@ -1,6 +1,6 @@
-"""What the next piece of work will take, learnt from the engine's own steps; and whether training may take it.
+"""Predicted seconds of serving steps and training slices, learnt from the engine's own; and the slack for training.
 
-Free of torch. Training only gets what serving leaves (promise 5): training_slack is asked before every slice.
+Free of torch. Training gets only what serving leaves (promise 5): every slice is held against training_slack.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from clif.types import Purpose, Regime, SlackLimit, TrainingSlack
 
 UNLIMITED = 1 << 30
 TRUSTED = 32
-"""Measurements after which a fit is believed; before, its predictions are raised by UNTRUSTED."""
+"""Measurements after which a fit is trusted; before, its predictions are multiplied by UNTRUSTED."""
 UNTRUSTED = 1.25
 STALL = 3.0
+"""The largest factor that one measurement may add to the spread: a stall of the machine is no property of the work."""
 STEP_PRIOR = Fit(0.002, 0.002, 0.02)
 SLICE_PRIOR = Fit(0.02, 0.001, 0.0)
 
@@ -41,13 +42,13 @@ class Rate:
 
     @property
     def upper_bound(self) -> float:
-        """What is rarely exceeded: the mean itself would be, half the time."""
+        """What is rarely exceeded; half of all observations exceed the mean."""
         return self.mean + 2 * self.deviation
 
 
 @dataclass
 class Cost:
-    """Seconds of one kind of work: a fit, and by what factor it is exceeded. seen: measurements."""
+    """Seconds of one kind of work: a fit, and the factor by which measurements exceed it. seen: measurements."""
 
     model: LatencyModel
     excess: Rate = field(default_factory=lambda: Rate(mean=1.0))
@@ -56,7 +57,7 @@ class Cost:
     def observe(self, own: float, other: float, seconds: float) -> None:
         self.seen += 1
         if self.seen > TRUSTED:
-            # The first fits lean on the prior: what they miss says nothing about the spread. One stall is one stall.
+            # The first fits lean on the prior: their errors say nothing about the spread.
             self.excess.observe(min(STALL, seconds / max(self.model.predict(own, other), 1e-6)))
         self.model.observe(own, other, seconds)
 
@@ -65,7 +66,7 @@ class Cost:
         return self.model.predict(own, other) * self._factor
 
     def others_within(self, own_per_other: float, seconds: float) -> int:
-        """Largest whole `other` for which own = own_per_other * other stays within so many seconds; at least 0."""
+        """The largest whole `other`, at least 0, for which own = own_per_other * other takes at most `seconds`."""
         fit = self.model.fit
         each = fit.a * own_per_other + fit.b
         return int((seconds / self._factor - fit.c) / each) if each > 0 else UNLIMITED
@@ -90,7 +91,7 @@ class CostModel:
         self._step(regime).observe(rows, context / 1000, seconds)
 
     def step_s(self, rows: float, context: float, regime: Regime = Regime.ALONE) -> float:
-        """A regime that is not known yet costs what ALONE does, with all its rows."""
+        """Seconds that a step rarely exceeds. An unmeasured regime costs what ALONE does, with all rows."""
         cost = self.steps.get(regime)
         if cost is None or cost.seen < 4:
             cost = self._step(Regime.ALONE)
@@ -104,25 +105,25 @@ class CostModel:
         cost.observe(tokens * units / 1000, units, seconds)
 
     def units_within(self, kind: SliceKind, tokens: int, seconds: float) -> int:
-        """Units of a slice that take at most so long; one while the kind is unknown."""
+        """Units of a slice that take at most `seconds`; one while the kind has no measurement."""
         cost = self.slices.get(kind)
         if cost is None:
             return int(seconds >= 0)
         return max(0, cost.others_within(tokens / 1000, seconds)) if seconds > 0 else 0
 
     def tokens_within(self, rows: float, context: float, seconds: float) -> int:
-        """Training rows that a mixed step may take along to take at most so long; at least 0."""
+        """Training rows, at least 0, with which a fused step takes at most `seconds`."""
         base = self.step_s(rows, context, Regime.FUSED)
         per_row = self.step_s(rows + 1, context, Regime.FUSED) - base
         return UNLIMITED if per_row <= 0 else max(0, int((seconds - base) / per_row))
 
 
 def training_slack(now: float, step_s: float, sequences: Iterable[Sequence], slo: SloConfig) -> TrainingSlack:
-    """What training may take before the next serving step, which takes step_s; and who allows no more.
+    """What training may take before the next serving step, which takes step_s; and which request allows no more.
 
-    So that every sequence still gets its next token in time: the first within its own TTFT promise, later ones
-    within its TPOT promise (slo's where it has none), both less the margin; and a sequence with a deadline still
-    makes it if all its steps take step_s. Infinite when nobody waits.
+    Every sequence then gets its next token in time: the first within its own TTFT promise, later ones within its TPOT
+    promise (slo's where it has none), both less the margin; and a sequence with a deadline meets it if all its steps
+    take step_s. Infinite when no sequence has a promise.
     """
     worst, limit, request = math.inf, SlackLimit.NO_REQUEST, -1
     for sequence in sequences:
@@ -141,7 +142,7 @@ def training_slack(now: float, step_s: float, sequences: Iterable[Sequence], slo
 def may_train(
     now: float, slice_s: float, step_s: float, sequences: Iterable[Sequence], slo: SloConfig
 ) -> tuple[bool, TrainingSlack]:
-    """May training that takes slice_s seconds come before the next serving step? Returns (yes or no, the reason)."""
+    """Whether training of slice_s seconds fits before the next serving step, and the slack that decides it."""
     slack = training_slack(now, step_s, sequences, slo)
     return slack.seconds >= slice_s, slack
 
@@ -163,5 +164,5 @@ def _deadline_slack(now: float, step_s: float, sequence: Sequence, slo: SloConfi
     deadline = slo.deadline_ms / 1000 if own is None and slo.deadline_ms is not None else own or 0.0
     left = sequence.request.sampling.max_tokens - len(sequence.output_ids)
     slack = deadline * (1 - slo.margin) - (now - sequence.arrived_s) - left * step_s
-    # A deadline that is lost anyway holds nobody back: the token promises still do.
+    # A deadline that is lost anyway does not hold training back: the token promises still do.
     return slack if slack >= 0 else float("inf")

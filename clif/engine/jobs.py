@@ -1,4 +1,4 @@
-"""Resumable jobs: training work that says what it would do next and leaves when and where to the engine.
+"""Resumable jobs: training work that says what comes next, and leaves when and where it runs to the engine.
 
 Free of torch.
 """
@@ -84,25 +84,25 @@ class Job:
         self.resume(None)
 
     def run(self, units: int | None = None) -> None:
-        """Do the upcoming slice here and now: so many units of it, or all. What it raises ends the job."""
+        """Compute `units` of the upcoming slice, or all of it, here and now. What it raises ends the job."""
         assert self.upcoming is not None
         self.resume(self.upcoming.work(self.upcoming.units if units is None else units))
 
     def resume(self, result: Any) -> None:
-        """The upcoming slice was done as far as asked, with this result: go on to what comes next."""
+        """Continue after the upcoming slice, which was computed as far as asked, with this result."""
         try:
             self.upcoming = self._work.send(result)
         except StopIteration:
             self.upcoming = None
 
     def interrupt(self, why: Exception) -> None:
-        """The upcoming slice is not done: the work is told why, and says what comes next."""
+        """Raise `why` in the work in place of the upcoming slice; the work says what comes next."""
         try:
             self.upcoming = self._work.throw(why)
         except StopIteration:
             self.upcoming = None
 
     def close(self) -> None:
-        """Give up: `finally` blocks of the work still run."""
+        """End the job; `finally` blocks of the work run."""
         self._work.close()
         self.upcoming = None

@@ -1,4 +1,7 @@
-"""Which blocks of the KV cache hold which tokens, so that equal beginnings are computed once. Free of torch."""
+"""Which blocks of the KV cache hold which tokens, so that equal prefixes are computed once. Free of torch.
+
+Source: automatic prefix caching of vLLM (Kwon et al., SOSP 2023).
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ class PrefixTable:
     """Full blocks by what they hold: the adapter version, the block's tokens, and all tokens before them.
 
     Invariants: no version finds another one's blocks; equal keys mean equal tokens (SHA-256 over version and
-    chain, the same on every rank); a block is found under one key at most. Blocks of a retired version are not
-    dropped here: nobody asks for them again, so they are the next to age out, and no hook into promotion is needed.
+    chain, the same on every rank); a block is found under one key at most. Blocks of a retired version stay until
+    they age out: no request asks for them again, so that they are the next to go.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -21,7 +24,7 @@ class PrefixTable:
         self._key_of: dict[int, bytes] = {}
 
     def find(self, version: int, tokens: Seq[int]) -> list[int]:
-        """Blocks with the longest known beginning of `tokens`, which never reaches the last one: its logits are due."""
+        """Blocks of the longest known prefix of `tokens`, never including the last one: its logits are still needed."""
         found: list[int] = []
         key = _root(version)
         for index in range((len(tokens) - 1) // self._size):
@@ -33,7 +36,7 @@ class PrefixTable:
         return found
 
     def put(self, version: int, tokens: Seq[int], blocks: Seq[int], start: int, stop: int) -> None:
-        """List blocks[start:stop] of a sequence, all full; those before them were listed or found already.
+        """Register blocks[start:stop] of a sequence, all full; those before them were registered or found already.
 
         Of two blocks with equal tokens the first is found. The second keeps its key for the blocks after it.
         """
@@ -49,7 +52,7 @@ class PrefixTable:
         return key is not None and self._block_of.get(key) == block
 
     def forget(self, block: int) -> None:
-        """The block gets other contents."""
+        """Forget what the block holds: it is about to be overwritten."""
         if self.finds(block):
             del self._block_of[self._key_of[block]]
         self._key_of.pop(block, None)

@@ -9,7 +9,7 @@ from clif.types import NO_TOKEN, Request, Sampling
 
 
 def make_rng(request: Request, device: torch.device, drawn: int = 0, vocabulary: int = 1) -> torch.Generator | None:
-    """A request's own random numbers, so that its answer does not depend on its neighbours; None when greedy.
+    """A request's own random numbers: its answer does not depend on the rest of the batch. None when greedy.
 
     drawn: tokens of a vocabulary of this size that it has drawn already, on another replica.
     """
@@ -19,7 +19,7 @@ def make_rng(request: Request, device: torch.device, drawn: int = 0, vocabulary:
     rng = torch.Generator(device=device).manual_seed(seed)
     even = torch.ones(vocabulary, device=device) if drawn else None
     for _ in range(drawn):
-        # How many numbers a draw takes depends on the size of the vocabulary alone.
+        # The numbers that a draw takes depend on the size of the vocabulary alone.
         torch.multinomial(even, 1, generator=rng)  # type: ignore[arg-type]
     return rng
 
@@ -29,8 +29,8 @@ def choose(
 ) -> torch.Tensor:
     """One token id per sequence, the same on all peers. logits: [sequences, this rank's columns]. Collective.
 
-    NO_TOKEN where the logits are not finite. While all are greedy, only each rank's best cross the wire. Else all peers
-    get whole rows, and the leader's draws count. Nothing here waits for the device.
+    NO_TOKEN where the logits are not finite. While all are greedy, only the best of each rank crosses the wire.
+    Otherwise all peers get whole rows, and the leader's draws count. Nothing here waits for the device.
     """
     if not params:
         return logits.new_zeros(0, dtype=torch.int64)
@@ -45,7 +45,7 @@ def sample(logits: torch.Tensor, params: list[Sampling], rngs: list[torch.Genera
     for i, (p, rng) in enumerate(zip(params, rngs, strict=True)):
         if rng is not None:
             broken = tokens[i] == NO_TOKEN
-            # Nothing can be drawn from NaN. The draw of a request that ends here counts for nothing.
+            # NaN allows no draw: zeros stand in, and the request ends without this token.
             probabilities = distribution(logits[i].float().masked_fill(broken, 0.0), p)
             drawn = torch.multinomial(probabilities, 1, generator=rng)[0]
             tokens[i] = torch.where(broken, tokens[i], drawn)
@@ -59,7 +59,7 @@ def distribution(logits: torch.Tensor, params: Sampling) -> torch.Tensor:
     temperature of 1e-300 is 0, and a top_p of 1e-300 would leave no token.
     """
     limits = torch.finfo(logits.dtype)
-    # The largest becomes 0 first: a tiny temperature would else make it infinite.
+    # The largest becomes 0 first: a tiny temperature would make it infinite otherwise.
     logits = (logits - logits.max()) / min(max(params.temperature, limits.tiny), limits.max)
     if 0 < params.top_k < logits.numel():
         smallest = logits.topk(params.top_k).values[-1]

@@ -2,7 +2,10 @@
 
 Invariants: a sequence reads one adapter version from its first admission to its end, also when it is preempted in
 between; running and waiting sequences together are always in order of arrival, and only the youngest running one is
-preempted. So the oldest never stops for memory, and everybody becomes the oldest.
+preempted. Hence the oldest sequence always progresses and none starves.
+
+Sources: Orca (Yu et al., OSDI 2022), for iteration-level scheduling; PagedAttention (Kwon et al., SOSP 2023), for
+preemption by recomputing.
 """
 
 from __future__ import annotations
@@ -76,7 +79,7 @@ class Chunk:
 class Scheduler:
     """Waiting and running sequences of one replica, both oldest first.
 
-    preemptions: how often a running sequence lost its blocks; it computes its tokens again, none comes twice.
+    preemptions: how often a running sequence lost its blocks; its tokens are computed again, none is sent twice.
     reused_tokens: prompt tokens that were found in the cache when their request was first admitted.
     """
 
@@ -94,10 +97,10 @@ class Scheduler:
     def add(
         self, request: Request, now: float, output_ids: Iterable[int] = (), version: int | None = None
     ) -> TokenEvent | None:
-        """Take a request in. One that the whole KV cache cannot hold gets its end at once; the others get None.
+        """Take a request in; returns the terminal event of one that the whole KV cache cannot hold.
 
-        output_ids, version: what another replica has answered so far, under which version. If that one can be read here
-        as well, the answer goes on; else it begins anew.
+        output_ids, version: what another replica has answered so far, and the adapter version that it read. The answer
+        continues if that version can be read here as well; otherwise it starts over.
         """
         if request.max_total_tokens > self.config.kv_tokens:
             detail = f"needs {request.max_total_tokens} tokens: engine.kv_tokens is {self.config.kv_tokens}"
@@ -110,7 +113,7 @@ class Scheduler:
         return None
 
     def cancel(self, request_id: int) -> TokenEvent | None:
-        """End a request now. None if it is not here (any more)."""
+        """End a request now; returns its terminal event, None if it is not here."""
         for sequence in (*self.running, *self.waiting):
             if sequence.request.id == request_id:
                 return self._end(sequence, (), FinishReason.CANCELLED, "cancelled by the client")
@@ -127,7 +130,7 @@ class Scheduler:
         return len(self.running) + len(self.waiting) >= self.max_batch
 
     def limit_batch(self, max_batch: int) -> None:
-        """How many requests run at the same time from the next step on. Those that run already go on."""
+        """Set how many requests run at the same time, from the next step on. Running ones continue."""
         self.max_batch = max_batch
 
     def next_step(self) -> tuple[int, int]:
@@ -144,7 +147,7 @@ class Scheduler:
         """
         self._admit()
         chunks, budget = [], self.config.max_prefill_tokens
-        # Preemption shortens the list from its end while the loop goes on, so none is preempted that has a chunk.
+        # Preemption shortens the list from its end while the loop runs, so that no sequence with a chunk is preempted.
         for sequence in self.running:
             chunk = self._chunk(sequence, budget)
             if chunk is not None:
@@ -178,7 +181,7 @@ class Scheduler:
             self.running.append(self.waiting.popleft())
 
     def _start(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence its version and what the cache has of its tokens. False: there is no room."""
+        """Give a waiting sequence its version and the cached part of its tokens. False: there is no room."""
         new = sequence.version < 0
         if self.config.prefix_reuse:
             sequence.blocks = self.pool.acquire_cached(self.slots.active if new else sequence.version, sequence.tokens)
@@ -196,7 +199,7 @@ class Scheduler:
         sequence.slot = self.slots.slot_of(version)
 
     def _due(self, sequence: Sequence) -> int:
-        """Blocks that a sequence takes soon: for the tokens it has, and for a block of answer, if it gets that long."""
+        """Blocks that a sequence needs soon: for its tokens, and for one block of answer more, if it gets that long."""
         soon = min(sequence.num_tokens + self.pool.block_size, sequence.request.max_total_tokens)
         return self.pool.blocks_for(soon) - len(sequence.blocks)
 
@@ -230,7 +233,7 @@ class Scheduler:
         return True
 
     def _register(self, chunk: Chunk) -> None:
-        """Let others find the full blocks, unless the sequence has lost its blocks since."""
+        """Register the full blocks for other sequences, unless the sequence has lost its blocks since."""
         sequence = chunk.sequence
         if self.config.prefix_reuse and sequence.blocks:
             self.pool.register(sequence.version, sequence.tokens, sequence.blocks, chunk.start, chunk.stop)

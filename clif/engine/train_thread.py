@@ -1,7 +1,7 @@
-"""Runs one training slice at a time on a thread of its own, beside the serving steps.
+"""Runs one training slice at a time on a thread of its own, while serving steps run.
 
-PyTorch lets go of Python's lock inside its operators, so that a slice on some of the cores and a serving step on the
-others really run at the same time. Only work that touches nothing of serving may come here (see jobs.Slice).
+PyTorch releases Python's lock inside its operators, so that a slice on some of the cores and a serving step on the
+others run at the same time. Only work that touches nothing of serving may run here (see jobs.Slice).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 class TrainThread:
-    """threads: CPU threads of this rank, of which a slice beside serving takes half and leaves the rest."""
+    """threads: CPU threads of this rank, of which a slice takes half and leaves the rest to serving."""
 
     def __init__(self, threads: int) -> None:
         self.threads, self._share = threads, max(1, threads // 2)
@@ -27,7 +27,7 @@ class TrainThread:
         return self._future is not None
 
     def close(self) -> None:
-        """Wait for the slice that runs, and let the thread go."""
+        """Wait for the slice that runs, and end the thread."""
         self._pool.shutdown()
 
     def start(self, work: Callable[[], Any]) -> None:

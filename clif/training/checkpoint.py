@@ -1,8 +1,8 @@
-"""A rank's training state on disk, written beside the serving loop, so that a crash at any moment loses no round.
+"""A rank's training state on disk, written while serving goes on, so that a crash at any moment loses no round.
 
-Before a member votes, what it would be after the round is on disk as the *prepared* checkpoint. The round is committed
-by the control process alone, when it stores the adapter. So for whichever round that was the last, every member finds
-its state after a crash: the prepared one if it belongs to a committed round, otherwise the one that was kept.
+Before a member votes, its state after the round is on disk as the *prepared* checkpoint. The control process alone
+commits the round, when it stores the adapter. Hence after a crash every member finds its state for the last committed
+round: the prepared one if it belongs to that round, otherwise the one that was kept.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Checkpoint:
 class CheckpointWriter:
     """Two files per rank: the kept and the prepared checkpoint. Each is replaced as a whole, in a thread of its own.
 
-    A full disk is waited for in that thread. All methods but done() and wait() may wait for the write before, and raise
-    what it ended with, say OSError or SafetensorError.
+    That thread waits while the disk is full. All methods may raise what the write before ended with, such as OSError or
+    SafetensorError; all but done() may wait for it.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -56,7 +56,7 @@ class CheckpointWriter:
         """Write what will hold if the round is committed. It must be done() before the vote."""
         self.wait()
         if self._keep:
-            # Of a committed round. Not moved earlier: until the next round begins, its adapter may not be on disk.
+            # Its round is committed. It does not move earlier: until a round begins, its adapter may not be on disk.
             os.replace(self.prepared, self.path)
         self._keep = False
         self._start(checkpoint, self.prepared)

@@ -11,7 +11,7 @@ from clif.types import TrainSample
 class Heldout:
     """Held-out samples of this replica, of one part: the gate's or the report's.
 
-    rows: how many; tokens: answer tokens among them; max_tokens: tokens of one forward at most.
+    num_rows: samples; tokens: answer tokens among them; max_tokens: tokens of one forward at most.
     """
 
     def __init__(self, runner: TrainRunner, samples: list[TrainSample], max_tokens: int) -> None:
@@ -36,7 +36,7 @@ class Heldout:
     def active_loss(self, slots: SlotTable) -> Slices[tuple[int, float]]:
         """(version, summed loss) of the active version; computed once per version.
 
-        The version is held as by a request meanwhile, so that a promotion cannot change its slot.
+        The version is held meanwhile, as by a request: no promotion changes its slot.
         """
         if self._known is None or self._known[0] != slots.active:
             version = slots.acquire()
@@ -48,7 +48,7 @@ class Heldout:
         return self._known
 
     def remember(self, version: int, loss: float) -> None:
-        """A candidate that was evaluated became this version."""
+        """The candidate whose loss this is became this version."""
         self._known = (version, loss)
 
 

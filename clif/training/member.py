@@ -1,7 +1,10 @@
 """A replica's part in a federated round, as one resumable job that reads from top to bottom.
 
-Invariants: the shadow that a round leaves behind is either the committed average or what it was before the
-round; samples of a discarded round are released; nothing is promoted into a slot that somebody reads.
+Invariants: a round leaves the shadow as the committed average, or as it was before the round; samples of a discarded
+round are released; no promotion overwrites a slot that a request reads.
+
+Sources: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data" (2017), for
+FedAvg; Bonawitz et al., "Towards Federated Learning at Scale: System Design" (2019), for rounds with a deadline.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from clif.wire.messages import Evaluated, Install, Published, Settle, Settled, S
 
 @dataclass
 class RoundOrders:
-    """What the control process has said about the round so far."""
+    """The orders of the control process for the round so far."""
 
     plan: RoundPlan
     group: int
@@ -66,9 +69,9 @@ class Member:
     _stepping: bool = False
 
     def take_part(self, orders: RoundOrders) -> Slices[None]:
-        """One round: local steps, average, vote, promote. Discarding is done by discard(), from outside."""
+        """One round: local steps, average, vote, promote. discard(), called from outside, ends it early."""
         self.orders, plan, self.micro_batch = orders, orders.plan, orders.plan.micro_batch
-        # Made while there are steps to do, by all members who have just been told.
+        # All members, which have just got the plan, make the group while there are steps to do.
         self.topology.combined_group(plan.member_set, orders.group)
         yield WAIT
         self._snapshot = self.trainer.snapshot()
@@ -83,7 +86,7 @@ class Member:
         candidate = yield from self.gate.loss(SHADOW)
         vote = self._vote(plan, active_loss, candidate, error)
         if vote.finite:
-            # First on disk, then the vote: whichever round is committed, each member can go on from it after a crash.
+            # First on disk, then the vote: each member can continue from any committed round after a crash.
             self.checkpoints.prepare(self._checkpoint(plan.base_version, plan.round_id))
         while not self._all(self.checkpoints.done()):
             yield WAIT
@@ -141,8 +144,8 @@ class Member:
     def _average(self, orders: RoundOrders, result: RoundResult) -> Slices[tuple[float, float] | None]:
         """FedAvg over the members, weighted by samples; leaves the mean in the shadow.
 
-        Returns this member's share of the squares in Vote: of the error of averaging A and B apart, and of the product
-        of their means. None if no member has a weight.
+        Returns this member's share of the squares in Vote: the error of averaging A and B apart, and the product of
+        their means. None if no member has a weight.
         """
         bank, plan = self.trainer.bank, orders.plan
         mine = bank.shadow.detach().clone()
@@ -155,7 +158,7 @@ class Member:
         members = self.topology.group_members(plan.member_set, plan.round_id)
         weight = result.samples if result.finite else 0
         mean = WeightedMean(mine, weight, group.result(), members, self._buffer)
-        # Together: who sees the end first would else go on alone, and its peers are waiting in other collectives.
+        # Poll collectively: a rank that saw completion first would leave its peers waiting in other collectives.
         while not self._all(mean.done()):
             yield WAIT
         self._unbroken(mean.error)
@@ -171,7 +174,7 @@ class Member:
     def _product_error(
         self, plan: RoundPlan, group: Group, average: torch.Tensor, deviation: torch.Tensor
     ) -> Slices[tuple[float, float]]:
-        """All members come here, those without weight too. Parts are as large on one peer as on the next."""
+        """Collective over all members, those without weight included. Shares are equally large on all peers."""
         bank, members = self.trainer.bank, self.topology.group_members(plan.member_set, plan.round_id)
         shares = dict(zip(plan.members, deal(bank.sizes(), len(plan.members)), strict=True))
         # The group is in the order of ranks, which need not be that of the replicas.
@@ -191,7 +194,7 @@ class Member:
             raise RoundBroken(error or "another rank of this replica saw an error") from error
 
     def _all(self, flag: bool) -> bool:
-        """Whether it holds on all ranks of this replica."""
+        """Whether `flag` is true on all ranks of this replica. Collective."""
         return self.topology.tp_group.all_true(flag, self.topology.device)
 
     def _vote(self, plan: RoundPlan, active: float, candidate: float, error: tuple[float, float] | None) -> Vote:
@@ -217,7 +220,7 @@ class Member:
             self.publish(settle)
 
     def publish(self, settle: Settle) -> None:
-        """Send the promoted adapter, which the shadow still equals: a new round would have to begin to change it."""
+        """Send the promoted adapter, which the shadow equals until a new round begins."""
         bank = self.trainer.bank
         published = Published(
             replica=self.topology.replica,
@@ -232,7 +235,7 @@ class Member:
         return Checkpoint(version, round_id, self.trainer.snapshot(), self.trainer.cursor_state(commit=True))
 
     def _activate(self, version: int, round_id: int) -> Slices[None]:
-        """Copy the shadow into a slot that nobody reads and make it active; running requests keep theirs."""
+        """Copy the shadow into a slot without readers and make it active; running requests keep their version."""
         while (slot := self.slots.free_slot()) is None:
             yield WAIT
         self.trainer.bank.fill_slot(slot, self.trainer.bank.shadow_state())
@@ -242,7 +245,7 @@ class Member:
     def evaluate(self) -> Slices[None]:
         """Report the held-out loss of the active version.
 
-        Before the load also that of the gate: the first round needs it, and would compute it beside requests.
+        Before the load it computes the gate's loss too: the first round needs it, and requests would wait for it then.
         """
         if self.trainer.cursor is not None and not self.gate.known:
             yield from self.gate.active_loss(self.slots)
@@ -251,11 +254,11 @@ class Member:
         self.send(Evaluated(result=result))
 
     def discard(self) -> None:
-        """The round came to nothing: the shadow is again what it was, and what was active stays active."""
+        """End the round without a promotion: the shadow is restored, and the active version stays active."""
         if self.orders is None:
             return
         if self._averaging:
-            # Something may be pending in the group, and still write to the buffer.
+            # A collective may be pending in the group, and may still write to the buffer.
             self.topology.retire_group(self.orders.plan.member_set)
             self._averaging, self._buffer = False, None
         if self._snapshot is not None:
@@ -268,7 +271,7 @@ class Member:
         )
 
     def install(self, message: Install) -> Slices[None]:
-        """A version that others trained: the shadow goes on from it, too. Raises AdapterError if it does not fit."""
+        """Promote a version of other replicas; the shadow continues from it. Raises AdapterError if it does not fit."""
         yield WAIT
         self.trainer.bank.set_shadow(read_weights(self.trainer.bank, message.weights))
         yield from self._activate(message.version, message.round_id)
@@ -277,7 +280,7 @@ class Member:
 
 
 def sum_up(round_id: int, replica: int, steps: list[StepResult], seconds: float) -> RoundResult:
-    """What a member's optimizer steps of one round come to."""
+    """The result of a member's optimizer steps of one round."""
     done = [s for s in steps if s.finite]
     targets = sum(s.targets for s in done)
     return RoundResult(

@@ -9,20 +9,20 @@ s = g_1 + .. + g_n,
 Both are unbiased, for |g_i|^2 is |G|^2 + tr(Sigma) / b_i on average; but noisy, so each is smoothed before the ratio is
 taken. For Adam the gradients are those that it sees: divided by the root of its second moment.
 
-Where the groups come from, with what a step does anyway where that is possible:
+Groups come from what a step computes anyway, where that is possible:
 
 * several micro-batches per step (train.accumulation): each is a group, and every step is observed.
 * one micro-batch of several samples: its two halves. Every HALVED-th step computes them one after the other instead of
-  together, and reads the gradient between them; their sum is the step's gradient as before. The price is one more pass
-  of half the rows: what a pass costs however few rows it has, once in HALVED steps. Measured on one core with 4 samples
+  together, and reads the gradient between them; their sum is the step's gradient as before. The cost is the fixed part
+  of one more pass, once in HALVED steps. Measured on one core with 4 samples
   of 60 tokens and 10 layers of SmolLM2's shape: the passes of such a step take 1.15 times as long in bfloat16 and 1.01
   times in float32, so 4 % and 0.3 % of all passes.
 * one sample: it and that of the step after, once in HALVED steps. Their parameters differ by one step, along which the
-  gradient turns: |G|^2 comes out low and phi high, the more so the longer the step. Without this a coordinator that has
-  gone down to one sample would never learn that the noise has grown since.
+  gradient turns: |G|^2 comes out low and phi high, the more so the longer the step. Otherwise a coordinator
+  that has gone down to one sample would never learn that the noise has grown since.
 
-Members are not compared with each other: after several steps of their own they have gone where different gradients led
-them, and the difference of their averages is no longer that of gradients at one point.
+Members are not compared with each other: after several local steps their parameters differ, and the difference of their
+averages is no longer that of gradients at one point.
 
 Source: McCandlish et al., "An Empirical Model of Large-Batch Training" (2018), appendix A.1, there for b_i = B_small
 and the whole batch B_big.
@@ -43,13 +43,13 @@ STRIDE = 8
 AFTER_STEPS = 5
 """Steps after which Adam's second moment has settled."""
 FLOOR = 0.01
-"""Of the mean moment, added to each: coordinates that hardly ever move must not drown all others."""
+"""Share of the mean moment that is added to each: coordinates that hardly move must not drown all others."""
 HALVED = 4
 
 
 @dataclass
 class NoiseScale:
-    """Running estimate. smoothing: weight of the newest step; few observations have their mean."""
+    """Running estimate. smoothing: weight of the newest step; the first observations are averaged."""
 
     smoothing: float = 0.1
     seen: int = 0
@@ -59,7 +59,7 @@ class NoiseScale:
     def observe(self, norms2: Sequence[float], sum_norm2: float, sizes: Sequence[int], steps: int = 1) -> None:
         """norms2: |g_i|^2 of each group; sum_norm2: |s|^2; sizes: b_i; steps: those since the last observation.
 
-        Fewer than two groups say nothing, and one that is not finite would stay in the average for ever.
+        Ignores fewer than two groups, which say nothing, and values that are not finite: the average would keep them.
         """
         n = len(norms2)
         if n < 2 or not math.isfinite(sum_norm2 + sum(norms2)):
@@ -80,7 +80,7 @@ class NoiseScale:
 
 
 class NoiseWatch:
-    """Observes the noise scale of a bank's gradient, on coordinates of which no peer sees a part only."""
+    """Observes the noise scale of a bank's gradient, on coordinates that no other peer shares."""
 
     def __init__(self, bank: AdapterBank) -> None:
         self.scale = NoiseScale()
@@ -89,7 +89,7 @@ class NoiseWatch:
         self._halved = False
 
     def group_size(self, samples: int, micro_batch: int, steps: int) -> int:
-        """How many samples to compute at a time, so that a step of so many has groups. steps: done before it."""
+        """Samples to compute at a time, so that a step of `samples` has groups. steps: those before it."""
         self._halved = steps % HALVED == 0 and steps >= AFTER_STEPS and 1 < samples <= micro_batch
         return -(-samples // 2) if self._halved else micro_batch
 
@@ -118,11 +118,11 @@ class NoiseWatch:
             self._single = groups[0] * scale, scale
 
     def forget(self) -> None:
-        """The shadow is changed by something else than steps: the next one does not go on from the last."""
+        """Something else than a step has changed the shadow: the next step does not continue the last."""
         self._single = None
 
     def _scale(self, moment: torch.Tensor, settled: float) -> torch.Tensor:
-        """Without `settled` gradients of the first steps would look large, and rule the averages for long."""
+        """A gradient's factor. Without `settled`, gradients of the first steps would dominate the averages."""
         watched = moment[self._watched] / settled
         return (watched + FLOOR * watched.mean()).rsqrt_()
 

@@ -1,7 +1,10 @@
 """One forward and backward over packed training rows, layer by layer.
 
-Invariants: the graph is cut at every layer, so that a backward can stop between any two and frees each layer's
-activations when it is done with it; at any time no more is kept than the activation budget allows.
+Invariants: the graph is cut at every layer, so that a backward can stop between any two layers and frees the
+activations of each one that it has passed; the activations never exceed their budget.
+
+Source: gradient checkpointing (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016), for the layers
+beyond the budget.
 """
 
 from __future__ import annotations
@@ -20,12 +23,12 @@ from clif.types import TrainSample
 
 HEAD_ROWS = {"cpu": 64, "cuda": 1024}
 """Rows whose logits are held at a time, by type of device: with a large vocabulary they are the largest tensor there is
-(1.3 GB of 1,024 rows of 128k, with softmax and gradient). A GPU reads the whole head for every such piece."""
+(1.3 GB for 1,024 rows of 128k, with softmax and gradient). A GPU reads the whole head for every such piece."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Training samples one after the other: ids, positions [rows]; rows whose logits predict targets, and these."""
+    """Training samples one after the other: ids, positions [rows]; the rows whose logits predict targets, and those."""
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -87,7 +90,8 @@ class Activations:
 class Pass:
     """A forward under one adapter slot (None: the base), and its backward if it learns.
 
-    at: the layer that comes next; cuts: entry and exit of each layer that is still to be gone back through.
+    at: the layer that comes next; cuts: (input, output) of each layer whose backward is pending, output None if it is
+    computed again.
     """
 
     def __init__(
@@ -136,9 +140,9 @@ class Pass:
         self.at += 1
 
     def head(self, start: int, rows: int, divisor: float) -> tuple[float, int]:
-        """Summed cross-entropy in nats of so many targets from `start` on, and where they end.
+        """Summed cross-entropy in nats of `rows` targets from `start` on, and where they end.
 
-        If it learns, also the gradient of (that sum / divisor).
+        A pass that learns adds the gradient of (that sum / divisor).
         """
         stop, total = min(start + rows, len(self.batch.targets)), 0.0
         piece = HEAD_ROWS.get(self.hidden.device.type, 64)
@@ -161,7 +165,7 @@ class Pass:
         return loss
 
     def backward(self, layers: int) -> None:
-        """Back through the last layers that are left; adds to the shadow's gradient."""
+        """The backward of the last pending layers; adds to the shadow's gradient."""
         for _ in range(layers):
             entry, out = self.cuts.pop()
             if out is None:
@@ -174,7 +178,7 @@ class Pass:
 
 
 def measure_activations(stack: CausalStack, device: torch.device, budget: int) -> Activations:
-    """Count what autograd keeps of a few rows in the first layer: models differ in norms and activations."""
+    """Measure what autograd keeps of a few rows in one layer: models differ in norms and activations."""
     n = 16
     ids = torch.arange(n, device=device) % stack.vocab_size
     probe = Packed(ids, ids, ids, ids, (n,))

@@ -7,13 +7,13 @@ With weights w_i that add up to 1,
 
     S = [.. sqrt(w_i) (B_i - Bbar) ..]  [out, m r]        T = [.. sqrt(w_i) (A_i - Abar) ..]  [m r, in]
 
-one beside and one below the other for all m members. |S T|^2 = <S^T S, T T^T> needs two m r x m r Gram matrices and
-no product [out, in]. They do need the factors of all members: cross terms cannot be had from sums. So the layers are
-dealt out among the members, and one all-to-all gives each member everybody's deviations for its layers alone.
+the blocks of all m members side by side in S, and stacked in T. |S T|^2 = <S^T S, T T^T> needs two m r x m r Gram
+matrices and no product [out, in]. They need the factors of all members: sums do not give the cross terms. Hence the
+layers are dealt out among the members, and one all-to-all gives each member the deviations of all for its layers.
 
 Cost for a member: it sends and receives one vector of the adapter's size, half of what the all-reduce before it takes,
 whatever the number of members; it holds two more such vectors meanwhile; and it computes m r^2 (in + out) multiply-adds
-for a module, on average over all modules, in slices.
+per module, averaged over all modules, in slices.
 
 Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data" (2017), for FedAvg.
 """
@@ -28,7 +28,7 @@ from clif.adapters.bank import AdapterBank
 
 
 def deal(sizes: list[int], members: int) -> list[range]:
-    """Which layers fall to each member: in turn, and about equally large. sizes: of the layers."""
+    """The layers of each member: consecutive, and of about equal size in sum. sizes: of the layers."""
     total, before = max(1, sum(sizes)), 0
     owners = []
     for size in sizes:
@@ -46,7 +46,7 @@ def deviation_(mine: torch.Tensor, mean: torch.Tensor, weight: float) -> torch.T
 class ErrorShare:
     """One member's share: squared Frobenius norms, over its layers, of the error and of Bbar Abar.
 
-    Module by module, so that the work can be cut into slices. Over all members the shares add up.
+    Computed module by module, so that slices can cut the work. The shares of all members add up.
     """
 
     def __init__(self, bank: AdapterBank, mean: torch.Tensor, deviations: torch.Tensor, layers: range) -> None:
@@ -58,21 +58,21 @@ class ErrorShare:
 
     @property
     def modules(self) -> int:
-        """How many are still to come."""
+        """Modules that are left."""
         return len(self._todo)
 
     def add(self, modules: int) -> None:
-        """Go through so many modules."""
+        """Add so many modules."""
         for _ in range(modules):
             name = self._todo.pop()
             a = torch.cat([factors[name][0] for factors in self._members])
             b = torch.cat([factors[name][1] for factors in self._members], dim=1)
             squares = [_product_norm2(a, b), _product_norm2(*self._means[name])]
-            # Of each product once, however many peers hold the same rows of B or columns of A.
+            # Each product counts once, however many peers hold the same rows of B or columns of A.
             self._squares += torch.stack(squares) / self._bank.holders(name)
 
     def result(self) -> tuple[float, float]:
-        """(error, Bbar Abar), both squared. Collective over the peers, whose parts of a module add up."""
+        """(error, Bbar Abar), both squared. Collective over the peers, whose shares of a module add up."""
         error, product = self._bank.tp_group.all_reduce_(self._squares).tolist()
         return error, product
 

@@ -1,6 +1,6 @@
-"""The shadow's training step: AdamW on the flat float32 master, in slices, with samples that are never lost.
+"""The shadow's training step: AdamW on the flat float32 master, in slices; no sample is lost.
 
-Samples are claimed when a step begins, and committed or deferred when the round that holds the step is settled.
+Samples are claimed when a step begins, and committed or deferred when the round of the step is settled.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class StepResult:
 
 
 class StepCut(Exception):
-    """Thrown into a step between two slices: its time is up. Its samples come again first."""
+    """Raised in a step between two slices: its time is up. Its samples come first again."""
 
 
 class ShadowTrainer:
@@ -62,7 +62,7 @@ class ShadowTrainer:
     def step(self, micro_batch: int, accumulation: int, lr_scale: float = 1.0) -> Slices[StepResult]:
         """One optimizer step over micro_batch x accumulation samples; the loss is the mean over all target tokens.
 
-        lr_scale: what the learning rate is multiplied by. StepCut, thrown in between two slices, gives the step up.
+        lr_scale: what the learning rate is multiplied by. StepCut, raised between two slices, abandons the step.
         """
         assert self.cursor is not None, "train.enabled is false: no round may begin"
         claimed = self.cursor.claim(micro_batch * accumulation)
@@ -83,7 +83,7 @@ class ShadowTrainer:
         for part in parts:
             total += yield from self.runner.loss_and_gradients(part, targets)
             after = noise.gradient()
-            # The part's own mean gradient: what it added, as if its targets had been all there are.
+            # The mean gradient of this part alone: what it added, over its own targets.
             groups.append((after - before) * (targets / sum(s.targets for s in part)))
             before = after
         sizes = [len(part) for part in parts]
@@ -91,7 +91,7 @@ class ShadowTrainer:
         return (yield Slice(SliceKind.OPTIMIZER, 1, 1, lambda _: finish()))
 
     def _parts(self, chosen: list[TrainSample], micro_batch: int) -> list[list[TrainSample]]:
-        """What is computed at a time."""
+        """The samples of each pass or group of passes, in order."""
         size = self.noise.group_size(len(chosen), micro_batch, self.steps)
         return [chosen[start : start + size] for start in range(0, len(chosen), size)]
 
@@ -122,21 +122,21 @@ class ShadowTrainer:
         return float(norm)
 
     def commit(self) -> None:
-        """The steps since the last settlement count."""
+        """Keep the steps since the last settlement."""
         self.noise.forget()
         if self.cursor is not None:
             self.cursor.commit(self._claimed)
         self._claimed = []
 
     def rollback(self, snapshot: dict[str, Any]) -> None:
-        """Undo the steps since `snapshot`: shadow, moments and counters; their samples come again later, not next."""
+        """Undo the steps since `snapshot`: shadow, moments and counters; their samples come again, but not next."""
         self.restore(snapshot)
         if self.cursor is not None:
             self.cursor.defer(self._claimed)
         self._claimed = []
 
     def resume(self, snapshot: dict[str, Any], cursor: dict[str, Any]) -> None:
-        """Go on from a checkpoint. Raises InputError if it was made for other samples, or another order of them."""
+        """Continue from a checkpoint. Raises InputError if it was made for other samples, or another order of them."""
         self.restore(snapshot)
         if self.cursor is not None and cursor:
             self.cursor.restore(cursor)
