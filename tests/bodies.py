@@ -141,7 +141,7 @@ class Driver:
         return [e for x in self.said if isinstance(x, m.Tokens) for e in x.events if e.request_id == request_id]
 
     def begin(
-        self, members: tuple[int, ...], steps: int, round_id: int = 1, group: int | None = None, base_version: int = 0
+        self, members: tuple[int, ...], steps: int, round_id: int = 1, group: int = 1, base_version: int = 0
     ) -> None:
         plan = RoundPlan(
             round_id=round_id,
@@ -152,7 +152,7 @@ class Driver:
             accumulation=1,
             base_version=base_version,
         )
-        self.step(m.BeginRound(plan=plan, group=round_id if group is None else group))
+        self.step(m.BeginRound(plan=plan, group=group))
 
     def incarnations(self, members: tuple[int, ...]) -> tuple[int, ...]:
         return (0,) * len(members)

@@ -59,7 +59,7 @@ class Alive(Driver):
     def commit(self, round_id: int, version: int) -> None:
         """A whole round of this replica alone, stored as the control process would."""
         self.said.clear()
-        self.begin((0,), steps=3, round_id=round_id, base_version=version - 1)
+        self.begin((0,), steps=3, round_id=round_id, group=round_id, base_version=version - 1)
         self.wait_for(m.StepsDone)
         self.step(m.Aggregate(round_id=round_id))
         self.wait_for(m.Voted)
@@ -89,7 +89,7 @@ def fail_in_a_round(topology: Topology, model: str, data: str, run_dir: str) -> 
     trainer = alive.replica.member.trainer
     before = (trainer.bank.shadow.detach().clone(), trainer.steps, trainer.cursor_state()["committed"])
     known = answer_of(alive, 1)
-    alive.begin((0,), steps=50, round_id=2, base_version=1)
+    alive.begin((0,), steps=50, round_id=2, group=2, base_version=1)
     alive.until(lambda: trainer.steps > 4)
     cache = weakref.ref(alive.replica.engine.runner.cache)
     steps, heard = alive.replica.steps, len(alive.said)
