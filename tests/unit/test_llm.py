@@ -120,6 +120,18 @@ def test_streams_take_turns_and_one_that_is_closed_cancels_what_is_left(llm):
     unasked.close()
 
 
+def test_steps_that_overlap_give_the_same_answers_and_leave_nothing_behind(random_model, folders, llm):
+    asked = {"sampling": GREEDY, "adapter": [folders[0], None, folders[1]]}
+    expected = [c.token_ids for c in llm.generate(PROMPTS, **asked)]
+    with LLM(random_model, engine={"kv_tokens": 1024, "overlap": True}, **EXACT) as overlapped:
+        cut = overlapped.stream(PROMPTS, **asked)
+        next(cut)
+        cut.close()
+        assert [c.token_ids for c in overlapped.generate(PROMPTS, **asked)] == expected
+        scheduler = overlapped._engine.scheduler
+        assert not scheduler.running and not scheduler.waiting and not overlapped._events
+
+
 def test_adapters_of_one_batch_answer_as_each_does_in_an_engine_made_for_it(random_model, folders, llm):
     """Ranks, scales and modules differ: they share the slots of one engine."""
     (base,) = llm.generate(PROMPTS[0], GREEDY)
