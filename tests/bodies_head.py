@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bodies_tp import SAMPLES, Part, counted, list_slices
+from bodies_tp import SAMPLES, counted, list_slices, shared_rig
 from helpers import request
 
 from clif.distributed.topology import Topology
@@ -102,8 +102,8 @@ def losses(topology: Topology, tied: bool) -> dict[str, Any]:
 @torch.no_grad()
 def communication(topology: Topology, model: str) -> dict[str, Any]:
     """Collectives of this rank: of the layers alone, of whole steps, and of training by kind of slice."""
-    part, ids = Part(topology, model), torch.arange(3, 30)
-    stack, engine = part.runner.stack, part.engine
+    rig, ids = shared_rig(topology, model), torch.arange(3, 30)
+    stack, engine = rig.runner.stack, rig.engine
     rows = stack.sub_batch(LoraRows(len(ids)), ids, CausalSequences([len(ids)], topology.device))
     found: dict[str, Any] = {"layers": stack.num_layers}
     with counted() as calls:
@@ -118,8 +118,8 @@ def communication(topology: Topology, model: str) -> dict[str, Any]:
         engine.serve()
     found["step that draws"] = dict(calls)
     for name, work in (
-        ("training", part.train_runner.loss_and_gradients(SAMPLES, 1.0)),
-        ("evaluation", part.train_runner.loss(SAMPLES, None)),
+        ("training", rig.train_runner.loss_and_gradients(SAMPLES, 1.0)),
+        ("evaluation", rig.train_runner.loss(SAMPLES, None)),
     ):
         with counted() as calls:
             found[name] = list_slices(work, calls)

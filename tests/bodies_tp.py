@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import answer, layer_shards, random_state, request, small_config, stack_logits
+from helpers import Rig, answer, layer_shards, random_state, request, small_config, stack_logits
 from huggingface_hub import constants
 
-from clif.adapters.bank import AdapterBank
 from clif.adapters.peft_io import read_weights, write_weights
 from clif.distributed.collectives import PeersLost, TpGroup, WeightedMean
 from clif.distributed.topology import Topology
@@ -21,7 +20,6 @@ from clif.engine.engine import Engine
 from clif.engine.jobs import Job
 from clif.models.shard import shard_of
 from clif.models.weights.loading import load_model
-from clif.training.train_runner import TrainRunner
 from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
 
@@ -39,72 +37,57 @@ def add_biases(model: Any, tp_group: TpGroup | None = None) -> None:
             module.bias.data.copy_(shard_of(whole, shard_dim, shard) if shard_dim == "out" else whole)
 
 
-class Part:
-    """This rank's part of a model, with an adapter that answers and a shadow that learns; both random."""
-
-    def __init__(self, topology: Topology, model: str, coserving: str = "interleaved", **engine: Any) -> None:
-        kinds = {"coserving": coserving, **engine}
-        self.config = small_config(model, engine=kinds, device=topology.device.type, model={"max_context": 200})
-        self.tp_group, loaded = topology.tp_group, load_model(self.config.model, topology.device, 3, topology.tp_group)
-        if model.startswith("random:"):
-            add_biases(loaded.model, topology.tp_group)
-        self.engine = Engine.from_config(self.config, loaded, self.tp_group)
-        self.runner, self.bank, self.slots = self.engine.runner, self.engine.runner.bank, self.engine.scheduler.slots
-        self.train_runner = TrainRunner(self.runner)
-        # Ranks whose clocks differ: only the leader's may decide.
-        self.engine.clock = lambda: 0.0 if self.tp_group.rank == 0 else 1e9 * self.tp_group.rank
-        self.bank.set_shadow(self.bank.local(whole_state(self.bank, 5)))
-        self.bank.refresh()
-
-    def promote(self, version: int, seed: int) -> None:
-        slot = self.slots.free_slot()
-        assert slot is not None
-        self.bank.fill_slot(slot, self.bank.local(whole_state(self.bank, seed)))
-        self.slots.promote(version, slot)
-
-
-def whole_state(bank: AdapterBank, seed: int) -> dict[str, torch.Tensor]:
-    rng = torch.Generator().manual_seed(seed)
-    device = bank.shadow.device
-    return {k: (torch.randn(shape, generator=rng) * 0.2).to(device) for k, shape in bank.shapes().items()}
+def shared_rig(topology: Topology, model: str, coserving: str = "interleaved", **engine: Any) -> Rig:
+    """This rank's part of a model, with a random shadow that learns."""
+    kinds = {"coserving": coserving, **engine}
+    config = small_config(model, engine=kinds, device=topology.device.type, model={"max_context": 200})
+    loaded, rank = load_model(config.model, topology.device, 3, topology.tp_group), topology.tp_group.rank
+    if model.startswith("random:"):
+        add_biases(loaded.model, topology.tp_group)
+    rig = Rig(config, loaded, Engine.from_config(config, loaded, topology.tp_group))
+    # Ranks whose clocks differ: only the leader's may decide.
+    rig.engine.clock = lambda: 1e9 * rank
+    rig.bank.set_shadow(random_state(rig.bank, 5))
+    rig.bank.refresh()
+    return rig
 
 
 def serve_and_train(
     topology: Topology, model: str, coserving: str, kernel: str = "torch", max_tokens: int = 9
 ) -> dict[str, Any]:
     """Logits, the answers of requests of two versions with a training step between, gradient and shadow."""
-    part = Part(topology, model, coserving, lora_kernel=kernel)
-    part.promote(1, seed=4)
-    logits = stack_logits(part.runner.stack, torch.arange(3, 30, device=topology.device), 0)
-    config = part.config.train.model_copy(update={"enabled": True, "clip_norm": 0.5, "lr": 0.01})
-    trainer = ShadowTrainer(part.train_runner, part.bank, SAMPLES, config)
+    rig = shared_rig(topology, model, coserving, lora_kernel=kernel)
+    rig.fill(1, seed=4)
+    logits = stack_logits(rig.runner.stack, torch.arange(3, 30, device=topology.device), 0)
+    config = rig.config.train.model_copy(update={"enabled": True, "clip_norm": 0.5, "lr": 0.01})
+    trainer = ShadowTrainer(rig.train_runner, rig.bank, SAMPLES, config)
     results: list[Any] = []
 
     def step() -> Any:
         results.append((yield from trainer.step(2, 2)))
 
-    part.engine.jobs.append(Job("step", step()))
+    rig.engine.jobs.append(Job("step", step()))
     requests = [request(i, [3 + i, 9, 20 + i] * (i + 1), max_tokens=max_tokens, ignore_eos=True) for i in range(3)]
     requests.append(request(3, [5, 6], max_tokens=max_tokens, ignore_eos=True, temperature=0.8, seed=11))
     for one in requests[:2]:
-        part.engine.scheduler.add(one, 0.0)
+        rig.engine.scheduler.add(one, 0.0)
     events: dict[int, list[Any]] = {one.id: [] for one in requests}
     steps = 0
-    while part.engine.serving or part.engine.jobs:
-        for event in part.engine.serve():
+    while rig.engine.serving or rig.engine.jobs:
+        for event in rig.engine.serve():
             events[event.request_id].append(event)
-        part.engine.learn()
+        rig.engine.learn()
         steps += 1
         if steps == 3:
-            part.promote(2, seed=6)
+            rig.fill(2, seed=6)
             for one in requests[2:]:
-                part.engine.scheduler.add(one, 0.0)
+                rig.engine.scheduler.add(one, 0.0)
     return {
         "logits": logits.cpu(),
         "answers": {i: answer(found) for i, found in events.items()},
         "versions": {i: {e.version for e in found} for i, found in events.items()},
-        "gradient": {name: t.cpu() for name, t in part.bank.whole(part.bank.gradient).items()},
-        "shadow": {name: t.cpu() for name, t in part.bank.whole(part.bank.shadow.data).items()},
+        "gradient": {name: t.cpu() for name, t in rig.bank.whole(rig.bank.gradient).items()},
+        "shadow": {name: t.cpu() for name, t in rig.bank.whole(rig.bank.shadow.data).items()},
         "step": results[0],
         "steps": steps,
     }
@@ -148,14 +131,14 @@ def list_slices(work: Any, calls: Counter[str]) -> dict[str, dict[str, int]]:
 
 def round_trip(topology: Topology, model: str) -> dict[str, Any]:
     """Export the shadow as PEFT does, change it, import it again; and memory that this rank holds in linear layers."""
-    part = Part(topology, model)
-    before = part.bank.shadow.detach().clone()
-    weights = write_weights(part.bank.whole(part.bank.shadow.data))
-    part.bank.set_shadow(random_state(part.bank, 1))
-    part.bank.set_shadow(read_weights(part.bank, weights))
-    held = sum(linear.base.shape.numel() for linear in part.runner.stack.linears)
-    same = torch.equal(before, part.bank.shadow.data)
-    return {"weights": weights, "same": same, "held": held, "kv": part.runner.cache.bytes}
+    rig = shared_rig(topology, model)
+    before = rig.bank.shadow.detach().clone()
+    weights = write_weights(rig.bank.whole(rig.bank.shadow.data))
+    rig.bank.set_shadow(random_state(rig.bank, 1))
+    rig.bank.set_shadow(read_weights(rig.bank, weights))
+    held = sum(linear.base.shape.numel() for linear in rig.runner.stack.linears)
+    same = torch.equal(before, rig.bank.shadow.data)
+    return {"weights": weights, "same": same, "held": held, "kv": rig.runner.cache.bytes}
 
 
 def assert_equal(found: dict[str, Any], alone: dict[str, Any]) -> None:

@@ -78,8 +78,9 @@ class Rig:
 
 
 def random_state(bank: AdapterBank, seed: int) -> dict[str, torch.Tensor]:
+    """This rank's part of a random adapter, which is the same however many ranks share it."""
     rng = torch.Generator().manual_seed(seed)
-    return {k: torch.randn(v.shape, generator=rng) * 0.2 for k, v in bank.shadow_state().items()}
+    return bank.local({k: torch.randn(shape, generator=rng) * 0.2 for k, shape in bank.shapes().items()})
 
 
 @torch.no_grad()
