@@ -3,7 +3,7 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from clif.control.progress import Progress
 from clif.control.quality import QualityCheck
 from clif.control.records import Records
 from clif.control.server import ControlServer
-from clif.control.sources import TraceSource
+from clif.control.sources import Source, TraceSource
 from clif.data.instruct import read_rows
 from clif.data.load import make_load
 from clif.simulate.channel import SimChannel
@@ -55,7 +55,8 @@ class Run:
     """A server with its scripted replicas.
 
     sockets: over ZeroMQ, in real time, with files. files: a journal and HDF5 in the run's folder, as a restart needs.
-    silent: by replica, after how many requests it hangs. The other options are those of ShutdownPolicy.
+    silent: by replica, after how many requests it hangs. sources: of requests, beside the configured load. The other
+    options are those of ShutdownPolicy.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Run:
         files: bool = False,
         relaunched: bool = False,
         silent: dict[int, int] | None = None,
+        sources: Sequence[Source] = (),
         **shutdown: Any,
     ) -> None:
         self.config, self.sockets, self.files = config, sockets, files or sockets
@@ -76,9 +78,11 @@ class Run:
         self.journal: Any = MemoryLog()
         self.sink = MemorySink(self.clock)
         self.leaders = [ScriptedReplica(i, silent_after=(silent or {}).get(i)) for i in range(leaders)]
-        self.server = self._server(leaders, relaunched, ShutdownPolicy(**shutdown))
+        self.server = self._server(leaders, relaunched, sources, ShutdownPolicy(**shutdown))
 
-    def _server(self, leaders: int, relaunched: bool, shutdown: ShutdownPolicy) -> ControlServer:
+    def _server(
+        self, leaders: int, relaunched: bool, sources: Sequence[Source], shutdown: ShutdownPolicy
+    ) -> ControlServer:
         config, run_dir, tokenizer = self.config, self.config.run_dir, make_tokenizer()
         assert config.data.path is not None
         rows = read_rows(config.data.path)
@@ -92,7 +96,7 @@ class Run:
         recovery = recover(past, self.load, relaunched, store.rounds(), recorded)
         ports = Ports(
             channel=self.channel,
-            sources=[TraceSource(recovery.load)],
+            sources=[TraceSource(recovery.load), *sources],
             quality=QualityCheck(config, rows, tokenizer, recovery.starts),
             store=store,
             records=records,

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 SIGNALS = {signal.SIGTERM: "got SIGTERM", signal.SIGINT: "interrupted (SIGINT)"}
 
 
-class Outside:
+class ProcessWatcher:
     """Watches for signals and for the death of the parent process (rank 0). Each method gives a reason, or ""."""
 
     def __init__(self, parent: int | None) -> None:
@@ -80,7 +80,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(arguments: argparse.Namespace, progress: Progress, config: Config, outside: Outside) -> tuple[str, bool]:
+def run(arguments: argparse.Namespace, progress: Progress, config: Config, watcher: ProcessWatcher) -> tuple[str, bool]:
     """Everything between reading the configuration and the summary. Returns (why the run was drained, or "", and
     whether all replicas had come).
 
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace, progress: Progress, config: Config, outsi
     tokenizer = ChatTokenizer.load(run_dir / "tokenizer")
     rows = read_data(config)
     load = make_load(config, rows, tokenizer)
-    room = Room(run_dir, give_up=lambda: outside.parent_died() or outside.signalled())
+    room = Room(run_dir, give_up=lambda: watcher.parent_died() or watcher.signalled())
     store = AdapterStore(run_dir, room)
     journal = Journal(run_dir, lock=lock, room=room)
     store.sweep()
@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace, progress: Progress, config: Config, outsi
             answers=answers,
             display=progress,
             ledger=Ledger(journal, recovery),
-            shutdown=ShutdownPolicy(outside.parent_died, outside.signalled, arguments.restarts_left),
+            shutdown=ShutdownPolicy(watcher.parent_died, watcher.signalled, arguments.restarts_left),
         )
         server = ControlServer(config, ports, time.monotonic, arguments.replicas)
         # The address comes last: a leader that finds it can connect at once.
@@ -176,7 +176,7 @@ def main() -> int:
     arguments = parse()
     keep_private()
     allow_connections()
-    outside = Outside(arguments.parent)
+    watcher = ProcessWatcher(arguments.parent)
     try:
         config = Config.model_validate_json((arguments.run_dir / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -185,7 +185,7 @@ def main() -> int:
     progress = Progress(config.run.status)
     logging.basicConfig(handlers=[ProgressHandler(progress)], level=logging.INFO, format="%(message)s")
     try:
-        drained, began = run(arguments, progress, config, outside)
+        drained, began = run(arguments, progress, config, watcher)
     except Exception as error:
         said = str(error) if isinstance(error, ControlError) else sentence_of(error)
         if said is None:

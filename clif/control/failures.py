@@ -68,7 +68,7 @@ class FailureHandler:
             self._due.pop(message.replica, None)
         self.mark_failed(now, message.replica, message.error, message.gone)
 
-    def left(self, now: float, replica: int) -> None:
+    def mark_left(self, now: float, replica: int) -> None:
         """The replica said goodbye before Stop was sent."""
         self._due.pop(replica, None)
         self.mark_failed(now, replica, "it left")
@@ -107,7 +107,7 @@ class FailureHandler:
             self._fleet.send(replica, Stop())
             self._ignored.add(replica)
 
-    def broken(self, now: float, replica: int, why: str) -> None:
+    def mark_broken(self, now: float, replica: int, why: str) -> None:
         """The replica sent something impossible, so nothing of it can be trusted: it rebuilds or leaves."""
         if replica in self._due or replica in self._ignored:
             return
@@ -127,7 +127,7 @@ class FailureHandler:
         if hello.replica in self._ignored and self._fleet.was_here(hello.replica):
             return
         if not self._fleet.join(now, hello):
-            self.broken(now, hello.replica, f"it says Hello again in incarnation {hello.incarnation}")
+            self.mark_broken(now, hello.replica, f"it says Hello again in incarnation {hello.incarnation}")
             return
         if self._due.pop(hello.replica, None) is not None:
             log.info("replica %d is back, incarnation %d", hello.replica, hello.incarnation)

@@ -61,10 +61,10 @@ class Inbox:
         try:
             message = tidy(decode_up(payload))
         except msgspec.DecodeError as error:
-            self._failures.broken(now, sender, f"it says what nobody understands ({printable(str(error))})")
+            self._failures.mark_broken(now, sender, f"it says what nobody understands ({printable(str(error))})")
             return
         if wire.sender_of(message) != sender:
-            self._failures.broken(now, sender, f"it speaks for replica {wire.sender_of(message)}")
+            self._failures.mark_broken(now, sender, f"it speaks for replica {wire.sender_of(message)}")
         elif isinstance(message, wire.Hello):
             self._join(now, message)
         elif self._state.phase is Phase.GATHER and isinstance(message, wire.Trouble) and not message.returning:
@@ -79,7 +79,7 @@ class Inbox:
     def _join(self, now: float, hello: wire.Hello) -> None:
         objection = self._claims.objection(hello)
         if objection:
-            self._failures.broken(now, hello.replica, objection)
+            self._failures.mark_broken(now, hello.replica, objection)
         else:
             self._failures.join(now, hello)
 
@@ -87,7 +87,7 @@ class Inbox:
         self._fleet.heard(now, sender)
         objection = self._claims.objection(message)
         if objection:
-            self._failures.broken(now, sender, objection)
+            self._failures.mark_broken(now, sender, objection)
         else:
             self._handlers[type(message)](now, message)
 

@@ -83,7 +83,7 @@ class RunPhases:
         if self.state.phase is Phase.STOPPING:
             self._goodbyes.add(message.replica)
         else:
-            self._failures.left(now, message.replica)
+            self._failures.mark_left(now, message.replica)
 
     def ping(self) -> None:
         """Find out which replicas are gone: a launcher that clears up after a dead rank also sends signals."""

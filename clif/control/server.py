@@ -172,7 +172,7 @@ class ControlServer:
             record = self.dispatcher.held_by(message.replica, event.request_id)
             objection = self._claims.to_event(message.replica, event, record)
             if objection:
-                self._failures.broken(now, message.replica, objection)
+                self._failures.mark_broken(now, message.replica, objection)
                 return
             self.dispatcher.on_event(now, message.replica, replace(event, detail=printable(event.detail)))
 

@@ -119,6 +119,24 @@ def test_promise_1_a_second_terminal_event_is_ignored_and_counted() -> None:
     assert rig.dispatcher.ignored_events == 1
 
 
+def test_each_event_with_tokens_is_passed_on_once_and_before_the_end_of_its_request() -> None:
+    seen: list[tuple[str, int]] = []
+    hooks = Hooks(
+        finished=lambda record: seen.append(("end", len(record.tokens))),
+        dispatched=lambda *_: None,
+        tokens=lambda record, event: seen.append(("tokens", len(event.tokens))),
+    )
+    rig = Rig()
+    rig.dispatcher = Dispatcher(make_config(), rig.send, hooks)
+    rig.dispatcher.submit(0.0, request(1))
+    rig.dispatch(0.0)
+    replica = rig.sent[-1][0]
+    for now, step in ((1.0, event(1, tokens=1)), (2.0, event(1, tokens=2)), (3.0, event(1, 0, FinishReason.STOP))):
+        rig.dispatcher.on_event(now, replica, step)
+    rig.dispatcher.on_event(4.0, replica, event(1))
+    assert seen == [("tokens", 1), ("tokens", 2), ("end", 3)], "what comes after the end is nobody's"
+
+
 def test_a_terminal_event_without_tokens_need_not_name_the_version() -> None:
     rig = Rig()
     rig.dispatcher.submit(0.0, request(1))

@@ -399,7 +399,7 @@ def test_an_address_that_is_not_ours_is_named(
 ) -> None:
     _, command, _ = prepare(tmp_path)
     monkeypatch.setattr(sys, "argv", [*command[command.index("clif.control") :], "--host", "192.0.2.1"])
-    for name in ("keep_private", "allow_connections", "Outside"):
+    for name in ("keep_private", "allow_connections", "ProcessWatcher"):
         monkeypatch.setattr(control_process, name, lambda *_: None)
     assert control_process.main() == 1
     assert "dist.control_host" in capsys.readouterr().err.strip().splitlines()[-1]
