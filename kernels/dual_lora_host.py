@@ -15,6 +15,7 @@ from clif.kernels.dual_lora_kernel import BASE, FUSED, SHRINK, dual_lora_linear
 from clif.kernels.dual_lora_reference import MergedLinear, Segment
 from clif.kernels.dual_lora_table import RowTable, RowTables, column_tiles, grad_tiles
 from clif.kernels.tiles import GradTiles, LinearTiles, descriptor_boxes
+from clif.kernels.workspace import Workspace, Workspaces
 
 INTERPRET = not isinstance(dual_lora_linear, triton.runtime.JITFunction)
 """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when they were first imported)."""
@@ -30,40 +31,6 @@ class Tiling(Protocol):
     def grads(self, rows: int, depth: int, out: int, rank: int) -> GradTiles: ...
 
 
-class Workspace:
-    """Memory through which the programs of one stream's launches communicate; it grows with the launches' needs.
-
-    tickets: zero between launches. flags: numbers of launches. left [1]: programs that have left, 65536 per launch.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.tickets = torch.zeros(1024, dtype=torch.int32, device=device)
-        self.flags = torch.zeros(256, dtype=torch.int64, device=device)
-        self.left = torch.zeros(1, dtype=torch.int64, device=device)
-        self.planes = torch.empty(1 << 16, dtype=torch.float32, device=device)
-        # Captured graphs still write to tensors that were replaced by larger ones.
-        self._outgrown: list[torch.Tensor] = []
-
-    def take_tickets(self, count: int) -> torch.Tensor:
-        if count > len(self.tickets):
-            self._outgrown.append(self.tickets)
-            self.tickets = self.tickets.new_zeros(2 * count)
-        return self.tickets
-
-    def take_flags(self, count: int) -> torch.Tensor:
-        if count > len(self.flags):
-            self._outgrown.append(self.flags)
-            self.flags = self.flags.new_zeros(2 * count)
-        return self.flags
-
-    def take_planes(self, count: int) -> torch.Tensor:
-        """Memory for `count` partial sums."""
-        if count > len(self.planes):
-            self._outgrown.append(self.planes)
-            self.planes = self.planes.new_empty(count)
-        return self.planes
-
-
 class KernelLauncher:
     """Launches the kernels on one device; shared by all layers of a model."""
 
@@ -71,16 +38,12 @@ class KernelLauncher:
         self.device, self.tiling = device, tiling
         on_gpu = device.type == "cuda"
         self.programs = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 0
-        self._workspaces: dict[int, Workspace] = {}
+        self._workspaces = Workspaces(device)
         self._tables: dict[tuple[Any, ...], RowTable] = {}
 
     def workspace(self) -> Workspace:
-        """One per stream: launches of one stream never overlap. Launch once on a stream before capturing there."""
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
-        # setdefault() would make a workspace, with its fills, at every launch.
-        if stream not in self._workspaces:
-            self._workspaces[stream] = Workspace(self.device)
-        return self._workspaces[stream]
+        """That of the current stream."""
+        return self._workspaces.current()
 
     def rows(self, segments: Sequence[Segment], rows: int, block_m: int, slots: int) -> RowTable:
         """The row tiles of a batch, made once for all layers."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import triton
 
-from clif.kernels.dual_lora_host import Workspace
 from clif.kernels.paged_decode_kernel import paged_decode
 from clif.kernels.paged_decode_table import DecodeConfig, DecodeTable
+from clif.kernels.workspace import Workspace, Workspaces
 
 INTERPRET = not isinstance(paged_decode, triton.runtime.JITFunction)
 """Whether Triton's interpreter runs the kernel (TRITON_INTERPRET=1 when it was first imported)."""
@@ -23,14 +23,11 @@ class PagedDecode:
 
     def __init__(self, device: torch.device, config: DecodeConfig | None = None) -> None:
         self.device, self.config = device, config or DecodeConfig()
-        self._workspaces: dict[int, Workspace] = {}
+        self._workspaces = Workspaces(device)
 
     def workspace(self) -> Workspace:
-        """One per stream: launches of one stream never overlap. Launch once on a stream before capturing there."""
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
-        if stream not in self._workspaces:
-            self._workspaces[stream] = Workspace(self.device)
-        return self._workspaces[stream]
+        """That of the current stream."""
+        return self._workspaces.current()
 
     def attend(self, q: torch.Tensor, cache: torch.Tensor, table: DecodeTable, scale: float, out: torch.Tensor) -> None:
         """Fill the table's rows of out [rows, heads * d]; the other rows are left as they are.

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from clif.kernels import dual_lora_host
-from clif.kernels.dual_lora_host import INTERPRET, FusedLinear, KernelLauncher, Workspace
+from clif.kernels import workspace
+from clif.kernels.dual_lora_host import INTERPRET, FusedLinear, KernelLauncher
 from clif.kernels.dual_lora_reference import SHADOW, MergedLinear, Segment
 from clif.kernels.dual_lora_table import RowTable
 from clif.kernels.testing.dual_lora_specification import (
@@ -28,6 +28,7 @@ from clif.kernels.testing.dual_lora_specification import (
 )
 from clif.kernels.tiles import GradTiles, LinearTiles
 from clif.kernels.tuning import Defaults, Fixed
+from clif.kernels.workspace import Workspace
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="the kernels are compiled in this process: see tests/gpu")
 CPU = torch.device("cpu")
@@ -211,7 +212,7 @@ def test_launches_of_different_sizes_share_a_workspace() -> None:
 
 def test_a_workspace_is_made_once_and_not_at_every_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Workspace] = []
-    monkeypatch.setattr(dual_lora_host, "Workspace", lambda device: made.append(Workspace(device)) or made[-1])
+    monkeypatch.setattr(workspace, "Workspace", lambda device: made.append(Workspace(device)) or made[-1])
     batch, using = random_batch(LAYERS["one"](), MIXED), launcher()
     first = compute(batch, using)
     again = compute(batch, using)
