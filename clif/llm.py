@@ -26,7 +26,7 @@ from tokenizers.decoders import DecodeStream
 from clif.adapters.cache import AdapterCache
 from clif.adapters.peft_io import read_rank
 from clif.config import Config, config_from_tree
-from clif.config.shipped import placed
+from clif.config.shipped import shipped_path
 from clif.distributed.topology import choose_device
 from clif.engine.engine import Engine
 from clif.errors import InputError, plain
@@ -94,7 +94,7 @@ class LLM:
         engine: Section | None = None,
     ) -> None:
         self._names = {name: Path(folder) for name, folder in (adapters or {}).items()}
-        self.config = _config(placed(str(path)), self._names, model or {}, adapter or {}, engine or {})
+        self.config = _config(shipped_path(str(path)), self._names, model or {}, adapter or {}, engine or {})
         loaded = load_model(self.config.model, choose_device(self.config.model.device, 0), self.config.run.seed)
         self.tokenizer = loaded.tokenizer
         self._engine: Engine | None = Engine.from_config(self.config, loaded)

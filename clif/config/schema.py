@@ -26,7 +26,7 @@ from clif.config.messages import sentences
 from clif.config.model import AdapterConfig, EngineConfig, ModelConfig
 from clif.config.relevance import check_relevance
 from clif.config.run import DistConfig, LayoutConfig, RunConfig
-from clif.config.shipped import place_paths
+from clif.config.shipped import with_shipped_paths
 from clif.config.train import ControlConfig, FederationConfig, TrainConfig
 from clif.errors import ConfigError
 
@@ -175,6 +175,6 @@ def config_from_tree(tree: dict[str, Any]) -> Config:
 
 def _validate(given: Given) -> Config:
     try:
-        return Config.model_validate(place_paths(given.tree))
+        return Config.model_validate(with_shipped_paths(given.tree))
     except ValidationError as error:
         raise ConfigError(sentences(error.errors(), Config, given.where)) from error

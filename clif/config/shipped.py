@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from clif.config.base import is_there
 from clif.errors import ConfigError, plain
 
 FOLDER = "configs"
@@ -26,7 +27,7 @@ def find_config(name: str) -> Path:
     path = Path(name)
     # load_config reports what is wrong with a path.
     if path.is_file() or path.suffix or len(path.parts) > 1:
-        return Path(placed(name))
+        return Path(shipped_path(name))
     shipped = shipped_folder() / f"{name}.yaml"
     if shipped.is_file():
         return shipped
@@ -34,18 +35,18 @@ def find_config(name: str) -> Path:
     raise ConfigError(f"there is no configuration {plain(name, 80)}: name a YAML file, or one of CLIF's own ({known})")
 
 
-def placed(text: str) -> str:
-    """The path; one that begins with configs/ and is missing in the working folder is taken from CLIF's own files."""
+def shipped_path(text: str) -> str:
+    """A path as it is, or, if it begins with configs/ and is no file here, that of the file that CLIF brings."""
     prefix = RANDOM if text.startswith(RANDOM) else ""
     path = Path(text.removeprefix(prefix))
-    if path.parts[:1] != (FOLDER,) or path.exists():
+    if path.parts[:1] != (FOLDER,) or ".." in path.parts or is_there(path):
         return text
     shipped = shipped_folder().joinpath(*path.parts[1:])
-    return f"{prefix}{shipped}" if ".." not in path.parts and shipped.exists() else text
+    return f"{prefix}{shipped}" if is_there(shipped) else text
 
 
-def place_paths(value: Any) -> Any:
+def with_shipped_paths(value: Any) -> Any:
     """A tree of plain values in which such paths can be found."""
     if isinstance(value, dict):
-        return {key: place_paths(inner) for key, inner in value.items()}
-    return placed(value) if isinstance(value, str) and value.removeprefix(RANDOM).startswith(f"{FOLDER}/") else value
+        return {key: with_shipped_paths(inner) for key, inner in value.items()}
+    return shipped_path(value) if isinstance(value, str) else value

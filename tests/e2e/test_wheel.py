@@ -36,16 +36,16 @@ def shell(*command: str, cwd: Path, **extra: str) -> str:
 @pytest.fixture(scope="module")
 def bin(tmp_path_factory) -> Path:
     """bin/ of an environment with CLIF from its wheel; the large packages are those of the one that tests."""
-    place = tmp_path_factory.mktemp("wheel")
+    folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    shell(*pip, "wheel", "--no-deps", "--wheel-dir", str(place), str(copy_sources(place / "tree")), cwd=place)
-    (wheel,) = place.glob("clif-*.whl")
-    venv.create(place / "env", with_pip=False)
-    (site,) = (place / "env" / "lib").glob("python*/site-packages")
+    shell(*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(copy_sources(folder / "tree")), cwd=folder)
+    (wheel,) = folder.glob("clif-*.whl")
+    venv.create(folder / "env", with_pip=False)
+    (site,) = (folder / "env" / "lib").glob("python*/site-packages")
     (site / "shared.pth").write_text(str(Path(torch.__file__).parents[1]))
-    python = str(place / "env" / "bin" / "python")
-    shell(*pip, "--python", python, "install", "--no-deps", "--no-index", str(wheel), cwd=place)
-    return place / "env" / "bin"
+    python = str(folder / "env" / "bin" / "python")
+    shell(*pip, "--python", python, "install", "--no-deps", "--no-index", str(wheel), cwd=folder)
+    return folder / "env" / "bin"
 
 
 def test_the_library_runs_from_a_wheel_in_an_empty_folder(bin, tmp_path):
@@ -73,7 +73,13 @@ def test_the_demo_runs_from_a_wheel_where_its_assets_are_in_the_working_folder(b
     if not (assets / "smart_home.jsonl").is_file():
         pytest.skip("the demo's model and data are not here: run clif fetch")
     (tmp_path / "assets").symlink_to(assets)
-    short = ("load.duration_s=10", "run.linger_s=1", "federation.local_steps=2", "quality.exact_match_rows=2")
+    short = (
+        "load.duration_s=10",
+        "run.linger_s=1",
+        "federation.local_steps=2",
+        "data.heldout_rows=8",
+        "quality.exact_match_rows=2",
+    )
     shell(str(bin / "clif"), "run", "demo", "federation.rounds=null", *short, cwd=tmp_path, OMP_NUM_THREADS="1")
     summary = json.loads((tmp_path / "runs" / "demo" / "summary.json").read_text())
     assert summary["requests"]["submitted"] > 0 and summary["requests"]["unfinished"] == 0

@@ -41,9 +41,9 @@ def random_model(tiny_config) -> str:
 @pytest.fixture(scope="module")
 def folders(random_model, tmp_path_factory) -> list[Path]:
     """Four adapters, of unequal rank, scale and modules."""
-    place = tmp_path_factory.mktemp("adapters")
+    folder = tmp_path_factory.mktemp("adapters")
     kinds = [{"r": 4}, {"r": 16, "lora_alpha": 32}, {"target_modules": ["q_proj", "down_proj"]}, {"r": 2}]
-    return [save_adapter(random_model, place / str(i), i, **kind) for i, kind in enumerate(kinds)]
+    return [save_adapter(random_model, folder / str(i), i, **kind) for i, kind in enumerate(kinds)]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from wheel_tree import REPO, copy_sources
 from clif import __version__
 from clif.cli import app
 from clif.config import ConfigError, config_from_tree, load_config, shipped
-from clif.config.shipped import find_config, placed
+from clif.config.shipped import find_config, shipped_path
 
 NAMES = sorted(file.stem for file in (REPO / "configs").glob("*.yaml"))
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -75,8 +75,9 @@ def test_the_working_folder_comes_first_and_other_paths_stay(empty):
     for path in (
         "configs/models/llama-1b.json", "random:configs/models/llama-1b.json", "configs/none.json",
         "configs/../setup.py", "assets/smart_home.jsonl", "own/configs/demo.yaml", "configs-of-mine/x",
+        "configs/" + 5000 * "x", "configs/\0",
     ):  # fmt: skip
-        assert placed(path) == path
+        assert shipped_path(path) == path
     assert find_config("demo.yaml") == Path("demo.yaml")
     assert find_config("none.yaml") == Path("none.yaml"), "load_config says that it is not there"
 
