@@ -12,6 +12,7 @@ and no network.
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from tokenizers.decoders import DecodeStream
 
 from clif.adapters.cache import AdapterCache
@@ -140,8 +142,12 @@ class LLM:
         for request_id in [*self._events]:
             self._engine.scheduler.cancel(request_id)
         self._engine.close()
-        self._engine = None
+        device, self._engine = self._engine.runner.device, None
         del self._cache
+        # An engine and its parts know each other.
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def __enter__(self) -> Self:
         return self

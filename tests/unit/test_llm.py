@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -231,7 +232,9 @@ def test_a_closed_library_refuses_and_so_do_its_streams(random_model):
     llm = LLM(random_model, engine={"kv_tokens": 1024}, **EXACT)
     stream = llm.stream(PROMPTS, GREEDY)
     next(stream)
+    cache = weakref.ref(llm._engine.runner.cache)
     llm.close()
+    assert cache() is None, "the memory is given back"
     for use in (lambda: list(stream), lambda: llm.generate(PROMPTS[0]), lambda: llm.stream(PROMPTS[0])):
         with pytest.raises(InputError, match="this LLM is closed: make another one"):
             use()
