@@ -14,7 +14,7 @@ from clif.adapters.store import AdapterStore
 from clif.config import Config, config_from_tree
 from clif.control.__main__ import read_recorded
 from clif.control.answers import Answers
-from clif.control.durability.journal import Journal
+from clif.control.durability.journal import Journal, Line
 from clif.control.durability.ledger import Ledger
 from clif.control.durability.recovery import Recorded, add_up, recover
 from clif.control.durability.shutdown import ShutdownPolicy
@@ -26,6 +26,7 @@ from clif.control.server import ControlServer
 from clif.control.sources import Source, TraceSource
 from clif.data.instruct import read_rows
 from clif.data.load import make_load
+from clif.metrics.writer import next_path
 from clif.simulate.channel import SimChannel
 from clif.simulate.memory import MemoryLog, MemorySink
 from clif.simulate.virtual_time import VirtualTime
@@ -56,7 +57,7 @@ class Run:
 
     sockets: over ZeroMQ, in real time, with files. files: a journal and HDF5 in the run's folder, as a restart needs.
     silent: by replica, after how many requests it hangs. sources: of requests, beside the configured load. The other
-    options are those of ShutdownPolicy.
+    options are those of ShutdownPolicy. after: the start before this one in the same folder, by the launcher.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Run:
         *,
         sockets: bool = False,
         files: bool = False,
-        relaunched: bool = False,
+        after: "Run | None" = None,
         silent: dict[int, int] | None = None,
         sources: Sequence[Source] = (),
         **shutdown: Any,
@@ -75,25 +76,27 @@ class Run:
         self.time = VirtualTime(start_s=1000.0)
         self.clock: Callable[[], float] = time.monotonic if sockets else self.time
         self.channel: Any = ControlChannel(KEYS, leaders) if sockets else SimChannel(self.time)
+        self.starts: list[Run] = [*(after.starts if after else ()), self]
         self.journal: Any = MemoryLog()
         self.sink = MemorySink(self.clock)
         self.leaders = [ScriptedReplica(i, silent_after=(silent or {}).get(i)) for i in range(leaders)]
-        self.server = self._server(leaders, relaunched, sources, ShutdownPolicy(**shutdown))
+        self.server = self._server(leaders, sources, ShutdownPolicy(**shutdown))
 
-    def _server(
-        self, leaders: int, relaunched: bool, sources: Sequence[Source], shutdown: ShutdownPolicy
-    ) -> ControlServer:
+    def _server(self, leaders: int, sources: Sequence[Source], shutdown: ShutdownPolicy) -> ControlServer:
         config, run_dir, tokenizer = self.config, self.config.run_dir, make_tokenizer()
         assert config.data.path is not None
         rows = read_rows(config.data.path)
         self.load = make_load(config, rows, tokenizer)
         run_dir.mkdir(exist_ok=True)
-        store, records, recorded = AdapterStore(run_dir), Records(self.sink), Recorded()
+        store, records = AdapterStore(run_dir), Records(self.sink)
         if self.files:
-            self.journal, recorded = Journal(run_dir, self.clock), read_recorded(run_dir)
+            self.journal = Journal(run_dir, self.clock)
+            past, recorded = self.journal.past, read_recorded(run_dir)
+            self.path = next_path(run_dir, "control")
             records = Records.in_file(run_dir, config, self.clock)
-        past = add_up(self.journal.past if self.files else ())
-        recovery = recover(past, self.load, relaunched, store.rounds(), recorded)
+        else:
+            past, recorded = self._left_in_memory()
+        recovery = recover(add_up(past), self.load, len(self.starts) > 1, store.rounds(), recorded)
         ports = Ports(
             channel=self.channel,
             sources=[TraceSource(recovery.load), *sources],
@@ -130,10 +133,24 @@ class Run:
             if self.files:
                 self.journal.close()
 
+    def _left_in_memory(self) -> tuple[list[Line], Recorded]:
+        """By the starts before: lines of the journal, and what has a row."""
+        former = self.starts[:-1]
+        rows = {name: [row for run in former for row in run.sink.rows[name]] for name in self.sink.rows}
+        return [line for run in former for line in run.journal.lines], Recorded(
+            requests=frozenset(row["id"] for row in rows["requests"] if row["purpose"] == "user"),
+            offered=frozenset(row["request"] for row in rows["load"]),
+            rounds=frozenset(row["round_id"] for row in rows["rounds"]),
+            versions=frozenset(row["version"] for row in rows["adapters"]),
+        )
+
+    def of_all_starts(self, name: str) -> list[dict[str, Any]]:
+        return [row for run in self.starts for row in run.table(name)]
+
     def table(self, name: str) -> list[dict[str, Any]]:
         if not self.files:
             return self.sink.rows[name]
-        with h5py.File(self.config.run_dir / "control.h5", "r") as file:
+        with h5py.File(self.path, "r") as file:
             rows = file[name][:]
         return [
             {k: row[k].decode() if isinstance(row[k], bytes) else row[k].item() for k in rows.dtype.names}

@@ -10,7 +10,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import h5py
 import pytest
 from control_run import SERVES, Run, came_back, make_config
 from scripted_replica import KEYS, ScriptedReplica, SocketReplica, make_tokenizer
@@ -21,7 +20,6 @@ from clif.config import Config
 from clif.control.durability.shutdown import DRAINED
 from clif.control.policy.phases import ControlError, Phase
 from clif.control.server import ControlServer
-from clif.metrics.collect import collect
 from clif.types import Purpose
 from clif.wire import messages as wire
 
@@ -217,9 +215,9 @@ def test_what_does_not_end_in_the_drain_is_cancelled_with_the_reason(tmp_path: P
     assert rows and {(row["finish"], row["detail"]) for row in rows} == {("cancelled", "got SIGTERM")}
 
 
-@pytest.mark.parametrize(("restarts_left", "ends"), [(0, {"failed"}), (1, set())])
+@pytest.mark.parametrize(("restarts_left", "ends", "files"), [(0, {"failed"}, False), (1, set(), True)])
 def test_open_requests_of_a_lost_run_are_ended_or_left_to_the_restart(
-    tmp_path: Path, restarts_left: int, ends: set[str]
+    tmp_path: Path, restarts_left: int, ends: set[str], files: bool
 ) -> None:
     """Promise 1. The next start answers them once, and offers nothing twice."""
 
@@ -231,23 +229,22 @@ def test_open_requests_of_a_lost_run_are_ended_or_left_to_the_restart(
         "quality": {"exact_match_rows": 0}, "train": {"enabled": False}, "federation": {"rounds": None},
     }  # fmt: skip
     config = make_config(tmp_path, **sections)
-    run = Run(config, files=True, stop_reason=broken, restarts_left=restarts_left)
+    run = Run(config, files=files, stop_reason=broken, restarts_left=restarts_left)
     for leader in run.leaders:
         leader.serves = lambda: False
     with pytest.raises(ControlError, match="rank 0 died"):
         run.go()
     assert {row["finish"] for row in run.table("requests")} == ends
     assert run.exit_codes() == {1}, "every host's torchrun must see that the run failed"
-    again = Run(config, files=True, relaunched=True)
+    again = Run(config, files=files, after=run)
     again.go()
     assert again.exit_codes() == {0}
     assert again.server.phase is Phase.DONE and not again.server.drained
-    with h5py.File(collect(config.run_dir), "r") as file:
-        requests, load = file["requests"][:], file["load"][:]
+    requests, load = again.of_all_starts("requests"), again.of_all_starts("load")
     everything = Counter({i: 1 for i in range(len(run.load))})
-    assert Counter(requests["id"].tolist()) == Counter(load["request"].tolist()) == everything
-    assert Counter(requests["finish"].tolist())[b"stop"] >= len(run.load) - (3 if ends else 0)
-    once_more = Run(config, files=True, relaunched=True)
+    assert Counter(row["id"] for row in requests) == Counter(row["request"] for row in load) == everything
+    assert Counter(row["finish"] for row in requests)["stop"] >= len(run.load) - (3 if ends else 0)
+    once_more = Run(config, files=files, after=again)
     once_more.go()
     assert not once_more.server.finished, "the run was through"
 
