@@ -33,7 +33,7 @@ def file(tmp_path: Path) -> str:
 def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks are processes; in the threads of one, transformers must not load two models at a time."""
     lock = threading.Lock()
-    for name in ("pretrained", "read", "load_model"):
+    for name in ("pretrained", "load_unpacked", "load_model"):
         monkeypatch.setattr(unpacked, name, locked(lock, getattr(unpacked, name)))
 
 

@@ -13,6 +13,7 @@ from helpers import answer, make_rig, request, stack_logits
 from model_folders import SMALL, saved, shaped
 
 from clif.config import ConfigError, ModelConfig
+from clif.models.base_weight import Dense
 from clif.models.layer import DecoderLayer, Rope
 from clif.models.proof import Expected, ask_ends, check_architecture, compare
 from clif.models.stack import CausalStack
@@ -167,8 +168,8 @@ def test_one_layer_of_a_deep_model_in_bfloat16_that_computes_something_else_is_f
     stack = CausalStack(loaded.model)
     layer = stack._layers[17]
     if part == "residual":
-        for linear in (layer.out, layer.down):
-            linear.weight = linear.weight * 0.8
+        for linear in (layer.out, layer.mlp.down):
+            linear.base = Dense(linear.base.weight * 0.8, linear.base.bias)
     elif part == "norm":
         layer._mlp_norm = torch.nn.Identity()
     elif part == "query":
