@@ -1,7 +1,9 @@
-"""All dual layers of one model, and what can be done with their adapters as a whole.
+"""All adapters of one model, and operations on them as a whole.
 
-Invariant: the shadow lives in one flat float32 vector of which every layer's factors are views (gradients
-likewise), so that the optimizer, FedAvg, snapshots and finiteness checks are single vector operations.
+Invariant: the shadow is one flat float32 vector of which every layer's factors are views, and so are its gradients.
+The optimizer, FedAvg, snapshots and finiteness checks are therefore single vector operations.
+
+Sources: LoRA (Hu et al. 2021).
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ class AdapterBank:
         return [layer.shadow_a.numel() + layer.shadow_b.numel() for layer in self._chosen(layers)]
 
     def part(self, flat: torch.Tensor, layers: range) -> torch.Tensor:
-        """What lies in these layers, as a view of a vector that is laid out like the shadow."""
+        """The coordinates of these layers, as a view of a vector that is laid out like the shadow."""
         start = sum(self.sizes(range(layers.start)))
         return flat[start : start + sum(self.sizes(layers))]
 
@@ -132,14 +134,14 @@ class AdapterBank:
         return state
 
     def join_gradient(self) -> None:
-        """Sum the gradients of factors that several peers hold, each of whom has seen a part. Collective."""
+        """Sum the gradients of factors that several peers hold and of which each has seen a part. Collective."""
         if self.tp_group.size == 1:
             return
         held: list[tuple[torch.Tensor, ShardSpec, torch.Tensor]] = []
         for name, pair in self.factors(self.gradient).items():
             for factor, spec in zip(pair, self._specs[name], strict=True):
                 if spec.holders(self.tp_group.size) > 1:
-                    # A KV head that some hold: in its place among all, so that one sum serves everybody.
+                    # A KV head that some hold: at its position among all, so that one sum serves all ranks.
                     sizes = list(factor.shape)
                     if spec.shard is not None:
                         sizes[spec.dim] = spec.shard.total
@@ -159,13 +161,13 @@ class AdapterBank:
         return self.tp_group.all_reduce_((flat * flat).dot(self._shares).view(1))[0].sqrt()
 
     def own(self, stride: int) -> torch.Tensor | slice:
-        """Every stride-th coordinate that no peer holds: of these the gradient is never a partial sum."""
+        """Every stride-th coordinate that no other rank holds: its gradient is never a partial sum."""
         if self._shares is None:
             return slice(None, None, stride)
         return torch.nonzero(self._shares == 1).flatten()[::stride]
 
     def reset(self, seed: int) -> None:
-        """The shadow as it was before any training, and no gradient."""
+        """Reset the shadow to what it was before any training, and its gradient to zero."""
         torch.manual_seed(seed)
         for layer in self.layers:
             layer.draw()
@@ -178,7 +180,7 @@ class AdapterBank:
             factor.copy_(state[name])
 
     def refresh(self) -> None:
-        """Round the masters to what the shadow's rows are multiplied with; to be called after they have changed."""
+        """Round the masters to what the shadow's rows are multiplied with. Call it after they have changed."""
         for layer in self.layers:
             layer.refresh()
 

@@ -1,4 +1,4 @@
-"""The two files of an adapter in PEFT's format, as far as they can be checked without torch and without a model."""
+"""The two files of an adapter in PEFT's format: checks that need neither torch nor a model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import safetensors
 PREFIX = "base_model.model."
 FLOAT32 = "F32"
 ELSEWHERE = ("modules_to_save", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
-"""What PEFT can do and CLIF does not serve."""
+"""Features of PEFT that CLIF does not serve."""
 
 
 def describe(shapes: Mapping[str, Sequence[int]]) -> str:
-    """A digest of names and shapes: two adapters of one model have the same. Names without PEFT's prefix."""
+    """A digest of names and shapes: adapters of one model have the same. Names without PEFT's prefix."""
     listed = sorted((name, list(shape)) for name, shape in shapes.items())
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:32]
 
@@ -38,7 +38,7 @@ def config_flaw(text: str, r: int, lora_alpha: float) -> str:
 
 
 def weights_flaw(weights: bytes, described: str) -> str:
-    """Why these safetensors bytes are not the run's adapter; empty if they are. described: what describe() told."""
+    """Why these safetensors bytes are not the run's adapter; empty if they are. described: from describe()."""
     try:
         tensors = dict(safetensors.deserialize(weights))
     except safetensors.SafetensorError as error:

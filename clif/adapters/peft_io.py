@@ -26,7 +26,7 @@ class AdapterError(InputError):
 def config_json(bank: AdapterBank, base: str) -> str:
     """adapter_config.json of the bank's adapters. base: name or path of the base model.
 
-    Not made by peft, whose import takes half of a rank's start; a test holds it against what peft makes.
+    Not written by peft, whose import takes half of a rank's start; a test compares it with what peft writes.
     """
     described = {
         "peft_type": "LORA",

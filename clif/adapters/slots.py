@@ -1,4 +1,4 @@
-"""Which adapter version sits in which serving slot, and who still reads it. Free of torch.
+"""Which adapter version is in which serving slot, and how many still read it. Free of torch.
 
 Invariants: exactly one version is active; a slot is free only when it holds no version; a version with readers
 is never overwritten; readers keep the version they started on (promise 2).
@@ -51,7 +51,7 @@ class SlotTable:
         return self._versions[version].slot
 
     def free_slot(self) -> int | None:
-        """A slot that nobody reads, or None: then the promotion waits, requests do not."""
+        """A slot without a version, or None: then the promotion waits, and requests do not."""
         used = {entry.slot for entry in self._versions.values()}
         return next((slot for slot in range(self.slots) if slot not in used), None)
 

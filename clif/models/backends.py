@@ -1,4 +1,4 @@
-"""Where an operation has several implementations, the choice between them: one place, made once, never silent."""
+"""Choices between implementations of one operation: made here, once, and logged."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ log = logging.getLogger(__name__)
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 MAX_RANK = 64
-"""Of the Triton kernels: beyond it a tile's sums no longer fit in registers."""
+"""Largest rank of the Triton kernels: beyond it the sums of a tile no longer fit in registers."""
 PREPACK_ROWS = 8
-"""Rows for which the packed layout is chosen: a decode batch. Measured on AVX512-bf16: any choice serves all sizes."""
+"""Rows for which the prepacked layout is chosen: a decode batch. Any choice serves all sizes (AVX512-bf16)."""
 
 
 def prepacked_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear | None:
-    """A forward-only x -> x W^T + b with W laid out once for the machine's matrix kernels, or None: use F.linear.
+    """x -> x W^T + b with W laid out once for the machine's matrix kernels; None where F.linear serves as well.
 
-    Only for bfloat16 on a CPU for which oneDNN has it. There F.linear lays W out anew in every call: measured 2.0 times
-    as fast for 1 to 8 rows (576x1536, one thread), 1.05 times for 256. It costs a second copy of W. weight: [out, in].
-    Raises RuntimeError if the packed layer computes something else: torch may change these operators.
+    Only for bfloat16 on a CPU for which oneDNN has it. There F.linear lays W out again in every call: prepacked is 2.0
+    times as fast for 1 to 8 rows (576x1536, one thread) and 1.05 times for 256. It costs a second copy of W.
+    weight: [out, in]; bias: [out]. Raises RuntimeError if it computes something else: torch may change its operators.
     """
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
         return None
     ops = torch.ops.mkldnn
-    # An older CPU: there it raises, where F.linear computes, if slowly.
+    # On an older CPU the operators raise, where F.linear computes, if slowly.
     if not ops._is_mkldnn_bf16_supported():
         return None
     prepacked = ops._reorder_linear_weight(weight.detach(), PREPACK_ROWS)
@@ -54,10 +54,10 @@ def prepacked_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear 
 def choose_kernels(
     wanted: Literal["auto", "torch", "triton"], device: torch.device, dtype: torch.dtype, r: int
 ) -> KernelLauncher | None:
-    """The Triton kernels of the dual LoRA layers of one model, or None: torch's products.
+    """The Triton kernels of a model's dual LoRA layers; None: torch's products.
 
-    auto takes the kernels where a measured table for this make of GPU says so, shape by shape. Raises ConfigError for
-    a wish that cannot be met.
+    auto takes the kernels where a measured table for this type of GPU says so, shape by shape. Raises ConfigError for
+    a choice that cannot be met.
     """
     defaults = _defaults(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -80,7 +80,7 @@ def choose_kernels(
 def choose_decode(
     wanted: Literal["auto", "torch", "triton"], device: torch.device, dtype: torch.dtype
 ) -> PagedDecode | None:
-    """The Triton kernel for attention of decode rows, or None: torch's products. Raises ConfigError, as above.
+    """The Triton kernel for attention of decode rows; None: torch's products. Raises ConfigError, as above.
 
     auto takes the kernel on a GPU that can run it. Measured on an H100, 64 requests of a 1B shape: a step of 33.4 ms
     with torch's products over a gathered context, 17.0 with the kernel.
@@ -94,7 +94,7 @@ def choose_decode(
 
 
 def assert_supported(field: str, device: torch.device, dtype: torch.dtype, r: int = 1) -> None:
-    """Raises ConfigError, with what to change, where the Triton kernels that a field asks for cannot run."""
+    """Raises ConfigError, with what to change, where the Triton kernels that `field` asks for cannot run."""
     obstacle = _obstacle(device, dtype, r)
     if obstacle is not None:
         raise ConfigError(f"{field} triton: {obstacle}, or set {field}=torch")

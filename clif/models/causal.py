@@ -1,7 +1,9 @@
 """Causal attention within each of several packed sequences, forward and backward, as a few batched products.
 
-Sequences of like length share one right-padded batch: padding lies after a sequence's last token, so that causality
-alone keeps it from being seen. On a CPU the query heads of a KV head stand in for rows: no copy of K and V per head.
+Sequences of similar length share one right-padded batch. Padding lies after a sequence's last token, so the causal
+mask alone hides it. On a CPU the query heads of a KV head become rows: K and V are not copied per head.
+
+Sources: grouped-query attention (Ainslie et al. 2023).
 """
 
 from __future__ import annotations
@@ -15,18 +17,18 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 SAVED_LENGTH = 256
-"""Up to this length the backward keeps the probabilities; beyond it they are computed again, L x L of them."""
+"""Longest sequence whose L x L probabilities the backward keeps; those of longer ones are computed again."""
 SMALLEST_BUCKET = 32
 
 
 def bucket(length: int) -> int:
-    """The power of two that a length is padded with: nothing is padded to twice its size or more."""
+    """The power of two that a length belongs to: nothing is padded to twice its size or more."""
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Sequences of like length. rows [tokens]: where they lie in the batch; places [tokens]: where when padded.
+    """Sequences of similar length. rows [tokens]: where they lie in the batch; places [tokens]: where when padded.
 
     None: the whole batch as it lies, no padding.
     """
@@ -73,7 +75,7 @@ class CausalSequences:
         return out.flatten(1)
 
     def _fused(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        """By torch's fused attention, whose backward never holds a matrix of length x length: [rows, heads, d]."""
+        """[rows, heads, d] by torch's fused attention, whose backward holds no matrix of length x length."""
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         for group in self.groups:
             q, k, v = (_pad(t, group).transpose(1, 2) for t in (query, key, value))
@@ -95,7 +97,7 @@ def _pad(x: torch.Tensor, group: _Group) -> torch.Tensor:
 
 
 def _put(padded: torch.Tensor, group: _Group, out: torch.Tensor) -> None:
-    """Write [sequences, longest, heads, d] to its rows of out."""
+    """Write [sequences, longest, heads, d] to the group's rows of out."""
     flat = padded.reshape(-1, *out.shape[1:])
     if group.rows is None or group.slots is None:
         out.copy_(flat)
@@ -123,7 +125,7 @@ def _probabilities(q: torch.Tensor, k: torch.Tensor, group: _Group, scale: float
 
 
 class _Attend(torch.autograd.Function):
-    """Rows are padded, multiplied and taken out again in one node: what is kept is rows, and P where it is small."""
+    """Padding, products and unpadding in one node: it keeps rows, and probabilities of short sequences."""
 
     @staticmethod
     def forward(
@@ -143,7 +145,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         query, key, value, *kept = ctx.saved_tensors
         grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
-        # Without a kept matrix (a long sequence) the probabilities are computed again.
+        # The probabilities of a long sequence were not kept.
         for group, p in zip(ctx.plan.groups, kept, strict=True):
             q, k, v = _queries(_pad(query, group), key.shape[1]), *_keys(key, value, group)
             go = _queries(_pad(gradients[0], group), key.shape[1])

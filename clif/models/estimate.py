@@ -1,7 +1,7 @@
-"""What a rank will hold in memory, from the model's config.json and the configuration. Free of torch.
+"""Memory that a rank will hold, from the model's description and the configuration. Free of torch.
 
-For Llama-style models without biases. Not counted: what a forward computes and drops again, logits, message buffers,
-the Python process and, on a GPU, its context.
+For models without biases. Not counted: temporaries of a forward, logits, message buffers, the Python process and, on
+a GPU, its context.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from clif.models.weights.files import locate, read_model
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MASTER = 4
-"""Bytes of a number of the shadow and of all that belongs to its training: float32."""
+"""Bytes of a number of the shadow and of its training state: float32."""
 Device = Literal["cpu", "cuda"]
 
 
 class EstimateError(InputError):
-    """The shape of the model cannot be known from here; the message says why."""
+    """The sizes of the model are not known here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. activations: the most that training forwards keep; snapshot: while a round is under way."""
+    """Bytes of one rank. activations: the most that training forwards keep; snapshot: during a round."""
 
     weights: int
     prepacked_weights: int
@@ -46,16 +46,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class Room:
-    """Memory in bytes that `ranks` ranks share: those of a host, or of a GPU."""
+    """Memory in bytes, of a host or of a GPU, that `ranks` ranks share."""
 
     bytes: int
     ranks: int
 
 
 def read_spec(path: str) -> ModelSpec:
-    """The sizes of the model that model.path names: a folder, a GGUF file, or random:<folder or config.json>.
+    """The description of the model that model.path names: a folder, a GGUF file, or random:<folder or config.json>.
 
-    Raises EstimateError where it is not here, or lacks a size.
+    Raises EstimateError where there is none here, or it lacks a size.
     """
     try:
         local = locate(path)
@@ -70,20 +70,17 @@ def read_spec(path: str) -> ModelSpec:
 
 
 def dtype_of(config: Config, device: Device) -> str:
-    """The dtype that is reckoned with: on a CPU auto may become bfloat16, whose packed copy makes it as large."""
+    """The dtype to count with. On a CPU auto may become bfloat16, which takes as much with its prepacked copy."""
     if config.model.dtype != "auto":
         return config.model.dtype
     return "bfloat16" if device == "cuda" else "float32"
 
 
 def estimate(config: Config, spec: ModelSpec, tp_size: int, device: Device) -> Memory:
-    """Bytes of a rank of a replica of tp_size ranks.
-
-    They share linear layers, KV heads and the head, which is a view of the embedding where it is tied to it.
-    """
+    """Bytes of a rank of a replica of tp_size ranks, which share linear layers, KV heads and the output head."""
     dtype = dtype_of(config, device)
     linears = spec.num_layers * sum(sum(_rows(g, tp_size)) * _width(g, tp_size) for g in spec.layer.linears)
-    # The largest share.
+    # The largest share. Where it is tied, it is a view of the embedding.
     head = -(-spec.vocab_size // tp_size) * spec.hidden_size
     rest = (
         spec.vocab_size * spec.hidden_size + (0 if spec.tied else head) + (2 * spec.num_layers + 1) * spec.hidden_size
@@ -101,12 +98,12 @@ def estimate(config: Config, spec: ModelSpec, tp_size: int, device: Device) -> M
         * kv_heads
         * spec.layer.attention.head_dim
         * config.engine.kv_tokens,
-        # One more than serve: what the shadow's own rows are multiplied with.
+        # One more than serve: the shadow, rounded to the dtype of the base.
         adapter_slots=BYTES[dtype] * slot * (config.adapter.serving_slots + 1),
         shadow=MASTER * shadow,
         gradient=MASTER * shadow,
         moments=2 * MASTER * shadow if trains else 0,
-        # Shadow and moments as they were, and the vector that is averaged.
+        # Shadow and moments from before the round, and the vector that is averaged.
         snapshot=4 * MASTER * shadow if trains else 0,
         activations=config.engine.activation_mib << 20 if trains else 0,
     )

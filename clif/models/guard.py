@@ -1,4 +1,4 @@
-"""What transformers makes of files that a user gave, said in a sentence."""
+"""Errors of transformers over files of a user, as one sentence."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Around calls of transformers and safetensors that read `what`. Raises ConfigError for whatever they raise.
+    """Wrap calls of transformers and safetensors that read `what`. Raises ConfigError for every error of theirs.
 
-    They tell damaged files from missing ones by errors of every kind, so that no list of kinds would be complete.
+    They raise errors of every type for missing and damaged files: no list of types would be complete.
     """
     try:
         yield

@@ -1,4 +1,7 @@
-"""The output head: with peers, each rank computes its own columns of the logits."""
+"""The output head. Each rank of a replica computes its own columns of the logits.
+
+Sources: vocabulary-parallel output of Megatron-LM (Shoeybi et al. 2019).
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,17 @@ from clif.types import NO_TOKEN
 
 
 class Head:
-    """This rank's rows [shard] of the head [vocabulary, hidden size]; all of them without peers.
+    """This rank's rows [shard] of the head [vocabulary, hidden size]; all of them with one rank.
 
-    Always cut where there are peers: each rank reads and multiplies its share only, and what this costs in
-    communication is small beside it. A greedy token costs the one collective that it took to agree on it before.
+    Each rank reads and multiplies its share only; the communication that this costs is small beside it. A greedy token
+    costs one collective, which the ranks would need anyway to agree on it.
 
-    The embedding stays whole on every rank: looking up rows costs nothing, and a cut one would cost an all-reduce per
-    forward. A head that is tied to it is therefore a view of it.
+    The embedding is whole on every rank: looking up rows costs nothing, and a cut one would cost an all-reduce per
+    forward. A head that is tied to the embedding is therefore a view of it.
     """
 
     def __init__(self, module: nn.Linear, vocab_size: int, tied: bool, tp_group: TpGroup) -> None:
-        """tied: the weight is the embedding's. If not, the module is left no more than this rank's rows."""
+        """tied: the weight is the embedding's. Otherwise the module keeps this rank's rows only."""
         self.tp_group, self.shard = tp_group, uneven_shard(vocab_size, tp_group.rank, tp_group.size)
         if not tied:
             shard_linear(module, "out", self.shard, first=True)
@@ -45,23 +48,23 @@ class Head:
     def best(self, logits: torch.Tensor) -> torch.Tensor:
         """Tokens [rows] with the largest logit, equal on all peers, from the columns of each. Collective.
 
-        As argmax decides over whole rows: of equals the first one. NO_TOKEN where the largest is not finite.
+        Ties go to the first, as argmax over whole rows decides. NO_TOKEN where the largest is not finite.
         """
         largest, index = top(logits)
         if self.tp_group.size == 1:
             return or_none(largest, index)
-        # As float64, which holds any index exactly: one collective for both.
+        # float64 holds any index exactly: one collective for both.
         pair = torch.stack((largest.double(), (index + self.shard.start).double()), 1)
         pairs = self.tp_group.all_gather_columns(pair, 2 * self.tp_group.rank, 2 * self.tp_group.size).unflatten(
             1, (-1, 2)
         )
-        # Ranks are in the order of their columns: the first rank of equals has the first column.
+        # Ranks are in the order of their columns: the first of equal ranks has the first column.
         largest, rank = top(pairs[..., 0])
         return or_none(largest, pairs[..., 1].gather(1, rank[:, None])[:, 0].long())
 
 
 def top(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest number of each row, NaN if there is one, and where it is: of equals the first."""
+    """The largest number of each row, or NaN if there is one, and its first index."""
     # In float32: exact, and several times as fast as the argmax of bfloat16 on a CPU.
     rows = rows if rows.dtype is torch.float64 else rows.float()
     index = rows.argmax(-1)

@@ -1,7 +1,7 @@
-"""What a model's config.json says, and which of it cannot be honoured. Free of torch.
+"""A model's config.json, and what in it cannot be honoured. Free of torch.
 
-The same function looks at the file in a dry run and at what transformers makes of it in a start. What no field tells is
-proved by computing, in clif/models/proof.py.
+One function checks the file in a dry run and transformers' reading of it in a start. What no field says is proved by
+computing, in clif/models/proof.py.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ LARGEST = {
     "vocab_size": 1 << 24, "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_hidden_layers": 1000,
     "num_attention_heads": 1 << 14, "num_key_value_heads": 1 << 14, "head_dim": 1 << 12,
 }  # fmt: skip
-"""Sizes of a model, each with a number that none exceeds: 10^9 layers would be built for days."""
+"""Sizes of a model, each with a limit that no real model exceeds: 10^9 layers would take days to build."""
 FILE_BYTES = 16 << 20
-"""More than any config.json has."""
+"""More than any real config.json has."""
 OWN_CODE = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
 
 
 def read_tree(file: Path) -> Tree:
-    """The fields of a config.json. Raises ConfigError, with the file's name, for one that is none."""
+    """The fields of a config.json. Raises ConfigError, with the file's name, for a file that is none."""
     try:
         if file.stat().st_size > FILE_BYTES:
             raise ConfigError(f"{file} is too large for a config.json: correct model.path")
@@ -44,7 +44,7 @@ def read_tree(file: Path) -> Tree:
 def check_tree(tree: Tree, name: str, max_context: int) -> None:
     """Raises ConfigError for a model that cannot be served as it is named, or not at every position of max_context.
 
-    tree: of a config.json, with or without the fields that have transformers' defaults. name: of the model.
+    tree: of a config.json, with or without the fields that transformers has defaults for. name: of the model.
     """
     for problem in _problems(tree, max_context):
         raise ConfigError(f"model.path {name} {problem}")
@@ -72,7 +72,7 @@ def _code_and_weights(tree: Tree) -> Iterator[str]:
 
 
 def _method(quantisation: Any) -> str:
-    """The name of a way to quantise: of a mapping, or of one of transformers' objects."""
+    """The name of a quantisation method, from a mapping or one of transformers' objects."""
     found = quantisation if isinstance(quantisation, dict) else getattr(quantisation, "__dict__", {})
     method = found.get("quant_method")
     return str(getattr(method, "value", method) or "of a method that is not named")[:40]

@@ -1,7 +1,10 @@
-"""One Llama-style decoder layer over a batch of several kinds of rows, built from transformers' own modules.
+"""One decoder layer over a batch of several kinds of rows, built from transformers' own modules.
 
-Norms, activation and weights are those of the loaded model; what is ours is that layers which read the same input
-are merged into one product, that a product sees all rows at once, and that attention is the batch's own.
+Norms, activation and weights are those of the loaded model. Here, layers that read the same input are one product, a
+product sees all rows at once, and each kind of rows brings its own attention.
+
+Sources: rotary embeddings (Su et al. 2021); grouped-query attention (Ainslie et al. 2023); batching rows of all kinds
+in the linear layers and attending separately is Orca's selective batching (Yu et al. 2022).
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ class Rope:
     sin: torch.Tensor
 
     def turn(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotate x [rows, heads, head_dim]: x cos + rotate_half(x) sin, the halves swapped by a roll."""
+        """Rotate x [rows, heads, head_dim]: x cos + rotate_half(x) sin. A roll swaps the halves."""
         return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, -1), self.sin)
 
 

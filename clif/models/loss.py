@@ -1,4 +1,7 @@
-"""Cross-entropy of the output head without autograd: logits of a large vocabulary are made once and thrown away."""
+"""Cross-entropy of the output head without autograd: logits of a large vocabulary exist once, and not for long.
+
+Sources: vocabulary-parallel cross-entropy of Megatron-LM (Shoeybi et al. 2019).
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def head_loss(
         loss = float((log_sum - wanted).sum())
         if divisor is None:
             return loss, None
-        # The softmax of this rank's columns is that of all, but for the share of the whole sum that they have.
+        # Softmax over this rank's columns differs from that over all by their share of the whole sum.
         p.mul_((own_sum - log_sum).exp_().div_(divisor)[:, None])
         p.scatter_add_(1, columns, mine.float().mul_(-1.0 / divisor))
         return loss, head.tp_group.all_reduce_(head.base.backward(p.to(normed.dtype)))

@@ -1,8 +1,8 @@
 """Proof that the stack computes what a model's own forward does: embedding, each layer, norm and head, one by one.
 
-One by one, each from what the model's own stage before it put out: then rounding is that of one stage, however deep the
-model is. The model sees one sequence at a time, the stack all of them in one batch as in serving, and they begin all
-over the context: what depends on the position or on who else is in the batch shows.
+Each stage starts from what the model's own stage before it put out, so that rounding is that of one stage, however deep
+the model is. The model sees one sequence at a time, the stack all of them in one batch as in serving, and sequences
+begin all over the context: a dependence on the position or on the rest of the batch shows.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from clif.models.dual_linear import LoraRows
 from clif.models.guard import reading
 from clif.models.spec import SIZES, narrow_fields, spec_of
 from clif.models.stack import CausalStack
-from clif.models.weights.sharded_build import Slice, build
+from clif.models.weights.sharded_build import TensorShard, build
 
 PROBE = 32
-"""So many tokens, of one sequence or of two, that one odd one does not decide."""
+"""Tokens of a probe: enough that one outlier does not decide."""
 EXACT = 1e-4
-"""Relative difference of a stage in float32, which nothing but another order of sums accounts for."""
+"""Relative difference of a stage in float32 that another order of sums accounts for."""
 ROUNDED = 16
 """Relative difference of a stage of real weights, in units of the dtype's rounding: measured 1 to 2 in bfloat16 at
 depths 4 and 32, where whole forwards are 2 to 20 apart. More is allowed because attention that looks at few tokens
-multiplies the rounding of its scores; wrong makes are found in float32 before."""
+multiplies the rounding of its scores; wrong architectures are found in float32 before."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a model's own forward computes of probes.
+    """What a model's own forward computes from probes.
 
     ids, positions: [rows], the sequences one after the other; lengths: of each. hidden: [rows, hidden size] before the
     first layer and after each; logits: [rows, vocabulary].
@@ -49,7 +49,7 @@ class Expected:
 
 
 def probe_ids(count: int, vocab_size: int, device: torch.device) -> torch.Tensor:
-    """Tokens [count] that are spread over the vocabulary."""
+    """Tokens [count], spread over the vocabulary."""
     return torch.arange(1, count + 1, device=device) * 997 % vocab_size
 
 
@@ -91,7 +91,7 @@ def _run(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> tuple[list[t
 
 @torch.no_grad()
 def compare(stack: CausalStack, expected: Expected, bound: float | None = None) -> None:
-    """Raises ConfigError where the stack computes something else than the model.
+    """Raises ConfigError where the stack computes something other than the model.
 
     bound: relative difference of a stage; None: what the dtype's rounding accounts for.
     """
@@ -105,7 +105,7 @@ def compare(stack: CausalStack, expected: Expected, bound: float | None = None) 
 
     def check(stage: str, got: torch.Tensor, wanted: torch.Tensor, before: torch.Tensor | None = None) -> None:
         change = wanted if before is None else wanted - before
-        # What a layer adds is rounded with what it is added to.
+        # What a layer adds is rounded together with what it is added to.
         allowed = bound * change.float().norm() + (rounding / 2 * wanted.float().norm() if before is not None else 0.0)
         apart = (got - wanted).float().norm()
         if not apart <= allowed:
@@ -125,10 +125,10 @@ def compare(stack: CausalStack, expected: Expected, bound: float | None = None) 
 
 
 def check_architecture(config: Any, max_context: int) -> None:
-    """Prove a make in a narrow float32 model of it, as deep as the real one, before anything large is read or drawn.
+    """Prove an architecture by a narrow float32 model as deep as the real one, before anything large is read or drawn.
 
-    config: of a transformers model. Raises ConfigError for a model that computes something else than the stack, at any
-    of some positions all over the context.
+    config: of a transformers model. Raises ConfigError for a model that computes something other than the stack at one
+    of several positions all over the context.
     """
     name = getattr(config, "model_type", "") or type(config).__name__
     sizes = {size: getattr(config, size, None) for size in SIZES}
@@ -150,10 +150,10 @@ def _narrowed(config: Any) -> Any:
 
 
 def _noise() -> Any:
-    """A source of weights of which none is zero or one, and so large that every layer counts."""
+    """A source of weights that are neither zero nor one, and so large that every layer counts."""
     rng = torch.Generator().manual_seed(0)
 
-    def source(name: str, shape: torch.Size, part: Slice) -> torch.Tensor:
+    def source(name: str, shape: torch.Size, part: TensorShard) -> torch.Tensor:
         tensor = torch.empty(shape).normal_(0.0, 0.2, generator=rng)
         return tensor + 1 if tensor.dim() == 1 and "norm" in name else tensor
 

@@ -1,4 +1,4 @@
-"""A causal language model taken apart into embedding, layers, norm and head, so that a forward can stop in between."""
+"""A causal language model as embedding, layers, norm and head, so that a forward can stop between any two."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class CausalStack:
     """The parts of a Llama-style model. Batches are packed: hidden states are [rows, hidden size].
 
     num_heads, num_kv_heads: of this rank, which with peers holds a part of every linear layer and of the head; the
-    embedding is whole on each. Raises ConfigError for a model of another make, LayoutError for one that peers cannot
+    embedding is whole on each. Raises ConfigError for another architecture, LayoutError for one that peers cannot
     share.
     """
 

@@ -1,4 +1,4 @@
-"""The files that model.path names: where they are, and whether the weights are all there. Free of torch."""
+"""The files that model.path names: where they lie, and whether they hold all weights. Free of torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 PLAIN = ("F64", "F32", "F16", "BF16")
 INDEX_BYTES = 64 << 20
 DERIVED = re.compile(r"rotary_emb\.|\.masked_bias$")
-"""Tensors in older files that are computed and not loaded."""
+"""Tensors of older files that are computed, not loaded."""
 Sizes = tuple[int, ...]
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",

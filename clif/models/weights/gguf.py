@@ -1,7 +1,7 @@
-"""A GGUF file as plain weights in the run's folder: unpacked by one rank of each host, read by all of them.
+"""A GGUF file as plain weights in the run's folder: one rank of each host unpacks it, all ranks read the result.
 
-transformers reads a GGUF file three times, whole and in Python: where every rank does so on few cores, that is most of
-a start. Of plain weights each rank of a replica reads its part only, and a restart finds them where they are.
+transformers reads a GGUF file three times, whole and in Python: with every rank doing so on few cores, that is most of
+a start. Of plain weights each rank of a replica reads its part only, and a restart finds them unpacked.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ALL = "/"
 
 
 class Store(KeyValues, Protocol):
-    """What is used of torch.distributed.Store."""
+    """The part of torch.distributed.Store that is used here."""
 
     def add(self, key: str, amount: int, /) -> int: ...
 
@@ -52,11 +52,11 @@ def load_gguf(
 ) -> LoadedModel:
     """The model of a GGUF file, by way of RUN/base-*; with peers this rank's part of it. Collective over all ranks.
 
-    store: of this start alone. host: name of this one. Raises ConfigError, on all who wait for a rank that cannot
-    unpack the file, and LayoutError when the peers cannot share it.
+    store: of this start alone. host: name of this host. Raises ConfigError, also on ranks that wait for one that cannot
+    unpack the file, and LayoutError when the peers cannot share the model.
     """
     host = host or socket.gethostname()
-    # Whoever comes first, since not every launcher numbers the ranks host by host.
+    # The first to come: not every launcher numbers the ranks host by host.
     unpacks = _first_of(store, host)
     name = _provide(config, store, run_dir, device, restarted, host) if unpacks else _answer(store, host)
     if (run_dir / name).is_dir():
@@ -66,7 +66,7 @@ def load_gguf(
 
 
 def _provide(config: ModelConfig, store: Store, run_dir: Path, device: torch.device, restarted: bool, host: str) -> str:
-    """See to it that this host has the folder, and say its name. One host goes first: all may see its files."""
+    """Make sure that this host has the folder; returns its name. One host goes first: all may see its files."""
     waiting = (host, ALL) if _first_of(store, ALL) else (host,)
     try:
         name = _choose(run_dir, restarted) if ALL in waiting else _answer(store, ALL)
@@ -119,9 +119,9 @@ def _unpack(config: ModelConfig, device: torch.device, folder: Path, part: Path)
     dtype, reason = choose_dtype(config.dtype, device)
     model, tokenizer = pretrained(config, dtype)
     described: dict[str, Any] = model.config.to_dict()
-    # It says how the GGUF file was packed; these weights are plain.
+    # It describes the blocks of the GGUF file; these weights are plain.
     described.pop("quantization_config", None)
-    # Tied weights once, under the name that those who read parts ask for.
+    # Tied weights once, under the name that readers of parts ask for.
     names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in names}
     try:
@@ -129,11 +129,11 @@ def _unpack(config: ModelConfig, device: torch.device, folder: Path, part: Path)
         (part / "config.json").write_text(json.dumps(described, default=str))
         (part / "dtype.txt").write_text(reason)
         safetensors.torch.save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
-        # By hand: the process is still loading, and what it puts into a cache may be meant for others as well.
+        # Not by umask: the process is still loading, and what it puts into caches may be meant for others.
         keep_from_others(part)
         os.replace(part, folder)
     except (OSError, safetensors.SafetensorError) as error:
-        # Another host's was there, unseen as yet: a full folder is not replaced, and the two are the same.
+        # Another host's folder was there, not visible until now: a full folder is not replaced, and both are equal.
         if folder.is_dir():
             shutil.rmtree(part, ignore_errors=True)
             return
@@ -144,7 +144,7 @@ def _unpack(config: ModelConfig, device: torch.device, folder: Path, part: Path)
 
 def load_unpacked(folder: Path, device: torch.device, tp_group: TpGroup) -> LoadedModel:
     """The model that was unpacked to a folder; with peers this rank's part of it. Raises LayoutError."""
-    # Whoever unpacked it has proved its make.
+    # The rank that unpacked it has proved its architecture.
     with reading(str(folder)):
         if tp_group.size > 1:
             shape = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
@@ -155,10 +155,10 @@ def load_unpacked(folder: Path, device: torch.device, tp_group: TpGroup) -> Load
             model = load_whole(str(folder), **source, trust_remote_code=False, dtype="auto")
     model.eval().requires_grad_(False).to(device)
     reason = (folder / "dtype.txt").read_text()
-    return LoadedModel(model, ChatTokenizer.load(folder / "tokenizer"), device, model.dtype, reason, tp_group.size == 1)
+    return LoadedModel(model, ChatTokenizer.load(folder / "tokenizer"), device, model.dtype, reason)
 
 
 def remove_unpacked(run_dir: Path) -> None:
-    """Nobody will read it any more: all ranks have loaded it, and none will be restarted."""
+    """Remove unpacked weights: all ranks have loaded them, and none will be restarted."""
     for folder in run_dir.glob(f"{PREFIX}*"):
         shutil.rmtree(folder, ignore_errors=True)

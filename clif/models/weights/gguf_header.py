@@ -1,6 +1,6 @@
-"""What the header of a GGUF file says, read within the bounds of the file. Free of torch.
+"""The header of a GGUF file, read within the bounds of the file. Free of torch.
 
-transformers reads the file by a library that believes its counts: a damaged or hostile one keeps it busy for ever.
+transformers reads the file by a library that trusts its counts: a damaged or hostile file keeps it busy for ever.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SIZES = {
     "intermediate_size": "feed_forward_length", "num_attention_heads": "attention.head_count",
     "num_key_value_heads": "attention.head_count_kv", "head_dim": "attention.key_length",
 }  # fmt: skip
-"""Fields of a config.json and what they are called here, behind the name of the architecture."""
+"""Fields of a config.json and their names here, which follow the name of the architecture."""
 
 
 class _DamagedError(Exception):
@@ -60,7 +60,7 @@ class GgufHeader:
 
 
 def read_header(file: Path) -> GgufHeader:
-    """Raises ConfigError for a file that is no GGUF file, or not a whole one."""
+    """Raises ConfigError for a file that is not a GGUF file, or not a whole one."""
     try:
         with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(data).header()

@@ -1,4 +1,4 @@
-"""Hub names as folders, for those who read a model in parts."""
+"""Hub names as folders, for reading a model in parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WANTED = (
     "model-*-of-*.safetensors",
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja"),
 )
-"""Weights in one format only: many models are there in several."""
+"""Weights in one format only: the hub has many models in several."""
 
 
 def is_hub_name(path: str) -> bool:
@@ -29,7 +29,7 @@ def is_hub_name(path: str) -> bool:
 def snapshot(name: str) -> str:
     """The folder in the hub's cache with a model's safetensors, configuration and tokenizer.
 
-    What is not there yet is downloaded, unless HF_HUB_OFFLINE says otherwise. Raises ConfigError when it cannot be had.
+    Downloads what is missing, unless HF_HUB_OFFLINE says otherwise. Raises ConfigError when it cannot be had.
     """
     try:
         return snapshot_download(name, allow_patterns=list(WANTED))

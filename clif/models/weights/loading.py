@@ -17,6 +17,7 @@ from clif.models.bytes_tokenizer import byte_tokenizer
 from clif.models.guard import reading
 from clif.models.hf_config import check_tree, read_tree
 from clif.models.proof import check_architecture
+from clif.models.spec import spec_of
 from clif.models.weights.files import RANDOM, check_tensors, is_gguf, locate
 from clif.models.weights.gguf_header import read_header
 from clif.models.weights.hub import is_hub_name, snapshot
@@ -30,17 +31,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A frozen causal language model in eval mode, on its device, and what belongs to it.
-
-    whole False: its linear layers and head have this rank's parts only, so that it cannot run by itself.
-    """
+    """A frozen causal language model in eval mode, on its device, and what belongs to it."""
 
     model: transformers.PreTrainedModel
     tokenizer: ChatTokenizer
     device: torch.device
     dtype: torch.dtype
     dtype_reason: str
-    whole: bool = True
+
+    @property
+    def whole(self) -> bool:
+        """Whether it can run by itself. Otherwise its linear layers and head have this rank's parts only."""
+        spec = spec_of(self.model.config)
+        group = spec.layer.linears[0]
+        first: Any = self.model.get_submodule(f"{spec.layers}.0.{group.modules[0].name}")
+        return tuple(first.weight.shape) == (group.modules[0].size, group.inputs.size)
 
 
 def load_model(
@@ -48,8 +53,8 @@ def load_model(
 ) -> LoadedModel:
     """Load what config.path names; with peers only what this rank needs of it, if it is random or has safetensors.
 
-    Its make is proved before anything large is read. Raises ConfigError when it cannot be had, is incomplete, would be
-    computed wrongly or does not fit the context wanted, LayoutError when the peers cannot share it.
+    Its architecture is proved before anything large is read. Raises ConfigError when the model cannot be had, is
+    incomplete, would be computed wrongly or does not fit the context, LayoutError when the peers cannot share it.
     """
     dtype, reason = choose_dtype(config.dtype, device)
     tp_group = tp_group or TpGroup()
@@ -61,13 +66,13 @@ def load_model(
     elif shared and can_slice(folder):
         model, tokenizer = _sliced(config, folder, dtype, device, tp_group)
     else:
-        model, tokenizer, shared = *pretrained(config, dtype), False
+        model, tokenizer = pretrained(config, dtype)
     model.eval().requires_grad_(False).to(device)
-    return LoadedModel(model, tokenizer, device, dtype, reason, whole=not shared)
+    return LoadedModel(model, tokenizer, device, dtype, reason)
 
 
 def check_start(config: ModelConfig) -> None:
-    """Everything that is checked before weights are read or drawn. Raises ConfigError."""
+    """All checks that come before weights are read or drawn. Raises ConfigError."""
     _checked(config, config.path)
 
 
@@ -86,7 +91,7 @@ def _checked(config: ModelConfig, folder: str) -> Any:
             shape = transformers.AutoConfig.from_pretrained(**_source(folder))
     tree = shape.to_dict()
     if is_gguf(config.path):
-        # It says how the file is packed: it is unpacked.
+        # It describes the blocks of the file, which is unpacked.
         tree.pop("quantization_config", None)
     check_tree(tree, config.path, config.max_context)
     check_architecture(shape, config.max_context)
@@ -94,7 +99,7 @@ def _checked(config: ModelConfig, folder: str) -> Any:
 
 
 def _source(path: str) -> dict[str, Any]:
-    """How transformers is told where to read. It would ask on the terminal whether to run code of a folder."""
+    """Where transformers is to read. Left to itself it asks on the terminal whether to run code of a folder."""
     local = Path(path)
     file = {"gguf_file": local.name} if is_gguf(path) else {}
     name = str(local.parent) if file else path
@@ -104,7 +109,7 @@ def _source(path: str) -> dict[str, Any]:
 def pretrained(config: ModelConfig, dtype: torch.dtype) -> tuple[Any, ChatTokenizer]:
     """What transformers loads, on the CPU: hub name, folder or GGUF file. Raises ConfigError."""
     path = config.path
-    # Every rank would draw its own bar over the run's status.
+    # Every rank would draw its own bar over the run's progress.
     transformers.utils.logging.disable_progress_bar()
     shape = _checked(config, path)
     with reading(f"model.path {path}"):
@@ -135,7 +140,7 @@ def _sliced(
 
 
 def _dense_gguf(path: str) -> dict[str, Any]:
-    """transformers since 5.2x keeps GGUF blocks packed unless told otherwise; LoRA and bf16 GEMMs need them dense."""
+    """Arguments for dense weights: transformers since 5.2x keeps GGUF blocks otherwise, which no product here reads."""
     if is_gguf(path) and hasattr(transformers, "GgufConfig"):
         return {"quantization_config": transformers.GgufConfig(dequantize=True)}
     return {}
@@ -144,7 +149,7 @@ def _dense_gguf(path: str) -> dict[str, Any]:
 def _random(
     config: ModelConfig, dtype: torch.dtype, seed: int, device: torch.device, tp_group: TpGroup
 ) -> tuple[Any, ChatTokenizer]:
-    """Random weights of a given shape, for benchmarks; one seed gives one model, however many ranks share it."""
+    """Random weights, for benchmarks. One seed gives one model, however many ranks share it."""
     shape, file = _checked(config, config.path), locate(config.path)
     assert file is not None
     with reading(str(file)):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
 from clif.models.weights.files import INDEX, SINGLE, check_tensors, read_index
-from clif.models.weights.sharded_build import Slice, build
+from clif.models.weights.sharded_build import TensorShard, build
 
 
 def can_slice(path: str) -> bool:
@@ -23,7 +23,7 @@ def can_slice(path: str) -> bool:
 
 
 def load_sliced(path: str, config: Any, dtype: torch.dtype, device: torch.device, tp_group: TpGroup) -> Any:
-    """A model in which linear layers and head have this rank's weights only. It cannot run by itself.
+    """A model whose linear layers and head have this rank's weights only. It cannot run by itself.
 
     config: of the transformers model. Raises ConfigError when a tensor is missing or has another shape, LayoutError
     when the peers cannot share it.
@@ -32,7 +32,7 @@ def load_sliced(path: str, config: Any, dtype: torch.dtype, device: torch.device
     with ExitStack() as stack:
         files = _files(folder, stack)
 
-        def read(name: str, shape: torch.Size, part: Slice) -> torch.Tensor:
+        def read(name: str, shape: torch.Size, part: TensorShard) -> torch.Tensor:
             if name not in files:
                 raise ConfigError(
                     f"{folder} lacks the tensor {name}: get it again, or set layout.tp_size=1 if its tensors have "
@@ -60,7 +60,7 @@ def _files(folder: Path, stack: ExitStack) -> dict[str, Any]:
     return {name: file for file in opened.values() for name in file.keys()}  # noqa: SIM118 - not a mapping
 
 
-def _read(file: Any, name: str, shape: torch.Size, part: Slice) -> torch.Tensor:
+def _read(file: Any, name: str, shape: torch.Size, part: TensorShard) -> torch.Tensor:
     source = file.get_slice(name)
     if list(source.get_shape()) != list(shape):
         raise ConfigError(

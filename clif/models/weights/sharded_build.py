@@ -1,7 +1,7 @@
 """A model built tensor by tensor, of which a rank gets its part only: the whole never exists in one process.
 
-It is made without memory for its weights, which are filled in one by one: of the linear weights that peers share only
-the rank's own slice, everything else whole.
+It is created without memory for its weights, which are then filled in one by one: of linear weights that peers share
+this rank's shard, everything else whole.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from clif.models.shard import Shard, ShardDim, uneven_shard
 from clif.models.spec import spec_of
 from clif.models.stack import check_model
 
-Slice = tuple[ShardDim, Shard] | None
+TensorShard = tuple[ShardDim, Shard] | None
 """This rank's part of a tensor; None: all of it."""
-Source = Callable[[str, torch.Size, Slice], torch.Tensor]
-"""(name, shape of the whole tensor, slice wanted) -> that slice."""
+Source = Callable[[str, torch.Size, TensorShard], torch.Tensor]
+"""(name, shape of the whole tensor, part wanted) -> that part."""
 HEAD = "lm_head"
 
 
