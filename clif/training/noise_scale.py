@@ -72,8 +72,8 @@ class NoiseScale:
         self._noise += weight * (noise - self._noise)
 
     @property
-    def samples(self) -> float | None:
-        """phi, or None while the estimates do not allow one."""
+    def noise_scale(self) -> float | None:
+        """phi in samples, or None while the estimates do not allow one."""
         if self._signal <= 0 or self._noise <= 0:
             return None
         return self._noise / self._signal

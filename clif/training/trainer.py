@@ -112,7 +112,9 @@ class ShadowTrainer:
             self._optimizer.step()
             self.steps += 1
         tokens, targets = sum(len(s.ids) for s in chosen), sum(s.targets for s in chosen)
-        return StepResult(self.steps, len(chosen), tokens, targets, loss, norm, lr, finite, self.noise.scale.samples)
+        return StepResult(
+            self.steps, len(chosen), tokens, targets, loss, norm, lr, finite, self.noise.scale.noise_scale
+        )
 
     def _clip(self) -> float:
         """Scale the gradient down to clip_norm; returns the norm that it had."""

@@ -55,14 +55,14 @@ def train(bank, steps: int, micro_batch: int, accumulation: int) -> ShadowTraine
 @pytest.mark.parametrize(("micro_batch", "accumulation"), [(4, 1), (3, 1), (2, 1), (1, 1), (2, 3)])
 def test_the_noise_scale_of_a_problem_with_a_known_one_needs_no_accumulation(bank, micro_batch, accumulation):
     trainer = train(bank, AFTER_STEPS + 12 * HALVED, micro_batch, accumulation)
-    assert trainer.noise.scale.samples == pytest.approx(NOISE**2 / SIGNAL**2, rel=0.15)
+    assert trainer.noise.scale.noise_scale == pytest.approx(NOISE**2 / SIGNAL**2, rel=0.15)
 
 
 def test_the_default_configuration_knows_its_noise_scale_after_one_round(bank):
     """Twenty steps of one micro-batch, as train.accumulation 1 has them."""
     config = TrainConfig()
     trainer = train(bank, 20, config.micro_batch, config.accumulation)
-    assert trainer.noise.scale.samples is not None
+    assert trainer.noise.scale.noise_scale is not None
 
 
 def test_only_one_step_in_some_is_computed_in_halves(bank):
@@ -93,7 +93,7 @@ def test_an_observation_in_four_steps_counts_as_four():
 def test_one_group_says_nothing_about_noise():
     scale = NoiseScale()
     scale.observe([1.0], 1.0, [4])
-    assert scale.samples is None
+    assert scale.noise_scale is None
 
 
 def test_groups_of_unequal_size_count_with_their_sizes():
@@ -104,17 +104,17 @@ def test_groups_of_unequal_size_count_with_their_sizes():
     for _ in range(800):
         groups = torch.stack([mean + sigma / size**0.5 * torch.randn(200, generator=rng) for size in sizes])
         scale.observe(groups.square().sum(1).tolist(), float(groups.sum(0).square().sum()), sizes)
-    assert scale.samples == pytest.approx(200 * sigma**2 / 2.0, rel=0.1)
+    assert scale.noise_scale == pytest.approx(200 * sigma**2 / 2.0, rel=0.1)
 
 
 def test_a_gradient_that_is_not_finite_does_not_stay_in_the_estimate(bank):
     trainer = train(bank, AFTER_STEPS + 2 * HALVED, 4, 1)
     trainer.runner.breaks = True
-    before = trainer.noise.scale.samples
+    before = trainer.noise.scale.noise_scale
     while trainer.steps % HALVED:
         trainer.steps += 1
     assert not finish(trainer.step(4, 1)).finite
-    assert trainer.noise.scale.samples == before is not None
+    assert trainer.noise.scale.noise_scale == before is not None
 
 
 def test_samples_of_two_rounds_are_not_compared(bank):
