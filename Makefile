@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ASSETS := assets/smollm2-135m-instruct.gguf assets/smart_home.jsonl
 RANKS ?= 2
 # Tests in two lanes (one on one core), see tests/conftest.py; PYTEST_ADDOPTS="-p no:xdist" for one after the other.
-LANES := --numprocesses auto --dist loadgroup
+LANES := --numprocesses auto
 # Of the kernels' tests on a GPU compiling is most: a process for each two cores.
 KERNELS := tests/gpu/test_gpu_dual_lora.py tests/gpu/test_gpu_paged_decode.py
 

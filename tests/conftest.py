@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from checkout import use_checkout
@@ -35,21 +36,15 @@ TINY = {
 
 LANES = 2
 PROCESSES = ("distributed", "e2e")
-"""Folders of tests that start several processes each: one at a time, else they take each other's cores."""
+"""Folders of tests that start several processes each: one at a time, otherwise they take each other's cores."""
 FIRST = ("e2e", "distributed", "test_kernel_", "test_bench_")
 """Beginnings of names of folders and files, longest work first: lanes then end at about the same time."""
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
-    """`make test` asks for two lanes; without pytest-xdist, or when it is switched off, there is one."""
+    """`make test` asks for lanes; without pytest-xdist, or when it is switched off, there is one."""
     if not pluginmanager.has_plugin("xdist"):
-        for option in ("--numprocesses", "--dist"):
-            parser.addoption(option, help="no effect: pytest-xdist is missing or switched off")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    return min(LANES, len(os.sched_getaffinity(0)))
+        parser.addoption("--numprocesses", help="no effect: pytest-xdist is missing or switched off")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,23 +52,40 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr != "gpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # The order below, and not the one with the most tests first.
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def turn(item: pytest.Item) -> int:
+        names = (item.path.parent.name, item.path.stem)
+        return next((i for i, first in enumerate(FIRST) if any(n.startswith(first) for n in names)), len(FIRST))
+
+    items.sort(key=turn)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    return min(LANES, len(os.sched_getaffinity(0)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A lane takes a file at a time; the folders of PROCESSES, and what shares their server (warm.py), as one."""
+    if config.option.markexpr == "gpu":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    @functools.cache
+    def scope(file: str) -> str:
+        several = Path(file).parent.name in PROCESSES or "\nimport warm\n" in (config.rootpath / file).read_text()
+        return "processes" if several else file
+
+    class Lanes(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return scope(nodeid.split("::")[0])
+
+    # The order above, and not the scope with the most tests first.
     config.option.loadscopereorder = False
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A lane takes a file at a time, or the folders of PROCESSES as one."""
-    items.sort(key=lambda item: _turn(item.path))
-    if config.pluginmanager.has_plugin("xdist"):
-        for item in items:
-            folder, file = item.path.parent.name, item.path.stem
-            item.add_marker(pytest.mark.xdist_group("processes" if folder in PROCESSES else file))
-
-
-def _turn(path: Path) -> int:
-    names = (path.parent.name, path.stem)
-    return next((i for i, name in enumerate(FIRST) if any(n.startswith(name) for n in names)), len(FIRST))
+    return Lanes(config, log)
 
 
 @pytest.fixture(scope="session")
