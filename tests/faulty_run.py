@@ -1,6 +1,6 @@
 """launch/run.py in which chosen ranks meet errors. CLIF_FAULTS: "rank:method:call", joined by commas.
 
-method: of ModelRunner, TrainRunner or Pass, say serve or backward; its call of that number (from 1) raises instead.
+method: of ModelRunner, TrainRunner or Pass, say forward or backward; its call of that number (from 1) raises instead.
 """
 
 from __future__ import annotations

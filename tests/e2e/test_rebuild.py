@@ -37,7 +37,7 @@ def returns(file: Any, replica: int) -> int:
 
 @pytest.mark.parametrize("replica", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_an_error_in_serving_costs_the_others_nothing_and_no_request(tmp_path, replica):
-    run = Launched(tmp_path, *BOTH, script=FAULTY, faults=f"{replica}:serve:60")
+    run = Launched(tmp_path, *BOTH, script=FAULTY, faults=f"{replica}:forward:60")
     with went_through(run) as file:
         assert (returns(file, replica), returns(file, 1 - replica)) == (1, 0)
         ticks = file["ticks"][:]
@@ -53,15 +53,15 @@ def test_an_error_in_serving_costs_the_others_nothing_and_no_request(tmp_path, r
 
 @pytest.mark.slow
 def test_a_replica_that_fails_again_and_again_ends_its_rank_in_the_end(tmp_path):
-    faults = ",".join(f"1:serve:{20 + i}" for i in range(3))
+    faults = ",".join(f"1:forward:{20 + i}" for i in range(3))
     run = Launched(tmp_path, *BOTH, "run.rebuilds=2", script=FAULTY, faults=faults, restarts=0)
     assert run.end() != 0
-    assert "injected into call 22 of serve" in run.log.read_text()
+    assert "injected into call 22 of forward" in run.log.read_text()
     assert_nothing_lost_and_nothing_twice(run)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["1:serve:40", "0:serve:40", "3:backward:4"])
+@pytest.mark.parametrize("fault", ["1:forward:40", "0:forward:40", "3:backward:4"])
 def test_one_of_several_ranks_fails_and_all_of_its_replica_are_rebuilt(tmp_path, fault):
     """About 35 s each on two cores; in tests/distributed/test_supervisor.py the same without a control process."""
     run = Launched(tmp_path, *BOTH, "layout.tp_size=2", "load.duration_s=6", script=FAULTY, faults=fault, ranks=4)
