@@ -1,4 +1,4 @@
-"""CLIF as a library: a model with its adapters in this process, for whoever has prompts and no cluster.
+"""CLIF as a library: a model with its adapters in this process, without a cluster.
 
     from clif import LLM, Sampling
 
@@ -40,11 +40,11 @@ from clif.types import FinishReason, Request, Sampling, TokenEvent
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]
-"""A text as it is, token ids, or a conversation, which goes through the model's chat template."""
+"""A text, token ids, or a conversation, to which the model's chat template is applied."""
 Adapter = str | Path | None
 Section = Mapping[str, Any]
 CONTEXT = 2048
-"""Tokens of prompt and answer, where neither the caller nor the model says less."""
+"""Upper bound of the default context, prompt and answer, tokens."""
 RANK = 16
 
 
@@ -52,7 +52,7 @@ RANK = 16
 class Completion:
     """An answer. adapter_version: 0 is the base model; each export of an adapter that is loaded gets a new one.
 
-    token_ids: with the token that ended it, if one did. detail: why, where finish_reason is failed.
+    token_ids: including the end token, if there is one. detail: the reason if finish_reason is failed.
     """
 
     text: str
@@ -64,9 +64,9 @@ class Completion:
 
 @dataclass(frozen=True)
 class StreamEvent:
-    """What is new of an answer. index: of the prompt; finish_reason: set in its last event only.
+    """New tokens of an answer. index: of the prompt; finish_reason: set in its last event only.
 
-    text: whole characters, and nothing that may turn out to be the beginning of a stop string. It may be empty.
+    text: whole characters, without a possible beginning of a stop string. It may be empty.
     """
 
     index: int
@@ -83,7 +83,7 @@ class LLM:
     path: a hub name, a folder, a .gguf file or random:<config.json>. adapters: names for PEFT folders.
     model, adapter, engine: fields of these sections of the configuration, e.g. engine={"max_batch": 32}; by default the
     longest context is the model's own, but not above 2048 tokens, and adapters have a rank of 16 at most.
-    Raises InputError, with what to change, for what cannot be loaded or honoured.
+    Raises InputError for a model or a setting that cannot be used.
     """
 
     def __init__(
@@ -128,15 +128,15 @@ class LLM:
         sampling: Sampling | Sequence[Sampling] | None = None,
         adapter: Adapter | Sequence[Adapter] = None,
     ) -> Iterator[StreamEvent]:
-        """As generate(), an event as soon as a prompt has a new token. What is left when it is closed is cancelled.
+        """As generate(), with an event for each new token. Closing it cancels the unfinished answers.
 
-        It begins, and loads adapters, when it is asked for its first event. Several streams, and generate(), may take
-        turns: whichever is asked computes for all.
+        It begins, and loads adapters, with its first event. Several streams, and generate(), may be used alternately:
+        the one in use computes for all.
         """
         return self._run(self._checked(prompts, sampling, adapter))
 
     def close(self) -> None:
-        """Cancel what runs and give the memory back."""
+        """Cancel running requests and free the memory."""
         if self._engine is None:
             return
         for request_id in [*self._events]:
@@ -144,7 +144,7 @@ class LLM:
         self._engine.close()
         device, self._engine = self._engine.runner.device, None
         del self._cache
-        # An engine and its parts know each other.
+        # An engine and its parts refer to each other.
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -161,7 +161,7 @@ class LLM:
         return self._engine
 
     def _checked(self, prompts: object, sampling: object, adapter: object) -> list[_Answer]:
-        """What is asked for, before anything is done for it. Raises InputError."""
+        """Check the arguments before any work. Raises InputError."""
         self._opened()
         given = _listed(prompts)
         wanted = [Sampling() if s is None else s for s in _for_each(sampling, len(given), "sampling", Sampling)]
@@ -175,7 +175,7 @@ class LLM:
         return answers
 
     def _begin(self, answers: list[_Answer]) -> None:
-        """All adapters are there before the first request is taken in."""
+        """Load all adapters before the first request is added."""
         engine = self._opened()
         versions = self._cache.versions_of([answer.folder for answer in answers if answer.folder is not None])
         for answer in answers:
@@ -226,7 +226,7 @@ class LLM:
 
 @dataclass
 class _Answer:
-    """An answer that grows. sent: what events have given out of its text."""
+    """A growing answer. sent: its text in events so far."""
 
     index: int
     request: Request
@@ -254,7 +254,7 @@ class _Answer:
 
 
 class _Text:
-    """Token ids as text, as they come. What may be the beginning of a stop string is held back."""
+    """Decodes token ids incrementally. A possible beginning of a stop string is held back."""
 
     def __init__(self, tokenizer: ChatTokenizer, stop: Sequence[str]) -> None:
         self.tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=True)
@@ -269,7 +269,7 @@ class _Text:
 
 
 def _config(path: str, adapters: Mapping[str, Path], model: Section, adapter: Section, engine: Section) -> Config:
-    """As for a run that only serves. Raises InputError."""
+    """The configuration of a run that only serves. Raises InputError."""
     if "max_context" not in model:
         model = {"max_context": min(CONTEXT, _longest(path) or CONTEXT), **model}
     if "r" not in adapter:
@@ -293,7 +293,7 @@ def _longest(path: str) -> int | None:
 
 
 def _listed(prompts: object) -> list[Any]:
-    """Prompts as a list, of one if it is one. Raises InputError for what is neither."""
+    """Prompts as a list; a single prompt becomes a list of one. Raises InputError for other types."""
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, Sequence):

@@ -1,6 +1,6 @@
-"""Runs: one rank of them where a launcher has started this process, all ranks where none has.
+"""Starts a run: one rank of it if a launcher has started this process, otherwise all ranks.
 
-clif run demo                                  # starts as many ranks as the configuration asks for, on this host
+clif run demo                                  # starts the ranks of the configuration on this host
 torchrun --nproc-per-node 2 -m clif.run --config demo
 torchrun --nproc-per-node 2 --no-python clif run --config demo
 torchrun --nproc-per-node 2 launch/run.py --config configs/demo.yaml
@@ -35,7 +35,7 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Check configuration and data, print layout, groups and memory, start nothing."),
 ]
-# deepspeed names the local rank by argument, in one of two spellings; torchrun by environment.
+# deepspeed passes the local rank as an argument, in one of two spellings; torchrun in the environment.
 LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]
 
 
@@ -51,10 +51,10 @@ def main(
 
 
 def start(words: list[str], config: str | None, ranks: int | None, dry_run: bool, local_rank: int | None) -> None:
-    """`clif run`: be a rank where a launcher has started this process, otherwise start all of them on this host.
+    """`clif run`: be a rank if a launcher has started this process, otherwise start all ranks on this host.
 
-    words: the configuration, if `config` does not name it, and overrides. Raises InputError for what no rank can use;
-    otherwise it ends as be_rank() does, or this process becomes torchrun.
+    words: the configuration, if `config` does not name it, and overrides. Raises InputError for arguments that no rank
+    can use; otherwise it ends as be_rank() does, or this process becomes torchrun.
     """
     name, overrides = _named(words, config)
     env = _who(local_rank)
@@ -65,7 +65,7 @@ def start(words: list[str], config: str | None, ranks: int | None, dry_run: bool
         be_rank(env, name, overrides, dry_run, ranks)
     settings = load_config(find_config(name), overrides)
     count = ranks or settings.layout.ranks(fewest_replicas(settings))
-    # Before any rank starts: each of them would meet it, and torchrun would add a traceback.
+    # Before any rank starts: every rank would meet the error, and torchrun would add a traceback.
     _check(settings, _make_layout(settings, count))
     if count == 1:
         be_rank(env, name, overrides, dry_run)
@@ -75,9 +75,9 @@ def start(words: list[str], config: str | None, ranks: int | None, dry_run: bool
 def be_rank(
     env: RankEnv, config: str, overrides: tuple[str, ...], dry_run: bool, planned: int | None = None
 ) -> NoReturn:
-    """Everything that one rank does. Ends by typer.Exit with its exit code.
+    """All work of one rank. Ends by typer.Exit with its exit code.
 
-    planned: how many ranks a dry run without a launcher plans for; by default what the configuration asks for.
+    planned: ranks of a dry run without a launcher; by default those of the configuration.
     """
     level = logging.INFO if env.rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
@@ -97,7 +97,7 @@ def _who(local_rank: int | None) -> RankEnv:
     try:
         return discover(os.environ, local_rank, ask_mpi)
     except InputError as error:
-        # Which rank this is, is what could not be found out: each says so.
+        # The rank is unknown, so every process prints the error.
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
 
@@ -112,11 +112,11 @@ def _named(words: list[str], config: str | None) -> tuple[str, tuple[str, ...]]:
 
 
 def _become_torchrun(count: int, arguments: list[str]) -> NoReturn:
-    """This process goes on as torchrun, which gets its signals and starts the ranks."""
+    """Replace this process by torchrun, which gets its signals and starts the ranks."""
     command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     command += ["-m", "clif.run", *arguments]
-    # Safe paths as with -P, in all ranks: transformers takes a folder kernels/ on sys.path for Hugging Face's package.
-    # Each rank chooses its threads itself; torchrun would warn that it does.
+    # Safe paths as with -P, in all ranks: transformers mistakes a folder kernels/ on sys.path for Hugging Face's
+    # package. Each rank sets its threads itself; without this torchrun would set them, with a warning.
     environ = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONSAFEPATH": "1"}
     sys.stdout.flush()
     sys.stderr.flush()
@@ -126,7 +126,7 @@ def _become_torchrun(count: int, arguments: list[str]) -> NoReturn:
 def _layout(settings: Config, env: RankEnv, dry_run: bool, planned: int | None) -> Layout:
     world = env.world_size
     if dry_run and world == 1:
-        # Without a launcher, a dry run shows what the configuration asks for.
+        # Without a launcher, a dry run shows the ranks of the configuration.
         world = planned or settings.layout.ranks(fewest_replicas(settings))
         if world > 1:
             log.info("no launcher: planned for %d ranks", world)
@@ -139,7 +139,7 @@ def _make_layout(settings: Config, ranks: int) -> Layout:
 
 
 def _check(settings: Config, layout: Layout, inputs: bool = True) -> None:
-    """inputs: the files as well, which one rank of all looks at."""
+    """Check the settings. inputs: also the input files, on one of all ranks."""
     check_roles(settings, layout)
     if inputs:
         check_inputs(settings, layout)
@@ -159,16 +159,16 @@ def _print(settings: Config, layout: Layout, env: RankEnv) -> int:
 def _run(settings: Config, layout: Layout, env: RankEnv) -> int:
     if env.local_rank == 0:
         check_room(settings, layout, env.local_world_size)
-    # Every rank would draw its own bar over the run's status.
+    # Otherwise every rank would draw its own progress bar over the run's status.
     os.environ.setdefault("TQDM_DISABLE", "1")
-    # Late, so that --help and wrong input need neither torch nor seconds.
+    # Imported late, so that --help and wrong input need neither torch nor seconds.
     from clif.rank.worker import run_rank
 
     return run_rank(settings, env)
 
 
 if __name__ == "__main__":
-    # As with -P: in a checkout, transformers would take kernels/ of the working folder for Hugging Face's package.
+    # As with -P: in a checkout, transformers would mistake kernels/ of the working folder for Hugging Face's package.
     if not sys.flags.safe_path:
         sys.path.pop(0)
     app()

@@ -1,4 +1,4 @@
-"""Data of a fixed size that the host writes and the device reads again and again; neither waits for the other."""
+"""Buffers of a fixed size that the host writes and the device reads repeatedly, without waiting for each other."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import torch
 
 
 class Staged:
-    """A tensor on the device with pinned host copies that are used in turn; on a CPU host and device are one tensor.
+    """A tensor on the device with pinned host copies, used alternately; on a CPU host and device share one tensor.
 
-    write() gives the host copy to be filled, send() puts it on its way: one copy, in the order of the current stream,
-    so that launches before it read the old words and launches after it the new ones. A host copy is written again only
-    after its last journey has ended. Addresses on the device never change: a captured graph may read them.
+    write() returns the host copy to fill, send() starts its transfer: one copy in the order of the current stream, so
+    that launches before it read the old words and launches after it the new ones. A host copy is rewritten only after
+    its last transfer has ended. Addresses on the device never change: a captured graph may read them.
     """
 
     def __init__(self, words: torch.Tensor) -> None:
-        """words: on a CPU, as they are at first."""
+        """words: the initial values, on a CPU."""
         self.words = words
         self._hosts = [words]
         self._sent: list[torch.cuda.Event | None] = [None]
@@ -30,14 +30,14 @@ class Staged:
         return staged
 
     def write(self) -> torch.Tensor:
-        """The host copy to be filled next; what it held before is of no use."""
+        """The host copy to fill next; its old content is meaningless."""
         sent = self._sent[self._turn]
         if sent is not None:
             sent.synchronize()
         return self._hosts[self._turn]
 
     def send(self) -> None:
-        """Have the device read what was written."""
+        """Transfer the written host copy to the device."""
         if self.words is self._hosts[self._turn]:
             return
         self.words.copy_(self._hosts[self._turn], non_blocking=True)

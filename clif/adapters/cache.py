@@ -1,4 +1,4 @@
-"""Adapters of PEFT folders in the serving slots of a bank: those that were asked for last.
+"""Keeps the most recently used adapters of PEFT folders in the serving slots of a bank.
 
 Invariant: the cache is one of the readers of each version that it holds, so that a version stays readable after a
 newer one has become active (see slots.SlotTable), and a version with other readers never makes room.
@@ -15,20 +15,20 @@ from clif.adapters.slots import SlotTable
 from clif.adapters.store import CONFIG_FILE, WEIGHTS_FILE
 
 Key = tuple[Path, int, int]
-"""A folder, and when its two files were last changed: a new export is another adapter."""
+"""A folder and the modification times of its two files: a new export is another adapter."""
 
 
 class AdapterCache:
-    """Nothing else may promote versions in these slots."""
+    """The only user that promotes versions in these slots."""
 
     def __init__(self, bank: AdapterBank, slots: SlotTable) -> None:
         self._bank, self._slots = bank, slots
         self._versions: dict[Key, int] = {}
 
     def versions_of(self, folders: Sequence[Path]) -> dict[Path, int]:
-        """The version of each folder's adapter, loaded if need be. Raises AdapterError.
+        """The version of each folder's adapter, loaded if necessary. Raises AdapterError.
 
-        All of them can be read afterwards, until the next call.
+        All of them stay readable until the next call.
         """
         wanted = {folder: _key(folder) for folder in dict.fromkeys(folders)}
         count, slots = len(set(wanted.values())), self._slots.slots
@@ -37,7 +37,7 @@ class AdapterCache:
                 f"{count} adapters at once, but adapter.serving_slots is {slots}: raise it, or ask for fewer at once"
             )
         for key in wanted.values():
-            # Known ones become the youngest first: only adapters that nobody asked for make room.
+            # Loaded ones become the most recent first, so that only adapters outside of this call make room.
             if key in self._versions:
                 self._versions[key] = self._versions.pop(key)
         for folder, key in wanted.items():

@@ -1,4 +1,4 @@
-"""The configurations that CLIF brings along, and what they name, wherever CLIF is installed. Free of torch."""
+"""The configurations that come with CLIF, and their files, wherever CLIF is installed. Free of torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def shipped_folder() -> Path:
-    """configs/ as it is installed inside the package, or as it stands beside the package in a checkout."""
+    """configs/ inside the installed package, or beside the package in a checkout."""
     inside = PACKAGE / FOLDER
     return inside if inside.is_dir() else PACKAGE.parent / FOLDER
 
@@ -36,7 +36,7 @@ def find_config(name: str) -> Path:
 
 
 def shipped_path(text: str) -> str:
-    """A path as it is, or, if it begins with configs/ and is no file here, that of the file that CLIF brings."""
+    """The path; one that begins with configs/ and is no file here becomes that of CLIF's own file."""
     prefix = RANDOM if text.startswith(RANDOM) else ""
     path = Path(text.removeprefix(prefix))
     if path.parts[:1] != (FOLDER,) or ".." in path.parts or is_there(path):
@@ -46,7 +46,7 @@ def shipped_path(text: str) -> str:
 
 
 def with_shipped_paths(value: Any) -> Any:
-    """A tree of plain values in which such paths can be found."""
+    """A tree of plain values, with shipped_path() applied to its texts."""
     if isinstance(value, dict):
         return {key: with_shipped_paths(inner) for key, inner in value.items()}
     return shipped_path(value) if isinstance(value, str) else value

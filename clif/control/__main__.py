@@ -73,7 +73,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--run-dir", type=Path, required=True, help="folder of the run: config.json, tokenizer/")
     parser.add_argument("--replicas", type=int, required=True, help="number of replicas that will report")
     parser.add_argument("--parent", type=int, help="process id of rank 0 (default: the parent process)")
-    parser.add_argument("--restarted", action="store_true", help="the launcher has started all ranks anew")
+    parser.add_argument("--restarted", action="store_true", help="the launcher has restarted all ranks")
     parser.add_argument("--restarts-left", type=int, default=0, help="how often the launcher will still do so")
     parser.add_argument("--lock", type=int, help="open file with the folder's lock, from the parent process")
     parser.add_argument("--host", help="address to bind (default: dist.control_host, else loopback)")

@@ -38,13 +38,13 @@ class Base:
     probe_logits: torch.Tensor
 
     def runner(self, config: EngineConfig) -> ModelRunner:
-        """A runner of its own KV cache."""
+        """A runner with its own KV cache."""
         return ModelRunner(self.stack, self.bank, config, self.loaded.device, self.loaded.dtype, self.paged)
 
     def renew(self, seed: int) -> None:
         """Reset the adapters to what they were when the model was loaded. Collective over the peers.
 
-        Raises RuntimeError when the model no longer computes what it did: its memory is damaged.
+        Raises RuntimeError if the model computes other logits than before: its memory is damaged.
         """
         self.bank.reset(seed)
         error = float((_probe(self.stack, self.loaded) - self.probe_logits).norm() / self.probe_logits.norm())

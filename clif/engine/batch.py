@@ -27,14 +27,14 @@ from clif.models.dual_linear import LoraRows
 from clif.types import Sampling
 
 FIELDS = 4
-"""Numbers of a row: token id, position, cache slot, and where its id lies among the last step's tokens."""
+"""Integers of a row: token id, position, cache slot, and the index of its id among the last step's tokens."""
 KNOWN = -1
 """The id of a row is known on the host."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What forward() computes: rows of all chunks, one chunk behind the other. Valid until the next fill.
+    """The input of forward(): rows of all chunks, one chunk after the other. Valid until the next fill.
 
     ids, positions [rows]. sources [rows]: which of the last step's tokens is a row's id, KNOWN where `ids` has it; None
     where all ids are known. ends [chunks that sample]: the rows whose logits choose a token, with the parameters and
@@ -74,7 +74,7 @@ class BatchBuilder:
         rows, ends, late = self._fill_rows(chunks)
         segments = tuple(_segments(chunks))
         self._row_tables.refill(segments, rows.shape[1])
-        # Only now: a sequence's place among the tokens of the step before was needed to fill the rows.
+        # After the rows, which need the index of each sequence among the tokens of the step before.
         for i, sequence in enumerate(sampling):
             sequence.sampled_at = i
         return Batch(
@@ -90,7 +90,7 @@ class BatchBuilder:
         )
 
     def _fill_rows(self, chunks: Sequence[Chunk]) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """[FIELDS, rows] and ends on the device, and whether an id of them is not known yet."""
+        """[FIELDS, rows] and ends on the device, and whether an id is not known yet."""
         fields: tuple[list[int], ...] = tuple([] for _ in range(FIELDS))
         ids, positions, slots, sources = fields
         ends = []

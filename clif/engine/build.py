@@ -1,4 +1,4 @@
-"""The one builder of an engine: what serves and learns in one process, from the configuration and a model."""
+"""The one builder of an engine, which serves and trains in one process, from the configuration and a model."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def load_engine(config: Config, loaded: LoadedModel | None, tp_group: TpGroup | 
 
 
 def build_engine(config: Config, base: Base, tp_group: TpGroup | None = None) -> Engine:
-    """An engine with a KV cache, slots and a scheduler of its own on a base that is there.
+    """An engine with its own KV cache, slots and scheduler, on an existing base.
 
-    Raises ConfigError for a way of co-serving that cannot be met.
+    Raises ConfigError for a co-serving mode that cannot be used.
     """
     tp_group, tokenizer, threads = tp_group or TpGroup(), base.loaded.tokenizer, torch.get_num_threads()
     coserving = choose_coserving(config, base.loaded.device, tp_group, threads)
@@ -58,7 +58,7 @@ def build_engine(config: Config, base: Base, tp_group: TpGroup | None = None) ->
 
 
 def make_strategy(coserving: str, config: Config) -> Strategy:
-    """A strategy that has measured nothing yet. coserving: a CoservingMode but AUTO, or the baseline "time_slice"."""
+    """A strategy without measurements. coserving: a CoservingMode except AUTO, or the baseline "time_slice"."""
     parts = CostModel(), config.engine, config.slo
     if coserving == "time_slice":
         return TimeSlice(*parts, config.run.training_share)
@@ -66,11 +66,11 @@ def make_strategy(coserving: str, config: Config) -> Strategy:
 
 
 def choose_coserving(config: Config, device: torch.device, tp_group: TpGroup, threads: int) -> str:
-    """The way of co-serving that the configuration names, or that suits the device. threads: of this rank, on a CPU.
+    """The co-serving mode of the configuration, or the one that suits the device. threads: of this rank, on a CPU.
 
     On a GPU forwards are fused with serving steps. A CPU computes as fast for a few rows as for many, so that fusing
     saves nothing there (measured at 70 % load: 36 training tokens/s fused, 95 interleaved); with several threads a
-    concurrent slice uses what small operations leave of them. Raises ConfigError for a wish that cannot be met.
+    concurrent slice uses what small operations leave of them. Raises ConfigError for a mode that cannot be used.
     """
     on_cpu = device.type == "cpu"
     way: str = config.engine.coserving
@@ -80,7 +80,7 @@ def choose_coserving(config: Config, device: torch.device, tp_group: TpGroup, th
     if config.run.mode == "time_slice":
         way = "time_slice"
     if tp_group.size > 1 and way in ("concurrent", "time_slice"):
-        # Both are paced by the clock of each rank; and collectives belong to one thread.
+        # Both depend on the clock of each rank; and collectives belong to one thread.
         raise ConfigError(f"{way} needs replicas of one rank: set layout.tp_size=1, or another engine.coserving")
     if way == "concurrent" and (not on_cpu or threads < 2):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Training jobs in the order in which they are done, and how a slice of the first one is computed. Free of torch.
+"""Training jobs in their order, and the execution of slices of the first one. Free of torch.
 
 Invariants: one slice is under way at a time; the error of a slice costs its job and no request, so that it is kept
 until the step can raise it.
@@ -23,14 +23,14 @@ class SliceThread(Protocol):
     def start(self, work: Callable[[], Any]) -> None: ...
 
     def poll(self, wait: bool = False) -> tuple[Any, float] | None:
-        """(result, seconds) of the slice, once, when it is done, or after waiting for it. Raises what it raised."""
+        """(result, seconds) of a finished slice, once; with wait, after waiting for it. Raises the slice's error."""
         ...
 
     def close(self) -> None: ...
 
 
 class JobQueue:
-    """thread: where slices run concurrently with serving, if they do."""
+    """thread: runs slices concurrently with serving, if there is one."""
 
     def __init__(self, thread: SliceThread | None = None) -> None:
         self.thread = thread
@@ -52,39 +52,39 @@ class JobQueue:
 
     @property
     def under_way(self) -> bool:
-        """A slice runs on the thread."""
+        """Whether a slice runs on the thread."""
         return self._under_way is not None
 
     @property
     def failed(self) -> bool:
-        """A slice broke, and raise_error() is due."""
+        """Whether a slice failed and raise_error() is due."""
         return self._error is not None
 
     @property
     def ready(self) -> bool:
-        """There is a slice that can be computed at once."""
+        """Whether a slice can be computed now."""
         return not self.under_way and any(job.upcoming not in (None, WAIT) for job in self._jobs)
 
     @property
     def upcoming(self) -> Slice | None:
-        """The next slice; None when there is none, or when one is under way."""
+        """The next slice; None without one, or while one is under way."""
         while self._jobs and self._jobs[0].upcoming is None:
             self._jobs.popleft()
         return self._jobs[0].upcoming if self._jobs and not self.under_way else None
 
     def run(self, units: int) -> None:
-        """Compute so much of the upcoming slice here and now. Raises what it raises."""
+        """Compute `units` of the upcoming slice in this thread. Raises the slice's error."""
         self._jobs[0].run(units)
 
     def start(self, units: int) -> None:
-        """Compute so much of the upcoming slice on the thread; collect() takes the result."""
+        """Compute `units` of the upcoming slice on the thread; collect() takes the result."""
         piece, thread = self.upcoming, self.thread
         assert piece is not None and thread is not None
         self._under_way = piece, units
         thread.start(partial(piece.work, units))
 
     def collect(self) -> tuple[Slice, int, float] | None:
-        """The slice that the thread has finished, its units and seconds; its job goes on. None if there is none."""
+        """The slice that the thread has finished, its units and seconds; its job continues. None without one."""
         if self._under_way is None or self.thread is None:
             return None
         try:
@@ -111,13 +111,13 @@ class JobQueue:
         self._error = error
 
     def raise_error(self) -> None:
-        """Raise the error that was kept, if there is one."""
+        """Raise the kept error, if there is one."""
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def drop(self, name: str) -> None:
-        """Give up the jobs of this name, after the slice of theirs that is under way.
+        """Cancel the jobs of this name, after their slice that is under way.
 
         Other jobs continue: repeating a slice of theirs would apply its layers twice.
         """
@@ -130,7 +130,7 @@ class JobQueue:
             self._jobs.remove(job)
 
     def interrupt(self, name: str, why: Exception) -> None:
-        """Raise `why` in the jobs of this name in place of what they would do next, after a slice that is under way."""
+        """Raise `why` in the jobs of this name at their next slice, after one that is under way."""
         try:
             self._wait_for(name)
         except RuntimeError as error:
@@ -141,13 +141,13 @@ class JobQueue:
                 job.interrupt(why)
 
     def _wait_for(self, name: str) -> None:
-        """Wait for the slice that is under way, if it is of a job of this name. Raises what it raised."""
+        """Wait for the slice that is under way, if its job has this name. Raises the slice's error."""
         if self._under_way is not None and self.thread is not None and self._jobs[0].name == name:
             self._under_way = None
             self.thread.poll(wait=True)
 
     def close(self) -> None:
-        """Give up all jobs; nothing of them runs any more."""
+        """Cancel all jobs; none of their slices runs afterwards."""
         for name in {job.name for job in self._jobs}:
             self.drop(name)
         if self.thread is not None:

@@ -84,7 +84,7 @@ class DualLinear:
             return [*served.split([r.count for r in rows[:-1]]), learnt] if len(xs) > 1 else [learnt]
         x = xs[0] if len(xs) == 1 else torch.cat(list(xs))
         if self._fused is not None:
-            # Rows of several kinds lie behind each other: their tables are made anew.
+            # Rows of several kinds are concatenated: the tables of one kind do not fit them.
             y, _ = self._fused.forward(x, _segments(rows), rows[0].tables if len(rows) == 1 else None)
         else:
             y = self._add_adapters(self.base.forward(x), x, rows)

@@ -1,6 +1,6 @@
 """The channel of the control server in virtual time: replicas are objects in this process. Free of torch and sockets.
 
-Every message is encoded and decoded as on the wire, so that what could not be sent to another process fails here, too.
+Every message is encoded and decoded as on the wire, so that a message that cannot be sent fails here, too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LATENCY_S = 0.0001
 
 
 class SimLine:
-    """A replica leader's end. It is open until it is closed or the same replica connects again."""
+    """A replica leader's side. It is open until it is closed or the same replica connects again."""
 
     def __init__(self, channel: SimChannel, replica: int, on_message: OnMessage) -> None:
         self.replica, self.on_message = replica, on_message
@@ -29,18 +29,18 @@ class SimLine:
         self.send_bytes(msgspec.msgpack.encode(message))
 
     def send_bytes(self, payload: bytes) -> None:
-        """Send what may be no message at all."""
+        """Send bytes that may not be a valid message."""
         self._channel.carry_up(self.replica, payload)
 
     def close(self) -> None:
-        """The replica's process is gone: nothing reaches it any more. What it has sent still arrives."""
+        """The replica's process is gone: no message reaches it. Its own messages still arrive."""
         self._channel.disconnect(self)
 
 
 class SimChannel:
-    """A Channel of which waiting is virtual: receive() moves the time to the next event instead of sleeping.
+    """A Channel with virtual waiting: receive() advances the time to the next event instead of sleeping.
 
-    latency_s: how long a message is under way. Messages of one sender arrive in the order in which they were sent.
+    latency_s: seconds that a message is under way. Messages of one sender arrive in the order in which they were sent.
     """
 
     def __init__(self, time: VirtualTime, latency_s: float = LATENCY_S) -> None:
@@ -49,7 +49,7 @@ class SimChannel:
         self._lines: dict[int, SimLine] = {}
 
     def connect(self, replica: int, on_message: OnMessage) -> SimLine:
-        """Connect a replica; on_message is called at the time at which a message reaches it."""
+        """Connect a replica; on_message is called when a message reaches it."""
         self._lines[replica] = SimLine(self, replica, on_message)
         return self._lines[replica]
 
@@ -71,7 +71,7 @@ class SimChannel:
             yield self._arrived.popleft()
 
     def send(self, replica: int, message: Down) -> bool:
-        """Send to a replica. False when it is not connected (any more)."""
+        """Send to a replica. False if it is not connected."""
         line = self._lines.get(replica)
         if line is None:
             return False
@@ -83,6 +83,6 @@ class SimChannel:
         return 0
 
     def _deliver(self, line: SimLine, payload: bytes) -> None:
-        """What is under way to a process that is gone is lost with it."""
+        """Deliver a message; one to a process that is gone is lost."""
         if self._lines.get(line.replica) is line:
             line.on_message(decode_down(payload))

@@ -66,7 +66,7 @@ class MemoryLog:
 
 
 class MemoryDisplay:
-    """A Display that keeps its lines and the last snapshot. every_s: how often a snapshot is wanted, seconds."""
+    """A Display that keeps its lines and the last snapshot. every_s: period of snapshots, seconds."""
 
     def __init__(self, every_s: float = float("inf")) -> None:
         self.lines: list[str] = []

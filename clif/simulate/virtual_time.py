@@ -1,7 +1,7 @@
 """A clock that moves from event to event: discrete-event simulation. Free of torch.
 
-Invariant: events happen in the order of their times, and those of one time in the order in which they were planned. So
-a simulation in which nothing reads another clock or an unseeded random number gives the same results each time.
+Invariant: events run in the order of their times, and events of the same time in the order in which they were planned.
+So a simulation is reproducible if it reads no other clock and no unseeded random numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Action = Callable[[], None]
 
 
 class VirtualTime:
-    """The present moment, and what is planned for later. Called without arguments it is a clock: seconds."""
+    """The present time and the planned events. Called without arguments it is a clock: seconds."""
 
     def __init__(self, start_s: float = 0.0) -> None:
         self._now = start_s
@@ -25,17 +25,17 @@ class VirtualTime:
         return self._now
 
     def at(self, time_s: float, action: Action) -> None:
-        """Plan an action. Raises ValueError for a time that is over."""
+        """Plan an action. Raises ValueError for a time in the past."""
         if time_s < self._now:
             raise ValueError(f"an action is planned for {time_s:g} s, and it is {self._now:g} s already")
         heapq.heappush(self._events, (time_s, next(self._numbers), action))
 
     def after(self, delay_s: float, action: Action) -> None:
-        """Plan an action so many seconds from now."""
+        """Plan an action in delay_s seconds."""
         self.at(self._now + delay_s, action)
 
     def advance(self, until_s: float) -> bool:
-        """Move to the next event that is due by until_s and let it happen. False: there is none, and it is until_s."""
+        """Advance to the next event up to until_s and run it. False if there is none: the time is then until_s."""
         if self._events and self._events[0][0] <= until_s:
             self._now, _, action = heapq.heappop(self._events)
             action()

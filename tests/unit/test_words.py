@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 import tokenize
@@ -124,6 +125,7 @@ FILES = {
     "slow": "policy_loop", "starts": "rendezvous", "status": "progress", "text": "tokenizer", "unpacked": "gguf",
 }  # fmt: skip
 """Stem of a module that hid its thing to the stem that names it."""
+PERSONS = re.compile(r"\b(nobody|somebody|anybody|everybody|whoever|whom|anew)\b", re.IGNORECASE)
 
 
 def files(places: tuple[str, ...], suffixes: tuple[str, ...]) -> Iterator[Path]:
@@ -174,5 +176,26 @@ def test_no_module_has_a_name_that_hid_its_thing():
         f"{path.relative_to(REPO)}: name it as {FILES[path.stem]}"
         for path in files(("clif", "kernels", "launch"), (".py",))
         if path.stem in FILES and path.parent.name != "coserving"
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def prose(path: Path) -> Iterator[tuple[int, str]]:
+    """Comments and docstrings of a module, with the line in which each begins; not the sentences that it shows."""
+    text = path.read_text()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, node.value.value
+
+
+def test_comments_and_docstrings_speak_of_things_and_not_of_persons():
+    wrong = [
+        f"{path.relative_to(REPO)}:{line}: {word}: name the thing that does or does not, as in CONTRIBUTING.md"
+        for path in files(PROGRAM, (".py",))
+        for line, text in prose(path)
+        for word in PERSONS.findall(text)
     ]
     assert not wrong, "\n".join(wrong)

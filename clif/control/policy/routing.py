@@ -45,7 +45,7 @@ class RoutingView:
     """
 
     def __init__(self, replicas: Iterable[ReplicaView] = (), count: int = 0) -> None:
-        """count: how many replicas there will be; one that was never updated serves nobody."""
+        """count: how many replicas there will be; one that was never updated gets no request."""
         known = tuple(replicas)
         size = max([count, *(r.replica + 1 for r in known)])
         self.serving, self.has_slot = np.zeros(size, bool), np.zeros(size, bool)

@@ -111,7 +111,7 @@ class ReplicaTracker:
         self.state_since = now
         self.last_seen = now
         self.spoken_before_s = 0.0
-        """What the fleet's count of the time in which somebody spoke was when this replica was last heard."""
+        """The fleet's count of seconds with messages, at this replica's last message."""
         self.version = hello.version
         self.rounds_joined = 0
         self.max_batch = hello.max_batch

@@ -1,6 +1,6 @@
-"""Training slices run on a thread of their own, on half of the rank's CPU threads, while serving goes on.
+"""Training slices run on their own thread, on half of the rank's CPU threads, concurrently with serving.
 
-No token waits for such a slice: it waits for the slower serving steps while the slice lasts.
+No token waits for such a slice, but serving steps are slower while it lasts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Training forwards share the products of serving steps; all other slices run between two steps.
 
-On a GPU a decode step waits for the weights to be read, so that more rows in the same products cost little.
+On a GPU a decode step is bound by reading the weights, so that more rows in the same products cost little.
 
 Sources: FlexLLM (Miao et al., "FlexLLM: A System for Co-Serving Large Language Model Inference and Parameter-Efficient
 Finetuning", 2024), for co-serving in one batch; Orca (Yu et al., OSDI 2022), for batching by iteration.
@@ -19,7 +19,7 @@ class Fused(Interleaved):
     fuses = True
 
     def pack_tokens(self, view: StepView, piece: Slice) -> int:
-        """Half of a token's budget: a forward that just fits would hardly ever find a step to be fused with."""
+        """Half of a token's budget: a forward that just fits would hardly ever find a step to fuse with."""
         seconds = self._budget_s() / 2
         return min(piece.units, self.costs.tokens_within(view.rows, view.context, seconds))
 
@@ -32,7 +32,7 @@ class Fused(Interleaved):
         return Decision(piece.units if may else 0, slack)
 
     def between(self, view: StepView, piece: Slice) -> Decision:
-        """A forward that a step in time can take along does not run alone."""
+        """A forward that can still be fused with a step does not run alone."""
         spare_s = self._budget_s() - self._fused_s(view, piece)
         if piece.fused_pass is None or spare_s < 0:
             return super().between(view, piece)
@@ -42,5 +42,5 @@ class Fused(Interleaved):
         return self.costs.step_s(view.rows + piece.tokens, view.context, Regime.FUSED)
 
     def _budget_s(self) -> float:
-        """What a step may take at most that begins with the token before it."""
+        """The longest time of a step, from the previous token on."""
         return self.slo.tpot_ms / 1000 * (1 - self.slo.margin)

@@ -1,6 +1,6 @@
 """Training slices run between two serving steps.
 
-Every running and waiting request affords the slice: what it takes fits the slack that the step after it leaves.
+A slice runs only if its time fits the slack of every running and waiting request after the next step.
 """
 
 from __future__ import annotations

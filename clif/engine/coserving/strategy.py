@@ -1,4 +1,4 @@
-"""What a co-serving strategy sees, what it decides, and what it may leave as it is.
+"""The interface of co-serving strategies: what they see, what they decide, and their defaults.
 
 A strategy decides and computes nothing: its decisions are pure functions of a StepView, made at one point of a step,
 so that all ranks of a replica can carry out those of its leader.
@@ -21,11 +21,11 @@ FULL = TrainingSlack(-1.0, SlackLimit.FULL)
 
 @dataclass(frozen=True)
 class StepView:
-    """What a decision sees. rows, context: of the serving step that comes next, and the cached tokens that it reads.
+    """The input of a decision. rows, context: of the next serving step, and the cached tokens that it reads.
 
-    sequences: all running and waiting ones. full: the scheduler takes no more, so that requests may queue at the
-    dispatcher, where this replica knows nothing of them. serve_s: seconds of the last serving step. decided: there is
-    a reason for this step already.
+    sequences: all running and waiting ones. full: the scheduler accepts no more, so that requests may queue at the
+    dispatcher, unknown to this replica. serve_s: seconds of the last serving step. decided: this step already has a
+    reason.
     """
 
     now: float
@@ -53,7 +53,7 @@ class Decision:
 
 @dataclass
 class Strategy:
-    """Decides for a replica. costs: what work takes, as the engine has measured it.
+    """Decides for a replica. costs: seconds of work, as the engine has measured them.
 
     fuses: fuse() is asked. What spent() keeps is all that a strategy may remember.
     """
@@ -65,7 +65,7 @@ class Strategy:
     slo: SloConfig
 
     def pack_tokens(self, view: StepView, piece: Slice) -> int:
-        """Rows of the pass that begins, at most, while there is serving; a longer sample goes alone."""
+        """The most rows of the pass that begins, during serving; a longer sample forms a pass of its own."""
         return piece.units
 
     def fuse(self, view: StepView, piece: Slice) -> Decision:
@@ -77,17 +77,17 @@ class Strategy:
         raise NotImplementedError
 
     def spent(self, seconds: float) -> None:
-        """Training took so long between two serving steps."""
+        """Training took `seconds` between two serving steps."""
 
     def units_within(self, piece: Slice, seconds: float) -> int:
-        """How much of a slice takes at most so many seconds; 0 if not even the least of it does."""
+        """Units of a slice that fit into `seconds`; 0 if not even the fewest do."""
         units = min(piece.units, self.costs.units_within(piece.kind, piece.tokens, seconds))
         if piece.kind not in self.costs.slices:
             return piece.least if units else 0
         return units if units >= piece.least else 0
 
     def slack(self, view: StepView, regime: Regime) -> TrainingSlack:
-        """What training may take before a serving step of this regime. Negative while the scheduler is full."""
+        """Seconds that training may take before a serving step of this regime. Negative while the scheduler is full."""
         if view.full:
             return FULL
         step_s = self.costs.step_s(view.rows, view.context, regime)
