@@ -47,6 +47,9 @@ class Fleet:
         self._on_transition = on_transition
         self.expected = replicas
         self._trackers: dict[int, ReplicaTracker] = {}
+        # Known until a state changes: they are asked for in every step of the loop.
+        self._alive: tuple[int, ...] | None = None
+        self._serving: tuple[int, ...] | None = None
         self._spoken_s, self._heard_s = 0.0, 0.0
         self._routing, self._changed = RoutingView(count=replicas), set[int]()
 
@@ -59,12 +62,16 @@ class Fleet:
 
     @property
     def alive(self) -> tuple[int, ...]:
-        return tuple(r for r in sorted(self._trackers) if self.is_alive(r))
+        if self._alive is None:
+            self._alive = tuple(r for r in sorted(self._trackers) if self.is_alive(r))
+        return self._alive
 
     @property
     def serving(self) -> tuple[int, ...]:
         """Replicas that are alive and answer requests."""
-        return tuple(r for r in self.alive if self._trackers[r].role.serves)
+        if self._serving is None:
+            self._serving = tuple(r for r in self.alive if self._trackers[r].role.serves)
+        return self._serving
 
     @property
     def priced(self) -> bool:
@@ -107,6 +114,7 @@ class Fleet:
             return self._return(now, former, hello)
         role = role_of(hello.replica, self.expected, self._config.run)
         self._trackers[hello.replica] = ReplicaTracker(now, hello, self._config, role)
+        self._alive = self._serving = None
         self._changed.add(hello.replica)
         self.heard(now, hello.replica)
         who = f"rank {hello.rank}, process {hello.pid} on {hello.host}, {hello.dtype}, loaded in {hello.load_s:.1f} s"
@@ -143,6 +151,8 @@ class Fleet:
         """Change a state. Raises IllegalTransition for what the table does not list."""
         tracker = self._trackers[replica]
         before, tracker.state = tracker.state, advance(tracker.state, state)
+        if ReplicaState.FAILED in (before, state):
+            self._alive = self._serving = None
         tracker.state_since = now
         self._changed.add(replica)
         if state is ReplicaState.COMBINED:

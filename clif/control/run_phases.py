@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from clif.config import Config
 from clif.control.dispatcher import Dispatcher
@@ -48,10 +49,12 @@ class RunPhases:
             self._enter(now, phase, reason)
 
     def rounds_may_start(self, now: float) -> bool:
-        return rounds_may_start(now, self.facts(), self._config)
+        return rounds_may_start(now, replace(self.facts(), priced=self._fleet.priced), self._config)
 
     def facts(self) -> Facts:
+        """Once per step, so without what costs a look at every replica: `priced`, and before STOPPING the goodbyes."""
         past, state = self._ledger.recovery, self.state
+        leaving = self._failures.reachable if state.phase is Phase.STOPPING else ()
         return Facts(
             phase=state.phase,
             entered_s=state.entered_s,
@@ -64,8 +67,7 @@ class RunPhases:
             outstanding=self._dispatcher.outstanding,
             federating=self._federation.busy,
             wants_rounds=wants_rounds(self._federation.history, self._config),
-            priced=self._fleet.priced,
-            awaiting_goodbye=tuple(r for r in self._failures.reachable if r not in self._goodbyes),
+            awaiting_goodbye=tuple(r for r in leaving if r not in self._goodbyes),
             drain_reason=self._shutdown.drain,
             opened=past.opened,
             over=past.over,

@@ -1,9 +1,12 @@
-"""When the control process knows what serving takes, so that rounds may begin beside it."""
+"""What the fleet knows of its replicas: which are alive, and what serving takes, so that rounds may begin beside it."""
 
 from __future__ import annotations
 
+import msgspec
+
 from clif.config import config_from_tree
 from clif.control.fleet import Fleet
+from clif.states import ReplicaState
 from clif.wire.messages import Hello, Report
 
 CONFIG = config_from_tree({"model": {"path": "m"}, "data": {"path": __file__}})
@@ -42,6 +45,16 @@ def fleet_with(load: dict[int, int]) -> Fleet:
         )  # fmt: skip
         fleet.join(0.0, hello)
     return fleet
+
+
+def test_which_replicas_are_alive_and_serve_follows_every_change_of_their_states() -> None:
+    fleet = fleet_with({0: 0, 1: 0})
+    assert fleet.alive == fleet.serving == (0, 1)
+    fleet.set_state(1.0, 0, ReplicaState.FAILED, "silent")
+    assert fleet.alive == fleet.serving == (1,)
+    fleet.set_state(1.0, 1, ReplicaState.IDLE, "slack")
+    assert fleet.join(2.0, msgspec.structs.replace(fleet.hello_of(0), incarnation=1))
+    assert fleet.alive == fleet.serving == (0, 1)
 
 
 def test_serving_is_known_after_so_many_iterations_of_each_replica_however_they_scatter() -> None:
