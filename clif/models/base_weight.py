@@ -34,7 +34,7 @@ class BaseWeight(Protocol):
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """What it holds in memory."""
+        """Its plain tensors, the weight first: a graph may refer to them without holding more memory."""
         ...
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,7 @@ class DecoderLayer:
         )
         self._norm, self._mlp_norm = (_part_of(module, norm) for norm in spec.norms)
         self._q_norm, self._k_norm = (_part_of(module, norm) for norm in spec.attention.norms)
-        self._scale: float = getattr(module.self_attn, "scaling", self.head_dim**-0.5)
+        self._scale: float = getattr(_part_of(module, spec.attention.module), "scaling", self.head_dim**-0.5)
 
     def __call__(self, hidden: Sequence[torch.Tensor], sub_batches: Sequence[SubBatch]) -> list[torch.Tensor]:
         """hidden: [rows, hidden size] for each sub-batch; one that learns comes last."""

@@ -102,9 +102,11 @@ class LinearGroup:
 class AttentionSpec:
     """window: tokens that the narrowest layer looks back over; None: all. rope: kind of rotary embedding.
 
-    norms: of query and key, used where a layer has them.
+    module: within the decoder layer; its `scaling`, if it has one, is that of the scores. norms: of query and key, used
+    where a layer has them.
     """
 
+    module: str
     heads: int
     kv_heads: int
     head_dim: int
@@ -243,7 +245,7 @@ def llama(tree: Tree) -> ModelSpec:
                 LinearGroup("gate_up", _modules("mlp", gate=inner, up=inner), hidden, "out", "hidden"),
                 LinearGroup("down", _modules("mlp", down=hidden), inner, "in", "gated"),
             ),
-            attention=AttentionSpec(heads, kv_heads, head_dim, window_of(tree), norms, _rope(tree)),
+            attention=AttentionSpec("self_attn", heads, kv_heads, head_dim, window_of(tree), norms, _rope(tree)),
             mlp=DenseMlp(inner.size, "mlp.act_fn"),
             norms=("input_layernorm", "post_attention_layernorm"),
         ),
