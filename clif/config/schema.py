@@ -37,7 +37,7 @@ class SloConfig(Section):
     ttft_ms: PositiveFloat = 1000.0
     """Time to first token."""
     tpot_ms: PositiveFloat = 200.0
-    """Mean time per output token after the first. Training is priced against each single gap."""
+    """Mean time per output token after the first. The time left for training is computed from each single gap."""
     deadline_ms: PositiveFloat | None = None
     """End to end. `null`: no deadline."""
     margin: Share = 0.3

@@ -74,7 +74,7 @@ class Fleet:
         return self._serving
 
     @property
-    def priced(self) -> bool:
+    def latency_known(self) -> bool:
         """Whether serving was measured often enough on the replicas that are alive and may also train.
 
         That is: on at least one of them, and on each that has requests. Under light load one replica may get all of
@@ -116,7 +116,7 @@ class Fleet:
         self._trackers[hello.replica] = ReplicaTracker(now, hello, self._config, role)
         self._alive = self._serving = None
         self._changed.add(hello.replica)
-        self.heard(now, hello.replica)
+        self.on_message(now, hello.replica)
         who = f"rank {hello.rank}, process {hello.pid} on {hello.host}, {hello.dtype}, loaded in {hello.load_s:.1f} s"
         self._on_transition(hello.replica, ReplicaState.SERVING, ReplicaState.SERVING, f"joined: {who}")
         return True
@@ -125,13 +125,13 @@ class Fleet:
         if former.state is not ReplicaState.FAILED or hello.incarnation <= former.hello.incarnation:
             return False
         self._trackers[hello.replica] = former.rebuilt(now, hello)
-        self.heard(now, hello.replica)
+        self.on_message(now, hello.replica)
         # The first message to the new incarnation.
         self.send(hello.replica, Welcome(incarnation=hello.incarnation))
         self.set_state(now, hello.replica, ReplicaState.SERVING, f"rebuilt, incarnation {hello.incarnation}")
         return True
 
-    def heard(self, now: float, replica: int) -> None:
+    def on_message(self, now: float, replica: int) -> None:
         """Any message is a sign of life. A break in which all replicas were silent says nothing about a single one."""
         control = self._config.control
         self._spoken_s += min(now - self._heard_s, max(BREAK * control.lost_after_s, 2 * control.report_s))

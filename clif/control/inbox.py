@@ -84,7 +84,7 @@ class Inbox:
             self._failures.join(now, hello)
 
     def _hear(self, now: float, sender: int, message: wire.Up) -> None:
-        self._fleet.heard(now, sender)
+        self._fleet.on_message(now, sender)
         objection = self._claims.objection(message)
         if objection:
             self._failures.mark_broken(now, sender, objection)

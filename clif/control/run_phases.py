@@ -49,7 +49,7 @@ class RunPhases:
             self._enter(now, phase, reason)
 
     def rounds_may_start(self, now: float) -> bool:
-        return rounds_may_start(now, replace(self.facts(), priced=self._fleet.priced), self._config)
+        return rounds_may_start(now, replace(self.facts(), latency_known=self._fleet.latency_known), self._config)
 
     def facts(self) -> Facts:
         """Once per step, so without what costs a look at every replica: `priced`, and before STOPPING the goodbyes."""

@@ -84,12 +84,12 @@ def test_a_run_that_cannot_go_on_says_why(now: float, given: Facts, word: str) -
 
 def test_no_round_begins_with_the_first_requests_of_a_load() -> None:
     """What serving takes is unknown then, so nobody can tell what it leaves; window_s bounds the wait."""
-    new = facts(Phase.OPEN, priced=False)
+    new = facts(Phase.OPEN, latency_known=False)
     assert not rounds_may_start(9.9, new, CONFIG)
     assert rounds_may_start(10.0, new, CONFIG), "few requests tell little, and leave much"
     baseline = CONFIG.model_copy(update={"run": CONFIG.run.model_copy(update={"mode": "time_slice"})})
     assert rounds_may_start(1.0, new, baseline), "a baseline looks at nothing"
-    assert rounds_may_start(1.0, facts(Phase.LINGER, priced=False, wants_rounds=True), CONFIG)
+    assert rounds_may_start(1.0, facts(Phase.LINGER, latency_known=False, wants_rounds=True), CONFIG)
 
 
 def test_rounds_start_while_load_comes_and_later_only_if_wanted() -> None:

@@ -35,7 +35,7 @@ class Replicas:
         for _ in range(round(seconds / 0.5)):
             self.now += 0.5
             for replica in replicas:
-                self.fleet.heard(self.now, replica)
+                self.fleet.on_message(self.now, replica)
 
     def lost(self, all_silent_limit_s: float) -> list[bool]:
         views = [self.fleet.view_of(replica) for replica in (0, 1)]

@@ -96,6 +96,7 @@ IDENTIFIERS = {
     "place": ("slot, capacity, path or index", PROGRAM),
     "places": ("slots, capacities, paths or indices", PROGRAM),
     "Price": ("CostModel", CODE),
+    "priced": ("latency_known", CONTROL),
     "readers": ("ref_count", ("clif/engine",)),
     "rider": ("fused_pass", CODE),
     "riding": ("fused", CODE),

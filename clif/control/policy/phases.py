@@ -54,7 +54,7 @@ class Facts:
     drain; empty: it is not. awaiting_goodbye: replicas that have not left yet.
     exhausted: whether no source has requests to come; load_left: how many are known to come.
     opened, over: whether the load had begun, or all had been done, before the control process was started again.
-    wants_rounds: more rounds are to begin even without load. priced: what serving takes is known, see Fleet.priced.
+    wants_rounds: more rounds are to begin even without load. latency_known: see Fleet.latency_known.
     """
 
     phase: Phase
@@ -68,7 +68,7 @@ class Facts:
     outstanding: int = 0
     federating: bool = False
     wants_rounds: bool = False
-    priced: bool = True
+    latency_known: bool = True
     awaiting_goodbye: tuple[int, ...] = ()
     drain_reason: str = ""
     opened: bool = False
@@ -114,7 +114,7 @@ def rounds_may_start(now: float, facts: Facts, config: Config) -> bool:
     too rare to learn it, there is enough slack.
     """
     if facts.phase is Phase.OPEN:
-        known = facts.priced or now - facts.entered_s >= config.control.window_s
+        known = facts.latency_known or now - facts.entered_s >= config.control.window_s
         return known or not config.run.adaptive
     return facts.phase is Phase.LINGER and facts.wants_rounds and now - facts.entered_s < config.run.linger_s
 

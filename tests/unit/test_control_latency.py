@@ -61,16 +61,16 @@ def test_serving_is_known_after_so_many_iterations_of_each_replica_however_they_
     fleet = fleet_with({0: 1, 1: 1})
     fleet.report(1.0, report(0, *SCATTERED))
     fleet.report(1.0, report(1, *SCATTERED[:-1]))
-    assert not fleet.priced
+    assert not fleet.latency_known
     fleet.report(2.0, report(1, 0.5))
-    assert fleet.priced
+    assert fleet.latency_known
 
 
 def test_a_replica_that_gets_no_requests_keeps_no_round_from_beginning() -> None:
     load = {0: 0, 1: 0}
     fleet = fleet_with(load)
-    assert not fleet.priced, "nothing is known of anybody"
+    assert not fleet.latency_known, "nothing is known of anybody"
     fleet.report(1.0, report(0, *SCATTERED))
-    assert fleet.priced
+    assert fleet.latency_known
     load[1] = 1
-    assert not fleet.priced
+    assert not fleet.latency_known
