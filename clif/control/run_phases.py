@@ -54,7 +54,7 @@ class RunPhases:
     def facts(self) -> Facts:
         """Once per step, so without what costs a look at every replica: `priced`, and before STOPPING the goodbyes."""
         past, state = self._ledger.recovery, self.state
-        leaving = self._failures.reachable if state.phase is Phase.STOPPING else ()
+        expected = self._failures.reachable if state.phase is Phase.STOPPING else ()
         return Facts(
             phase=state.phase,
             entered_s=state.entered_s,
@@ -67,7 +67,7 @@ class RunPhases:
             outstanding=self._dispatcher.outstanding,
             federating=self._federation.busy,
             wants_rounds=wants_rounds(self._federation.history, self._config),
-            awaiting_goodbye=tuple(r for r in leaving if r not in self._goodbyes),
+            awaiting_goodbye=tuple(r for r in expected if r not in self._goodbyes),
             drain_reason=self._shutdown.drain,
             opened=past.opened,
             over=past.over,
