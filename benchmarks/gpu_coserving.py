@@ -43,13 +43,11 @@ def rates(bench: Bench, trainer: ShadowTrainer, way: str, serves: bool, trains: 
             start, served, trained, gaps = now, 0, 0, [0.0]
         if serves:
             bench.top_up(engine)
-            served += sum(len(event.tokens) for event in engine.serve())
-        if trains:
-            if not engine.jobs:
-                engine.jobs.append(Job("step", trainer.step(len(trainer.samples), 1)))
-            engine.learn()
-            if engine.record.train_kind == "optimizer":
-                trained += sum(len(sample.ids) for sample in trainer.samples)
+        if trains and not engine.jobs:
+            engine.jobs.append(Job("step", trainer.step(len(trainer.samples), 1)))
+        served += sum(len(event.tokens) for event in engine.step())
+        if engine.record.train_kind == "optimizer":
+            trained += sum(len(sample.ids) for sample in trainer.samples)
         bench.sync()
         gaps.append(time.perf_counter() - last)
         last = time.perf_counter()

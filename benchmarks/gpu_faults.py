@@ -141,8 +141,7 @@ def full_batch_trains() -> str:
     until = time.perf_counter() + (5 if DRY_RUN else 2)
     while engine.jobs and time.perf_counter() < until:
         bench.top_up(engine)
-        engine.serve()
-        engine.learn()
+        engine.step()
     # On the slow cores of a dry run it is chance whether a step fits into the gaps.
     return "not one training step in 2 s beside a full batch" if engine.jobs and not DRY_RUN else ""
 

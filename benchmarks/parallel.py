@@ -94,8 +94,8 @@ def serving(topology: Topology, model: str, dtype: str, seconds: float) -> dict[
     clock = Clock()
     ids, tokens, steps, begin = iter(range(1 << 60)), 0, 0, 0.0
     # The leader's clock ends the run for all: see TpGroup.broadcast_ints.
-    go_on, device = topology.tp_group.broadcast_ints, topology.device
-    while go_on([int(not begin or time.perf_counter() < begin + seconds)], device)[0]:
+    go_on = topology.tp_group.broadcast_ints
+    while go_on([int(not begin or time.perf_counter() < begin + seconds)])[0]:
         if steps == 20:
             begin, tokens, clock.seconds, clock.calls = time.perf_counter(), 0, 0.0, 0
         while len(engine.scheduler.running) + len(engine.scheduler.waiting) < BATCH:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from helpers import answer, request
 from helpers import finish as finish_slices
@@ -52,8 +53,8 @@ def mean_over_members(topology: Topology, members: tuple[int, ...], nan_member: 
 def tensor_parallel_groups(topology: Topology) -> tuple[list[int], list[float]]:
     """With two ranks per replica: the leader's rank, and the mean rank over all replicas' same shard."""
     rank = [topology.env.rank]
-    within = topology.tp_group.broadcast_messages([bytes(rank)] if topology.is_leader else None, CPU)
-    return list(within[0]), finish(WeightedMean(torch.tensor(rank).float(), 1, group_of(topology, (0, 1), 1)))
+    within = topology.tp_group.broadcast_bytes(bytes(rank) if topology.is_leader else None)
+    return list(within), finish(WeightedMean(torch.tensor(rank).float(), 1, group_of(topology, (0, 1), 1)))
 
 
 def two_sets_at_once(topology: Topology) -> list[float]:
@@ -85,11 +86,15 @@ def given_up_all_reduce(topology: Topology) -> list[float]:
     return mean
 
 
-def inbox(topology: Topology) -> tuple[list[bytes], list[bytes]]:
-    """The leader's messages reach its peers, whole and in order; so does an empty inbox."""
-    messages, nothing = ([b"first", b"", b"third" * 1000], []) if topology.is_leader else (None, None)
-    got = topology.tp_group.broadcast_messages(messages, CPU)
-    return got, topology.tp_group.broadcast_messages(nothing, CPU)
+def messages_of(sizes: list[int]) -> list[bytes]:
+    """Messages of these sizes, of which no two bytes at like places are equal for long."""
+    return [bytes((7 * i + size) % 251 for i in range(size)) for size in sizes]
+
+
+def leader_speaks(topology: Topology, sizes: list[int]) -> list[bytes]:
+    """Messages of these sizes, as this rank gets them from the leader."""
+    group = topology.tp_group
+    return [group.broadcast_bytes(message if topology.is_leader else None) for message in messages_of(sizes)]
 
 
 class Driver:
@@ -121,7 +126,8 @@ class Driver:
         return build_replica(config, self.topology, self.base, self._rows, self.folder, self._records, self.send, steps)
 
     def step(self, *orders: m.Down) -> None:
-        self.replica.step(list(orders))
+        payloads = [msgspec.msgpack.encode(order) for order in orders]
+        self.replica.step(payloads if self.topology.is_leader else None)
 
     def until(self, done: Callable[[], bool], limit_s: float = 40.0) -> None:
         end = time.monotonic() + limit_s

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bodies_tp import SAMPLES, counted, list_slices, shared_rig
+from bodies_tp import SAMPLES, counted, list_slices, shared_rig, shared_step
 from helpers import request
 
 from clif.distributed.topology import Topology
@@ -111,11 +111,11 @@ def communication(topology: Topology, model: str) -> dict[str, Any]:
     found["forward alone"] = dict(calls)
     engine.scheduler.add(request(0, [5, 6], max_tokens=9, ignore_eos=True), 0.0)
     with counted() as calls:
-        engine.serve()
+        shared_step(rig)
     found["greedy step"] = dict(calls)
     engine.scheduler.add(request(1, [5, 6], max_tokens=9, ignore_eos=True, temperature=1.0), 0.0)
     with counted() as calls:
-        engine.serve()
+        shared_step(rig)
     found["step that draws"] = dict(calls)
     for name, work in (
         ("training", rig.train_runner.loss_and_gradients(SAMPLES, 1.0)),

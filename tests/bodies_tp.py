@@ -9,19 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from helpers import Rig, answer, layer_shards, random_state, request, small_config, stack_logits
 from huggingface_hub import constants
 
 from clif.adapters.peft_io import read_weights, write_weights
-from clif.distributed.collectives import PeersLost, TpGroup, WeightedMean
+from clif.distributed.collectives import Group, PeersLost, TpGroup, WeightedMean
 from clif.distributed.topology import Topology
 from clif.engine.engine import Engine
 from clif.engine.jobs import Job
+from clif.engine.step_plan import NO_TRAINING, StepMessage, decode_step, encode_step
 from clif.models.shard import shard_of
 from clif.models.weights.loading import load_model
 from clif.training.trainer import ShadowTrainer
-from clif.types import TrainSample
+from clif.types import TokenEvent, TrainSample
 
 SAMPLES = [TrainSample(id=i, ids=tuple(range(5 + i, 40 + 2 * i)), target_start=12) for i in range(3)]
 
@@ -52,6 +54,17 @@ def shared_rig(topology: Topology, model: str, coserving: str = "interleaved", *
     return rig
 
 
+def shared_step(rig: Rig) -> list[TokenEvent]:
+    """One step on all ranks of a replica, by the leader's plan."""
+    engine, group = rig.engine, rig.engine.tp_group
+    leads = group.rank == 0
+    plan = engine.plan() if leads else NO_TRAINING
+    shared = decode_step(group.broadcast_bytes(encode_step(StepMessage(step=plan)) if leads else None))
+    if group.size > 1 and not leads:
+        engine.follow(shared.step)
+    return engine.step(shared.step)
+
+
 def serve_and_train(
     topology: Topology, model: str, coserving: str, kernel: str = "torch", max_tokens: int = 9
 ) -> dict[str, Any]:
@@ -74,9 +87,8 @@ def serve_and_train(
     events: dict[int, list[Any]] = {one.id: [] for one in requests}
     steps = 0
     while rig.engine.serving or rig.engine.jobs:
-        for event in rig.engine.serve():
+        for event in shared_step(rig):
             events[event.request_id].append(event)
-        rig.engine.learn()
         steps += 1
         if steps == 3:
             rig.fill(2, seed=6)
@@ -93,11 +105,47 @@ def serve_and_train(
     }
 
 
+def collectives_of_steps(topology: Topology, model: str, coserving: str) -> dict[str, Any]:
+    """Collectives of each step by group, while requests are answered and a training step is taken beside them."""
+    rig = shared_rig(topology, model, coserving)
+    group, calls = rig.engine.tp_group, Counter[str]()
+    names = {id(group._control): "control", id(group._group): "model"}
+
+    def counting(name: str) -> Any:
+        original = getattr(Group, name)
+
+        def called(self: Group, *arguments: Any) -> Any:
+            calls[names[id(self)]] += 1
+            return original(self, *arguments)
+
+        return called
+
+    config = rig.config.train.model_copy(update={"enabled": True})
+    trainer, found = ShadowTrainer(rig.train_runner, rig.bank, SAMPLES, config), []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("allreduce", "broadcast"):
+            patch.setattr(Group, name, counting(name))
+        for drawn in ({}, {"temperature": 1.0, "seed": 3}):
+            rig.engine.scheduler.add(request(len(drawn), [5, 6], max_tokens=30, ignore_eos=True, **drawn), 0.0)
+            for trains in (False, True):
+                if trains:
+                    rig.engine.jobs.append(Job("step", trainer.step(2, 1)))
+                for _ in range(6):
+                    calls.clear()
+                    shared_step(rig)
+                    record = rig.engine.record
+                    found.append((bool(drawn), record.train_kind, record.gap_s > 0, dict(calls)))
+    return {"layers": rig.runner.stack.num_layers, "steps": found}
+
+
 @contextmanager
 def counted() -> Iterator[Counter[str]]:
     """How often this rank calls each collective of TpGroup that others are made of."""
     calls: Counter[str] = Counter()
-    originals = {name: getattr(TpGroup, name) for name in ("all_reduce_", "broadcast_", "broadcast_ints")}
+    originals = {
+        name: getattr(TpGroup, name)
+        for name in ("all_reduce_", "broadcast_", "broadcast_ints", "broadcast_bytes", "all_true")
+    }
 
     def counting(name: str) -> Any:
         def called(self: TpGroup, *arguments: Any) -> Any:
@@ -160,8 +208,8 @@ def agreements(topology: Topology) -> dict[str, Any]:
     rank = tp_group.rank
     return {
         "sum": tp_group.all_reduce_(torch.tensor([1.0 + rank], device=device)).tolist(),
-        "leader": tp_group.broadcast_ints([rank * 7 + 1, -2], device),
-        "every": (tp_group.all_true(True, device), tp_group.all_true(rank != 1, device)),
+        "leader": tp_group.broadcast_ints([rank * 7 + 1, -2]),
+        "every": (tp_group.all_true(True), tp_group.all_true(rank != 1)),
         "gather": [t.tolist() for t in tp_group.all_gather(torch.tensor([rank], device=device))],
         "ranks": (rank, tp_group.size),
     }

@@ -136,6 +136,8 @@ FAILURE_SPREAD_S = 1.0
 """Seconds: members that wait for the same collective reach its timeout within this time of each other."""
 POLL_PERIOD = datetime.timedelta(seconds=0.25)
 """How long a rank waits in a collective before it checks whether a member has left."""
+FRAME, SIZE = 8192, 8
+"""Bytes of a control message that one broadcast carries, and of the size at its beginning."""
 
 
 class RoundBroken(RuntimeError):
@@ -237,12 +239,20 @@ class TpGroup:
     rank, size: this rank's index and their number. Without a group there is one rank, and every call returns its
     argument. Rule: all ranks make the same calls in the same order, from the thread that serves.
 
+    What the layers compute goes over the group of the devices. What the host must know goes over a group on the CPU,
+    so that no decision waits for a device: a stream of NCCL's work would have to end first.
+
     Sources: Shoeybi et al. 2019 (Megatron-LM).
     """
 
-    def __init__(self, group: Group | None = None, members: GroupMembers | None = None) -> None:
-        """members: the same ranks, the leader first. Raises RuntimeError, here and later, if a rank is missing."""
-        self._group, self._members = group, members
+    def __init__(
+        self, group: Group | None = None, members: GroupMembers | None = None, control: Group | None = None
+    ) -> None:
+        """members: the same ranks, the leader first. control: a group of theirs on the CPU, by default `group`.
+
+        Raises RuntimeError, here and later, if a rank is missing.
+        """
+        self._group, self._control, self._members = group, control or group, members
         self.size = 1 if members is None else len(members.ranks)
         self.rank = 0 if members is None else members.index
 
@@ -251,16 +261,17 @@ class TpGroup:
         if self._members is not None:
             self._members.leave(why)
 
-    def rebuild_group(self, group: Group, members: GroupMembers) -> None:
-        """Replace the group by a new one of the same ranks after one has left; pending collectives are abandoned."""
-        assert self._group is not None
-        self._group.close()
-        self._group, self._members = group, members
+    def rebuild_group(self, group: Group, members: GroupMembers, control: Group) -> None:
+        """Replace the groups by new ones of the same ranks after one has left; pending collectives are abandoned."""
+        for former in (self._group, self._control):
+            if former is not None:
+                former.close()
+        self._group, self._control, self._members = group, control, members
 
     def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place; bitwise equal on all."""
         if self._group is not None:
-            self._wait(self._group.allreduce([tensor]))
+            self._wait(self._group.allreduce([tensor]), self._group)
         return tensor
 
     def all_gather_columns(self, part: torch.Tensor, start: int, total: int) -> torch.Tensor:
@@ -277,23 +288,50 @@ class TpGroup:
     def broadcast_(self, tensor: torch.Tensor) -> torch.Tensor:
         """The leader's tensor in place of this rank's, which has the same shape and type."""
         if self._group is not None:
-            self._wait(self._group.broadcast(tensor, 0))
+            self._wait(self._group.broadcast(tensor, 0), self._group)
         return tensor
 
-    def broadcast_ints(self, values: list[int], device: torch.device) -> list[int]:
-        """The leader's values, on every rank; all ranks pass lists of the same length."""
-        if self._group is None or not values:
+    def broadcast_ints(self, values: list[int]) -> list[int]:
+        """The leader's values, on every rank, over the control group; all ranks pass lists of the same length."""
+        if self._control is None or not values:
             return values
-        shared = torch.tensor(values, dtype=torch.int64, device=device)
-        self._wait(self._group.broadcast(shared, 0))
+        shared = torch.tensor(values, dtype=torch.int64)
+        self._wait(self._control.broadcast(shared, 0), self._control)
         return [int(v) for v in shared.tolist()]
 
-    def all_true(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is set on all ranks."""
-        if self.size == 1:
+    def broadcast_bytes(self, message: bytes | None) -> bytes:
+        """The leader's message, on every rank, over the control group. message: the leader's; None on the others.
+
+        One broadcast of FRAME bytes, which hold the size and as much of the message as fits; a second one has the rest
+        of a longer message.
+        """
+        if self._control is None:
+            return message or b""
+        data = torch.zeros(FRAME, dtype=torch.uint8)
+        if message is not None:
+            first = len(message).to_bytes(SIZE, "little") + message[: FRAME - SIZE]
+            data[: len(first)] = torch.frombuffer(bytearray(first), dtype=torch.uint8)
+        self._wait(self._control.broadcast(data, 0), self._control)
+        frame = data.numpy().tobytes()
+        size = int.from_bytes(frame[:SIZE], "little")
+        return frame[SIZE : SIZE + size] + self._broadcast_rest(message, size - (FRAME - SIZE))
+
+    def _broadcast_rest(self, message: bytes | None, size: int) -> bytes:
+        if size <= 0 or self._control is None:
+            return b""
+        data = torch.empty(size, dtype=torch.uint8)
+        if message is not None:
+            data.copy_(torch.frombuffer(bytearray(message[FRAME - SIZE :]), dtype=torch.uint8))
+        self._wait(self._control.broadcast(data, 0), self._control)
+        return data.numpy().tobytes()
+
+    def all_true(self, flag: bool) -> bool:
+        """Whether the flag is set on all ranks; over the control group."""
+        if self._control is None:
             return flag
-        missing = torch.tensor([int(not flag)], dtype=torch.int64, device=device)
-        return int(self.all_reduce_(missing)) == 0
+        missing = torch.tensor([int(not flag)], dtype=torch.int64)
+        self._wait(self._control.allreduce([missing]), self._control)
+        return int(missing) == 0
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """The tensors of all ranks, in their order; all have the same shape."""
@@ -302,29 +340,12 @@ class TpGroup:
         parts = [tensor.clone() for _ in range(self.size)]
         # Broadcasts, because gloo cannot gather tensors of a GPU.
         for rank, part in enumerate(parts):
-            self._wait(self._group.broadcast(part, rank))
+            self._wait(self._group.broadcast(part, rank), self._group)
         return parts
 
-    def broadcast_messages(self, messages: list[bytes] | None, device: torch.device) -> list[bytes]:
-        """The leader's encoded messages, on every rank, so that all handle them at the same step.
-
-        messages: the leader's; None on the others. The size is broadcast first, then the bytes if there are any.
-        """
-        if self._group is None:
-            return messages or []
-        packed = b"".join(len(m).to_bytes(8, "little") + m for m in messages or ())
-        (size,) = self.broadcast_ints([len(packed)], device)
-        if not size:
-            return []
-        data = torch.empty(size, dtype=torch.uint8, device=device)
-        if messages is not None:
-            data.copy_(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
-        self._wait(self._group.broadcast(data, 0))
-        return _unpack(bytes(data.cpu().numpy()))
-
-    def _wait(self, work: dist.Work) -> None:
+    def _wait(self, work: dist.Work, group: Group) -> None:
         """Wait until the work is done (gloo) or queued (NCCL, whose work the stream waits for)."""
-        while self._group is not None and self._group.on_gloo and not _over(work):
+        while group.on_gloo and not _over(work):
             left = self._members.left() if self._members is not None else None
             if left is not None:
                 raise left
@@ -342,12 +363,3 @@ def _over(work: dist.Work) -> bool:
         # wait(timeout) raises on expiry too; the next wait() distinguishes the two.
         return work.is_completed()
     return True
-
-
-def _unpack(packed: bytes) -> list[bytes]:
-    messages, at = [], 0
-    while at < len(packed):
-        size = int.from_bytes(packed[at : at + 8], "little")
-        messages.append(packed[at + 8 : at + 8 + size])
-        at += 8 + size
-    return messages

@@ -86,14 +86,17 @@ class Topology:
             self.tp_group.rebuild_group(*_tensor_parallel(self, incarnation))
 
 
-def _tensor_parallel(topology: Topology, incarnation: int) -> tuple[Group, GroupMembers]:
+def _tensor_parallel(topology: Topology, incarnation: int) -> tuple[Group, GroupMembers, Group]:
+    """Group of the devices, its members, and a group of theirs on the CPU for control messages."""
     replica, rank = topology.replica, topology.env.rank
     ranks = topology.layout.replicas[replica]
     again = f", incarnation {incarnation}" if incarnation else ""
     members = GroupMembers(topology.store, f"tensor-parallel group of replica {replica}{again}", rank, ranks)
     name = f"clif/tp/{replica}/{incarnation}"
-    group = make_group(topology.backend, topology.store, name, ranks.index(rank), len(ranks), topology.timeout)
-    return group, members
+    index, size, timeout = ranks.index(rank), len(ranks), topology.timeout
+    group = make_group(topology.backend, topology.store, name, index, size, timeout)
+    control = make_group("gloo", topology.store, f"{name}/control", index, size, timeout)
+    return group, members, control
 
 
 def choose_device(wanted: str, local_rank: int, ranks_per_gpu: int = 1) -> torch.device:

@@ -3,9 +3,13 @@
 A serving step is one iteration over all running requests; a strategy of clif/engine/coserving decides how much
 training runs between two of them, or with one.
 
+Order of a step: plan (what training does), learn (a slice, if there is one), serve (schedule, fill, forward, settle).
+The plan comes first, and alone, since it depends on a clock and on costs that were measured here: the leader of a
+replica makes it and its peers follow it. It is made right before the slice that it allows, of requests whose tokens
+have just been sent and of those that have just arrived; what the serving step behind the slice takes is predicted.
+
 Invariants: a token waits for one training slice at most; a slice begins only if every running and waiting request can
-afford it; an error in training costs the job and no request. Decisions that depend on a clock are the leader's, so
-that all ranks of a replica do the same.
+afford it; an error in training costs the job and no request.
 
 Sources: Orca (Yu et al., OSDI 2022), for scheduling by iteration; FlexLLM (Miao et al., 2024), for co-serving.
 """
@@ -14,22 +18,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from clif.config import Config, EngineConfig
 from clif.distributed.collectives import TpGroup
 from clif.engine.batch import Batch
-from clif.engine.coserving.strategy import Decision, StepView, Strategy
+from clif.engine.coserving.strategy import StepView, Strategy
 from clif.engine.cost_model import CostModel
 from clif.engine.job_queue import JobQueue
 from clif.engine.jobs import WAIT, Slice, SliceKind
 from clif.engine.runner import ModelRunner
 from clif.engine.sampling import SampledTokens
-from clif.engine.scheduler import Chunk, Scheduler
+from clif.engine.scheduler import Chunk, Scheduler, Sequence
+from clif.engine.step_plan import NO_TRAINING, StepPlan
 from clif.engine.step_record import StepRecord
-from clif.types import Regime, TokenEvent
+from clif.types import Regime, Request, TokenEvent
 
 if TYPE_CHECKING:
     from clif.models.weights.loading import LoadedModel
@@ -59,6 +65,9 @@ class Engine:
     record: StepRecord = field(default_factory=StepRecord)
     _launched: Launched | None = None
     _settled_s: float = -math.inf
+    _planned: Slice | None = None
+    _finished: tuple[Slice, int, float] | None = None
+    _pack_s: float = 0.0
 
     @classmethod
     def from_config(cls, config: Config, loaded: LoadedModel | None = None, tp_group: TpGroup | None = None) -> Engine:
@@ -99,29 +108,93 @@ class Engine:
         """Give up all training; nothing of it runs any more."""
         self.jobs.close()
 
-    def serve(self) -> list[TokenEvent]:
+    def step(self, plan: StepPlan | None = None) -> list[TokenEvent]:
+        """Train and serve once; plan: by default this engine's own. Raises the RuntimeError of a slice that broke."""
+        plan = plan or self.plan()
+        self.learn(plan)
+        return self.serve(plan)
+
+    def plan(self, arrivals: Seq[Request] = ()) -> StepPlan:
+        """What training this step does. Made by the leader alone, once a step.
+
+        arrivals: requests that the step's messages bring: they wait like others, and their prompts are rows of it.
+        """
+        self._finished, start = self.jobs.collect(), self.clock()
+        if self.jobs.upcoming is None:
+            self._planned = None
+            return NO_TRAINING
+        view, serving = self._next_view(arrivals), self.serving or bool(arrivals)
+        packs: list[int] = []
+        try:
+            # Its peers pack before they handle the step's messages, too: nothing in it is collective.
+            while (piece := self.jobs.upcoming) is not None and piece.kind is SliceKind.PACK:
+                packs.append(self.strategy.pack_tokens(view, piece) if serving else piece.units)
+                self.jobs.run(packs[-1])
+        except RuntimeError as error:
+            if self.tp_group.size > 1:
+                raise
+            self.jobs.fail(error)
+            return StepPlan(tuple(packs))
+        self._planned, self._pack_s = piece, self.clock() - start if packs else 0.0
+        return self._decide(view, piece, serving, tuple(packs))
+
+    def _decide(self, view: StepView, piece: Slice | None, serving: bool, packs: tuple[int, ...]) -> StepPlan:
+        if piece is None or piece is WAIT:
+            return StepPlan(packs)
+        if not serving:
+            return StepPlan(packs, self.strategy.units_within(piece, self.config.slice_ms / 1000) or piece.least)
+        decision = self.strategy.between(view, piece)
+        if decision.units or not self.strategy.fuses or piece.fused_pass is None or not view.rows:
+            return StepPlan(packs, decision.units, decision.concurrent, decision.whole_step, slack=decision.slack)
+        fused = self.strategy.fuse(view, piece)
+        return StepPlan(packs, fuse=fused.units > 0, slack=fused.slack)
+
+    def follow(self, plan: StepPlan) -> None:
+        """On the leader's peers: begin the passes that it began while it planned."""
+        for tokens in plan.packs:
+            self.jobs.run(tokens)
+        self._planned = self.jobs.upcoming
+
+    def learn(self, plan: StepPlan) -> None:
+        """Training between two steps, as planned; nothing if the upcoming slice is another one by now.
+
+        Raises the RuntimeError of a slice that broke.
+        """
+        self.record = StepRecord(gap_s=self._pack_s, slack=plan.slack)
+        self._pack_s = 0.0
+        if self._finished is not None:
+            self._learnt(*self._finished)
+            self._finished = None
+        self.jobs.raise_error()
+        piece = self.jobs.upcoming
+        if piece is WAIT:
+            self.jobs.run(1)
+        elif piece is not None and piece is self._planned and plan.units:
+            self._carry_out(piece, plan)
+        if plan.slack is not None:
+            self.strategy.spent(self.record.gap_s)
+
+    def serve(self, plan: StepPlan = NO_TRAINING) -> list[TokenEvent]:
         """One step over all running requests: schedule, fill, forward, settle."""
-        self.record = StepRecord()
-        if (finished := self.jobs.collect()) is not None:
-            self._learnt(*finished)
-        return self._overlapped_step() if self.config.overlap else self._normal_step()
+        return self._overlapped_step(plan) if self.config.overlap else self._normal_step(plan)
 
-    def _normal_step(self) -> list[TokenEvent]:
+    def _normal_step(self, plan: StepPlan) -> list[TokenEvent]:
         chunks = self.scheduler.schedule()
-        return self._settle(self._launch(chunks)) if chunks else []
+        return self._settle(self._launch(chunks, plan)) if chunks else []
 
-    def _overlapped_step(self) -> list[TokenEvent]:
+    def _overlapped_step(self, plan: StepPlan) -> list[TokenEvent]:
         """Launch this step, then settle the one before: the device computes while the host does everything else.
 
         Its rows take their ids from the step before on the device. What it computes for a sequence that turns out to
         have ended is thrown away when it is settled, and only then are blocks and versions released.
         """
         chunks = self.scheduler.schedule()
-        before, self._launched = self._launched, self._launch(chunks) if chunks else None
+        before, self._launched = self._launched, self._launch(chunks, plan) if chunks else None
         return self._settle(before) if before else []
 
-    def _launch(self, chunks: list[Chunk]) -> Launched:
-        fused, start = self._fused_slice(chunks), self.clock()
+    def _launch(self, chunks: list[Chunk], plan: StepPlan) -> Launched:
+        piece, start = self.jobs.upcoming, self.clock()
+        fused = piece if plan.fuse and piece is self._planned else None
         tokens, fused = self._forward(self.runner.fill(chunks), fused)
         regime = Regime.FUSED if fused else Regime.CONCURRENT if self.jobs.under_way else Regime.ALONE
         return Launched(chunks, tokens, fused, regime, start)
@@ -149,51 +222,27 @@ class Engine:
         self._settled_s = now
         return self.scheduler.settle(step.chunks, tokens, now)
 
-    def learn(self) -> None:
-        """Training between two steps, as far as the strategy allows; without serving, one slice of engine.slice_ms.
-
-        Raises the RuntimeError of a slice that broke.
-        """
-        self.jobs.raise_error()
-        piece = self._upcoming()
-        if piece is None:
-            return
-        if piece is WAIT:
-            self.jobs.run(1)
-        elif self.serving:
-            self._carry_out(piece, self.strategy.between(self._next_view(), piece))
-        else:
-            units = self.strategy.units_within(piece, self.config.slice_ms / 1000) or piece.least
-            self._compute(piece, self._leaders(units))
-        # A pass that begins now can be fused with the next step.
-        self._upcoming()
-
-    def _upcoming(self) -> Slice | None:
-        """The next slice. A job that begins a pass first learns how many tokens the pass may have."""
-        while (piece := self.jobs.upcoming) is not None and piece.kind is SliceKind.PACK:
-            tokens = self.strategy.pack_tokens(self._next_view(), piece) if self.serving else piece.units
-            self._compute(piece, self._leaders(tokens))
-        return piece
-
-    def _carry_out(self, piece: Slice, decision: Decision) -> None:
-        self.record.slack = decision.slack or self.record.slack
-        units = self._leaders(decision.units)
-        if units and decision.concurrent:
-            self.jobs.start(units)
-        elif units and decision.whole_step:
+    def _carry_out(self, piece: Slice, plan: StepPlan) -> None:
+        if plan.concurrent:
+            self.jobs.start(plan.units)
+        elif plan.whole_step:
             self._finish_step(piece)
-        elif units:
-            self._compute(piece, units)
-        self.strategy.spent(self.record.gap_s)
+        else:
+            self._compute(piece, plan.units)
 
     def _finish_step(self, piece: Slice) -> None:
-        """This slice and those behind it, up to the end of the optimizer step, or of what can run now."""
+        """This slice and those behind it, up to the end of the optimizer step, or of what can run now.
+
+        A strategy that decides so belongs to replicas of one rank.
+        """
         upcoming: Slice | None = piece
         while upcoming is not None and upcoming is not WAIT:
-            self._compute(upcoming, upcoming.units)
+            packs = upcoming.kind is SliceKind.PACK
+            units = self.strategy.pack_tokens(self._next_view(), upcoming) if packs else upcoming.units
+            self._compute(upcoming, units)
             if upcoming.kind is SliceKind.OPTIMIZER:
                 return
-            upcoming = self._upcoming()
+            upcoming = self.jobs.upcoming
 
     def _compute(self, piece: Slice, units: int) -> None:
         start = self.clock()
@@ -208,26 +257,13 @@ class Engine:
         record.train_kind, record.train_s = piece.kind, record.train_s + seconds
         self.cost_model.observe_slice(piece.kind, piece.tokens, units, seconds)
 
-    def _leaders(self, value: int) -> int:
-        """The leader's decision on all ranks of the replica: the others have clocks and costs of their own."""
-        return self.tp_group.broadcast_ints([value], self.runner.device)[0]
-
-    def _next_view(self) -> StepView:
-        return self._view(*self.scheduler.next_step())
-
-    def _view(self, rows: int, context: int) -> StepView:
-        scheduler, record = self.scheduler, self.record
-        decided = record.slack is not None
-        return StepView(self.clock(), rows, context, scheduler.sequences, scheduler.full, record.serve_s, decided)
-
-    def _fused_slice(self, chunks: Sequence[Chunk]) -> Slice | None:
-        """The training forward that this step takes along."""
-        piece = self.jobs.upcoming
-        if piece is None or piece.fused_pass is None or not self.strategy.fuses:
-            return None
-        decision = self.strategy.fuse(self._view(*_size(chunks)), piece)
-        self.record.slack = decision.slack
-        return piece if self._leaders(decision.units) else None
+    def _next_view(self, arrivals: Seq[Request] = ()) -> StepView:
+        scheduler, now = self.scheduler, self.clock()
+        sequences = (*scheduler.sequences, *(Sequence(request, now, list(request.prompt)) for request in arrivals))
+        full = len(sequences) >= scheduler.max_batch
+        # These may have arrived while a slice ran, which is all that they may wait for.
+        held_up = arrivals[0].id if arrivals and self.record.gap_s else None
+        return StepView(now, *scheduler.next_step(arrivals), sequences, full, self.record.serve_s, held_up)
 
     def _note(self, step: Launched, seconds: float) -> None:
         (rows, context), record = _size(step.chunks), self.record
@@ -243,6 +279,6 @@ class Engine:
         self.cost_model.observe_step(rows, context, seconds, step.regime)
 
 
-def _size(chunks: Sequence[Chunk]) -> tuple[int, int]:
+def _size(chunks: Seq[Chunk]) -> tuple[int, int]:
     """Rows of a step, and the cached tokens that they read."""
     return sum(c.stop - c.start for c in chunks), sum(c.stop for c in chunks)

@@ -133,9 +133,13 @@ class Scheduler:
         """Set how many requests run at the same time, from the next step on. Running ones continue."""
         self.max_batch = max_batch
 
-    def next_step(self) -> tuple[int, int]:
-        """Rows and cached tokens of the next step: a token per answer, and prompts within the step's budget."""
-        prompts = sum(s.num_uncomputed_tokens for s in self.sequences if s.num_uncomputed_tokens > 1)
+    def next_step(self, arrivals: Iterable[Request] = ()) -> tuple[int, int]:
+        """Rows and cached tokens of the next step: a token per answer, and prompts within the step's budget.
+
+        arrivals: requests that are added before it.
+        """
+        prompts = sum(len(request.prompt) for request in arrivals)
+        prompts += sum(s.num_uncomputed_tokens for s in self.sequences if s.num_uncomputed_tokens > 1)
         answers = sum(s.num_uncomputed_tokens == 1 for s in self.running)
         return answers + min(prompts, self.config.max_prefill_tokens), sum(s.num_computed_tokens for s in self.running)
 

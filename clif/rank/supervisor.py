@@ -17,7 +17,7 @@ from clif.distributed.collectives import PeersLost
 from clif.distributed.topology import Topology
 from clif.replica.replica import Replica
 from clif.wire.channels import decode_down
-from clif.wire.messages import Down, Stop, Trouble, Up, Welcome
+from clif.wire.messages import Stop, Trouble, Up, Welcome
 
 log = logging.getLogger(__name__)
 WINDOW_S = 600.0
@@ -57,8 +57,7 @@ class ReplicaSupervisor:
         payloads: messages that the leader received; None on the other ranks.
         """
         try:
-            inbox = self._topology.tp_group.broadcast_messages(payloads, self._topology.device)
-            self.replica.step(self._meant_for_us([decode_down(payload) for payload in inbox]))
+            self.replica.step(None if payloads is None else self._meant_for_us(payloads))
             return
         except Exception as error:
             log.exception("replica %d failed in incarnation %d", self.replica.id, self.incarnation)
@@ -101,11 +100,13 @@ class ReplicaSupervisor:
         )
         self._on_built(self.replica, self.incarnation)
 
-    def _meant_for_us(self, orders: list[Down]) -> list[Down]:
+    def _meant_for_us(self, payloads: list[bytes]) -> list[bytes]:
+        """On the leader: without the messages that were sent to an earlier incarnation."""
         if self._welcome:
-            return orders
+            return payloads
+        orders = [decode_down(payload) for payload in payloads]
         for index, order in enumerate(orders):
             if isinstance(order, Welcome) and order.incarnation == self.incarnation:
                 self._welcome = True
-                return orders[index + 1 :]
-        return [order for order in orders if isinstance(order, Stop)]
+                return payloads[index + 1 :]
+        return [payload for payload, order in zip(payloads, orders, strict=True) if isinstance(order, Stop)]

@@ -136,7 +136,7 @@ def _resume(
     """
     current, slot = store.current(), slots.free_slot()
     # The leader's version counts: the control process may store another one while the peers read.
-    (version,) = bank.tp_group.broadcast_ints([current.number if current else 0], bank.shadow.device)
+    (version,) = bank.tp_group.broadcast_ints([current.number if current else 0])
     if not version or slot is None:
         return
     state = read_folder(bank, store.path(version))

@@ -14,11 +14,13 @@ from clif.config import Config
 from clif.distributed.collectives import RoundBroken
 from clif.engine.engine import Engine
 from clif.engine.jobs import STEP_KINDS, Job, SliceKind
+from clif.engine.step_plan import StepMessage, StepPlan, decode_step, encode_step
 from clif.replica.records import RankRecords
 from clif.training.member import Member, RoundOrders
 from clif.training.trainer import StepCut
 from clif.types import TokenEvent, TrainingSlack
 from clif.wire import messages as m
+from clif.wire.channels import decode_down
 
 log = logging.getLogger(__name__)
 ROUND = "round"
@@ -69,14 +71,30 @@ class Replica:
             m.Stop: self._stop,
         }
 
-    def step(self, inbox: list[m.Down]) -> None:
-        """One step: handle messages, serve, train. inbox: the same on all ranks of the replica."""
+    def step(self, payloads: list[bytes] | None) -> None:
+        """One step: agree on a plan, handle messages, train, serve, report.
+
+        payloads: encoded messages that the leader received; None on its peers, which get them with the plan.
+        """
+        inbox, plan = self._agree(payloads)
         for order in inbox:
             self._orders[type(order)](order)
-        events = self.engine.serve()
-        self._send(events)
-        self._learn()
+        self._learn(plan)
+        self._send(self.engine.serve(plan))
         self._account()
+
+    def _agree(self, payloads: list[bytes] | None) -> tuple[list[m.Down], StepPlan]:
+        """The same messages and the same plan on all ranks of the replica. Collective: one message from the leader."""
+        group = self.engine.tp_group
+        if payloads is None:
+            shared = decode_step(group.broadcast_bytes(None))
+            self.engine.follow(shared.step)
+            return [decode_down(payload) for payload in shared.inbox], shared.step
+        inbox = [decode_down(payload) for payload in payloads]
+        plan = self.engine.plan([order.request for order in inbox if isinstance(order, m.Submit)])
+        if group.size > 1:
+            group.broadcast_bytes(encode_step(StepMessage(tuple(payloads), plan)))
+        return inbox, plan
 
     def abandon(self) -> None:
         """Best-effort teardown after a failure; errors are logged and ignored."""
@@ -97,14 +115,14 @@ class Replica:
         if events:
             self.send(m.Tokens(replica=self.id, events=tuple(events)))
 
-    def _learn(self) -> None:
+    def _learn(self, plan: StepPlan) -> None:
         """Train for one slice. A round that breaks (a failed all-reduce, memory) ends for this member; serving
         continues.
 
         With several ranks this holds only if the round broke on all of them: otherwise the peers wait in the slice.
         """
         try:
-            self.engine.learn()
+            self.engine.learn(plan)
         except RuntimeError as error:
             round_id = self.member.round_id
             if round_id is None or (self.engine.tp_group.size > 1 and not isinstance(error, RoundBroken)):

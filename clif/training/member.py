@@ -195,7 +195,7 @@ class Member:
 
     def _all(self, flag: bool) -> bool:
         """Whether `flag` is true on all ranks of this replica. Collective."""
-        return self.topology.tp_group.all_true(flag, self.topology.device)
+        return self.topology.tp_group.all_true(flag)
 
     def _vote(self, plan: RoundPlan, active: float, candidate: float, error: tuple[float, float] | None) -> Vote:
         apart, product = error or (None, None)

@@ -6,6 +6,8 @@ import bodies
 import pytest
 from ranks import run_ranks
 
+from clif.distributed.collectives import FRAME, SIZE
+
 
 def test_average_is_over_exactly_the_combined_replicas():
     results = run_ranks(4, bodies.mean_over_members, (0, 2, 3), None)
@@ -49,7 +51,8 @@ def test_round_without_any_weight_says_so():
     assert run_ranks(2, bodies.absent_everywhere) == [0.0, 0.0]
 
 
-def test_inbox_of_the_leader_reaches_its_peers_in_order():
+def test_messages_of_the_leader_reach_its_peers_whole_and_in_order():
     """Promise 4 needs it: what makes a replica switch arrives at all of its ranks in the same step."""
-    results = run_ranks(2, bodies.inbox, layout={"tp_size": 2})
-    assert results == [([b"first", b"", b"third" * 1000], [])] * 2
+    sizes = [5, 0, FRAME - SIZE, FRAME - SIZE + 1, 100_000, 3]
+    for found in run_ranks(2, bodies.leader_speaks, sizes, layout={"tp_size": 2}):
+        assert found == bodies.messages_of(sizes)

@@ -73,10 +73,10 @@ def test_there_is_one_all_reduce_per_attention_and_one_per_mlp_and_few_of_the_he
     for found in run_ranks(2, bodies_head.communication, f"random:{tiny_config}", layout={"tp_size": 2}):
         layers = found["layers"]
         assert found["forward alone"] == {"all_reduce_": 2 * layers}
-        assert found["greedy step"] == {"all_reduce_": 2 * layers + 1}, (
+        assert found["greedy step"] == {"all_reduce_": 2 * layers + 1, "broadcast_bytes": 1}, (
             "the best of each rank, which nobody has to be told"
         )
-        assert found["step that draws"] == {"all_reduce_": 2 * layers + 1, "broadcast_": 1}, (
+        assert found["step that draws"] == {"all_reduce_": 2 * layers + 1, "broadcast_": 1, "broadcast_bytes": 1}, (
             "whole rows, and what was drawn"
         )
         blocks = -(-sum(sample.targets for sample in bodies_head.SAMPLES) // HEAD_ROWS["cpu"])

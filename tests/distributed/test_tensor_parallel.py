@@ -46,6 +46,19 @@ def test_tokens_gradients_and_steps_are_those_of_one_rank(model, alone, size, co
             assert torch.equal(found["shadow"][name], factor), "peers hold one adapter"
 
 
+@pytest.mark.parametrize("coserving", ["interleaved", "fused"])
+def test_a_step_costs_one_control_message_and_the_collectives_of_what_it_computes(model, coserving):
+    """Whatever the leader decides, and whether it trains or not."""
+    for found in run_ranks(2, bodies_tp.collectives_of_steps, model, coserving, layout={"tp_size": 2}):
+        assert all(calls["control"] == 1 for *_, calls in found["steps"])
+        # Of the head: the best of each rank; or whole rows, and what was drawn.
+        for drawn, kind, _, calls in found["steps"]:
+            if not kind:
+                assert calls["model"] == 2 * found["layers"] + 1 + drawn
+        kinds = {kind for _, kind, *_ in found["steps"]}
+        assert kinds >= {"", "forward", "head", "backward"}, "it must have trained, or the test says nothing"
+
+
 def test_so_they_are_with_the_triton_kernels(tmp_path: Path) -> None:
     """One layer, and answers as short as can be: the interpreter takes its time for each launch."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")

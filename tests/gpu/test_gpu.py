@@ -85,9 +85,8 @@ def test_forwards_that_are_fused_with_serving_change_neither_side(model):
             rig.engine.scheduler.add(request(i, [3 + i, 9, 20 + i], max_tokens=20, ignore_eos=True), 0.0)
         tokens: dict[int, list[int]] = {}
         while rig.engine.serving or rig.engine.jobs:
-            for event in rig.engine.serve():
+            for event in rig.engine.step():
                 tokens.setdefault(event.request_id, []).extend(event.tokens)
-            rig.engine.learn()
         outcomes.append((tokens, rig.bank.gradient.cpu()))
     assert outcomes[0][0] == outcomes[1][0]
     assert (outcomes[0][1] - outcomes[1][1]).norm() <= 1e-4 * outcomes[0][1].norm()

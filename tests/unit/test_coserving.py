@@ -20,7 +20,7 @@ from clif.models.dual_linear import SHADOW
 from clif.replica.records import RankRecords
 from clif.training.passes import Pass, pack
 from clif.training.trainer import ShadowTrainer
-from clif.types import SlackLimit, TrainingSlack, TrainSample
+from clif.types import Regime, SlackLimit, TrainingSlack, TrainSample
 
 SAMPLES = [
     TrainSample(id=0, ids=tuple(range(5, 25)), target_start=11),
@@ -58,9 +58,8 @@ def submit(rig) -> None:
 
 
 def step(rig, got) -> None:
-    for event in rig.engine.serve():
+    for event in rig.engine.step():
         got.setdefault(event.request_id, []).append(event)
-    rig.engine.learn()
 
 
 def serve_alone(tiny_config):
@@ -78,9 +77,10 @@ def gradient_alone(tiny_config):
     return rig.bank.gradient.clone()
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("coserving", ["interleaved", "fused", "concurrent"])
-def test_serving_and_training_together_compute_what_each_computes_alone(tiny_config, coserving):
-    rig = build(tiny_config, coserving)
+def test_serving_and_training_together_compute_what_each_computes_alone(tiny_config, coserving, overlap):
+    rig = build(tiny_config, coserving, overlap=overlap)
     if coserving == "concurrent":
         rig.engine.jobs.thread = TrainThread(1)
     rig.engine.jobs.append(Job("step", trainer_for(rig).step(4, 1)))
@@ -188,8 +188,8 @@ def test_a_burst_in_the_middle_of_a_backward_waits_for_one_slice(tiny_config):
     rig = build(tiny_config)
     rig.engine.jobs.append(Job("step", trainer_for(rig).step(4, 1)))
     while rig.engine.jobs[0].upcoming.kind != "backward":
-        rig.engine.learn()
-    rig.engine.learn()
+        rig.engine.step()
+    rig.engine.step()
     submit(rig)
     steps, slices, got = 0, [], {}
     while rig.engine.serving:
@@ -201,6 +201,48 @@ def test_a_burst_in_the_middle_of_a_backward_waits_for_one_slice(tiny_config):
     assert {i: answer(events) for i, events in got.items()} == serve_alone(tiny_config)
 
 
+def test_a_request_that_arrives_waits_for_one_slice_at_most(tiny_config):
+    """It may have waited for the slice of the step in which it arrived: the next step has none, the one after has."""
+    rig = build(tiny_config)
+    rig.engine.jobs.append(Job("step", trainer_for(rig).step(4, 1)))
+    submit(rig)
+    rig.engine.step()
+    assert rig.engine.record.train_kind == "forward"
+    rig.engine.record.gap_s = 0.1  # the clock of this test stands still
+    late = [request(9, [1, 2, 3])]
+    plan = rig.engine.plan(late)
+    assert (plan.units, plan.slack.limit, plan.slack.request) == (0, SlackLimit.FIRST_TOKEN, 9)
+    rig.engine.step(plan)
+    assert not rig.engine.record.train_kind and rig.engine.record.decode_rows
+    assert rig.engine.plan(late).units > 0, "many arrivals do not stop training for ever"
+
+
+def test_prompts_that_arrive_with_a_step_are_rows_of_it_when_it_is_planned(tiny_config):
+    """A forward that fits beside answers does not fit beside a long prompt as well."""
+    rig = build(tiny_config, "fused", max_prefill_tokens=500)
+    for rows in range(1, 200):
+        rig.engine.cost_model.observe_step(rows, 0, 0.001 * rows)
+        rig.engine.cost_model.observe_step(rows, 0, 0.001 * rows, Regime.FUSED)
+    rig.engine.jobs.append(Job("step", trainer_for(rig).step(4, 1)))
+    rig.engine.scheduler.add(request(0, [3, 4, 5], max_tokens=9), 0.0)
+    rig.engine.serve()
+    assert rig.engine.plan().fuse
+    plan = rig.engine.plan([request(1, [7] * 200)])
+    assert not plan.fuse and plan.slack.limit is SlackLimit.NEXT_TOKEN, "the reason is kept"
+
+
+def test_what_was_planned_of_a_slice_that_is_gone_is_not_done_to_another(tiny_config):
+    rig = build(tiny_config)
+    rig.engine.jobs.append(Job("round", trainer_for(rig).step(4, 1)))
+    plan = rig.engine.plan()
+    assert plan.units > 0 and plan.packs
+    rig.engine.jobs.drop("round")
+    rig.engine.jobs.append(Job("evaluate", rig.train_runner.loss(SAMPLES, None)))
+    upcoming = rig.engine.jobs.upcoming
+    rig.engine.step(plan)
+    assert rig.engine.jobs.upcoming is upcoming and not rig.engine.record.train_kind
+
+
 def test_training_stands_still_when_a_burst_leaves_no_slack_and_comes_back_after_it(tiny_config):
     rig = build(tiny_config)
     rig.engine.jobs.append(Job("step", trainer_for(rig).step(4, 1)))
@@ -208,14 +250,14 @@ def test_training_stands_still_when_a_burst_leaves_no_slack_and_comes_back_after
         rig.engine.cost_model.observe_step(layers, 0, 0.15)
         rig.engine.cost_model.observe_slice("forward", 82, layers, 0.1 * layers)
     submit(rig)
-    got = {}
+    got = {event.request_id: [event] for event in rig.engine.serve()}
     step(rig, got)
     assert got and not rig.engine.record.train_s, "a slice of 0.1 s and a step of 0.15 s do not fit 0.2 s less 30 %"
     slack = rig.engine.record.slack
     assert slack.seconds < 0 and slack.limit is SlackLimit.NEXT_TOKEN and slack.request in got, "the reason is kept"
     while rig.engine.serving:
         step(rig, got)
-    rig.engine.learn()
+    rig.engine.step()
     assert rig.engine.record.train_s >= 0 and rig.engine.record.train_kind == "forward"
 
 
@@ -241,10 +283,8 @@ def test_an_error_in_training_costs_the_job_and_no_token(tiny_config, coserving)
     submit(rig)
     got, errors = {}, 0
     while rig.engine.serving:
-        for event in rig.engine.serve():
-            got.setdefault(event.request_id, []).append(event)
         try:
-            rig.engine.learn()
+            step(rig, got)
         except RuntimeError as error:
             assert "out of memory" in str(error)
             errors += 1
@@ -330,8 +370,7 @@ def test_a_job_given_up_beside_serving_takes_its_slice_along_and_no_other_job(ti
         release.clear()
         rig.engine.jobs.append(Job(name, work(name)))
         rig.engine.scheduler.add(request(len(done), [3, 4, 5], max_tokens=30, ignore_eos=True), 0.0)
-        rig.engine.serve()
-        rig.engine.learn()
+        rig.engine.step()
         assert rig.engine.training
         release.set()
         rig.engine.jobs.drop(given_up)

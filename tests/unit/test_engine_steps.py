@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from helpers import Rig, answer, make_rig, request
 
+from clif.engine.scheduler import Chunk
 from clif.types import Request, TokenEvent
 
 RECORDED = Path(__file__).parent / "recorded_answers.json"
@@ -128,3 +129,24 @@ def test_answers_are_those_of_the_engine_before(model: tuple[str, str], name: st
         assert len(got[str(id)][1]) == max(0, len(tokens) - 1)
         expected[str(id)] = [versions if tokens[:-1] else [], tokens[:-1], finish]
     assert got == expected
+
+
+class Counted:
+    """Stands in for a runner by the two names that the engine uses: each answer counts up from its last token."""
+
+    def fill(self, chunks: list[Chunk]) -> list[Chunk]:
+        return chunks
+
+    def forward(self, batch: list[Chunk], fused: object = None) -> Counted:
+        self.tokens = [10 + chunk.stop for chunk in batch if chunk.needs_sampling]
+        return self
+
+    def read(self) -> list[int]:
+        return self.tokens
+
+
+def test_an_engine_needs_of_its_runner_fill_and_forward_and_nothing_else(tiny_config: Path) -> None:
+    rig = make_rig(f"random:{tiny_config}")
+    rig.engine.runner = Counted()  # type: ignore[assignment]
+    events = rig.run([request(i, [1] * (3 + i), max_tokens=4) for i in range(2)])
+    assert {i: answer(got) for i, got in events.items()} == {0: [13, 14, 15, 16], 1: [14, 15, 16, 17]}

@@ -36,14 +36,13 @@ def serve_and_train(rig: Rig) -> tuple[dict[int, list[int]], torch.Tensor]:
     tokens: dict[int, list[int]] = {0: [], 1: []}
     added = False
     while rig.engine.serving or rig.engine.jobs:
-        for event in rig.engine.serve():
+        for event in rig.engine.step():
             tokens[event.request_id] += event.tokens
         if not added:
             # Behind a promotion: two versions answer in one batch.
             rig.fill(2, seed=6)
             rig.engine.scheduler.add(request(1, [7, 8], max_tokens=2, ignore_eos=True), 0.0)
             added = True
-        rig.engine.learn()
     return tokens, rig.bank.gradient.clone()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -47,8 +48,8 @@ def answering(last_s: float, id: int = 7) -> Sequence:
     return Sequence(request, 0.0, [1, 2, 3], last_s=last_s)
 
 
-def view(now: float = 0.0, full: bool = False, serve_s: float = 0.0, decided: bool = False, idle: bool = False):
-    return StepView(now, 1, 2, () if idle else (answering(0.0),), full, serve_s, decided)
+def view(now: float = 0.0, full: bool = False, serve_s: float = 0.0, idle: bool = False, **more: Any):
+    return StepView(now, 1, 2, () if idle else (answering(0.0),), full, serve_s, **more)
 
 
 MODES = [mode.value for mode in CoservingMode if mode is not CoservingMode.AUTO]
@@ -81,6 +82,13 @@ def test_nothing_runs_while_requests_may_queue_where_the_replica_does_not_see_th
     assert (decision.units, decision.slack.limit) == (0, SlackLimit.FULL)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_runs_before_the_first_step_of_a_request_that_has_waited_for_a_slice(mode):
+    decision = strategy(mode).between(view(held_up=9), BACKWARD)
+    assert (decision.units, decision.slack.limit, decision.slack.request) == (0, SlackLimit.FIRST_TOKEN, 9)
+    assert decision.slack.seconds < 0
+
+
 def test_a_slice_between_steps_has_a_longest_length_whatever_the_slack():
     decision = strategy("interleaved").between(view(idle=True), BACKWARD)
     assert decision.slack.seconds == math.inf and decision.units == pytest.approx(4 * 0.02 / 0.005, abs=1.5)
@@ -105,7 +113,6 @@ def test_a_forward_waits_for_a_step_that_can_take_it_along_and_runs_alone_if_non
     fused = strategy("fused")
     waits = fused.between(view(), FORWARD)
     assert (waits.units, waits.slack.limit) == (0, SlackLimit.FUSE)
-    assert fused.between(view(decided=True), FORWARD).slack is None, "the reason of the step itself stays"
     assert fused.between(view(), BACKWARD).units > 0, "only forwards can be fused"
     for rows in range(1, FITTED):
         fused.costs.observe_step(rows, 0, 0.2, Regime.FUSED)

@@ -36,7 +36,7 @@ class Fused(Interleaved):
         spare_s = self._budget_s() - self._fused_s(view, piece)
         if piece.fused_pass is None or spare_s < 0:
             return super().between(view, piece)
-        return Decision(0, None if view.decided else TrainingSlack(spare_s, SlackLimit.FUSE))
+        return Decision(0, TrainingSlack(spare_s, SlackLimit.FUSE))
 
     def _fused_s(self, view: StepView, piece: Slice) -> float:
         return self.costs.step_s(view.rows + piece.tokens, view.context, Regime.FUSED)

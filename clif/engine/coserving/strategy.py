@@ -24,8 +24,8 @@ class StepView:
     """The input of a decision. rows, context: of the next serving step, and the cached tokens that it reads.
 
     sequences: all running and waiting ones. full: the scheduler accepts no more, so that requests may queue at the
-    dispatcher, unknown to this replica. serve_s: seconds of the last serving step. decided: this step already has a
-    reason.
+    dispatcher, unknown to this replica. serve_s: seconds of the last serving step. held_up: a request that arrived in
+    a step with a training slice, and may have waited for it; or None.
     """
 
     now: float
@@ -34,7 +34,7 @@ class StepView:
     sequences: Seq[Sequence] = ()
     full: bool = False
     serve_s: float = 0.0
-    decided: bool = False
+    held_up: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,13 @@ class Strategy:
         return units if units >= piece.least else 0
 
     def slack(self, view: StepView, regime: Regime) -> TrainingSlack:
-        """Seconds that training may take before a serving step of this regime. Negative while the scheduler is full."""
+        """Seconds that training may take before a serving step of this regime.
+
+        Negative while the scheduler is full, and for a request that may have waited for a slice already.
+        """
         if view.full:
             return FULL
         step_s = self.costs.step_s(view.rows, view.context, regime)
+        if view.held_up is not None:
+            return TrainingSlack(-step_s, SlackLimit.FIRST_TOKEN, view.held_up)
         return training_slack(view.now, step_s, view.sequences, self.slo)

@@ -1,0 +1,45 @@
+"""What the leader of a replica decides for one step, in one message: whatever depends on its clock and its costs."""
+
+from __future__ import annotations
+
+import msgspec
+
+from clif.types import TrainingSlack
+
+
+class StepPlan(msgspec.Struct, frozen=True):
+    """Training of one step. Made before the step's messages are handled, of the slice that is upcoming then.
+
+    packs: tokens that each pass may have which began when the plan was made. units: of the upcoming slice, to be
+    computed before serving; 0: none. concurrent, whole_step: as in Decision. fuse: the serving step takes the upcoming
+    forward along. slack: the reason, as `ticks` stores it.
+    """
+
+    packs: tuple[int, ...] = ()
+    units: int = 0
+    concurrent: bool = False
+    whole_step: bool = False
+    fuse: bool = False
+    slack: TrainingSlack | None = None
+
+
+NO_TRAINING = StepPlan()
+
+
+class StepMessage(msgspec.Struct, frozen=True):
+    """The one message that the leader sends its peers for a step: the messages that it received, and its decisions."""
+
+    inbox: tuple[bytes, ...] = ()
+    step: StepPlan = NO_TRAINING
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(StepMessage)
+
+
+def encode_step(plan: StepMessage) -> bytes:
+    return _ENCODER.encode(plan)
+
+
+def decode_step(message: bytes) -> StepMessage:
+    return _DECODER.decode(message)
