@@ -23,6 +23,8 @@ from clif.metrics.summary import write_summary
 from clif.training.checkpoint import CheckpointWriter, find_checkpoint
 
 REPO = Path(__file__).resolve().parents[1]
+# What a busy machine keeps, too: otherwise rounds find their slack when the load is over.
+PROMISED = ("slo.ttft_ms=20000", "slo.tpot_ms=2000")
 # Answers of many tokens, so that a kill finds some of them half given.
 LOAD = ("load.duration_s=8", "load.rate_rps=8", "load.max_tokens=100", "model.max_context=200", "run.linger_s=5")
 ROUNDS = ("federation.rounds=4", "federation.local_steps=8", "quality.exact_match_rows=0", "run.max_s=150")
@@ -57,7 +59,7 @@ class Launched:
         meet = [*meet, "--rdzv-endpoint", f"127.0.0.1:{free_port()}"] if hosts > 1 else ["--standalone"]
         place = [f"run.out_dir={folder}", "run.name=run", "run.status=plain"]
         command = [*meet, "--nproc-per-node", str(ranks), f"--max-restarts={restarts}", script]
-        command += ["--config", "configs/smoke.yaml", *place, *latest(*LOAD, *ROUNDS, *overrides)]
+        command += ["--config", "configs/smoke.yaml", *place, *latest(*PROMISED, *LOAD, *ROUNDS, *overrides)]
         self.log.touch()
         self.agents = [self._start(command, environment) for _ in range(hosts)]
         self.process = self.agents[0]

@@ -7,8 +7,9 @@ from typing import Any
 
 import h5py
 import warm
+from launched import PROMISED
 
-SHORT = ("federation.rounds=1", "load.duration_s=3")
+SHORT = (*PROMISED, "federation.rounds=1", "load.duration_s=3")
 
 
 def run(folder: Path, ranks: int, *overrides: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import h5py
 import pytest
 import warm
-from launched import Launched
+from launched import PROMISED, Launched
 
 from clif.metrics.collect import collect
 
@@ -40,7 +40,7 @@ def ends(run_dir: Path) -> dict[int, tuple[str, str]]:
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("e2e") / "smoke"
     # For real, without a server that has imported everything.
-    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", *command(run_dir)]
+    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", *command(run_dir, *PROMISED)]
     done = subprocess.run(torchrun, cwd=REPO, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return run_dir
@@ -79,7 +79,7 @@ def test_run_resumes_from_its_last_committed_round(finished_run):
     """Promise 6."""
     before = json.loads((finished_run / "adapters" / "current.json").read_text())["version"]
     overrides = ("run.resume=true", "federation.rounds=1", "load.duration_s=2", "quality.exact_match_rows=0")
-    done = warm.run([warm.TORCHRUN, *command(finished_run, *overrides)], timeout=200)
+    done = warm.run([warm.TORCHRUN, *command(finished_run, *PROMISED, *overrides)], timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     after = json.loads((finished_run / "adapters" / "current.json").read_text())["version"]
     assert after == before + 1
