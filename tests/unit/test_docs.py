@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import make_docs
 import pytest
 from config_fields import fields
@@ -40,3 +42,11 @@ def test_a_field_without_a_meaning_below_it_is_no_page(monkeypatch):
     monkeypatch.setattr(make_docs, "meanings_of", lambda kind: {})
     with pytest.raises(KeyError, match="name"):
         make_docs.page("configuration.md")
+
+
+@pytest.mark.parametrize(
+    "page", sorted([*make_docs.DOCS.glob("*.md"), make_docs.DOCS.parent / "README.md"]), ids=lambda page: page.name
+)
+def test_python_in_the_documents_can_be_compiled(page):
+    for code in re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
+        compile(code, page.name, "exec")
