@@ -52,7 +52,7 @@ class RunPhases:
         return rounds_may_start(now, replace(self.facts(), latency_known=self._fleet.latency_known), self._config)
 
     def facts(self) -> Facts:
-        """Once per step, so without what costs a look at every replica: `priced`, and before STOPPING the goodbyes."""
+        """Once per step, so without what costs a scan of all replicas: latency_known, and goodbyes before STOPPING."""
         past, state = self._ledger.recovery, self.state
         expected = self._failures.reachable if state.phase is Phase.STOPPING else ()
         return Facts(
