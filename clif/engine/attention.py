@@ -1,4 +1,7 @@
-"""Attention of serving rows to the paged KV cache."""
+"""Attention of serving rows to the paged KV cache.
+
+Source: PagedAttention (Kwon et al., SOSP 2023).
+"""
 
 from __future__ import annotations
 

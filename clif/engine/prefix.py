@@ -1,6 +1,6 @@
 """Which blocks of the KV cache hold which tokens, so that equal prefixes are computed once. Free of torch.
 
-Source: automatic prefix caching of vLLM (Kwon et al., SOSP 2023).
+Source: PagedAttention (Kwon et al., SOSP 2023), for blocks that sequences share.
 """
 
 from __future__ import annotations
