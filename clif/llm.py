@@ -17,7 +17,6 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,16 +30,14 @@ from clif.config import Config, config_from_tree
 from clif.config.shipped import shipped_path
 from clif.distributed.topology import choose_device
 from clif.engine.engine import Engine
-from clif.errors import InputError, plain
+from clif.errors import InputError
 from clif.models.hf_config import longest_context
 from clif.models.weights.files import locate, read_model
 from clif.models.weights.loading import load_model
+from clif.prompts import Prompt, as_list, one_for_each, prompt_ids
 from clif.tokenizer import ChatTokenizer
 from clif.types import FinishReason, Request, Sampling, TokenEvent
 
-Message = Mapping[str, str]
-Prompt = str | Sequence[int] | Sequence[Message]
-"""A text, token ids, or a conversation, to which the model's chat template is applied."""
 Adapter = str | Path | None
 Section = Mapping[str, Any]
 CONTEXT = 2048
@@ -163,9 +160,9 @@ class LLM:
     def _checked(self, prompts: object, sampling: object, adapter: object) -> list[_Answer]:
         """Check the arguments before any work. Raises InputError."""
         self._opened()
-        given = _listed(prompts)
-        wanted = [Sampling() if s is None else s for s in _for_each(sampling, len(given), "sampling", Sampling)]
-        chosen = [self._folder(a) for a in _for_each(adapter, len(given), "adapter", (str, Path))]
+        given = as_list(prompts)
+        wanted = [Sampling() if s is None else s for s in one_for_each(sampling, len(given), "sampling", Sampling)]
+        chosen = [self._folder(a) for a in one_for_each(adapter, len(given), "adapter", (str, Path))]
         ids = [self._encode(prompt, index) for index, prompt in enumerate(given)]
         answers = []
         for index, (one, params, folder) in enumerate(zip(ids, wanted, chosen, strict=True)):
@@ -208,7 +205,7 @@ class LLM:
         return None if adapter is None else self._names.get(str(adapter), Path(adapter))
 
     def _encode(self, prompt: Any, index: int) -> list[int]:
-        ids = _tokens(self.tokenizer, prompt, index)
+        ids = prompt_ids(self.tokenizer, prompt, index)
         if not ids:
             raise InputError(f"prompt {index} has no tokens: give one at least")
         if not 0 <= min(ids) <= max(ids) < self._vocab_size:
@@ -290,44 +287,3 @@ def _longest(path: str) -> int | None:
 
     with reading(f"model.path {path}"):
         return longest_context(transformers.AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict())
-
-
-def _listed(prompts: object) -> list[Any]:
-    """Prompts as a list; a single prompt becomes a list of one. Raises InputError for other types."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Sequence):
-        raise InputError(f"prompts is a {type(prompts).__name__}: give a text, token ids, messages, or a list of these")
-    one = all(_is_id(item) for item in prompts) or all(isinstance(item, Mapping) for item in prompts)
-    return [prompts] if prompts and one else list(prompts)
-
-
-def _for_each(given: Any, count: int, name: str, kind: type | tuple[type, ...]) -> list[Any]:
-    """One value for each prompt. Raises InputError."""
-    values = [given] * count if given is None or isinstance(given, kind) else given
-    if not isinstance(values, Sequence) or not all(value is None or isinstance(value, kind) for value in values):
-        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise InputError(f"{name} is {plain(repr(given), 80)}: give a {kinds}, None, or a list, one for each prompt")
-    if len(values) != count:
-        raise InputError(f"{name} has {len(values)} entries for {count} prompts: give one for all, or one for each")
-    return list(values)
-
-
-def _tokens(tokenizer: ChatTokenizer, prompt: Any, index: int) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer.encode_text(prompt)
-    if isinstance(prompt, Sequence) and all(_is_id(item) for item in prompt):
-        return [int(item) for item in prompt]
-    if isinstance(prompt, Sequence) and all(_is_message(item) for item in prompt):
-        return tokenizer.encode_chat([dict(message) for message in prompt])
-    raise InputError(
-        f"prompt {index} is none: give a text, a list of token ids, or a list of messages with role and content, texts"
-    )
-
-
-def _is_id(item: object) -> bool:
-    return isinstance(item, Integral) and not isinstance(item, bool)
-
-
-def _is_message(item: object) -> bool:
-    return isinstance(item, Mapping) and all(isinstance(item.get(key), str) for key in ("role", "content"))
