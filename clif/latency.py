@@ -120,25 +120,25 @@ class LatencyModel:
         return theta
 
 
+_SUPPORTS = np.array([[i in s for i in range(3)] for size in (1, 2, 3) for s in combinations(range(3), size)])
+_WITHIN = _SUPPORTS[:, :, None] & _SUPPORTS[:, None, :]
+_REST = np.array([np.diag(1.0 - support) for support in _SUPPORTS.astype(np.float64)])
+
+
 def _nonnegative(features: Floats, seconds: Floats, weight: Floats, ridge: Floats, prior: Floats) -> Floats:
     """argmin over theta >= 0 of sum w (y - theta x)^2 + sum ridge (theta - prior)^2.
 
-    The problem is strictly convex, so its solution is the best of the feasible solutions over all supports;
-    with three coefficients there are eight of them.
+    The problem is strictly convex, so its solution is the best of the feasible solutions over all supports; with three
+    coefficients there are eight of them. All but the empty one are solved at once, the rest of each being the identity.
     """
-    gram = (features * weight[:, None]).T @ features + np.diag(ridge)
-    right = (features * weight[:, None]).T @ seconds + ridge * prior
-    best, least = np.zeros(3), 0.0
-    for size in (1, 2, 3):
-        for support in combinations(range(3), size):
-            index = np.array(support)
-            part = np.linalg.solve(gram[np.ix_(index, index)], right[index])
-            # At the solution of a support the objective is -right.part (up to a constant).
-            value = -float(right[index] @ part)
-            if (part >= 0).all() and value < least:
-                least, best = value, np.zeros(3)
-                best[index] = part
-    return best
+    weighted = (features * weight[:, None]).T
+    gram = weighted @ features + np.diag(ridge)
+    rights = np.where(_SUPPORTS, weighted @ seconds + ridge * prior, 0.0)
+    thetas = np.linalg.solve(np.where(_WITHIN, gram, _REST), rights[:, :, None])[:, :, 0]
+    # At the solution of a support the objective is -right.theta (up to a constant); 0 is that of the empty one.
+    values = np.where((thetas >= 0).all(axis=1), -(rights * thetas).sum(axis=1), 0.0)
+    best = int(values.argmin())
+    return thetas[best] if values[best] < 0 else np.zeros(3)
 
 
 def _weighted_median(values: Floats, weight: Floats) -> float:
