@@ -32,8 +32,8 @@ from clif.engine.job_queue import JobQueue
 from clif.engine.jobs import WAIT, Slice, SliceKind
 from clif.engine.runner import ModelRunner
 from clif.engine.sampling import SampledTokens
-from clif.engine.scheduler import Chunk, Scheduler, Sequence
-from clif.engine.step_plan import NO_TRAINING, StepPlan
+from clif.engine.scheduler import Chunk, Scheduler
+from clif.engine.step_plan import NO_TRAINING, StepPlan, plan_training
 from clif.engine.step_record import StepRecord
 from clif.types import Regime, Request, TokenEvent
 
@@ -136,18 +136,7 @@ class Engine:
             self.jobs.fail(error)
             return StepPlan(tuple(packs))
         self._planned, self._pack_s = piece, self.clock() - start if packs else 0.0
-        return self._decide(view, piece, serving, tuple(packs))
-
-    def _decide(self, view: StepView, piece: Slice | None, serving: bool, packs: tuple[int, ...]) -> StepPlan:
-        if piece is None or piece is WAIT:
-            return StepPlan(packs)
-        if not serving:
-            return StepPlan(packs, self.strategy.units_within(piece, self.config.slice_ms / 1000) or piece.least)
-        decision = self.strategy.between(view, piece)
-        if decision.units or not self.strategy.fuses or piece.fused_pass is None or not view.rows:
-            return StepPlan(packs, decision.units, decision.concurrent, decision.whole_step, slack=decision.slack)
-        fused = self.strategy.fuse(view, piece)
-        return StepPlan(packs, fuse=fused.units > 0, slack=fused.slack)
+        return plan_training(self.strategy, view if serving else None, piece, tuple(packs))
 
     def follow(self, plan: StepPlan) -> None:
         """On the leader's peers: begin the passes that it began while it planned."""
@@ -253,32 +242,19 @@ class Engine:
             self._learnt(piece, units, seconds)
 
     def _learnt(self, piece: Slice, units: int, seconds: float) -> None:
-        record = self.record
-        record.train_kind, record.train_s = piece.kind, record.train_s + seconds
+        self.record.note_slice(piece.kind, seconds)
         self.cost_model.observe_slice(piece.kind, piece.tokens, units, seconds)
 
     def _next_view(self, arrivals: Seq[Request] = ()) -> StepView:
-        scheduler, now = self.scheduler, self.clock()
-        sequences = (*scheduler.sequences, *(Sequence(request, now, list(request.prompt)) for request in arrivals))
-        full = len(sequences) >= scheduler.max_batch
-        # These may have arrived while a slice ran, which is all that they may wait for.
+        # Arrivals may have waited for a slice, which is all that they may wait for.
         held_up = arrivals[0].id if arrivals and self.record.gap_s else None
-        return StepView(now, *scheduler.next_step(arrivals), sequences, full, self.record.serve_s, held_up)
+        return StepView.of(self.scheduler, self.clock(), arrivals, self.record.serve_s, held_up)
 
     def _note(self, step: Launched, seconds: float) -> None:
-        (rows, context), record = _size(step.chunks), self.record
-        decode = sum(c.is_decode for c in step.chunks)
-        record.decode_rows, record.prefill_tokens, record.serve_s = decode, rows - decode, seconds
-        record.regime = step.regime
+        rows, context = sum(c.stop - c.start for c in step.chunks), sum(c.stop for c in step.chunks)
+        alone_s = self.cost_model.step_s(rows, context)
+        self.record.note_serving(sum(c.is_decode for c in step.chunks), rows, step.regime, seconds)
         if step.fused is not None:
-            # The forward costs what it makes the step longer by: the step's own part is serving.
-            gap_s = max(0.0, seconds - self.cost_model.step_s(rows, context))
-            record.train_kind, record.gap_s = step.fused.kind, record.gap_s + gap_s
-            record.train_s, record.serve_s = gap_s, seconds - gap_s
+            self.record.note_fused(step.fused.kind, seconds, alone_s)
             rows += step.fused.tokens
         self.cost_model.observe_step(rows, context, seconds, step.regime)
-
-
-def _size(chunks: Seq[Chunk]) -> tuple[int, int]:
-    """Rows of a step, and the cached tokens that they read."""
-    return sum(c.stop - c.start for c in chunks), sum(c.stop for c in chunks)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from clif.engine.coserving.strategy import StepView, Strategy
+from clif.engine.jobs import WAIT, Slice
 from clif.types import TrainingSlack
 
 
@@ -24,6 +26,19 @@ class StepPlan(msgspec.Struct, frozen=True):
 
 
 NO_TRAINING = StepPlan()
+
+
+def plan_training(strategy: Strategy, view: StepView | None, piece: Slice | None, packs: tuple[int, ...]) -> StepPlan:
+    """What the strategy decides about the upcoming slice. view: None without serving, where a slice has slice_ms."""
+    if piece is None or piece is WAIT:
+        return StepPlan(packs)
+    if view is None:
+        return StepPlan(packs, strategy.units_within(piece, strategy.config.slice_ms / 1000) or piece.least)
+    decision = strategy.between(view, piece)
+    if decision.units or not strategy.fuses or piece.fused_pass is None or not view.rows:
+        return StepPlan(packs, decision.units, decision.concurrent, decision.whole_step, slack=decision.slack)
+    fused = strategy.fuse(view, piece)
+    return StepPlan(packs, fuse=fused.units > 0, slack=fused.slack)
 
 
 class StepMessage(msgspec.Struct, frozen=True):

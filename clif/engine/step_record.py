@@ -23,3 +23,21 @@ class StepRecord:
     gap_s: float = 0.0
     regime: Regime = Regime.ALONE
     slack: TrainingSlack | None = None
+
+    def note_serving(self, decode_rows: int, rows: int, regime: Regime, seconds: float) -> None:
+        """The serving step that was settled."""
+        self.decode_rows, self.prefill_tokens = decode_rows, rows - decode_rows
+        self.regime, self.serve_s = regime, seconds
+
+    def note_fused(self, kind: str, seconds: float, alone_s: float) -> None:
+        """A forward was fused with the serving step, which would take alone_s without it.
+
+        The forward costs what it makes the step longer by; the step's own part is serving.
+        """
+        longer_s = max(0.0, seconds - alone_s)
+        self.train_kind, self.train_s, self.serve_s = kind, longer_s, seconds - longer_s
+        self.gap_s += longer_s
+
+    def note_slice(self, kind: str, seconds: float) -> None:
+        """A slice that ran between two steps, or on the thread."""
+        self.train_kind, self.train_s = kind, self.train_s + seconds

@@ -13,8 +13,8 @@ from typing import ClassVar
 from clif.config import EngineConfig, SloConfig
 from clif.engine.cost_model import CostModel, training_slack
 from clif.engine.jobs import Slice
-from clif.engine.scheduler import Sequence
-from clif.types import Regime, SlackLimit, TrainingSlack
+from clif.engine.scheduler import Scheduler, Sequence
+from clif.types import Regime, Request, SlackLimit, TrainingSlack
 
 FULL = TrainingSlack(-1.0, SlackLimit.FULL)
 
@@ -35,6 +35,15 @@ class StepView:
     full: bool = False
     serve_s: float = 0.0
     held_up: int | None = None
+
+    @classmethod
+    def of(
+        cls, scheduler: Scheduler, now: float, arrivals: Seq[Request], serve_s: float, held_up: int | None
+    ) -> StepView:
+        """The view of a scheduler that gets these requests before its next step."""
+        sequences = (*scheduler.sequences, *(Sequence(request, now, list(request.prompt)) for request in arrivals))
+        full = len(sequences) >= scheduler.max_batch
+        return cls(now, *scheduler.next_step(arrivals), sequences, full, serve_s, held_up)
 
 
 @dataclass(frozen=True)
