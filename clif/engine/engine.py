@@ -16,7 +16,6 @@ Sources: Orca (Yu et al., OSDI 2022), for scheduling by iteration; FlexLLM (Miao
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -64,7 +63,6 @@ class Engine:
     clock: Callable[[], float] = time.monotonic
     record: StepRecord = field(default_factory=StepRecord)
     _launched: Launched | None = None
-    _settled_s: float = -math.inf
     _planned: Slice | None = None
     _finished: tuple[Slice, int, float] | None = None
     _pack_s: float = 0.0
@@ -206,9 +204,8 @@ class Engine:
 
     def _settle(self, step: Launched) -> list[TokenEvent]:
         tokens, now = step.tokens.read(), self.clock()
-        # A step that was launched while the one before still ran began when that one ended.
-        self._note(step, now - max(step.start, self._settled_s))
-        self._settled_s = now
+        # With overlap other work of the host lies between launch and settle: what the device took is what counts.
+        self._note(step, step.tokens.seconds() if self.config.overlap else now - step.start)
         return self.scheduler.settle(step.chunks, tokens, now)
 
     def _carry_out(self, piece: Slice, plan: StepPlan) -> None:

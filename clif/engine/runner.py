@@ -54,7 +54,7 @@ class ModelRunner:
         Does not wait for the device: ids that the step before chose are taken from there. fused: a training forward
         whose remaining layers are computed in the same products.
         """
-        ids = batch.ids
+        sampled, ids = SampledTokens(self.device), batch.ids
         if batch.sources is not None:
             ids = torch.where(batch.sources < 0, ids, self._last_tokens[batch.sources.clamp_min(0)])
         attention = PagedRows(self.cache, batch.layout, self.paged)
@@ -64,7 +64,8 @@ class ModelRunner:
         tokens = choose(self.stack.head, logits, batch.params, batch.rngs)
         # A sequence without a token ends; until that is known, its next row needs some id.
         self._last_tokens[: len(tokens)] = tokens.clamp_min(0)
-        return SampledTokens(tokens)
+        sampled.send(tokens)
+        return sampled
 
     def _layers(self, hidden: torch.Tensor, sub_batch: SubBatch, fused: FusedPass | None) -> torch.Tensor:
         """All layers of the serving rows; those that the fused pass has yet to do see its rows as well."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from clif.models.head import Head, or_none, top
@@ -70,25 +72,43 @@ def distribution(logits: torch.Tensor, params: Sampling) -> torch.Tensor:
         # A token stays if those before it do not yet reach top_p: the one that crosses the line stays too.
         outside = ordered.cumsum(0) - ordered >= params.top_p
         outside[0] = False
-        probabilities = probabilities.index_fill(0, index[outside], 0.0)
+        # Not index[outside], whose length the host would wait for.
+        probabilities = probabilities.scatter(0, index, ordered.masked_fill(outside, 0.0))
         probabilities = probabilities / probabilities.sum()
     return probabilities
 
 
 class SampledTokens:
-    """The tokens of one step, on the device and on their way to the host."""
+    """The tokens of one step, on the device and on their way to the host; and how long it computed.
 
-    def __init__(self, tokens: torch.Tensor) -> None:
-        """tokens [sequences that sample]: read once the device has computed them; later launches do not delay that."""
-        self._host, self._arrived = tokens, None
-        if tokens.is_cuda:
-            self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._host.copy_(tokens, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(tokens.device))
+    Made when the step begins. Neither the host nor other work on the device delays what is read here.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._host = torch.empty(0, dtype=torch.int64)
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        if device.type == "cuda":
+            self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._events[0].record(torch.cuda.current_stream(device))
+        self._start_s, self._seconds = time.perf_counter(), 0.0
+
+    def send(self, tokens: torch.Tensor) -> None:
+        """The step ends: tokens [sequences that sample] follow it to the host."""
+        if self._events is None:
+            self._host, self._seconds = tokens, time.perf_counter() - self._start_s
+            return
+        self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        self._host.copy_(tokens, non_blocking=True)
+        self._events[1].record(torch.cuda.current_stream(tokens.device))
 
     def read(self) -> list[int]:
         """Wait for the step, and no other work, and return its tokens: one or NO_TOKEN per sequence."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        if self._events is not None:
+            self._events[1].synchronize()
         return [int(token) for token in self._host.tolist()]
+
+    def seconds(self) -> float:
+        """How long the device took, once the tokens have been read."""
+        if self._events is None:
+            return self._seconds
+        return self._events[0].elapsed_time(self._events[1]) / 1000

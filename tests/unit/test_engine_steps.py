@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import Rig, answer, make_rig, request
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clif.engine.scheduler import Chunk
 from clif.types import Request, TokenEvent
@@ -150,3 +152,32 @@ def test_an_engine_needs_of_its_runner_fill_and_forward_and_nothing_else(tiny_co
     rig.engine.runner = Counted()  # type: ignore[assignment]
     events = rig.run([request(i, [1] * (3 + i), max_tokens=4) for i in range(2)])
     assert {i: answer(got) for i, got in events.items()} == {0: [13, 14, 15, 16], 1: [14, 15, 16, 17]}
+
+
+class NoWait(TorchDispatchMode):
+    """Refuses what makes the host wait for a device: a number read from a tensor, or a size that depends on numbers."""
+
+    WAITS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waits = func.overloadpacket in self.WAITS
+        if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
+            waits = any(index is not None and index.dtype is torch.bool for index in args[1])
+        assert not waits, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_neither_fill_nor_forward_waits_for_the_device(tiny_config: Path) -> None:
+    """Greedy and drawn tokens, prompts and answers, ids that only the device knows."""
+    rig = make_rig(f"random:{tiny_config}", engine={"overlap": True})
+    for i, prompt in enumerate(PROMPTS):
+        drawn = {**DRAWN, "seed": i} if i % 2 else {}
+        rig.engine.scheduler.add(request(i, prompt, max_tokens=9, ignore_eos=True, **drawn), 0.0)
+    under_way = None
+    while rig.engine.scheduler.running or rig.engine.scheduler.waiting:
+        chunks = rig.engine.scheduler.schedule()
+        with NoWait():
+            launched = rig.runner.forward(rig.runner.fill(chunks)) if chunks else None
+        if under_way is not None:
+            rig.engine.scheduler.settle(under_way[0], under_way[1].read(), 0.0)
+        under_way = launched and (chunks, launched)
