@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
@@ -60,6 +61,8 @@ class Script:
             target=_run, args=(tuple(arguments), places, dict(env), str(cwd)), daemon=False
         )
         self._process.start()
+        # A test that failed leaves nothing that runs on; at its end, Python would wait for it.
+        weakref.finalize(self, _stop, self._process)
         assert self._process.pid is not None
         self.pid: int = self._process.pid
 
@@ -78,6 +81,11 @@ class Script:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+def _stop(process: BaseProcess) -> None:
+    if process.is_alive():
+        process.terminate()
 
 
 def run(
