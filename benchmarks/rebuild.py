@@ -32,7 +32,7 @@ def run(folder: Path, config: str, call: int, overrides: list[str]) -> Path:
     """A whole run; returns its merged file."""
     command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["tests/faulty_run.py", "--config", config, f"run.out_dir={folder}", "run.name=run", "run.status=plain"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CLIF_FAULTS": f"1:serve:{call}"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CLIF_FAULTS": f"1:forward:{call}"}
     done = subprocess.run(
         [*command, *overrides], cwd=REPO, env=environment, capture_output=True, text=True, timeout=LIMIT_S
     )
