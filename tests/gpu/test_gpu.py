@@ -58,6 +58,37 @@ def test_tokens_on_the_gpu_are_those_of_the_cpu(model):
     assert answers[0] == answers[1]
 
 
+def test_overlapped_steps_answer_as_normal_ones(model):
+    """Greedy and drawn, with preemptions and across a promotion: tokens that the host reads late are the same ones."""
+    answers = []
+    for overlap in (False, True):
+        rig = make_rig(model, engine={"overlap": overlap, "kv_tokens": 256}, device="cuda")
+        rig.fill(1, seed=4)
+        drawn = {"temperature": 0.9, "top_p": 0.9, "top_k": 50}
+        requests = [
+            request(i, [*range(20), 99 + i], max_tokens=60, seed=i, **(drawn if i % 2 else {})) for i in range(6)
+        ]
+        events = rig.run(requests, arrive={i: 2 * i for i in range(6)})
+        assert rig.engine.scheduler.preemptions > 0 and rig.engine.scheduler.pool.used_tokens == 0
+        answers.append([answer(events[i]) for i in range(6)])
+    assert answers[0] == answers[1]
+
+
+def test_a_step_is_launched_without_a_wait_for_the_gpu(model):
+    rig = make_rig(model, engine={"overlap": True}, device="cuda")
+    for i in range(4):
+        rig.engine.scheduler.add(request(i, [3 + i, 9], max_tokens=30, temperature=0.9 * (i % 2), top_p=0.9), 0.0)
+    for _ in range(3):
+        rig.engine.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = rig.runner.fill(rig.engine.scheduler.schedule())
+        sampled = rig.runner.forward(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(sampled.read()) == 4 and sampled.seconds() > 0
+
+
 def test_gradients_on_the_gpu_are_those_of_the_cpu(model):
     samples = [TrainSample(id=i, ids=tuple(range(5 + i, 40 + 2 * i)), target_start=12) for i in range(3)]
     gradients = []
