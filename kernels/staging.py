@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -45,3 +47,11 @@ class Staged:
         event.record(torch.cuda.current_stream(self.words.device))
         self._sent[self._turn] = event
         self._turn = (self._turn + 1) % len(self._hosts)
+
+
+def send_ints(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    """A new int64 tensor [values] on the device, for what has no fixed size; the host does not wait for its journey."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=torch.int64, device=device)
+    # Pinned memory that is on its way is not given out again: torch's allocator of it sees to that.
+    return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)

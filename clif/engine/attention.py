@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from clif.kernels.paged_decode_table import DecodeRow, DecodeTable
+from clif.kernels.staging import send_ints
 from clif.models.causal import CausalSequences
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def make_group(members: Seq[DecodeRow], block_size: int, dtype: torch.dtype, dev
     contexts = np.stack([np.asarray(m.blocks)[b] for m, b in zip(members, block, strict=True)]) * block_size + offset
     ended = torch.from_numpy(np.arange(lengths.max()) >= lengths[:, None]).unsqueeze(1).to(device)
     added = torch.zeros(ended.shape, dtype=dtype, device=device).masked_fill_(ended, -torch.inf)
-    rows = torch.tensor([member.row for member in members], dtype=torch.int64, device=device)
+    rows = send_ints([member.row for member in members], device)
     return DecodeGroup(rows, torch.from_numpy(contexts.reshape(-1)).to(device), added)
 
 

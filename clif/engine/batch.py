@@ -21,7 +21,7 @@ from clif.engine.scheduler import Chunk
 from clif.kernels.dual_lora_reference import Segment
 from clif.kernels.dual_lora_table import RowTables
 from clif.kernels.paged_decode_table import DecodeRow, DecodeTables
-from clif.kernels.staging import Staged
+from clif.kernels.staging import Staged, send_ints
 from clif.models.causal import CausalSequences, bucket
 from clif.models.dual_linear import LoraRows
 from clif.types import Sampling
@@ -148,7 +148,7 @@ class BatchBuilder:
         return (make_group(members, self._block_size, self._dtype, self._device) for members in by_size.values())
 
     def _index(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+        return send_ints(values, self._device)
 
 
 def _segments(chunks: Sequence[Chunk]) -> Iterator[Segment]:

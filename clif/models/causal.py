@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from clif.kernels.staging import send_ints
+
 SAVED_LENGTH = 256
 """Longest sequence whose L x L probabilities the backward keeps; those of longer ones are computed again."""
 SMALLEST_BUCKET = 32
@@ -63,7 +65,7 @@ class CausalSequences:
         return _Group(len(members), longest, self._index(rows), self._index(slots), mask)
 
     def _index(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+        return send_ints(values, self._device)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float

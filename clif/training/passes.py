@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from clif.kernels.dual_lora_reference import Segment
+from clif.kernels.staging import send_ints
 from clif.models.causal import SAVED_LENGTH, CausalSequences
 from clif.models.dual_linear import LoraRows
 from clif.models.loss import head_loss
@@ -54,7 +55,7 @@ def pack(samples: Sequence[TrainSample], device: torch.device) -> Packed:
         rows += range(at + sample.target_start - 1, at + len(sample.ids) - 1)
         targets += sample.ids[sample.target_start :]
         at += len(sample.ids)
-    a, b, c, d = (torch.tensor(values, dtype=torch.int64, device=device) for values in (ids, positions, rows, targets))
+    a, b, c, d = (send_ints(values, device) for values in (ids, positions, rows, targets))
     return Packed(a, b, c, d, tuple(len(s.ids) for s in samples))
 
 
