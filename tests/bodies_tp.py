@@ -66,10 +66,10 @@ def shared_step(rig: Rig) -> list[TokenEvent]:
 
 
 def serve_and_train(
-    topology: Topology, model: str, coserving: str, kernel: str = "torch", max_tokens: int = 9
+    topology: Topology, model: str, coserving: str, kernel: str = "torch", max_tokens: int = 9, overlap: bool = False
 ) -> dict[str, Any]:
     """Logits, the answers of requests of two versions with a training step between, gradient and shadow."""
-    rig = shared_rig(topology, model, coserving, lora_kernel=kernel)
+    rig = shared_rig(topology, model, coserving, lora_kernel=kernel, overlap=overlap)
     rig.fill(1, seed=4)
     logits = stack_logits(rig.runner.stack, torch.arange(3, 30, device=topology.device), 0)
     config = rig.config.train.model_copy(update={"enabled": True, "clip_norm": 0.5, "lr": 0.01})

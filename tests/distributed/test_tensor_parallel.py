@@ -38,7 +38,11 @@ def alone(model: str) -> dict[str, Any]:
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("coserving", ["interleaved", "fused"])
 def test_tokens_gradients_and_steps_are_those_of_one_rank(model, alone, size, coserving):
-    results = run_ranks(size, bodies_tp.serve_and_train, model, coserving, layout={"tp_size": size})
+    """Each way of co-serving with normal and with overlapped steps, on two ranks or on four."""
+    overlap = (coserving == "fused") == (size == 2)
+    results = run_ranks(
+        size, bodies_tp.serve_and_train, model, coserving, "torch", 9, overlap, layout={"tp_size": size}
+    )
     for found in results:
         assert_equal(found, alone)
         assert found["steps"] == results[0]["steps"], "clocks differ, steps do not"
