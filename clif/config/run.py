@@ -98,7 +98,8 @@ class LayoutConfig(Section):
 
 class DistConfig(Section):
     backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """`nccl`, `gloo`, or `auto`: NCCL on GPUs, gloo on CPUs."""
+    """`nccl`, `gloo`, or `auto`: NCCL on GPUs, gloo on CPUs. The ranks of one replica tell each other what they decide
+    over gloo in any case."""
     timeout_s: Annotated[float, Field(gt=0, le=1e6)] = 120.0
     """A collective, or the wait for the control process to start, that takes longer is an error."""
     ranks_per_gpu: Annotated[int, Field(gt=0, le=256)] = 1
