@@ -66,6 +66,7 @@ class Engine:
     _planned: Slice | None = None
     _finished: tuple[Slice, int, float] | None = None
     _pack_s: float = 0.0
+    _slice_s: float = 0.0
 
     @classmethod
     def from_config(cls, config: Config, loaded: LoadedModel | None = None, tp_group: TpGroup | None = None) -> Engine:
@@ -148,7 +149,7 @@ class Engine:
         Raises the RuntimeError of a slice that broke.
         """
         self.record = StepRecord(gap_s=self._pack_s, slack=plan.slack)
-        self._pack_s = 0.0
+        self._pack_s = self._slice_s = 0.0
         if self._finished is not None:
             self._learnt(*self._finished)
             self._finished = None
@@ -235,6 +236,7 @@ class Engine:
         self.jobs.run(units)
         seconds = self.clock() - start
         self.record.gap_s += seconds
+        self._slice_s += seconds
         if piece.kind is not SliceKind.PACK:
             self._learnt(piece, units, seconds)
 
@@ -244,7 +246,7 @@ class Engine:
 
     def _next_view(self, arrivals: Seq[Request] = ()) -> StepView:
         # Arrivals may have waited for a slice, which is all that they may wait for.
-        held_up = arrivals[0].id if arrivals and self.record.gap_s else None
+        held_up = arrivals[0].id if arrivals and self._slice_s else None
         return StepView.of(self.scheduler, self.clock(), arrivals, self.record.serve_s, held_up)
 
     def _note(self, step: Launched, seconds: float) -> None:
