@@ -138,8 +138,9 @@ def test_cancelled_request_ends_once_and_frees_its_place(rig):
     assert rig.engine.scheduler.pool.used_tokens == 0
 
 
-def test_stop_string_ends_the_answer_before_it(stories):
-    rig = make_rig(stories)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_stop_string_ends_the_answer_before_it(stories, overlap):
+    rig = make_rig(stories, engine={"overlap": overlap})
     tokenizer = rig.loaded.tokenizer
     prompt = tokenizer.tokenizer.encode("Once upon a time").ids
     whole = tokenizer.decode(answer(rig.run([request(0, prompt, max_tokens=60)])[0]))
