@@ -63,6 +63,7 @@ def test_a_step_costs_one_control_message_and_the_collectives_of_what_it_compute
         assert kinds >= {"", "forward", "head", "backward"}, "it must have trained, or the test says nothing"
 
 
+@pytest.mark.slow
 def test_so_they_are_with_the_triton_kernels(tmp_path: Path) -> None:
     """One layer, and answers as short as can be: the interpreter takes its time for each launch."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
