@@ -27,6 +27,7 @@ from clif.engine.build import make_strategy
 from clif.engine.engine import Engine
 from clif.engine.jobs import Job
 from clif.engine.scheduler import Scheduler
+from clif.engine.training_half import TrainingHalf
 from clif.models.weights.loading import LoadedModel, load_model
 from clif.training.train_runner import TrainRunner
 from clif.training.trainer import ShadowTrainer
@@ -88,7 +89,7 @@ class Bench:
     def engine(self, coserving: str = "interleaved") -> Engine:
         """A new engine on the same runner, with an untrained cost model."""
         scheduler = Scheduler(self.config.engine, self.slots, (), self.loaded.tokenizer.decode)
-        return Engine(self.runner, scheduler, make_strategy(coserving, self.config))
+        return Engine(self.runner, scheduler, TrainingHalf(make_strategy(coserving, self.config)))
 
     def trainer(self, count: int, length: int) -> ShadowTrainer:
         """A trainer on `count` samples of `length` tokens, of which the second half are targets."""

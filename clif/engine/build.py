@@ -21,6 +21,7 @@ from clif.engine.engine import Engine
 from clif.engine.job_queue import JobQueue
 from clif.engine.scheduler import Scheduler
 from clif.engine.train_thread import TrainThread
+from clif.engine.training_half import TrainingHalf
 from clif.models.weights.loading import LoadedModel, load_model
 from clif.types import CoservingMode
 
@@ -48,11 +49,11 @@ def build_engine(config: Config, base: Base, tp_group: TpGroup | None = None) ->
     coserving = choose_coserving(config, base.loaded.device, tp_group, threads)
     log.info("co-serving: %s", coserving)
     slots = SlotTable(config.adapter.serving_slots)
+    thread = TrainThread(threads) if coserving == CoservingMode.CONCURRENT else None
     return Engine(
         base.runner(config.engine),
         Scheduler(config.engine, slots, tokenizer.eos_ids, tokenizer.decode),
-        make_strategy(coserving, config),
-        JobQueue(TrainThread(threads) if coserving == CoservingMode.CONCURRENT else None),
+        TrainingHalf(make_strategy(coserving, config), JobQueue(thread), shared=tp_group.size > 1),
         tp_group,
     )
 

@@ -25,15 +25,16 @@ from typing import TYPE_CHECKING
 from clif.config import Config, EngineConfig
 from clif.distributed.collectives import TpGroup
 from clif.engine.batch import Batch
-from clif.engine.coserving.strategy import StepView, Strategy
+from clif.engine.coserving.strategy import StepView
 from clif.engine.cost_model import CostModel
 from clif.engine.job_queue import JobQueue
-from clif.engine.jobs import WAIT, Slice, SliceKind
+from clif.engine.jobs import Slice
 from clif.engine.runner import ModelRunner
 from clif.engine.sampling import SampledTokens
 from clif.engine.scheduler import Chunk, Scheduler
-from clif.engine.step_plan import NO_TRAINING, StepPlan, plan_training
+from clif.engine.step_plan import NO_TRAINING, StepPlan
 from clif.engine.step_record import StepRecord
+from clif.engine.training_half import TrainingHalf
 from clif.types import Regime, Request, TokenEvent
 
 if TYPE_CHECKING:
@@ -53,20 +54,15 @@ class Launched:
 
 @dataclass
 class Engine:
-    """Serves and learns. jobs: training work; record: what the last step did."""
+    """Serves and learns. record: what the last step did."""
 
     runner: ModelRunner
     scheduler: Scheduler
-    strategy: Strategy
-    jobs: JobQueue = field(default_factory=JobQueue)
+    training_half: TrainingHalf
     tp_group: TpGroup = field(default_factory=TpGroup)
     clock: Callable[[], float] = time.monotonic
     record: StepRecord = field(default_factory=StepRecord)
     _launched: Launched | None = None
-    _planned: Slice | None = None
-    _finished: tuple[Slice, int, float] | None = None
-    _pack_s: float = 0.0
-    _slice_s: float = 0.0
 
     @classmethod
     def from_config(cls, config: Config, loaded: LoadedModel | None = None, tp_group: TpGroup | None = None) -> Engine:
@@ -86,8 +82,12 @@ class Engine:
         return self.scheduler.config
 
     @property
+    def jobs(self) -> JobQueue:
+        return self.training_half.jobs
+
+    @property
     def cost_model(self) -> CostModel:
-        return self.strategy.costs
+        return self.training_half.strategy.costs
 
     @property
     def busy(self) -> bool:
@@ -118,49 +118,21 @@ class Engine:
 
         arrivals: requests that the step's messages bring: they wait like others, and their prompts are rows of it.
         """
-        self._finished, start = self.jobs.collect(), self.clock()
-        if self.jobs.upcoming is None:
-            self._planned = None
+        if not self.training_half.collect():
             return NO_TRAINING
-        view, serving = self._next_view(arrivals), self.serving or bool(arrivals)
-        packs: list[int] = []
-        try:
-            # Its peers pack before they handle the step's messages, too: nothing in it is collective.
-            while (piece := self.jobs.upcoming) is not None and piece.kind is SliceKind.PACK:
-                packs.append(self.strategy.pack_tokens(view, piece) if serving else piece.units)
-                self.jobs.run(packs[-1])
-        except RuntimeError as error:
-            if self.tp_group.size > 1:
-                raise
-            self.jobs.fail(error)
-            return StepPlan(tuple(packs))
-        self._planned, self._pack_s = piece, self.clock() - start if packs else 0.0
-        return plan_training(self.strategy, view if serving else None, piece, tuple(packs))
+        # Arrivals may have waited for a slice, which is all that they may wait for.
+        held_up = arrivals[0].id if arrivals and self.training_half.slice_s else None
+        view = StepView.of(self.scheduler, self.clock(), arrivals, self.record.serve_s, held_up)
+        return self.training_half.plan(view, self.serving or bool(arrivals), self.clock)
 
     def follow(self, plan: StepPlan) -> None:
         """On the leader's peers: begin the passes that it began while it planned."""
-        for tokens in plan.packs:
-            self.jobs.run(tokens)
-        self._planned = self.jobs.upcoming
+        self.training_half.follow(plan)
 
     def learn(self, plan: StepPlan) -> None:
-        """Training between two steps, as planned; nothing if the upcoming slice is another one by now.
-
-        Raises the RuntimeError of a slice that broke.
-        """
-        self.record = StepRecord(gap_s=self._pack_s, slack=plan.slack)
-        self._pack_s = self._slice_s = 0.0
-        if self._finished is not None:
-            self._learnt(*self._finished)
-            self._finished = None
-        self.jobs.raise_error()
-        piece = self.jobs.upcoming
-        if piece is WAIT:
-            self.jobs.run(1)
-        elif piece is not None and piece is self._planned and plan.units:
-            self._carry_out(piece, plan)
-        if plan.slack is not None:
-            self.strategy.spent(self.record.gap_s)
+        """Training between two steps, as planned. Raises the RuntimeError of a slice that broke."""
+        self.record = self.training_half.begin(plan)
+        self.training_half.learn(plan, self.record, self.clock)
 
     def serve(self, plan: StepPlan = NO_TRAINING) -> list[TokenEvent]:
         """One step over all running requests: schedule, fill, forward, settle."""
@@ -181,8 +153,7 @@ class Engine:
         return self._settle(before) if before else []
 
     def _launch(self, chunks: list[Chunk], plan: StepPlan) -> Launched:
-        piece, start = self.jobs.upcoming, self.clock()
-        fused = piece if plan.fuse and piece is self._planned else None
+        fused, start = self.training_half.fused(plan), self.clock()
         tokens, fused = self._forward(self.runner.fill(chunks), fused)
         regime = Regime.FUSED if fused else Regime.CONCURRENT if self.jobs.under_way else Regime.ALONE
         return Launched(chunks, tokens, fused, regime, start)
@@ -208,46 +179,6 @@ class Engine:
         # With overlap other work of the host lies between launch and settle: what the device took is what counts.
         self._note(step, step.tokens.seconds() if self.config.overlap else now - step.start)
         return self.scheduler.settle(step.chunks, tokens, now)
-
-    def _carry_out(self, piece: Slice, plan: StepPlan) -> None:
-        if plan.concurrent:
-            self.jobs.start(plan.units)
-        elif plan.whole_step:
-            self._finish_step(piece)
-        else:
-            self._compute(piece, plan.units)
-
-    def _finish_step(self, piece: Slice) -> None:
-        """This slice and those behind it, up to the end of the optimizer step, or of what can run now.
-
-        A strategy that decides so belongs to replicas of one rank.
-        """
-        upcoming: Slice | None = piece
-        while upcoming is not None and upcoming is not WAIT:
-            packs = upcoming.kind is SliceKind.PACK
-            units = self.strategy.pack_tokens(self._next_view(), upcoming) if packs else upcoming.units
-            self._compute(upcoming, units)
-            if upcoming.kind is SliceKind.OPTIMIZER:
-                return
-            upcoming = self.jobs.upcoming
-
-    def _compute(self, piece: Slice, units: int) -> None:
-        start = self.clock()
-        self.jobs.run(units)
-        seconds = self.clock() - start
-        self.record.gap_s += seconds
-        self._slice_s += seconds
-        if piece.kind is not SliceKind.PACK:
-            self._learnt(piece, units, seconds)
-
-    def _learnt(self, piece: Slice, units: int, seconds: float) -> None:
-        self.record.note_slice(piece.kind, seconds)
-        self.cost_model.observe_slice(piece.kind, piece.tokens, units, seconds)
-
-    def _next_view(self, arrivals: Seq[Request] = ()) -> StepView:
-        # Arrivals may have waited for a slice, which is all that they may wait for.
-        held_up = arrivals[0].id if arrivals and self._slice_s else None
-        return StepView.of(self.scheduler, self.clock(), arrivals, self.record.serve_s, held_up)
 
     def _note(self, step: Launched, seconds: float) -> None:
         rows, context = sum(c.stop - c.start for c in step.chunks), sum(c.stop for c in step.chunks)

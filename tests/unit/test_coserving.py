@@ -41,7 +41,7 @@ class Forever:
 
 def build(tiny_config, coserving="interleaved", **engine):
     rig = make_rig(f"random:{tiny_config}", engine=engine)
-    rig.engine.strategy = make_strategy(coserving, rig.config)
+    rig.engine.training_half.strategy = make_strategy(coserving, rig.config)
     rig.engine.clock = Forever()
     rig.fill(1, seed=8)
     rig.bank.set_shadow(random_state(rig.bank, 5))
