@@ -156,14 +156,14 @@ def test_peers_agree_on_what_the_leader_says():
 
 
 def test_a_rank_that_hangs_is_named_after_a_timeout():
-    texts = run_ranks(3, bodies_tp.a_peer_that_hangs, layout={"tp_size": 3}, timeout_s=3)
+    texts = run_ranks(3, bodies_tp.a_peer_that_hangs, layout={"tp_size": 3}, timeout_s=2)
     assert texts[1] == "hung"
     for text in (texts[0], texts[2]):
         assert text.startswith("tensor-parallel group of replica 0 (ranks [0, 1, 2]): no answer from ranks [1]: ")
 
 
 def test_a_member_that_hangs_in_a_round_is_named_after_a_timeout():
-    texts = run_ranks(3, bodies_tp.a_member_that_hangs, timeout_s=3)
+    texts = run_ranks(3, bodies_tp.a_member_that_hangs, timeout_s=2)
     for text in (texts[0], texts[2]):
         assert text.startswith("all-reduce of round 7 (ranks [0, 1, 2]): no answer from ranks [1]: ")
 

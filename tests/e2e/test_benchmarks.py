@@ -41,7 +41,7 @@ def test_the_engine_s_comparison_runs_dry_with_all_contenders(tmp_path):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("gpu_faults", ["ok"]),
+        pytest.param("gpu_faults", ["ok"], marks=pytest.mark.slow),
         ("gpu_decode", ["| engine, decode_kernel=torch |", "transformers.generate"]),
         ("gpu_training", ["CLIF / PEFT"]),
         ("gpu_coserving", ["| fused |"]),

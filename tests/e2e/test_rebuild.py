@@ -73,7 +73,7 @@ def test_one_of_several_ranks_fails_and_all_of_its_replica_are_rebuilt(tmp_path,
 
 def test_a_replica_that_was_frozen_begins_anew_when_it_wakes_up(tmp_path):
     """Its requests were given to the other one: its own answers would come twice."""
-    run = Launched(tmp_path, *BOTH, "control.lost_after_s=5", "load.duration_s=12", restarts=0)
+    run = Launched(tmp_path, *BOTH, "control.lost_after_s=5", "load.duration_s=9", restarts=0)
     run.wait_until("clif: open:")
     time.sleep(2.0)
     run.wait_for_an_open_request()

@@ -22,9 +22,12 @@ def assert_answered_to_the_end(run: Launched) -> None:
     assert (run.run_dir / "control.r1.h5").is_file() and (run.run_dir / "rank-00000.r1.h5").is_file()
 
 
-def test_a_rank_killed_in_the_middle_of_a_round_costs_no_request_no_round_and_no_sample(tmp_path):
-    # As users start it. On slow cores the rounds that are left come after the load only.
-    run = Launched(tmp_path, "run.linger_s=60", cold=True)
+@pytest.mark.parametrize(
+    "cold", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["forked", "as users start it"]
+)
+def test_a_rank_killed_in_the_middle_of_a_round_costs_no_request_no_round_and_no_sample(tmp_path, cold):
+    # On slow cores the rounds that are left come after the load only.
+    run = Launched(tmp_path, "run.linger_s=60", cold=cold)
     run.wait_until("round 2:")
     time.sleep(0.3)
     run.wait_for_an_open_request()

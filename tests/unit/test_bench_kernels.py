@@ -117,20 +117,36 @@ def test_a_whole_run_has_an_answer_to_every_goal() -> None:
     assert {goal.text: findings.ratio(goal) for goal in GOALS} == {goal.text: 1.0 for goal in GOALS}
 
 
-def test_tuner_and_benchmark_run_dry_from_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
-    # As where only torch and Triton are: clif itself is not to be found.
+@pytest.fixture
+def not_installed(tmp_path: Path) -> dict[str, str]:
+    """An environment as where only torch and Triton are: clif itself is not to be found."""
     hide = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in str(f).lower()]\n"
     (tmp_path / "sitecustomize.py").write_text(hide)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(tmp_path)}
     missing = [sys.executable, "-P", "-c", "import clif"]
     assert subprocess.run(missing, cwd=tmp_path, env=environment, capture_output=True).returncode == 1
+    return environment
+
+
+def run_dry(environment: dict[str, str], *command: str) -> None:
+    whole = [sys.executable, *command]
+    done = subprocess.run(whole, cwd=REPO, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_the_tuner_runs_dry_from_a_checkout_that_is_not_installed(
+    tmp_path: Path, not_installed: dict[str, str]
+) -> None:
     table = tmp_path / "table.json"
-    tuner = [sys.executable, "benchmarks/tune_gpu.py", "--dry", "--seconds", "2", "--out", str(table)]
-    bench = [sys.executable, "benchmarks/bench_kernels.py", "--dry", "--out", str(tmp_path)]
-    for command in (tuner, bench):
-        done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    run_dry(not_installed, "benchmarks/tune_gpu.py", "--dry", "--seconds", "1", "--out", str(table))
     assert len(json.loads(table.read_text())["linear"]) == 2
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_dry_from_a_checkout_that_is_not_installed(
+    tmp_path: Path, not_installed: dict[str, str]
+) -> None:
+    run_dry(not_installed, "benchmarks/bench_kernels.py", "--dry", "--out", str(tmp_path))
     (report,) = tmp_path.glob("kernels-dry-*.md")
     text = report.read_text()
     assert "every case is within the specification" in text and "backward 16" in text
