@@ -61,10 +61,6 @@ class LatencyModel:
         self._fresh = 0
 
     @property
-    def confidence(self) -> float:
-        return self.fit.confidence
-
-    @property
     def seen(self) -> int:
         """Measurements in the window."""
         return len(self._samples)

@@ -1,14 +1,14 @@
 """Training jobs in their order, and the execution of slices of the first one. Free of torch.
 
-Invariants: one slice is under way at a time; the error of a slice costs its job and no request, so that it is kept
-until the step can raise it.
+Invariants: one slice is under way at a time; the error of a slice costs its job and no request. Hence it is kept until
+the step can raise it.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -44,9 +44,6 @@ class JobQueue:
     def __getitem__(self, index: int) -> Job:
         return self._jobs[index]
 
-    def __iter__(self) -> Iterator[Job]:
-        return iter(self._jobs)
-
     def append(self, job: Job) -> None:
         self._jobs.append(job)
 
@@ -54,11 +51,6 @@ class JobQueue:
     def under_way(self) -> bool:
         """Whether a slice runs on the thread."""
         return self._under_way is not None
-
-    @property
-    def failed(self) -> bool:
-        """Whether a slice failed and raise_error() is due."""
-        return self._error is not None
 
     @property
     def ready(self) -> bool:

@@ -22,10 +22,6 @@ class TrainThread:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="slice")
         self._future: Future[tuple[Any, float]] | None = None
 
-    @property
-    def busy(self) -> bool:
-        return self._future is not None
-
     def close(self) -> None:
         """Wait for the slice that runs, and end the thread."""
         self._pool.shutdown()

@@ -27,7 +27,7 @@ def test_known_coefficients_are_recovered() -> None:
     model = LatencyModel()
     model.observe_all(samples(200))
     assert close(model.refit(), 0.05)
-    assert model.confidence > 0.85
+    assert model.fit.confidence > 0.85
 
 
 def test_outliers_do_not_move_the_fit() -> None:
@@ -42,13 +42,13 @@ def test_outliers_do_not_move_the_fit() -> None:
 def test_without_data_the_prior_speaks_and_confidence_is_zero() -> None:
     model = LatencyModel(Fit(0.1, 0.2, 0.3))
     assert model.predict(2, 1) == pytest.approx(0.7)
-    assert model.confidence == 0.0
+    assert model.fit.confidence == 0.0
 
 
 def test_one_sample_is_believed_little() -> None:
     model = LatencyModel()
     model.observe(4, 0, 0.5)
-    assert 0 < model.confidence < 0.2
+    assert 0 < model.fit.confidence < 0.2
     assert model.predict(4, 0) <= 0.5
 
 
