@@ -146,7 +146,7 @@ class Session:
     def _write(self, number: int, stage: Stage, command: Sequence[str], outcome: str, took: float, log: Path) -> None:
         shown = " ".join(["python", *command[1:]]).replace(str(self.folder), "OUT")
         lines = [f"## {stage.name}: {stage.asks}", "", f"* command: `{shown}`"]
-        lines += [f"* outcome: {outcome}, {took:.1f} s of {stage.limit_s:g}", "", *_told(log), ""]
+        lines += [f"* outcome: {outcome}, {took:.1f} s of {stage.limit_s:g}", "", *_output_of(log), ""]
         _replace(self.result(number, stage), "\n".join(lines))
         parts = [file.read_text() for file in sorted(self.folder.glob("[0-9][0-9]-*.md"))]
         _replace(self.folder / "gpu.md", "\n".join([self.about, *parts]))
@@ -176,7 +176,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _told(log: Path, lines: int = 60) -> list[str]:
+def _output_of(log: Path, lines: int = 60) -> list[str]:
     """The output of a stage: its tables if there are any, otherwise the end of its log."""
     text = log.read_text(errors="replace").splitlines()
     begins = next((i for i, line in enumerate(text) if line.startswith(("### ", "# "))), None)

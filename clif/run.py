@@ -47,7 +47,7 @@ def main(
     local_rank: LocalRank = None,
 ) -> None:
     """Serve a model and fine-tune it in the replicas' slack. Started once per rank, see docs/launching.md."""
-    be_rank(_who(local_rank), config, tuple(overrides or ()), dry_run)
+    be_rank(_discover(local_rank), config, tuple(overrides or ()), dry_run)
 
 
 def start(words: list[str], config: str | None, ranks: int | None, dry_run: bool, local_rank: int | None) -> None:
@@ -57,7 +57,7 @@ def start(words: list[str], config: str | None, ranks: int | None, dry_run: bool
     can use; otherwise it ends as be_rank() does, or this process becomes torchrun.
     """
     name, overrides = _named(words, config)
-    env = _who(local_rank)
+    env = _discover(local_rank)
     launched = env.launcher != ALONE
     if launched and ranks is not None:
         raise InputError(f"--ranks is for a start without a launcher, and this one is of {env.launcher}: leave it out")
@@ -93,7 +93,8 @@ def be_rank(
     raise typer.Exit(code)
 
 
-def _who(local_rank: int | None) -> RankEnv:
+def _discover(local_rank: int | None) -> RankEnv:
+    """The position of this process among all. Ends by typer.Exit if it cannot be found out."""
     try:
         return discover(os.environ, local_rank, ask_mpi)
     except InputError as error:

@@ -194,10 +194,10 @@ def main() -> int:
         return 1
     finally:
         progress.close()
-    return _went(arguments.run_dir, drained, began)
+    return _conclude(arguments.run_dir, drained, began)
 
 
-def _went(run_dir: Path, drained: str, began: bool) -> int:
+def _conclude(run_dir: Path, drained: str, began: bool) -> int:
     """Summarise what ran, say why it ended early if it did, and return the exit code."""
     if drained and not began:
         print(f"clif: ended before all replicas were there: {drained}", file=sys.stderr)

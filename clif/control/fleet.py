@@ -28,8 +28,8 @@ class Loads(Protocol):
         ...
 
 
-PRICED_AFTER = 32
-"""Serving iterations, an answer or two."""
+KNOWN_AFTER = 32
+"""Measured serving steps, those of an answer or two, after which the latency of a replica is known."""
 BREAK = 0.05
 """Part of control.lost_after_s: the most that a break between two messages, of any replicas, counts as silence."""
 
@@ -81,7 +81,7 @@ class Fleet:
         them. The measure is their number and not the confidence: on a busy host measurements scatter all the time.
         """
         both = [r for r in self.alive if self._trackers[r].role.serves and self._trackers[r].role.trains]
-        known = [r for r in both if self._trackers[r].serve.seen >= PRICED_AFTER]
+        known = [r for r in both if self._trackers[r].serve.seen >= KNOWN_AFTER]
         return not both or (bool(known) and all(r in known or self._loads.load_of(r)[0] == 0 for r in both))
 
     @property

@@ -1,7 +1,7 @@
 """The order of training samples: reshuffled in each epoch, and resumable from a checkpoint.
 
-A step claims its samples. They are committed once its optimizer step is done, and released or deferred if the step is
-rolled back. Every epoch commits each of the n samples once, whatever is rolled back or interrupted.
+A step claims its samples. They are committed with the round of the step, deferred if the round is discarded, and
+released if the step is cut. Every epoch commits each of the n samples once, whatever is rolled back or interrupted.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from clif.types import TrainingSlack
 class StepPlan(msgspec.Struct, frozen=True):
     """Training of one step. Made before the step's messages are handled, of the slice that is upcoming then.
 
-    packs: tokens that each pass may have which began when the plan was made. units: of the upcoming slice, to be
+    packs: tokens, at most, of each pass that began when the plan was made. units: of the upcoming slice, to be
     computed before serving; 0: none. concurrent, whole_step: as in Decision. fuse: the serving step takes the upcoming
     forward along. slack: the reason, as `ticks` stores it.
     """
@@ -52,9 +52,10 @@ _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(StepMessage)
 
 
-def encode_step(plan: StepMessage) -> bytes:
-    return _ENCODER.encode(plan)
+def encode_step(message: StepMessage) -> bytes:
+    return _ENCODER.encode(message)
 
 
-def decode_step(message: bytes) -> StepMessage:
-    return _DECODER.decode(message)
+def decode_step(payload: bytes) -> StepMessage:
+    """Raises msgspec.DecodeError for anything that encode_step() does not write."""
+    return _DECODER.decode(payload)

@@ -30,7 +30,7 @@ def bucket(length: int) -> int:
 
 @dataclass(frozen=True)
 class _Group:
-    """Sequences of similar length. rows [tokens]: where they lie in the batch; places [tokens]: where when padded.
+    """Sequences of similar length. rows [tokens]: where they lie in the batch; slots [tokens]: where when padded.
 
     None: the whole batch as it lies, no padding.
     """

@@ -64,7 +64,7 @@ class CausalStack:
     def layers(
         self, start: int, stop: int, hidden: Sequence[torch.Tensor], sub_batches: Sequence[SubBatch]
     ) -> list[torch.Tensor]:
-        """Decoder layers [start, stop) over hidden states [rows, hidden size] of each part."""
+        """Decoder layers [start, stop) over hidden states [rows, hidden size] of each sub-batch."""
         hidden = list(hidden)
         for layer in self._layers[start:stop]:
             hidden = layer(hidden, sub_batches)

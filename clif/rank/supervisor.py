@@ -57,7 +57,7 @@ class ReplicaSupervisor:
         payloads: messages that the leader received; None on the other ranks.
         """
         try:
-            self.replica.step(None if payloads is None else self._meant_for_us(payloads))
+            self.replica.step(None if payloads is None else self._of_this_incarnation(payloads))
             return
         except Exception as error:
             log.exception("replica %d failed in incarnation %d", self.replica.id, self.incarnation)
@@ -100,7 +100,7 @@ class ReplicaSupervisor:
         )
         self._on_built(self.replica, self.incarnation)
 
-    def _meant_for_us(self, payloads: list[bytes]) -> list[bytes]:
+    def _of_this_incarnation(self, payloads: list[bytes]) -> list[bytes]:
         """On the leader: without the messages that were sent to an earlier incarnation."""
         if self._welcome:
             return payloads

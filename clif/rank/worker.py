@@ -50,14 +50,15 @@ def run_rank(config: Config, env: RankEnv) -> int:
     folder = agree_on_folder(config, topology)
     signals.on_signal = lambda _: folder.leave()
     try:
-        code = _live(config, topology, folder, signals)
+        code = _load_and_serve(config, topology, folder, signals)
     finally:
         folder.leave()
     dist.destroy_process_group()
     return code
 
 
-def _live(config: Config, topology: Topology, folder: RunFolder, signals: SignalWatcher) -> int:
+def _load_and_serve(config: Config, topology: Topology, folder: RunFolder, signals: SignalWatcher) -> int:
+    """Load the model and serve, on rank 0 beside the control process; returns the exit code."""
     env, run_dir = topology.env, folder.path
     if folder.restarted:
         log.info("restarted by the launcher: the run goes on in %s", run_dir)

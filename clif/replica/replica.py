@@ -98,9 +98,9 @@ class Replica:
 
     def abandon(self) -> None:
         """Best-effort teardown after a failure; errors are logged and ignored."""
-        for letting_go in (self.engine.close, self.close):
+        for release in (self.engine.close, self.close):
             try:
-                letting_go()
+                release()
             except Exception:
                 log.exception("replica %d: while it was given up", self.id)
 

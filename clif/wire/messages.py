@@ -63,7 +63,7 @@ class BeginRound(Message, frozen=True):
 
 
 class FinishSteps(Message, frozen=True):
-    """Stop local steps after the current optimizer step and report: the round's time is up."""
+    """Stop local steps and report: the round's time is up. A step under way is cut, and its samples come again."""
 
     round_id: int
 
@@ -98,7 +98,7 @@ class Ping(Message, frozen=True):
 
 
 class Rebuild(Message, frozen=True):
-    """The replica was declared lost and its requests were reassigned: it must rebuild."""
+    """The replica was declared lost, or sent something impossible, and its requests were reassigned: it must rebuild."""
 
     reason: str
 

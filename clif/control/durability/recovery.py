@@ -99,7 +99,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Recovery:
-    """What to go on with.
+    """What the next start continues with.
 
     load: what is still to come, with ids that no request of this folder had; fingerprint: what it is made from.
     first_id: id of the load's first request. load_s: how long it came already; run_s: how long the run took already.

@@ -10,7 +10,7 @@ from clif.config import Config
 
 
 class Pressure(enum.StrEnum):
-    """What the fine-tuning launcher may take: low all idle replicas, medium a share, high none."""
+    """What a round may take: low all idle replicas, medium a share of them, high none."""
 
     LOW = "low"
     MEDIUM = "medium"

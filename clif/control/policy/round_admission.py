@@ -1,4 +1,4 @@
-"""The fine-tuning launcher: decides which replicas enter a federated round, and when.
+"""Round admission: which replicas enter a federated round, and when.
 
 Sources: Bonawitz et al. 2019, "Towards Federated Learning at Scale", for rounds over idle participants.
 """
@@ -15,7 +15,7 @@ from clif.states import ReplicaState
 from clif.types import RoundPlan
 
 GIVE_UP_FACTOR = 2
-"""The launcher gives up after this many times federation.rounds discarded rounds in a row (at least MIN_GIVE_UP)."""
+"""Training is given up after this many times federation.rounds discarded rounds in a row (at least MIN_GIVE_UP)."""
 MIN_GIVE_UP = 4
 GIVE_UP_OPEN = 20
 """The same where federation.rounds sets no number."""
