@@ -43,14 +43,14 @@ class Claims:
         }
 
     def objection(self, message: wire.Up) -> str:
-        """To a message of a replica that has joined, or to the Hello of one that joins."""
+        """The objection to a message of a replica that has joined, or to the Hello of one that joins."""
         check = self._checks.get(type(message))
         if check is None:
             return ""
         return check(message) or round_objection(message, self._federation.history.last_round)
 
     def to_event(self, replica: int, event: TokenEvent, record: RequestRecord | None) -> str:
-        """To tokens or the end of a request. record: the request's, or None if the replica does not hold it."""
+        """The objection to tokens or the end of a request. record: the request's; None: the replica does not hold it."""
         if record is None:
             return ""
         return event_objection(event, record, self._fleet.hello_of(replica), self._fleet.version_of(replica))

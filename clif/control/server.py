@@ -100,7 +100,7 @@ class ControlServer:
         try:
             self._run()
         finally:
-            # What was shown last may be of some time ago.
+            # The last snapshot may be old.
             self._reporter.show(self._clock())
 
     def _run(self) -> None:
@@ -182,7 +182,7 @@ class ControlServer:
 
     def _send(self, replica: int, message: wire.Down) -> bool:
         sent = self._ports.channel.send(replica, message)
-        # Marked as failed at the end of the step, not here: the caller is in the middle of something.
+        # Marked as failed at the end of the step, not here: the caller may be in the middle of a change.
         if not sent and self.fleet.is_alive(replica):
             self._unreachable.add(replica)
         return sent

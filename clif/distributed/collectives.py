@@ -239,8 +239,8 @@ class TpGroup:
     rank, size: this rank's index and their number. Without a group there is one rank, and every call returns its
     argument. Rule: all ranks make the same calls in the same order, from the thread that serves.
 
-    What the layers compute goes over the group of the devices. What the host must know goes over a group on the CPU,
-    so that no decision waits for a device: a stream of NCCL's work would have to end first.
+    What the layers compute goes over the group of the devices. What the host must know goes over a group on the CPU:
+    over NCCL it would come only after all work that the device has queued.
 
     Sources: Shoeybi et al. 2019 (Megatron-LM).
     """

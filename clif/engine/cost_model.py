@@ -1,6 +1,6 @@
-"""Predicted seconds of serving steps and training slices, learnt from the engine's own; and the slack for training.
+"""Predicted seconds of serving steps and training slices, fitted to measured ones; and the slack for training.
 
-Free of torch. Training gets only what serving leaves (promise 5): every slice is held against training_slack.
+Free of torch. Training gets only what serving leaves (promise 5): a slice runs only if it fits into training_slack().
 """
 
 from __future__ import annotations

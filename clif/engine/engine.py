@@ -4,9 +4,10 @@ A serving step is one iteration over all running requests; a strategy of clif/en
 training runs between two of them, or with one.
 
 Order of a step: plan (what training does), learn (a slice, if there is one), serve (schedule, fill, forward, settle).
-The plan comes first, and alone, since it depends on a clock and on costs that were measured here: the leader of a
-replica makes it and its peers follow it. It is made right before the slice that it allows, of requests whose tokens
-have just been sent and of those that have just arrived; what the serving step behind the slice takes is predicted.
+The plan comes first, and is a step of its own: it depends on a clock and on costs that were measured here, so that the
+leader of a replica makes it and its peers follow it. It is made right before the slice that it allows. It considers the
+requests whose tokens have just been sent and those that have just arrived, and the predicted time of the serving step
+after the slice.
 
 Invariants: a token waits for one training slice at most; a slice begins only if every running and waiting request can
 afford it; an error in training costs the job and no request.
@@ -114,13 +115,13 @@ class Engine:
         return self.serve(plan)
 
     def plan(self, arrivals: Seq[Request] = ()) -> StepPlan:
-        """What training this step does. Made by the leader alone, once a step.
+        """Decide the training of this step. The leader alone calls it, once a step.
 
         arrivals: requests that the step's messages bring: they wait like others, and their prompts are rows of it.
         """
         if not self.training_half.collect():
             return NO_TRAINING
-        # Arrivals may have waited for a slice, which is all that they may wait for.
+        # An arrival may have waited for the slice of the step before. It must not wait for another one.
         held_up = arrivals[0].id if arrivals and self.training_half.slice_s else None
         view = StepView.of(self.scheduler, self.clock(), arrivals, self.record.serve_s, held_up)
         return self.training_half.plan(view, self.serving or bool(arrivals), self.clock)
@@ -166,7 +167,7 @@ class Engine:
             tokens = self.runner.forward(batch, fused.fused_pass)
         except RuntimeError as error:
             if self.tp_group.size > 1:
-                # The others are in the middle of the same step.
+                # The peers are in the middle of the same step, and would wait for this rank.
                 raise
             # The serving rows did nothing wrong: they are computed again, over what they have written.
             self.jobs.fail(error)
@@ -176,7 +177,7 @@ class Engine:
 
     def _settle(self, step: Launched) -> list[TokenEvent]:
         tokens, now = step.tokens.read(), self.clock()
-        # With overlap other work of the host lies between launch and settle: what the device took is what counts.
+        # With overlap other work of the host lies between launch and settle, so the device's own time is measured.
         self._note(step, step.tokens.seconds() if self.config.overlap else now - step.start)
         return self.scheduler.settle(step.chunks, tokens, now)
 

@@ -54,8 +54,8 @@ class Slice:
     """What a job would do next: up to `units` pieces of `tokens` rows each.
 
     The pieces are layers of a pass, rows of the head, or, for PACK, the tokens that the next pass may have.
-    work: computes as many as it is told, without a break, and returns their result; it touches nothing that serving
-    touches, so that it may run concurrently. least: fewer are not worth a slice.
+    work: computes as many pieces as its argument says, without a break, and returns their result; it touches nothing
+    that serving touches, so that it may run concurrently. least: fewer are not worth a slice.
     fused_pass: the forward that a serving step can take along instead, where there is one.
     """
 

@@ -36,10 +36,10 @@ class TrainingHalf:
         return self.jobs.upcoming is not None
 
     def plan(self, view: StepView, serving: bool, clock: Clock) -> StepPlan:
-        """What training this step does. Begins the passes that come first, whose size is a decision, too."""
+        """Decide the training of this step, and begin the passes that come first: their size is a decision, too."""
         start, packs = clock(), list[int]()
         try:
-            # Its peers pack before they handle the step's messages, too: nothing in it is collective.
+            # Nothing here is collective: the peers pack later, in follow(), before they handle the step's messages.
             while (piece := self.jobs.upcoming) is not None and piece.kind is SliceKind.PACK:
                 packs.append(self.strategy.pack_tokens(view, piece) if serving else piece.units)
                 self.jobs.run(packs[-1])

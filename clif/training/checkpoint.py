@@ -40,8 +40,8 @@ class Checkpoint:
 class CheckpointWriter:
     """Two files per rank: the kept and the prepared checkpoint. Each is replaced as a whole, in a thread of its own.
 
-    That thread waits while the disk is full. All methods may raise what the write before ended with, such as OSError or
-    SafetensorError; all but done() may wait for it.
+    That thread waits while the disk is full. All methods but committed() raise the error of the write before, such as
+    OSError or SafetensorError. prepare(), installed() and wait() wait for that write to end.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -72,14 +72,14 @@ class CheckpointWriter:
         self._start(checkpoint, self.path)
 
     def done(self) -> bool:
-        """Whether nothing is being written. Raises what the write ended with."""
+        """Whether nothing is being written. Raises the error of the last write."""
         if self._thread is not None and self._thread.is_alive():
             return False
         self.wait()
         return True
 
     def wait(self) -> None:
-        """Wait until nothing is being written. Raises what the write ended with."""
+        """Wait until nothing is being written. Raises the error of the last write."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

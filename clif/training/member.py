@@ -44,9 +44,11 @@ class RoundOrders:
 
 @dataclass
 class Member:
-    """Takes part in rounds. send: passes a message up; on_step sees every optimizer step, on_version every promotion.
+    """Takes part in rounds. send: to the control process; on_step sees every optimizer step, on_version every promotion
+    (version, round).
 
-    gate: the held-out rows that candidates are judged by; report: those that quality is measured on.
+    gate: the held-out rows that candidates are judged by; report: those that quality is measured on. base_name: of the
+    base model, for adapter_config.json. engine_step: the number of the engine's present step.
     """
 
     topology: Topology
@@ -120,7 +122,7 @@ class Member:
     def finish_steps(self, round_id: int) -> bool:
         """The time for local steps of this round is up. Returns whether a step is under way, which is to be cut.
 
-        A load that leaves no slack may hold it up for as long as the load lasts.
+        Otherwise a load that leaves no slack could delay the end of the step for as long as it lasts.
         """
         if self.orders is None or self.round_id != round_id:
             return False
