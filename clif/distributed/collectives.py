@@ -185,7 +185,7 @@ class Exchange(PendingCollective):
         sizes = [part.numel() for part in parts]
         # Kept until the end: a backend may not hold a reference to the tensor that it sends.
         self._sent, self._device = torch.cat(parts), parts[0].device
-        if isinstance(group, dist.ProcessGroupGloo):
+        if group.on_gloo:
             # gloo supports only all-reduce and broadcast for tensors of a GPU.
             self._sent = self._sent.cpu()
         self._parts = self._sent.new_empty(len(sizes), sizes[index])

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from clif.control.round_groups import GroupNumbers
+from clif.distributed.collectives import Exchange
 from clif.distributed.round_groups import RoundGroups
 from clif.types import GROUPS_KEPT
 
@@ -92,3 +93,13 @@ def test_nobody_waits_any_more_for_the_members_of_a_group_that_was_given_up(tmp_
 def test_a_member_that_does_not_come_is_named(tmp_path: Path) -> None:
     waiting = groups(tmp_path, timeout_s=0.1).get(ALL, (0, 1), 4)
     assert "ranks [1] did not come within 0.1 s" in str(waiting.exception(10))
+
+
+def test_an_exchange_over_gloo_goes_over_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo supports only all-reduce and broadcast for tensors of a GPU."""
+    group, copied = groups(tmp_path).get(ALL, (0,), 1).result(10), list[torch.Tensor]()
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copied.append(tensor) or tensor)
+    exchange = Exchange([torch.ones(3)], 0, group)
+    while not exchange.done():
+        time.sleep(0.01)
+    assert len(copied) == 1 and exchange.result().tolist() == [[1.0, 1.0, 1.0]]
