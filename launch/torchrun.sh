@@ -4,6 +4,7 @@
 # HOSTS       hosts that take part (default 1)
 # RANKS       ranks per host: one per GPU, or CPU slots (default 2)
 # RDZV        first host and a free port on it, where the hosts find each other; the same on all hosts
+# RDZV_ID     name under which they meet, the same on all hosts; for several runs at one RDZV (default clif)
 # LOCAL_ADDR  this host's address, if its name does not resolve to one that the other hosts reach
 # RESTARTS    how often all ranks are restarted after one is lost; the run continues (default 0)
 # PYTHON      interpreter with CLIF installed (default: the repository's .venv)
