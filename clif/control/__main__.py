@@ -1,7 +1,7 @@
 """The control process: python -P -m clif.control --run-dir RUN --replicas N. Started by rank 0.
 
 Reads RUN/config.json, RUN/tokenizer and the keys of RUN/control.key, writes its address to RUN/control.address and runs
-until the run is through.
+until the run is complete.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Claims:
         return check(message) or round_objection(message, self._federation.history.last_round)
 
     def to_event(self, replica: int, event: TokenEvent, record: RequestRecord | None) -> str:
-        """The objection to tokens or the end of a request. record: the request's; None: the replica does not hold it."""
+        """The objection to tokens or the end of a request. record: None if the replica does not hold it."""
         if record is None:
             return ""
         return event_objection(event, record, self._fleet.hello_of(replica), self._fleet.version_of(replica))

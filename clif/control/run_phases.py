@@ -41,7 +41,7 @@ class RunPhases:
         self._goodbyes: set[int] = set()
 
     def step(self, now: float) -> None:
-        """Enter the next phase once the present one is through. Raises ControlError when the run cannot go on."""
+        """Enter the next phase once the present one is complete. Raises ControlError when the run cannot continue."""
         if self.state.phase is Phase.LINGER:
             self._federation.wind_up(now, now - self.state.entered_s - self._config.run.linger_s)
         phase, reason = next_phase(now, self.facts(), self._config)

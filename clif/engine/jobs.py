@@ -76,7 +76,7 @@ Slices = Generator[Slice, Any, T]
 
 
 class Job:
-    """A generator of slices. upcoming: the next slice, or None when the job is through."""
+    """A generator of slices. upcoming: the next slice, or None once the job is done."""
 
     def __init__(self, name: str, work: Slices[Any]) -> None:
         self.name, self._work = name, work

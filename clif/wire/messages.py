@@ -98,7 +98,7 @@ class Ping(Message, frozen=True):
 
 
 class Rebuild(Message, frozen=True):
-    """The replica was declared lost, or sent something impossible, and its requests were reassigned: it must rebuild."""
+    """The replica was declared lost or sent something impossible. Its requests were reassigned: it must rebuild."""
 
     reason: str
 
@@ -112,7 +112,7 @@ class Welcome(Message, frozen=True):
 class Stop(Message, frozen=True):
     """Close files and leave. Sent when no request is outstanding, or none can be answered any more.
 
-    code: exit code of the ranks; 0 if the run is through.
+    code: exit code of the ranks; 0 if the run is complete.
     """
 
     code: int = 0

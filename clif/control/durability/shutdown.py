@@ -1,4 +1,4 @@
-"""What may end a run before it is through: a signal, a dead parent, a lost replica that the launcher will restart."""
+"""What may end a run early: a signal, a dead parent, a lost replica that the launcher will restart."""
 
 from __future__ import annotations
 

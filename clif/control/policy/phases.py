@@ -76,7 +76,7 @@ class Facts:
 
 
 def next_phase(now: float, facts: Facts, config: Config) -> tuple[Phase | None, str]:
-    """The phase that begins now, or None to stay. Raises ControlError when the run cannot go on."""
+    """The phase that begins now, or None to stay. Raises ControlError when the run cannot continue."""
     phase, waited = facts.phase, now - facts.entered_s
     if phase in (Phase.STOPPING, Phase.DONE):
         limit = DRAINED_S if facts.drain_reason else STOPPING_S
