@@ -39,8 +39,8 @@ class Counter(Protocol):
     def add(self, key: str, amount: int, /) -> int: ...
 
 
-class Over(Exception):
-    """This process ends, and the reason was printed. code: its exit code."""
+class ReportedExit(Exception):
+    """This process ends, and the reason has been printed. code: its exit code."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"ends with code {code}")
@@ -75,7 +75,7 @@ def _of_the_system(error: OSError) -> str:
 
 @contextmanager
 def last_words(rank: int = 0, store: Counter | None = None) -> Iterator[None]:
-    """Print the sentence of an error that ends the block, if it has one, and raise Over instead.
+    """Print the sentence of an error that ends the block, if it has one, and raise ReportedExit instead.
 
     A launcher kills all ranks after one has ended. So the other ranks wait for rank 0: if it met the same error, they
     are killed before they repeat it, or see it in the store; otherwise they print it themselves.
@@ -90,4 +90,4 @@ def last_words(rank: int = 0, store: Counter | None = None) -> Iterator[None]:
             time.sleep(SPEAK_S)
         if store is None or store.add(SAID, 1) == 1:
             print(f"error on rank {rank}: {words}" if rank else f"error: {words}", file=sys.stderr, flush=True)
-        raise Over(WRONG_INPUT) from error
+        raise ReportedExit(WRONG_INPUT) from error

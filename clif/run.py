@@ -24,7 +24,7 @@ from clif.distributed.layout import Layout, make_layout
 from clif.distributed.mpi import ask_mpi
 from clif.distributed.roles import check_roles, fewest_replicas
 from clif.errors import InputError
-from clif.exit_report import Over, last_words
+from clif.exit_report import ReportedExit, last_words
 from clif.rank.dry_run import plan_lines
 from clif.rank.preflight import check_gpu, check_model, check_room, device_of, prove, room_of
 
@@ -88,8 +88,8 @@ def be_rank(
             layout = _layout(settings, env, dry_run, planned)
             _check(settings, layout, inputs=env.rank == 0)
             code = _print(settings, layout, env) if dry_run else _run(settings, layout, env)
-    except Over as over:
-        raise typer.Exit(over.code) from over
+    except ReportedExit as reported:
+        raise typer.Exit(reported.code) from reported
     raise typer.Exit(code)
 
 

@@ -18,7 +18,7 @@ import msgspec
 from clif.config import Config
 from clif.distributed.addresses import address_towards
 from clif.distributed.topology import Topology
-from clif.exit_report import Over
+from clif.exit_report import ReportedExit
 from clif.rank.signals import SignalWatcher
 from clif.storage.run_folder import RunFolder
 from clif.tokenizer import ChatTokenizer
@@ -96,7 +96,7 @@ def control_ended(process: Control) -> Exception:
     """The error to raise after the control process has ended. It has printed its own reason unless it was killed."""
     if process.returncode < 0:
         return RuntimeError(f"the control process was killed by signal {-process.returncode}")
-    return Over(process.returncode or 1)
+    return ReportedExit(process.returncode or 1)
 
 
 def _wait(process: Control, timeout_s: float) -> None:

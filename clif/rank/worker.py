@@ -41,7 +41,10 @@ ALONE_S = 60.0
 
 
 def run_rank(config: Config, env: RankEnv) -> int:
-    """All work of one rank; returns its exit code. Raises InputError before any work, Over after its error is shown."""
+    """All work of one rank; returns its exit code.
+
+    Raises InputError before any work, and ReportedExit once its error is shown.
+    """
     torch.set_num_threads(config.dist.threads_per_rank or _threads(env))
     signals = SignalWatcher(config.run.drain_s)
     # First of all: a wrong file is refused before anything that takes time.

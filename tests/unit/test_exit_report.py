@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 
 from clif.config import ConfigError
-from clif.exit_report import Over, last_words, sentence_of
+from clif.exit_report import ReportedExit, last_words, sentence_of
 
 CASES = [
     (ConfigError("set x"), "set x"),
@@ -41,9 +41,9 @@ def test_rank_0_speaks_at_once_and_another_rank_after_it_with_its_number(capsys,
     waited = []
     monkeypatch.setattr("clif.exit_report.time.sleep", waited.append)
     for rank in (0, 3):
-        with pytest.raises(Over) as over, last_words(rank), last_words(rank):
+        with pytest.raises(ReportedExit) as reported, last_words(rank), last_words(rank):
             raise ConfigError("set x")
-        assert over.value.code == 2
+        assert reported.value.code == 2
     assert capsys.readouterr().err == "error: set x\nerror on rank 3: set x\n" and waited == [2.0]
 
 
@@ -51,6 +51,6 @@ def test_where_ranks_share_a_store_one_of_them_speaks_however_slowly_the_others_
     monkeypatch.setattr("clif.exit_report.time.sleep", lambda _: None)
     store = torch.distributed.HashStore()
     for rank in (2, 1, 0):
-        with pytest.raises(Over, match="code 2"), last_words(rank, store):
+        with pytest.raises(ReportedExit, match="code 2"), last_words(rank, store):
             raise ConfigError("set x")
     assert capsys.readouterr().err == "error on rank 2: set x\n"
