@@ -102,7 +102,7 @@ class TableWriter:
     def flush(self) -> bool:
         """Append the buffered rows; returns whether it did: on a full disk the rows wait for the next flush.
 
-        Raises OSError after the disk has been full for room.LIMIT_S, and for its other errors.
+        Raises OSError after the disk has been full for disk_space.LIMIT_S, and for its other errors.
         """
         self._flushed = self._clock()
         if not self._pending:

@@ -33,7 +33,7 @@ FORGED = [
     wire.Trouble(replica=0, error="forged"), wire.Trouble(replica=99, error="forged"),
     wire.Signalled(replica=1, signal="SIGTERM"), wire.Goodbye(replica=0), wire.Goodbye(replica=1),
 ]  # fmt: skip
-"""inject_tokens, forge_vote, forge_trouble, gather_trouble, forge_signalled, forge_goodbye."""
+"""Invented tokens, votes, weights, trouble, signals and goodbyes, in the names of replicas."""
 
 
 class Strangers:
@@ -58,7 +58,7 @@ class Strangers:
 def test_strangers_who_are_there_first_neither_end_the_run_nor_are_in_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """steal_identity, and all that FORGED holds, before the leaders come and as long as the run lasts."""
+    """They take the names of leaders, before these come, and send all of FORGED as long as the run lasts."""
     run = Run(make_config(tmp_path), sockets=True)
     strangers = Strangers(run.channel.address)
     with caplog.at_level(logging.INFO):

@@ -93,7 +93,7 @@ def test_nothing_is_read_from_whoever_has_not_the_runs_keys(server: bytes, own: 
         for _ in range(100):
             stranger.send(msgspec.msgpack.encode(FORGED))
         wait_refused(control, 1)
-        # steal_identity: the name of the stranger's connection keeps nobody out, and nothing is sent to it.
+        # The stranger's connection has a leader's name. That keeps no leader out, and nothing is sent to it.
         with leader_of(control, 1) as leader:
             leader.send(m.Goodbye(replica=1))
             assert hear(control, 1) == [(1, m.Goodbye(replica=1))]
