@@ -138,9 +138,9 @@ def samples(vocab: int, count: int, length: int) -> list[TrainSample]:
     return [TrainSample(id=i, ids=tuple(row), target_start=length // 2) for i, row in enumerate(ids)]
 
 
-def seconds_of(work: Callable[[], object], sync: Callable[[], None], window_s: float, warm_ups: int = 2) -> list[float]:
-    """Seconds of each call within a window, at least three, each waited for."""
-    for _ in range(warm_ups):
+def seconds_of(work: Callable[[], object], sync: Callable[[], None], window_s: float) -> list[float]:
+    """Seconds of each call within a window after two warm-ups, at least three, each waited for."""
+    for _ in range(2):
         work()
     sync()
     times: list[float] = []

@@ -37,8 +37,8 @@ def replica(number: int = 0, **values: Any) -> ReplicaView:
     return replace(base, **values)
 
 
-def cluster(*replicas: ReplicaView, queued: int = 0) -> ClusterView:
-    return ClusterView(tuple(replicas), queued)
+def cluster(*replicas: ReplicaView) -> ClusterView:
+    return ClusterView(tuple(replicas))
 
 
 def request(tokens: int = 10, prompt: int = 10, deadline_s: float | None = None) -> Request:
