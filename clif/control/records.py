@@ -11,8 +11,9 @@ from clif.config import Config
 from clif.control.dispatcher import RequestRecord
 from clif.control.policy.batch_sizes import Batches
 from clif.control.policy.pressure import Pressure, ServiceWindow
+from clif.control.policy.promotion import pooled_losses
 from clif.control.quality import Quality
-from clif.control.rounds import Round, pooled_losses
+from clif.control.rounds import Round
 from clif.control.sources import DueRequest
 from clif.metrics.provenance import provenance
 from clif.metrics.schema import CONTROL_TABLES

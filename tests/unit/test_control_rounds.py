@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from clif.adapters.store import AdapterStore
 from clif.config import FederationConfig
+from clif.control.policy.promotion import decide_promotion
 from clif.control.records import train_loss
-from clif.control.rounds import Outgoing, Round, decide_promotion
+from clif.control.rounds import Outgoing, Round
 from clif.states import RoundState
 from clif.types import AdapterVersion, RoundPlan, RoundResult, Vote
 from clif.wire.messages import Aggregate, BeginRound, FinishSteps, Published, Settle
