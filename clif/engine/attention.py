@@ -1,6 +1,6 @@
 """Attention of serving rows to the paged KV cache.
 
-Source: PagedAttention (Kwon et al., SOSP 2023).
+Sources: PagedAttention (Kwon et al., SOSP 2023).
 """
 
 from __future__ import annotations

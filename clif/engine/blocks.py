@@ -1,6 +1,6 @@
 """Blocks of the KV cache: which sequences hold which, and where a sequence's tokens lie. Free of torch.
 
-Source: PagedAttention (Kwon et al., "Efficient Memory Management for Large Language Model Serving with
+Sources: PagedAttention (Kwon et al., "Efficient Memory Management for Large Language Model Serving with
 PagedAttention", SOSP 2023).
 """
 

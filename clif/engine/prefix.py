@@ -1,6 +1,6 @@
 """Which blocks of the KV cache hold which tokens, so that equal prefixes are computed once. Free of torch.
 
-Source: PagedAttention (Kwon et al., SOSP 2023), for blocks that sequences share.
+Sources: PagedAttention (Kwon et al., SOSP 2023), for blocks that sequences share.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 def wilson(hits: int, count: int) -> tuple[float, float] | None:
     """95 % interval of a share of which `hits` of `count` draws were seen; None without any.
 
-    Source: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference" (1927). It stays within 0
+    Sources: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference" (1927). It stays within 0
     and 1 and holds for few draws and for shares near 0 and 1, where mean +- deviation does not.
     """
     if count <= 0:

@@ -24,7 +24,7 @@ Groups come from what a step computes anyway, where that is possible:
 Members are not compared with each other: after several local steps their parameters differ, and the difference of their
 averages is no longer that of gradients at one point.
 
-Source: McCandlish et al., "An Empirical Model of Large-Batch Training" (2018), appendix A.1, there for b_i = B_small
+Sources: McCandlish et al., "An Empirical Model of Large-Batch Training" (2018), appendix A.1, there for b_i = B_small
 and the whole batch B_big.
 """
 

@@ -3,7 +3,7 @@
 Invariants: the graph is cut at every layer, so that a backward can stop between any two layers and frees the
 activations of each one that it has passed; the activations never exceed their budget.
 
-Source: gradient checkpointing (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016), for the layers
+Sources: gradient checkpointing (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016), for the layers
 beyond the budget.
 """
 

@@ -15,7 +15,7 @@ Cost for a member: it sends and receives one vector of the adapter's size, half 
 whatever the number of members; it holds two more such vectors meanwhile; and it computes m r^2 (in + out) multiply-adds
 per module, averaged over all modules, in slices.
 
-Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data" (2017), for FedAvg.
+Sources: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data" (2017), for FedAvg.
 """
 
 from __future__ import annotations
