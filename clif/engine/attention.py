@@ -105,7 +105,9 @@ class PagedRows:
         return out
 
 
-def make_group(members: Seq[DecodeRow], block_size: int, dtype: torch.dtype, device: torch.device) -> DecodeGroup:
+def make_decode_group(
+    members: Seq[DecodeRow], block_size: int, dtype: torch.dtype, device: torch.device
+) -> DecodeGroup:
     """Contexts padded to the longest one.
 
     Padding reads the last slot of the same sequence again: a NaN of one request must not reach another's products.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from clif.config import EngineConfig
-from clif.engine.attention import DecodeGroup, PagedLayout, PromptChunk, make_group, past_mask
+from clif.engine.attention import DecodeGroup, PagedLayout, PromptChunk, make_decode_group, past_mask
 from clif.engine.blocks import cache_slots
 from clif.engine.sampling import make_rng
 from clif.engine.scheduler import Chunk
@@ -145,7 +145,7 @@ class BatchBuilder:
         by_size: dict[int, list[DecodeRow]] = defaultdict(list)
         for sequence in decoding:
             by_size[bucket(sequence.length)].append(sequence)
-        return (make_group(members, self._block_size, self._dtype, self._device) for members in by_size.values())
+        return (make_decode_group(members, self._block_size, self._dtype, self._device) for members in by_size.values())
 
     def _index(self, values: list[int]) -> torch.Tensor:
         return send_ints(values, self._device)
