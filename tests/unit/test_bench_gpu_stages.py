@@ -120,6 +120,7 @@ def without(tmp_path: Path, *packages: str) -> dict[str, str]:
     return env
 
 
+@pytest.mark.slow
 def test_a_machine_without_what_only_other_models_and_launchers_need_runs_all_stages(tmp_path):
     about = gpu_stages.provenance(without(tmp_path, "gguf", "deepspeed", "mpi4py", "peft"), dry=True)
     assert "machine: " in about
