@@ -94,6 +94,7 @@ def test_compiling_ahead_is_ended_with_the_stages(tmp_path, monkeypatch):
     assert (tmp_path / "logs" / "ahead.log").read_bytes() == b""
 
 
+@pytest.mark.slow
 def test_every_job_that_compiles_ahead_reaches_its_kernel():
     command = [sys.executable, "benchmarks/gpu_ahead.py", "--dry"]
     done = subprocess.run(command, cwd=gpu_stages.REPO, capture_output=True, text=True, timeout=120)

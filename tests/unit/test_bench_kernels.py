@@ -134,6 +134,7 @@ def run_dry(environment: dict[str, str], *command: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_the_tuner_runs_dry_from_a_checkout_that_is_not_installed(
     tmp_path: Path, not_installed: dict[str, str]
 ) -> None:
