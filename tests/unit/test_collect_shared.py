@@ -160,9 +160,9 @@ def test_pieces_of_a_file_are_bounded_and_in_order(run_dir: Path) -> None:
     assert ticks["step"].tolist() == list(range(100))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
-    rows=st.lists(st.integers(0, 15), max_size=6),
+    rows=st.lists(st.integers(0, 40), max_size=6),
     size=st.integers(2, 8),
     piece=st.sampled_from([1, 500, 5000]),
     broken=st.sets(st.integers(0, 6)),

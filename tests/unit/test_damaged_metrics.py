@@ -81,7 +81,7 @@ def damage(run_dir: Path, whole: Path, seed: int) -> Path:
 
 
 def test_what_is_read_of_a_damaged_file_can_be_relied_on(run_dir, whole, impatient):
-    for seed in range(40):
+    for seed in range(100):
         file = damage(run_dir, whole, seed)
         for part in read(Source(file, -1, 0)):
             if isinstance(part, Problem):

@@ -89,7 +89,7 @@ def test_any_number_of_rows_of_any_kind_will_do(lengths: tuple[tuple[int, int | 
     assert violations(batch, compute(batch)) == []
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(st.tuples(st.integers(0, 20), st.sampled_from([None, 0, 1, 2])), max_size=4),
     st.integers(0, 20),
@@ -200,7 +200,7 @@ def test_equal_input_gives_equal_bits_and_the_counters_go_back_to_zero() -> None
     batch = random_batch(random_layer([64, 32], 64, 8, dtype=torch.bfloat16), MIXED)
     using = launcher()
     first = compute(batch, using)
-    for _ in range(2):
+    for _ in range(3):
         assert not using.workspace().tickets.any()
         again = compute(batch, using)
         for name in ("y", "grad_x", "grad_a", "grad_b"):
