@@ -21,6 +21,7 @@ from clif.kernels.dual_lora_reference import Segment
 from clif.kernels.paged_decode_table import DecodeRow, DecodeTable
 from clif.models.dual_linear import LoraRows
 from clif.models.head import top
+from clif.models.layer_ops import CacheRows
 
 VARIANTS = ("base", "torch", "triton")
 """Low-rank part of the captured step: none, by torch's products, by the dual LoRA kernel."""
@@ -34,12 +35,14 @@ class DecodePlan:
     table: DecodeTable
     written: torch.Tensor
 
+    def cache_rows(self, layer: int) -> CacheRows:
+        return CacheRows(self.bench.runner.cache.layers[layer], self.written)
+
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         runner = self.bench.runner
         cache = runner.cache.layers[layer]
-        cache.index_copy_(1, self.written, torch.cat((key, value), 1).transpose(0, 1))
         out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
         assert runner.paged is not None, "the decode kernel is needed: engine.decode_kernel=triton"
         runner.paged.attend(query, cache, self.table, scale, out)

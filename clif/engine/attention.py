@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from clif.kernels.paged_decode_table import DecodeRow, DecodeTable
 from clif.kernels.staging import send_ints
 from clif.models.causal import CausalSequences
+from clif.models.layer_ops import CacheRows
 
 if TYPE_CHECKING:
     from clif.kernels.paged_decode_host import PagedDecode
@@ -81,12 +82,15 @@ class PagedRows:
     def __init__(self, cache: KVCache, layout: PagedLayout, paged: PagedDecode | None = None) -> None:
         self._cache, self._layout, self._paged = cache, layout, paged
 
+    def cache_rows(self, layer: int) -> CacheRows:
+        """The slots of the step's rows."""
+        return CacheRows(self._cache.layers[layer], self._layout.slot_mapping)
+
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """query [rows, heads, d], key and value [rows, kv_heads, d] -> [rows, heads * d]. Writes to the cache first."""
+        """query [rows, heads, d], key and value [rows, kv_heads, d] -> [rows, heads * d]. The cache has both."""
         layout, cache = self._layout, self._cache.layers[layer]
-        cache.index_copy_(1, layout.slot_mapping, torch.cat((key, value), 1).transpose(0, 1))
         out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
         if self._paged is not None and layout.table is not None:
             self._paged.attend(query, cache, layout.table, scale, out)

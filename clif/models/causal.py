@@ -67,6 +67,9 @@ class CausalSequences:
     def _index(self, values: list[int]) -> torch.Tensor:
         return send_ints(values, self._device)
 
+    def cache_rows(self, layer: int) -> None:
+        """Nothing is kept of these rows."""
+
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:

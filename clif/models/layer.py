@@ -18,6 +18,7 @@ import torch
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
 from clif.models.dual_linear import DualLinear, LoraRows
+from clif.models.layer_ops import CacheRows, HeadLayout, LayerOps, Rope
 from clif.models.mlp import GatedMlp
 from clif.models.shard import LinearShards, shard_linear
 from clif.models.spec import Experts, LayerSpec, LinearGroup
@@ -26,23 +27,18 @@ from clif.models.spec import Experts, LayerSpec, LinearGroup
 class AttentionPlan(Protocol):
     """How rows of one kind attend to each other and to the cache."""
 
+    def cache_rows(self, layer: int) -> CacheRows | None:
+        """Where a layer is to write the keys and values of these rows before they attend; None: nowhere."""
+        ...
+
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """query [rows, heads, head_dim], key and value [rows, kv_heads, head_dim] -> [rows, heads * head_dim]."""
+        """query [rows, heads, head_dim], key and value [rows, kv_heads, head_dim] -> [rows, heads * head_dim].
+
+        Query and key are rotated, and what belongs to the cache is there.
+        """
         ...
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary embedding of rows: cos and sin [rows, 1, head_dim], sin negative in its first half."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-    def turn(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotate x [rows, heads, head_dim]: x cos + rotate_half(x) sin. A roll swaps the halves."""
-        return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, -1), self.sin)
 
 
 @dataclass(frozen=True)
@@ -60,40 +56,36 @@ class DecoderLayer:
     Raises ConfigError for a layer of another architecture than the spec's.
     """
 
-    def __init__(self, module: Any, name: str, index: int, spec: LayerSpec, tp_group: TpGroup) -> None:
+    def __init__(self, module: Any, name: str, index: int, spec: LayerSpec, tp_group: TpGroup, ops: LayerOps) -> None:
         """With peers, the module is left no more than this rank's parts of its linear layers."""
         check_layer(module, spec)
         groups = {group.name: _merged(module, name, group, tp_group) for group in spec.linears}
         self.linears: tuple[DualLinear, ...] = tuple(groups.values())
-        outputs = {group.name: group.local_outputs(tp_group.rank, tp_group.size) for group in spec.linears}
-        self.index, self.head_dim = index, spec.attention.head_dim
-        self.qkv, self.out, self._qkv_sizes = groups["qkv"], groups["out"], outputs["qkv"]
-        self.mlp = GatedMlp(
-            groups["gate_up"], groups["down"], outputs["gate_up"], _part_of(module, spec.mlp.activation)
+        self.index, head_dim = index, spec.attention.head_dim
+        self.qkv, self.out = groups["qkv"], groups["out"]
+        self.mlp = GatedMlp(groups["gate_up"], groups["down"], ops.gate(_part_of(module, spec.mlp.activation)))
+        self._norm, self._mlp_norm = (ops.norm(_part_of(module, norm)) for norm in spec.norms)
+        q_norm, k_norm = (_part_of(module, norm) for norm in spec.attention.norms)
+        heads, kv_heads, _ = (
+            size // head_dim for size in spec.linear("qkv").local_outputs(tp_group.rank, tp_group.size)
         )
-        self._norm, self._mlp_norm = (_part_of(module, norm) for norm in spec.norms)
-        self._q_norm, self._k_norm = (_part_of(module, norm) for norm in spec.attention.norms)
-        self._scale: float = getattr(_part_of(module, spec.attention.module), "scaling", self.head_dim**-0.5)
+        norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
+        self._rotary = ops.rotary(HeadLayout(heads, kv_heads, head_dim, norms))
+        self._scale: float = getattr(_part_of(module, spec.attention.module), "scaling", head_dim**-0.5)
 
     def __call__(self, hidden: Sequence[torch.Tensor], sub_batches: Sequence[SubBatch]) -> list[torch.Tensor]:
         """hidden: [rows, hidden size] for each sub-batch; one that learns comes last."""
         rows = [sub_batch.rows for sub_batch in sub_batches]
-        qkv = self.qkv([self._norm(h) for h in hidden], rows)
+        hidden, normed = zip(*[self._norm(h) for h in hidden], strict=True)
+        qkv = self.qkv(normed, rows)
         attended = self.out([self._attend(x, sub_batch) for x, sub_batch in zip(qkv, sub_batches, strict=True)], rows)
-        hidden = [h + x for h, x in zip(hidden, attended, strict=True)]
-        narrow = self.mlp([self._mlp_norm(h) for h in hidden], rows)
-        return [h + x for h, x in zip(hidden, narrow, strict=True)]
+        hidden, normed = zip(*[self._mlp_norm(h, x) for h, x in zip(hidden, attended, strict=True)], strict=True)
+        return [h + x for h, x in zip(hidden, self.mlp(normed, rows), strict=True)]
 
     def _attend(self, qkv: torch.Tensor, sub_batch: SubBatch) -> torch.Tensor:
-        q_size, k_size, v_size = self._qkv_sizes
-        turned, value = qkv.split([q_size + k_size, v_size], -1)
-        turned = turned.unflatten(-1, (-1, self.head_dim))
-        heads = [q_size // self.head_dim, k_size // self.head_dim]
-        if self._q_norm is not None and self._k_norm is not None:
-            query, key = turned.split(heads, 1)
-            turned = torch.cat((self._q_norm(query), self._k_norm(key)), 1)
-        query, key = sub_batch.rope.turn(turned).split(heads, 1)
-        return sub_batch.plan.attend(self.index, query, key, value.unflatten(-1, (-1, self.head_dim)), self._scale)
+        plan = sub_batch.plan
+        query, key, value = self._rotary(qkv, sub_batch.rope, plan.cache_rows(self.index))
+        return plan.attend(self.index, query, key, value, self._scale)
 
 
 def check_layer(module: Any, spec: LayerSpec) -> None:

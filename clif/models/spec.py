@@ -147,6 +147,10 @@ class LayerSpec:
         """Of the linear layers, within the layer."""
         return tuple(module.name for group in self.linears for module in group.modules)
 
+    def linear(self, name: str) -> LinearGroup:
+        """The group of this name."""
+        return next(group for group in self.linears if group.name == name)
+
     def shards(self, rank: int, size: int) -> dict[str, tuple[ShardDim, Shard]]:
         """Cut side and part of each linear layer, by its name within the layer, on a rank among `size` of them."""
         return {

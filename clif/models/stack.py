@@ -12,7 +12,8 @@ from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
 from clif.models.dual_linear import DualLinear, LoraRows
 from clif.models.head import Head
-from clif.models.layer import AttentionPlan, DecoderLayer, Rope, SubBatch
+from clif.models.layer import AttentionPlan, DecoderLayer, SubBatch
+from clif.models.layer_ops import LayerOps, Rope, TorchOps
 from clif.models.spec import ModelSpec, spec_of
 
 
@@ -24,7 +25,11 @@ class CausalStack:
     share.
     """
 
-    def __init__(self, model: transformers.PreTrainedModel, tp_group: TpGroup | None = None) -> None:
+    def __init__(
+        self, model: transformers.PreTrainedModel, tp_group: TpGroup | None = None, ops: LayerOps | None = None
+    ) -> None:
+        """ops: what the layers compute their parts with; torch's if none are given."""
+        ops = ops or TorchOps()
         self.tp_group = tp_group = tp_group or TpGroup()
         self.spec = spec = spec_of(model.config)
         inner = check_model(model, spec)
@@ -35,8 +40,9 @@ class CausalStack:
         self.num_kv_heads = max(1, spec.layer.attention.kv_heads // tp_group.size)
         self.head_dim, self.vocab_size = spec.layer.attention.head_dim, spec.vocab_size
         self._layers = [
-            DecoderLayer(m, f"{spec.layers}.{i}", i, spec.layer, tp_group) for i, m in enumerate(inner.layers)
+            DecoderLayer(m, f"{spec.layers}.{i}", i, spec.layer, tp_group, ops) for i, m in enumerate(inner.layers)
         ]
+        self._norm = ops.norm(inner.norm)
         head: Any = model.get_output_embeddings()
         self.head = Head(head, self.vocab_size, head.weight is inner.embed_tokens.weight, tp_group)
 
@@ -72,7 +78,7 @@ class CausalStack:
 
     def norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """The last norm, which comes before the head."""
-        return self._inner.norm(hidden)
+        return self._norm(hidden)[1]
 
     def logits(self, normed: torch.Tensor) -> torch.Tensor:
         """Logits [rows, vocabulary] of chosen rows: the head is a tenth to a quarter of the linear work.

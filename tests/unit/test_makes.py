@@ -14,7 +14,8 @@ from model_folders import SMALL, saved, shaped
 
 from clif.config import ConfigError, ModelConfig
 from clif.models.base_weight import Dense
-from clif.models.layer import DecoderLayer, Rope
+from clif.models.layer import DecoderLayer
+from clif.models.layer_ops import Rope, TorchNorm
 from clif.models.proof import Expected, ask_ends, check_architecture, compare
 from clif.models.stack import CausalStack
 from clif.models.weights import loading
@@ -171,7 +172,7 @@ def test_one_layer_of_a_deep_model_in_bfloat16_that_computes_something_else_is_f
         for linear in (layer.out, layer.mlp.down):
             linear.base = Dense(linear.base.weight * 0.8, linear.base.bias)
     elif part == "norm":
-        layer._mlp_norm = torch.nn.Identity()
+        layer._mlp_norm = TorchNorm(torch.nn.Identity())
     elif part == "query":
         layer._scale *= 3.0
     else:

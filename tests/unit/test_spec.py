@@ -16,6 +16,7 @@ from clif.errors import ConfigError
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import LoraRows
 from clif.models.layer import DecoderLayer, check_layer
+from clif.models.layer_ops import TorchOps
 from clif.models.shard import Shard
 from clif.models.spec import FAMILIES, Experts, Features, LayerSpec, LinearGroup, LinearModule, spec_of
 
@@ -81,7 +82,7 @@ def test_a_layer_with_one_weight_for_query_key_and_value_computes_the_same_and_h
     qkv.weight.data = torch.cat([p.weight for p in parts])
     module.self_attn.qkv_proj = qkv
     del module.self_attn.q_proj, module.self_attn.k_proj, module.self_attn.v_proj
-    layer = DecoderLayer(module, "model.layers.0", 0, fused(spec.layer), TpGroup())
+    layer = DecoderLayer(module, "model.layers.0", 0, fused(spec.layer), TpGroup(), TorchOps())
     ids = torch.arange(5, 25)
     rows = stack.sub_batch(LoraRows(len(ids)), torch.arange(len(ids)), CausalSequences([len(ids)], ids.device))
     hidden = stack.embed(ids)

@@ -1,0 +1,180 @@
+"""What a decoder layer computes between its products: norms, the rotation of heads, the gate of the MLP.
+
+A layer makes each part once, from the ops of its device (clif/models/backends.py), and calls it without asking which.
+Here are the parts as torch computes them, anywhere.
+
+Sources: rotary embeddings (Su et al. 2021); RMSNorm (Zhang and Sennrich 2019); SwiGLU (Shazeer 2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+class CacheRows(NamedTuple):
+    """Where one layer keeps the keys and values of rows: cache [2 * kv_heads, slots, head_dim], keys first, and the
+    slot of each row, slots [rows]."""
+
+    cache: torch.Tensor
+    slots: torch.Tensor
+
+    def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """key, value: [rows, kv_heads, head_dim]."""
+        self.cache.index_copy_(1, self.slots.long(), torch.cat((key, value), 1).transpose(0, 1))
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding of rows: cos and sin [rows, 1, head_dim], sin negative in its first half."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def turn(self, x: torch.Tensor) -> torch.Tensor:
+        """Rotate x [rows, heads, head_dim]: x cos + rotate_half(x) sin. A roll swaps the halves."""
+        return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, -1), self.sin)
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """How a row of the merged projection is laid out: query heads, KV heads of keys, as many of values.
+
+    norms: modules that normalise each head of query and key; None: neither is normalised.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norms: tuple[Any, Any] | None
+
+
+class Norm(Protocol):
+    """A norm, and the residual add before it."""
+
+    def __call__(self, hidden: torch.Tensor, added: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden and added [rows, hidden size] -> their sum, or hidden without `added`, and that normalised."""
+        ...
+
+
+class Rotary(Protocol):
+    """The heads of a merged projection, rotated and written to the cache."""
+
+    def __call__(
+        self, qkv: torch.Tensor, rope: Rope, to: CacheRows | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """qkv [rows, (heads + 2 kv_heads) * head_dim] -> query [rows, heads, head_dim], and key and value [rows,
+        kv_heads, head_dim]. Query and key are rotated, and key and value are in the cache, if there is one."""
+        ...
+
+
+class LayerOps(Protocol):
+    """Makes the parts of a layer for one type of device."""
+
+    def norm(self, module: Any) -> Norm:
+        """module: transformers' norm."""
+        ...
+
+    def rotary(self, layout: HeadLayout) -> Rotary: ...
+
+    def gate(self, activation: Activation) -> Activation:
+        """[rows, gate | up] -> activation(gate) * up [rows, inner]."""
+        ...
+
+
+class TorchOps:
+    """Every part by torch's operators, on any device."""
+
+    def norm(self, module: Any) -> Norm:
+        return TorchNorm(module)
+
+    def rotary(self, layout: HeadLayout) -> Rotary:
+        return TorchRotary(layout)
+
+    def gate(self, activation: Activation) -> Activation:
+        return TorchGate(activation)
+
+
+@dataclass(frozen=True)
+class TorchNorm:
+    """Any norm: `module` computes it."""
+
+    module: Any
+
+    def __call__(self, hidden: torch.Tensor, added: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        if added is not None:
+            hidden = hidden + added
+        return hidden, self.module(hidden)
+
+
+@dataclass(frozen=True)
+class TorchRotary:
+    """Any rotation: `Rope.turn` computes it."""
+
+    layout: HeadLayout
+
+    def __call__(
+        self, qkv: torch.Tensor, rope: Rope, to: CacheRows | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        heads, kv_heads, head_dim, norms = (
+            self.layout.heads,
+            self.layout.kv_heads,
+            self.layout.head_dim,
+            self.layout.norms,
+        )
+        turned, value = qkv.split([(heads + kv_heads) * head_dim, kv_heads * head_dim], -1)
+        turned = turned.unflatten(-1, (-1, head_dim))
+        if norms is not None:
+            query, key = turned.split([heads, kv_heads], 1)
+            turned = torch.cat((norms[0](query), norms[1](key)), 1)
+        query, key = rope.turn(turned).split([heads, kv_heads], 1)
+        value = value.unflatten(-1, (-1, head_dim))
+        if to is not None:
+            to.write(key, value)
+        return query, key, value
+
+
+class TorchGate:
+    """Any activation; the gradient of silu is written in one piece."""
+
+    def __init__(self, activation: Activation) -> None:
+        self.activation, self.is_silu = activation, is_silu(activation)
+
+    def __call__(self, wide: torch.Tensor) -> torch.Tensor:
+        if self.is_silu and wide.requires_grad:
+            gated: torch.Tensor = _SwiGLU.apply(wide)
+            return gated
+        gate, up = wide.chunk(2, -1)
+        return self.activation(gate) * up
+
+
+def is_silu(activation: Activation) -> bool:
+    """Whether an activation computes x / (1 + exp(-x))."""
+    probe = torch.linspace(-4, 4, 64)
+    return torch.equal(activation(probe), nn.functional.silu(probe))
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of [rows, gate and up]: keeps its input alone, and its gradient is written in one piece."""
+
+    @staticmethod
+    def forward(ctx: Any, wide: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(wide)
+        gate, up = wide.chunk(2, -1)
+        return nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        (wide,) = ctx.saved_tensors
+        gate, up = wide.chunk(2, -1)
+        grad = torch.empty_like(wide)
+        grad_gate, grad_up = grad.chunk(2, -1)
+        torch.mul(nn.functional.silu(gate), gradients[0], out=grad_up)
+        grad_gate.copy_(torch.ops.aten.silu_backward(gradients[0] * up, gate))
+        return grad
