@@ -34,7 +34,7 @@ class Section(BaseModel):
         """Refuse true, which would pass for 1, and text that no file system, file or terminal accepts."""
         name = info.field_name or ""
         kind = cls.model_fields[name].annotation
-        if isinstance(value, bool) and kind is not bool:
+        if isinstance(value, bool) and kind is not bool and True not in get_args(kind):
             raise ValueError(f"{name} is {str(value).lower()}: give a value, not true or false")
         if isinstance(value, str):
             _check_text(name, value)

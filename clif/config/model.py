@@ -72,9 +72,14 @@ class EngineConfig(Section):
     Triton's interpreter). `auto`: `triton` on a GPU that can run it, otherwise `torch`."""
     max_prefill_tokens: Positive = 512
     """[tokens] Prompt tokens computed in one step at most; longer prompts go in chunks."""
-    overlap: bool = False
+    overlap: Literal["auto", True, False] = "auto"
     """Launch a step before the tokens of the one before are read: a GPU need not wait for the host, a CPU gains
-    nothing. Answers do not change; ends are seen a step later, and what a request holds is held that much longer."""
+    nothing. Answers do not change; ends are seen a step later, and what a request holds is held that much longer.
+    `auto`: true on a GPU."""
+    graphs: Literal["auto", "off"] = "auto"
+    """Capture the steps in which all requests continue an answer, and the layers of training, as CUDA graphs when the
+    replica starts: a launch of the whole step costs as much as that of one operation. `auto`: on a GPU with the Triton
+    kernels, for replicas of one rank. `off`: for debugging. See [gpu.md](gpu.md)."""
     coserving: CoservingMode = CoservingMode.AUTO
     """`fused`: training forwards share the products of serving steps. `concurrent`: training slices run on half of the
     rank's CPU threads. `interleaved`: slices between steps. `auto`: `fused` on a GPU; on a CPU `concurrent` with

@@ -104,6 +104,7 @@ RELEVANCE: dict[str, Needs] = {
     "engine.decode_kernel": (SERVES,),
     "engine.max_prefill_tokens": (SERVES,),
     "engine.overlap": (SERVES,),
+    "engine.graphs": (GPU,),
     "engine.coserving": (TRAINS, LOAD, ADAPTS),
     "engine.slice_ms": (TRAINS,),
     "engine.concurrent_slice_ms": (

@@ -55,6 +55,7 @@ def build_engine(config: Config, base: Base, tp_group: TpGroup | None = None) ->
         Scheduler(config.engine, slots, tokenizer.eos_ids, tokenizer.decode),
         TrainingHalf(make_strategy(coserving, config), JobQueue(thread), shared=tp_group.size > 1),
         tp_group,
+        overlap=base.loaded.device.type == "cuda" if config.engine.overlap == "auto" else config.engine.overlap,
     )
 
 

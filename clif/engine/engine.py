@@ -55,13 +55,14 @@ class Launched:
 
 @dataclass
 class Engine:
-    """Serves and learns. record: what the last step did."""
+    """Serves and learns. overlap: launch a step before the one before is settled. record: what the last step did."""
 
     runner: ModelRunner
     scheduler: Scheduler
     training_half: TrainingHalf
     tp_group: TpGroup = field(default_factory=TpGroup)
     clock: Callable[[], float] = time.monotonic
+    overlap: bool = False
     record: StepRecord = field(default_factory=StepRecord)
     _launched: Launched | None = None
 
@@ -137,7 +138,7 @@ class Engine:
 
     def serve(self, plan: StepPlan = NO_TRAINING) -> list[TokenEvent]:
         """One step over all running requests: schedule, fill, forward, settle."""
-        return self._overlapped_step(plan) if self.config.overlap else self._normal_step(plan)
+        return self._overlapped_step(plan) if self.overlap else self._normal_step(plan)
 
     def _normal_step(self, plan: StepPlan) -> list[TokenEvent]:
         chunks = self.scheduler.schedule()
@@ -178,7 +179,7 @@ class Engine:
     def _settle(self, step: Launched) -> list[TokenEvent]:
         tokens, now = step.tokens.read(), self.clock()
         # With overlap other work of the host lies between launch and settle, so the device's own time is measured.
-        self._note(step, step.tokens.seconds() if self.config.overlap else now - step.start)
+        self._note(step, step.tokens.seconds() if self.overlap else now - step.start)
         return self.scheduler.settle(step.chunks, tokens, now)
 
     def _note(self, step: Launched, seconds: float) -> None:

@@ -1,0 +1,79 @@
+"""Regions of device work that are captured once and launched again, with other contents of their buffers.
+
+What a captured region must keep to: it reads nothing from the device on the host, makes no tensor from Python values,
+and its shapes never change. Whatever differs between two launches lies in tensors that were there before it was
+captured. CheckedRecorder (clif/engine/checked_capture.py) proves this on a CPU.
+
+Sources: CUDA graphs as torch has them (torch.cuda.CUDAGraph).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+
+T_co = TypeVar("T_co", covariant=True)
+T = TypeVar("T")
+WARM_UPS = 3
+"""Runs before a capture: kernels are compiled and loaded, libraries allocate their workspaces."""
+
+
+class Captured(Protocol[T_co]):
+    """A captured region. result: what it returned; the same tensors at every launch, with new contents."""
+
+    @property
+    def result(self) -> T_co: ...
+
+    def replay(self) -> None:
+        """Launch it on the current stream. Does not wait for the device."""
+        ...
+
+
+class Recorder(Protocol):
+    """Captures regions of one device.
+
+    What is captured later may overwrite temporaries of what was captured before, so that two of them must not run at
+    the same time. Results are never overwritten by another region.
+    """
+
+    def capture(self, region: Callable[[], T]) -> Captured[T]:
+        """Run the region a few times, and capture it. Its effects on tensors from outside do happen."""
+        ...
+
+
+@dataclass(frozen=True)
+class CudaGraph(Generic[T]):
+    """A captured region as one CUDA graph."""
+
+    graph: torch.cuda.CUDAGraph
+    result: T
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class CudaRecorder:
+    """CUDA graphs with one memory pool.
+
+    stream: where regions are captured; their kernels keep its priority wherever they are launched.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def capture(self, region: Callable[[], T]) -> CudaGraph[T]:
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM_UPS):
+                region()
+        graph = torch.cuda.CUDAGraph()
+        # Threads of NCCL ask the device for events at any time, which a stricter mode takes for an error.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            result = region()
+        current.wait_stream(self._stream)
+        return CudaGraph(graph, result)

@@ -1,0 +1,201 @@
+"""The rules of a captured region, checked on a CPU: for tests, and for dry runs of what needs a GPU.
+
+A region is run under the rules, and once more for each launch. It breaks them if it reads a tensor on the host, makes
+one from Python values, needs other operators, shapes or constants than before, or reads a tensor from outside that was
+not there when it was captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+T = TypeVar("T")
+READS = frozenset(
+    ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "__contains__")
+)
+"""Methods of a tensor that wait for the device and read it."""
+MAKES = frozenset(("tensor", "as_tensor", "asarray", "from_numpy", "frombuffer", "scalar_tensor"))
+"""Functions of torch that make a tensor from values of the host."""
+BY_CONTENT = frozenset(
+    (
+        "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::masked_select",
+        "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::bincount", "aten::lift_fresh",
+        "aten::repeat_interleave.Tensor",
+    )
+)  # fmt: skip
+"""Operators that need contents of a tensor on the host, or whose shapes depend on them."""
+
+
+class CaptureError(RuntimeError):
+    """A region does what cannot be captured."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator that a region dispatched. inputs, outputs: shapes and types; constants: all other arguments.
+
+    outside: addresses of inputs that were not made in the region. view: it launches no kernel.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    constants: str
+    outside: tuple[int, ...]
+    view: bool
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(self.inputs)}) -> {', '.join(self.outputs)}"
+
+
+class CaptureRules:
+    """Runs regions under the rules. operators: what the last one dispatched, in order."""
+
+    def __init__(self) -> None:
+        self.operators: list[Operator] = []
+
+    def run(self, region: Callable[[], T]) -> T:
+        """What the region returns. Raises CaptureError."""
+        self.operators = []
+        with _NoHost(), _Watch(self.operators):
+            return region()
+
+    @property
+    def kernels(self) -> list[Operator]:
+        """Operators that launch a kernel on a GPU, at least one each."""
+        return [operator for operator in self.operators if not operator.view]
+
+
+class _NoHost(TorchFunctionMode):
+    """Refuses what never becomes an operator."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in READS and getattr(torch.Tensor, name, None) is func:
+            raise CaptureError(f"{name}() reads a tensor on the host")
+        if name in MAKES and getattr(torch, name, None) is func:
+            raise CaptureError(f"torch.{name}() makes a tensor from values of the host")
+        return func(*args, **(kwargs or {}))
+
+
+class _Watch(TorchDispatchMode):
+    """Writes operators down, and refuses those that depend on contents."""
+
+    def __init__(self, operators: list[Operator]) -> None:
+        super().__init__()
+        self._operators = operators
+        # Kept until the end: an address that is free again would make a tensor from outside look like one from inside.
+        self._made: list[torch.Tensor] = []
+        self._inside: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func._schema.name
+        full = f"{name}.{func._schema.overload_name}" if func._schema.overload_name else name
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        by_mask = name in ("aten::index", "aten::index_put", "aten::index_put_") and any(
+            leaf.dtype in (torch.bool, torch.uint8) for leaf in inputs[1:]
+        )
+        if name in BY_CONTENT or full in BY_CONTENT or by_mask:
+            raise CaptureError(f"{name} needs the contents of a tensor on the host")
+        outside = tuple(leaf.data_ptr() for leaf in inputs if self._address(leaf) not in self._inside)
+        out = func(*args, **kwargs)
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        written = {id(leaf) for leaf in inputs}
+        view = _is_view(func)
+        if not view:
+            fresh = [leaf for leaf in outputs if id(leaf) not in written]
+            self._made += fresh
+            self._inside |= {self._address(leaf) for leaf in fresh}
+        constants = repr([leaf for leaf in tree_leaves((args, kwargs)) if not isinstance(leaf, torch.Tensor)])
+        self._operators.append(
+            Operator(full, tuple(map(_shape, inputs)), tuple(map(_shape, outputs)), constants, outside, view)
+        )
+        return out
+
+    @staticmethod
+    def _address(tensor: torch.Tensor) -> int:
+        return tensor.untyped_storage().data_ptr()
+
+
+def _is_view(func: Any) -> bool:
+    """Whether what comes out lies in the memory of what goes in, unchanged."""
+    returned = [value.alias_info for value in func._schema.returns]
+    name = func._schema.name
+    return name in ("aten::detach", "aten::_reshape_alias", "aten::empty", "aten::empty_like", "aten::new_empty") or (
+        bool(returned) and all(alias is not None and not alias.is_write for alias in returned)
+    )
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+@dataclass(eq=False)
+class CheckedRegion(Generic[T]):
+    """A region that runs again at each launch, and has to do the same operations as when it was captured."""
+
+    region: Callable[[], T]
+    result: T
+    operators: list[Operator]
+    rules: CaptureRules = field(default_factory=CaptureRules)
+    replays: int = 0
+
+    def replay(self) -> None:
+        """Raises CaptureError where the region would do something else than a graph of it."""
+        self.replays += 1
+        again = self.rules.run(self.region)
+        _compare(self.operators, self.rules.operators)
+        with torch.no_grad():
+            for static, new in zip(_tensors(self.result), _tensors(again), strict=True):
+                if static.data_ptr() != new.data_ptr():
+                    static.copy_(new)
+
+
+@dataclass(eq=False)
+class CheckedRecorder:
+    """Stands in for CUDA graphs on a CPU. regions: what was captured, in order."""
+
+    regions: list[CheckedRegion[Any]] = field(default_factory=list)
+
+    def capture(self, region: Callable[[], T]) -> CheckedRegion[T]:
+        """Raises CaptureError for a region that cannot be captured."""
+        rules = CaptureRules()
+        region()
+        result = rules.run(region)
+        self.regions.append(CheckedRegion(region, result, rules.operators))
+        return self.regions[-1]
+
+
+def _compare(first: list[Operator], again: list[Operator]) -> None:
+    for number, (a, b) in enumerate(zip(first, again, strict=False)):
+        if a != b:
+            raise CaptureError(f"operator {number}, {b}, {_difference(a, b)}")
+    if len(first) != len(again):
+        raise CaptureError(f"{len(again)} operators, {len(first)} when the region was captured")
+
+
+def _difference(a: Operator, b: Operator) -> str:
+    if str(a) != str(b):
+        return f"was {a} when the region was captured"
+    if a.constants != b.constants:
+        return f"has the constants {b.constants}, and had {a.constants}"
+    return "reads another tensor from outside than when the region was captured"
+
+
+def _tensors(result: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+
+@contextmanager
+def forbid_host_reads() -> Iterator[None]:
+    """Raises CaptureError for what reads a tensor on the host; shapes may change. For work that must not wait."""
+    with _NoHost(), _Watch([]):
+        yield

@@ -1,0 +1,93 @@
+"""What may be captured as a CUDA graph, and that the rules that a CPU checks find what may not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from clif.engine.checked_capture import CaptureError, CaptureRules, CheckedRecorder, forbid_host_reads
+
+BUFFER = torch.arange(12.0).view(4, 3)
+FORBIDDEN: dict[str, Callable[[], object]] = {
+    "float": lambda: float(BUFFER.sum()),
+    "bool": lambda: bool(BUFFER.sum() > 0),
+    "item": lambda: BUFFER.sum().item(),
+    "tolist": lambda: BUFFER.tolist(),
+    "cpu": lambda: BUFFER.cpu(),
+    "numpy": lambda: BUFFER.numpy(),
+    "a tensor from a list": lambda: torch.tensor([1, 2]),
+    "a tensor from a number": lambda: torch.as_tensor(1.5),
+    "a mask as index": lambda: BUFFER[BUFFER > 3],
+    "rows that are not zero": lambda: BUFFER.nonzero(),
+    "equal": lambda: torch.equal(BUFFER, BUFFER),
+}
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_what_reads_or_is_made_on_the_host_cannot_be_captured(what):
+    complaint = "reads a tensor on the host|from values of the host|needs the contents of a tensor"
+    with pytest.raises(CaptureError, match=complaint):
+        CheckedRecorder().capture(FORBIDDEN[what])
+    with pytest.raises(CaptureError, match=complaint), forbid_host_reads():
+        FORBIDDEN[what]()
+
+
+def test_a_replay_computes_with_what_its_buffers_hold_then():
+    buffer, weight, seen = torch.zeros(4, 3), torch.randn(3, 5), torch.zeros(4)
+
+    def region() -> torch.Tensor:
+        out = (buffer @ weight).relu()
+        seen.copy_(out.sum(1))
+        return out
+
+    captured = CheckedRecorder().capture(region)
+    first = captured.result
+    for _ in range(2):
+        buffer.normal_()
+        captured.replay()
+        assert captured.result is first and torch.equal(first, (buffer @ weight).relu())
+        assert torch.equal(seen, first.sum(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"rows": 3}, r"operator 0, aten::slice.*was aten::slice|has the constants"),
+        ({"factor": 2.0}, "has the constants"),
+        ({"table": torch.ones(4, 3)}, "reads another tensor from outside"),
+        ({"twice": True}, "5 operators, 4 when"),
+    ],
+)
+def test_a_replay_with_other_shapes_constants_or_tensors_is_refused(change, complaint):
+    state = {"rows": 2, "factor": 1.0, "table": torch.zeros(4, 3), "twice": False}
+
+    def region() -> torch.Tensor:
+        out = state["table"][: state["rows"]].mul(state["factor"]).add(BUFFER[: state["rows"]])
+        return out.neg() if state["twice"] else out
+
+    captured = CheckedRecorder().capture(region)
+    captured.replay()
+    state.update(change)
+    with pytest.raises(CaptureError, match=complaint):
+        captured.replay()
+
+
+def test_kernels_are_the_operators_that_are_no_views():
+    rules = CaptureRules()
+    rules.run(lambda: BUFFER.T.view(3, 4).unsqueeze(0)[:, 1:].mul(2.0).add_(1.0)[0])
+    assert [operator.name for operator in rules.kernels] == ["aten::mul.Tensor", "aten::add_.Tensor"]
+
+
+def test_a_backward_is_captured_apart_from_its_forward():
+    entry, weight = torch.randn(2, 3, requires_grad=True), torch.nn.Parameter(torch.randn(3, 3))
+    gradient, recorder = torch.ones(2, 3), CheckedRecorder()
+    forward = recorder.capture(lambda: (entry @ weight).relu())
+    backward = recorder.capture(lambda: torch.autograd.grad(forward.result, (entry, weight), gradient, True))
+    for _ in range(2):
+        gradient.normal_()
+        backward.replay()
+        expected = torch.autograd.grad((entry @ weight).relu(), (entry, weight), gradient)
+        for got, wanted in zip(backward.result, expected, strict=True):
+            assert torch.allclose(got, wanted)
