@@ -49,9 +49,9 @@ class Staged:
         self._turn = (self._turn + 1) % len(self._hosts)
 
 
-def send_ints(values: Sequence[int], device: torch.device) -> torch.Tensor:
-    """A new int64 tensor [values] on the device, for what has no fixed size; the host does not wait for its journey."""
+def send_ints(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """A new tensor [values] on the device, for what has no fixed size; the host does not wait for its journey."""
     if device.type != "cuda":
-        return torch.tensor(values, dtype=torch.int64, device=device)
+        return torch.tensor(values, dtype=dtype, device=device)
     # Pinned memory that is on its way is not given out again: torch's allocator of it sees to that.
-    return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
