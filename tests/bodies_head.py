@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 from bodies_tp import SAMPLES, counted, list_slices, shared_rig, shared_step
-from helpers import request
+from helpers import draws_of, request
 
 from clif.distributed.topology import Topology
 from clif.engine import sampling
-from clif.engine.sampling import make_rng
+from clif.engine.draws import Draws
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import LoraRows
 from clif.models.head import Head
 from clif.models.loss import head_loss
-from clif.types import Sampling
+from clif.types import Request, Sampling
 
 VOCABULARY = 301
 """No number of ranks divides it."""
@@ -58,27 +58,26 @@ def choices(topology: Topology) -> dict[str, Any]:
     for tied in (False, True):
         head = exact_head(topology, tied)
         logits = head(exact_rows(topology, broken=False))
-        rngs = [make_rng(request(i, [1], **vars_of(p)), topology.device) for i, p in enumerate(params)]
-        found[f"greedy, tied {tied}"] = choose(head, logits, [GREEDY] * 6, [None] * 6)
-        found[f"mixed, tied {tied}"] = [choose(head, logits, params, rngs) for _ in range(5)]
-        found[f"NaN row, tied {tied}"] = choose(head, head(exact_rows(topology, True)), [GREEDY] * 6, [None] * 6)
+        found[f"greedy, tied {tied}"] = choose(head, logits, None)
+        found[f"mixed, tied {tied}"] = [choose(head, logits, draws(topology, params, i)) for i in range(5)]
+        found[f"NaN row, tied {tied}"] = choose(head, head(exact_rows(topology, True)), None)
         found[f"whole, tied {tied}"] = head.whole(logits).cpu()
-        found[f"nobody, tied {tied}"] = choose(head, logits[:0], [], [])
+        found[f"nobody, tied {tied}"] = choose(head, logits[:0], None)
     for broken in (0, VOCABULARY // 2, VOCABULARY - 1):
         head = exact_head(topology, broken=broken)
-        found[f"NaN column {broken}"] = choose(head, head(exact_rows(topology, broken=False)), [GREEDY] * 6, [None] * 6)
+        found[f"NaN column {broken}"] = choose(head, head(exact_rows(topology, broken=False)), None)
     return found
 
 
-def vars_of(sampling: Sampling) -> dict[str, Any]:
-    return {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "seed")}
+def draws(topology: Topology, params: list[Sampling], position: int = 0) -> Draws | None:
+    requests = [Request(id=i, prompt=(1,), sampling=p) for i, p in enumerate(params)]
+    return draws_of(requests, VOCABULARY, position, topology.device.type)
 
 
 def draw_from_nan(topology: Topology) -> list[int]:
     """Of a row from which nobody can draw, beside a greedy one."""
     head = exact_head(topology)
-    rng = make_rng(request(0, [1], temperature=1.0), topology.device)
-    return choose(head, head(exact_rows(topology, broken=True))[1:3], [GREEDY, DRAWN[0]], [None, rng])
+    return choose(head, head(exact_rows(topology, broken=True))[1:3], draws(topology, [GREEDY, DRAWN[0]]))
 
 
 def losses(topology: Topology, tied: bool) -> dict[str, Any]:

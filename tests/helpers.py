@@ -12,9 +12,11 @@ from clif.adapters.bank import AdapterBank
 from clif.adapters.slots import SlotTable
 from clif.config import Config, config_from_tree
 from clif.distributed.collectives import TpGroup
+from clif.engine.draws import Draws, DrawTable
 from clif.engine.engine import Engine
 from clif.engine.jobs import Slices
 from clif.engine.runner import ModelRunner
+from clif.engine.scheduler import Chunk, Sequence
 from clif.kernels.dual_lora_reference import Segment
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import LoraRows
@@ -135,6 +137,13 @@ def request(id: int, prompt: list[int], **sampling: object) -> Request:
 
 def answer(events: list[TokenEvent]) -> list[int]:
     return [token for event in events for token in event.tokens]
+
+
+def draws_of(requests: list[Request], vocab_size: int, position: int = 0, device: str = "cpu") -> Draws | None:
+    """The draws of a step in which each request gets its answer's token at this position."""
+    stops = [len(r.prompt) + position for r in requests]
+    chunks = [Chunk(Sequence(r, 0.0, [*r.prompt]), s - 1, s, True) for r, s in zip(requests, stops, strict=True)]
+    return DrawTable(len(chunks), vocab_size, torch.device(device)).fill(chunks)
 
 
 def tp_group_of(rank: int, size: int) -> TpGroup:

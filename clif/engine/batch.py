@@ -16,7 +16,7 @@ import torch
 from clif.config import EngineConfig
 from clif.engine.attention import DecodeGroup, PagedLayout, PromptChunk, make_decode_group, past_mask
 from clif.engine.blocks import cache_slots
-from clif.engine.sampling import make_rng
+from clif.engine.draws import Draws, DrawTable
 from clif.engine.scheduler import Chunk
 from clif.kernels.dual_lora_reference import Segment
 from clif.kernels.dual_lora_table import RowTables
@@ -24,7 +24,6 @@ from clif.kernels.paged_decode_table import DecodeRow, DecodeTables
 from clif.kernels.staging import Staged, send_ints
 from clif.models.causal import CausalSequences, bucket
 from clif.models.dual_linear import LoraRows
-from clif.types import Sampling
 
 FIELDS = 4
 """Integers of a row: token id, position, cache slot, and the index of its id among the last step's tokens."""
@@ -37,8 +36,8 @@ class Batch:
     """The input of forward(): rows of all chunks, one chunk after the other. Valid until the next fill.
 
     ids, positions [rows]. sources [rows]: which of the last step's tokens is a row's id, KNOWN where `ids` has it; None
-    where all ids are known. ends [chunks that sample]: the rows whose logits choose a token, with the parameters and
-    random numbers of each.
+    where all ids are known. ends [chunks that sample]: the rows whose logits choose a token; draws: of those that are
+    not greedy, None if all are.
     """
 
     chunks: Sequence[Chunk]
@@ -48,35 +47,31 @@ class Batch:
     ends: torch.Tensor
     rows: LoraRows
     layout: PagedLayout
-    params: list[Sampling]
-    rngs: list[torch.Generator | None]
+    draws: Draws | None
 
 
 class BatchBuilder:
     """Fills batches for one device. dtype: of the scores that attention computes without the paged kernel."""
 
     def __init__(self, config: EngineConfig, vocab_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        self._block_size, self._vocab_size, self._device = config.block_size, vocab_size, device
+        self._block_size, self._device = config.block_size, device
         self._dtype = dtype
         # A row for each answer, and the prompts of a step.
         self._capacity = config.max_batch + config.max_prefill_tokens
         self._staged = Staged.zeros(FIELDS * self._capacity + config.max_batch, torch.int64, device)
         self._tables = DecodeTables(config.block_size, device)
         self._row_tables = RowTables(device)
+        self._draws = DrawTable(config.max_batch, vocab_size, device)
 
     def fill(self, chunks: Sequence[Chunk], paged: bool) -> Batch:
         """The batch of these chunks, which lie sorted by adapter slot. paged: its decode rows are for the kernel."""
-        sampling = [chunk.sequence for chunk in chunks if chunk.needs_sampling]
-        for sequence in sampling:
-            if sequence.rng is None:
-                drawn = len(sequence.output_ids)
-                sequence.rng = make_rng(sequence.request, self._device, drawn, self._vocab_size)
+        sampling = [chunk for chunk in chunks if chunk.needs_sampling]
         rows, ends, late = self._fill_rows(chunks)
         segments = tuple(_segments(chunks))
         self._row_tables.refill(segments, rows.shape[1])
         # After the rows, which need the index of each sequence among the tokens of the step before.
-        for i, sequence in enumerate(sampling):
-            sequence.sampled_at = i
+        for i, chunk in enumerate(sampling):
+            chunk.sequence.sampled_at = i
         return Batch(
             chunks,
             rows[0],
@@ -85,8 +80,7 @@ class BatchBuilder:
             ends,
             LoraRows(rows.shape[1], segments, tables=self._row_tables),
             self._layout(chunks, rows[2], paged),
-            [sequence.request.sampling for sequence in sampling],
-            [sequence.rng for sequence in sampling],
+            self._draws.fill(sampling),
         )
 
     def _fill_rows(self, chunks: Sequence[Chunk]) -> tuple[torch.Tensor, torch.Tensor, bool]:

@@ -61,7 +61,7 @@ class ModelRunner:
         sub_batch = self.stack.sub_batch(batch.rows, batch.positions, attention)
         hidden = self._layers(self.stack.embed(ids), sub_batch, fused)
         logits = self.stack.head(self.stack.norm(hidden[batch.ends]))
-        tokens = choose(self.stack.head, logits, batch.params, batch.rngs)
+        tokens = choose(self.stack.head, logits, batch.draws)
         # A sequence without a token ends; until that is known, its next row needs some id.
         self._last_tokens[: len(tokens)] = tokens.clamp_min(0)
         sampled.send(tokens)

@@ -6,76 +6,90 @@ import time
 
 import torch
 
-from clif.models.head import Head, or_none, top
-from clif.types import NO_TOKEN, Request, Sampling
+from clif.engine.draws import Draws
+from clif.models.head import Head
+from clif.types import NO_TOKEN
+
+ONE = 2.0**42
+"""The weight of the likeliest token of a row. Those of 2^20 tokens can be added up in an int64."""
 
 
-def make_rng(request: Request, device: torch.device, drawn: int = 0, vocabulary: int = 1) -> torch.Generator | None:
-    """A request's own random numbers: its answer does not depend on the rest of the batch. None when greedy.
+def choose(head: Head, logits: torch.Tensor, draws: Draws | None) -> torch.Tensor:
+    """One token id per row, the same on all peers. logits: [rows, this rank's columns]. Collective.
 
-    drawn: tokens of a vocabulary of this size that it has drawn already, on another replica.
+    NO_TOKEN where the logits are not finite. draws: of the rows that are not greedy, None if all are. Nothing here
+    waits for the device.
     """
-    if request.sampling.temperature == 0:
-        return None
-    seed = request.sampling.seed if request.sampling.seed is not None else request.id
-    rng = torch.Generator(device=device).manual_seed(seed)
-    even = torch.ones(vocabulary, device=device) if drawn else None
-    for _ in range(drawn):
-        # The numbers that a draw takes depend on the size of the vocabulary alone.
-        torch.multinomial(even, 1, generator=rng)  # type: ignore[arg-type]
-    return rng
-
-
-def choose(
-    head: Head, logits: torch.Tensor, params: list[Sampling], rngs: list[torch.Generator | None]
-) -> torch.Tensor:
-    """One token id per sequence, the same on all peers. logits: [sequences, this rank's columns]. Collective.
-
-    NO_TOKEN where the logits are not finite. While all are greedy, only the best of each rank crosses the wire.
-    Otherwise all peers get whole rows, and the leader's draws count. Nothing here waits for the device.
-    """
-    if not params:
+    if not len(logits):
         return logits.new_zeros(0, dtype=torch.int64)
-    if all(rng is None for rng in rngs):
-        return head.best(logits)
-    return head.tp_group.broadcast_(sample(head.whole(logits), params, rngs))
+    tokens = head.best(logits)
+    return tokens if draws is None else draw_(head, tokens, logits, draws)
 
 
-def sample(logits: torch.Tensor, params: list[Sampling], rngs: list[torch.Generator | None]) -> torch.Tensor:
-    """logits: [sequences, vocabulary]. Returns one token id per sequence, NO_TOKEN where they are not finite."""
-    tokens = or_none(*top(logits))
-    for i, (p, rng) in enumerate(zip(params, rngs, strict=True)):
-        if rng is not None:
-            broken = tokens[i] == NO_TOKEN
-            # NaN allows no draw: zeros stand in, and the request ends without this token.
-            probabilities = distribution(logits[i].float().masked_fill(broken, 0.0), p)
-            drawn = torch.multinomial(probabilities, 1, generator=rng)[0]
-            tokens[i] = torch.where(broken, tokens[i], drawn)
-    return tokens
+def draw_(head: Head, tokens: torch.Tensor, logits: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """Overwrite greedy tokens [rows] by drawn ones where `draws` says so. logits as in choose(). Collective.
 
-
-def distribution(logits: torch.Tensor, params: Sampling) -> torch.Tensor:
-    """Probabilities [vocabulary] after temperature, then top_k, then top_p (the order of transformers).
-
-    logits: float32, the largest finite. Finite and of sum 1 for any temperature above 0 and any top_p: in float32 a
-    temperature of 1e-300 is 0, and a top_p of 1e-300 would leave no token.
+    All peers get whole rows of those that draw, and the leader's draws count. The number of launches does not depend
+    on the number of rows, and nothing waits for the device. The shapes do depend on it: no captured graph holds this,
+    but what a graph left may be read and overwritten here.
     """
-    limits = torch.finfo(logits.dtype)
+    drawn = sample(head.whole(logits.index_select(0, draws.rows)), draws)
+    return head.tp_group.broadcast_(tokens.index_copy_(0, draws.rows, drawn))
+
+
+def sample(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """A token id, or NO_TOKEN, for each row [drawing, vocabulary], in the order of `draws`.
+
+    It is the first token at which the sum of all weights so far exceeds the random share of the row's total. A token
+    without weight is never chosen. A row's token does not depend on the rows beside it.
+    """
+    weights, broken = weigh(logits, draws)
+    sums = weights.cumsum(1)
+    total = sums[:, -1:]
+    # Rounding must not reach the total: behind it lies no token.
+    share = torch.minimum((draws.uniform[:, None] * total).long(), total - 1)
+    return torch.searchsorted(sums, share, right=True)[:, 0].masked_fill(broken, NO_TOKEN)
+
+
+def weigh(logits: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [drawing, vocabulary], in proportion to the probabilities; and which rows [drawing] are not finite.
+
+    After temperature, top_k and top_p, in the order of transformers. They are whole numbers: sums of these are exact
+    in any order, so that neither rows beside nor a device's way to add up change what is drawn. The likeliest token
+    has ONE, so that no row is without weight; one of less than 2^-42 of its probability has none. Rows that are not
+    finite have some weights, too: NaN allows no draw.
+    """
+    logits = logits.float()
+    largest = logits.amax(1, keepdim=True)
+    broken = ~largest.isfinite()
     # The largest becomes 0 first: a tiny temperature would make it infinite otherwise.
-    logits = (logits - logits.max()) / min(max(params.temperature, limits.tiny), limits.max)
-    if 0 < params.top_k < logits.numel():
-        smallest = logits.topk(params.top_k).values[-1]
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
-    probabilities = logits.softmax(dim=-1)
-    if params.top_p < 1:
-        ordered, index = probabilities.sort(descending=True)
-        # A token stays if those before it do not yet reach top_p: the one that crosses the line stays too.
-        outside = ordered.cumsum(0) - ordered >= params.top_p
-        outside[0] = False
-        # Not index[outside], whose length the host would wait for.
-        probabilities = probabilities.scatter(0, index, ordered.masked_fill(outside, 0.0))
-        probabilities = probabilities / probabilities.sum()
-    return probabilities
+    scaled = (logits - largest).div_(draws.temperature.float()[:, None]).masked_fill_(broken, 0.0)
+    weights = scaled.exp().mul_(ONE).long()
+    if draws.largest_k:
+        rows = draws.with_top_k
+        weights[rows].masked_fill_(_outside_top_k(scaled[rows], draws), 0)
+    if len(draws.top_p):
+        rows = draws.with_top_p
+        weights[rows].masked_fill_(_outside_top_p(scaled[rows], weights[rows], draws), 0)
+    return weights, broken[:, 0]
+
+
+def _outside_top_k(scaled: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """Tokens less likely than the k-th: what is equally likely stays."""
+    best = scaled.topk(draws.largest_k).values
+    return scaled < best.gather(1, draws.top_k[:, None] - 1)
+
+
+def _outside_top_p(scaled: torch.Tensor, weights: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """Tokens before which likelier ones reach top_p already: the one that crosses the line stays.
+
+    Of equally likely ones those with the smaller ids come first.
+    """
+    index = scaled.sort(dim=1, descending=True, stable=True).indices
+    ordered = weights.gather(1, index)
+    sums = ordered.cumsum(1)
+    outside = sums - ordered >= draws.top_p[:, None] * sums[:, -1:]
+    return torch.empty_like(outside).scatter_(1, index, outside)
 
 
 class SampledTokens:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from clif.adapters.slots import SlotTable
 from clif.config import EngineConfig
@@ -40,7 +39,6 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     last_s: float | None = None
-    rng: Any = None
     num_tokens_in_flight: int = 0
     num_steps_in_flight: int = 0
     sampled_at: int = -1

@@ -76,8 +76,8 @@ def test_there_is_one_all_reduce_per_attention_and_one_per_mlp_and_few_of_the_he
         assert found["greedy step"] == {"all_reduce_": 2 * layers + 1, "broadcast_bytes": 1}, (
             "the best of each rank, which nobody has to be told"
         )
-        assert found["step that draws"] == {"all_reduce_": 2 * layers + 1, "broadcast_": 1, "broadcast_bytes": 1}, (
-            "whole rows, and what was drawn"
+        assert found["step that draws"] == {"all_reduce_": 2 * layers + 2, "broadcast_": 1, "broadcast_bytes": 1}, (
+            "the best of each rank, whole rows of those that draw, and what was drawn"
         )
         blocks = -(-sum(sample.targets for sample in bodies_head.SAMPLES) // HEAD_ROWS["cpu"])
         # Nothing below the first layer's attention learns: its gradient goes no further down.

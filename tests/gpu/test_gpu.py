@@ -7,11 +7,12 @@ from pathlib import Path
 import bodies
 import pytest
 import torch
-from helpers import answer, finish, make_rig, random_state, request
+from helpers import answer, draws_of, finish, make_rig, random_state, request
 from ranks import run_ranks
 
 from clif.config import TrainConfig
 from clif.engine.jobs import Job
+from clif.engine.sampling import sample
 from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
 
@@ -72,6 +73,20 @@ def test_overlapped_steps_answer_as_normal_ones(model):
         assert rig.engine.scheduler.preemptions > 0 and rig.engine.scheduler.pool.used_tokens == 0
         answers.append([answer(events[i]) for i in range(6)])
     assert answers[0] == answers[1]
+
+
+def test_equal_logits_draw_the_same_tokens_as_on_a_cpu():
+    """A step of 40 rows with all filters: random numbers and sums are exact, and exponentials almost."""
+    logits = torch.randn(40, 5003, generator=torch.Generator().manual_seed(1)) * 3
+    filters = [{}, {"top_k": 20}, {"top_p": 0.8}, {"top_k": 50, "top_p": 0.9}]
+    requests = [request(i, [1], temperature=1.0, **filters[i % 4]) for i in range(len(logits))]
+    for position in range(5):
+        tokens = []
+        for device in ("cpu", "cuda"):
+            draws = draws_of(requests, 5003, position, device)
+            assert draws is not None
+            tokens.append(sample(logits.to(device)[draws.rows], draws).tolist())
+        assert tokens[0] == tokens[1]
 
 
 def test_a_step_is_launched_without_a_wait_for_the_gpu(model):

@@ -1,6 +1,7 @@
 """What the engine answered before its steps were cut in four, token for token: greedy and drawn, ends, versions.
 
-The answers in recorded_answers.json were written by that engine; RECORD=1 writes them anew.
+The greedy answers in recorded_answers.json were written by that engine, those that are drawn by the first one whose
+random numbers depend on seed and position alone; RECORD=1 writes them anew.
 """
 
 from __future__ import annotations

@@ -173,9 +173,10 @@ def test_an_answer_that_a_lost_replica_began_is_gone_on_with_as_if_nothing_had_b
     # The base can always be read, an adapter as long as somebody does.
     second.slots.acquire()
     second.fill(2, seed=9)
-    events = continued(second, asked, expected[:7], version)
-    assert answer(events) == expected[7:] and {e.version for e in events} == {version}
-    assert events[-1].finish is FinishReason.LENGTH
+    for begun in (1, 7, 19):
+        events = continued(second, asked, expected[:begun], version)
+        assert answer(events) == expected[begun:] and {e.version for e in events} == {version}
+        assert events[-1].finish is FinishReason.LENGTH
 
 
 def continued(rig: Rig, asked, begun: list[int], version: int) -> list:
