@@ -11,8 +11,7 @@ from clif.adapters.bank import AdapterBank, inject
 from clif.config import Config, EngineConfig
 from clif.distributed.collectives import TpGroup
 from clif.engine.runner import ModelRunner
-from clif.models.backends import choose_decode, choose_kernels
-from clif.models.causal import CausalSequences
+from clif.models.backends import choose_decode, choose_kernels, choose_varlen
 from clif.models.dual_linear import LoraRows
 from clif.models.proof import PROBE, ask_ends, compare, probe_ids
 from clif.models.stack import CausalStack
@@ -65,6 +64,7 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
             # Before it is sharded: shards are rounded before they are added, which is no fault of the architecture.
             compare(CausalStack(loaded.model), expected)
         stack = CausalStack(loaded.model, tp_group)
+        stack.varlen = choose_varlen(loaded.device, loaded.dtype, stack.head_dim)
         # The same first A on every replica: FedAvg averages factors, which makes sense from a common start only.
         torch.manual_seed(config.run.seed)
         bank = inject(stack, config.adapter)
@@ -83,7 +83,7 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
 def _probe(stack: CausalStack, loaded: LoadedModel) -> torch.Tensor:
     """Logits [vocabulary] after the probe, float32, by the base alone."""
     positions = torch.arange(PROBE, device=loaded.device)
-    sub_batch = stack.sub_batch(LoraRows(PROBE), positions, CausalSequences([PROBE], loaded.device))
+    sub_batch = stack.sub_batch(LoraRows(PROBE), positions, stack.sequences([PROBE]))
     ids = probe_ids(PROBE, stack.vocab_size, loaded.device)
     (hidden,) = stack.layers(0, stack.num_layers, [stack.embed(ids)], [sub_batch])
     return stack.logits(stack.norm(hidden[-1:]))[0].float()

@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from clif.config import ConfigError
 from clif.kernels.tuning import Defaults, TileTable, load_table, table_path
+from clif.models.varlen import Varlen, varlen_attention, varlen_fault
 
 if TYPE_CHECKING:
     from clif.kernels.dual_lora_host import KernelLauncher
@@ -91,6 +92,28 @@ def choose_decode(
     from clif.kernels.paged_decode_host import PagedDecode
 
     return PagedDecode(device)
+
+
+def choose_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> Varlen | None:
+    """Attention of prompts and of training rows in one launch; None: padded products. Waits for the device, once."""
+    obstacle = _varlen_obstacle(device, dtype, head_dim) or varlen_fault(device, dtype, head_dim)
+    log.info(
+        "attention of prompts and training: %s", "torch's varlen_attn" if obstacle is None else f"padded ({obstacle})"
+    )
+    return varlen_attention if obstacle is None else None
+
+
+def _varlen_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    if device.type != "cuda":
+        return f"a {device.type} has no varlen_attn"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"varlen_attn does not compute {dtype}"
+    if head_dim % 8 or head_dim > 256:
+        return f"varlen_attn does not compute heads of {head_dim} numbers"
+    if find_spec("torch.nn.attention.varlen") is None:
+        return f"torch {torch.__version__} has no varlen_attn"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
 
 
 def assert_supported(field: str, device: torch.device, dtype: torch.dtype, r: int = 1) -> None:

@@ -16,7 +16,6 @@ import torch
 
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
-from clif.models.causal import CausalSequences
 from clif.models.dual_linear import LoraRows
 from clif.models.guard import reading
 from clif.models.spec import SIZES, narrow_fields, spec_of
@@ -114,9 +113,7 @@ def compare(stack: CausalStack, expected: Expected, bound: float | None = None) 
                 f"{float(apart / change.float().norm()):.2g}): it is not supported, choose another model"
             )
 
-    sub_batch = stack.sub_batch(
-        LoraRows(len(expected.ids)), expected.positions, CausalSequences(expected.lengths, hidden[0].device)
-    )
+    sub_batch = stack.sub_batch(LoraRows(len(expected.ids)), expected.positions, stack.sequences(expected.lengths))
     check("embedding", stack.embed(expected.ids), hidden[0])
     for i in range(stack.num_layers):
         (got,) = stack.layers(i, i + 1, [hidden[i]], [sub_batch])

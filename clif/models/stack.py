@@ -10,19 +10,21 @@ import transformers
 
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
+from clif.models.causal import CausalSequences
 from clif.models.dual_linear import DualLinear, LoraRows
 from clif.models.head import Head
 from clif.models.layer import AttentionPlan, DecoderLayer, SubBatch
 from clif.models.layer_ops import LayerOps, Rope, TorchOps
 from clif.models.spec import ModelSpec, spec_of
+from clif.models.varlen import SequenceSpans, Varlen, VarlenSequences
 
 
 class CausalStack:
     """The parts of a Llama-style model. Batches are packed: hidden states are [rows, hidden size].
 
     num_heads, num_kv_heads: of this rank, which with peers holds a part of every linear layer and of the head; the
-    embedding is whole on each. Raises ConfigError for another architecture, LayoutError for one that peers cannot
-    share.
+    embedding is whole on each. varlen: what attends in prompts and training rows; None: padded products. Raises
+    ConfigError for another architecture, LayoutError for one that peers cannot share.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class CausalStack:
     ) -> None:
         """ops: what the layers compute their parts with; torch's if none are given."""
         ops = ops or TorchOps()
+        self.varlen: Varlen | None = None
         self.tp_group = tp_group = tp_group or TpGroup()
         self.spec = spec = spec_of(model.config)
         inner = check_model(model, spec)
@@ -66,6 +69,13 @@ class CausalStack:
             )
         half = self.head_dim // 2
         return SubBatch(rows, Rope(cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)), plan)
+
+    def sequences(self, lengths: Sequence[int]) -> AttentionPlan:
+        """The plan of packed rows that attend within their sequences. Does not wait for the device."""
+        device = self._inner.embed_tokens.weight.device
+        if self.varlen is None:
+            return CausalSequences(lengths, device)
+        return VarlenSequences(SequenceSpans.of(lengths, lengths, device), self.varlen)
 
     def layers(
         self, start: int, stop: int, hidden: Sequence[torch.Tensor], sub_batches: Sequence[SubBatch]

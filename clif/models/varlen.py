@@ -22,7 +22,7 @@ PyTorch 2.11 and 2.13; grouped-query attention (Ainslie et al. 2023).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from inspect import signature
 from itertools import accumulate
@@ -32,6 +32,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from clif.kernels.staging import send_ints
+
+SAME = 0.02
+"""Relative difference to the reference that is rounding: a bfloat16 has 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,23 @@ Varlen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, SequenceSpans, floa
 
 A query sees the keys of its sequence up to its own place, counted from the end. What sees no key gives 0.
 """
+
+
+@dataclass(frozen=True)
+class VarlenSequences:
+    """The plan of packed sequences that attend among themselves: each has as many queries as keys."""
+
+    spans: SequenceSpans
+    attention: Varlen
+
+    def cache_rows(self, layer: int) -> None:
+        """Nothing is kept of these rows."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """query [rows, heads, d], key and value [rows, kv_heads, d] -> [rows, heads * d]."""
+        return self.attention(query, key, value, self.spans, scale).flatten(1)
 
 
 def cumulated(lengths: Sequence[int], capacity: int | None = None) -> list[int]:
@@ -129,3 +149,28 @@ def _poison(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: t
     reached = (seen.float() @ bad.float() > 0).repeat_interleave(query.shape[1] // key.shape[1], 1)
     reached |= ~torch.isfinite(query).all(-1)
     return torch.zeros_like(reached, dtype=torch.float32).masked_fill(reached, torch.nan).unsqueeze(-1)
+
+
+@torch.enable_grad()
+def varlen_fault(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What is wrong with torch's kernel on this device, forward or backward; None: nothing. Waits for the device.
+
+    Tried are prompts that are continued, shared KV heads, sequences without rows and bounds that are too high.
+    """
+    queries, keys = [3, 0, 17, 1, 70, 0], [3, 0, 40, 9, 70, 0]
+    spans = replace(SequenceSpans.of(queries, keys, device), max_q=128, max_k=128)
+    rng = torch.Generator().manual_seed(0)
+    shapes = ((sum(queries), 4), (sum(keys), 2), (sum(keys), 2), (sum(queries), 4))
+    q, k, v, grad = (torch.randn(*shape, head_dim, generator=rng).to(device, dtype) for shape in shapes)
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    results = []
+    try:
+        for attention in (varlen_attention, varlen_reference):
+            out = attention(q, k, v, spans, head_dim**-0.5)
+            results.append((out.detach(), *torch.autograd.grad(out, inputs, grad)))
+    except (RuntimeError, ValueError) as error:
+        return f"varlen_attn fails: {str(error).splitlines()[0]}"
+    apart = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(*results, strict=True)]
+    names = ("result", "gradient of q", "gradient of k", "gradient of v")
+    wrong = [f"{name} by {error:.2g}" for name, error in zip(names, apart, strict=True) if not error < SAME]
+    return f"varlen_attn is wrong here: {', '.join(wrong)}" if wrong else None

@@ -16,7 +16,7 @@ import torch
 
 from clif.kernels.dual_lora_reference import Segment
 from clif.kernels.staging import send_ints
-from clif.models.causal import SAVED_LENGTH, CausalSequences
+from clif.models.causal import SAVED_LENGTH
 from clif.models.dual_linear import LoraRows
 from clif.models.loss import head_loss
 from clif.models.stack import CausalStack
@@ -64,7 +64,7 @@ class Activations:
     """What the backward of a forward needs, in bytes. budget: all that may be kept at a time.
 
     entry: a row's input of a layer; layer: what autograd keeps of a row in one layer; square: of a row in one layer
-    for each token of its sequence (attention's probabilities).
+    for each token of its sequence (attention's probabilities; 0 where attention keeps none of them).
     """
 
     budget: int
@@ -95,14 +95,12 @@ class Pass:
     computed again.
     """
 
-    def __init__(
-        self, stack: CausalStack, batch: Packed, slot: int | None, device: torch.device, keep: Activations | None = None
-    ) -> None:
+    def __init__(self, stack: CausalStack, batch: Packed, slot: int | None, keep: Activations | None = None) -> None:
         """keep: for a pass that learns."""
         self.stack, self.batch, self.learns = stack, batch, keep is not None
         segments = () if slot is None else (Segment(0, batch.tokens, slot),)
         self.sub_batch = stack.sub_batch(
-            LoraRows(batch.tokens, segments, self.learns), batch.positions, CausalSequences(batch.lengths, device)
+            LoraRows(batch.tokens, segments, self.learns), batch.positions, stack.sequences(batch.lengths)
         )
         self.hidden = stack.embed(batch.ids)
         self.at = 0
@@ -184,8 +182,8 @@ def measure_activations(stack: CausalStack, device: torch.device, budget: int) -
     ids = torch.arange(n, device=device) % stack.vocab_size
     probe = Packed(ids, ids, ids, ids, (n,))
     item = stack.embed(probe.ids).element_size()
-    square = stack.num_heads * item
-    run = Pass(stack, probe, None, device, keep=Activations(1 << 62, stack.num_layers, 0, 0, 0))
+    square = stack.num_heads * item if stack.varlen is None else 0
+    run = Pass(stack, probe, None, keep=Activations(1 << 62, stack.num_layers, 0, 0, 0))
     held: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

@@ -72,7 +72,7 @@ class TrainRunner:
         if slot == SHADOW:
             # The masters may have changed since: rounding them again is cheap beside a forward.
             self.bank.refresh()
-        return Pass(self.stack, pack(taken, self.device), slot, self.device, self.activations if learns else None)
+        return Pass(self.stack, pack(taken, self.device), slot, self.activations if learns else None)
 
     def _forward(self, run: Pass, kind: SliceKind) -> Slices[None]:
         while run.left:

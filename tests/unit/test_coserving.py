@@ -103,9 +103,7 @@ def test_a_forward_may_join_a_step_at_any_layer(tiny_config):
     rig.bank.refresh()
     for joins in range(rig.runner.stack.num_layers):
         rig.bank.gradient.zero_()
-        run = Pass(
-            rig.runner.stack, pack(SAMPLES, rig.runner.device), SHADOW, rig.runner.device, rig.train_runner.activations
-        )
+        run = Pass(rig.runner.stack, pack(SAMPLES, rig.runner.device), SHADOW, rig.train_runner.activations)
         run.forward(joins)
         rig.engine.scheduler.add(request(joins, [5, 6, 7], max_tokens=1), 0.0)
         rig.runner.forward(rig.runner.fill(chunks := rig.engine.scheduler.schedule()), run)
@@ -126,9 +124,7 @@ def test_rows_that_serve_leave_nothing_in_the_graph(tiny_config):
             size += tensor.numel() * tensor.element_size()
             return tensor
 
-        run = Pass(
-            rig.runner.stack, pack(SAMPLES, rig.runner.device), SHADOW, rig.runner.device, rig.train_runner.activations
-        )
+        run = Pass(rig.runner.stack, pack(SAMPLES, rig.runner.device), SHADOW, rig.train_runner.activations)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             if served:
                 rig.engine.scheduler.add(request(0, [5] * served, max_tokens=2), 0.0)
