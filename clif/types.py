@@ -103,6 +103,16 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         return len(self.prompt) + self.sampling.max_tokens
 
 
+class Waiting(msgspec.Struct, frozen=True, array_like=True):
+    """A user's request that waits at the dispatcher, as a replica is told of it. wait_s: since it arrived."""
+
+    id: int
+    wait_s: float
+    prompt_tokens: int
+    max_tokens: int
+    slo: Slo = Slo()
+
+
 NO_TOKEN = -1
 """In place of a token id: the logits are not finite, so no token can be chosen."""
 
@@ -144,13 +154,15 @@ class SlackLimit(enum.StrEnum):
     NEXT_TOKEN = "next_token"
     DEADLINE = "deadline"
     FULL = "full"
+    QUEUED = "queued"
     FUSE = "fuse"
     SHARE = "share"
 
 
 _LIMITS = {
     SlackLimit.NO_REQUEST: "no request waits",
-    SlackLimit.FULL: "as many requests run as may run at the same time",
+    SlackLimit.FULL: "as many requests run as may run at the same time, and whether others wait is not known",
+    SlackLimit.QUEUED: "request {request} waits at the dispatcher: its first token has {ms:.0f} ms of slack",
     SlackLimit.FUSE: "a forward waits for a step to be fused with",
     SlackLimit.SHARE: "serving and training take turns: {ms:.0f} ms of training's share are left",
     SlackLimit.FIRST_TOKEN: "first token of request {request} has {ms:.0f} ms of slack",

@@ -10,12 +10,13 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 
 from clif.config import Config
 from clif.control.held import HeldRequests
 from clif.control.policy.routing import Reject, RoutingView, choose_replica
 from clif.states import RequestState, advance
-from clif.types import FinishReason, Purpose, Request, Slo, TokenEvent
+from clif.types import FinishReason, Purpose, Request, Slo, TokenEvent, Waiting
 from clif.wire.messages import Cancel, Down, Submit
 
 log = logging.getLogger(__name__)
@@ -125,6 +126,15 @@ class Dispatcher:
             r.arrival_s for r in self._records.values() if not r.token_times and r.request.purpose is Purpose.USER
         )
         return max(0.0, now - min(waiting, default=now))
+
+    def backlog(self, now: float, replicas: int, most: int) -> tuple[int, tuple[Waiting, ...]]:
+        """Requests of users that wait, as the share of one of `replicas` if they take turns: how many, and the first
+        `most` of the share, oldest first.
+        """
+        every = max(1, replicas)
+        share = islice(self._queue, 0, every * most, every)
+        oldest = tuple(waiting_of(now, record) for record in share if record.request.purpose is Purpose.USER)
+        return -(-len(self._queue) // every) if oldest else 0, oldest
 
     def submit(self, now: float, request: Request, arrival_s: float | None = None) -> None:
         """Accept a request: it waits for a replica, or is rejected at once if no replica can ever serve it.
@@ -271,3 +281,8 @@ class Dispatcher:
         if record.replica is not None:
             self.held.remove(record.replica, record)
         self._hooks.finished(record)
+
+
+def waiting_of(now: float, record: RequestRecord) -> Waiting:
+    request, asked = record.request, record.request.sampling.max_tokens
+    return Waiting(request.id, max(0.0, now - record.arrival_s), len(request.prompt), asked, request.slo)

@@ -13,6 +13,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from clif.config import Config
+from clif.control.backlog_updates import BacklogUpdates
 from clif.control.claims import Claims
 from clif.control.dispatcher import Dispatcher
 from clif.control.failures import FailureHandler
@@ -55,6 +56,7 @@ class ControlServer:
         self._state, self._recorder = state, recorder
         self._claims = Claims(config, self.fleet, self.federation, ports.quality.most_tokens)
         self._inbox = Inbox(ports.channel, clock, state, self._claims, self.fleet, self._failures, self._handlers())
+        self._backlog_updates = BacklogUpdates(self.fleet, self.dispatcher, self.federation)
         self._unreachable: set[int] = set()
         self._next_policy_s = 0.0
 
@@ -132,6 +134,7 @@ class ControlServer:
         self.federation.advance(now)
         if self.phase is not Phase.GATHER and not self.fleet.missing:
             self.dispatcher.dispatch(now, self.fleet.routing_view)
+            self._backlog_updates.step(now)
             self._maybe_decide(now)
         self._fail_unreachable(now)
         self._failures.step(now)

@@ -139,14 +139,6 @@ def training_slack(now: float, step_s: float, sequences: Iterable[Sequence], slo
     return TrainingSlack(worst, limit, request)
 
 
-def may_train(
-    now: float, slice_s: float, step_s: float, sequences: Iterable[Sequence], slo: SloConfig
-) -> tuple[bool, TrainingSlack]:
-    """Whether training of slice_s seconds fits before the next serving step, and the slack that decides it."""
-    slack = training_slack(now, step_s, sequences, slo)
-    return slack.seconds >= slice_s, slack
-
-
 def _budget(sequence: Sequence, slo: SloConfig) -> float:
     if sequence.last_s is None:
         return slo.ttft_ms / 1000 if sequence.request.slo.ttft_s is None else sequence.request.slo.ttft_s

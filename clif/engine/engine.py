@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from clif.config import Config, EngineConfig
 from clif.distributed.collectives import TpGroup
 from clif.engine.batch import Batch
+from clif.engine.coserving.backlog import NO_BACKLOG, Backlog
 from clif.engine.coserving.strategy import StepView
 from clif.engine.cost_model import CostModel
 from clif.engine.job_queue import JobQueue
@@ -55,7 +56,10 @@ class Launched:
 
 @dataclass
 class Engine:
-    """Serves and learns. overlap: launch a step before the one before is settled. record: what the last step did."""
+    """Serves and learns. overlap: launch a step before the one before is settled. record: what the last step did.
+
+    backlog: requests that wait at the dispatcher; None: not known.
+    """
 
     runner: ModelRunner
     scheduler: Scheduler
@@ -64,6 +68,7 @@ class Engine:
     clock: Callable[[], float] = time.monotonic
     overlap: bool = False
     record: StepRecord = field(default_factory=StepRecord)
+    backlog: Backlog | None = NO_BACKLOG
     _launched: Launched | None = None
 
     @classmethod
@@ -124,7 +129,7 @@ class Engine:
             return NO_TRAINING
         # An arrival may have waited for the slice of the step before. It must not wait for another one.
         held_up = arrivals[0].id if arrivals and self.training_half.slice_s else None
-        view = StepView.of(self.scheduler, self.clock(), arrivals, self.record.serve_s, held_up)
+        view = StepView.of(self.scheduler, self.clock(), arrivals, self.record.serve_s, held_up, self.backlog)
         return self.training_half.plan(view, self.serving or bool(arrivals), self.clock)
 
     def follow(self, plan: StepPlan) -> None:

@@ -122,11 +122,6 @@ class Scheduler:
         """All that run and wait, oldest first."""
         return (*self.running, *self.waiting)
 
-    @property
-    def full(self) -> bool:
-        """No more requests can run at the same time: others may queue at the dispatcher."""
-        return len(self.running) + len(self.waiting) >= self.max_batch
-
     def limit_batch(self, max_batch: int) -> None:
         """Set how many requests run at the same time, from the next step on. Running ones continue."""
         self.max_batch = max_batch

@@ -12,6 +12,7 @@ from typing import Any
 
 from clif.config import Config
 from clif.distributed.collectives import RoundBroken
+from clif.engine.coserving.backlog import Backlog
 from clif.engine.engine import Engine
 from clif.engine.jobs import STEP_KINDS, Job, SliceKind
 from clif.engine.step_plan import StepMessage, StepPlan, decode_step, encode_step
@@ -49,6 +50,8 @@ class Replica:
     ) -> None:
         self.config, self.id, self.engine, self.member = config, replica, engine, member
         self.records, self.send, self.close, self.steps = records, send, close, steps
+        # Not known until the control process tells.
+        engine.backlog = None
         self.stopping = False
         self.exit_code = 0
         self._reported, self._busy_s = time.monotonic(), 0.0
@@ -60,6 +63,8 @@ class Replica:
             m.Submit: self._submit,
             m.Cancel: self._cancel,
             m.Limits: self._limits,
+            # It was taken in before the plan, which depends on it.
+            m.Backlog: lambda _: None,
             m.BeginRound: self._begin_round,
             m.FinishSteps: self._finish_steps,
             m.Aggregate: self._aggregate,
@@ -91,10 +96,16 @@ class Replica:
             self.engine.follow(shared.step)
             return [decode_down(payload) for payload in shared.inbox], shared.step
         inbox = [decode_down(payload) for payload in payloads]
+        self._update_backlog(inbox)
         plan = self.engine.plan([order.request for order in inbox if isinstance(order, m.Submit)])
         if group.size > 1:
             group.broadcast_bytes(encode_step(StepMessage(tuple(payloads), plan)))
         return inbox, plan
+
+    def _update_backlog(self, inbox: list[m.Down]) -> None:
+        for order in inbox:
+            if isinstance(order, m.Backlog):
+                self.engine.backlog = Backlog(order.waiting, order.oldest, self.engine.clock())
 
     def abandon(self) -> None:
         """Best-effort teardown after a failure; errors are logged and ignored."""

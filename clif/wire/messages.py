@@ -26,6 +26,7 @@ from clif.types import (
     TokenEvent,
     TrainingSlack,
     Vote,
+    Waiting,
 )
 
 
@@ -53,6 +54,17 @@ class Limits(Message, frozen=True):
 
     max_batch: int
     micro_batch: int
+
+
+class Backlog(Message, frozen=True):
+    """Requests of users that wait for a slot in any replica's batch: this replica's share, and the first of the share.
+
+    Sent to members of a round while their batch is full, or while requests wait: when it changes, and again every
+    second (clif/control/policy/backlog_updates.py). Times are ages: two processes never compare their clocks.
+    """
+
+    waiting: int = 0
+    oldest: tuple[Waiting, ...] = ()
 
 
 class BeginRound(Message, frozen=True):
@@ -241,6 +253,7 @@ Down = Union[
     Submit,
     Cancel,
     Limits,
+    Backlog,
     BeginRound,
     FinishSteps,
     Aggregate,

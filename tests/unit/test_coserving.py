@@ -14,6 +14,7 @@ from helpers import answer, finish, make_rig, random_state, request
 
 from clif.config import ConfigError, MetricsConfig, TrainConfig
 from clif.engine.build import make_strategy
+from clif.engine.coserving.backlog import NO_BACKLOG, Backlog
 from clif.engine.jobs import Job, Slice
 from clif.engine.step_record import StepRecord
 from clif.engine.train_thread import TrainThread
@@ -21,7 +22,7 @@ from clif.models.dual_linear import SHADOW
 from clif.replica.records import RankRecords
 from clif.training.passes import Pass, pack
 from clif.training.trainer import ShadowTrainer
-from clif.types import Regime, SlackLimit, TrainingSlack, TrainSample
+from clif.types import Regime, SlackLimit, TrainingSlack, TrainSample, Waiting
 
 SAMPLES = [
     TrainSample(id=0, ids=tuple(range(5, 25)), target_start=11),
@@ -332,9 +333,10 @@ def test_prefixes_of_the_former_version_are_not_read_after_a_promotion(tiny_conf
     assert with_reuse[0] == with_reuse[1] != with_reuse[2]
 
 
-def test_nothing_is_trained_while_every_place_is_taken(tiny_config):
-    """Somebody may wait at the dispatcher then, whose first token has no cost here."""
+def test_nothing_is_trained_while_every_place_is_taken_and_who_waits_is_not_known(tiny_config):
+    """Unless it is known whether somebody waits at the dispatcher then, whose first token has no cost here."""
     rig = build(tiny_config, max_batch=len(REQUESTS))
+    rig.engine.backlog = None
     rig.engine.jobs.append(Job("step", trainer_for(rig).step(4, 1)))
     submit(rig)
     full, got = [], {}
@@ -346,6 +348,25 @@ def test_nothing_is_trained_while_every_place_is_taken(tiny_config):
             assert rig.engine.record.slack.limit is SlackLimit.FULL
     assert full and not any(full)
     assert not rig.engine.jobs or rig.engine.jobs[0].upcoming.kind != "forward", "it went on when places were free"
+
+
+def test_a_full_batch_trains_while_nobody_waits_and_stops_for_one_who_does(tiny_config):
+    """Answers are those of serving alone."""
+    rig = build(tiny_config, max_batch=len(REQUESTS))
+    rig.engine.jobs.append(Job("step", trainer_for(rig).step(4, 1)))
+    submit(rig)
+    got, trained = {}, []
+    for waits in (False, True):
+        rig.engine.backlog = Backlog(1, (Waiting(99, 60.0, 4, 4),), heard_s=0.0) if waits else NO_BACKLOG
+        for _ in range(3):
+            step(rig, got)
+            assert len(rig.engine.scheduler.running) == len(REQUESTS), "it was full all the time"
+            trained.append(rig.engine.record.train_kind)
+    assert all(trained[:3]) and not any(trained[3:])
+    assert rig.engine.record.slack.reason.startswith("request 99 waits at the dispatcher")
+    while rig.engine.serving:
+        step(rig, got)
+    assert {i: answer(events) for i, events in got.items()} == serve_alone(tiny_config)
 
 
 @pytest.mark.parametrize("breaks", [False, True])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clif.config import SloConfig
-from clif.engine.cost_model import CostModel, Rate, may_train, training_slack
+from clif.engine.cost_model import CostModel, Rate, training_slack
 from clif.engine.scheduler import Sequence
 from clif.types import Purpose, SlackLimit, Slo, TrainingSlack
 
@@ -20,6 +20,12 @@ SLO = SloConfig(ttft_ms=1000, tpot_ms=100, margin=0.3)
 
 def running(last_s: float, id: int = 0) -> Sequence:
     return Sequence(request(id, [1]), 0.0, [1], last_s=last_s)
+
+
+def may_train(now: float, slice_s: float, step_s: float, sequences: list[Sequence], slo: SloConfig):
+    """Whether training of slice_s seconds fits before the next serving step, and the slack that decides it."""
+    slack = training_slack(now, step_s, sequences, slo)
+    return slack.seconds >= slice_s, slack
 
 
 def waiting(arrived_s: float, id: int = 1) -> Sequence:

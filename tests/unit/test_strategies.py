@@ -9,11 +9,12 @@ import pytest
 
 from clif.config import EngineConfig, SloConfig
 from clif.engine.build import make_strategy
+from clif.engine.coserving.backlog import NO_BACKLOG, Backlog
 from clif.engine.coserving.strategy import StepView
 from clif.engine.cost_model import CostModel
 from clif.engine.jobs import Slice, SliceKind
 from clif.engine.scheduler import Sequence
-from clif.types import CoservingMode, Regime, Request, Sampling, SlackLimit
+from clif.types import CoservingMode, Regime, Request, Sampling, SlackLimit, Waiting
 
 FORWARD = Slice(SliceKind.FORWARD, tokens=100, units=24, fused_pass=object())
 BACKWARD = Slice(SliceKind.BACKWARD, tokens=100, units=24)
@@ -48,8 +49,8 @@ def answering(last_s: float, id: int = 7) -> Sequence:
     return Sequence(request, 0.0, [1, 2, 3], last_s=last_s)
 
 
-def view(now: float = 0.0, full: bool = False, serve_s: float = 0.0, idle: bool = False, **more: Any):
-    return StepView(now, 1, 2, () if idle else (answering(0.0),), full, serve_s, **more)
+def view(now: float = 0.0, free_slots: int = 1, serve_s: float = 0.0, idle: bool = False, **more: Any):
+    return StepView(now, 1, 2, () if idle else (answering(0.0),), free_slots, serve_s=serve_s, **more)
 
 
 MODES = [mode.value for mode in CoservingMode if mode is not CoservingMode.AUTO]
@@ -78,8 +79,23 @@ def test_nothing_runs_when_a_token_is_already_late(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_runs_while_requests_may_queue_where_the_replica_does_not_see_them(mode):
-    decision = strategy(mode).between(view(full=True), BACKWARD)
+    decision = strategy(mode).between(view(free_slots=0), BACKWARD)
     assert (decision.units, decision.slack.limit) == (0, SlackLimit.FULL)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_full_batch_with_nobody_behind_it_has_the_slack_of_its_own_requests(mode):
+    asked = strategy(mode)
+    assert asked.between(view(free_slots=0, backlog=NO_BACKLOG), BACKWARD) == asked.between(view(), BACKWARD)
+
+
+@pytest.mark.parametrize("free_slots", [0, 1])
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_runs_while_a_request_at_the_dispatcher_is_overdue(mode, free_slots):
+    overdue = Backlog(1, (Waiting(31, 0.8, 9, 9),), heard_s=0.0)
+    decision = strategy(mode).between(view(free_slots=free_slots, backlog=overdue), BACKWARD)
+    assert (decision.units, decision.slack.limit, decision.slack.request) == (0, SlackLimit.QUEUED, 31)
+    assert strategy("fused").fuse(view(free_slots=free_slots, backlog=overdue), FORWARD).units == 0
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -106,7 +122,8 @@ def test_a_forward_is_fused_where_every_request_can_afford_the_longer_step_and_n
     assert fused.fuse(view(0.01), FORWARD).units == FORWARD.units
     late = fused.fuse(view(0.05), FORWARD)
     assert (late.units, late.slack.limit) == (0, SlackLimit.NEXT_TOKEN)
-    assert fused.fuse(view(0.01, full=True), FORWARD).slack.limit is SlackLimit.FULL
+    assert fused.fuse(view(0.01, free_slots=0), FORWARD).slack.limit is SlackLimit.FULL
+    assert fused.fuse(view(0.01, free_slots=0, backlog=NO_BACKLOG), FORWARD).units == FORWARD.units
 
 
 def test_a_forward_waits_for_a_step_that_can_take_it_along_and_runs_alone_if_none_ever_can():

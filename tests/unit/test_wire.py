@@ -20,6 +20,7 @@ from clif.types import (
     Slo,
     TokenEvent,
     Vote,
+    Waiting,
 )
 from clif.wire import messages as m
 from clif.wire.channels import ControlChannel, LeaderChannel, decode_down, decode_up
@@ -37,6 +38,7 @@ VOTE = Vote(round_id=1, replica=0, finite=True, candidate_loss=1.0, active_loss=
 EVENT = TokenEvent(request_id=4, tokens=(7,), version=2, finish=FinishReason.STOP, text="x")
 DOWN = [
     m.Submit(request=REQUEST), m.Cancel(request_id=4), m.Limits(max_batch=4, micro_batch=2),
+    m.Backlog(waiting=3, oldest=(Waiting(5, 0.25, 7, 9, Slo(ttft_s=2.0)),)),
     m.BeginRound(plan=PLAN, group=1), m.FinishSteps(round_id=1), m.Aggregate(round_id=1),
     m.Settle(round_id=1, commit=True, version=3, publish=True), m.Install(version=3, weights=b"\x00\xff"), m.Evaluate(),
     m.Ping(), m.Rebuild(reason="r"), m.Welcome(incarnation=1), m.Stop(),

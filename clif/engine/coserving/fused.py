@@ -9,8 +9,7 @@ Finetuning", 2024), for co-serving in one batch; Orca (Yu et al., OSDI 2022), fo
 from __future__ import annotations
 
 from clif.engine.coserving.interleaved import Interleaved
-from clif.engine.coserving.strategy import FULL, Decision, StepView
-from clif.engine.cost_model import may_train
+from clif.engine.coserving.strategy import Decision, StepView
 from clif.engine.jobs import Slice
 from clif.types import Regime, SlackLimit, TrainingSlack
 
@@ -24,12 +23,9 @@ class Fused(Interleaved):
         return min(piece.units, self.costs.tokens_within(view.rows, view.context, seconds))
 
     def fuse(self, view: StepView, piece: Slice) -> Decision:
-        if view.full:
-            return Decision(0, FULL)
-        alone = self.costs.step_s(view.rows, view.context)
-        more = max(0.0, self._fused_s(view, piece) - alone)
-        may, slack = may_train(view.now, more, alone, view.sequences, self.slo)
-        return Decision(piece.units if may else 0, slack)
+        more = max(0.0, self._fused_s(view, piece) - self.costs.step_s(view.rows, view.context))
+        slack = self.slack_of_all(view, Regime.ALONE)
+        return Decision(piece.units if slack.seconds >= more else 0, slack)
 
     def between(self, view: StepView, piece: Slice) -> Decision:
         """A forward that can still be fused with a step does not run alone."""

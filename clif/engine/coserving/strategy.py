@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from clif.config import EngineConfig, SloConfig
+from clif.engine.coserving.backlog import Backlog, BatchSlots, backlog_slack
 from clif.engine.cost_model import CostModel, training_slack
 from clif.engine.jobs import Slice
 from clif.engine.scheduler import Scheduler, Sequence
@@ -23,27 +24,36 @@ FULL = TrainingSlack(-1.0, SlackLimit.FULL)
 class StepView:
     """The input of a decision. rows, context: of the next serving step, and the cached tokens that it reads.
 
-    sequences: all running and waiting ones. full: the scheduler accepts no more, so that requests may queue at the
-    dispatcher, unknown to this replica. serve_s: seconds of the last serving step. held_up: a request that arrived in
-    a step with a training slice, and may have waited for it; or None.
+    sequences: all running and waiting ones. free_slots: how many more may run; 0 or less: requests may wait at the
+    dispatcher. backlog: those that do; None: not known. serve_s: seconds of the last serving step. held_up: a request
+    that arrived in a step with a training slice, and may have waited for it; or None.
     """
 
     now: float
     rows: int
     context: int
     sequences: Seq[Sequence] = ()
-    full: bool = False
+    free_slots: int = 1
+    backlog: Backlog | None = None
     serve_s: float = 0.0
     held_up: int | None = None
 
     @classmethod
     def of(
-        cls, scheduler: Scheduler, now: float, arrivals: Seq[Request], serve_s: float, held_up: int | None
+        cls,
+        scheduler: Scheduler,
+        now: float,
+        arrivals: Seq[Request],
+        serve_s: float,
+        held_up: int | None,
+        backlog: Backlog | None,
     ) -> StepView:
         """The view of a scheduler that gets these requests before its next step."""
         sequences = (*scheduler.sequences, *(Sequence(request, now, list(request.prompt)) for request in arrivals))
-        full = len(sequences) >= scheduler.max_batch
-        return cls(now, *scheduler.next_step(arrivals), sequences, full, serve_s, held_up)
+        free_slots = scheduler.max_batch - len(sequences)
+        if backlog is not None and not backlog.is_fresh(now):
+            backlog = None
+        return cls(now, *scheduler.next_step(arrivals), sequences, free_slots, backlog, serve_s, held_up)
 
 
 @dataclass(frozen=True)
@@ -98,11 +108,30 @@ class Strategy:
     def slack(self, view: StepView, regime: Regime) -> TrainingSlack:
         """Seconds that training may take before a serving step of this regime.
 
-        Negative while the scheduler is full, and for a request that may have waited for a slice already.
+        Negative for a request that may have waited for a slice already.
         """
-        if view.full:
+        if view.held_up is not None:
+            step_s = self.costs.step_s(view.rows, view.context, regime)
+            return TrainingSlack(-step_s, SlackLimit.FIRST_TOKEN, view.held_up)
+        return self.slack_of_all(view, regime)
+
+    def slack_of_all(self, view: StepView, regime: Regime) -> TrainingSlack:
+        """The slack of the most pressed request, here or at the dispatcher.
+
+        Negative while the batch is full and what waits at the dispatcher is not known.
+        """
+        if view.free_slots <= 0 and view.backlog is None:
             return FULL
         step_s = self.costs.step_s(view.rows, view.context, regime)
-        if view.held_up is not None:
-            return TrainingSlack(-step_s, SlackLimit.FIRST_TOKEN, view.held_up)
-        return training_slack(view.now, step_s, view.sequences, self.slo)
+        slack = training_slack(view.now, step_s, view.sequences, self.slo)
+        if view.backlog is None or not view.backlog.oldest:
+            return slack
+        queued = backlog_slack(view.now, view.backlog, self._batch_slots(view, regime), self.slo)
+        return min(slack, queued, key=lambda one: one.seconds)
+
+    def _batch_slots(self, view: StepView, regime: Regime) -> BatchSlots:
+        decodes = len(view.sequences)
+        step_s = self.costs.step_s(decodes, view.context, regime)
+        row_s = self.costs.step_s(decodes + 1, view.context, regime) - step_s
+        left = sorted(s.request.max_total_tokens - len(s.tokens) for s in view.sequences)
+        return BatchSlots(view.free_slots, left, step_s, row_s, self.config.max_prefill_tokens)
