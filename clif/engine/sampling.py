@@ -67,7 +67,10 @@ def weigh(logits: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tenso
     weights = scaled.exp().mul_(ONE).long()
     if draws.largest_k:
         rows = draws.with_top_k
-        weights[rows].masked_fill_(_outside_top_k(scaled[rows], draws), 0)
+        outside = _outside_top_k(scaled[rows], draws)
+        weights[rows].masked_fill_(outside, 0)
+        # For the sort below, which is faster where many are equal.
+        scaled[rows].masked_fill_(outside, float("-inf"))
     if len(draws.top_p):
         rows = draws.with_top_p
         weights[rows].masked_fill_(_outside_top_p(scaled[rows], weights[rows], draws), 0)
