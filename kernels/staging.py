@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -49,7 +51,9 @@ class Staged:
         self._turn = (self._turn + 1) % len(self._hosts)
 
 
-def send_ints(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+def send_ints(
+    values: Sequence[int] | npt.NDArray[np.int64], device: torch.device, dtype: torch.dtype = torch.int64
+) -> torch.Tensor:
     """A new tensor [values] on the device, for what has no fixed size; the host does not wait for its journey."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from clif.engine.prompt_rows import PromptRows
 from clif.kernels.paged_decode_table import DecodeRow, DecodeTable
 from clif.kernels.staging import send_ints
-from clif.models.causal import CausalSequences
 from clif.models.layer_ops import CacheRows
 
 if TYPE_CHECKING:
@@ -49,31 +48,19 @@ class DecodeGroup(NamedTuple):
     added: torch.Tensor
 
 
-class PromptChunk(NamedTuple):
-    """Rows [start, stop) that continue a prompt: the cache slots of its context [tokens], and who sees what of it."""
-
-    start: int
-    stop: int
-    context: torch.Tensor
-    mask: torch.Tensor
-
-
 @dataclass(frozen=True)
 class PagedLayout:
     """Which cache slots the rows of a step write [rows] and read.
 
     Decode rows are one launch of the paged kernel over `table`, or without it one batched product for each of `groups`;
-    prompts without a past (`fresh`) attend among themselves; prompt chunks with a past (continued, or behind a reused
-    prefix) go one by one.
+    prompts None: the step has no rows of a prompt.
     """
 
     count: int
     slot_mapping: torch.Tensor
     table: DecodeTable | None
     groups: Seq[DecodeGroup]
-    fresh_rows: torch.Tensor | None
-    fresh: CausalSequences | None
-    continued: Seq[PromptChunk]
+    prompts: PromptRows | None
 
 
 class PagedRows:
@@ -98,14 +85,8 @@ class PagedRows:
             if len(group.rows) == layout.count:
                 return _decode(query, cache, group, scale)
             out.index_copy_(0, group.rows, _decode(query.index_select(0, group.rows), cache, group, scale))
-        if layout.fresh is not None and layout.fresh_rows is not None:
-            q, k, v = (t.index_select(0, layout.fresh_rows) for t in (query, key, value))
-            out.index_copy_(0, layout.fresh_rows, layout.fresh.attend(layer, q, k, v, scale))
-        for chunk in layout.continued:
-            past_k, past_v = cache.index_select(1, chunk.context).unsqueeze(0).chunk(2, 1)
-            rows = query[chunk.start : chunk.stop].transpose(0, 1).unsqueeze(0)
-            got = sdpa(rows, past_k, past_v, attn_mask=chunk.mask, scale=scale, enable_gqa=True)
-            out[chunk.start : chunk.stop] = got[0].transpose(0, 1).flatten(1)
+        if layout.prompts is not None:
+            return layout.prompts.attend(query, key, value, cache, scale, out)
         return out
 
 
@@ -124,11 +105,6 @@ def make_decode_group(
     added = torch.zeros(ended.shape, dtype=dtype, device=device).masked_fill_(ended, -torch.inf)
     rows = send_ints([member.row for member in members], device)
     return DecodeGroup(rows, torch.from_numpy(contexts.reshape(-1)).to(device), added)
-
-
-def past_mask(start: int, stop: int, device: torch.device) -> torch.Tensor:
-    """Boolean mask [rows, context] of a chunk [start, stop) that continues a prompt."""
-    return torch.ones((stop - start, stop), dtype=torch.bool, device=device).tril(diagonal=start)
 
 
 def _decode(query: torch.Tensor, cache: torch.Tensor, group: DecodeGroup, scale: float) -> torch.Tensor:

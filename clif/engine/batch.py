@@ -14,16 +14,18 @@ from dataclasses import dataclass
 import torch
 
 from clif.config import EngineConfig
-from clif.engine.attention import DecodeGroup, PagedLayout, PromptChunk, make_decode_group, past_mask
+from clif.engine.attention import DecodeGroup, PagedLayout, make_decode_group
 from clif.engine.blocks import cache_slots
 from clif.engine.draws import Draws, DrawTable
+from clif.engine.prompt_rows import PaddedPrompts, PromptChunk, PromptRows, VarlenPrompts
 from clif.engine.scheduler import Chunk
 from clif.kernels.dual_lora_reference import Segment
 from clif.kernels.dual_lora_table import RowTables
 from clif.kernels.paged_decode_table import DecodeRow, DecodeTables
-from clif.kernels.staging import Staged, send_ints
-from clif.models.causal import CausalSequences, bucket
+from clif.kernels.staging import Staged
+from clif.models.causal import bucket
 from clif.models.dual_linear import LoraRows
+from clif.models.varlen import Varlen
 
 FIELDS = 4
 """Integers of a row: token id, position, cache slot, and the index of its id among the last step's tokens."""
@@ -51,11 +53,22 @@ class Batch:
 
 
 class BatchBuilder:
-    """Fills batches for one device. dtype: of the scores that attention computes without the paged kernel."""
+    """Fills batches for one device.
 
-    def __init__(self, config: EngineConfig, vocab_size: int, device: torch.device, dtype: torch.dtype) -> None:
+    dtype: of the scores that attention computes without the paged kernel. varlen: what attends in prompts; None: padded
+    products.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        vocab_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        varlen: Varlen | None = None,
+    ) -> None:
         self._block_size, self._device = config.block_size, device
-        self._dtype = dtype
+        self._dtype, self._varlen = dtype, varlen
         # A row for each answer, and the prompts of a step.
         self._capacity = config.max_batch + config.max_prefill_tokens
         self._staged = Staged.zeros(FIELDS * self._capacity + config.max_batch, torch.int64, device)
@@ -109,30 +122,27 @@ class BatchBuilder:
 
     def _layout(self, chunks: Sequence[Chunk], slot_mapping: torch.Tensor, paged: bool) -> PagedLayout:
         decoding: list[DecodeRow] = []
-        fresh: list[tuple[int, int]] = []
-        continued: list[PromptChunk] = []
+        prompts: list[PromptChunk] = []
         row = 0
         for chunk in chunks:
-            size = chunk.stop - chunk.start
+            size, blocks = chunk.stop - chunk.start, chunk.sequence.blocks
             if size == 1:
-                decoding.append(DecodeRow(row, chunk.stop, chunk.sequence.blocks))
-            elif chunk.start == 0:
-                fresh.append((row, row + size))
+                decoding.append(DecodeRow(row, chunk.stop, blocks))
             else:
-                context = self._index(cache_slots(chunk.sequence.blocks, self._block_size, 0, chunk.stop))
-                continued.append(
-                    PromptChunk(row, row + size, context, past_mask(chunk.start, chunk.stop, self._device))
-                )
+                prompts.append(PromptChunk(row, chunk.start, chunk.stop, blocks))
             row += size
         return PagedLayout(
             row,
             slot_mapping,
             self._tables.refill(decoding) if paged and decoding else None,
             () if paged else tuple(self._groups(decoding)),
-            self._index([r for start, stop in fresh for r in range(start, stop)]) if fresh else None,
-            CausalSequences([stop - start for start, stop in fresh], self._device) if fresh else None,
-            continued,
+            self._prompt_rows(prompts, row) if prompts else None,
         )
+
+    def _prompt_rows(self, chunks: Sequence[PromptChunk], count: int) -> PromptRows:
+        if self._varlen is None:
+            return PaddedPrompts.of(chunks, self._block_size, self._device)
+        return VarlenPrompts.of(chunks, count, self._block_size, self._device, self._varlen)
 
     def _groups(self, decoding: Sequence[DecodeRow]) -> Iterator[DecodeGroup]:
         """Without the kernel: rows whose contexts are of like length share a product."""
@@ -140,9 +150,6 @@ class BatchBuilder:
         for sequence in decoding:
             by_size[bucket(sequence.length)].append(sequence)
         return (make_decode_group(members, self._block_size, self._dtype, self._device) for members in by_size.values())
-
-    def _index(self, values: list[int]) -> torch.Tensor:
-        return send_ints(values, self._device)
 
 
 def _segments(chunks: Sequence[Chunk]) -> Iterator[Segment]:

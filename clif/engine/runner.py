@@ -39,7 +39,7 @@ class ModelRunner:
         self.stack, self.bank, self.config, self.device = stack, bank, config, device
         self.cache = KVCache(stack.num_layers, config.kv_tokens, stack.num_kv_heads, stack.head_dim, dtype, device)
         self.paged = paged
-        self._batches = BatchBuilder(config, stack.vocab_size, device, dtype)
+        self._batches = BatchBuilder(config, stack.vocab_size, device, dtype, stack.varlen)
         # Of the last step, in the order in which its chunks sample: the next one may need them before the host knows.
         self._last_tokens = torch.zeros(config.max_batch, dtype=torch.int64, device=device)
 
