@@ -20,6 +20,7 @@ from clif.engine.cost_model import CostModel
 from clif.engine.engine import Engine
 from clif.engine.job_queue import JobQueue
 from clif.engine.scheduler import Scheduler
+from clif.engine.stopwatch import choose_stopwatch
 from clif.engine.train_thread import TrainThread
 from clif.engine.training_half import TrainingHalf
 from clif.models.weights.loading import LoadedModel, load_model
@@ -31,6 +32,8 @@ STRATEGIES: dict[CoservingMode, type[Strategy]] = {
     CoservingMode.FUSED: Fused,
     CoservingMode.CONCURRENT: Concurrent,
 }
+AHEAD = {"cuda": 2}
+"""Slices that the device is given at a time while nothing is served: a GPU does one while the host prepares another."""
 
 
 def load_engine(config: Config, loaded: LoadedModel | None, tp_group: TpGroup | None) -> Engine:
@@ -50,10 +53,17 @@ def build_engine(config: Config, base: Base, tp_group: TpGroup | None = None) ->
     log.info("co-serving: %s", coserving)
     slots = SlotTable(config.adapter.serving_slots)
     thread = TrainThread(threads) if coserving == CoservingMode.CONCURRENT else None
+    device = base.loaded.device
     return Engine(
         base.runner(config.engine),
         Scheduler(config.engine, slots, tokenizer.eos_ids, tokenizer.decode),
-        TrainingHalf(make_strategy(coserving, config), JobQueue(thread), shared=tp_group.size > 1),
+        TrainingHalf(
+            make_strategy(coserving, config),
+            JobQueue(thread),
+            shared=tp_group.size > 1,
+            stopwatch=choose_stopwatch(device),
+            ahead=AHEAD.get(device.type, 1),
+        ),
         tp_group,
         overlap=base.loaded.device.type == "cuda" if config.engine.overlap == "auto" else config.engine.overlap,
     )

@@ -128,7 +128,7 @@ class Engine:
         if not self.training_half.collect():
             return NO_TRAINING
         # An arrival may have waited for the slice of the step before. It must not wait for another one.
-        held_up = arrivals[0].id if arrivals and self.training_half.slice_s else None
+        held_up = arrivals[0].id if arrivals and self.training_half.holds_up else None
         view = StepView.of(self.scheduler, self.clock(), arrivals, self.record.serve_s, held_up, self.backlog)
         return self.training_half.plan(view, self.serving or bool(arrivals), self.clock)
 
@@ -183,6 +183,8 @@ class Engine:
 
     def _settle(self, step: Launched) -> list[TokenEvent]:
         tokens, now = step.tokens.read(), self.clock()
+        # The device has done all that it was given before this step.
+        self.training_half.note_done(self.record)
         # With overlap other work of the host lies between launch and settle, so the device's own time is measured.
         self._note(step, step.tokens.seconds() if self.overlap else now - step.start)
         return self.scheduler.settle(step.chunks, tokens, now)

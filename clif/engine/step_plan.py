@@ -28,12 +28,18 @@ class StepPlan(msgspec.Struct, frozen=True):
 NO_TRAINING = StepPlan()
 
 
-def plan_training(strategy: Strategy, view: StepView | None, piece: Slice | None, packs: tuple[int, ...]) -> StepPlan:
-    """What the strategy decides about the upcoming slice. view: None without serving, where a slice has slice_ms."""
+def plan_training(
+    strategy: Strategy, view: StepView | None, piece: Slice | None, packs: tuple[int, ...], ahead: int = 1
+) -> StepPlan:
+    """What the strategy decides about the upcoming slice. view: None without serving.
+
+    There the slices that are launched at a time, `ahead`, have slice_ms together: a request that arrives waits for
+    them.
+    """
     if piece is None or piece is WAIT:
         return StepPlan(packs)
     if view is None:
-        return StepPlan(packs, strategy.units_within(piece, strategy.config.slice_ms / 1000) or piece.least)
+        return StepPlan(packs, strategy.units_within(piece, strategy.config.slice_ms / 1000 / ahead) or piece.least)
     decision = strategy.between(view, piece)
     if decision.units or not strategy.fuses or piece.fused_pass is None or not view.rows:
         return StepPlan(packs, decision.units, decision.concurrent, decision.whole_step, slack=decision.slack)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from clif.engine.jobs import SliceKind
 from clif.types import Regime, TrainingSlack
 
 
@@ -11,7 +12,8 @@ from clif.types import Regime, TrainingSlack
 class StepRecord:
     """What one step did. Seconds; 0 rows: nothing was served.
 
-    train_s: of the slice that was finished in this step. gap_s: by how much training made the step itself longer.
+    train_s: of the slices that were finished in this step; train_kind: of the last one; step_ended: one of them ended
+    an optimizer step. gap_s: by how much training made the step itself longer.
     slack: what training might have taken, where there was both training to do and serving; otherwise None.
     """
 
@@ -20,6 +22,7 @@ class StepRecord:
     serve_s: float = 0.0
     train_kind: str = ""
     train_s: float = 0.0
+    step_ended: bool = False
     gap_s: float = 0.0
     regime: Regime = Regime.ALONE
     slack: TrainingSlack | None = None
@@ -39,5 +42,6 @@ class StepRecord:
         self.gap_s += longer_s
 
     def note_slice(self, kind: str, seconds: float) -> None:
-        """A slice that ran between two steps, or on the thread."""
+        """A slice that ran between two steps, or beside them."""
         self.train_kind, self.train_s = kind, self.train_s + seconds
+        self.step_ended |= kind == SliceKind.OPTIMIZER

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class RankRecords:
         )
         self._device, self._device_s, self._sampled = DeviceMonitor(gpu), config.device_s, -math.inf
         self._step_s = 0.0
-        self._ended: tuple[RoundPlan, StepResult] | None = None
+        self._ended: deque[tuple[RoundPlan, StepResult]] = deque()
         self.last_step: StepResult | None = None
 
     def engine_step(self, step: int, record: StepRecord, scheduler: Scheduler) -> None:
@@ -43,7 +44,8 @@ class RankRecords:
             return
         if record.train_kind in STEP_KINDS:
             self._step_s += record.train_s
-        self._write_step()
+        if record.step_ended:
+            self._write_step()
         self._writer.row(
             "ticks",
             step=step,
@@ -63,12 +65,13 @@ class RankRecords:
 
     def train_step(self, plan: RoundPlan, result: StepResult) -> None:
         """Record an optimizer step at its end, when the time of its last slice is known."""
-        self.last_step, self._ended = result, (plan, result)
+        self.last_step = result
+        self._ended.append((plan, result))
 
     def _write_step(self) -> None:
-        if self._ended is None:
+        if not self._ended:
             return
-        (plan, result), self._ended = self._ended, None
+        plan, result = self._ended.popleft()
         seconds, self._step_s = self._step_s, 0.0
         self._writer.row(
             "train_steps",
