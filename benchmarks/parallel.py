@@ -172,7 +172,7 @@ def stall(topology: Topology, model: str, dtype: str) -> dict[str, float]:
         if step == 120:
             mean = WeightedMean(bank.shadow.detach(), 3, group)
         if mean is not None and not promoted and mean.done():
-            bank.shadow.data.copy_(mean.result()[0])
+            bank.load_shadow(mean.result()[0])
             if (slot := slots.free_slot()) is not None:
                 bank.fill_slot(slot, bank.shadow_state())
                 slots.promote(2, slot)

@@ -249,6 +249,7 @@ def round_with_a_broken_member(topology: Topology, model: str, data: str, run_di
     driver.begin((0, 1), steps=3)
     if topology.replica == 1:
         bank.shadow.data[5] = float("nan")
+        bank.refresh()
     result = driver.wait_for(m.StepsDone).result
     mine = bank.shadow.detach().clone()
     driver.step(m.Aggregate(round_id=1))

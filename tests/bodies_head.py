@@ -93,9 +93,9 @@ def losses(topology: Topology, tied: bool) -> dict[str, Any]:
     loss, gradient = head_loss(head, normed, targets, 7.0)
     assert gradient is not None
     alone, nothing = head_loss(head, normed, targets)
-    assert nothing is None and alone == loss, "an evaluation sees the loss of a training step"
+    assert nothing is None and torch.equal(alone, loss), "an evaluation sees the loss of a training step"
     broken, _ = head_loss(head, normed.index_fill(0, targets[:1], float("nan")), targets)
-    return {"loss": loss, "gradient": gradient.cpu(), "broken": broken, "held": head.base.shape[0]}
+    return {"loss": float(loss), "gradient": gradient.cpu(), "broken": float(broken), "held": head.base.shape[0]}
 
 
 @torch.no_grad()

@@ -50,7 +50,6 @@ def shared_rig(topology: Topology, model: str, coserving: str = "interleaved", *
     # Ranks whose clocks differ: only the leader's may decide.
     rig.engine.clock = lambda: 1e9 * rank
     rig.bank.set_shadow(random_state(rig.bank, 5))
-    rig.bank.refresh()
     return rig
 
 

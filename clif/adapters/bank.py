@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from clif.adapters.rounding import Rounding
 from clif.config import AdapterConfig, ConfigError
 from clif.distributed.collectives import TpGroup
 from clif.models.lora_factors import Factors, LoraFactors
@@ -38,6 +39,7 @@ class AdapterBank:
             master.data, master.grad = view, grad
         self._specs = {name: spec for layer in layers for name, spec in layer.shard_specs().items()}
         self._shares = self._share_of_each()
+        self._rounding = Rounding(layers, self.shadow.data)
         self.refresh()
 
     def _share_of_each(self) -> torch.Tensor | None:
@@ -178,11 +180,16 @@ class AdapterBank:
         """Overwrite the shadow. The caller has checked names, shapes and finiteness (see peft_io.read_weights)."""
         for name, factor in self.shadow_state().items():
             factor.copy_(state[name])
+        self.refresh()
+
+    def load_shadow(self, flat: torch.Tensor) -> None:
+        """Overwrite the shadow by a vector [n] of its own layout."""
+        self.shadow.data.copy_(flat)
+        self.refresh()
 
     def refresh(self) -> None:
-        """Round the masters to what the shadow's rows are multiplied with. Call it after they have changed."""
-        for layer in self.layers:
-            layer.refresh()
+        """Round the masters to what the shadow's rows are multiplied with: whatever changes them calls it once."""
+        self._rounding.apply()
 
     def fill_slot(self, slot: int, state: State) -> None:
         """Copy an adapter into a serving slot, rounding to the base dtype once."""

@@ -38,7 +38,7 @@ class LoraFactors:
 
     serving_a, serving_b [slots, ...] and compute_a, compute_b are in the base's dtype; shadow_a [k r, in] and
     shadow_b [adapted rows, r] are float32 masters, trained. compute_* are what the shadow's rows are multiplied with:
-    call refresh() after the masters have changed.
+    the masters, rounded (see adapters.rounding).
     """
 
     def __init__(
@@ -49,13 +49,17 @@ class LoraFactors:
         self.adapted = [i for i, module in enumerate(modules) if module.adapted]
         (out, self.width), rank, device = base.shape, r * len(self.adapted), base.device
         shapes = ((rank, self.width), (out, rank))
-        self.a, self.b = (torch.zeros(slots + 1, *shape, dtype=base.dtype, device=device) for shape in shapes)
-        self.serving_a, self.serving_b = self.a[:SHADOW], self.b[:SHADOW]
-        self.compute_a, self.compute_b = self.a[SHADOW], self.b[SHADOW]
+        self.hold(*(torch.zeros(slots + 1, *shape, dtype=base.dtype, device=device) for shape in shapes))
         rows = sum(modules[i].size for i in self.adapted)
         self.shadow_a = nn.Parameter(torch.empty(rank, self.width, device=device))
         self.shadow_b = nn.Parameter(torch.empty(rows, r, device=device))
         self.draw()
+
+    def hold(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Hold the factors of all slots, the shadow's last, in a [slots + 1, k r, in] and b [slots + 1, out, k r]."""
+        self.a, self.b = a, b
+        self.serving_a, self.serving_b = a[:SHADOW], b[:SHADOW]
+        self.compute_a, self.compute_b = a[SHADOW], b[SHADOW]
 
     def draw(self) -> None:
         """The shadow as it is before any training: A drawn from torch's random numbers like a linear layer, B zero."""
@@ -82,15 +86,15 @@ class LoraFactors:
 
     def fill_slot(self, slot: int, factors: dict[str, Factors]) -> None:
         """Copy an adapter into a serving slot, rounding to the base's dtype once."""
-        self._spread(factors, self.serving_a[slot], self.serving_b[slot])
-
-    def refresh(self) -> None:
-        """Round the shadow's masters to what its rows are multiplied with."""
-        self._spread(self.by_module(self.shadow_a.data, self.shadow_b.data), self.compute_a, self.compute_b)
+        blocks = self.blocks(self.serving_b[slot])
+        for i, to_a, to_b in zip(self.adapted, self.serving_a[slot].split(self.r), blocks, strict=True):
+            a, b = factors[self.modules[i].name]
+            to_a.copy_(a)
+            to_b.copy_(b)
 
     def gather_b(self, b: torch.Tensor) -> torch.Tensor:
         """The blocks of a merged B [out, k r] one below the other: [adapted rows, r]."""
-        blocks = self._blocks(b)
+        blocks = self.blocks(b)
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
     def as_merged(self, base: Dense) -> MergedLinear:
@@ -102,14 +106,7 @@ class LoraFactors:
             start += module.size
         return MergedLinear(base.weight, base.bias, self.a, self.b, self.r, self.scale, tuple(projections))
 
-    def _spread(self, factors: dict[str, Factors], to_a: torch.Tensor, to_b: torch.Tensor) -> None:
-        blocks = self._blocks(to_b)
-        for i, a, block in zip(self.adapted, to_a.split(self.r), blocks, strict=True):
-            from_a, from_b = factors[self.modules[i].name]
-            a.copy_(from_a)
-            block.copy_(from_b)
-
-    def _blocks(self, b: torch.Tensor) -> list[torch.Tensor]:
-        """The non-zero blocks of a merged B [out, k r], one per adapted module."""
-        rows = b.split([module.size for module in self.modules])
-        return [rows[i][:, j * self.r : (j + 1) * self.r] for j, i in enumerate(self.adapted)]
+    def blocks(self, b: torch.Tensor) -> list[torch.Tensor]:
+        """The non-zero blocks of merged B [..., out, k r], one per adapted module."""
+        rows = b.split([module.size for module in self.modules], -2)
+        return [rows[i][..., j * self.r : (j + 1) * self.r] for j, i in enumerate(self.adapted)]

@@ -12,8 +12,10 @@ from clif.models.head import Head
 
 def head_loss(
     head: Head, normed: torch.Tensor, targets: torch.Tensor, divisor: float | None = None
-) -> tuple[float, torch.Tensor | None]:
-    """Summed cross-entropy in nats, and the gradient [rows, hidden] of (that sum / divisor); None without a divisor.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Summed cross-entropy in nats [], and the gradient [rows, hidden] of (that sum / divisor); None without a divisor.
+
+    The sum stays on the device: reading it would wait for all that was launched before.
 
     normed: [rows, hidden], what the head reads; targets: [rows]. d loss / d logits = softmax(logits) - one_hot.
     Collective over the head's peers, of which none sees another's logits: one sum of two numbers per row and rank,
@@ -28,7 +30,7 @@ def head_loss(
         mine = (columns >= 0) & (columns < head.shard.size)
         columns = columns.clamp(0, head.shard.size - 1)
         log_sum, wanted = _joined(head, own_sum, torch.where(mine, logits.gather(1, columns).float(), 0.0)[:, 0])
-        loss = float((log_sum - wanted).sum())
+        loss = (log_sum - wanted).sum()
         if divisor is None:
             return loss, None
         # Softmax over this rank's columns differs from that over all by their share of the whole sum.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from clif.adapters.slots import SlotTable
 from clif.engine.jobs import Slices
+from clif.training.device_work import computed
 from clif.training.train_runner import TrainRunner
 from clif.types import TrainSample
 
@@ -28,10 +31,11 @@ class Heldout:
 
     def loss(self, slot: int | None) -> Slices[float]:
         """Summed cross-entropy in nats under an adapter slot."""
-        total = 0.0
+        losses = []
         for batch in self._batches:
-            total += yield from self._runner.loss(batch, slot)
-        return total
+            losses.append((yield from self._runner.loss(batch, slot)))
+        yield from computed(self._runner.bank.shadow, self._runner.bank.tp_group)
+        return sum(torch.stack(losses).tolist()) if losses else 0.0
 
     def active_loss(self, slots: SlotTable) -> Slices[tuple[int, float]]:
         """(version, summed loss) of the active version; computed once per version.

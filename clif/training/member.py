@@ -167,7 +167,7 @@ class Member:
         average, total = mean.result()
         if total == 0:
             average.fill_(math.nan)
-        bank.shadow.data.copy_(average)
+        bank.load_shadow(average)
         if total == 0:
             return None
         deviation_(mine, average, weight / total)

@@ -79,6 +79,18 @@ class NoiseScale:
         return self._noise / self._signal
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Groups of a step's samples. norms2 [groups + 1]: |g_i|^2 of each, then |s|^2, on the device until they are read.
+
+    sizes: b_i; steps: those since the last comparison.
+    """
+
+    norms2: torch.Tensor
+    sizes: list[int]
+    steps: int
+
+
 class NoiseWatch:
     """Observes the noise scale of a bank's gradient, on coordinates that no other peer shares."""
 
@@ -97,25 +109,30 @@ class NoiseWatch:
         """A copy of the watched coordinates of the gradient as it is now."""
         return self._bank.gradient[self._watched].clone()
 
-    def observe(
+    def compare(
         self, groups: list[torch.Tensor], sizes: list[int], moment: torch.Tensor | None, settled: float, steps: int
-    ) -> None:
-        """groups: mean gradients of disjoint groups of a step's samples; steps: done before it.
+    ) -> Comparison | None:
+        """groups: mean gradients of disjoint groups of a step's samples; steps: done before it. None: nothing to see.
 
         moment [n]: Adam's second one of the steps before: one that holds the gradient itself would bias the ratio.
         settled: its share of what it will be, 1 - beta2^step, by which Adam divides it.
         """
         if moment is None or steps < AFTER_STEPS:
-            return
+            return None
         if len(groups) > 1:
             scale = self._scale(moment, settled)
-            self._compare([group * scale for group in groups], sizes, HALVED if self._halved else 1)
-        elif sizes == [1] and self._single is not None:
+            return _compare([group * scale for group in groups], sizes, HALVED if self._halved else 1)
+        if sizes == [1] and self._single is not None:
             (first, scale), self._single = self._single, None
-            self._compare([first, groups[0] * scale], [1, 1], HALVED)
-        elif sizes == [1] and steps % HALVED == 0:
+            return _compare([first, groups[0] * scale], [1, 1], HALVED)
+        if sizes == [1] and steps % HALVED == 0:
             scale = self._scale(moment, settled)
             self._single = groups[0] * scale, scale
+        return None
+
+    def observe(self, seen: Comparison, norms2: Sequence[float]) -> None:
+        """norms2: those of `seen`, read from the device."""
+        self.scale.observe(norms2[:-1], norms2[-1], seen.sizes, seen.steps)
 
     def forget(self) -> None:
         """Something else than a step has changed the shadow: the next step does not continue the last."""
@@ -126,6 +143,7 @@ class NoiseWatch:
         watched = moment[self._watched] / settled
         return (watched + FLOOR * watched.mean()).rsqrt_()
 
-    def _compare(self, seen: list[torch.Tensor], sizes: list[int], steps: int) -> None:
-        total = torch.stack(seen).sum(0)
-        self.scale.observe([float(g.dot(g)) for g in seen], float(total.dot(total)), sizes, steps)
+
+def _compare(seen: list[torch.Tensor], sizes: list[int], steps: int) -> Comparison:
+    total = torch.stack(seen).sum(0)
+    return Comparison(torch.stack([g.dot(g) for g in (*seen, total)]), sizes, steps)

@@ -22,9 +22,21 @@ from clif.models.loss import head_loss
 from clif.models.stack import CausalStack
 from clif.types import TrainSample
 
-HEAD_ROWS = {"cpu": 64, "cuda": 1024}
-"""Rows whose logits are held at a time, by type of device: with a large vocabulary they are the largest tensor there is
-(1.3 GB for 1,024 rows of 128k, with softmax and gradient). A GPU reads the whole head for every such piece."""
+
+@dataclass(frozen=True)
+class HeadPieces:
+    """How the head's rows are cut. rows: whose logits are held at a time; unit: rows of a slice's unit; least: units of
+    the smallest slice.
+    """
+
+    rows: int
+    unit: int
+    least: int
+
+
+HEAD_PIECES = {"cpu": HeadPieces(rows=64, unit=1, least=16), "cuda": HeadPieces(rows=1024, unit=1024, least=1)}
+"""By type of device. With a large vocabulary the logits are the largest tensor there is (1.3 GB for 1,024 rows of 128k,
+with softmax and gradient). Every piece reads the whole head: on a GPU fewer rows take as long."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,7 @@ class Pass:
     """A forward under one adapter slot (None: the base), and its backward if it learns.
 
     at: the layer that comes next; cuts: (input, output) of each layer whose backward is pending, output None if it is
-    computed again.
+    computed again. loss: summed cross-entropy in nats [], of the rows that the head has seen; on the device.
     """
 
     def __init__(self, stack: CausalStack, batch: Packed, slot: int | None, keep: Activations | None = None) -> None:
@@ -104,7 +116,10 @@ class Pass:
         )
         self.hidden = stack.embed(batch.ids)
         self.at = 0
+        self._head_at = 0
         self.cuts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self.loss = torch.zeros((), dtype=torch.float64, device=batch.ids.device)
+        self.pieces = HEAD_PIECES[batch.ids.device.type]
         self._first_kept = stack.num_layers - (keep.kept(batch.lengths) if keep else 0)
         self._gradient: torch.Tensor | None = None
 
@@ -138,18 +153,22 @@ class Pass:
         self.hidden = out.detach()
         self.at += 1
 
-    def head(self, start: int, rows: int, divisor: float) -> tuple[float, int]:
-        """Summed cross-entropy in nats of `rows` targets from `start` on, and where they end.
+    @property
+    def head_rows_left(self) -> int:
+        """Targets that the head has not seen yet."""
+        return len(self.batch.targets) - self._head_at
+
+    def head(self, units: int, divisor: float) -> None:
+        """Add the summed cross-entropy of the next targets, `units` units of them, to `loss`.
 
         A pass that learns adds the gradient of (that sum / divisor).
         """
-        stop, total = min(start + rows, len(self.batch.targets)), 0.0
-        piece = HEAD_ROWS.get(self.hidden.device.type, 64)
-        for at in range(start, stop, piece):
-            total += self._head(at, min(at + piece, stop), divisor)
-        return total, stop
+        stop = min(self._head_at + units * self.pieces.unit, len(self.batch.targets))
+        for at in range(self._head_at, stop, self.pieces.rows):
+            self.loss += self._head(at, min(at + self.pieces.rows, stop), divisor)
+        self._head_at = stop
 
-    def _head(self, start: int, stop: int, divisor: float) -> float:
+    def _head(self, start: int, stop: int, divisor: float) -> torch.Tensor:
         rows, targets = self.batch.rows[start:stop], self.batch.targets[start:stop]
         top = self.hidden[rows].requires_grad_(self.learns)
         with torch.set_grad_enabled(self.learns):

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import torch
+
 from clif.config import ConfigError
 from clif.engine.jobs import Slice, SliceKind, Slices
 from clif.engine.runner import ModelRunner
 from clif.models.dual_linear import SHADOW
 from clif.training.passes import Pass, measure_activations, pack
 from clif.types import TrainSample
-
-HEAD_LEAST = 16
-"""Rows of the head's smallest slice: one row would read the whole matrix, too."""
 
 
 class TrainRunner:
@@ -31,27 +30,29 @@ class TrainRunner:
                 f"{self.config.activation_mib}: raise it or lower data.max_sample_tokens"
             )
 
-    def loss_and_gradients(self, samples: Sequence[TrainSample], divisor: float) -> Slices[float]:
+    def loss_and_gradients(self, samples: Sequence[TrainSample], divisor: float) -> Slices[torch.Tensor]:
         """Forward and backward of the shadow; adds the gradients of (summed cross-entropy / divisor) to it.
 
-        Returns the summed cross-entropy in nats.
+        Returns the summed cross-entropy in nats [], float64, on the device.
         """
-        total, left = 0.0, list(samples)
+        total, left = self._zero(), list(samples)
         while left:
             run = yield from self._pack(left, SHADOW, learns=True)
             yield from self._forward(run, SliceKind.FORWARD)
-            total += yield from self._head(run, SliceKind.HEAD, divisor)
+            yield from self._head(run, SliceKind.HEAD, divisor)
             while run.cuts:
                 yield Slice(SliceKind.BACKWARD, run.batch.tokens, len(run.cuts), run.backward)
+            total += run.loss
         return total
 
-    def loss(self, samples: Sequence[TrainSample], slot: int | None) -> Slices[float]:
-        """Summed cross-entropy in nats under an adapter slot (SHADOW, a serving slot, None: the base)."""
-        total, left = 0.0, list(samples)
+    def loss(self, samples: Sequence[TrainSample], slot: int | None) -> Slices[torch.Tensor]:
+        """The same under an adapter slot (SHADOW, a serving slot, None: the base), without gradients."""
+        total, left = self._zero(), list(samples)
         while left:
             run = yield from self._pack(left, slot, learns=False)
             yield from self._forward(run, SliceKind.EVALUATE)
-            total += yield from self._head(run, SliceKind.EVALUATE_HEAD, 1.0)
+            yield from self._head(run, SliceKind.EVALUATE_HEAD, 1.0)
+            total += run.loss
         return total
 
     def _pack(self, left: list[TrainSample], slot: int | None, learns: bool) -> Slices[Pass]:
@@ -69,19 +70,17 @@ class TrainRunner:
                 break
             taken.append(left.pop(0))
             lengths.append(len(taken[-1].ids))
-        if slot == SHADOW:
-            # The masters may have changed since: rounding them again is cheap beside a forward.
-            self.bank.refresh()
         return Pass(self.stack, pack(taken, self.device), slot, self.activations if learns else None)
 
     def _forward(self, run: Pass, kind: SliceKind) -> Slices[None]:
         while run.left:
             yield Slice(kind, run.batch.tokens, run.left, run.forward, fused_pass=run)
 
-    def _head(self, run: Pass, kind: SliceKind, divisor: float) -> Slices[float]:
-        total, start, end = 0.0, 0, len(run.batch.targets)
-        while start < end:
-            work = partial(run.head, start, divisor=divisor)
-            loss, start = yield Slice(kind, 1, end - start, work, least=min(HEAD_LEAST, end - start))
-            total += loss
-        return total
+    def _head(self, run: Pass, kind: SliceKind, divisor: float) -> Slices[None]:
+        while (rows := run.head_rows_left) > 0:
+            units = -(-rows // run.pieces.unit)
+            work = partial(run.head, divisor=divisor)
+            yield Slice(kind, min(run.pieces.unit, rows), units, work, least=min(run.pieces.least, units))
+
+    def _zero(self) -> torch.Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self.device)

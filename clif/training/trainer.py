@@ -16,6 +16,7 @@ from clif.adapters.bank import AdapterBank
 from clif.config import TrainConfig
 from clif.data.cursor import SampleCursor, fingerprint
 from clif.engine.jobs import Slice, SliceKind, Slices
+from clif.training.device_work import computed
 from clif.training.noise_scale import NoiseWatch
 from clif.training.train_runner import TrainRunner
 from clif.types import TrainSample
@@ -78,16 +79,17 @@ class ShadowTrainer:
         targets = sum(s.targets for s in chosen)
         gradient, noise = self.bank.gradient, self.noise
         gradient.zero_()
-        total, parts = 0.0, self._parts(chosen, micro_batch)
+        losses, parts = list[torch.Tensor](), self._parts(chosen, micro_batch)
         groups, before = [], noise.gradient()
         for part in parts:
-            total += yield from self.runner.loss_and_gradients(part, targets)
+            losses.append((yield from self.runner.loss_and_gradients(part, targets)))
             after = noise.gradient()
             # The mean gradient of this part alone: what it added, over its own targets.
             groups.append((after - before) * (targets / sum(s.targets for s in part)))
             before = after
         sizes = [len(part) for part in parts]
-        finish = partial(self._finish, total / targets, chosen, groups, sizes, lr_scale)
+        yield from computed(gradient, self.bank.tp_group)
+        finish = partial(self._finish, losses, chosen, groups, sizes, lr_scale)
         return (yield Slice(SliceKind.OPTIMIZER, 1, 1, lambda _: finish()))
 
     def _parts(self, chosen: list[TrainSample], micro_batch: int) -> list[list[TrainSample]]:
@@ -96,32 +98,46 @@ class ShadowTrainer:
         return [chosen[start : start + size] for start in range(0, len(chosen), size)]
 
     def _finish(
-        self, loss: float, chosen: list[TrainSample], groups: list[torch.Tensor], sizes: list[int], lr_scale: float
+        self,
+        losses: list[torch.Tensor],
+        chosen: list[TrainSample],
+        groups: list[torch.Tensor],
+        sizes: list[int],
+        lr_scale: float,
     ) -> StepResult:
-        adam, beta2 = self._optimizer.state[self.bank.shadow], self._optimizer.param_groups[0]["betas"][1]
-        settled = 1 - beta2 ** float(adam.get("step", 0))
-        self.noise.observe(groups, sizes, adam.get("exp_avg_sq"), settled, self.steps)
-        return self._update(loss, chosen, lr_scale)
+        """The end of a step. What the host must know of it is read here, at once: nothing before waits for the device.
 
-    def _update(self, loss: float, chosen: list[TrainSample], lr_scale: float) -> StepResult:
+        losses: summed cross-entropy [] of each group of passes.
+        """
+        adam, beta2 = self._optimizer.state[self.bank.shadow], self._optimizer.param_groups[0]["betas"][1]
+        settled = 1 - beta2**self.steps
+        seen = self.noise.compare(groups, sizes, adam.get("exp_avg_sq"), settled, self.steps)
+        norms2 = [] if seen is None else [*seen.norms2]
+        norm, *found = torch.stack([x.double() for x in (self._clip(), *losses, *norms2)]).tolist()
+        if seen is not None:
+            self.noise.observe(seen, found[len(losses) :])
+        return self._update(sum(found[: len(losses)]), norm, chosen, lr_scale)
+
+    def _update(self, total: float, norm: float, chosen: list[TrainSample], lr_scale: float) -> StepResult:
         lr = lr_scale * self.config.lr * min(1.0, (self.steps + 1) / max(1, self.config.warmup_steps))
-        norm = self._clip()
+        tokens, targets = sum(len(s.ids) for s in chosen), sum(s.targets for s in chosen)
+        loss = total / targets
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             self._optimizer.param_groups[0]["lr"] = lr
             self._optimizer.step()
+            self.bank.refresh()
             self.steps += 1
-        tokens, targets = sum(len(s.ids) for s in chosen), sum(s.targets for s in chosen)
         return StepResult(
             self.steps, len(chosen), tokens, targets, loss, norm, lr, finite, self.noise.scale.noise_scale
         )
 
-    def _clip(self) -> float:
-        """Scale the gradient down to clip_norm; returns the norm that it had."""
+    def _clip(self) -> torch.Tensor:
+        """Scale the gradient down to clip_norm; returns the norm [] that it had."""
         self.bank.join_gradient()
         norm = self.bank.norm(self.bank.gradient)
         self.bank.gradient.mul_((self.config.clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        return float(norm)
+        return norm
 
     def commit(self) -> None:
         """Keep the steps since the last settlement."""
@@ -160,8 +176,7 @@ class ShadowTrainer:
         }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        with torch.no_grad():
-            self.bank.shadow.copy_(snapshot["shadow"])
+        self.bank.load_shadow(snapshot["shadow"])
         self._optimizer.state[self.bank.shadow] = {name: value.clone() for name, value in snapshot["moments"].items()}
         self.steps = snapshot["steps"]
         self.noise.forget()

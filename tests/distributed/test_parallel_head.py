@@ -14,7 +14,7 @@ from conftest import TINY
 from ranks import run_ranks
 
 from clif.models.shard import Shard, uneven_shard
-from clif.training.passes import HEAD_ROWS
+from clif.training.passes import HEAD_PIECES
 from clif.types import NO_TOKEN
 
 
@@ -79,7 +79,7 @@ def test_there_is_one_all_reduce_per_attention_and_one_per_mlp_and_few_of_the_he
         assert found["step that draws"] == {"all_reduce_": 2 * layers + 2, "broadcast_": 1, "broadcast_bytes": 1}, (
             "the best of each rank, whole rows of those that draw, and what was drawn"
         )
-        blocks = -(-sum(sample.targets for sample in bodies_head.SAMPLES) // HEAD_ROWS["cpu"])
+        blocks = -(-sum(sample.targets for sample in bodies_head.SAMPLES) // HEAD_PIECES["cpu"].rows)
         # Nothing below the first layer's attention learns: its gradient goes no further down.
         forward, backward = {"all_reduce_": 2 * layers}, {"all_reduce_": 2 * layers - 1}
         training = {"forward": forward, "head": {"all_reduce_": 2 * blocks}, "backward": backward}

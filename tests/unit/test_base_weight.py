@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from clif.adapters.bank import AdapterBank
+from clif.config import AdapterConfig
 from clif.kernels.dual_lora_reference import SHADOW, Segment
 from clif.models import base_weight
 from clif.models.base_weight import BaseWeight, Dense, Prepacked, merged, prepacked
@@ -46,8 +48,9 @@ def layer_with(base: BaseWeight) -> DualLinear:
     layer.base = base
     torch.manual_seed(0)
     lora = layer.adapt([1], r=4, scale=0.5, slots=2)
+    bank = AdapterBank([lora], AdapterConfig(r=4))
     lora.shadow_b.data.normal_()
-    lora.refresh()
+    bank.refresh()
     lora.fill_slot(0, {"second": (torch.randn(4, 24), torch.randn(24, 4))})
     return layer
 

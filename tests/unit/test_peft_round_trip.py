@@ -28,7 +28,6 @@ def export(rig, folder):
 
 
 def our_logits(rig):
-    rig.bank.refresh()
     return stack_logits(rig.runner.stack, IDS, SHADOW)
 
 

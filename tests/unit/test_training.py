@@ -168,6 +168,7 @@ def test_non_finite_step_changes_nothing(rig):
     trainer = trainer_for(rig)
     finish(trainer.step(2, 1))
     rig.bank.layers[0].shadow_b.data[0, 0] = float("nan")
+    rig.bank.refresh()
     before = trainer.snapshot()
     result = finish(trainer.step(2, 1))
     after = trainer.snapshot()
