@@ -10,6 +10,7 @@ Sources: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011),
 from __future__ import annotations
 
 import struct
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -18,12 +19,12 @@ import torch
 
 from clif.engine.scheduler import Chunk
 from clif.kernels.staging import Staged
-from clif.types import Request, Sampling
+from clif.types import Request
 
 INTS, FLOATS = 2, 3
 """Numbers of a row: its index and top_k; temperature, top_p and its random number."""
-ORDER = {(True, False): 0, (True, True): 1, (False, True): 2, (False, False): 3}
-"""Where the rows of a request that uses (top_k, top_p) lie, so that those of either filter lie together."""
+ONLY_TOP_K, BOTH, ONLY_TOP_P, NEITHER = range(4)
+"""Filters of a row, in the order of the rows: those of either filter lie together."""
 LIMITS = torch.finfo(torch.float32)
 
 
@@ -67,36 +68,34 @@ class DrawTable:
 
         After Scheduler.schedule(): tokens in flight count as drawn.
         """
-        drawing = [(row, chunk) for row, chunk in enumerate(chunks) if chunk.sequence.request.sampling.temperature]
+        drawing = sorted(
+            self._numbers(row, chunk.sequence.request, chunk.stop)
+            for row, chunk in enumerate(chunks)
+            if chunk.sequence.request.sampling.temperature
+        )
         if not drawing:
             return None
-        drawing.sort(key=lambda draw: ORDER[self._filters(draw[1].sequence.request.sampling)])
-        asked = [chunk.sequence.request.sampling for _, chunk in drawing]
-        self._write(drawing, asked)
+        uses, *columns = zip(*drawing, strict=True)
+        n, words = len(drawing), self._staged.write().view(-1, self._capacity)
+        words[:INTS].numpy()[:, :n] = columns[:INTS]
+        words[INTS:].view(torch.float64).numpy()[:, :n] = columns[INTS:]
         self._staged.send()
-        used = [self._filters(params) for params in asked]
-        return self._draws(used, max((p.top_k for p, (k, _) in zip(asked, used, strict=True) if k), default=0))
+        with_top_k, only_k, no_p = bisect(uses, BOTH), bisect(uses, ONLY_TOP_K), uses.count(NEITHER)
+        return self._draws(slice(0, with_top_k), slice(only_k, n - no_p), n, max(columns[1][:with_top_k], default=0))
 
-    def _filters(self, params: Sampling) -> tuple[bool, bool]:
-        """Whether top_k and top_p leave tokens out."""
-        return 0 < params.top_k < self._vocab_size, params.top_p < 1
-
-    def _write(self, drawing: Sequence[tuple[int, Chunk]], asked: Sequence[Sampling]) -> None:
-        host, n = self._staged.write().view(-1, self._capacity), len(drawing)
-        ints, floats = host[:INTS].numpy(), host[INTS:].view(torch.float64).numpy()
-        ints[0, :n] = [row for row, _ in drawing]
-        ints[1, :n] = [min(params.top_k, self._vocab_size) for params in asked]
+    def _numbers(self, row: int, request: Request, stop: int) -> tuple[int, int, int, float, float, float]:
+        """Which filters it uses, and what the device needs to know. stop: what lies before it is prompt, or drawn."""
+        asked = request.sampling
+        top_k = min(asked.top_k, self._vocab_size)
+        by_k, by_p = 0 < top_k < self._vocab_size, asked.top_p < 1
+        use = (BOTH if by_p else ONLY_TOP_K) if by_k else ONLY_TOP_P if by_p else NEITHER
         # In float32 a temperature of 1e-300 would be 0, and one of 1e300 infinite.
-        floats[0, :n] = [min(max(params.temperature, LIMITS.tiny), LIMITS.max) for params in asked]
-        floats[1, :n] = [params.top_p for params in asked]
-        # What lies before a chunk's end, the prompt excepted, was drawn before.
-        floats[2, :n] = [uniform(c.sequence.request, c.stop - len(c.sequence.request.prompt)) for _, c in drawing]
+        temperature = min(max(asked.temperature, LIMITS.tiny), LIMITS.max)
+        return use, row, top_k, temperature, asked.top_p, uniform(request, stop - len(request.prompt))
 
-    def _draws(self, used: Sequence[tuple[bool, bool]], largest_k: int) -> Draws:
-        words, n = self._staged.words.view(-1, self._capacity), len(used)
+    def _draws(self, with_top_k: slice, with_top_p: slice, n: int, largest_k: int) -> Draws:
+        words = self._staged.words.view(-1, self._capacity)
         (rows, top_k), (temperature, top_p, uniforms) = words[:INTS, :n], words[INTS:, :n].view(torch.float64)
-        only_k, no_p = used.count((True, False)), used.count((False, False))
-        with_top_k, with_top_p = slice(0, sum(k for k, _ in used)), slice(only_k, n - no_p)
         return Draws(
             rows, temperature, uniforms, top_k[with_top_k], top_p[with_top_p], with_top_k, with_top_p, largest_k
         )

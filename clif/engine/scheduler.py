@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from clif.adapters.slots import SlotTable
 from clif.config import EngineConfig
@@ -20,7 +21,7 @@ from clif.engine.blocks import BlockPool
 from clif.types import NO_TOKEN, FinishReason, Request, TokenEvent
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """A request inside a replica. tokens: prompt and answer, as far as they are known.
 
@@ -28,7 +29,7 @@ class Sequence:
     num_tokens_in_flight: tokens that such steps choose; num_steps_in_flight: steps under way that hold a chunk of it.
     version: -1 until the first admission. blocks hold at least the computed tokens; both are empty while it waits.
     arrived_s and last_s (time of the last token) are on the engine's clock. sampled_at: where its token is among those
-    of the last step in which it took one.
+    of the last step in which it took one. max_total_tokens: the request's.
     """
 
     request: Request
@@ -43,6 +44,10 @@ class Sequence:
     num_steps_in_flight: int = 0
     sampled_at: int = -1
     ended: bool = False
+    max_total_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.max_total_tokens = self.request.max_total_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -59,8 +64,7 @@ class Sequence:
         return self.num_tokens - self.num_computed_tokens
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens [start, stop) of a sequence to be computed in a step; needs_sampling: its last logits choose a token."""
 
     sequence: Sequence
@@ -90,7 +94,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = self.reused_tokens = 0
-        self._eos_ids, self._decode = frozenset(eos_ids), decode
+        self._eos_ids, self._decode, self._prefix_reuse = frozenset(eos_ids), decode, config.prefix_reuse
 
     def add(
         self, request: Request, now: float, output_ids: Iterable[int] = (), version: int | None = None
@@ -150,7 +154,7 @@ class Scheduler:
             if chunk is not None:
                 chunks.append(chunk)
                 budget -= 0 if chunk.is_decode else chunk.stop - chunk.start
-        return sorted(chunks, key=lambda c: (c.sequence.slot is not None, c.sequence.slot or 0))
+        return sorted(chunks, key=_slot)
 
     def settle(self, chunks: list[Chunk], tokens: list[int], now: float) -> list[TokenEvent]:
         """Take a step's outcome: tokens holds one token, or NO_TOKEN, for each chunk that samples, in order.
@@ -180,7 +184,7 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> bool:
         """Give a waiting sequence its version and the cached part of its tokens. False: there is no room."""
         new = sequence.version < 0
-        if self.config.prefix_reuse:
+        if self._prefix_reuse:
             sequence.blocks = self.pool.acquire_cached(self.slots.active if new else sequence.version, sequence.tokens)
         if sum(map(self._due, (*self.running, sequence))) > self.pool.available:
             self._free_blocks(sequence)
@@ -197,23 +201,24 @@ class Scheduler:
 
     def _due(self, sequence: Sequence) -> int:
         """Blocks that a sequence needs soon: for its tokens, and for one block of answer more, if it gets that long."""
-        soon = min(sequence.num_tokens + self.pool.block_size, sequence.request.max_total_tokens)
+        soon = min(sequence.num_tokens + self.pool.block_size, sequence.max_total_tokens)
         return self.pool.blocks_for(soon) - len(sequence.blocks)
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk | None:
-        if sequence.num_tokens == sequence.request.max_total_tokens:
+        start, end = sequence.num_computed_tokens, sequence.num_tokens
+        if end == sequence.max_total_tokens:
             # Its last token is in flight.
             return None
-        left = sequence.num_uncomputed_tokens
+        left = end - start
         size = 1 if left == 1 else min(left, budget)
-        start, stop = sequence.num_computed_tokens, sequence.num_computed_tokens + size
+        stop = start + size
         if not size or not self._make_room(sequence, stop):
             return None
-        chunk = Chunk(sequence, start, stop, needs_sampling=size == left)
         sequence.num_computed_tokens = stop
         sequence.num_steps_in_flight += 1
-        sequence.num_tokens_in_flight += chunk.needs_sampling
-        return chunk
+        needs_sampling = stop == end
+        sequence.num_tokens_in_flight += needs_sampling
+        return Chunk(sequence, start, stop, needs_sampling)
 
     def _make_room(self, sequence: Sequence, stop: int) -> bool:
         """Blocks for tokens [0, stop), taken from the youngest if need be. False: the youngest is the sequence.
@@ -230,9 +235,9 @@ class Scheduler:
         return True
 
     def _register(self, chunk: Chunk) -> None:
-        """Register the full blocks for other sequences, unless the sequence has lost its blocks since."""
-        sequence = chunk.sequence
-        if self.config.prefix_reuse and sequence.blocks:
+        """Register the blocks that it filled for other sequences, unless the sequence has lost its blocks since."""
+        sequence, size = chunk.sequence, self.pool.block_size
+        if self._prefix_reuse and sequence.blocks and chunk.stop // size > chunk.start // size:
             self.pool.register(sequence.version, sequence.tokens, sequence.blocks, chunk.start, chunk.stop)
 
     def _free_blocks(self, sequence: Sequence) -> None:
@@ -261,7 +266,7 @@ class Scheduler:
             cuts = [at for at in (text.find(stop) for stop in sampling.stop) if at >= 0]
             if cuts:
                 return self._end(sequence, (token,), FinishReason.STOP, text=text[: min(cuts)])
-        if len(sequence.output_ids) >= sampling.max_tokens:
+        if len(sequence.tokens) >= sequence.max_total_tokens:
             return self._end(sequence, (token,), FinishReason.LENGTH)
         return TokenEvent(request_id=sequence.request.id, tokens=(token,), version=sequence.version)
 
@@ -284,3 +289,9 @@ class Scheduler:
             detail=detail,
             text=text,
         )
+
+
+def _slot(chunk: Chunk) -> int:
+    """The adapter slot, -1 for the base: its rows come first."""
+    slot = chunk.sequence.slot
+    return -1 if slot is None else slot

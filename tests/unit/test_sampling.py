@@ -207,7 +207,7 @@ def test_no_request_makes_probabilities_that_cannot_be_drawn_from(numbers, kind,
     """Were it not so, one request would end every replica in turn."""
     logits = torch.from_numpy(numbers).to(kind)
     # Not by its constructor, which refuses most of this: what is drawn from must not depend on who was asked before.
-    params = SimpleNamespace(temperature=temperature, top_p=top_p, top_k=top_k, seed=1)
+    params = SimpleNamespace(temperature=temperature, top_p=top_p, top_k=top_k, seed=1, max_tokens=1)
     for token, row in zip(drawn(logits, *[params] * len(logits)), logits, strict=True):
         largest = row.float().max()
         assert (token == NO_TOKEN) == (not largest.isfinite())
@@ -219,7 +219,7 @@ def test_no_request_makes_probabilities_that_cannot_be_drawn_from(numbers, kind,
 @pytest.mark.parametrize("params", [{"temperature": 1e-300}, {"temperature": 1.0, "top_p": 1e-300}])
 def test_a_temperature_or_top_p_of_almost_nothing_is_greedy(params):
     logits = torch.tensor([0.0, 9.0, 8.9, float("-inf")])
-    params = SimpleNamespace(**{"top_p": 1.0, "top_k": 0, "seed": 1, **params})
+    params = SimpleNamespace(**{"top_p": 1.0, "top_k": 0, "seed": 1, "max_tokens": 1, **params})
     assert probabilities(logits, params).tolist() == [0, 1, 0, 0]
 
 
