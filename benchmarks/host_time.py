@@ -1,0 +1,181 @@
+"""Host time of a decode step besides the forward, by part: a real replica, engine and batch, a model that does nothing.
+
+python benchmarks/host_time.py [--requests 64] [--steps 400] [--repeats 7]
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import checkout
+import msgspec
+import torch
+
+from clif.adapters.slots import SlotTable
+from clif.config import Config, config_from_tree
+from clif.engine.batch import Batch, BatchBuilder
+from clif.engine.build import make_strategy
+from clif.engine.engine import Engine
+from clif.engine.jobs import Job, Slice, SliceKind, Slices
+from clif.engine.scheduler import Chunk, Scheduler
+from clif.engine.training_half import TrainingHalf
+from clif.replica.records import RankRecords
+from clif.replica.replica import Replica
+from clif.types import Request, Sampling
+from clif.wire.messages import Submit
+
+VOCABULARY, PROMPT, WARM_UP = 128_256, 320, 20
+TRAIN_TOKENS, TRAIN_LAYERS = 2048, 16
+
+
+class NoModel:
+    """Stands in for a runner: real batches, as for the kernels of a GPU, and no forward."""
+
+    def __init__(self, config: Config) -> None:
+        self._builder = BatchBuilder(config.engine, VOCABULARY, torch.device("cpu"), torch.bfloat16)
+
+    def fill(self, chunks: list[Chunk]) -> Batch:
+        batch = self._builder.fill(chunks, paged=True)
+        # Tables of two heights of tiles, which the layers of a model ask for.
+        for height in (16, 32):
+            batch.rows.tables.of(height, 4)
+        return batch
+
+    def forward(self, batch: Batch, fused: object = None) -> NoModel:
+        self._tokens = [1000] * len(batch.ends)
+        return self
+
+    def read(self) -> list[int]:
+        return self._tokens
+
+    def seconds(self) -> float:
+        return 0.003
+
+
+def training() -> Slices[None]:
+    """A job that always has a slice to plan, which costs nothing."""
+    while True:
+        yield Slice(SliceKind.BACKWARD, TRAIN_TOKENS, TRAIN_LAYERS, lambda units: None)
+
+
+def make_replica(folder: Path, requests: int, overlap: bool, trains: bool) -> Replica:
+    config = config_from_tree(
+        {
+            "model": {"path": "none", "max_context": 2048},
+            "engine": {"max_batch": requests, "kv_tokens": 2048 * requests, "max_prefill_tokens": PROMPT * requests},
+            "train": {"enabled": False},
+        }
+    )
+    engine = Engine(
+        NoModel(config),  # type: ignore[arg-type]
+        Scheduler(config.engine, SlotTable(3), (), lambda ids: ""),
+        TrainingHalf(make_strategy("interleaved", config)),
+        overlap=overlap,
+    )
+    if trains:
+        engine.jobs.append(Job("training", training()))
+    records, encoder = RankRecords(folder, 0, config.metrics, {}), msgspec.msgpack.Encoder()
+    member: Any = SimpleNamespace(micro_batch=1, trainer=SimpleNamespace(steps=0))
+    return Replica(config, 0, engine, member, records, encoder.encode)
+
+
+def submit(replica: Replica, requests: int, steps: int, drawn: bool) -> None:
+    """Requests of two versions, so that the batch has segments, all of which answer for the whole measurement."""
+    rng, half = random.Random(0), requests // 2
+    for i in range(requests):
+        if i == half:
+            replica.step([])
+            replica.engine.scheduler.slots.promote(1, 0)
+        sampling = Sampling(max_tokens=steps, temperature=0.8 * drawn, top_p=0.9, seed=i, ignore_eos=True)
+        request = Request(id=i, prompt=tuple(rng.choices(range(VOCABULARY), k=PROMPT)), sampling=sampling)
+        replica.step([msgspec.msgpack.encode(Submit(request=request))])
+
+
+def timed(seconds: dict[str, float], owner: Any, name: str, part: str) -> None:
+    """From now on calls of a method add to the seconds of its part."""
+    method = getattr(owner, name)
+
+    def call(*args: Any) -> Any:
+        start = time.perf_counter()
+        result = method(*args)
+        seconds[part] += time.perf_counter() - start
+        return result
+
+    setattr(owner, name, call)
+
+
+def measure(requests: int, steps: int, overlap: bool, trains: bool, drawn: bool) -> dict[str, list[float]]:
+    """Microseconds of each step, whole and by part."""
+    found: dict[str, list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        replica = make_replica(Path(folder), requests, overlap, trains)
+        submit(replica, requests, steps + WARM_UP + 2 * requests, drawn)
+        engine, seconds = replica.engine, dict[str, float]()
+        for owner, name, part in (
+            (engine, "plan", "plan"),
+            (engine.scheduler, "schedule", "schedule"),
+            (engine.runner, "fill", "fill"),
+            (engine.scheduler, "settle", "settle"),
+            (engine, "_note", "cost model"),
+            (replica, "send", "send"),
+            (replica.records, "engine_step", "records"),
+            (replica.records, "maybe_flush", "flush"),
+        ):
+            timed(seconds, owner, name, part)
+        for step in range(WARM_UP + steps):
+            seconds.update(dict.fromkeys(PARTS, 0.0))
+            start = time.perf_counter()
+            replica.step([])
+            whole = time.perf_counter() - start
+            if step >= WARM_UP:
+                for part, value in (("step", whole), *seconds.items()):
+                    found[part].append(1e6 * value)
+        replica.records.close()
+    return found
+
+
+PARTS = ("plan", "schedule", "fill", "settle", "cost model", "send", "records", "flush")
+CASES = {
+    "greedy": (False, False, False),
+    "greedy, overlap": (True, False, False),
+    "drawn, top_p": (False, False, True),
+    "greedy, with training": (False, True, False),
+}
+
+
+def spread(values: list[float]) -> str:
+    ordered = sorted(values)
+    return f"{statistics.median(ordered):.0f} ({ordered[0]:.0f} to {ordered[-1]:.0f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--repeats", type=int, default=7)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"commit {checkout.commit()}, torch {torch.__version__}, {asked.requests} requests, us a step: median of")
+    print(f"{asked.repeats} repeats' medians (least to largest), and the median repeat's parts\n")
+    print(f"| case | step | {' | '.join(PARTS)} |\n|---|---|{'---|' * len(PARTS)}")
+    runs: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for _ in range(asked.repeats):
+        # The cases take turns: a drift of the machine affects all of them.
+        for case, flags in CASES.items():
+            found = measure(asked.requests, asked.steps, *flags)
+            runs[case].append({part: statistics.median(values) for part, values in found.items()})
+    for case, repeats in runs.items():
+        parts = " | ".join(f"{statistics.median(r[part] for r in repeats):.0f}" for part in PARTS)
+        print(f"| {case} | {spread([r['step'] for r in repeats])} | {parts} |")
+
+
+if __name__ == "__main__":
+    main()
