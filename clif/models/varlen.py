@@ -12,6 +12,8 @@ What torch.nn.attention.varlen.varlen_attn does in the two versions that CLIF me
   enable_gqa=True for it; 2.11 has no such argument, and checks nothing.
 * num_splits, seqused_k and block_table are new in 2.13. A page must then hold a multiple of 256 tokens, each with all
   its heads; blocks of CLIF's cache are smaller and the cache lies head by head. So contexts are gathered.
+* The forward of a sequence depends on that sequence alone. The backward adds the parts of a query's gradient in any
+  order, so that two runs differ in roundings, unless torch.use_deterministic_algorithms(True).
 * The backward takes a workspace of 512 * (rows + 128 * sequences) * heads bytes for a head_dim of 128, sequences
   without rows included: a capacity is a price.
 
@@ -129,7 +131,7 @@ def varlen_reference(
     (of_query, left_q), (of_key, left_k) = _placed(i, spans.cu_q), _placed(j, spans.cu_k)
     seen = (of_query[:, None] == of_key) & (left_k >= left_q[:, None])
     wide = torch.promote_types(query.dtype, torch.float32)
-    q, k, v = (x.to(wide).nan_to_num().transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    q, k, v = (x.to(wide).nan_to_num(0.0, 0.0, 0.0).transpose(0, 1).unsqueeze(0) for x in (query, key, value))
     weighted = sdpa(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)[0].transpose(0, 1)
     # A weight of zero times NaN is NaN: what is not finite is left out of the products and put where it is seen.
     return (weighted + _poison(query, key, value, seen)).to(query.dtype)

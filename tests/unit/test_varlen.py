@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from clif.engine.checked_capture import CheckedRecorder
 from clif.models.causal import CausalSequences
 from clif.models.varlen import SequenceSpans, cumulated, varlen_attention, varlen_reference
 
@@ -88,16 +89,47 @@ def test_a_capacity_is_filled_up_with_sequences_without_rows_and_bounds_may_be_t
     check(padded, padded, SequenceSpans(cu, cu, bucket, bucket), drawn(padded, padded))
 
 
+def test_a_captured_region_follows_sequences_that_are_put_in_the_place_of_others() -> None:
+    """Forward and backward over a bucket of rows with a capacity of sequences; the launch reads cu anew each time."""
+    capacity, bucket = 6, 24
+    cu = torch.zeros(capacity + 1, dtype=torch.int32)
+    spans = SequenceSpans(cu, cu, bucket, bucket)
+    static = drawn([bucket], [bucket])
+    grad = torch.randn(bucket, HEADS, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def refill(lengths: list[int], seed: int) -> list[int]:
+        padded = [*lengths, bucket - sum(lengths)]
+        cu.copy_(torch.tensor(cumulated(padded, capacity), dtype=torch.int32))
+        with torch.no_grad():
+            for tensor, new in zip(static, drawn([bucket], [bucket], seed=seed), strict=True):
+                tensor.copy_(new)
+        return padded
+
+    def region() -> tuple[torch.Tensor, ...]:
+        out = varlen_reference(*static, spans, SCALE)
+        return out, *torch.autograd.grad(out, static, grad)
+
+    refill([bucket], 0)
+    captured = CheckedRecorder().capture(region)
+    for seed, lengths in enumerate(([5, 9, 2], [24], [1, 1, 1, 1, 1], [0, 20]), start=1):
+        padded = refill(lengths, seed)
+        captured.replay()
+        wanted = by_definition(padded, padded, *static)
+        expected = (wanted, *torch.autograd.grad(wanted, static, grad))
+        assert all(torch.allclose(got, want) for got, want in zip(captured.result, expected, strict=True))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("which", range(3))
-def test_what_is_not_finite_stays_within_its_sequence(which: int) -> None:
+def test_what_is_not_finite_stays_within_its_sequence(which: int, value: float) -> None:
     lengths, spans = [4, 6, 3], SequenceSpans.of([4, 6, 3], [4, 6, 3], CPU)
     inputs = [t.detach() for t in drawn(lengths, lengths)]
     clean = varlen_reference(*inputs, spans, SCALE)
-    inputs[which][6, 1] = torch.nan
+    inputs[which][6, 1] = value
     found = varlen_reference(*inputs, spans, SCALE)
     others = [row for row in range(13) if not 6 <= row < 10]
     assert torch.equal(found[others], clean[others])
-    assert found[6].isnan().any()
+    assert not found[6].isfinite().all()
 
 
 def test_bfloat16_is_summed_in_float32_and_rounded_once() -> None:
