@@ -19,6 +19,8 @@ UNLIMITED = 1 << 30
 TRUSTED = 32
 """Measurements after which a fit is trusted; before, its predictions are multiplied by UNTRUSTED."""
 UNTRUSTED = 1.25
+MEASURED = 4
+"""Measurements before which nothing is known of a regime of steps."""
 STALL = 3.0
 """The largest factor that one measurement may add to the spread: a stall of the machine is no property of the work."""
 STEP_PRIOR = Fit(0.002, 0.002, 0.02)
@@ -80,25 +82,41 @@ class Cost:
 class CostModel:
     """Predicted seconds of serving steps and of training slices, apart for each regime.
 
-    steps: by regime, from rows (FUSED: with those of the forward) and the cached tokens that they read (thousands).
-    slices: by kind, from tokens times units (thousands) and units: layers, or rows of the head.
+    steps: by regime and whether the step is captured, from rows (FUSED: with those of the forward) and the cached
+    tokens that they read (thousands). A captured step is one launch, an eager one hundreds: they have nothing in
+    common. slices: by kind, from tokens times units (thousands) and units: layers, or rows of the head.
     """
 
-    steps: dict[Regime, Cost] = field(default_factory=dict)
+    steps: dict[tuple[Regime, bool], Cost] = field(default_factory=dict)
     slices: dict[SliceKind, Cost] = field(default_factory=dict)
 
-    def observe_step(self, rows: float, context: float, seconds: float, regime: Regime = Regime.ALONE) -> None:
-        self._step(regime).observe(rows, context / 1000, seconds)
+    def observe_step(
+        self, rows: float, context: float, seconds: float, regime: Regime = Regime.ALONE, captured: bool = False
+    ) -> None:
+        self._step(regime, captured).observe(rows, context / 1000, seconds)
 
-    def step_s(self, rows: float, context: float, regime: Regime = Regime.ALONE) -> float:
-        """Seconds that a step rarely exceeds. An unmeasured regime costs what ALONE does, with all rows."""
-        cost = self.steps.get(regime)
-        if cost is None or cost.seen < 4:
-            cost = self._step(Regime.ALONE)
-        return cost.upper_bound(rows, context / 1000)
+    def step_s(self, rows: float, context: float, regime: Regime = Regime.ALONE, captured: bool = False) -> float:
+        """Seconds that a step rarely exceeds. An unmeasured regime costs what ALONE does, with all rows; an unmeasured
+        captured step what an eager one does. Beside a slice a step is never predicted to be faster than alone.
+        """
+        alone_s = self._alone(captured).upper_bound(rows, context / 1000)
+        cost = self.steps.get((regime, captured))
+        if cost is None or cost.seen < MEASURED:
+            return alone_s
+        own_s = cost.upper_bound(rows, context / 1000)
+        return max(own_s, alone_s) if regime == Regime.CONCURRENT else own_s
 
-    def _step(self, regime: Regime) -> Cost:
-        return self.steps.setdefault(regime, Cost(LatencyModel(STEP_PRIOR)))
+    @property
+    def captures(self) -> bool:
+        """Whether captured steps have been measured."""
+        return any(captured and cost.seen >= MEASURED for (_, captured), cost in self.steps.items())
+
+    def _alone(self, captured: bool) -> Cost:
+        cost = self.steps.get((Regime.ALONE, captured))
+        return self._step(Regime.ALONE, False) if cost is None or cost.seen < MEASURED else cost
+
+    def _step(self, regime: Regime, captured: bool) -> Cost:
+        return self.steps.setdefault((regime, captured), Cost(LatencyModel(STEP_PRIOR)))
 
     def observe_slice(self, kind: SliceKind, tokens: int, units: int, seconds: float) -> None:
         cost = self.slices.setdefault(kind, Cost(LatencyModel(SLICE_PRIOR)))
@@ -118,20 +136,29 @@ class CostModel:
         return UNLIMITED if per_row <= 0 else max(0, int((seconds - base) / per_row))
 
 
-def training_slack(now: float, step_s: float, sequences: Iterable[Sequence], slo: SloConfig) -> TrainingSlack:
+def training_slack(
+    now: float,
+    step_s: float,
+    sequences: Iterable[Sequence],
+    slo: SloConfig,
+    later_s: float | None = None,
+    first_steps: int = 1,
+) -> TrainingSlack:
     """What training may take before the next serving step, which takes step_s; and which request allows no more.
 
-    Every sequence then gets its next token in time: the first within its own TTFT promise, later ones within its TPOT
-    promise (slo's where it has none), both less the margin; and a sequence with a deadline meets it if all its steps
-    take step_s. Infinite when no sequence has a promise.
+    Every sequence then gets its next token in time: the first within its own TTFT promise, after first_steps steps at
+    most, later ones within its TPOT promise (slo's where it has none), both less the margin; and a sequence with a
+    deadline meets it if the steps after the next one take later_s each (by default step_s). Infinite when no sequence
+    has a promise.
     """
     worst, limit, request = math.inf, SlackLimit.NO_REQUEST, -1
     for sequence in sequences:
         if sequence.request.purpose is Purpose.PROBE:
             continue
-        kind = SlackLimit.FIRST_TOKEN if sequence.last_s is None else SlackLimit.NEXT_TOKEN
-        slack = _budget(sequence, slo) * (1 - slo.margin) - (now - _since(sequence)) - step_s
-        deadline = _deadline_slack(now, step_s, sequence, slo)
+        first = sequence.last_s is None
+        kind, steps = (SlackLimit.FIRST_TOKEN, first_steps) if first else (SlackLimit.NEXT_TOKEN, 1)
+        slack = _budget(sequence, slo) * (1 - slo.margin) - (now - _since(sequence)) - steps * step_s
+        deadline = _deadline_slack(now, step_s, step_s if later_s is None else later_s, sequence, slo)
         if deadline < slack:
             slack, kind = deadline, SlackLimit.DEADLINE
         if slack < worst:
@@ -149,12 +176,12 @@ def _since(sequence: Sequence) -> float:
     return sequence.arrived_s if sequence.last_s is None else sequence.last_s
 
 
-def _deadline_slack(now: float, step_s: float, sequence: Sequence, slo: SloConfig) -> float:
+def _deadline_slack(now: float, step_s: float, later_s: float, sequence: Sequence, slo: SloConfig) -> float:
     own = sequence.request.slo.deadline_s
     if own is None and slo.deadline_ms is None:
         return float("inf")
     deadline = slo.deadline_ms / 1000 if own is None and slo.deadline_ms is not None else own or 0.0
     left = sequence.request.sampling.max_tokens - len(sequence.output_ids)
-    slack = deadline * (1 - slo.margin) - (now - sequence.arrived_s) - left * step_s
+    slack = deadline * (1 - slo.margin) - (now - sequence.arrived_s) - step_s - (left - 1) * later_s
     # A deadline that is lost anyway does not hold training back: the token promises still do.
     return slack if slack >= 0 else float("inf")

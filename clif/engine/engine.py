@@ -191,8 +191,9 @@ class Engine:
 
     def _note(self, step: Launched, seconds: float) -> None:
         rows, context = sum(c.stop - c.start for c in step.chunks), sum(c.stop for c in step.chunks)
-        alone_s = self.cost_model.step_s(rows, context)
-        self.record.note_serving(sum(c.is_decode for c in step.chunks), rows, step.regime, seconds)
+        decodes = sum(c.is_decode for c in step.chunks)
+        alone_s = self.cost_model.step_s(rows, context, captured=decodes == len(step.chunks))
+        self.record.note_serving(decodes, rows, step.regime, seconds)
         if step.fused is not None:
             self.record.note_fused(step.fused.kind, seconds, alone_s)
             rows += step.fused.tokens

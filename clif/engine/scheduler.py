@@ -140,6 +140,12 @@ class Scheduler:
         answers = sum(s.num_uncomputed_tokens == 1 for s in self.running)
         return answers + min(prompts, self.config.max_prefill_tokens), sum(s.num_computed_tokens for s in self.running)
 
+    @property
+    def next_decodes(self) -> bool:
+        """Whether the next step only continues answers: nothing waits to be prefilled that could be."""
+        waits = bool(self.waiting) and len(self.running) < self.max_batch
+        return bool(self.running) and not waits and all(s.num_uncomputed_tokens <= 1 for s in self.running)
+
     def schedule(self) -> list[Chunk]:
         """Chunks of the next step: one token for each running answer, then tokens to prefill within the step's budget.
 

@@ -14,7 +14,7 @@ from clif.engine.coserving.backlog import NO_BACKLOG, STALE_S, Backlog, BatchSlo
 from clif.types import SlackLimit, Slo, Waiting
 
 SLO = SloConfig(ttft_ms=1000, tpot_ms=100, margin=0.3)
-STEPS = BatchSlots(free=0, tokens_left=(2, 5, 40), step_s=0.02, row_s=0.001, chunk=64)
+STEPS = BatchSlots(free=0, tokens_left=(2, 5, 40), step_s=0.02, chunk_s=0.02, row_s=0.001, chunk=64)
 """BatchSlots come free in 40, 100 and 800 ms; a prompt of 10 tokens takes 30 ms."""
 
 
@@ -60,7 +60,7 @@ def test_those_that_are_not_listed_count_as_no_younger_than_the_last_one_listed(
 
 def test_behind_more_requests_than_slots_a_whole_answer_passes_first():
     assert STEPS.first_token_s(3, 10) == pytest.approx((40 + 2) * 0.02 + 0.03)
-    free = BatchSlots(2, (), 0.02, 0.001, 64)
+    free = BatchSlots(2, (), 0.02, 0.02, 0.001, 64)
     assert free.first_token_s(1, 10) == pytest.approx(0.03), "slots that are free cost no wait"
     assert free.first_token_s(2, 10) == math.inf, "nothing is known of a third"
 
@@ -81,7 +81,7 @@ def test_a_requests_own_promises_count_and_a_lost_deadline_does_not():
 @given(st.lists(st.floats(0, 2), max_size=6), st.integers(-2, 4), st.floats(0, 1))
 def test_more_who_wait_and_more_time_never_leave_more_slack(ages, free, later):
     oldest = [waits(i, age) for i, age in enumerate(sorted(ages, reverse=True))]
-    slots = BatchSlots(free, (2, 5, 40), 0.02, 0.001, 64)
+    slots = BatchSlots(free, (2, 5, 40), 0.02, 0.02, 0.001, 64)
     slacks = [backlog_slack(0.0, heard(*oldest[:n]), slots, SLO).seconds for n in range(len(oldest) + 1)]
     assert slacks == sorted(slacks, reverse=True)
     assert backlog_slack(later, heard(*oldest), slots, SLO).seconds <= slacks[-1]

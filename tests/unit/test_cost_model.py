@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from clif.config import SloConfig
 from clif.engine.cost_model import CostModel, Rate, training_slack
 from clif.engine.scheduler import Sequence
-from clif.types import Purpose, SlackLimit, Slo, TrainingSlack
+from clif.types import Purpose, Regime, SlackLimit, Slo, TrainingSlack
 
 SLO = SloConfig(ttft_ms=1000, tpot_ms=100, margin=0.3)
 
@@ -122,6 +122,41 @@ def test_each_regime_has_its_own_price():
     assert costs.step_s(20, 0, "concurrent") == pytest.approx(0.06, rel=0.1)
     assert costs.step_s(60, 0, "fused") == costs.step_s(60, 0), "unknown: all rows, as alone"
     assert 15 <= costs.tokens_within(20, 0, seconds=0.05) <= 21
+
+
+def test_a_captured_step_has_its_own_price_and_an_eager_one_never_changes_it():
+    costs = CostModel()
+    assert costs.step_s(20, 0, captured=True) == costs.step_s(20, 0), "unknown: as an eager one"
+    for n in [*range(1, 41)] * 2:
+        costs.observe_step(n, 0, 0.02 + 0.001 * n)
+        assert not costs.captures
+    for n in [*range(1, 41)] * 2:
+        costs.observe_step(n, 0, 0.002, captured=True)
+    assert costs.captures
+    assert costs.step_s(20, 0) == pytest.approx(0.04, rel=0.1)
+    assert costs.step_s(20, 0, captured=True) == pytest.approx(0.002, rel=0.1)
+    assert costs.step_s(20, 0, Regime.CONCURRENT, True) == costs.step_s(20, 0, captured=True), "unknown: as alone"
+    for n in [*range(1, 41)] * 2:
+        costs.observe_step(n, 0, 0.003, Regime.CONCURRENT, captured=True)
+    assert costs.step_s(20, 0, Regime.CONCURRENT, True) == pytest.approx(0.003, rel=0.1)
+    assert costs.step_s(20, 0, captured=True) == pytest.approx(0.002, rel=0.1)
+
+
+def test_beside_a_slice_the_slower_of_what_was_measured_counts():
+    """A few steps that happened to be fast beside a slice do not let training in."""
+    costs = CostModel()
+    for n in [*range(1, 41)] * 2:
+        costs.observe_step(n, 0, 0.02)
+        costs.observe_step(n, 0, 0.01, Regime.CONCURRENT)
+    assert costs.step_s(20, 0, Regime.CONCURRENT) == costs.step_s(20, 0)
+
+
+def test_a_deadline_counts_an_eager_step_once_and_the_captured_ones_after_it():
+    """5 tokens are left: one step of 30 ms with a prompt, four of 3 ms, of 100 ms less the margin."""
+    sequence = Sequence(request(0, [1], max_tokens=6), 0.0, [1, 7], last_s=0.0)
+    sequence.request = msgspec.structs.replace(sequence.request, slo=Slo(tpot_s=9.0, deadline_s=0.1))
+    slack = training_slack(0.0, 0.03, [sequence], SLO, later_s=0.003)
+    assert slack.limit is SlackLimit.DEADLINE and slack.seconds == pytest.approx(0.07 - 0.03 - 4 * 0.003)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,20 @@ def test_long_prompts_go_in_chunks_beside_running_answers():
     assert {e.request_id for e in events} == {0, 1}, "the last chunk gives the first token"
 
 
+def test_a_step_that_only_continues_answers_is_foreseen():
+    """What is known beforehand of each step is what it then has, while the pool has room."""
+    scheduler, seen = make(kv_tokens=1600, max_batch=2), []
+    for i, size in enumerate((4, 40, 6)):
+        scheduler.add(request(i, [1] * size, max_tokens=6), 0.0)
+    assert not make().next_decodes
+    while scheduler.sequences:
+        foreseen = scheduler.next_decodes
+        chunks, _ = step(scheduler)
+        assert foreseen == all(chunk.is_decode for chunk in chunks)
+        seen.append(foreseen)
+    assert True in seen and False in seen
+
+
 def test_rows_of_one_adapter_lie_together_base_first():
     scheduler = make(kv_tokens=1600)
     for i, version in enumerate((0, 1, 1, 2)):

@@ -115,6 +115,27 @@ def test_a_concurrent_slice_has_a_length_of_its_own_and_needs_no_slack_beyond_it
     assert decision.concurrent and decision.units == pytest.approx(0.1 / 0.005, abs=1.5)
 
 
+def test_a_concurrent_slice_starts_only_if_a_waiting_prompt_can_afford_all_the_steps_beside_it():
+    """Two steps of 512 tokens; 400 ms to the first token less 30 %. One step alone would fit."""
+    asked = strategy("concurrent", step_s=0.2)
+    waits = Sequence(Request(id=5, prompt=(1,) * 600, sampling=Sampling(max_tokens=9)), 0.0, [1] * 600)
+    seen = StepView(0.0, 512, 0, (waits,))
+    asked.slo = SloConfig(ttft_ms=400, margin=0.3)
+    decision = asked.between(seen, BACKWARD)
+    assert (decision.units, decision.slack.limit, decision.slack.request) == (0, SlackLimit.FIRST_TOKEN, 5)
+    asked.slo = SloConfig(ttft_ms=700, margin=0.3)
+    assert asked.between(seen, BACKWARD).units > 0
+
+
+def test_before_a_captured_step_there_is_the_slack_that_captured_steps_leave():
+    asked = strategy("interleaved", step_s=0.05)
+    for rows in range(1, FITTED):
+        asked.costs.observe_step(rows, 0, 0.005, captured=True)
+    prompts, answers = view(), view(decodes=True)
+    assert asked.between(prompts, BACKWARD).slack.seconds == pytest.approx(0.02, abs=0.006)
+    assert asked.between(answers, BACKWARD).slack.seconds == pytest.approx(0.065, abs=0.006)
+
+
 def test_a_forward_is_fused_where_every_request_can_afford_the_longer_step_and_not_elsewhere():
     fused = strategy("fused")
     for rows in range(1, FITTED):

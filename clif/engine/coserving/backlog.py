@@ -40,13 +40,14 @@ class BatchSlots:
     """When the slots of a batch become free if serving goes on alone.
 
     free: slots at once; negative: so many sequences have to end first. tokens_left: of each sequence at most, fewest
-    first. step_s: seconds of a step that decodes for all of them; row_s: seconds that a token of a prompt adds to it.
-    chunk: tokens of prompts in one step, at most.
+    first. step_s: seconds of a step that decodes for all of them; chunk_s: of one that has tokens of prompts as well,
+    each of which adds row_s to it. chunk: tokens of prompts in one step, at most.
     """
 
     free: int
     tokens_left: Seq[int]
     step_s: float
+    chunk_s: float
     row_s: float
     chunk: int
 
@@ -56,13 +57,13 @@ class BatchSlots:
         An upper bound: every answer gets as long as it may. A request behind more others than there are slots waits for
         the longest answer, once for each batch of them.
         """
-        steps = -(-prompt_tokens // self.chunk)
+        steps, chunks = 0, -(-prompt_tokens // self.chunk)
         if ahead >= self.free:
             if not self.tokens_left:
                 return math.inf
             batches, slot = divmod(ahead - self.free, len(self.tokens_left))
-            steps += batches * self.tokens_left[-1] + self.tokens_left[slot]
-        return steps * self.step_s + prompt_tokens * self.row_s
+            steps = batches * self.tokens_left[-1] + self.tokens_left[slot]
+        return steps * self.step_s + chunks * self.chunk_s + prompt_tokens * self.row_s
 
 
 def backlog_slack(now: float, backlog: Backlog, slots: BatchSlots, slo: SloConfig) -> TrainingSlack:

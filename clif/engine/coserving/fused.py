@@ -23,7 +23,7 @@ class Fused(Interleaved):
         return min(piece.units, self.costs.tokens_within(view.rows, view.context, seconds))
 
     def fuse(self, view: StepView, piece: Slice) -> Decision:
-        more = max(0.0, self._fused_s(view, piece) - self.costs.step_s(view.rows, view.context))
+        more = max(0.0, self._fused_s(view, piece) - self.step_s(view, Regime.ALONE))
         slack = self.slack_of_all(view, Regime.ALONE)
         return Decision(piece.units if slack.seconds >= more else 0, slack)
 

@@ -24,7 +24,8 @@ FULL = TrainingSlack(-1.0, SlackLimit.FULL)
 class StepView:
     """The input of a decision. rows, context: of the next serving step, and the cached tokens that it reads.
 
-    sequences: all running and waiting ones. free_slots: how many more may run; 0 or less: requests may wait at the
+    decodes: it continues answers only, so that it is a captured one where such steps are captured. sequences: all
+    running and waiting ones. free_slots: how many more may run; 0 or less: requests may wait at the
     dispatcher. backlog: those that do; None: not known. serve_s: seconds of the last serving step. held_up: a request
     that arrived in a step with a training slice, and may have waited for it; or None.
     """
@@ -35,6 +36,7 @@ class StepView:
     sequences: Seq[Sequence] = ()
     free_slots: int = 1
     backlog: Backlog | None = None
+    decodes: bool = False
     serve_s: float = 0.0
     held_up: int | None = None
 
@@ -53,7 +55,9 @@ class StepView:
         free_slots = scheduler.max_batch - len(sequences)
         if backlog is not None and not backlog.is_fresh(now):
             backlog = None
-        return cls(now, *scheduler.next_step(arrivals), sequences, free_slots, backlog, serve_s, held_up)
+        rows, context = scheduler.next_step(arrivals)
+        decodes = scheduler.next_decodes and not arrivals
+        return cls(now, rows, context, sequences, free_slots, backlog, decodes, serve_s, held_up)
 
 
 @dataclass(frozen=True)
@@ -105,13 +109,21 @@ class Strategy:
             return piece.least if units else 0
         return units if units >= piece.least else 0
 
+    def step_s(self, view: StepView, regime: Regime) -> float:
+        """Seconds of the next serving step in this regime."""
+        return self.costs.step_s(view.rows, view.context, regime, view.decodes)
+
+    def first_steps(self, view: StepView) -> int:
+        """Serving steps until every request that waits has its first token, as far as they matter to training."""
+        return 1
+
     def slack(self, view: StepView, regime: Regime) -> TrainingSlack:
         """Seconds that training may take before a serving step of this regime.
 
         Negative for a request that may have waited for a slice already.
         """
         if view.held_up is not None:
-            step_s = self.costs.step_s(view.rows, view.context, regime)
+            step_s = self.step_s(view, regime)
             return TrainingSlack(-step_s, SlackLimit.FIRST_TOKEN, view.held_up)
         return self.slack_of_all(view, regime)
 
@@ -122,8 +134,11 @@ class Strategy:
         """
         if view.free_slots <= 0 and view.backlog is None:
             return FULL
-        step_s = self.costs.step_s(view.rows, view.context, regime)
-        slack = training_slack(view.now, step_s, view.sequences, self.slo)
+        step_s = later_s = self.step_s(view, regime)
+        if self.costs.captures:
+            # Prompts make the next step an eager one; those after it only continue answers.
+            later_s = self.costs.step_s(len(view.sequences), view.context, regime, captured=True)
+        slack = training_slack(view.now, step_s, view.sequences, self.slo, later_s, self.first_steps(view))
         if view.backlog is None or not view.backlog.oldest:
             return slack
         queued = backlog_slack(view.now, view.backlog, self._batch_slots(view, regime), self.slo)
@@ -131,7 +146,8 @@ class Strategy:
 
     def _batch_slots(self, view: StepView, regime: Regime) -> BatchSlots:
         decodes = len(view.sequences)
-        step_s = self.costs.step_s(decodes, view.context, regime)
-        row_s = self.costs.step_s(decodes + 1, view.context, regime) - step_s
+        step_s = self.costs.step_s(decodes, view.context, regime, captured=True)
+        chunk_s = self.costs.step_s(decodes, view.context, regime)
+        row_s = self.costs.step_s(decodes + 1, view.context, regime) - chunk_s
         left = sorted(s.request.max_total_tokens - len(s.tokens) for s in view.sequences)
-        return BatchSlots(view.free_slots, left, step_s, row_s, self.config.max_prefill_tokens)
+        return BatchSlots(view.free_slots, left, step_s, chunk_s, row_s, self.config.max_prefill_tokens)
