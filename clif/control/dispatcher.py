@@ -285,4 +285,5 @@ class Dispatcher:
 
 def waiting_of(now: float, record: RequestRecord) -> Waiting:
     request, asked = record.request, record.request.sampling.max_tokens
-    return Waiting(request.id, max(0.0, now - record.arrival_s), len(request.prompt), asked, request.slo)
+    wait_s = float(max(0.0, now - record.arrival_s))
+    return Waiting(request.id, wait_s, len(request.prompt), asked, request.slo)

@@ -7,6 +7,7 @@ import threading
 import time
 
 import h5py
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,15 +15,17 @@ from helpers import answer, finish, make_rig, random_state, request
 
 from clif.config import ConfigError, MetricsConfig, TrainConfig
 from clif.engine.build import make_strategy
-from clif.engine.coserving.backlog import NO_BACKLOG, Backlog
+from clif.engine.coserving.backlog import NO_BACKLOG, STALE_S, Backlog
 from clif.engine.jobs import Job, Slice
 from clif.engine.step_record import StepRecord
 from clif.engine.train_thread import TrainThread
 from clif.models.dual_linear import SHADOW
 from clif.replica.records import RankRecords
+from clif.replica.replica import Replica
 from clif.training.passes import Pass, pack
 from clif.training.trainer import ShadowTrainer
 from clif.types import Regime, SlackLimit, TrainingSlack, TrainSample, Waiting
+from clif.wire import messages as m
 
 SAMPLES = [
     TrainSample(id=0, ids=tuple(range(5, 25)), target_start=11),
@@ -366,6 +369,23 @@ def test_a_full_batch_trains_while_nobody_waits_and_stops_for_one_who_does(tiny_
     while rig.engine.serving:
         step(rig, got)
     assert {i: answer(events) for i, events in got.items()} == serve_alone(tiny_config)
+
+
+def test_what_a_replica_is_told_of_the_backlog_counts_for_the_plan_of_the_same_step(tiny_config):
+    rig = build(tiny_config, max_batch=len(REQUESTS))
+    rig.engine.jobs.append(Job("step", trainer_for(rig).step(4, 1)))
+    submit(rig)
+    replica = Replica(rig.config, 0, rig.engine, member=None, records=None, send=print)
+
+    def plan(*orders: m.Down):
+        return replica._agree([msgspec.msgpack.encode(order) for order in orders])[1]
+
+    assert plan().slack.limit is SlackLimit.FULL, "nothing was told yet"
+    assert plan(m.Backlog()).units > 0
+    overdue = plan(m.Backlog(waiting=1, oldest=(Waiting(99, 60.0, 4, 4),)))
+    assert (overdue.units, overdue.slack.limit, overdue.slack.request) == (0, SlackLimit.QUEUED, 99)
+    rig.engine.clock = lambda: STALE_S + 1
+    assert plan().slack.limit is SlackLimit.FULL, "it was told too long ago"
 
 
 @pytest.mark.parametrize("breaks", [False, True])
