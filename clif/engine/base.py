@@ -11,7 +11,7 @@ from clif.adapters.bank import AdapterBank, inject
 from clif.config import Config, EngineConfig
 from clif.distributed.collectives import TpGroup
 from clif.engine.runner import ModelRunner
-from clif.models.backends import choose_decode, choose_kernels, choose_varlen
+from clif.models.backends import choose_decode, choose_kernels, choose_ops, choose_varlen
 from clif.models.dual_linear import LoraRows
 from clif.models.proof import PROBE, ask_ends, compare, probe_ids
 from clif.models.stack import CausalStack
@@ -63,7 +63,7 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
         if expected is not None and shared:
             # Before it is sharded: shards are rounded before they are added, which is no fault of the architecture.
             compare(CausalStack(loaded.model), expected)
-        stack = CausalStack(loaded.model, tp_group)
+        stack = CausalStack(loaded.model, tp_group, choose_ops(loaded.device, loaded.dtype))
         stack.varlen = choose_varlen(loaded.device, loaded.dtype, stack.head_dim)
         # The same first A on every replica: FedAvg averages factors, which makes sense from a common start only.
         torch.manual_seed(config.run.seed)

@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from clif.config import ConfigError
 from clif.kernels.tuning import Defaults, TileTable, load_table, table_path
+from clif.models.layer_ops import LayerOps, TorchOps
 from clif.models.varlen import Varlen, varlen_attention, varlen_fault
 
 if TYPE_CHECKING:
@@ -114,6 +115,17 @@ def _varlen_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) ->
         return f"torch {torch.__version__} has no varlen_attn"
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+
+
+def choose_ops(device: torch.device, dtype: torch.dtype) -> LayerOps:
+    """What layers compute between their products with: Triton kernels on a GPU that can run them, torch otherwise."""
+    if device.type != "cuda" or _obstacle(device, dtype, 1) is not None:
+        log.info("norms, rotation and gates of layers: torch")
+        return TorchOps()
+    from clif.models.triton_ops import TritonOps
+
+    log.info("norms, rotation and gates of layers: Triton kernels")
+    return TritonOps()
 
 
 def assert_supported(field: str, device: torch.device, dtype: torch.dtype, r: int = 1) -> None:

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from clif.kernels.elementwise_reference import SwiGLU, rotate, rotate_heads, write_rows
+
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -27,7 +29,7 @@ class CacheRows(NamedTuple):
 
     def write(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """key, value: [rows, kv_heads, head_dim]."""
-        self.cache.index_copy_(1, self.slots.long(), torch.cat((key, value), 1).transpose(0, 1))
+        write_rows(self.cache, self.slots, key, value)
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Rope:
     sin: torch.Tensor
 
     def turn(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotate x [rows, heads, head_dim]: x cos + rotate_half(x) sin. A roll swaps the halves."""
-        return torch.addcmul(x * self.cos, x.roll(x.shape[-1] // 2, -1), self.sin)
+        """Rotate x [rows, heads, head_dim]: x cos + rotate_half(x) sin."""
+        return rotate(x, self.cos, self.sin)
 
 
 @dataclass(frozen=True)
@@ -122,19 +124,8 @@ class TorchRotary:
     def __call__(
         self, qkv: torch.Tensor, rope: Rope, to: CacheRows | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        heads, kv_heads, head_dim, norms = (
-            self.layout.heads,
-            self.layout.kv_heads,
-            self.layout.head_dim,
-            self.layout.norms,
-        )
-        turned, value = qkv.split([(heads + kv_heads) * head_dim, kv_heads * head_dim], -1)
-        turned = turned.unflatten(-1, (-1, head_dim))
-        if norms is not None:
-            query, key = turned.split([heads, kv_heads], 1)
-            turned = torch.cat((norms[0](query), norms[1](key)), 1)
-        query, key = rope.turn(turned).split([heads, kv_heads], 1)
-        value = value.unflatten(-1, (-1, head_dim))
+        layout = self.layout
+        query, key, value = rotate_heads(qkv, layout.heads, layout.kv_heads, rope.turn, layout.norms)
         if to is not None:
             to.write(key, value)
         return query, key, value
@@ -148,7 +139,7 @@ class TorchGate:
 
     def __call__(self, wide: torch.Tensor) -> torch.Tensor:
         if self.is_silu and wide.requires_grad:
-            gated: torch.Tensor = _SwiGLU.apply(wide)
+            gated: torch.Tensor = SwiGLU.apply(wide)
             return gated
         gate, up = wide.chunk(2, -1)
         return self.activation(gate) * up
@@ -158,23 +149,3 @@ def is_silu(activation: Activation) -> bool:
     """Whether an activation computes x / (1 + exp(-x))."""
     probe = torch.linspace(-4, 4, 64)
     return torch.equal(activation(probe), nn.functional.silu(probe))
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of [rows, gate and up]: keeps its input alone, and its gradient is written in one piece."""
-
-    @staticmethod
-    def forward(ctx: Any, wide: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(wide)
-        gate, up = wide.chunk(2, -1)
-        return nn.functional.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        (wide,) = ctx.saved_tensors
-        gate, up = wide.chunk(2, -1)
-        grad = torch.empty_like(wide)
-        grad_gate, grad_up = grad.chunk(2, -1)
-        torch.mul(nn.functional.silu(gate), gradients[0], out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(gradients[0] * up, gate))
-        return grad
