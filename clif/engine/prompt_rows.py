@@ -134,7 +134,7 @@ class VarlenPrompts:
         cls, chunks: Sequence[PromptChunk], count: int, block_size: int, device: torch.device, attention: Varlen
     ) -> VarlenPrompts:
         """count: rows of the step. Does not wait for the device."""
-        rows = [row for chunk in chunks for row in chunk.rows]
+        rows = np.concatenate([np.arange(chunk.rows.start, chunk.rows.stop) for chunk in chunks])
         past = any(chunk.start for chunk in chunks)
         return cls(
             None if len(rows) == count else send_ints(rows, device),

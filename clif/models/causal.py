@@ -1,7 +1,8 @@
 """Causal attention within each of several packed sequences, forward and backward, as a few batched products.
 
 Sequences of similar length share one right-padded batch. Padding lies after a sequence's last token, so the causal
-mask alone hides it. On a CPU the query heads of a KV head become rows: K and V are not copied per head.
+mask alone hides it. On a CPU the query heads of a KV head become rows: K and V are not copied per head. On a GPU this
+is the way of what torch's varlen_attn does not compute (clif/models/varlen.py), float32 above all.
 
 Sources: grouped-query attention (Ainslie et al. 2023).
 """
