@@ -18,7 +18,7 @@ import torch
 from gpu_bench import Bench, Scale, bandwidth, launches, run_stage, seconds_of, spread
 
 from clif.kernels.dual_lora_reference import Segment
-from clif.kernels.paged_decode_table import DecodeRow, DecodeTable
+from clif.kernels.paged_decode_table import DecodeRow, DecodeTable, StagedDecodeTable
 from clif.models.dual_linear import LoraRows
 from clif.models.head import top
 from clif.models.layer_ops import CacheRows
@@ -59,7 +59,7 @@ class DecodeStep:
         self.blocks = [list(range(i * per, (i + 1) * per)) for i in range(batch)]
         self.ids = torch.zeros(batch, dtype=torch.int64, device=bench.device)
         self.positions, written = torch.zeros_like(self.ids), torch.zeros_like(self.ids)
-        table = DecodeTable(batch, per, self.size, bench.device)
+        table = StagedDecodeTable(batch, per, self.size, bench.device)
         self.plan = DecodePlan(bench, table, written)
         self.segments = (Segment(0, batch, 0),) if adapter else ()
         for layer in bench.runner.cache.layers:

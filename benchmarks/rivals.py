@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
 from clif.kernels.dual_lora_reference import SHADOW, add_dual_lora
-from clif.kernels.dual_lora_table import RowTable
+from clif.kernels.dual_lora_table import StagedRowTable
 from clif.kernels.testing.dual_lora_specification import Batch
 
 BASE, FUSED = "F.linear alone", "fused"
@@ -122,7 +122,7 @@ def _augmented(batches: Sequence[Batch]) -> Way:
 
 def _four(batches: Sequence[Batch]) -> Way:
     first = batches[0]
-    rows = RowTable(first.segments, len(first.x), BLOCK_M, len(first.merged.a), first.x.device)
+    rows = StagedRowTable(first.segments, len(first.x), BLOCK_M, len(first.merged.a), first.x.device)
     adapted = int(rows.counts[1])
     return lambda i: four_launches(batches[i].merged, batches[i].x, rows, adapted)
 

@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from clif.kernels.dual_lora_grads_kernel import dual_lora_grads
 from clif.kernels.dual_lora_kernel import BASE, FUSED, SHRINK, dual_lora_linear
 from clif.kernels.dual_lora_reference import MergedLinear, Segment
-from clif.kernels.dual_lora_table import RowTable, RowTables, column_tiles, grad_tiles
+from clif.kernels.dual_lora_table import RowTable, RowTables, StagedRowTable, column_tiles, grad_tiles
 from clif.kernels.tiles import GradTiles, LinearTiles, descriptor_boxes
 from clif.kernels.workspace import Workspace, Workspaces
 
@@ -39,7 +39,7 @@ class KernelLauncher:
         on_gpu = device.type == "cuda"
         self.programs = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 0
         self._workspaces = Workspaces(device)
-        self._tables: dict[tuple[Any, ...], RowTable] = {}
+        self._tables: dict[tuple[Any, ...], StagedRowTable] = {}
 
     def workspace(self) -> Workspace:
         """That of the current stream."""
@@ -51,7 +51,7 @@ class KernelLauncher:
         if key not in self._tables:
             if len(self._tables) > 64:
                 self._tables.clear()
-            self._tables[key] = RowTable(segments, rows, block_m, slots, self.device)
+            self._tables[key] = StagedRowTable(segments, rows, block_m, slots, self.device)
         return self._tables[key]
 
     def linear(
@@ -172,6 +172,11 @@ class FusedLinear:
         blocks = self._forward_blocks
         self._launcher.linear(tiles, x, p.weight, p.bias, p.a, p.b, hidden, y, rows, *columns, blocks, p.r, p.scale)
         return y, hidden
+
+    def height(self, rows: int) -> int:
+        """Rows of a tile in the forward of so many rows: a table of that height fits."""
+        out, depth = self.merged.weight.shape
+        return self._launcher.tiling.linear(rows, depth, out, self.merged.r, False).block_m
 
     def _table_of(
         self, segments: Sequence[Segment] | RowTable, rows: int, tiles: LinearTiles, tables: RowTables | None

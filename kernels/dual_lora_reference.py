@@ -77,6 +77,21 @@ def add_dual_lora(
         out.addmm_(rows @ a.T, b.T, alpha=scale)
 
 
+def add_dual_lora_by_slot(
+    y: torch.Tensor, x: torch.Tensor, slots: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
+) -> None:
+    """The same for rows whose slots lie on the device, for captured steps: segments of the host would never change.
+
+    slots [rows]: -1 for none; a [slots, k r, in], b [slots, out, k r].
+    Every slot is computed for every row, and the result is selected: a NaN in one adapter must not reach the rows of
+    another.
+    """
+    low = (x @ a.flatten(0, 1).T).split(a.shape[1], 1)
+    for slot, (hidden, factor) in enumerate(zip(low, b, strict=True)):
+        added = torch.addmm(y, hidden, factor.T, alpha=scale)
+        y.copy_(torch.where((slots == slot)[:, None], added, y))
+
+
 def shadow_forward(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
     """Add scale * (x A^T) B^T to y in place and return x A^T [rows, r], which the backward needs."""
     hidden = x @ a.T

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -56,23 +57,33 @@ def grad_tiles(projections: Sequence[Projection], block_c: int) -> list[tuple[in
 
 
 class RowTable:
-    """Row tiles on the device. counts [2]: tiles, and those with an adapter; tiles [capacity, 3]."""
+    """Row tiles on the device, as the kernel reads them: views of `words`, which its owner fills with write_tiles().
 
-    def __init__(
-        self, segments: Sequence[Segment], rows: int, block_m: int, slots: int, device: torch.device, capacity: int = 0
-    ) -> None:
-        """capacity: tiles that `refill` may need later, as a captured graph does."""
+    counts [2]: tiles, and those with an adapter; tiles [capacity, 3].
+    """
+
+    def __init__(self, words: torch.Tensor, block_m: int, slots: int) -> None:
         self.block_m, self.slots = block_m, slots
-        found, adapted = row_tiles(segments, rows, block_m, slots)
-        capacity = max(capacity, len(found), 1)
-        self._staged = Staged.zeros(HEADER + 3 * capacity, torch.int32, device)
-        self.counts, self.tiles = self._staged.words[:2], self._staged.words[HEADER:].view(-1, 3)
-        self._send(found, adapted)
+        self.counts, self.tiles = words[:2], words[HEADER:].view(-1, 3)
 
     @property
     def capacity(self) -> int:
         """Number of tiles that fit."""
         return len(self.tiles)
+
+
+class StagedRowTable(RowTable):
+    """A table with memory of its own."""
+
+    def __init__(
+        self, segments: Sequence[Segment], rows: int, block_m: int, slots: int, device: torch.device, capacity: int = 0
+    ) -> None:
+        """capacity: tiles that `refill` may need later, as a captured graph does."""
+        found, adapted = row_tiles(segments, rows, block_m, slots)
+        capacity = max(capacity, len(found), 1)
+        self._staged = Staged.zeros(HEADER + 3 * capacity, torch.int32, device)
+        super().__init__(self._staged.words, block_m, slots)
+        self._send(found, adapted)
 
     def refill(self, segments: Sequence[Segment], rows: int) -> None:
         """Replace the segments: a captured graph reads the new ones in its next replay.
@@ -86,11 +97,21 @@ class RowTable:
 
     def _send(self, found: Sequence[Sequence[int]], adapted: int) -> None:
         """Counts and tiles in one tensor, pinned so that the copy to a GPU is asynchronous."""
-        words = self._staged.write().numpy()
-        values = [len(found), adapted, *[0] * (HEADER - 2), *itertools.chain.from_iterable(found)]
-        words[: len(values)] = values
-        words[len(values) :].reshape(-1, 3)[:] = NO_TILE
+        write_tiles(self._staged.write().numpy(), found, adapted)
         self._staged.send()
+
+
+def write_tiles(words: Any, found: Sequence[Sequence[int]], adapted: int) -> None:
+    """Write tiles and counts into the words [HEADER + 3 capacity] of a table, a numpy array; the rest is no tile."""
+    values = [len(found), adapted, *[0] * (HEADER - 2), *itertools.chain.from_iterable(found)]
+    words[: len(values)] = values
+    words[len(values) :].reshape(-1, 3)[:] = NO_TILE
+
+
+class AdapterTables(Protocol):
+    """Where the kernel finds the row tiles of a batch, for layers of any tile height."""
+
+    def of(self, block_m: int, slots: int) -> RowTable: ...
 
 
 class RowTables:
@@ -101,7 +122,7 @@ class RowTables:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._tables: dict[tuple[int, int, int], RowTable] = {}
+        self._tables: dict[tuple[int, int, int], StagedRowTable] = {}
         self.segments: tuple[Segment, ...] = ()
         self.rows = self._size = 0
 
@@ -116,10 +137,14 @@ class RowTables:
         """The table of this batch for tiles of so many rows."""
         key = (self._size, block_m, slots)
         if key not in self._tables:
-            # Each slot, and the rows without one, may end in a tile that is not full.
-            capacity = self._size // block_m + slots + 1
-            self._tables[key] = RowTable(self.segments, self.rows, block_m, slots, self._device, capacity)
+            capacity = most_tiles(self._size, block_m, slots)
+            self._tables[key] = StagedRowTable(self.segments, self.rows, block_m, slots, self._device, capacity)
         return self._tables[key]
+
+
+def most_tiles(rows: int, block_m: int, slots: int) -> int:
+    """Tiles of any batch of so many rows: each slot, and the rows without one, may end in a tile that is not full."""
+    return rows // block_m + slots + 1
 
 
 HEADER = 16

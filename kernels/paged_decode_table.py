@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,6 +10,8 @@ from typing import NamedTuple
 import torch
 
 from clif.kernels.staging import Staged
+
+ALIGNED = 16
 
 
 class DecodeRow(NamedTuple):
@@ -49,20 +52,32 @@ class DecodeConfig:
 
 
 class DecodeTable:
-    """The sequences of a decode batch on the device; `refill` puts others in its place for the same launch.
+    """The sequences of a decode batch on the device, as the kernel reads them.
 
     counts [1]: sequences; rows and lengths [capacity]; blocks [capacity, max_blocks], each row padded with its last
-    block. All int32, all views of one tensor, so that a refill is one copy.
+    block. All int32, all views of one tensor `words`, which its owner fills.
     """
 
-    def __init__(self, capacity: int, max_blocks: int, block_size: int, device: torch.device) -> None:
+    def __init__(self, words: torch.Tensor, capacity: int, max_blocks: int, block_size: int) -> None:
         if min(capacity, max_blocks, block_size) < 1:
             raise ValueError(f"capacity {capacity}, max_blocks {max_blocks}, block_size {block_size}: all at least 1")
         self.capacity, self.max_blocks, self.block_size = capacity, max_blocks, block_size
-        # Parts begin at multiples of 16 words: the compiler uses the alignment.
-        self._width = -(-capacity // 16) * 16
-        self._staged = Staged.zeros(16 + 2 * self._width + capacity * max_blocks, torch.int32, device)
-        self.counts, self.rows, self.lengths, self.blocks = self._views(self._staged.words)
+        self.counts, self.rows, self.lengths, self.blocks = parts_of(words, capacity, max_blocks)
+
+    def first(self, capacity: int) -> DecodeTable:
+        """A table of the first sequences only, in the same memory."""
+        table = copy.copy(self)
+        table.capacity = capacity
+        table.rows, table.lengths, table.blocks = (t[:capacity] for t in (self.rows, self.lengths, self.blocks))
+        return table
+
+
+class StagedDecodeTable(DecodeTable):
+    """A table with memory of its own; `refill` puts other sequences in its place for the same launch, in one copy."""
+
+    def __init__(self, capacity: int, max_blocks: int, block_size: int, device: torch.device) -> None:
+        self._staged = Staged.zeros(table_words(max(capacity, 1), max(max_blocks, 1)), torch.int32, device)
+        super().__init__(self._staged.words, capacity, max_blocks, block_size)
 
     @classmethod
     def make(
@@ -72,7 +87,7 @@ class DecodeTable:
         device: torch.device,
         capacity: int = 0,
         max_blocks: int = 0,
-    ) -> DecodeTable:
+    ) -> StagedDecodeTable:
         """A table with these sequences; capacity and max_blocks: what `refill` may need later, in a captured graph.
 
         Both are the next power of two if they are not given, so that few shapes are launched. Raises ValueError.
@@ -92,7 +107,8 @@ class DecodeTable:
                 f"{len(sequences)} sequences do not fit in {self.capacity}: make the table with more capacity"
             )
         needed = [self._needed(s) for s in sequences]
-        counts, rows, lengths, blocks = (view.numpy() for view in self._views(self._staged.write()))
+        views = parts_of(self._staged.write(), self.capacity, self.max_blocks)
+        counts, rows, lengths, blocks = (view.numpy() for view in views)
         counts[0] = len(sequences)
         for i, (sequence, count) in enumerate(zip(sequences, needed, strict=True)):
             rows[i], lengths[i] = sequence.row, sequence.length
@@ -117,26 +133,39 @@ class DecodeTable:
             )
         return count
 
-    def _views(self, words: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        width = self._width
-        parts = words[:1], words[16 : 16 + self.capacity], words[16 + width : 16 + width + self.capacity]
-        return *parts, words[16 + 2 * width :].view(self.capacity, self.max_blocks)
-
 
 class DecodeTables:
     """Decode tables of a few sizes (powers of two), each made once and refilled from then on."""
 
     def __init__(self, block_size: int, device: torch.device) -> None:
         self._block_size, self._device = block_size, device
-        self._tables: dict[tuple[int, int], DecodeTable] = {}
+        self._tables: dict[tuple[int, int], StagedDecodeTable] = {}
 
     def refill(self, sequences: Sequence[DecodeRow]) -> DecodeTable:
         """The table of the smallest size that holds these sequences, with them. Raises ValueError as it does."""
         size = table_size(sequences, self._block_size)
         if size not in self._tables:
-            self._tables[size] = DecodeTable(*size, self._block_size, self._device)
+            self._tables[size] = StagedDecodeTable(*size, self._block_size, self._device)
         self._tables[size].refill(sequences)
         return self._tables[size]
+
+
+def table_words(capacity: int, max_blocks: int) -> int:
+    """int32 words of a table."""
+    return ALIGNED + 2 * aligned(capacity) + capacity * max_blocks
+
+
+def parts_of(words: torch.Tensor, capacity: int, max_blocks: int) -> tuple[torch.Tensor, ...]:
+    """counts, rows, lengths and blocks in the words of a table."""
+    width, start = aligned(capacity), ALIGNED
+    rows, lengths = words[start : start + capacity], words[start + width : start + width + capacity]
+    blocks = words[start + 2 * width : start + 2 * width + capacity * max_blocks]
+    return words[:1], rows, lengths, blocks.view(capacity, max_blocks)
+
+
+def aligned(words: int) -> int:
+    """The next multiple of 16 words: parts begin at these, since the compiler uses the alignment."""
+    return -(-words // ALIGNED) * ALIGNED
 
 
 def table_size(sequences: Sequence[DecodeRow], block_size: int) -> tuple[int, int]:

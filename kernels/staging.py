@@ -17,38 +17,36 @@ class Staged:
     its last transfer has ended. Addresses on the device never change: a captured graph may read them.
     """
 
-    def __init__(self, words: torch.Tensor) -> None:
-        """words: the initial values, on a CPU."""
+    def __init__(self, words: torch.Tensor, hosts: Sequence[torch.Tensor] = ()) -> None:
+        """words: on the device; hosts: its copies. None: the words themselves, on a CPU."""
         self.words = words
-        self._hosts = [words]
-        self._sent: list[torch.cuda.Event | None] = [None]
+        self.hosts = tuple(hosts) or (words,)
+        self._sent: list[torch.cuda.Event | None] = [None] * len(self.hosts)
         self._turn = 0
 
     @classmethod
     def zeros(cls, size: int, dtype: torch.dtype, device: torch.device) -> Staged:
         """`size` zeros on the device."""
-        staged = cls(torch.zeros(size, dtype=dtype, device=device))
-        if device.type == "cuda":
-            staged._hosts = [torch.zeros(size, dtype=dtype, pin_memory=True) for _ in range(2)]
-            staged._sent = [None, None]
-        return staged
+        words, copies = torch.zeros(size, dtype=dtype, device=device), 2 if device.type == "cuda" else 0
+        return cls(words, [torch.zeros(size, dtype=dtype, pin_memory=True) for _ in range(copies)])
 
     def write(self) -> torch.Tensor:
-        """The host copy to fill next; its old content is meaningless."""
+        """The host copy to fill next, as it was written the last time; with two of them not the time before."""
         sent = self._sent[self._turn]
         if sent is not None:
             sent.synchronize()
-        return self._hosts[self._turn]
+        return self.hosts[self._turn]
 
     def send(self) -> None:
         """Transfer the written host copy to the device."""
-        if self.words is self._hosts[self._turn]:
+        if self.words is self.hosts[self._turn]:
             return
-        self.words.copy_(self._hosts[self._turn], non_blocking=True)
-        event = self._sent[self._turn] or torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.words.device))
-        self._sent[self._turn] = event
-        self._turn = (self._turn + 1) % len(self._hosts)
+        self.words.copy_(self.hosts[self._turn], non_blocking=True)
+        if self.words.is_cuda:
+            event = self._sent[self._turn] or torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.words.device))
+            self._sent[self._turn] = event
+        self._turn = (self._turn + 1) % len(self.hosts)
 
 
 def send_ints(

@@ -145,6 +145,6 @@ def save_table(
 
 
 def kernel_tiles(path: Path) -> dict[LaunchShape, LinearTiles]:
-    """The kernel's own best tiles, also for shapes where torch's products win: for benchmarks. Raises ValueError."""
+    """The kernel's own best tiles, also for shapes where torch's products win. Raises ValueError."""
     load_table(path, None, Defaults())
     return {LaunchShape(**e["shape"]): LinearTiles(**e["kernel"]) for e in json.loads(path.read_text())["linear"]}

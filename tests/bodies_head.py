@@ -9,8 +9,8 @@ from bodies_tp import SAMPLES, counted, list_slices, shared_rig, shared_step
 from helpers import draws_of, request
 
 from clif.distributed.topology import Topology
-from clif.engine import sampling
 from clif.engine.draws import Draws
+from clif.engine.sampling import draw_
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import LoraRows
 from clif.models.head import Head
@@ -46,9 +46,10 @@ def exact_rows(topology: Topology, broken: bool) -> torch.Tensor:
     return rows.to(topology.device)
 
 
-def choose(*arguments: Any) -> list[int]:
-    tokens: list[int] = sampling.choose(*arguments).tolist()
-    return tokens
+def choose(head: Head, logits: torch.Tensor, draws: Draws | None) -> list[int]:
+    tokens = head.best(logits)
+    found: list[int] = (tokens if draws is None else draw_(head, tokens, logits, draws)).tolist()
+    return found
 
 
 def choices(topology: Topology) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from clif.adapters.bank import AdapterBank, inject
 from clif.config import Config, EngineConfig
 from clif.distributed.collectives import TpGroup
 from clif.engine.runner import ModelRunner
-from clif.models.backends import choose_decode, choose_kernels, choose_ops, choose_varlen
+from clif.models.backends import choose_captured_kernels, choose_decode, choose_kernels, choose_ops, choose_varlen
 from clif.models.dual_linear import LoraRows
 from clif.models.proof import PROBE, ask_ends, compare, probe_ids
 from clif.models.stack import CausalStack
@@ -69,8 +69,9 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
         torch.manual_seed(config.run.seed)
         bank = inject(stack, config.adapter)
         launcher = choose_kernels(config.engine.lora_kernel, loaded.device, loaded.dtype, config.adapter.r)
-        for linear in stack.linears if launcher else ():
-            linear.fuse(launcher)
+        captured = choose_captured_kernels(config.engine, loaded.device, loaded.dtype, config.adapter.r)
+        for linear in stack.linears if launcher or captured else ():
+            linear.fuse(launcher, captured)
         if config.engine.prepack_weights:
             stack.prepack()
         if expected is not None and not shared:

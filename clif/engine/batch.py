@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from clif.config import EngineConfig
 from clif.engine.attention import DecodeGroup, PagedLayout, make_decode_group
 from clif.engine.blocks import cache_slots
+from clif.engine.capture import Captured
 from clif.engine.draws import Draws, DrawTable
 from clif.engine.prompt_rows import PaddedPrompts, PromptChunk, PromptRows, VarlenPrompts
 from clif.engine.scheduler import Chunk
@@ -38,18 +40,19 @@ class Batch:
     """The input of forward(): rows of all chunks, one chunk after the other. Valid until the next fill.
 
     ids, positions [rows]. sources [rows]: which of the last step's tokens is a row's id, KNOWN where `ids` has it; None
-    where all ids are known. ends [chunks that sample]: the rows whose logits choose a token; draws: of those that are
-    not greedy, None if all are.
+    where all ids are known. ends [chunks that sample]: the rows whose logits choose a token, None for all of them;
+    draws: of those that are not greedy, None if all are. captured: computes it, with padding behind these rows.
     """
 
     chunks: Sequence[Chunk]
     ids: torch.Tensor
     positions: torch.Tensor
     sources: torch.Tensor | None
-    ends: torch.Tensor
+    ends: torch.Tensor | None
     rows: LoraRows
     layout: PagedLayout
-    draws: Draws | None
+    draws: Draws | None = None
+    captured: Captured[Any] | None = None
 
 
 class BatchBuilder:
@@ -78,14 +81,10 @@ class BatchBuilder:
 
     def fill(self, chunks: Sequence[Chunk], paged: bool) -> Batch:
         """The batch of these chunks, which lie sorted by adapter slot. paged: its decode rows are for the kernel."""
-        sampling = [chunk for chunk in chunks if chunk.needs_sampling]
         rows, ends, late = self._fill_rows(chunks)
-        segments = tuple(_segments(chunks))
+        segments = segments_of(chunks)
         self._row_tables.refill(segments, rows.shape[1])
-        # After the rows, which need the index of each sequence among the tokens of the step before.
-        for i, chunk in enumerate(sampling):
-            chunk.sequence.sampled_at = i
-        return Batch(
+        batch = Batch(
             chunks,
             rows[0],
             rows[1],
@@ -93,8 +92,16 @@ class BatchBuilder:
             ends,
             LoraRows(rows.shape[1], segments, tables=self._row_tables),
             self._layout(chunks, rows[2], paged),
-            self._draws.fill(sampling),
         )
+        return self.with_draws(batch)
+
+    def with_draws(self, batch: Batch) -> Batch:
+        """The batch, whose rows are filled, with the draws of its chunks."""
+        sampling = [chunk for chunk in batch.chunks if chunk.needs_sampling]
+        # After the rows, which need the index of each sequence among the tokens of the step before.
+        for i, chunk in enumerate(sampling):
+            chunk.sequence.sampled_at = i
+        return replace(batch, draws=self._draws.fill(sampling))
 
     def _fill_rows(self, chunks: Sequence[Chunk]) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """[FIELDS, rows] and ends on the device, and whether an id is not known yet."""
@@ -152,8 +159,12 @@ class BatchBuilder:
         return (make_decode_group(members, self._block_size, self._dtype, self._device) for members in by_size.values())
 
 
-def _segments(chunks: Sequence[Chunk]) -> Iterator[Segment]:
+def segments_of(chunks: Sequence[Chunk]) -> tuple[Segment, ...]:
     """Rows of each adapter slot; chunks come sorted by slot, those of the base first."""
+    return tuple(_segments(chunks))
+
+
+def _segments(chunks: Sequence[Chunk]) -> Iterator[Segment]:
     row = 0
     current: Segment | None = None
     for chunk in chunks:

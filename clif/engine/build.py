@@ -11,6 +11,7 @@ from clif.config import Config, ConfigError
 from clif.distributed.collectives import TpGroup
 from clif.distributed.topology import choose_device
 from clif.engine.base import Base, build_base
+from clif.engine.capture import choose_recorder
 from clif.engine.coserving.concurrent import Concurrent
 from clif.engine.coserving.fused import Fused
 from clif.engine.coserving.interleaved import Interleaved
@@ -52,10 +53,14 @@ def build_engine(config: Config, base: Base, tp_group: TpGroup | None = None) ->
     coserving = choose_coserving(config, base.loaded.device, tp_group, threads)
     log.info("co-serving: %s", coserving)
     slots = SlotTable(config.adapter.serving_slots)
+    runner = base.runner(config.engine)
+    recorder = choose_recorder(config.engine, base.loaded.device, tp_group.size, runner.paged is not None)
+    if recorder is not None:
+        runner.capture(recorder, config.model.max_context)
     thread = TrainThread(threads) if coserving == CoservingMode.CONCURRENT else None
     device = base.loaded.device
     return Engine(
-        base.runner(config.engine),
+        runner,
         Scheduler(config.engine, slots, tokenizer.eos_ids, tokenizer.decode),
         TrainingHalf(
             make_strategy(coserving, config),

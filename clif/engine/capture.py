@@ -9,14 +9,20 @@ Sources: CUDA graphs as torch has them (torch.cuda.CUDAGraph).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from clif.config import EngineConfig
+
+log = logging.getLogger(__name__)
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
+HIGH = -1
+"""Priority of the stream that serves."""
 WARM_UPS = 3
 """Runs before a capture: kernels are compiled and loaded, libraries allocate their workspaces."""
 
@@ -77,3 +83,20 @@ class CudaRecorder:
             result = region()
         current.wait_stream(self._stream)
         return CudaGraph(graph, result)
+
+
+def choose_recorder(config: EngineConfig, device: torch.device, tp_size: int, kernel: bool) -> Recorder | None:
+    """Captures the steps of a replica; None: none are captured. kernel: decode rows have the Triton kernel."""
+    why = None
+    if config.graphs == "off":
+        why = "engine.graphs is off"
+    elif device.type != "cuda":
+        why = f"a {device.type} has none"
+    elif tp_size > 1:
+        why = "several ranks share the model"
+    elif not kernel:
+        why = "attention to the cache needs the Triton kernel, see engine.decode_kernel"
+    if why is not None:
+        log.info("no CUDA graphs: %s", why)
+        return None
+    return CudaRecorder(torch.cuda.Stream(device, priority=HIGH))

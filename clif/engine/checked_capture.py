@@ -33,6 +33,9 @@ BY_CONTENT = frozenset(
 )  # fmt: skip
 """Operators that need contents of a tensor on the host, or whose shapes depend on them."""
 
+TAKES = frozenset(("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::detach"))
+"""Operators that take memory and run no kernel."""
+
 
 class CaptureError(RuntimeError):
     """A region does what cannot be captured."""
@@ -42,7 +45,7 @@ class CaptureError(RuntimeError):
 class Operator:
     """One operator that a region dispatched. inputs, outputs: shapes and types; constants: all other arguments.
 
-    outside: addresses of inputs that were not made in the region. view: it launches no kernel.
+    outside: addresses of inputs that were not made in the region. idle: it launches no kernel.
     """
 
     name: str
@@ -50,7 +53,7 @@ class Operator:
     outputs: tuple[str, ...]
     constants: str
     outside: tuple[int, ...]
-    view: bool
+    idle: bool
 
     def __str__(self) -> str:
         return f"{self.name}({', '.join(self.inputs)}) -> {', '.join(self.outputs)}"
@@ -71,7 +74,7 @@ class CaptureRules:
     @property
     def kernels(self) -> list[Operator]:
         """Operators that launch a kernel on a GPU, at least one each."""
-        return [operator for operator in self.operators if not operator.view]
+        return [operator for operator in self.operators if not operator.idle]
 
 
 class _NoHost(TorchFunctionMode):
@@ -108,15 +111,13 @@ class _Watch(TorchDispatchMode):
         outside = tuple(leaf.data_ptr() for leaf in inputs if self._address(leaf) not in self._inside)
         out = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        written = {id(leaf) for leaf in inputs}
-        view = _is_view(func)
-        if not view:
-            fresh = [leaf for leaf in outputs if id(leaf) not in written]
-            self._made += fresh
-            self._inside |= {self._address(leaf) for leaf in fresh}
+        known = {self._address(leaf) for leaf in inputs}
+        fresh = [leaf for leaf in outputs if self._address(leaf) not in known]
+        self._made += fresh
+        self._inside |= {self._address(leaf) for leaf in fresh}
         constants = repr([leaf for leaf in tree_leaves((args, kwargs)) if not isinstance(leaf, torch.Tensor)])
         self._operators.append(
-            Operator(full, tuple(map(_shape, inputs)), tuple(map(_shape, outputs)), constants, outside, view)
+            Operator(full, tuple(map(_shape, inputs)), tuple(map(_shape, outputs)), constants, outside, _is_idle(func))
         )
         return out
 
@@ -125,13 +126,11 @@ class _Watch(TorchDispatchMode):
         return tensor.untyped_storage().data_ptr()
 
 
-def _is_view(func: Any) -> bool:
-    """Whether what comes out lies in the memory of what goes in, unchanged."""
+def _is_idle(func: Any) -> bool:
+    """Whether no kernel runs: memory is taken, or what comes out lies in the memory of what goes in, unchanged."""
     returned = [value.alias_info for value in func._schema.returns]
-    name = func._schema.name
-    return name in ("aten::detach", "aten::_reshape_alias", "aten::empty", "aten::empty_like", "aten::new_empty") or (
-        bool(returned) and all(alias is not None and not alias.is_write for alias in returned)
-    )
+    views = bool(returned) and all(alias is not None and not alias.is_write for alias in returned)
+    return views or func._schema.name in TAKES
 
 
 def _shape(tensor: torch.Tensor) -> str:

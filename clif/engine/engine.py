@@ -161,7 +161,8 @@ class Engine:
 
     def _launch(self, chunks: list[Chunk], plan: StepPlan) -> Launched:
         fused, start = self.training_half.fused(plan), self.clock()
-        tokens, fused = self._forward(self.runner.fill(chunks), fused)
+        batch = self.runner.fill(chunks, fused is not None)
+        tokens, fused = self._forward(batch, fused)
         regime = Regime.FUSED if fused else Regime.CONCURRENT if self.jobs.under_way else Regime.ALONE
         return Launched(chunks, tokens, fused, regime, start)
 

@@ -11,8 +11,11 @@ from clif.adapters.bank import AdapterBank
 from clif.config import EngineConfig
 from clif.engine.attention import KVCache, PagedRows
 from clif.engine.batch import Batch, BatchBuilder
+from clif.engine.capture import Recorder
+from clif.engine.decode_buffers import DecodeBuffers
+from clif.engine.graphs import DecodeGraphs
 from clif.engine.jobs import FusedPass
-from clif.engine.sampling import SampledTokens, choose
+from clif.engine.sampling import SampledTokens, draw_
 from clif.engine.scheduler import Chunk
 from clif.models.layer import SubBatch
 from clif.models.stack import CausalStack
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 class ModelRunner:
     """The model of one rank with its adapters and KV cache, for serving.
 
-    paged: the kernel for attention of decode rows, None: torch's products.
+    paged: the kernel for attention of decode rows, None: torch's products. graphs: captured steps, once there are any.
     """
 
     def __init__(
@@ -37,14 +40,31 @@ class ModelRunner:
         paged: PagedDecode | None = None,
     ) -> None:
         self.stack, self.bank, self.config, self.device = stack, bank, config, device
-        self.cache = KVCache(stack.num_layers, config.kv_tokens, stack.num_kv_heads, stack.head_dim, dtype, device)
+        # A spare block behind those of the sequences, for rows of padding.
+        tokens = config.kv_tokens + config.block_size
+        self.cache = KVCache(stack.num_layers, tokens, stack.num_kv_heads, stack.head_dim, dtype, device)
         self.paged = paged
+        self.graphs: DecodeGraphs | None = None
         self._batches = BatchBuilder(config, stack.vocab_size, device, dtype, stack.varlen)
         # Of the last step, in the order in which its chunks sample: the next one may need them before the host knows.
         self._last_tokens = torch.zeros(config.max_batch, dtype=torch.int64, device=device)
 
-    def fill(self, chunks: Sequence[Chunk]) -> Batch:
-        """The batch of one step's chunks; valid until the next one is filled. Does not wait for the device."""
+    def capture(self, recorder: Recorder, max_context: int) -> DecodeGraphs:
+        """Capture the steps in which all rows continue an answer, of contexts up to this length."""
+        block, bank = self.config.block_size, self.bank
+        spare, max_blocks = self.config.kv_tokens // block, -(-max_context // block)
+        slots = bank.config.serving_slots + 1
+        buffers = DecodeBuffers(self.config.max_batch, max_blocks, block, spare, slots, self.device)
+        self.graphs = DecodeGraphs(self.compute, buffers, recorder)
+        return self.graphs
+
+    def fill(self, chunks: Sequence[Chunk], fused: bool = False) -> Batch:
+        """The batch of one step's chunks; valid until the next one is filled. Does not wait for the device.
+
+        fused: a training forward will be in its products, so that no captured step computes it.
+        """
+        if self.graphs is not None and not fused and self.graphs.can_run(chunks):
+            return self._batches.with_draws(self.graphs.fill(chunks))
         return self._batches.fill(chunks, self.paged is not None)
 
     @torch.no_grad()
@@ -54,18 +74,34 @@ class ModelRunner:
         Does not wait for the device: ids that the step before chose are taken from there. fused: a training forward
         whose remaining layers are computed in the same products.
         """
-        sampled, ids = SampledTokens(self.device), batch.ids
+        sampled = SampledTokens(self.device)
+        if batch.captured is not None:
+            batch.captured.replay()
+            logits, tokens = batch.captured.result
+        else:
+            logits, tokens = self.compute(batch, fused)
+        if batch.draws is not None:
+            self._keep(draw_(self.stack.head, tokens, logits, batch.draws))
+        sampled.send(tokens[: len(batch.chunks)])
+        return sampled
+
+    @torch.no_grad()
+    def compute(self, batch: Batch, fused: FusedPass | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and greedy tokens of the rows that sample: everything of a step that can be captured."""
+        ids = batch.ids
         if batch.sources is not None:
             ids = torch.where(batch.sources < 0, ids, self._last_tokens[batch.sources.clamp_min(0)])
         attention = PagedRows(self.cache, batch.layout, self.paged)
         sub_batch = self.stack.sub_batch(batch.rows, batch.positions, attention)
         hidden = self._layers(self.stack.embed(ids), sub_batch, fused)
-        logits = self.stack.head(self.stack.norm(hidden[batch.ends]))
-        tokens = choose(self.stack.head, logits, batch.draws)
-        # A sequence without a token ends; until that is known, its next row needs some id.
+        logits = self.stack.head(self.stack.norm(hidden if batch.ends is None else hidden[batch.ends]))
+        tokens = self.stack.head.best(logits)
+        self._keep(tokens)
+        return logits, tokens
+
+    def _keep(self, tokens: torch.Tensor) -> None:
+        """For the rows of the next step. A sequence without a token ends; until that is known, they need some id."""
         self._last_tokens[: len(tokens)] = tokens.clamp_min(0)
-        sampled.send(tokens)
-        return sampled
 
     def _layers(self, hidden: torch.Tensor, sub_batch: SubBatch, fused: FusedPass | None) -> torch.Tensor:
         """All layers of the serving rows; those that the fused pass has yet to do see its rows as well."""

@@ -14,21 +14,10 @@ ONE = 2.0**42
 """The weight of the likeliest token of a row. Those of 2^20 tokens can be added up in an int64."""
 
 
-def choose(head: Head, logits: torch.Tensor, draws: Draws | None) -> torch.Tensor:
-    """One token id per row, the same on all peers. logits: [rows, this rank's columns]. Collective.
-
-    NO_TOKEN where the logits are not finite. draws: of the rows that are not greedy, None if all are. Nothing here
-    waits for the device.
-    """
-    if not len(logits):
-        return logits.new_zeros(0, dtype=torch.int64)
-    tokens = head.best(logits)
-    return tokens if draws is None else draw_(head, tokens, logits, draws)
-
-
 def draw_(head: Head, tokens: torch.Tensor, logits: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """Overwrite greedy tokens [rows] by drawn ones where `draws` says so. logits as in choose(). Collective.
+    """Overwrite greedy tokens [rows] by drawn ones where `draws` says so. Collective.
 
+    logits: [rows, this rank's columns]. Returns the tokens, NO_TOKEN where the logits are not finite.
     All peers get whole rows of those that draw, and the leader's draws count. The number of launches does not depend
     on the number of rows, and nothing waits for the device. The shapes do depend on it: no captured graph holds this,
     but what a graph left may be read and overwritten here.
@@ -112,7 +101,8 @@ class SampledTokens:
     def send(self, tokens: torch.Tensor) -> None:
         """The step ends: tokens [sequences that sample] follow it to the host."""
         if self._events is None:
-            self._host, self._seconds = tokens, time.perf_counter() - self._start_s
+            # A copy: the step's own tensor may be that of the next one as well.
+            self._host, self._seconds = tokens.clone(), time.perf_counter() - self._start_s
             return
         self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         self._host.copy_(tokens, non_blocking=True)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch.nn.functional import linear
 
-from clif.config import ConfigError
-from clif.kernels.tuning import Defaults, TileTable, load_table, table_path
+from clif.config import ConfigError, EngineConfig
+from clif.kernels.tuning import Defaults, TileTable, kernel_tiles, load_table, table_path
 from clif.models.layer_ops import LayerOps, TorchOps
 from clif.models.varlen import Varlen, varlen_attention, varlen_fault
 
@@ -77,6 +77,23 @@ def choose_kernels(
     table = load_table(measured, missing, defaults) if measured and tuned else TileTable({}, {}, missing, defaults)
     log.info("LoRA products: Triton kernels, %s", "measured tiles" if tuned else "default tiles")
     return KernelLauncher(device, table)
+
+
+def choose_captured_kernels(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, r: int
+) -> KernelLauncher | None:
+    """The Triton kernels of the dual LoRA layers in captured steps; None: torch's products.
+
+    In a graph the adapters of rows are data. Torch's products then compute every slot for every row, so that the
+    kernels are taken wherever they can run, tuned or not, unless engine.lora_kernel is torch.
+    """
+    if config.graphs == "off" or config.lora_kernel == "torch" or device.type != "cuda" or _obstacle(device, dtype, r):
+        return None
+    from clif.kernels.dual_lora_host import KernelLauncher
+
+    defaults, measured = _defaults(device), table_path(torch.cuda.get_device_name(device))
+    tiles = kernel_tiles(measured) if measured.is_file() else {}
+    return KernelLauncher(device, TileTable(tiles, {}, defaults, defaults))
 
 
 def choose_decode(

@@ -18,14 +18,20 @@ from torch import nn
 
 from clif.distributed.collectives import TpGroup
 from clif.kernels.dual_lora_reference import SHADOW as SHADOW
-from clif.kernels.dual_lora_reference import Segment, add_dual_lora, shadow_backward, shadow_forward
+from clif.kernels.dual_lora_reference import (
+    Segment,
+    add_dual_lora,
+    add_dual_lora_by_slot,
+    shadow_backward,
+    shadow_forward,
+)
 from clif.models.base_weight import BaseWeight, Dense, merged, prepacked
 from clif.models.lora_factors import LoraFactors, LoraModule
 from clif.models.shard import LinearShards, Shard
 
 if TYPE_CHECKING:
     from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
-    from clif.kernels.dual_lora_table import RowTables
+    from clif.kernels.dual_lora_table import AdapterTables, RowTables
 
 
 @dataclass(frozen=True)
@@ -34,12 +40,25 @@ class LoraRows:
 
     Segments are disjoint, in row order, counted from the first of these rows; rows in none use the base alone.
     learns: every row uses the shadow, and gradients are wanted. tables: the segments as the fused kernel reads them.
+    on_device: instead of segments, for a captured step.
     """
 
     count: int
     segments: tuple[Segment, ...] = ()
     learns: bool = False
     tables: RowTables | None = None
+    on_device: SlotsOnDevice | None = None
+
+
+@dataclass(frozen=True)
+class SlotsOnDevice:
+    """Adapter slots of rows that a captured graph reads.
+
+    slots [rows]: of each row, -1 for none; tables: the same as the fused kernel reads them.
+    """
+
+    slots: torch.Tensor
+    tables: AdapterTables
 
 
 class DualLinear:
@@ -57,6 +76,7 @@ class DualLinear:
         self.base: BaseWeight = merged(linears)
         self.lora: LoraFactors | None = None
         self._fused: FusedLinear | None = None
+        self._captured: FusedLinear | None = None
 
     def adapt(self, adapted: list[int], r: int, scale: float, slots: int) -> LoraFactors:
         """Give the chosen modules adapters: A like a linear layer and B zero, as peft does."""
@@ -69,12 +89,17 @@ class DualLinear:
         """Lay the base weight out for the machine's matrix kernels where that pays."""
         self.base = prepacked(self.base)
 
-    def fuse(self, launcher: KernelLauncher) -> None:
-        """Compute base and adapters in one launch from now on, where the layer is adapted and its base is dense."""
+    def fuse(self, launcher: KernelLauncher | None, captured: KernelLauncher | None = None) -> None:
+        """Compute base and adapters in one launch from now on, where the layer is adapted and its base is dense.
+
+        captured: the same for rows of captured steps.
+        """
         from clif.kernels.dual_lora_host import FusedLinear
 
         if self.lora is not None and isinstance(self.base, Dense):
-            self._fused = FusedLinear(self.lora.as_merged(self.base), launcher)
+            merged = self.lora.as_merged(self.base)
+            self._fused = FusedLinear(merged, launcher) if launcher else None
+            self._captured = FusedLinear(merged, captured) if captured else None
 
     def __call__(self, xs: Sequence[torch.Tensor], rows: Sequence[LoraRows]) -> list[torch.Tensor]:
         """xs: [count, in] for each kind of rows, those that learn last. Returns [count, out] for each."""
@@ -83,13 +108,25 @@ class DualLinear:
             learnt, served = _Learn.apply(xs[-1], a, b, self, list(xs[:-1]), rows)
             return [*served.split([r.count for r in rows[:-1]]), learnt] if len(xs) > 1 else [learnt]
         x = xs[0] if len(xs) == 1 else torch.cat(list(xs))
-        if self._fused is not None:
+        if rows[0].on_device is not None:
+            y = self._by_slot(x, rows[0].on_device)
+        elif self._fused is not None:
             # Rows of several kinds are concatenated: the tables of one kind do not fit them.
             y, _ = self._fused.forward(x, _segments(rows), rows[0].tables if len(rows) == 1 else None)
         else:
             y = self._add_adapters(self.base.forward(x), x, rows)
         self.shards.sum_outputs(y)
         return list(y.split([r.count for r in rows])) if len(xs) > 1 else [y]
+
+    def _by_slot(self, x: torch.Tensor, rows: SlotsOnDevice) -> torch.Tensor:
+        lora = self.lora
+        if self._captured is not None:
+            table = rows.tables.of(self._captured.height(len(x)), len(self._captured.merged.a))
+            return self._captured.forward(x, table)[0]
+        y = self.base.forward(x)
+        if lora is not None:
+            add_dual_lora_by_slot(y, x, rows.slots, lora.serving_a, lora.serving_b, lora.scale)
+        return y
 
     def _add_adapters(self, y: torch.Tensor, x: torch.Tensor, rows: Sequence[LoraRows]) -> torch.Tensor:
         if self.lora is not None:

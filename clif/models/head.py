@@ -50,6 +50,8 @@ class Head:
 
         Ties go to the first, as argmax over whole rows decides. NO_TOKEN where the largest is not finite.
         """
+        if not len(logits):
+            return logits.new_zeros(0, dtype=torch.int64)
         largest, index = top(logits)
         if self.tp_group.size == 1:
             return or_none(largest, index)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from clif.kernels.paged_decode_table import DecodeRow, DecodeTable
+from clif.kernels.paged_decode_table import DecodeRow, DecodeTable, StagedDecodeTable
 
 EXP2 = 2.0**-22
 """The kernel's weights come from the hardware's 2^x, right to two units in the last place (CUDA C++ Programming Guide,
@@ -61,7 +61,7 @@ class DecodeBatch:
     scale: float
 
     def table(self, capacity: int = 0, max_blocks: int = 0) -> DecodeTable:
-        return DecodeTable.make(self.sequences, self.block_size, self.q.device, capacity, max_blocks)
+        return StagedDecodeTable.make(self.sequences, self.block_size, self.q.device, capacity, max_blocks)
 
 
 def random_decode(

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
 from clif.kernels.dual_lora_reference import SHADOW, Segment
-from clif.kernels.dual_lora_table import RowTable
+from clif.kernels.dual_lora_table import RowTable, StagedRowTable
 from clif.kernels.testing.dual_lora_specification import Batch, computed, random_batch, random_layer, violations
 from clif.kernels.tiles import LinearTiles
 from clif.kernels.tuning import Defaults, Fixed
@@ -153,7 +153,7 @@ def test_a_captured_graph_serves_other_segments_ten_thousand_times(defaults: Def
     batch = batch_of([1024, 256], 2048, 16, ((128, 0),))
     tiles = replace(defaults.linear(128, 2048, 1280, 16, False), form="fused")
     layer = FusedLinear(batch.merged, KernelLauncher(torch.device("cuda"), Fixed(tiles)))
-    table = RowTable((), 128, tiles.block_m, 4, torch.device("cuda"), capacity=16)
+    table = StagedRowTable((), 128, tiles.block_m, 4, torch.device("cuda"), capacity=16)
     graph, y = captured(layer, batch.x, table)
     splits = [((Segment(0, n, 0), Segment(n, n + 20, 2), Segment(n + 20, 128, SHADOW))) for n in (1, 17, 64, 100)]
     splits += [(), (Segment(5, 128, 1),)]

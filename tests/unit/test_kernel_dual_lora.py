@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 from clif.kernels import workspace
 from clif.kernels.dual_lora_host import INTERPRET, FusedLinear, KernelLauncher
 from clif.kernels.dual_lora_reference import SHADOW, MergedLinear, Segment
-from clif.kernels.dual_lora_table import RowTable
+from clif.kernels.dual_lora_table import StagedRowTable
 from clif.kernels.testing.dual_lora_specification import (
     Batch,
     Results,
@@ -247,7 +247,7 @@ def test_a_batch_without_rows_needs_no_tiles_and_no_launch() -> None:
 
 
 def test_a_refilled_table_serves_other_segments_in_the_same_launch() -> None:
-    table = RowTable((Segment(0, 40, 0),), 40, 16, 4, CPU, capacity=8)
+    table = StagedRowTable((Segment(0, 40, 0),), 40, 16, 4, CPU, capacity=8)
     place = table.tiles.data_ptr()
     table.refill((Segment(3, 20, 1), Segment(20, 25, SHADOW)), 25)
     # Tiles with an adapter come first, each of one slot.

@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from clif.kernels import paged_decode_host
 from clif.kernels.paged_decode_host import INTERPRET, PagedDecode
-from clif.kernels.paged_decode_table import DecodeConfig, DecodeRow, DecodeTable
+from clif.kernels.paged_decode_table import DecodeConfig, DecodeRow, DecodeTable, StagedDecodeTable
 from clif.kernels.testing.paged_decode_specification import DecodeBatch, random_decode, violations
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="the kernel is compiled in this process: see tests/gpu")
@@ -157,7 +157,7 @@ def test_a_table_filled_again_is_a_new_one_and_rows_of_nobody_stay_as_they_are()
 
 
 def test_a_table_says_what_does_not_fit_and_keeps_what_it_has() -> None:
-    table = DecodeTable.make([DecodeRow(0, 9, [5, 3, 8])], 4, CPU, capacity=2, max_blocks=4)
+    table = StagedDecodeTable.make([DecodeRow(0, 9, [5, 3, 8])], 4, CPU, capacity=2, max_blocks=4)
     assert table.blocks.tolist() == [[5, 3, 8, 8], [0, 0, 0, 0]]
     good = DecodeRow(1, 1, [2])
     for wrong, words in (
@@ -170,11 +170,11 @@ def test_a_table_says_what_does_not_fit_and_keeps_what_it_has() -> None:
             table.refill(wrong)
         assert (table.counts.tolist(), table.rows.tolist(), table.lengths.tolist()) == ([1], [0, 0], [9, 0])
     with pytest.raises(ValueError, match="at least 1"):
-        DecodeTable(0, 1, 1, CPU)
+        StagedDecodeTable(0, 1, 1, CPU)
 
 
 def test_tables_of_like_size_have_one_shape() -> None:
-    shapes = {tuple(DecodeTable.make([DecodeRow(0, n, range(9))] * 5, 4, CPU).blocks.shape) for n in (1, 20, 36)}
+    shapes = {tuple(StagedDecodeTable.make([DecodeRow(0, n, range(9))] * 5, 4, CPU).blocks.shape) for n in (1, 20, 36)}
     assert shapes == {(8, 16)}
 
 

@@ -1,0 +1,71 @@
+"""Steps in which every row continues an answer, captured once for a few sizes and replayed from then on.
+
+A graph holds embedding, layers, norm, head, argmax and the check for finite logits. Which sequences and blocks, which
+adapters and which tokens of the step before it reads are data (clif/engine/decode_buffers.py): neither a new request
+nor a promotion captures anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from clif.engine.attention import PagedLayout
+from clif.engine.batch import Batch, segments_of
+from clif.engine.capture import Captured, Recorder
+from clif.engine.decode_buffers import DecodeBuffers
+from clif.engine.scheduler import Chunk
+from clif.models.dual_linear import LoraRows, SlotsOnDevice
+
+log = logging.getLogger(__name__)
+MOST_ROWS = 512
+"""Largest captured step: beyond it a launch costs little beside the arithmetic."""
+Compute = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
+"""Logits [rows that sample, own columns] and greedy tokens [rows that sample] of a batch."""
+
+
+def decode_sizes(max_batch: int) -> list[int]:
+    """Sizes of captured steps: 1, 2, 4, then every 8 up to the largest batch."""
+    most = min(max_batch, MOST_ROWS)
+    return sorted({size for size in (1, 2, 4, *range(8, most, 8)) if size < most} | {most})
+
+
+class DecodeGraphs:
+    """The captured steps of one runner."""
+
+    def __init__(self, compute: Compute, buffers: DecodeBuffers, recorder: Recorder) -> None:
+        """Capture all sizes, the largest first: smaller ones then fit into its memory."""
+        self._compute, self._buffers = compute, buffers
+        self.sizes = decode_sizes(buffers.capacity)
+        buffers.fill((), (), buffers.capacity)
+        start = time.monotonic()
+        self._batches = {size: self._inputs(size) for size in self.sizes}
+        self._captured: dict[int, Captured[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for size in reversed(self.sizes):
+            self._captured[size] = recorder.capture(partial(self._step, size))
+        self.capture_s = time.monotonic() - start
+
+    def can_run(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether one of the captured steps computes these chunks."""
+        return self._buffers.fits(chunks)
+
+    def fill(self, chunks: Sequence[Chunk]) -> Batch:
+        """The batch of these chunks, which lie sorted by adapter slot, for the smallest step that holds them."""
+        size = next(size for size in self.sizes if size >= len(chunks))
+        self._buffers.fill(chunks, segments_of(chunks), size)
+        return replace(self._batches[size], chunks=chunks, captured=self._captured[size])
+
+    def _step(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._compute(self._inputs(size))
+
+    def _inputs(self, size: int) -> Batch:
+        """What a step of this size reads: views, except for one conversion, which is a part of the step."""
+        ids, positions, cache_slots, sources, slots = self._buffers.fields(size).long()
+        rows = LoraRows(size, on_device=SlotsOnDevice(slots, self._buffers.tables(size)))
+        layout = PagedLayout(size, cache_slots, self._buffers.decode_table(size), (), None)
+        return Batch((), ids, positions, sources, None, rows, layout)
