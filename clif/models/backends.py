@@ -114,6 +114,8 @@ def choose_decode(
 
 def choose_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> Varlen | None:
     """Attention of prompts and of training rows in one launch; None: padded products. Waits for the device, once."""
+    if device.type != "cuda":
+        return None
     obstacle = _varlen_obstacle(device, dtype, head_dim) or varlen_fault(device, dtype, head_dim)
     log.info(
         "attention of prompts and training: %s", "torch's varlen_attn" if obstacle is None else f"padded ({obstacle})"
@@ -122,8 +124,6 @@ def choose_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> Va
 
 
 def _varlen_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    if device.type != "cuda":
-        return f"a {device.type} has no varlen_attn"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"varlen_attn does not compute {dtype}"
     if head_dim % 8 or head_dim > 256:

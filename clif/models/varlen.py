@@ -127,7 +127,7 @@ def varlen_reference(
     Shapes depend on shapes alone and the host reads nothing. A value that is not finite reaches the rows that see it
     and no other; in the backward it reaches all.
     """
-    i, j = (torch.arange(len(x), device=x.device) for x in (query, key))
+    i, j = (torch.arange(len(x), device=x.device, dtype=torch.int32) for x in (query, key))
     (of_query, left_q), (of_key, left_k) = _placed(i, spans.cu_q), _placed(j, spans.cu_k)
     seen = (of_query[:, None] == of_key) & (left_k >= left_q[:, None])
     wide = torch.promote_types(query.dtype, torch.float32)
