@@ -6,11 +6,15 @@ script works, and its figures mean nothing.
 
 from __future__ import annotations
 
+import gc
+import logging
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,18 +24,21 @@ from checkout import REPO, commit, use_checkout
 
 use_checkout()
 
+import msgspec
 import torch
 
-from clif.config import Config, config_from_tree
-from clif.engine.build import make_strategy
+from clif.config import Config, ConfigError, config_from_tree
+from clif.engine.base import build_base
+from clif.engine.build import build_engine
 from clif.engine.engine import Engine
 from clif.engine.jobs import Job
-from clif.engine.scheduler import Scheduler
-from clif.engine.training_half import TrainingHalf
 from clif.models.weights.loading import LoadedModel, load_model
 from clif.training.train_runner import TrainRunner
 from clif.training.trainer import ShadowTrainer
 from clif.types import Request, Sampling, TrainSample
+
+TTFT_MS, TPOT_MS = 400.0, 50.0
+"""The promise of the co-serving stage."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +54,30 @@ class Scale:
     window_s: float
     repeats: int
     steps: tuple[tuple[int, int], ...]
-    """Training steps as (samples, tokens of each)."""
+    """Training steps as (samples, tokens of each): the largest, the smallest, one between."""
+    buckets: tuple[tuple[int, int], ...]
+    """The same for steps of one captured pass, by the tokens that it is captured for."""
 
 
-FULL = Scale(("llama-1b", "llama-8b"), "cuda", "bfloat16", 64, 256, 256, 2.0, 3, ((4, 128), (8, 512), (32, 512)))
-DRY = Scale(("tiny-llama",), "cpu", "float32", 4, 12, 12, 0.2, 2, ((2, 16),))
+FULL = Scale(
+    ("llama-1b", "llama-8b"), "cuda", "bfloat16", 64, 256, 256, 2.0, 2,
+    ((32, 512), (4, 128), (8, 512)), ((2, 128), (4, 128), (4, 256), (4, 512)),
+)  # fmt: skip
+DRY = Scale(("tiny-llama",), "cpu", "float32", 4, 12, 12, 0.2, 1, ((4, 16), (1, 16), (2, 16)), ((1, 16), (2, 16)))
 
 
 def run_stage(measure: Callable[[str, Scale], list[str]], shapes: int) -> None:
-    """Measure the shapes that the command line names, or the first `shapes` of the scale, and print Markdown last."""
+    """Measure the shapes that the command line names, or the first `shapes` of the scale, and print Markdown last.
+
+    Exits with 1 if a line of it FAILED.
+    """
     scale = scale_of(sys.argv)
     named = [word for word in sys.argv[1:] if not word.startswith("-")]
+    logging.basicConfig(level=logging.INFO, format="[%(name)s] %(message)s", stream=sys.stdout)
     print(provenance(), flush=True)
-    text = ["\n".join(measure(shape, scale)) for shape in named or scale.shapes[:shapes]]
-    print("\n" + "\n\n".join(text))
+    text = "\n\n".join("\n".join(measure(shape, scale)) for shape in named or scale.shapes[:shapes])
+    print("\n" + text)
+    sys.exit(1 if "FAILED " in text else 0)
 
 
 def scale_of(arguments: list[str]) -> Scale:
@@ -72,57 +89,81 @@ def scale_of(arguments: list[str]) -> Scale:
 
 
 class Bench:
-    """One model shape: a runner with an adapter that serves, and a shadow that learns."""
+    """One model shape: a base whose engines share the model and the adapters, and serve an adapter as version 1."""
 
     def __init__(self, shape: str, scale: Scale, **engine: Any) -> None:
         self.scale, self.device = scale, torch.device(scale.device)
-        self.config = _config(shape, scale, engine)
+        self._tree = _tree(shape, scale, engine)
+        self.config = _config(self._tree)
         self.loaded: LoadedModel = load_model(self.config.model, self.device)
-        built = Engine.from_config(self.config, self.loaded)
-        self.runner, self.bank, self.slots = built.runner, built.runner.bank, built.scheduler.slots
+        self.base = build_base(self.config, self.loaded)
+        self.bank = self.base.bank
         state = {name: torch.randn_like(factor) * 0.01 for name, factor in self.bank.shadow_state().items()}
         self.bank.fill_slot(0, state)
-        self.slots.promote(1, 0)
-        self.vocab = self.runner.stack.vocab_size
+        self.vocab = self.base.stack.vocab_size
         self._ids = iter(range(1 << 60))
 
-    def engine(self, coserving: str = "interleaved") -> Engine:
-        """A new engine on the same runner, with an untrained cost model."""
-        scheduler = Scheduler(self.config.engine, self.slots, (), self.loaded.tokenizer.decode)
-        return Engine(self.runner, scheduler, TrainingHalf(make_strategy(coserving, self.config)))
+    def engine(self, **fields: Any) -> Engine:
+        """A new engine with its own KV cache and an untrained cost model. fields: of engine, over those of the bench.
 
-    def trainer(self, count: int, length: int) -> ShadowTrainer:
+        Raises ConfigError for what cannot be used on this device.
+        """
+        tree = {**self._tree, "engine": {**self._tree["engine"], **fields}}
+        engine = build_engine(_config(tree), self.base)
+        engine.scheduler.slots.promote(1, 0)
+        return engine
+
+    def trainer(self, engine: Engine, count: int, length: int) -> ShadowTrainer:
         """A trainer on `count` samples of `length` tokens, of which the second half are targets."""
-        runner = TrainRunner(self.runner)
-        return ShadowTrainer(runner, self.bank, samples(self.vocab, count, length), self.config.train)
+        return ShadowTrainer(
+            TrainRunner(engine.runner), self.bank, samples(self.vocab, count, length), self.config.train
+        )
 
     def sync(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def request(self, prompt: int, answer: int, seed: int | None = None) -> Request:
+        """A request with a prompt that only one of the same seed has."""
+        number = next(self._ids)
+        rng = torch.Generator().manual_seed(number if seed is None else seed)
+        ids = torch.randint(100, self.vocab, (prompt,), generator=rng).tolist()
+        return Request(id=number, prompt=tuple(ids), sampling=Sampling(max_tokens=answer, ignore_eos=True))
+
+    def clean(self) -> None:
+        """Give back the memory of engines that are no longer referred to."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def top_up(self, engine: Engine) -> None:
         """Add fresh requests until the batch is full. Answers differ in length, so that prompts come one by one."""
-        while len(engine.scheduler.running) + len(engine.scheduler.waiting) < self.scale.batch:
-            number = next(self._ids)
-            rng = torch.Generator().manual_seed(number)
-            prompt = torch.randint(100, self.vocab, (self.scale.prompt,), generator=rng).tolist()
-            sampling = Sampling(max_tokens=self.scale.answer // 2 + number % self.scale.answer, ignore_eos=True)
-            engine.scheduler.add(Request(id=number, prompt=tuple(prompt), sampling=sampling), engine.clock())
+        while len(engine.scheduler.sequences) < self.scale.batch:
+            engine.scheduler.add(self.mixed_request(), engine.clock())
+
+    def mixed_request(self, seed: int | None = None) -> Request:
+        """A request of a load: its answer has half to one and a half times the scale's length."""
+        request = self.request(self.scale.prompt, self.scale.answer, seed)
+        answer = self.scale.answer // 2 + (request.id if seed is None else seed) * 31 % self.scale.answer
+        return msgspec.structs.replace(request, sampling=Sampling(max_tokens=answer, ignore_eos=True))
 
     def cancel_all(self, engine: Engine) -> None:
-        for sequence in [*engine.scheduler.running, *engine.scheduler.waiting]:
+        """End all requests, and settle what is under way."""
+        for sequence in engine.scheduler.sequences:
             engine.scheduler.cancel(sequence.request.id)
+        while engine.serving:
+            engine.serve()
 
     @property
     def weights(self) -> int:
         """Bytes of the weights that a decode step reads: linear layers and head."""
-        stack = self.runner.stack
+        stack = self.base.stack
         bases = (*(linear.base for linear in stack.linears), stack.head.base)
         return sum(base.shape.numel() * base.dtype.itemsize for base in bases)
 
-    def kv(self, tokens: int) -> float:
+    def kv(self, engine: Engine, tokens: float) -> float:
         """Bytes of keys and values of `tokens` tokens, in all layers."""
-        return tokens * self.runner.cache.bytes / self.config.engine.kv_tokens
+        return tokens * engine.runner.cache.bytes / engine.config.kv_tokens
 
 
 def run_step(trainer: ShadowTrainer, count: int) -> None:
@@ -158,6 +199,27 @@ def spread(values: list[float], unit: float = 1.0) -> str:
     return f"{median:.3g} ({least:.3g} to {most:.3g})"
 
 
+def add_lines(lines: list[str], work: Iterable[tuple[str, Callable[[], str]]]) -> None:
+    """Append the line of each call, and print it at once.
+
+    A call that fails ends no other: its line says why, and the log has its traceback.
+    """
+    for name, call in work:
+        form = "| {} | {} |" if lines and lines[-1].startswith("|") else "* {}: {}"
+        try:
+            lines.append(call())
+        except ConfigError as error:
+            lines.append(form.format(name, f"not here: {error}"))
+        except Exception as error:  # noqa: BLE001 - whatever it was, its line says it and the next one comes
+            traceback.print_exc(file=sys.stdout)
+            lines.append(form.format(name, f"FAILED {type(error).__name__}: {_first_line(error)}"))
+        print(lines[-1], flush=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:300]
+
+
 def bandwidth(device: torch.device, size: int = 1 << 30) -> float:
     """Bytes/s that a copy of `size` bytes reads and writes."""
     source = torch.empty(size if device.type == "cuda" else 1 << 22, dtype=torch.uint8, device=device)
@@ -183,6 +245,66 @@ def launches(work: Callable[[], object]) -> dict[str, tuple[int, float]]:
     return found
 
 
+def graphs_of(engine: Engine) -> Any:
+    """The captured steps of an engine. Raises ConfigError where it has none."""
+    graphs = getattr(engine.runner, "graphs", None)
+    if graphs is None:
+        raise ConfigError("nothing is captured, see the log")
+    return graphs
+
+
+def graph_seconds(engine: Engine, size: int, times: int = 10) -> float:
+    """Seconds of the device for a captured step, the mean of several replays over the same buffers."""
+    graph = graphs_of(engine).captured[size]
+    if engine.runner.device.type != "cuda":
+        start_s = time.perf_counter()
+        graph.replay()
+        return time.perf_counter() - start_s
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(times):
+        graph.replay()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1000 / times
+
+
+def count_kernels(engine: Engine, size: int) -> dict[str, tuple[int, float]]:
+    """The kernels of a captured step, as in launches(); on a CPU operators stand for them."""
+    graph = graphs_of(engine).captured[size]
+    if engine.runner.device.type == "cuda":
+        return launches(graph.replay)
+    return {name: (count, 0.0) for name, count in Counter(operator.name for operator in graph.kernels).items()}
+
+
+def per_layer(kernels: dict[str, tuple[int, float]], layers: int) -> int:
+    """Kernels of one layer: a kernel that runs in all layers does so a multiple of that often."""
+    return sum(count // layers for count, _ in kernels.values())
+
+
+def memory_mib(bench: Bench) -> float:
+    """MiB that the allocator holds on the device; 0 on a CPU."""
+    if bench.device.type != "cuda":
+        return 0.0
+    torch.cuda.synchronize()
+    return torch.cuda.memory_reserved() / 2**20
+
+
+HOST_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
+
+
+def host_launches(work: Callable[[], object]) -> int:
+    """How often the host launches something in one call: a kernel, or a whole graph."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+        work()
+        torch.cuda.synchronize()
+    return sum(event.name.startswith(HOST_LAUNCHES) for event in record.events())
+
+
 def provenance() -> str:
     """One line: machine and versions."""
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU: figures mean nothing"
@@ -197,9 +319,10 @@ def _version(package: str) -> str:
         return "missing"
 
 
-def _config(shape: str, scale: Scale, engine: dict[str, Any]) -> Config:
+def _tree(shape: str, scale: Scale, engine: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a bench, as plain values."""
     longest = scale.prompt + 2 * scale.answer
-    tree = {
+    return {
         "model": {
             "path": f"random:{Path(REPO) / 'configs' / 'models' / f'{shape}.json'}",
             "dtype": scale.dtype,
@@ -212,8 +335,12 @@ def _config(shape: str, scale: Scale, engine: dict[str, Any]) -> Config:
             "activation_mib": 8192,
             **engine,
         },
-        "slo": {"ttft_ms": 10000, "tpot_ms": 100, "margin": 0.2},
+        "slo": {"ttft_ms": TTFT_MS, "tpot_ms": TPOT_MS, "margin": 0.2},
         "train": {"enabled": False},
     }
+
+
+def _config(tree: dict[str, Any]) -> Config:
+    """Training is enabled without the data that a whole run needs for it."""
     config = config_from_tree(tree)
     return config.model_copy(update={"train": config.train.model_copy(update={"enabled": True})})

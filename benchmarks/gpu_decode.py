@@ -1,217 +1,239 @@
-"""GPU stage: a decode step of a full batch, by the engine itself and as one captured graph of the same parts.
+"""GPU stage: the engine's own decode step of a full batch, captured and eager, with and without overlap.
 
     python benchmarks/gpu_decode.py [--dry] [SHAPE ...]
 
-The limit is the time to read the weights and the KV cache once, at the copy rate measured just before. A graph is
-replayed over other tokens, positions and blocks than it was captured with, and its logits must equal the eager ones bit
-for bit. A variant that fails raises no error: its line says why.
+The limit is the time to read the weights and the KV cache once, at the copy rate measured just before. Tokens of the
+captured engine must equal those of the eager one. A measurement that fails ends no other: its line says why.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
-from gpu_bench import Bench, Scale, bandwidth, launches, run_stage, seconds_of, spread
+from gpu_bench import (
+    Bench,
+    Scale,
+    add_lines,
+    bandwidth,
+    count_kernels,
+    graph_seconds,
+    graphs_of,
+    memory_mib,
+    per_layer,
+    run_stage,
+    spread,
+)
+from gpu_figures import say
 
-from clif.kernels.dual_lora_reference import Segment
-from clif.kernels.paged_decode_table import DecodeRow, DecodeTable, StagedDecodeTable
-from clif.models.dual_linear import LoraRows
-from clif.models.head import top
-from clif.models.layer_ops import CacheRows
+from clif.engine.engine import Engine
+from clif.engine.sampling import SampledTokens
 
-VARIANTS = ("base", "torch", "triton")
-"""Low-rank part of the captured step: none, by torch's products, by the dual LoRA kernel."""
-
-
-@dataclass
-class DecodePlan:
-    """Attention of one new token per sequence, with everything that changes between steps in static tensors."""
-
-    bench: Bench
-    table: DecodeTable
-    written: torch.Tensor
-
-    def cache_rows(self, layer: int) -> CacheRows:
-        return CacheRows(self.bench.runner.cache.layers[layer], self.written)
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        runner = self.bench.runner
-        cache = runner.cache.layers[layer]
-        out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
-        assert runner.paged is not None, "the decode kernel is needed: engine.decode_kernel=triton"
-        runner.paged.attend(query, cache, self.table, scale, out)
-        return out
+WAYS = (("auto", "auto"), ("auto", False), ("off", True), ("off", False))
+"""engine.graphs and engine.overlap of each measurement."""
+STEPS, WARM_UP = 64, 4
+"""Steps of a measurement, and steps before it without prompts."""
 
 
-class DecodeStep:
-    """One decode step of a full batch at one context length, with static inputs that load() fills."""
+@dataclass(frozen=True)
+class Steps:
+    """Steady steps of a full batch. seconds: of each; host_s: of each, less the wait for tokens; context: tokens in the
+    cache, all requests together, in the middle of the measurement."""
 
-    def __init__(self, bench: Bench, adapter: bool) -> None:
-        self.bench, batch = bench, bench.scale.batch
-        self.size, self.context = bench.config.engine.block_size, bench.scale.prompt + bench.scale.answer // 2
-        per = -(-(self.context + bench.scale.answer // 2) // self.size)
-        self.blocks = [list(range(i * per, (i + 1) * per)) for i in range(batch)]
-        self.ids = torch.zeros(batch, dtype=torch.int64, device=bench.device)
-        self.positions, written = torch.zeros_like(self.ids), torch.zeros_like(self.ids)
-        table = StagedDecodeTable(batch, per, self.size, bench.device)
-        self.plan = DecodePlan(bench, table, written)
-        self.segments = (Segment(0, batch, 0),) if adapter else ()
-        for layer in bench.runner.cache.layers:
-            layer.normal_(0, 0.5)
+    seconds: list[float]
+    host_s: list[float]
+    context: float
 
-    def load(self, step: int) -> None:
-        """The tokens, positions and slots of the step-th token after the context."""
-        rng = torch.Generator().manual_seed(step)
-        self.ids.copy_(torch.randint(100, self.bench.vocab, (len(self.ids),), generator=rng))
-        length = self.context + step
-        at, inside = divmod(length - 1, self.size)
-        self.positions.fill_(length - 1)
-        self.plan.written.copy_(torch.tensor([blocks[at] * self.size + inside for blocks in self.blocks]))
-        self.plan.table.refill([DecodeRow(i, length, blocks) for i, blocks in enumerate(self.blocks)])
-
-    @torch.no_grad()
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [batch, vocabulary] and the greedy tokens [batch]."""
-        stack = self.bench.runner.stack
-        sub_batch = stack.sub_batch(LoraRows(len(self.ids), self.segments), self.positions, self.plan)
-        (hidden,) = stack.layers(0, stack.num_layers, [stack.embed(self.ids)], [sub_batch])
-        logits = stack.head(stack.norm(hidden))
-        return logits, top(logits)[1]
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.seconds)
 
 
-def engine_step(shape: str, scale: Scale, copy_bps: float, kernel: str) -> str:
-    """A whole step of the engine with a full batch of answers, host included."""
-    bench = Bench(shape, scale, decode_kernel=kernel)
-    engine = bench.engine()
-    bench.top_up(engine)
-    while any(s.num_uncomputed_tokens > 1 for s in (*engine.scheduler.running, *engine.scheduler.waiting)):
-        engine.serve()
-    times = []
-    for _ in range(14):
-        bench.sync()
+class Decode:
+    """The measurements of one shape. The context of a request is `scale.prompt + scale.answer / 2` on average."""
+
+    def __init__(self, shape: str, scale: Scale) -> None:
+        self.name, self.scale = "8b" if shape == "llama-8b" else "1b", scale
+        self.copy_bps = bandwidth(torch.device(scale.device))
+        self.bench = Bench(shape, scale)
+        self.steps = min(STEPS, scale.answer // 4)
+        self.generated_s: float | None = None
+        self.measured: dict[tuple[object, object], Steps] = {}
+
+    @property
+    def context(self) -> int:
+        return self.scale.prompt + self.scale.answer // 2
+
+    def fill(self, engine: Engine) -> None:
+        """A full batch whose prompts are computed, half of the measured steps below the context."""
+        # Those whose prompts come first are ahead by the steps that the other prompts take.
+        ahead = self.scale.batch * self.context // engine.config.max_prefill_tokens + WARM_UP
+        for _ in range(self.scale.batch):
+            request = self.bench.request(self.context - (self.steps + ahead) // 2, self.steps + 2 * ahead + WARM_UP)
+            engine.scheduler.add(request, engine.clock())
+        while any(s.num_uncomputed_tokens > 1 for s in engine.scheduler.sequences):
+            engine.serve()
+        for _ in range(WARM_UP):
+            engine.serve()
+
+    def run(self, engine: Engine) -> Steps:
+        """Steady steps. The last one is waited for, as each next one would be."""
+        self.fill(engine)
+        seconds, host_s, context = [], [], 0.0
+        self.bench.sync()
+        with waiting() as waited:
+            for number in range(self.steps):
+                start, waited[0] = time.perf_counter(), 0.0
+                engine.serve()
+                seconds.append(time.perf_counter() - start)
+                host_s.append(seconds[-1] - waited[0])
+                if number == self.steps // 2:
+                    context = sum(s.num_computed_tokens for s in engine.scheduler.running)
+        self.bench.sync()
+        self.bench.cancel_all(engine)
+        return Steps(seconds, host_s, context)
+
+    def share(self, engine: Engine, steps: Steps) -> float:
+        """Of the limit: the time to read weights and KV cache once, over that of a step."""
+        return (self.bench.weights + self.bench.kv(engine, steps.context)) / self.copy_bps / steps.median_s
+
+    def engine_line(self, graphs: str, overlap: bool | str) -> str:
+        engine = self.bench.engine(graphs=graphs, overlap=overlap)
+        steps = self.measured[graphs, overlap] = self.run(engine)
+        share, rate = self.share(engine, steps), self.scale.batch / steps.median_s
+        if (graphs, overlap) == WAYS[0]:
+            say(f"decode-{self.name}", share, f"{spread(steps.seconds, 1e-3)} ms a step")
+        figures = f"{spread(steps.seconds, 1e-3)} | {spread(steps.host_s, 1e-3)} | {rate:.0f} | {share:.1%}"
+        return f"| graphs {graphs}, overlap {overlap} | {figures} |"
+
+    def host_line(self) -> str:
+        """By how much a whole step is longer than the device's part of it, with nothing overlapped."""
+        engine, steps = self.bench.engine(graphs="auto", overlap=False), self.measured["auto", False]
+        self.fill(engine)
+        device_s = [graph_seconds(engine, self.scale.batch) for _ in range(10)]
+        self.bench.cancel_all(engine)
+        outside = steps.median_s - statistics.median(device_s)
+        if self.name == "1b":
+            say("host-1b", outside * 1e3, f"step {spread(steps.seconds, 1e-3)} ms, graph {spread(device_s, 1e-3)} ms")
+        return f"* the graph alone: {spread(device_s, 1e-3)} ms; outside of it: {outside * 1e3:.3g} ms of a step"
+
+    def lora_line(self) -> str:
+        """The same engine on a base without adapters."""
+        engine, steps = self.bench.engine(graphs="auto", overlap="auto"), self.measured[WAYS[0]]
+        self.fill(engine)
+        with_lora = count_kernels(engine, self.scale.batch)
+        self.bench.cancel_all(engine)
+        with without_adapters(self.bench):
+            bare = self.bench.engine(graphs="auto", overlap="auto")
+            bare_steps = self.run(bare)
+            self.fill(bare)
+            kernels = count_kernels(bare, self.scale.batch)
+            self.bench.cancel_all(bare)
+        ratio = bare_steps.median_s / steps.median_s
+        if self.name == "1b":
+            say("lora-1b", ratio, f"{spread(bare_steps.seconds, 1e-3)} ms a step without")
+            if kernels:
+                say("kernels-1b", per_layer(kernels, self.layers), f"{per_layer(with_lora, self.layers)} with LoRA")
+        for name, (count, busy) in sorted(with_lora.items(), key=lambda item: -item[1][1])[:12]:
+            print(f"    {busy:8.1f} us x{count:4d}  {name[:90]}", flush=True)
+        counts = f"{per_layer(kernels, self.layers)} kernels a layer, {per_layer(with_lora, self.layers)} with LoRA"
+        return f"* without LoRA {spread(bare_steps.seconds, 1e-3)} ms a step: {ratio:.3f} with / without; {counts}"
+
+    def capture_line(self) -> str:
+        """What capturing costs, once per start."""
+        before = memory_mib(self.bench)
         start = time.perf_counter()
-        engine.serve()
-        bench.sync()
-        if engine.record.prefill_tokens == 0 and engine.record.decode_rows == scale.batch:
-            times.append(time.perf_counter() - start)
-    limit = (bench.weights + bench.kv(sum(s.num_computed_tokens for s in engine.scheduler.running))) / copy_bps
-    times = times[2:] or [float("nan")]
-    line = f"| engine, decode_kernel={kernel} | {spread(times, 1e-3)} | {limit / statistics.median(times):.1%} | | |"
-    bench.cancel_all(engine)
-    return line
+        engine = self.bench.engine(graphs="off")
+        plain_s, plain = time.perf_counter() - start, memory_mib(self.bench) - before
+        start, before = time.perf_counter(), memory_mib(self.bench)
+        captured = self.bench.engine(graphs="auto")
+        seconds, memory = time.perf_counter() - start - plain_s, memory_mib(self.bench) - before - plain
+        sizes = len(graphs_of(captured).sizes)
+        del engine
+        return f"* capture of {sizes} sizes: {seconds:.2f} s, {memory:.0f} MiB"
+
+    def generate_line(self) -> str:
+        """transformers.generate on one static batch: what a token more costs, its prompts left out."""
+        ids = torch.randint(100, self.bench.vocab, (self.scale.batch, self.scale.prompt), device=self.bench.device)
+        short, long = 4, 4 + max(4, self.scale.answer // 8)
+        seconds = {tokens: self._generate(ids, tokens) for tokens in (short, short, long)}
+        token_s = (seconds[long] - seconds[short]) / (long - short)
+        ratio = token_s / self.measured[WAYS[0]].median_s
+        if self.name == "1b":
+            say("generate-1b", ratio, f"{token_s * 1e3:.3g} ms a token of the batch")
+        return (
+            f"* transformers.generate: {token_s * 1e3:.3g} ms a token of the batch; CLIF is {ratio:.1f} times as fast"
+        )
+
+    def _generate(self, ids: torch.Tensor, tokens: int) -> float:
+        start, mask = time.perf_counter(), torch.ones_like(ids)
+        lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+        self.bench.loaded.model.generate(ids, attention_mask=mask, do_sample=False, **lengths)
+        self.bench.sync()
+        return time.perf_counter() - start
+
+    @property
+    def layers(self) -> int:
+        return self.bench.base.stack.num_layers
 
 
-def captured(shape: str, scale: Scale, copy_bps: float, variant: str) -> str:
-    """A step made of the same parts: eager, captured, and captured with refill and tokens read back."""
-    bench = Bench(shape, scale, decode_kernel="triton", lora_kernel="triton" if variant == "triton" else "torch")
-    step = DecodeStep(bench, variant != "base")
-    step.load(0)
-    first = step.forward()[0].clone()
-    step.load(1)
-    second = step.forward()[0].clone()
-    eager = seconds_of(step.forward, bench.sync, 0.2)
-    if bench.device.type != "cuda":
-        return f"| parts, LoRA: {variant} | eager {spread(eager, 1e-3)} | | | |"
-    graph, logits, tokens, capture_s = _capture(step)
-    for number, expected in ((0, first), (1, second)):
-        step.load(number)
-        graph.replay()
-        torch.cuda.synchronize()
-        if not torch.equal(logits, expected):
-            error = float((logits - expected).float().norm() / expected.float().norm())
-            print(f"DIFFERS: {shape}, {variant}: replay {number} is {error:.1e} from the eager logits", flush=True)
-    replays = [_device_seconds(graph) for _ in range(30)]
+@contextmanager
+def waiting() -> Iterator[list[float]]:
+    """Seconds that the host waits for tokens, added up in the one element of the list."""
+    read, waited = SampledTokens.read, [0.0]
 
-    def whole() -> None:
-        step.load(2)
-        graph.replay()
-        tokens.tolist()
+    def timed(tokens: SampledTokens) -> list[int]:
+        start = time.perf_counter()
+        try:
+            return read(tokens)
+        finally:
+            waited[0] += time.perf_counter() - start
 
-    whole_s = seconds_of(whole, bench.sync, 0.2)
-    limit = (bench.weights + bench.kv(scale.batch * step.context)) / copy_bps
-    kernels = launches(graph.replay)
-    for name, (count, busy) in sorted(kernels.items(), key=lambda item: -item[1][1])[:8]:
-        print(f"    {busy:8.1f} us x{count:4d}  {name[:90]}", flush=True)
-    ways = {"eager": eager, "graph": replays, "with refill and tokens": whole_s}
-    shown = "; ".join(f"{way} {spread(seconds, 1e-3)}" for way, seconds in ways.items())
-    count = sum(count for count, _ in kernels.values())
-    share = limit / statistics.median(replays)
-    return f"| parts, LoRA: {variant} | {shown} | {share:.1%} | {count} | capture {capture_s:.2f} s |"
+    SampledTokens.read = timed  # type: ignore[method-assign]
+    try:
+        yield waited
+    finally:
+        SampledTokens.read = read  # type: ignore[method-assign]
 
 
-def _capture(step: DecodeStep) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, float]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step.forward()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    start, graph = time.perf_counter(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        logits, tokens = step.forward()
-    torch.cuda.synchronize()
-    return graph, logits, tokens, time.perf_counter() - start
-
-
-def _device_seconds(graph: Any) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    graph.replay()
-    stop.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(stop) * 1e-3
-
-
-def generate_line(shape: str, scale: Scale) -> str:
-    """transformers.generate on one static batch; the stack does not change the model itself."""
-    bench = Bench(shape, scale)
-    ids = torch.randint(100, bench.vocab, (scale.batch, scale.prompt), device=bench.device)
-    answer = max(8, scale.answer // 8)
-    start = time.perf_counter()
-    bench.loaded.model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=answer, min_new_tokens=answer
-    )
-    bench.sync()
-    rate = scale.batch * answer / (time.perf_counter() - start)
-    return f"| transformers.generate, {answer} tokens | {scale.batch / rate * 1e3:.3g} ms a token of the batch | | | |"
+@contextmanager
+def without_adapters(bench: Bench) -> Iterator[None]:
+    """The linear layers of the base alone, for engines that are made meanwhile."""
+    parts = ("lora", "_fused", "_captured")
+    kept = [{part: vars(linear)[part] for part in parts if part in vars(linear)} for linear in bench.base.stack.linears]
+    for linear, held in zip(bench.base.stack.linears, kept, strict=True):
+        vars(linear).update(dict.fromkeys(held))
+    try:
+        yield
+    finally:
+        for linear, held in zip(bench.base.stack.linears, kept, strict=True):
+            vars(linear).update(held)
 
 
 def measure(shape: str, scale: Scale) -> list[str]:
     """Markdown of one shape."""
-    copy_bps = bandwidth(torch.device(scale.device))
-    context = scale.prompt + scale.answer // 2
+    decode = Decode(shape, scale)
     lines = [
-        f"### Decode, {shape}, {scale.batch} requests, context about {context}, {scale.dtype}",
+        f"### Decode, {shape}, {scale.batch} requests, context about {decode.context}, {scale.dtype}",
         "",
-        f"Copy rate {copy_bps / 1e9:.0f} GB/s.",
+        f"Copy rate {decode.copy_bps / 1e9:.0f} GB/s. Milliseconds of a step: median (least to most).",
         "",
-        "| what | ms: median (least to most) | of the limit | kernels | |",
+        "| engine | whole step, ms | host without waiting, ms | tokens/s | of the limit |",
         "|---|---|---|---|---|",
     ]
-    kernels = ("torch", "triton") if scale.device == "cuda" else ("torch",)
-    work = [(engine_step, (shape, scale, copy_bps, kernel)) for kernel in kernels]
-    work += [(captured, (shape, scale, copy_bps, variant)) for variant in VARIANTS if scale.device == "cuda"]
-    work.append((generate_line, (shape, scale)))
-    for call, arguments in work:
-        lines.append(_line_of(call, arguments))
-        print(lines[-1], flush=True)
-        if scale.device == "cuda":
-            torch.cuda.empty_cache()
+    work: list[tuple[str, Callable[[], str]]] = [
+        (f"graphs {graphs}, overlap {overlap}", partial(decode.engine_line, graphs, overlap))
+        for graphs, overlap in WAYS
+    ]
+    work += [("", str), ("the graph", decode.host_line), ("transformers.generate", decode.generate_line)]
+    work += [("LoRA", decode.lora_line), ("capture", decode.capture_line)]
+    add_lines(lines, work)
     return lines
-
-
-def _line_of(call: Any, arguments: tuple[Any, ...]) -> str:
-    try:
-        return str(call(*arguments))
-    except Exception as error:  # noqa: BLE001 - whatever it was, its line says it and the next variant comes
-        return f"| {arguments[-1]} | FAILED {type(error).__name__}: {str(error).splitlines()[0][:200]} | | | |"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
     python benchmarks/gpu_stages.py --dry                  # on a CPU with tiny shapes: figures mean nothing
 
 Every stage is a process with a time limit. Its result is on disk before the next one begins, so that nothing is lost
-when the machine is taken away. A second call skips stages that have passed. The machine needs torch, Triton and
+when the machine is taken away. A second call skips stages that have passed. The last table of the result has the
+figures that were asked for, beside their goals (gpu_figures.py). The machine needs torch, Triton and
 transformers, and no network: CLIF is imported from the checkout, and missing packages are taken from wheels (--wheels).
 """
 
@@ -24,6 +25,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import gpu_figures
 from checkout import REPO, commit, link_checkout
 
 PYTHON = sys.executable
@@ -68,9 +70,10 @@ def tests(*files: str, processes: int = 1) -> tuple[tuple[str, ...], tuple[str, 
 
 STAGES = (
     Stage("faults", "what failed before", 60, script("gpu_faults")),
-    Stage("decode", "a decode step, eager and captured, 1B", 60, *sized("gpu_decode", "llama-1b")),
-    Stage("training", "training alone against PEFT, 1B", 50, *sized("gpu_training", "llama-1b")),
-    Stage("coserving", "both together, 1B", 60, *sized("gpu_coserving", "llama-1b")),
+    Stage("decode", "the engine's decode step, captured and eager, 1B", 50, *sized("gpu_decode", "llama-1b")),
+    Stage("training", "training alone against PEFT, captured and eager, 1B", 40, *sized("gpu_training", "llama-1b")),
+    Stage("coserving", "both together, in every way and at three loads, 1B", 80, *sized("gpu_coserving", "llama-1b")),
+    Stage("decode-8b", "the engine's decode step, 8B", 75, *sized("gpu_decode", "llama-8b")),
     Stage("run", "a whole run with load on one rank", 60, ranks(1), ranks(1, *ON_A_CPU)),
     Stage(
         "two-ranks",
@@ -79,7 +82,6 @@ STAGES = (
         ranks(2, "dist.ranks_per_gpu=2"),
         ranks(2, *ON_A_CPU),
     ),
-    Stage("decode-8b", "a decode step, 8B", 75, *sized("gpu_decode", "llama-8b")),
     Stage("engine-tests", "engine, gradients and NCCL on the GPU", 60, *tests("test_gpu")),
     Stage("tensor-parallel", "replicas of several ranks on one GPU", 120, *tests("test_gpu_tensor_parallel")),
     # They mostly compile: one process for every two cores.
@@ -149,7 +151,13 @@ class Session:
         lines += [f"* outcome: {outcome}, {took:.1f} s of {stage.limit_s:g}", "", *_output_of(log), ""]
         _replace(self.result(number, stage), "\n".join(lines))
         parts = [file.read_text() for file in sorted(self.folder.glob("[0-9][0-9]-*.md"))]
-        _replace(self.folder / "gpu.md", "\n".join([self.about, *parts]))
+        _replace(self.folder / "gpu.md", "\n".join([self.about, *parts, *self._figures()]))
+
+    def _figures(self) -> list[str]:
+        """The final table, from the logs of all stages that have run in this folder."""
+        logs = sorted((self.folder / "logs").glob("[0-9][0-9]-*.log"))
+        found = gpu_figures.read(line for log in logs for line in log.read_text(errors="replace").splitlines())
+        return gpu_figures.table(found, self.dry)
 
 
 def _run(command: Sequence[str], log: Path, limit_s: float, environment: dict[str, str]) -> str:

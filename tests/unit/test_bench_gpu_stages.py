@@ -8,9 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import gpu_coserving
 import gpu_stages
+import gpu_training
 import psutil
 import pytest
+from gpu_figures import NAMES
 from gpu_stages import STAGES, Session, Stage, chosen
 
 
@@ -66,8 +69,17 @@ def test_a_stage_without_a_table_shows_the_end_of_its_log(session):
     assert "ZeroDivisionError" in (session.folder / "gpu.md").read_text()
 
 
+def test_a_stage_that_is_ended_keeps_the_figures_that_it_had(session, tmp_path):
+    code = "import time; print('FIGURE train-512 4.5 a note', flush=True); time.sleep(60)"
+    assert not session.run(1, stage("hangs", code, limit_s=1.5))
+    session.run(2, stage("next", "print('FIGURE kept-70 0.5')"))
+    text = (tmp_path / "gpu.md").read_text()
+    assert "| the same, 512 tokens | 1.26x | >= 4x | 4.5x | yes |" in text and "* train-512: a note" in text
+    assert "| 50% at 70 % load, not measured at 100 % | no |" in text and text.count("## Figures") == 1
+
+
 def test_stages_are_chosen_by_name_and_an_unknown_name_is_refused():
-    assert [(n, s.name) for n, s in chosen("run,faults")] == [(1, "faults"), (5, "run")]
+    assert [(n, s.name) for n, s in chosen("run,faults")] == [(1, "faults"), (6, "run")]
     assert len(chosen("")) == len(STAGES)
     with pytest.raises(ValueError, match="no stage decoding: choose from faults, decode"):
         chosen("decoding")
@@ -76,6 +88,15 @@ def test_stages_are_chosen_by_name_and_an_unknown_name_is_refused():
 def test_the_first_four_stages_fit_in_four_minutes_and_come_first():
     assert [s.name for s in STAGES[:4]] == ["faults", "decode", "training", "coserving"]
     assert sum(s.limit_s for s in STAGES[:4]) <= 240
+
+
+def test_every_figure_of_the_final_table_is_said_by_a_stage_that_comes_first():
+    names = {word for stage in STAGES[:5] for word in stage.command if word.startswith("benchmarks/")}
+    code = "\n".join((gpu_stages.REPO / name).read_text() for name in names)
+    said = {f"{figure}-{name}" for figure in ("kept", "gap") for name in gpu_coserving.NAMED.values()}
+    said |= {f"decode-{name}" for name in ("1b", "8b")} | set(gpu_training.FIGURES)
+    said |= {name for name in NAMES if f'say("{name}"' in code}
+    assert said == NAMES
 
 
 def test_no_stage_is_begun_when_time_is_up(session):

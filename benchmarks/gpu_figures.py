@@ -1,0 +1,130 @@
+"""The figures that the GPU stages are asked for, with their goals, and how a stage hands them on. Free of torch.
+
+A stage prints a line for each figure as soon as it is known, so that a stage that is ended keeps what it has found. All
+but say() is pure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+MARK = "FIGURE"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One number. unit: "%", "x", "ms" or nothing; when: what tells it from others of its row; stretch: a better goal.
+
+    at_least: the bound is the least that meets the goal, otherwise the most.
+    """
+
+    name: str
+    bound: float
+    unit: str = ""
+    at_least: bool = True
+    when: str = ""
+    stretch: float | None = None
+
+    def met(self, value: float) -> bool:
+        return value >= self.bound if self.at_least else value <= self.bound
+
+    def shown(self, value: float) -> str:
+        return (
+            f"{value:.0%}" if self.unit == "%" else f"{value:.3g}{f' {self.unit}' if self.unit == 'ms' else self.unit}"
+        )
+
+    @property
+    def text(self) -> str:
+        stretch = "" if self.stretch is None else f" (stretch {self.shown(self.stretch)})"
+        return f"{'>=' if self.at_least else '<='} {self.shown(self.bound)}{self._when}{stretch}"
+
+    def answer(self, value: float) -> str:
+        return f"{self.shown(value)}{self._when}" if math.isfinite(value) else f"not measured{self._when}"
+
+    @property
+    def _when(self) -> str:
+        return f" {self.when}" if self.when else ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the final table. before: the first GPU's figure of the engine without graphs."""
+
+    figure: str
+    before: str
+    goals: tuple[Goal, ...]
+
+
+ROWS = (
+    Row(
+        "decode step, 1B, 64 requests, context about 384, whole step with the host: share of the limit",
+        "2 to 3 %",
+        (Goal("decode-1b", 0.55, "%", stretch=0.65),),
+    ),
+    Row("the same, 8B", "refused", (Goal("decode-8b", 0.70, "%", stretch=0.80),)),
+    Row("tokens/s against transformers.generate, 1B, 64 streams", "2.3 to 3.5x", (Goal("generate-1b", 25, "x"),)),
+    Row("decode with LoRA / without", "not measurable", (Goal("lora-1b", 0.93),)),
+    Row("training alone, 1B, 16k tokens a step, against PEFT", "0.56x", (Goal("train-16384", 1.3, "x"),)),
+    Row("the same, 512 tokens", "1.26x", (Goal("train-512", 4, "x"),)),
+    Row("co-serving efficiency, 64 streams of decode", "training 0", (Goal("efficiency", 1.3),)),
+    Row(
+        "training kept, TTFT 400 ms, TPOT 50 ms, no request lost that serving alone meets",
+        "0 %",
+        (Goal("kept-70", 0.76, "%", when="at 70 % load"), Goal("kept-100", 0.40, "%", when="at 100 %")),
+    ),
+    Row(
+        "p99 gap between tokens, with training / without",
+        "-",
+        (
+            Goal("gap-70", 1.25, at_least=False, when="at 70 % load"),
+            Goal("gap-100", 1.25, at_least=False, when="at 100 %"),
+        ),
+    ),
+    Row("host time of a step outside the graph, 1B", "about 25 ms", (Goal("host-1b", 0.5, "ms", at_least=False),)),
+    Row(
+        "kernels of a layer in decode, besides LoRA, 1B",
+        "536 in all, 16 layers",
+        (Goal("kernels-1b", 12, at_least=False),),
+    ),
+)
+"""In the order of the final table. `host-1b` is in milliseconds."""
+NAMES = frozenset(goal.name for row in ROWS for goal in row.goals)
+
+
+def say(name: str, value: float, note: str = "") -> None:
+    """Print a figure of the final table. note: what a reader has to know about it."""
+    if name not in NAMES:
+        raise ValueError(f"no figure {name}: choose from {', '.join(sorted(NAMES))}")
+    print(f"{MARK} {name} {value!r} {note}".rstrip(), flush=True)
+
+
+def read(lines: Iterable[str]) -> dict[str, tuple[float, str]]:
+    """The figures among the lines of logs, with their notes: of two of one name, the later."""
+    found = {}
+    for line in lines:
+        mark, _, rest = line.partition(" ")
+        words = rest.split(" ", 2)
+        if mark == MARK and len(words) > 1 and words[0] in NAMES:
+            found[words[0]] = (float(words[1]), words[2] if len(words) > 2 else "")
+    return found
+
+
+def table(found: dict[str, tuple[float, str]], dry: bool = False) -> list[str]:
+    """Markdown of all rows. A figure that was not measured is no figure; a dry run meets and misses nothing."""
+    lines = ["## Figures", "", "| figure | first GPU | goal | here | met |", "|---|---|---|---|---|"]
+    for row in ROWS:
+        values = [found.get(goal.name, (math.nan, ""))[0] for goal in row.goals]
+        here = ", ".join(goal.answer(value) for goal, value in zip(row.goals, values, strict=True))
+        verdict = "dry run" if dry else _verdict(row, values)
+        lines.append(f"| {row.figure} | {row.before} | {', '.join(g.text for g in row.goals)} | {here} | {verdict} |")
+    notes = [f"* {name}: {note}" for name, (_, note) in found.items() if note]
+    return [*lines, "", *notes, *([""] if notes else [])]
+
+
+def _verdict(row: Row, values: list[float]) -> str:
+    known = [goal.met(value) for goal, value in zip(row.goals, values, strict=True) if math.isfinite(value)]
+    if len(known) < len(row.goals):
+        return "no" if False in known else "?"
+    return "yes" if all(known) else "no"

@@ -1,0 +1,173 @@
+"""An open load on one engine, and what became of its requests. What is not Load is pure, and free of torch."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING
+
+from clif.engine.coserving.backlog import Backlog
+from clif.types import Request, Waiting
+
+if TYPE_CHECKING:
+    from clif.engine.engine import Engine
+
+LISTED = 8
+"""Waiting requests of which an engine is told more than their number."""
+
+
+@dataclass(frozen=True)
+class Slo:
+    """Seconds to the first token, and on average for each one after it."""
+
+    ttft_s: float
+    tpot_s: float
+
+    def met(self, arrived_s: float, stamps: Sequence[float]) -> bool:
+        """Whether an answer whose tokens came at these times was in time."""
+        late = stamps[0] - arrived_s > self.ttft_s
+        return not late and stamps[-1] - stamps[0] <= self.tpot_s * max(1, len(stamps) - 1)
+
+
+@dataclass
+class Served:
+    """What became of a load. arrived_s, stamps: by request, seconds since its start; the tokens of each.
+
+    ended: requests with their whole answer. trained: tokens of optimizer steps within `seconds`.
+    """
+
+    seconds: float = 0.0
+    trained: int = 0
+    arrived_s: dict[int, float] = field(default_factory=dict)
+    stamps: dict[int, list[float]] = field(default_factory=dict)
+    ended: set[int] = field(default_factory=set)
+
+    def met(self, slo: Slo) -> set[int]:
+        """Positions, in order of arrival, of requests that were answered in time."""
+        order = sorted(self.arrived_s, key=self.arrived_s.__getitem__)
+        return {i for i, id in enumerate(order) if id in self.ended and slo.met(self.arrived_s[id], self.stamps[id])}
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between two tokens of a request, of all requests."""
+        return [b - a for stamps in self.stamps.values() for a, b in pairwise(stamps)]
+
+    @property
+    def ttft_s(self) -> list[float]:
+        return [stamps[0] - self.arrived_s[id] for id, stamps in self.stamps.items() if stamps]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Output tokens within the load's own time."""
+        within = sum(stamp <= self.seconds for stamps in self.stamps.values() for stamp in stamps)
+        return within / self.seconds if self.seconds else 0.0
+
+
+def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
+    """Times of a Poisson process, the same for the same seed; one request at least."""
+    rng, at, found = random.Random(seed), 0.0, [0.0]
+    while (at := at + rng.expovariate(rate)) < seconds:
+        found.append(at)
+    return found
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """The value that this share of the values does not exceed; NaN of none."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A way of co-serving at one load, against serving alone with the same arrivals and training alone.
+
+    kept: its training tokens/s over those of training alone. lost: requests that serving alone met and this did not.
+    gap: p99 of the gaps between tokens, over the same of serving alone.
+    """
+
+    way: str
+    met: int
+    lost: int
+    kept: float
+    gap: float
+
+
+def outcome(way: str, alone: Served, both: Served, train_tps: float, slo: Slo) -> Outcome:
+    met = both.met(slo)
+    gap = percentile(both.gaps, 0.99) / percentile(alone.gaps, 0.99)
+    kept = both.trained / both.seconds / train_tps if both.seconds and train_tps else 0.0
+    return Outcome(way, len(met), len(alone.met(slo) - met), kept, gap)
+
+
+def best_way(loads: Mapping[float, Sequence[Outcome]]) -> str | None:
+    """The way whose figures count: that with the fewest lost requests over all loads, then the most training kept.
+
+    None without any. A way that was not measured at a load that another one was is not chosen.
+    """
+    by_way: dict[str, list[Outcome]] = {}
+    for found in loads.values():
+        for one in found:
+            by_way.setdefault(one.way, []).append(one)
+    most = max(map(len, by_way.values()), default=0)
+    whole = {way: found for way, found in by_way.items() if len(found) == most}
+    return min(whole, key=lambda way: (sum(o.lost for o in whole[way]), -sum(o.kept for o in whole[way])), default=None)
+
+
+class Load:
+    """Runs requests that arrive at given times through an engine, as a dispatcher and a replica would.
+
+    A request waits here for a slot in the batch, and the engine is told.
+    """
+
+    def __init__(self, engine: Engine, requests: Sequence[Request], times: Sequence[float]) -> None:
+        self.engine, self.served = engine, Served()
+        self._due = deque(zip(times, requests, strict=True))
+        self._waiting: deque[tuple[float, Request]] = deque()
+        self._start_s = time.perf_counter()
+
+    @property
+    def now(self) -> float:
+        return time.perf_counter() - self._start_s
+
+    @property
+    def idle(self) -> bool:
+        """There is nothing to serve until the next arrival."""
+        return not (self.engine.serving or self._waiting or (self._due and self._due[0][0] <= self.now))
+
+    @property
+    def left(self) -> bool:
+        return bool(self._due or self._waiting or self.engine.serving)
+
+    def step(self) -> None:
+        """One step: the plan of training knows of its arrivals before they are added."""
+        arrivals = self._take()
+        plan = self.engine.plan([request for _, request in arrivals])
+        for at, request in arrivals:
+            self.engine.scheduler.add(request, self.engine.clock() - (self.now - at))
+        self.engine.learn(plan)
+        for event in self.engine.serve(plan):
+            if event.request_id in self.served.stamps:
+                self.served.stamps[event.request_id] += [self.now] * len(event.tokens)
+                if event.finish is not None:
+                    self.served.ended.add(event.request_id)
+
+    def _take(self) -> list[tuple[float, Request]]:
+        """Those that begin now; and what the engine knows of the others."""
+        now = self.now
+        while self._due and self._due[0][0] <= now:
+            at, request = self._due.popleft()
+            self.served.arrived_s[request.id], self.served.stamps[request.id] = at, []
+            self._waiting.append((at, request))
+        free = self.engine.scheduler.max_batch - len(self.engine.scheduler.sequences)
+        begun = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        oldest = [
+            Waiting(request.id, now - at, len(request.prompt), request.sampling.max_tokens)
+            for at, request in islice(self._waiting, LISTED)
+        ]
+        self.engine.backlog = Backlog(len(self._waiting), tuple(oldest), self.engine.clock())
+        return begun
