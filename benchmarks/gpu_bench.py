@@ -30,8 +30,11 @@ import torch
 from clif.config import Config, ConfigError, config_from_tree
 from clif.engine.base import build_base
 from clif.engine.build import build_engine
+from clif.engine.checked_capture import CheckedRecorder, CheckedRegion
 from clif.engine.engine import Engine
+from clif.engine.graphs import DecodeGraphs
 from clif.engine.jobs import Job
+from clif.kernels.paged_decode_reference import PagedDecodeReference
 from clif.models.weights.loading import LoadedModel, load_model
 from clif.training.train_runner import TrainRunner
 from clif.training.trainer import ShadowTrainer
@@ -108,8 +111,12 @@ class Bench:
 
         Raises ConfigError for what cannot be used on this device.
         """
-        tree = {**self._tree, "engine": {**self._tree["engine"], **fields}}
-        engine = build_engine(_config(tree), self.base)
+        config = _config({**self._tree, "engine": {**self._tree["engine"], **fields}})
+        engine = build_engine(config, self.base)
+        if self.device.type == "cpu" and config.engine.graphs != "off":
+            # In place of CUDA graphs: the same regions under the rules of a capture.
+            engine.runner.paged = PagedDecodeReference()  # type: ignore[assignment]
+            engine.runner.capture(CheckedRecorder(), config.model.max_context)
         engine.scheduler.slots.promote(1, 0)
         return engine
 
@@ -245,12 +252,11 @@ def launches(work: Callable[[], object]) -> dict[str, tuple[int, float]]:
     return found
 
 
-def graphs_of(engine: Engine) -> Any:
+def graphs_of(engine: Engine) -> DecodeGraphs:
     """The captured steps of an engine. Raises ConfigError where it has none."""
-    graphs = getattr(engine.runner, "graphs", None)
-    if graphs is None:
+    if engine.runner.graphs is None:
         raise ConfigError("nothing is captured, see the log")
-    return graphs
+    return engine.runner.graphs
 
 
 def graph_seconds(engine: Engine, size: int, times: int = 10) -> float:
@@ -273,9 +279,10 @@ def graph_seconds(engine: Engine, size: int, times: int = 10) -> float:
 def count_kernels(engine: Engine, size: int) -> dict[str, tuple[int, float]]:
     """The kernels of a captured step, as in launches(); on a CPU operators stand for them."""
     graph = graphs_of(engine).captured[size]
-    if engine.runner.device.type == "cuda":
+    if not isinstance(graph, CheckedRegion):
         return launches(graph.replay)
-    return {name: (count, 0.0) for name, count in Counter(operator.name for operator in graph.kernels).items()}
+    operators = Counter(operator.name for operator in graph.operators if not operator.idle)
+    return {name: (count, 0.0) for name, count in operators.items()}
 
 
 def per_layer(kernels: dict[str, tuple[int, float]], layers: int) -> int:

@@ -45,9 +45,9 @@ class DecodeGraphs:
         buffers.fill((), (), buffers.capacity)
         start = time.monotonic()
         self._batches = {size: self._inputs(size) for size in self.sizes}
-        self._captured: dict[int, Captured[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.captured: dict[int, Captured[tuple[torch.Tensor, torch.Tensor]]] = {}
         for size in reversed(self.sizes):
-            self._captured[size] = recorder.capture(partial(self._step, size))
+            self.captured[size] = recorder.capture(partial(self._step, size))
         self.capture_s = time.monotonic() - start
 
     def can_run(self, chunks: Sequence[Chunk]) -> bool:
@@ -58,7 +58,7 @@ class DecodeGraphs:
         """The batch of these chunks, which lie sorted by adapter slot, for the smallest step that holds them."""
         size = next(size for size in self.sizes if size >= len(chunks))
         self._buffers.fill(chunks, segments_of(chunks), size)
-        return replace(self._batches[size], chunks=chunks, captured=self._captured[size])
+        return replace(self._batches[size], chunks=chunks, captured=self.captured[size])
 
     def _step(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._compute(self._inputs(size))
