@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -37,12 +36,16 @@ class Captured(Protocol[T_co]):
         """Launch it on the current stream. Does not wait for the device."""
         ...
 
+    def release(self) -> None:
+        """Give the memory of its results to regions that are captured later. Nobody on the host asks for them again."""
+        ...
+
 
 class Recorder(Protocol):
     """Captures regions of one device.
 
-    What is captured later may overwrite temporaries of what was captured before, so that two of them must not run at
-    the same time. Results are never overwritten by another region.
+    Regions share memory. Two of them must not run at the same time, and the results of a launch hold until a region is
+    launched that was captured before this one, or after this one was released: they may lie in what those use.
     """
 
     def capture(self, region: Callable[[], T]) -> Captured[T]:
@@ -50,15 +53,21 @@ class Recorder(Protocol):
         ...
 
 
-@dataclass(frozen=True)
 class CudaGraph(Generic[T]):
     """A captured region as one CUDA graph."""
 
-    graph: torch.cuda.CUDAGraph
-    result: T
+    def __init__(self, graph: torch.cuda.CUDAGraph, result: T) -> None:
+        self._graph, self._held = graph, [result]
+
+    @property
+    def result(self) -> T:
+        return self._held[0]
 
     def replay(self) -> None:
-        self.graph.replay()
+        self._graph.replay()
+
+    def release(self) -> None:
+        self._held.clear()
 
 
 class CudaRecorder:

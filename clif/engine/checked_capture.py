@@ -2,7 +2,8 @@
 
 A region is run under the rules, and once more for each launch. It breaks them if it reads a tensor on the host, makes
 one from Python values, needs other operators, shapes or constants than before, or reads a tensor from outside that was
-not there when it was captured.
+not there when it was captured. Each launch spoils the results of other regions that need not hold any longer (see
+capture.Recorder), so that what reads them finds no numbers.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ BY_CONTENT = frozenset(
 )  # fmt: skip
 """Operators that need contents of a tensor on the host, or whose shapes depend on them."""
 
+NO_NUMBER = -7
+"""What stands in results that are spoilt and hold no floating-point numbers."""
 TAKES = frozenset(("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::detach"))
 """Operators that take memory and run no kernel."""
 
@@ -60,16 +63,19 @@ class Operator:
 
 
 class CaptureRules:
-    """Runs regions under the rules. operators: what the last one dispatched, in order."""
+    """Runs regions under the rules. operators: what the last one dispatched, in order. made: results that it made."""
 
     def __init__(self) -> None:
         self.operators: list[Operator] = []
+        self.made: list[torch.Tensor] = []
 
     def run(self, region: Callable[[], T]) -> T:
         """What the region returns. Raises CaptureError."""
         self.operators = []
-        with _NoHost(), _Watch(self.operators):
-            return region()
+        with _NoHost(), _Watch(self.operators) as watch:
+            result = region()
+        self.made = [tensor for tensor in _tensors(result) if watch.made(tensor)]
+        return result
 
     @property
     def kernels(self) -> list[Operator]:
@@ -121,6 +127,10 @@ class _Watch(TorchDispatchMode):
         )
         return out
 
+    def made(self, tensor: torch.Tensor) -> bool:
+        """Whether the memory of a tensor was taken in the region."""
+        return self._address(tensor) in self._inside
+
     @staticmethod
     def _address(tensor: torch.Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
@@ -144,12 +154,21 @@ class CheckedRegion(Generic[T]):
     region: Callable[[], T]
     result: T
     operators: list[Operator]
+    made: list[torch.Tensor]
+    number: int
+    recorder: CheckedRecorder
+    released_at: int | None = None
+    """How many regions there were when it was released."""
     rules: CaptureRules = field(default_factory=CaptureRules)
     replays: int = 0
+
+    def release(self) -> None:
+        self.released_at = len(self.recorder.regions)
 
     def replay(self) -> None:
         """Raises CaptureError where the region would do something else than a graph of it."""
         self.replays += 1
+        self.recorder.spoil(self)
         again = self.rules.run(self.region)
         _compare(self.operators, self.rules.operators)
         with torch.no_grad():
@@ -169,8 +188,17 @@ class CheckedRecorder:
         rules = CaptureRules()
         region()
         result = rules.run(region)
-        self.regions.append(CheckedRegion(region, result, rules.operators))
+        self.regions.append(CheckedRegion(region, result, rules.operators, rules.made, len(self.regions), self))
         return self.regions[-1]
+
+    @torch.no_grad()
+    def spoil(self, launched: CheckedRegion[Any]) -> None:
+        """Overwrite results that may lie in the memory of a region that is launched."""
+        for other in self.regions:
+            later, released = other.number > launched.number, other.released_at
+            if later or (released is not None and released <= launched.number):
+                for tensor in other.made:
+                    tensor.fill_(torch.nan if tensor.is_floating_point() else NO_NUMBER)
 
 
 def _compare(first: list[Operator], again: list[Operator]) -> None:

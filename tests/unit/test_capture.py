@@ -91,3 +91,25 @@ def test_a_backward_is_captured_apart_from_its_forward():
         expected = torch.autograd.grad((entry @ weight).relu(), (entry, weight), gradient)
         for got, wanted in zip(backward.result, expected, strict=True):
             assert torch.allclose(got, wanted)
+
+
+def test_results_are_spoilt_by_launches_of_what_may_lie_in_the_same_memory():
+    """Regions share memory: a smaller one lies in what a larger one before it used, or in released results."""
+    source, recorder = torch.ones(3), CheckedRecorder()
+    first = recorder.capture(lambda: source * 2)
+    second = recorder.capture(lambda: (first.result + 1, source))
+    second.replay()
+    assert second.result[0].tolist() == [3, 3, 3]
+    first.replay()
+    assert second.result[0].isnan().all() and first.result.tolist() == [2, 2, 2]
+    second.replay()
+    assert first.result.tolist() == [2, 2, 2], "a region that was captured later leaves it alone"
+    first.release()
+    third = recorder.capture(lambda: source.long())
+    second.replay()
+    assert second.result[0].tolist() == [3, 3, 3], "it was captured before the release"
+    third.replay()
+    assert first.result.isnan().all() and second.result[0].tolist() == [3, 3, 3]
+    second.replay()
+    assert second.result[0].isnan().all() and third.result.tolist() == [-7, -7, -7], "what it reads is spoilt"
+    assert source.tolist() == [1, 1, 1], "what was there before any region is never spoilt"
