@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import SMALL, Rig, make_rig, request
-from scenarios import DRAWN, SCENARIOS, Scenario, crowd, outcome
+from scenarios import DRAWN, SCENARIOS, Scenario, crowd, outcome, recorded
 
 from clif.engine.checked_capture import CheckedRecorder
 from clif.engine.decode_buffers import KNOWN, NO_SLOT, DecodeBuffers
@@ -55,9 +55,8 @@ class Captured(Scenario):
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_captured_steps_answer_token_for_token_as_plain_ones(tiny_config, name, overlap):
     """With promotions, preemption, freed and reused blocks, cancellation, draws, and NaN in the shadow."""
-    scenario, model = SCENARIOS[name], f"random:{tiny_config}"
-    captured = Captured(scenario)
-    assert outcome(captured.run(model, overlap=overlap)) == outcome(scenario.run(model, overlap=overlap))
+    captured = Captured(SCENARIOS[name])
+    assert outcome(captured.run(f"random:{tiny_config}", overlap=overlap)) == recorded("random", name, overlap)
     assert (replays(captured.recorder) > 0) == (name != "ends at once")
 
 
