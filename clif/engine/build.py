@@ -11,7 +11,8 @@ from clif.config import Config, ConfigError
 from clif.distributed.collectives import TpGroup
 from clif.distributed.topology import choose_device
 from clif.engine.base import Base, build_base
-from clif.engine.capture import choose_recorder
+from clif.engine.capture import Recorder, choose_recorder
+from clif.engine.checked_capture import CaptureError
 from clif.engine.coserving.concurrent import Concurrent
 from clif.engine.coserving.fused import Fused
 from clif.engine.coserving.interleaved import Interleaved
@@ -20,6 +21,7 @@ from clif.engine.coserving.time_slice import TimeSlice
 from clif.engine.cost_model import CostModel
 from clif.engine.engine import Engine
 from clif.engine.job_queue import JobQueue
+from clif.engine.runner import ModelRunner
 from clif.engine.scheduler import Scheduler
 from clif.engine.stopwatch import choose_stopwatch
 from clif.engine.train_thread import TrainThread
@@ -56,7 +58,7 @@ def build_engine(config: Config, base: Base, tp_group: TpGroup | None = None) ->
     runner = base.runner(config.engine)
     recorder = choose_recorder(config.engine, base.loaded.device, tp_group.size, runner.paged is not None)
     if recorder is not None:
-        runner.capture(recorder, config.model.max_context)
+        _capture(runner, recorder, config.model.max_context)
     thread = TrainThread(threads) if coserving == CoservingMode.CONCURRENT else None
     device = base.loaded.device
     return Engine(
@@ -72,6 +74,13 @@ def build_engine(config: Config, base: Base, tp_group: TpGroup | None = None) ->
         tp_group,
         overlap=base.loaded.device.type == "cuda" if config.engine.overlap == "auto" else config.engine.overlap,
     )
+
+
+def _capture(runner: ModelRunner, recorder: Recorder, max_context: int) -> None:
+    try:
+        runner.capture(recorder, max_context)
+    except CaptureError as error:
+        log.warning("no CUDA graphs, steps are launched kernel by kernel: %s", error)
 
 
 def make_strategy(coserving: str, config: Config) -> Strategy:

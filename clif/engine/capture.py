@@ -2,7 +2,7 @@
 
 What a captured region must keep to: it reads nothing from the device on the host, makes no tensor from Python values,
 and its shapes never change. Whatever differs between two launches lies in tensors that were there before it was
-captured. CheckedRecorder (clif/engine/checked_capture.py) proves this on a CPU.
+captured. The rules are those of clif/engine/checked_capture.py, whose CheckedRecorder proves them on a CPU.
 
 Sources: CUDA graphs as torch has them (torch.cuda.CUDAGraph).
 """
@@ -16,6 +16,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from clif.config import EngineConfig
+from clif.engine.checked_capture import CaptureRules
 
 log = logging.getLogger(__name__)
 T_co = TypeVar("T_co", covariant=True)
@@ -48,6 +49,8 @@ class Recorder(Protocol):
     launched that was captured before this one, or after this one was released: they may lie in what those use.
     """
 
+    bytes: int
+
     def capture(self, region: Callable[[], T]) -> Captured[T]:
         """Run the region a few times, and capture it. Its effects on tensors from outside do happen."""
         ...
@@ -73,24 +76,30 @@ class CudaGraph(Generic[T]):
 class CudaRecorder:
     """CUDA graphs with one memory pool.
 
-    stream: where regions are captured; their kernels keep its priority wherever they are launched.
+    stream: where regions are captured; their kernels keep its priority wherever they are launched. bytes: reserved
+    for them.
     """
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._stream = stream
+        self._stream, self.bytes = stream, 0
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, region: Callable[[], T]) -> CudaGraph[T]:
-        current = torch.cuda.current_stream(self._stream.device)
+        """As Recorder.capture(). Raises CaptureError for a region that breaks the rules, with nothing captured."""
+        device = self._stream.device
+        current, before = torch.cuda.current_stream(device), torch.cuda.memory_reserved(device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             for _ in range(WARM_UPS):
                 region()
+            # An error in the middle of a capture leaves the device in no good state.
+            CaptureRules().run(region)
         graph = torch.cuda.CUDAGraph()
         # Threads of NCCL ask the device for events at any time, which a stricter mode takes for an error.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = region()
         current.wait_stream(self._stream)
+        self.bytes += max(0, torch.cuda.memory_reserved(device) - before)
         return CudaGraph(graph, result)
 
 

@@ -204,6 +204,7 @@ class CheckedRecorder:
     """Stands in for CUDA graphs on a CPU. regions: what was captured, in order."""
 
     regions: list[CheckedRegion[Any]] = field(default_factory=list)
+    bytes: int = 0
 
     def capture(self, region: Callable[[], T]) -> CheckedRegion[T]:
         """Raises CaptureError for a region that cannot be captured."""

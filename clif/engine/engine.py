@@ -45,13 +45,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Launched:
-    """A step under way. fused: the training forward that it took along; start: on the engine's clock."""
+    """A step under way. fused: the training forward that it took along; start: on the engine's clock; captured: it is
+    the replay of a graph."""
 
     chunks: list[Chunk]
     tokens: SampledTokens
     fused: Slice | None
     regime: Regime
     start: float
+    captured: bool
 
 
 @dataclass
@@ -164,7 +166,7 @@ class Engine:
         batch = self.runner.fill(chunks, fused is not None)
         tokens, fused = self._forward(batch, fused)
         regime = Regime.FUSED if fused else Regime.CONCURRENT if self.jobs.under_way else Regime.ALONE
-        return Launched(chunks, tokens, fused, regime, start)
+        return Launched(chunks, tokens, fused, regime, start, batch.captured is not None)
 
     def _forward(self, batch: Batch, fused: Slice | None) -> tuple[SampledTokens, Slice | None]:
         """The step's tokens, and the training forward that it really took along."""
@@ -198,4 +200,4 @@ class Engine:
         if step.fused is not None:
             self.record.note_fused(step.fused.kind, seconds, alone_s)
             rows += step.fused.tokens
-        self.cost_model.observe_step(rows, context, seconds, step.regime)
+        self.cost_model.observe_step(rows, context, seconds, step.regime, step.captured)

@@ -49,6 +49,8 @@ class DecodeGraphs:
         for size in reversed(self.sizes):
             self.captured[size] = recorder.capture(partial(self._step, size))
         self.capture_s = time.monotonic() - start
+        shown = len(self.sizes), self.sizes[-1], self.capture_s, recorder.bytes / 2**20
+        log.info("captured %d decode steps of up to %d rows in %.1f s, %.0f MiB", *shown)
 
     def can_run(self, chunks: Sequence[Chunk]) -> bool:
         """Whether one of the captured steps computes these chunks."""

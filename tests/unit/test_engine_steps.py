@@ -43,12 +43,14 @@ def test_answers_are_those_of_the_engine_before(model: tuple[str, str], name: st
 class Counted:
     """Stands in for a runner by the two names that the engine uses: each answer counts up from its last token."""
 
-    def fill(self, chunks: list[Chunk], fused: bool) -> list[Chunk]:
-        return chunks
+    captured = None
 
-    def forward(self, batch: list[Chunk], fused: object = None) -> Counted:
-        self.tokens = [10 + chunk.stop for chunk in batch if chunk.needs_sampling]
+    def fill(self, chunks: list[Chunk], fused: bool) -> Counted:
+        self.tokens = [10 + chunk.stop for chunk in chunks if chunk.needs_sampling]
         return self
+
+    def forward(self, batch: Counted, fused: object = None) -> Counted:
+        return batch
 
     def read(self) -> list[int]:
         return self.tokens
