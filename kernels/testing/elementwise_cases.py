@@ -1,0 +1,79 @@
+"""Cases of the kernels between a layer's products for the compile gate, see `kernels/testing/compile_gate.py`.
+
+python -m clif.kernels.testing.elementwise_cases               # needs Triton, no GPU; 1 if a case breaks a limit
+python -m clif.kernels.testing.elementwise_cases --corners     # the largest case, and padded sizes
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from clif.kernels import elementwise_kernel as kernels
+from clif.kernels.elementwise_host import head_constants, row_constants, tile_constants
+from clif.kernels.testing.compile_gate import Case, compiled
+
+SHAPES = {
+    # hidden size, heads, KV heads, size of a head, norms of heads, columns of the gate
+    "1B": (2048, 32, 8, 64, False, 8192),
+    "8B": (4096, 32, 8, 128, False, 14336),
+    "8B, norms of heads": (4096, 32, 8, 128, True, 12288),
+    "70B": (8192, 64, 8, 128, False, 28672),
+    "ragged": (1680, 21, 7, 80, True, 4500),
+}
+CORNERS = ("rms_norm_grad, 70B", ", ragged")
+"""Parts of the names of the case with most registers, and of those whose sizes are padded."""
+FLOATS = dict.fromkeys(("eps", "q_eps", "k_eps"), "fp32")
+STRIDES = ("_row", "_head", "_slot")
+"""Ends of the names of arguments that are strides; every other one that is no number is a tensor."""
+
+
+def shape_cases(name: str, capability: int, dtype: str) -> Iterator[Case]:
+    """Every kernel as `kernels/elementwise_host.py` launches it for a model of this shape."""
+    hidden, heads, kv_heads, head_dim, norms, inner = SHAPES[name]
+    rows, turned = row_constants(hidden), head_constants(heads, kv_heads, head_dim, norms)
+    tiles = tile_constants(inner)
+    for kernel, made in (
+        ("add_rms_norm", {**rows, "ADDS": True}),
+        ("rms_norm_grad", {**rows, "ADDS": True}),
+        ("rotate_heads", {**turned, "CACHES": True}),
+        ("rotate_heads_grad", turned),
+        ("swiglu", tiles),
+        ("swiglu_grad", tiles),
+    ):
+        yield _case(f"{kernel}, {name}, {dtype}", getattr(kernels, kernel), capability, dtype, made)
+
+
+def _case(name: str, kernel: Any, capability: int, dtype: str, made: dict[str, Any]) -> Case:
+    constants = {**made, "INTERPRET": False}
+    warps = constants.pop("num_warps")
+    tensors = [n for n in kernel.arg_names if n not in constants and not n.endswith(STRIDES)]
+    types = {**dict.fromkeys(tensors, f"*{dtype}"), **FLOATS, "slots": "*i64"}
+    described = tuple((n, kind) for n, kind in types.items() if n in kernel.arg_names)
+    return Case(name, kernel, capability, dtype, constants, warps, 1, False, described, products=False)
+
+
+def elementwise_cases(corners: bool = False) -> Iterator[Case]:
+    """Usual shapes, or the corners, on Hopper and Ampere."""
+    for capability in (90, 80):
+        for name in SHAPES:
+            for case in shape_cases(name, capability, "fp16" if name == "ragged" else "bf16"):
+                if not corners or any(corner in case.name for corner in CORNERS):
+                    yield case
+
+
+def main(corners: bool = False) -> int:
+    """Compile all cases, or the corners, print a line for each, and return how many broke a limit."""
+    bad = 0
+    for case in elementwise_cases(corners):
+        made = compiled(case)
+        broken = made.broken()
+        line = f"sm_{case.capability} {case.name}: {made.registers} registers, {made.shared >> 10} KiB shared"
+        print(line + (f": {'; '.join(broken)}" if broken else ""), flush=True)
+        bad += bool(broken)
+    return bad
+
+
+if __name__ == "__main__":
+    sys.exit(bool(main("--corners" in sys.argv[1:])))
