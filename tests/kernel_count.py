@@ -2,52 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view")
-"""Operators that launch nothing although their results are no views; _unsafe_view is one by another name."""
+from clif.engine.checked_capture import _is_idle
 
 
-class KernelCount(TorchDispatchMode):
-    """names: of the operators and kernels that ran within this context, in their order.
+@contextmanager
+def whole_launches(names: list[str]) -> Iterator[None]:
+    """Within it, a launch in Triton's interpreter is its name in `names`, and none of the interpreter's operators."""
+    from triton.runtime.interpreter import GridExecutor
 
-    An operator counts as one kernel: on a GPU that is so for element-wise operators, and for products but for splits.
+    launch = GridExecutor.__call__
+
+    def counted(executor: Any, *args: Any, **kwargs: Any) -> None:
+        names.append(executor.fn.__name__)
+        # The interpreter copies arguments, which no GPU does.
+        with _disable_current_modes():
+            launch(executor, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", counted)
+        yield
+
+
+@contextmanager
+def counted_kernels() -> Iterator[list[str]]:
+    """Names of the operators and kernels that run within it, in their order.
+
+    An operator counts as one kernel: on a GPU that is so for element-wise ones, and for products that are not split.
     """
+    names: list[str] = []
+    with whole_launches(names), _Operators(names):
+        yield names
 
-    def __init__(self) -> None:
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, names: list[str]) -> None:
         super().__init__()
-        self.names: list[str] = []
-        self._patch = pytest.MonkeyPatch()
-
-    def __enter__(self) -> Self:
-        from triton.runtime.interpreter import GridExecutor
-
-        launch = GridExecutor.__call__
-
-        def counted(executor: Any, *args: Any, **kwargs: Any) -> None:
-            self.names.append(executor.fn.__name__)
-            # The interpreter copies arguments, which no GPU does.
-            with _disable_current_modes():
-                launch(executor, *args, **kwargs)
-
-        self._patch.setattr(GridExecutor, "__call__", counted)
-        super().__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        self._patch.undo()
+        self._names = names
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _computes(func):
-            self.names.append(str(func))
+        # A view by another name.
+        if not _is_idle(func) and func._schema.name != "aten::_unsafe_view":
+            self._names.append(func._schema.name.removeprefix("aten::"))
         return func(*args, **(kwargs or {}))
-
-
-def _computes(func: Any) -> bool:
-    returned = [r.alias_info for r in func._schema.returns]
-    view = bool(returned) and all(alias is not None and not alias.is_write for alias in returned)
-    return not view and func._schema.name.removeprefix("aten::") not in ALLOCATIONS

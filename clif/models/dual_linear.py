@@ -190,6 +190,8 @@ class _Learn(torch.autograd.Function):
         ctx.dual = dual
         ctx.save_for_backward(None if hidden is None else x, hidden)
         ctx.mark_non_differentiable(served)
+        # Otherwise autograd makes zeros for the rows that have no gradient.
+        ctx.set_materialize_grads(False)
         return learnt, served
 
     @staticmethod

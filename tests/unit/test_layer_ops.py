@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import Rig, answer, finish, make_rig, random_state, request
-from kernel_count import KernelCount
+from helpers import Rig, answer, finish, random_state, request, small_config
+from kernel_count import counted_kernels, whole_launches
 from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
+from clif.config import Config
+from clif.engine.base import Base, build_base
+from clif.engine.build import build_engine
+from clif.engine.checked_capture import CheckedRecorder
 from clif.kernels.elementwise_host import INTERPRET
+from clif.kernels.paged_decode_host import PagedDecode
+from clif.kernels.paged_decode_reference import PagedDecodeReference
+from clif.kernels.paged_decode_table import DecodeConfig
 from clif.models.backends import choose_ops
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import LoraRows
 from clif.models.layer import DecoderLayer
-from clif.models.layer_ops import HeadLayout, TorchGate, TorchNorm, TorchOps, TorchRotary
+from clif.models.layer_ops import HeadLayout, LayerOps, TorchGate, TorchNorm, TorchOps, TorchRotary
 from clif.models.stack import CausalStack
 from clif.models.triton_ops import TritonNorm, TritonOps, TritonRotary, as_rms_norm, triton_gate
+from clif.models.weights.loading import load_model
 from clif.types import TrainSample
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="the kernels are compiled in this process: see tests/gpu")
@@ -32,9 +41,23 @@ DECODE_KERNELS = 12
 """The most that a layer may launch for decode rows of the base."""
 
 
-def rig_with(ops: Any, monkeypatch: pytest.MonkeyPatch, model: str, **engine: Any) -> Rig:
-    monkeypatch.setattr("clif.engine.base.choose_ops", lambda *_: ops)
-    return make_rig(model, engine=engine)
+@pytest.fixture(scope="module")
+def bases(two_layers: Path) -> dict[str, Base]:
+    """One model with either kind of parts; each test has engines of its own on them."""
+    config = small_config(f"random:{two_layers}")
+    return {"torch": base_with(TorchOps(), config), "triton": base_with(TritonOps(), config)}
+
+
+def base_with(ops: LayerOps, config: Config) -> Base:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("clif.engine.base.choose_ops", lambda *_: ops)
+        return build_base(config, load_model(config.model, CPU, 3))
+
+
+def rig_on(base: Base, **engine: Any) -> Rig:
+    base.bank.reset(3)
+    config = small_config("random:", engine=engine)
+    return Rig(config, base.loaded, build_engine(config, base))
 
 
 # --- which parts the kernels compute
@@ -75,41 +98,35 @@ def test_gates_other_than_silu_s_are_torch_s() -> None:
 # --- a layer, forward and backward
 
 
-def layer_run(stack: CausalStack, learns: bool) -> list[torch.Tensor]:
-    """Output and, for rows that learn, gradients of both layers' input and of the shadow."""
-    lengths = (5, 7)
+def layer_run(base: Base) -> list[torch.Tensor]:
+    """Output of layers and last norm for rows that serve, for rows that learn, and gradients of those: of the layers'
+    input and of the shadow."""
+    stack, lengths, runs = base.stack, (4, 5), []
+    base.bank.set_shadow(random_state(base.bank, 5))
+    base.bank.refresh()
+    for name, weight in stack.model.named_parameters():
+        if "norm" in name:
+            weight.data.normal_(1, 0.3, generator=torch.Generator().manual_seed(len(name)))
     positions = torch.cat([torch.arange(3, 3 + n) for n in lengths])
-    rows = stack.sub_batch(LoraRows(12, learns=learns), positions, CausalSequences(lengths, CPU))
-    hidden = torch.randn(12, stack.spec.hidden_size, generator=torch.Generator().manual_seed(1))
-    hidden = hidden.to(stack.embed(torch.tensor([1])).dtype).requires_grad_(learns)
-    (out,) = stack.layers(0, 2, [hidden], [rows])
-    out = stack.norm(out)
-    if not learns:
-        return [out]
+    for learns in (False, True):
+        rows = stack.sub_batch(LoraRows(9, learns=learns), positions, CausalSequences(lengths, CPU))
+        hidden = torch.randn(9, stack.spec.hidden_size, generator=torch.Generator().manual_seed(1))
+        (out,) = stack.layers(0, 2, [hidden.requires_grad_(learns)], [rows])
+        runs.append(stack.norm(out))
     wanted = [hidden, *(t for linear in stack.linears for t in (linear.lora.shadow_a, linear.lora.shadow_b))]
-    return [out, *torch.autograd.grad(out, wanted, torch.ones_like(out))]
+    return [*runs, *torch.autograd.grad(runs[1], wanted, torch.ones_like(runs[1]))]
 
 
-@pytest.mark.parametrize("learns", [False, True], ids=["serves", "learns"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_layers_compute_what_torch_s_do_forward_and_backward(
-    two_layers: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, kind: str, learns: bool
+    bases: dict[str, Base], two_layers: Path, tmp_path: Path, kind: str
 ) -> None:
-    tree = json.loads(two_layers.read_text()) | {"model_type": kind}
     if kind == "qwen3":
-        tree |= {"architectures": ["Qwen3ForCausalLM"], "head_dim": 10}
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(tree))
-    runs = []
-    for ops in (TorchOps(), TritonOps()):
-        rig = rig_with(ops, monkeypatch, f"random:{config}")
-        rig.bank.set_shadow(random_state(rig.bank, 5))
-        rig.bank.refresh()
-        for name, weight in rig.runner.stack.model.named_parameters():
-            if "norm" in name:
-                weight.data.normal_(1, 0.3, generator=torch.Generator().manual_seed(len(name)))
-        runs.append(layer_run(rig.runner.stack, learns))
-    for found, expected in zip(*runs, strict=True):
+        norms = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 10}
+        (tmp_path / "config.json").write_text(json.dumps(json.loads(two_layers.read_text()) | norms))
+        config = small_config(f"random:{tmp_path / 'config.json'}")
+        bases = {"torch": base_with(TorchOps(), config), "triton": base_with(TritonOps(), config)}
+    for found, expected in zip(layer_run(bases["triton"]), layer_run(bases["torch"]), strict=True):
         assert expected.norm() > 0
         assert (found - expected).norm() <= 1e-5 * expected.norm()
 
@@ -118,36 +135,42 @@ def test_layers_compute_what_torch_s_do_forward_and_backward(
 
 
 def serve_and_train(rig: Rig) -> tuple[list[list[int]], float, torch.Tensor]:
-    """Answers of two versions and the base's, and loss and gradient of the shadow."""
+    """Answers of the base and of an adapter, and loss and gradient of the shadow."""
     requests = [request(0, [3, 9, 20, 11], max_tokens=3, ignore_eos=True)]
     answers = [answer(rig.run(requests)[0])]
     rig.fill(1, seed=4)
     rig.bank.set_shadow(random_state(rig.bank, 5))
     events = rig.run([request(i, [i, *range(9)], max_tokens=3, ignore_eos=True) for i in (1, 2)], arrive={2: 1})
     loss = finish(rig.train_runner.loss_and_gradients(SAMPLES, 10.0))
-    return [*answers, *(answer(events[i]) for i in (1, 2))], loss, rig.bank.gradient.clone()
+    return [*answers, *(answer(events[i]) for i in (1, 2))], float(loss), rig.bank.gradient.clone()
 
 
-def test_an_engine_with_the_kernels_gives_torch_s_tokens_loss_and_gradient(
-    two_layers: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Prompts, continued prompts, answers with and without adapter, and training with a layer computed again."""
+def test_an_engine_with_the_kernels_gives_torch_s_tokens_loss_and_gradient(bases: dict[str, Base]) -> None:
+    """Prompts, prompts that are continued, answers with and without adapter, and training beside them."""
     (tokens, loss, grad), (found, found_loss, found_grad) = (
-        serve_and_train(rig_with(ops, monkeypatch, f"random:{two_layers}", max_prefill_tokens=8))
-        for ops in (TorchOps(), TritonOps())
+        serve_and_train(rig_on(base, max_prefill_tokens=8)) for base in bases.values()
     )
     assert found == tokens
     assert found_loss == pytest.approx(loss, rel=1e-5)
     assert (found_grad - grad).norm() <= 1e-5 * grad.norm()
 
 
-def test_activations_that_rows_leave_behind_are_no_more_than_torch_s(
-    two_layers: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torchs, kernels = (
-        rig_with(ops, monkeypatch, f"random:{two_layers}").train_runner.activations.layer
-        for ops in (TorchOps(), TritonOps())
-    )
+def test_a_captured_step_keeps_to_the_rules_with_the_kernels(bases: dict[str, Base]) -> None:
+    """It runs again with other rows, slots and angles in the same buffers."""
+    requests = [request(i, [3 + i, 9, 20], max_tokens=3 + i, ignore_eos=True) for i in range(2)]
+    expected, launches = rig_on(bases["torch"], max_batch=2).run(requests), []
+    rig, recorder = rig_on(bases["triton"], max_batch=2), CheckedRecorder()
+    rig.runner.paged = PagedDecodeReference()
+    with whole_launches(launches):
+        rig.runner.capture(recorder, 32)
+        assert {i: answer(events) for i, events in rig.run(requests).items()} == {
+            i: answer(events) for i, events in expected.items()
+        }
+    assert all(region.replays for region in recorder.regions) and "rotate_heads" in launches
+
+
+def test_rows_that_learn_leave_no_more_behind_than_torch_s(bases: dict[str, Base]) -> None:
+    torchs, kernels = (rig_on(base).train_runner.activations.layer for base in bases.values())
     assert kernels <= torchs
 
 
@@ -155,33 +178,74 @@ def test_activations_that_rows_leave_behind_are_no_more_than_torch_s(
 
 
 def decode_kernels(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What each layer of each step that only decodes launches."""
-    # The first launch of a kernel allocates its workspace.
-    rig.run([request(9, [1, 2], max_tokens=2, ignore_eos=True)])
+    """What each layer of each step launches that only decodes."""
     counts, run = [], DecoderLayer.__call__
 
     def counted(layer: DecoderLayer, hidden: Any, sub_batches: Any) -> list[torch.Tensor]:
-        with KernelCount() as count:
+        with counted_kernels() as names:
             out = run(layer, hidden, sub_batches)
-        counts.append((len(hidden[0]), count.names))
+        counts.append((len(hidden[0]), names))
         return out
 
+    rig.runner.paged = PagedDecode(CPU, DecodeConfig(block_kv=16, parts=2, least=16))
+    # The first launch allocates a workspace.
+    rig.run([request(9, [1, 2], max_tokens=2, ignore_eos=True)])
     monkeypatch.setattr(DecoderLayer, "__call__", counted)
     rig.run([request(i, [3, 9, 20, 11, 5], max_tokens=3, ignore_eos=True) for i in range(2)])
     return [names for rows, names in counts if rows == 2]
 
 
-def test_a_layer_of_a_decode_step_is_at_most_twelve_kernels(two_layers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_of_a_decode_step_is_at_most_twelve_kernels(
+    bases: dict[str, Base], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Besides LoRA: the rows use the base."""
-    rig = rig_with(TritonOps(), monkeypatch, f"random:{two_layers}", decode_kernel="triton")
-    found = decode_kernels(rig, monkeypatch)
+    found = decode_kernels(rig_on(bases["triton"]), monkeypatch)
     assert len(found) >= 4
     for names in found:
         assert len(names) <= DECODE_KERNELS, "\n".join(names)
-        for kernel in ("add_rms_norm", "add_rms_norm", "rotate_heads", "paged_decode", "swiglu"):
-            names.remove(kernel)
+        assert names == [
+            "add_rms_norm", "mm", "rotate_heads", "paged_decode", "mm", "add_rms_norm", "mm", "swiglu", "mm", "add",
+        ]  # fmt: skip
 
 
-def test_the_rule_counts_torch_s_operators_too(two_layers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    rig = rig_with(TorchOps(), monkeypatch, f"random:{two_layers}", decode_kernel="triton")
-    assert all(len(names) > 2 * DECODE_KERNELS for names in decode_kernels(rig, monkeypatch))
+def test_the_count_sees_torch_s_operators_too(bases: dict[str, Base], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(len(names) > 2 * DECODE_KERNELS for names in decode_kernels(rig_on(bases["torch"]), monkeypatch))
+
+
+class OneKernel(torch.autograd.Function):
+    """Stands for attention, which is one launch in each direction: rows that attend to nobody."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        ctx.shape = key.shape
+        return query.neg()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return gradients[0].neg(), *(gradients[0].new_empty(ctx.shape) for _ in range(2))
+
+
+class OneKernelPlan:
+    def cache_rows(self, layer: int) -> None:
+        return None
+
+    def attend(self, layer: int, query: Any, key: Any, value: Any, scale: float) -> torch.Tensor:
+        return OneKernel.apply(query, key, value).flatten(1)
+
+
+def test_a_layer_of_rows_that_learn_is_ten_kernels_forward_and_nine_backward(bases: dict[str, Base]) -> None:
+    """Besides LoRA: a stack without adapters carries the gradient down."""
+    stack = CausalStack(bases["triton"].loaded.model.requires_grad_(False), ops=TritonOps())
+    rows = stack.sub_batch(LoraRows(3, learns=True), torch.arange(3), OneKernelPlan())
+    hidden = torch.randn(3, stack.spec.hidden_size, requires_grad=True)
+    with counted_kernels() as forward:
+        (out,) = stack.layers(1, 2, [hidden], [rows])
+    grad = torch.ones_like(out)
+    with counted_kernels() as backward:
+        out.backward(grad)
+    assert forward == [
+        "add_rms_norm", "mm", "rotate_heads", "neg", "mm", "add_rms_norm", "mm", "swiglu", "mm", "add",
+    ]  # fmt: skip
+    assert backward == [
+        "mm", "swiglu_grad", "mm", "rms_norm_grad", "mm", "neg", "rotate_heads_grad", "mm", "rms_norm_grad",
+    ]  # fmt: skip
