@@ -8,6 +8,7 @@ Sources: Huber 1964 (robust estimation); Lawson and Hanson 1974 (non-negative le
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -71,9 +72,10 @@ class LatencyModel:
 
     def observe(self, x_own: float, x_other: float, seconds: float) -> None:
         """Add one measurement; refit at intervals. Measurements that are not finite or negative are ignored."""
-        if not np.isfinite((x_own, x_other, seconds)).all() or min(x_own, x_other, seconds) < 0:
+        sample = x_own, x_other, seconds
+        if not all(map(math.isfinite, sample)) or min(sample) < 0:
             return
-        self._samples.append((x_own, x_other, seconds))
+        self._samples.append(sample)
         self._fresh += 1
         if self._fresh >= min(REFIT_EVERY, len(self._samples)):
             self.refit()

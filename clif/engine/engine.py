@@ -193,11 +193,14 @@ class Engine:
         return self.scheduler.settle(step.chunks, tokens, now)
 
     def _note(self, step: Launched, seconds: float) -> None:
-        rows, context = sum(c.stop - c.start for c in step.chunks), sum(c.stop for c in step.chunks)
-        decodes = sum(c.is_decode for c in step.chunks)
-        alone_s = self.cost_model.step_s(rows, context, captured=decodes == len(step.chunks))
+        rows = context = decodes = 0
+        for chunk in step.chunks:
+            rows += chunk.stop - chunk.start
+            context += chunk.stop
+            decodes += chunk.is_decode
         self.record.note_serving(decodes, rows, step.regime, seconds)
         if step.fused is not None:
+            alone_s = self.cost_model.step_s(rows, context, captured=decodes == len(step.chunks))
             self.record.note_fused(step.fused.kind, seconds, alone_s)
             rows += step.fused.tokens
         self.cost_model.observe_step(rows, context, seconds, step.regime, step.captured)

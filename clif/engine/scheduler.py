@@ -61,7 +61,7 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens whose KV is not in the cache: 1 for an answer under way, more when there is a prefill to do."""
-        return self.num_tokens - self.num_computed_tokens
+        return len(self.tokens) + self.num_tokens_in_flight - self.num_computed_tokens
 
 
 class Chunk(NamedTuple):
@@ -135,10 +135,14 @@ class Scheduler:
 
         arrivals: requests that are added before it.
         """
-        prompts = sum(len(request.prompt) for request in arrivals)
-        prompts += sum(s.num_uncomputed_tokens for s in self.sequences if s.num_uncomputed_tokens > 1)
-        answers = sum(s.num_uncomputed_tokens == 1 for s in self.running)
-        return answers + min(prompts, self.config.max_prefill_tokens), sum(s.num_computed_tokens for s in self.running)
+        answers, cached, prompts = 0, 0, sum(len(request.prompt) for request in arrivals)
+        left = [sequence.num_uncomputed_tokens for sequence in self.waiting]
+        for sequence in self.running:
+            left.append(sequence.num_uncomputed_tokens)
+            answers += left[-1] == 1
+            cached += sequence.num_computed_tokens
+        prompts += sum(tokens for tokens in left if tokens > 1)
+        return answers + min(prompts, self.config.max_prefill_tokens), cached
 
     @property
     def next_decodes(self) -> bool:
