@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -161,20 +162,11 @@ class BatchBuilder:
 
 def segments_of(chunks: Sequence[Chunk]) -> tuple[Segment, ...]:
     """Rows of each adapter slot; chunks come sorted by slot, those of the base first."""
-    return tuple(_segments(chunks))
-
-
-def _segments(chunks: Sequence[Chunk]) -> Iterator[Segment]:
-    row = 0
-    current: Segment | None = None
-    for chunk in chunks:
-        stop, slot = row + chunk.stop - chunk.start, chunk.sequence.slot
-        if current is not None and current.slot == slot:
-            current = current._replace(stop=stop)
-        else:
-            if current is not None:
-                yield current
-            current = None if slot is None else Segment(row, stop, slot)
-        row = stop
-    if current is not None:
-        yield current
+    segments, row = [], 0
+    for slot, members in groupby(chunks, lambda chunk: chunk.sequence.slot):
+        start = row
+        for _, first, stop, _ in members:
+            row += stop - first
+        if slot is not None:
+            segments.append(Segment(start, row, slot))
+    return tuple(segments)

@@ -48,8 +48,6 @@ class BlockPool:
     def allocate(self, blocks: list[int], tokens: int) -> bool:
         """Extend a sequence's blocks to hold `tokens` tokens. False, with nothing allocated, when too few are left."""
         count = self.blocks_for(tokens) - len(blocks)
-        if count <= 0:
-            return True
         if count > self.available:
             return False
         blocks.extend(self._take() for _ in range(count))

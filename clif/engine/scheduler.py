@@ -222,7 +222,8 @@ class Scheduler:
         left = end - start
         size = 1 if left == 1 else min(left, budget)
         stop = start + size
-        if not size or not self._make_room(sequence, stop):
+        # Most answers go on in a block that they have.
+        if not size or (stop > len(sequence.blocks) * self.pool.block_size and not self._make_room(sequence, stop)):
             return None
         sequence.num_computed_tokens = stop
         sequence.num_steps_in_flight += 1
