@@ -23,7 +23,9 @@ from clif.adapters.slots import SlotTable
 from clif.config import Config, config_from_tree
 from clif.engine.batch import Batch, BatchBuilder
 from clif.engine.build import make_strategy
+from clif.engine.decode_buffers import DecodeBuffers
 from clif.engine.engine import Engine
+from clif.engine.graphs import DecodeGraphs
 from clif.engine.jobs import Job, Slice, SliceKind, Slices
 from clif.engine.scheduler import Chunk, Scheduler
 from clif.engine.training_half import TrainingHalf
@@ -33,24 +35,40 @@ from clif.types import Request, Sampling
 from clif.wire.messages import Submit
 
 VOCABULARY, PROMPT, WARM_UP = 128_256, 320, 20
+SLOTS, HEIGHTS = 4, (16, 32)
 TRAIN_TOKENS, TRAIN_LAYERS = 2048, 16
 
 
 class NoModel:
-    """Stands in for a runner: real batches, as for the kernels of a GPU, and no forward."""
+    """Stands in for a runner: real batches, as for the kernels of a GPU, and no forward. graphs: as for captured steps.
 
-    def __init__(self, config: Config) -> None:
-        self._builder = BatchBuilder(config.engine, VOCABULARY, torch.device("cpu"), torch.bfloat16)
+    As a recorder it captures nothing.
+    """
 
-    def fill(self, chunks: list[Chunk]) -> Batch:
-        batch = self._builder.fill(chunks, paged=True)
+    def __init__(self, config: Config, graphs: bool) -> None:
+        engine, device = config.engine, torch.device("cpu")
+        self._builder = BatchBuilder(engine, VOCABULARY, device, torch.bfloat16)
+        most, spare = config.model.max_context // engine.block_size, engine.kv_tokens // engine.block_size
+        buffers = DecodeBuffers(engine.max_batch, most, engine.block_size, spare, SLOTS, device)
+        self._graphs = DecodeGraphs(None, buffers, self) if graphs else None  # type: ignore[arg-type]
         # Tables of two heights of tiles, which the layers of a model ask for.
-        for height in (16, 32):
-            batch.rows.tables.of(height, 4)
+        self._tables = buffers.tables(engine.max_batch)
+        for height in HEIGHTS:
+            self._tables.of(height, SLOTS)
+
+    def capture(self, region: object) -> Any:
+        return self
+
+    def fill(self, chunks: list[Chunk], fused: bool = False) -> Batch:
+        if self._graphs is not None and self._graphs.can_run(chunks):
+            return self._builder.with_draws(self._graphs.fill(chunks))
+        batch = self._builder.fill(chunks, paged=True)
+        for height in HEIGHTS:
+            batch.rows.tables.of(height, SLOTS)
         return batch
 
     def forward(self, batch: Batch, fused: object = None) -> NoModel:
-        self._tokens = [1000] * len(batch.ends)
+        self._tokens = [1000] * sum(chunk.needs_sampling for chunk in batch.chunks)
         return self
 
     def read(self) -> list[int]:
@@ -66,7 +84,7 @@ def training() -> Slices[None]:
         yield Slice(SliceKind.BACKWARD, TRAIN_TOKENS, TRAIN_LAYERS, lambda units: None)
 
 
-def make_replica(folder: Path, requests: int, overlap: bool, trains: bool) -> Replica:
+def make_replica(folder: Path, requests: int, graphs: bool, overlap: bool, trains: bool) -> Replica:
     config = config_from_tree(
         {
             "model": {"path": "none", "max_context": 2048},
@@ -75,7 +93,7 @@ def make_replica(folder: Path, requests: int, overlap: bool, trains: bool) -> Re
         }
     )
     engine = Engine(
-        NoModel(config),  # type: ignore[arg-type]
+        NoModel(config, graphs),  # type: ignore[arg-type]
         Scheduler(config.engine, SlotTable(3), (), lambda ids: ""),
         TrainingHalf(make_strategy("interleaved", config)),
         overlap=overlap,
@@ -112,11 +130,13 @@ def timed(seconds: dict[str, float], owner: Any, name: str, part: str) -> None:
     setattr(owner, name, call)
 
 
-def measure(requests: int, steps: int, overlap: bool, trains: bool, drawn: bool) -> dict[str, list[float]]:
+def measure(
+    requests: int, steps: int, graphs: bool, overlap: bool, trains: bool, drawn: bool
+) -> dict[str, list[float]]:
     """Microseconds of each step, whole and by part."""
     found: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
-        replica = make_replica(Path(folder), requests, overlap, trains)
+        replica = make_replica(Path(folder), requests, graphs, overlap, trains)
         submit(replica, requests, steps + WARM_UP + 2 * requests, drawn)
         engine, seconds = replica.engine, dict[str, float]()
         for owner, name, part in (
@@ -144,11 +164,13 @@ def measure(requests: int, steps: int, overlap: bool, trains: bool, drawn: bool)
 
 PARTS = ("plan", "schedule", "fill", "settle", "cost model", "send", "records", "flush")
 CASES = {
-    "greedy": (False, False, False),
-    "greedy, overlap": (True, False, False),
-    "drawn, top_p": (False, False, True),
-    "greedy, with training": (False, True, False),
+    "eager": (False, True, False, False),
+    "captured": (True, True, False, False),
+    "captured, not overlapped": (True, False, False, False),
+    "captured, drawn by top_p": (True, True, False, True),
+    "captured, with training": (True, True, True, False),
 }
+"""graphs, overlap, trains, drawn"""
 
 
 def spread(values: list[float]) -> str:
