@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,6 +90,52 @@ def test_so_they_are_in_the_real_260k_model(stories: str) -> None:
     assert answers[0] == answers[1]
     assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
     assert (losses[0][1] - losses[1][1]).norm() <= 1e-5 * losses[0][1].norm()
+
+
+class Repeated:
+    """Stands in for a graph: runs the region at every launch. The interpreter reads tensors on the host."""
+
+    bytes = 0
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+    def capture(self, region: Callable[[], Any]) -> Any:
+        def replay() -> None:
+            self.launches += 1
+            for static, new in zip(captured.result, region(), strict=True):
+                static.copy_(new)
+
+        captured = SimpleNamespace(result=region(), replay=replay)
+        return captured
+
+
+def test_captured_steps_with_the_kernels_read_slots_and_blocks_of_the_steps_own_tables(two_layers) -> None:
+    """Three versions, the base among them, in one replay; rows of padding; a request that ends before the others."""
+    from clif.kernels.dual_lora_host import KernelLauncher
+    from clif.kernels.paged_decode_host import PagedDecode
+    from clif.kernels.tuning import Defaults
+
+    rigs, recorder = [make_rig(f"random:{two_layers}") for _ in range(2)], Repeated()
+    device = rigs[1].runner.device
+    for linear in rigs[1].runner.stack.linears:
+        linear.fuse(None, KernelLauncher(device, Defaults(programs=4, capability=80)))
+    rigs[1].runner.paged = PagedDecode(device)
+    rigs[1].runner.capture(recorder, 64)
+    found = []
+    for rig in rigs:
+        tokens: dict[int, list[int]] = {i: [] for i in range(3)}
+        for i in range(3):
+            asked = request(i, [3 + i, 9, 20, 11], max_tokens=(5, 3, 5)[i], ignore_eos=True)
+            rig.engine.scheduler.add(asked, 0.0)
+            for event in rig.engine.serve():
+                tokens[event.request_id] += event.tokens
+            rig.fill(i + 1, seed=4 + i)
+        while rig.engine.serving:
+            for event in rig.engine.serve():
+                tokens[event.request_id] += event.tokens
+        found.append(tokens)
+    assert found[0] == found[1] and recorder.launches >= 2
 
 
 def test_a_nan_in_the_shadow_changes_no_answer_with_the_kernels(two_layers) -> None:
