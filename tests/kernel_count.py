@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from clif.engine.checked_capture import _is_idle
+from clif.engine.checked_capture import TAKES
 
 
 @contextmanager
@@ -47,7 +47,9 @@ class _Operators(TorchDispatchMode):
         self._names = names
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # A view by another name.
-        if not _is_idle(func) and func._schema.name != "aten::_unsafe_view":
-            self._names.append(func._schema.name.removeprefix("aten::"))
+        name, returned = func._schema.name, [value.alias_info for value in func._schema.returns]
+        view = bool(returned) and all(alias is not None and not alias.is_write for alias in returned)
+        # _unsafe_view is a view by another name.
+        if not view and name not in TAKES and name != "aten::_unsafe_view":
+            self._names.append(name.removeprefix("aten::"))
         return func(*args, **(kwargs or {}))
