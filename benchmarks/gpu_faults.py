@@ -1,180 +1,298 @@
-"""GPU stage: parts that failed on the first GPU, or have never run on one, in eight lines.
+"""GPU stage: what no GPU has run yet, each part for itself and short, so that a minute shows what fails.
 
     python benchmarks/gpu_faults.py [--dry]
 
-Each check prints `ok` or `FAIL` with the reason, and the traceback where there is one. Exits with the number of
-failures.
+Captured steps against the same region run eagerly, bit for bit; answers with and without graphs and overlap, with
+promotions and draws; waits of the host where there must be none; kernels against their references; training beside
+serving, in every way, against training between steps.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-import tempfile
-import time
-import traceback
+import warnings
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
+from functools import cache, partial
 
 if "--dry" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-import torch.distributed as dist
-from gpu_bench import DRY, FULL, Bench, launches, provenance, run_step, samples, scale_of
+from gpu_bench import DRY, FULL, Bench, graphs_of, run_step
+from gpu_checks import Check, run_checks
+from gpu_coserving import WAYS
 
-from clif.config import config_from_tree
-from clif.distributed.collectives import WeightedMean
-from clif.distributed.launch_env import RankEnv
-from clif.distributed.topology import make_topology
+from clif.config import ConfigError
 from clif.engine.engine import Engine
-from clif.engine.jobs import Job
-from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
-from clif.kernels.dual_lora_reference import SHADOW
-from clif.kernels.paged_decode_host import PagedDecode
-from clif.kernels.testing.dual_lora_specification import computed, random_batch, random_layer, violations
-from clif.kernels.testing.paged_decode_specification import random_decode
-from clif.kernels.testing.paged_decode_specification import violations as decode_violations
-from clif.kernels.tuning import Defaults
-from clif.models.weights.loading import load_model
-from clif.training.train_runner import TrainRunner
+from clif.engine.jobs import Job, Slices
+from clif.kernels.testing.elementwise_specification import (
+    Draw,
+    computed,
+    random_gate,
+    random_heads,
+    random_norm,
+    violations,
+)
+from clif.models.varlen import varlen_fault
 from clif.training.trainer import ShadowTrainer
+from clif.types import NO_TOKEN, Request, Sampling
 
-Check = Callable[[], str]
-"""Returns the fault; empty if there is none."""
 DRY_RUN = "--dry" in sys.argv
 DEVICE = "cpu" if DRY_RUN else "cuda"
-KINDS = ((13, 0), (5, None), (40, 1), (71, SHADOW)) if not DRY_RUN else ((3, 0), (2, None), (4, SHADOW))
+SMALL = replace(DRY, device=DEVICE, batch=12)
+"""Small enough for many engines, and float32, where no rounding turns a greedy token into another one."""
+ANSWER, STEPS = (9, 2) if DRY_RUN else (24, 3)
+"""Tokens of the longest answer, and optimizer steps beside serving."""
 
 
-def launcher() -> KernelLauncher:
+@cache
+def large() -> Bench:
+    scale = DRY if DRY_RUN else FULL
+    return Bench(scale.shapes[0], scale)
+
+
+@cache
+def small() -> Bench:
+    return Bench(SMALL.shapes[0], SMALL)
+
+
+def every_captured_size() -> str:
+    """A replay against its own region run eagerly, with other requests than it was captured with."""
+    engine = large().engine(overlap=False)
+    found = {size: _difference(engine, size) for size in reversed(graphs_of(engine).sizes)}
+    return ", ".join(f"{size} rows differ by {error:.1e}" for size, error in found.items() if error)
+
+
+def _difference(engine: Engine, size: int) -> float:
+    runner, scheduler, graphs = engine.runner, engine.scheduler, graphs_of(engine)
+    for i in range(size):
+        scheduler.add(large().request(2 + i % 7, 8), engine.clock())
+    while any(s.num_uncomputed_tokens > 1 for s in scheduler.sequences):
+        engine.serve()
+    chunks = scheduler.schedule()
+    batch = runner.fill(chunks)
+    assert batch.captured is not None, f"{len(chunks)} rows are not captured"
+    before = runner._last_tokens.clone()
+    batch.captured.replay()
+    logits, tokens = (t.clone() for t in batch.captured.result)
+    runner._last_tokens.copy_(before)
+    with torch.no_grad():
+        eager, eager_tokens = graphs._step(size)
+    scheduler.settle(chunks, tokens.tolist()[: len(chunks)], engine.clock())
+    large().cancel_all(engine)
+    if torch.equal(logits, eager) and torch.equal(tokens, eager_tokens) and int(tokens.min()) != NO_TOKEN:
+        return 0.0
+    return float((logits - eager).float().norm() / eager.float().norm()) or math.nan
+
+
+def requests(first: int, count: int) -> list[Request]:
+    """Prompts and answers of different lengths; every second one draws its tokens."""
+    return [
+        Request(
+            id=1000 + i,
+            prompt=small().request(3 + i % 4, 1, seed=i).prompt,
+            sampling=Sampling(max_tokens=ANSWER - i % 5, temperature=0.8 * (i % 2), top_p=0.9, seed=i, ignore_eos=True),
+        )
+        for i in range(first, first + count)
+    ]
+
+
+def same_answers() -> str:
+    """Two promotions and a cancellation between steps: graphs and overlap change no token, nor what is captured."""
+    plain = _answers(small().engine(graphs="off", overlap=False))
+    wrong = []
+    for graphs, overlap in (("off", True), ("auto", False), ("auto", True)):
+        engine = small().engine(graphs=graphs, overlap=overlap)
+        sizes = dict(engine.runner.graphs.captured) if engine.runner.graphs else {}
+        found = _answers(engine)
+        different = [id for id, tokens in plain.items() if found[id] != tokens]
+        if different:
+            wrong.append(f"graphs {graphs}, overlap {overlap}: {len(different)} of {len(plain)} answers differ")
+        if sizes != (engine.runner.graphs.captured if engine.runner.graphs else {}):
+            wrong.append("something was captured again")
+    return "; ".join(wrong)
+
+
+def _answers(engine: Engine) -> dict[int, list[int]]:
+    """Tokens of each request but of the one that is cancelled."""
+    found: dict[int, list[int]] = {}
+    for first in (0, 4, 8):
+        if first:
+            _promote(engine, 1 + first // 4)
+        for request in requests(first, 4):
+            found[request.id] = []
+            engine.scheduler.add(request, engine.clock())
+        for _ in range(ANSWER // 5):
+            _serve(engine, found)
+    engine.scheduler.cancel(1001)
+    while engine.serving:
+        _serve(engine, found)
+    del found[1001]
+    return found
+
+
+def _serve(engine: Engine, found: dict[int, list[int]]) -> None:
+    for event in engine.step():
+        found[event.request_id] += event.tokens
+
+
+def _promote(engine: Engine, version: int) -> None:
+    slots, bank = engine.scheduler.slots, small().bank
+    rng, slot = torch.Generator().manual_seed(version), slots.free_slot()
+    assert slot is not None, "no slot is free"
+    state = {name: (torch.randn(t.shape, generator=rng) * 0.2).to(t) for name, t in bank.shadow_state().items()}
+    bank.fill_slot(slot, state)
+    slots.promote(version, slot)
+
+
+def waits_of_a_decode_step() -> str:
+    """The host launches a step and never waits for the device, but for tokens by their own event."""
+    bench = large()
+    engine = bench.engine()
+    bench.top_up(engine)
+    while any(s.num_uncomputed_tokens > 1 for s in engine.scheduler.sequences):
+        engine.serve()
+    waits = _waits(engine.serve, 5)
+    bench.cancel_all(engine)
+    return "" if waits <= 0 else f"{waits} waits in 5 steps"
+
+
+def waits_of_training() -> str:
+    """An optimizer step reads its loss once."""
+    bench = large()
+    engine = bench.engine()
+    count, length = bench.scale.buckets[0]
+    trainer = bench.trainer(engine, count, length)
+    run_step(trainer, count)
+    waits = _waits(lambda: run_step(trainer, count), 1)
+    return "" if waits <= 1 else f"{waits} waits in an optimizer step"
+
+
+def _waits(work: Callable[[], object], times: int) -> int:
+    """How often the host waits for the device, as torch warns of it."""
     if DRY_RUN:
-        return KernelLauncher(torch.device("cpu"), Defaults(4, 80))
-    major, minor = torch.cuda.get_device_capability()
-    programs = torch.cuda.get_device_properties(0).multi_processor_count
-    return KernelLauncher(torch.device("cuda"), Defaults(programs, 10 * major + minor))
+        work()
+        return 0
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(times):
+                work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    found = [warning for warning in caught if "synchroniz" in str(warning.message)]
+    for warning in found:
+        print(f"    {warning.filename}:{warning.lineno}: {str(warning.message).splitlines()[0][:100]}", flush=True)
+    return len(found)
 
 
-def zero_rows() -> str:
-    batch = random_batch(random_layer([64], 64, 8, dtype=torch.bfloat16, device=DEVICE), ((0, 0),))
-    y, _ = FusedLinear(batch.merged, launcher()).forward(batch.x, batch.segments)
-    return "" if tuple(y.shape) == (0, 64) else f"shape {tuple(y.shape)}"
-
-
-def float32_products() -> str:
-    sizes, depth = ([512, 256], 1024) if not DRY_RUN else ([32, 16], 32)
-    layer = random_layer(sizes, depth, 16, dtype=torch.float32, device=DEVICE, bias=True)
-    batch = random_batch(layer, KINDS)
-    return "; ".join(violations(batch, computed(batch, FusedLinear(batch.merged, launcher()))))
-
-
-def one_kernel_per_linear() -> str:
+def varlen() -> str:
+    """torch's attention of packed sequences, forward and backward."""
     if DRY_RUN:
         return ""
-    batch = random_batch(random_layer([4096], 4096, 16, dtype=torch.bfloat16, device=DEVICE), ((48, 0), (16, 1)))
-    layer = FusedLinear(batch.merged, launcher())
-    layer.forward(batch.x, batch.segments)
-    found = launches(lambda: layer.forward(batch.x, batch.segments))
-    return "" if sum(count for count, _ in found.values()) == 1 else f"{found}"
+    sizes = (64, 80, 128)
+    return "; ".join(fault for d in sizes if (fault := varlen_fault(torch.device(DEVICE), torch.bfloat16, d)))
 
 
-def odd_heads() -> str:
-    lengths = (700, 1, 16, 17, 256, 257, 3000, 64, 5) if not DRY_RUN else (7, 1, 16)
-    batch = random_decode(lengths, 21, 7, 80, 12, dtype=torch.float32, device=DEVICE, shared=1)
-    out = batch.q.new_zeros(batch.q.shape).flatten(1)
-    PagedDecode(torch.device(DEVICE)).attend(batch.q, batch.cache, batch.table(), batch.scale, out)
-    return "; ".join(decode_violations(batch, out))
+def elementwise() -> str:
+    """Norms, rotation with the write to the cache, and gates, at the shapes of 1B and 8B models."""
+    wrong = []
+    for dtype in (torch.bfloat16, torch.float32):
+        draw = Draw(dtype, DEVICE)
+        for rows, width, d, inner in ((3, 96, 16, 80),) if DRY_RUN else ((64, 2048, 64, 8192), (300, 4096, 128, 14336)):
+            heads = width // d
+            batches = (
+                random_norm(rows, width, draw),
+                random_heads(rows, heads, 2, d, draw),
+                random_gate(rows, inner, draw),
+            )
+            for batch in batches:
+                faults = violations(batch, computed(batch), dtype)
+                wrong += [f"{type(batch).__name__} {rows} x {width} {dtype}: {fault}" for fault in faults]
+    return "; ".join(wrong)
 
 
-def large_model() -> str:
-    """The proof at the start accepts a deep model in bfloat16."""
-    Bench("tiny-llama" if DRY_RUN else "llama-8b", DRY if DRY_RUN else FULL)
-    return ""
+def captured_training() -> str:
+    """A step by captured passes against one by eager passes: loss and gradient."""
+    wrong = []
+    for bench, bound in ((small(), 1e-4), (large(), 2e-2)):
+        count, length = bench.scale.buckets[-1]
+        found = []
+        for graphs in ("off", "auto"):
+            engine = bench.engine(graphs=graphs)
+            trainer = bench.trainer(engine, count, length)
+            before = trainer.snapshot()
+            losses = _losses(engine, trainer, count, 1)
+            found.append((losses[0], bench.bank.gradient.clone()))
+            trainer.restore(before)
+        (loss, gradient), (other_loss, other) = found
+        error = float((other - gradient).norm() / gradient.norm())
+        if not (error < bound and abs(other_loss - loss) < bound * loss):
+            wrong.append(f"{bench.loaded.dtype}: loss {other_loss} of {loss}, gradient differs by {error:.1e}")
+    return "; ".join(wrong)
 
 
-def same_on_both_devices() -> str:
-    """Equal weights on both devices must give equal tokens and gradients."""
-    with tempfile.TemporaryDirectory() as folder:
-        shape = Path(__file__).resolve().parents[1] / "configs" / "models" / "tiny-llama.json"
-        tree = {"model": {"path": f"random:{shape}", "dtype": "float32", "device": "cpu", "max_context": 256}}
-        config = config_from_tree({**tree, "train": {"enabled": False}})
-        drawn = load_model(config.model, torch.device("cpu"), seed=3)
-        drawn.model.save_pretrained(folder)
-        drawn.tokenizer.save(Path(folder))
-        found = [_gradient(folder, device) for device in ("cpu", DEVICE)]
-    error = float((found[0] - found[1]).norm() / found[0].norm())
-    return "" if error < 1e-4 else f"gradients differ by {error:.1e}"
-
-
-def _gradient(folder: str, device: str) -> torch.Tensor:
-    tree = {"model": {"path": folder, "dtype": "float32", "device": device, "max_context": 256}}
-    config = config_from_tree({**tree, "train": {"enabled": False}})
-    config = config.model_copy(update={"train": config.train.model_copy(update={"enabled": True, "clip_norm": 1e9})})
-    # Each device has its own random numbers, which decide the first A: it is taken from the CPU.
-    runner = Engine.from_config(config, load_model(config.model, torch.device(device), seed=3)).runner
-    bank = runner.bank
-    rng = torch.Generator().manual_seed(5)
-    bank.set_shadow({k: torch.randn(v.shape, generator=rng) * 0.2 for k, v in bank.shadow_state().items()})
-    trainer = ShadowTrainer(TrainRunner(runner), bank, samples(runner.stack.vocab_size, 3, 40), config.train)
-    run_step(trainer, 3)
-    return bank.gradient.cpu()
-
-
-def nccl_average() -> str:
-    tree = {"model": {"path": "none", "device": DEVICE}, "train": {"enabled": False}}
-    topology = make_topology(config_from_tree(tree), RankEnv(0, 1, 0, 1), dist.HashStore())
-    group = topology.combined_group(((0,), (0,)), 1).result()
-    mean = WeightedMean(torch.full((5,), 3.0, device=DEVICE), 2, group)
-    while not mean.done():
-        time.sleep(0.001)
-    average, total = mean.result()
-    dist.destroy_process_group()
-    return "" if average.tolist() == [3.0] * 5 and float(total) == 2 else f"{average.tolist()}, weight {float(total)}"
-
-
-def full_batch_trains() -> str:
-    """Requests fill the whole batch, and none is close to its SLO: training must progress."""
-    scale = scale_of(sys.argv)
-    bench = Bench(scale.shapes[0], scale)
-    engine, trainer = bench.engine(), bench.trainer(4, 32 if DRY_RUN else 128)
-    engine.jobs.append(Job("step", trainer.step(4, 1)))
-    until = time.perf_counter() + (5 if DRY_RUN else 2)
-    while engine.jobs and time.perf_counter() < until:
-        bench.top_up(engine)
+def _losses(engine: Engine, trainer: ShadowTrainer, count: int, steps: int) -> list[float]:
+    losses: list[float] = []
+    engine.jobs.append(Job("steps", _steps(trainer, count, steps, losses)))
+    while engine.jobs:
         engine.step()
-    # On the slow cores of a dry run it is chance whether a step fits into the gaps.
-    return "not one training step in 2 s beside a full batch" if engine.jobs and not DRY_RUN else ""
+    return losses
+
+
+def _steps(trainer: ShadowTrainer, count: int, steps: int, losses: list[float]) -> Slices[None]:
+    for _ in range(steps):
+        losses.append((yield from trainer.step(count, 1)).loss)
+
+
+def beside_serving(way: str) -> str:
+    """Losses and tokens of a way are those of training and serving one after the other."""
+    expected = _together("interleaved", at_once=False)
+    try:
+        found = _together(way, at_once=True)
+    except ConfigError as error:
+        print(f"    {way}: not here: {error}", flush=True)
+        return ""
+    different = sum(found[1][id] != tokens for id, tokens in expected[1].items())
+    far = [f"loss {a} of {b}" for a, b in zip(found[0], expected[0], strict=True) if not abs(a - b) < 1e-4 * b]
+    return "; ".join([*far, *([f"{different} answers differ"] if different else [])])
+
+
+def _together(way: str, at_once: bool) -> tuple[list[float], dict[int, list[int]]]:
+    """Losses of optimizer steps, and answers to requests."""
+    bench = small()
+    engine = bench.engine(coserving=way)
+    trainer, found, losses = bench.trainer(engine, 4, 16), dict[int, list[int]](), list[float]()
+    before = trainer.snapshot()
+    if at_once:
+        engine.jobs.append(Job("steps", _steps(trainer, 4, STEPS, losses)))
+    else:
+        losses = _losses(engine, trainer, 4, STEPS)
+    for request in requests(0, 8):
+        found[request.id] = []
+        engine.scheduler.add(request, engine.clock())
+    while engine.serving or engine.jobs:
+        _serve(engine, found)
+    trainer.restore(before)
+    engine.close()
+    return losses, found
 
 
 CHECKS: tuple[tuple[str, Check], ...] = (
-    ("a batch of no rows", zero_rows),
-    ("float32 products within the specification", float32_products),
-    ("one kernel for each linear layer", one_kernel_per_linear),
-    ("decode attention, 21 heads on 7, d=80, blocks of 12, float32", odd_heads),
-    ("equal weights give equal gradients on CPU and GPU", same_on_both_devices),
-    ("the average of a round on NCCL, one rank", nccl_average),
-    ("training beside a full batch", full_batch_trains),
-    ("an 8B shape in bfloat16 passes the proof at the start", large_model),
+    ("every captured size replays what its region computes, bit for bit", every_captured_size),
+    ("graphs and overlap change no token, through promotions", same_answers),
+    ("norms, rotation and gates within the specification", elementwise),
+    ("attention of packed sequences, both directions", varlen),
+    ("a decode step waits for nothing", waits_of_a_decode_step),
+    ("an optimizer step waits once", waits_of_training),
+    ("captured training has the loss and the gradient of eager training", captured_training),
+    *((f"{way}: losses and tokens are those of one after the other", partial(beside_serving, way)) for way in WAYS),
 )
 
 
-def main() -> int:
-    scale_of(sys.argv)
-    print(provenance(), flush=True)
-    lines = []
-    for name, check in CHECKS:
-        start = time.perf_counter()
-        try:
-            wrong = check()
-        except Exception as error:  # noqa: BLE001 - whatever it was, its line says it and the next check comes
-            traceback.print_exc()
-            wrong = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
-        verdict = f"FAIL {wrong}" if wrong else "ok"
-        lines.append(f"* {name}: {verdict} ({time.perf_counter() - start:.1f} s)")
-        print(lines[-1], flush=True)
-    print("\n### What failed before\n\n" + "\n".join(lines))
-    return sum(": FAIL" in line for line in lines)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_checks("What no GPU has run before", CHECKS))

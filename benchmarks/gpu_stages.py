@@ -69,7 +69,7 @@ def tests(*files: str, processes: int = 1) -> tuple[tuple[str, ...], tuple[str, 
 
 
 STAGES = (
-    Stage("faults", "what failed before", 60, script("gpu_faults")),
+    Stage("faults", "what no GPU has run before", 60, script("gpu_faults")),
     Stage("decode", "the engine's decode step, captured and eager, 1B", 50, *sized("gpu_decode", "llama-1b")),
     Stage("training", "training alone against PEFT, captured and eager, 1B", 40, *sized("gpu_training", "llama-1b")),
     Stage("coserving", "both together, in every way and at three loads, 1B", 80, *sized("gpu_coserving", "llama-1b")),
@@ -82,7 +82,8 @@ STAGES = (
         ranks(2, "dist.ranks_per_gpu=2"),
         ranks(2, *ON_A_CPU),
     ),
-    Stage("engine-tests", "engine, gradients and NCCL on the GPU", 60, *tests("test_gpu")),
+    Stage("regressions", "what failed on the first GPU", 60, script("gpu_regressions")),
+    Stage("engine-tests", "engine, gradients and NCCL on the GPU", 60, *tests("test_gpu", "test_gpu_varlen")),
     Stage("tensor-parallel", "replicas of several ranks on one GPU", 120, *tests("test_gpu_tensor_parallel")),
     # They mostly compile: one process for every two cores.
     Stage(
