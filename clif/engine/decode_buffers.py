@@ -101,7 +101,8 @@ class DecodeBuffers:
             fields[:, : len(chunks)] = list(zip(*map(self._row, chunks), strict=True))
         fields[:, len(chunks) : size] = [[0], [0], [self._spare * self.block_size], [KNOWN], [NO_SLOT]]
         self._fill_table(host, chunks, size)
-        for height in self._used_heights:
+        # Before the first step it is not known yet which heights are asked for.
+        for height in self._used_heights or HEIGHTS:
             found, adapted = row_tiles(segments, size, height, self._slots)
             at = self._tiles_at[height]
             write_tiles(words[at : at + HEADER + 3 * most_tiles(self.capacity, height, self._slots)], found, adapted)
