@@ -73,14 +73,22 @@ class DecoderLayer:
         self._rotary = ops.rotary(HeadLayout(heads, kv_heads, head_dim, norms))
         self._scale: float = getattr(_part_of(module, spec.attention.module), "scaling", head_dim**-0.5)
 
-    def __call__(self, hidden: Sequence[torch.Tensor], sub_batches: Sequence[SubBatch]) -> list[torch.Tensor]:
-        """hidden: [rows, hidden size] for each sub-batch; one that learns comes last."""
+    def __call__(
+        self,
+        hidden: Sequence[torch.Tensor],
+        added: Sequence[torch.Tensor | None],
+        sub_batches: Sequence[SubBatch],
+    ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+        """hidden + added -> the same for the next layer, whose norm does the sum.
+
+        hidden, added: [rows, hidden size] for each sub-batch; one that learns comes last. None: nothing is added.
+        """
         rows = [sub_batch.rows for sub_batch in sub_batches]
-        hidden, normed = zip(*[self._norm(h) for h in hidden], strict=True)
+        hidden, normed = zip(*[self._norm(h, x) for h, x in zip(hidden, added, strict=True)], strict=True)
         qkv = self.qkv(normed, rows)
         attended = self.out([self._attend(x, sub_batch) for x, sub_batch in zip(qkv, sub_batches, strict=True)], rows)
         hidden, normed = zip(*[self._mlp_norm(h, x) for h, x in zip(hidden, attended, strict=True)], strict=True)
-        return [h + x for h, x in zip(hidden, self.mlp(normed, rows), strict=True)]
+        return hidden, self.mlp(normed, rows)
 
     def _attend(self, qkv: torch.Tensor, sub_batch: SubBatch) -> torch.Tensor:
         plan = sub_batch.plan

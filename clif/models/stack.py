@@ -81,10 +81,10 @@ class CausalStack:
         self, start: int, stop: int, hidden: Sequence[torch.Tensor], sub_batches: Sequence[SubBatch]
     ) -> list[torch.Tensor]:
         """Decoder layers [start, stop) over hidden states [rows, hidden size] of each sub-batch."""
-        hidden = list(hidden)
+        added: Sequence[torch.Tensor | None] = [None] * len(hidden)
         for layer in self._layers[start:stop]:
-            hidden = layer(hidden, sub_batches)
-        return hidden
+            hidden, added = layer(hidden, added, sub_batches)
+        return [h if x is None else h + x for h, x in zip(hidden, added, strict=True)]
 
     def norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """The last norm, which comes before the head."""

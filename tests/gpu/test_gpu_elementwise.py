@@ -126,12 +126,12 @@ def test_a_layer_of_decode_rows_is_at_most_twelve_kernels(tiny_config: Path) -> 
     layer, seen = rig.runner.stack._layers[0], []
     run = type(layer).__call__
 
-    def watched(self, hidden, sub_batches):
+    def watched(self, hidden, added, sub_batches):
         if self is not layer or len(hidden[0]) != 2:
-            return run(self, hidden, sub_batches)
+            return run(self, hidden, added, sub_batches)
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CUDA]) as record:
-            out = run(self, hidden, sub_batches)
+            out = run(self, hidden, added, sub_batches)
             torch.cuda.synchronize()
         events = (e for e in record.events() if e.device_type == torch.autograd.DeviceType.CUDA)
         seen.append(Counter(event.name for event in events))

@@ -86,8 +86,8 @@ def test_a_layer_with_one_weight_for_query_key_and_value_computes_the_same_and_h
     ids = torch.arange(5, 25)
     rows = stack.sub_batch(LoraRows(len(ids)), torch.arange(len(ids)), CausalSequences([len(ids)], ids.device))
     hidden = stack.embed(ids)
-    (expected,), (found,) = stack.layers(0, 1, [hidden], [rows]), layer([hidden], [rows])
-    assert torch.equal(expected, found)
+    ((residual,), (added,)), (expected,) = layer([hidden], [None], [rows]), stack.layers(0, 1, [hidden], [rows])
+    assert torch.equal(expected, residual + added)
     lora = layer.qkv.adapt([0], 4, 2.0, 2)
     (factors,) = lora.by_module(lora.shadow_a, lora.shadow_b).items()
     assert factors[0] == "model.layers.0.self_attn.qkv_proj" and len(factors[1][1]) == qkv.out_features
