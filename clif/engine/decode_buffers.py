@@ -63,6 +63,7 @@ class DecodeBuffers:
         self.capacity, self.max_blocks, self.block_size = capacity, max_blocks, block_size
         self._slots, self._width, self._spare = slots, aligned(capacity), spare
         self._used_heights: set[int] = set()
+        self._heights: tuple[int, ...] = HEIGHTS
         sizes = [aligned(HEADER + 3 * most_tiles(capacity, height, slots)) for height in HEIGHTS]
         starts = np.cumsum([FIELDS * self._width, *sizes]).tolist()
         self._tiles_at = dict(zip(HEIGHTS, starts[:-1], strict=True))
@@ -87,6 +88,10 @@ class DecodeBuffers:
         tables = {h: RowTable(words[start:stop], h, self._slots) for h, (start, stop) in spans.items()}
         return Tables(tables, self._used_heights)
 
+    def keep_used_heights(self) -> None:
+        """All steps are captured: row tiles of a height that none of them has asked for are not filled any more."""
+        self._heights = tuple(sorted(self._used_heights))
+
     def fits(self, chunks: Sequence[Chunk]) -> bool:
         """Whether a step of these chunks can be computed from the buffers: answers only, and not too many or long."""
         most = self.max_blocks * self.block_size
@@ -101,8 +106,7 @@ class DecodeBuffers:
             fields[:, : len(chunks)] = list(zip(*map(self._row, chunks), strict=True))
         fields[:, len(chunks) : size] = [[0], [0], [self._spare * self.block_size], [KNOWN], [NO_SLOT]]
         self._fill_table(host, chunks, size)
-        # Before the first step it is not known yet which heights are asked for.
-        for height in self._used_heights or HEIGHTS:
+        for height in self._heights:
             found, adapted = row_tiles(segments, size, height, self._slots)
             at = self._tiles_at[height]
             write_tiles(words[at : at + HEADER + 3 * most_tiles(self.capacity, height, self._slots)], found, adapted)

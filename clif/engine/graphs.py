@@ -49,6 +49,7 @@ class DecodeGraphs:
             # Nothing but padding. Tables of a larger step would make a kernel write behind the rows of this one.
             buffers.fill((), (), size)
             self.captured[size] = recorder.capture(partial(self._step, size))
+        buffers.keep_used_heights()
         self.capture_s = time.monotonic() - start
         shown = len(self.sizes), self.sizes[-1], self.capture_s, recorder.bytes / 2**20
         log.info("captured %d decode steps of up to %d rows in %.1f s, %.0f MiB", *shown)

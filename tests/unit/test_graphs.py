@@ -139,6 +139,7 @@ def test_a_fill_sends_rows_tables_and_padding_in_one_tensor():
     buffers = DecodeBuffers(4, 3, 4, spare=9, slots=3, device=CPU)
     tables = buffers.tables(4)
     tables.of(16, 3)
+    buffers.keep_used_heights()
     known, late = sequence(6, [2, 5], slot=None), sequence(3, [7], slot=1, sampled_at=2)
     chunks = [Chunk(known, 5, 6, needs_sampling=True), Chunk(late, 3, 4, needs_sampling=True)]
     buffers.fill(chunks, [Segment(1, 2, 1)], 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -114,12 +115,19 @@ def test_captured_steps_with_the_kernels_read_slots_and_blocks_of_the_steps_own_
     """Three versions, the base among them, in one replay; rows of padding; a request that ends before the others."""
     from clif.kernels.dual_lora_host import KernelLauncher
     from clif.kernels.paged_decode_host import PagedDecode
+    from clif.kernels.tiles import LinearTiles
     from clif.kernels.tuning import Defaults
 
-    rigs, recorder = [make_rig(f"random:{two_layers}") for _ in range(2)], Repeated()
+    class ByRows(Defaults):
+        """Steps of different sizes ask for tables of different heights, as on a GPU."""
+
+        def linear(self, rows: int, *shape: Any) -> LinearTiles:
+            return replace(super().linear(rows, *shape), block_m=64 if rows > 2 else 16)
+
+    rigs, recorder = [make_rig(f"random:{two_layers}", engine={"max_batch": 4}) for _ in range(2)], Repeated()
     device = rigs[1].runner.device
     for linear in rigs[1].runner.stack.linears:
-        linear.fuse(None, KernelLauncher(device, Defaults(programs=4, capability=80)))
+        linear.fuse(None, KernelLauncher(device, ByRows(programs=4, capability=80)))
     rigs[1].runner.paged = PagedDecode(device)
     rigs[1].runner.capture(recorder, 64)
     found = []
