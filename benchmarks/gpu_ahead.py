@@ -26,10 +26,13 @@ import triton
 from bench_kernels import CASES
 from tune_gpu import MODELS, Tuner
 
+from clif.engine.graphs import decode_sizes
 from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
 from clif.kernels.dual_lora_reference import SHADOW
 from clif.kernels.paged_decode_host import PagedDecode
 from clif.kernels.testing.dual_lora_specification import computed, random_batch, random_layer
+from clif.kernels.testing.elementwise_specification import Draw, random_gate, random_heads, random_norm
+from clif.kernels.testing.elementwise_specification import computed as computed_parts
 from clif.kernels.testing.paged_decode_specification import random_decode
 
 DRY_RUN = "--dry" in sys.argv
@@ -75,22 +78,63 @@ class DecodeJob:
         PagedDecode(DEVICE).attend(batch.q, batch.cache, batch.table(), batch.scale, out)
 
 
-def jobs(dry: bool) -> Iterator[LinearJob | DecodeJob]:
+@dataclass(frozen=True)
+class PartsJob:
+    """What a layer computes between its products, forward and backward. inner: width of the gate."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    d: int
+    inner: int
+    dtype: str
+
+    def __call__(self) -> None:
+        draw, rows = Draw(getattr(torch, self.dtype), str(DEVICE)), 3
+        # The first norm of a layer has nothing to add; the last one's sum has no other reader.
+        for adds, learns in ((True, True), (False, True), (True, False)):
+            computed_parts(random_norm(rows, self.width, draw, adds=adds, learns=learns))
+        computed_parts(random_heads(rows, self.heads, self.kv_heads, self.d, draw))
+        computed_parts(random_gate(rows, self.inner, draw))
+
+
+Job = LinearJob | DecodeJob | PartsJob
+SHAPES = {"1b": PartsJob(2048, 32, 8, 64, 8192, "bfloat16"), "8b": PartsJob(4096, 32, 8, 128, 14336, "bfloat16")}
+
+
+def jobs(dry: bool) -> Iterator[Job]:
     """In the order in which the stages need them."""
     if dry:
         yield LinearJob((32, 16), 32, 8, ((3, 0), (4, SHADOW)))
         yield DecodeJob(4, 2, 16, 4, "float32")
+        yield PartsJob(32, 4, 2, 16, 48, "float32")
         return
+    yield from of_model("1b")
+    # The small model in float32 of the first stage: 4 heads on 2 of 16 numbers, 64 wide.
+    yield PartsJob(64, 4, 2, 16, 128, "float32")
+    yield DecodeJob(4, 2, 16, 16, "float32")
+    for sizes, depth in (((64, 32, 32), 64), ((64,), 64), ((128, 128), 64), ((64,), 128)):
+        yield LinearJob(sizes, depth, 8, ((12, 0),), "float32")
+    yield from of_model("8b")
     kinds = ((13, 0), (5, None), (40, 1), (71, SHADOW))
     yield LinearJob((512, 256), 1024, 16, kinds, "float32", bias=True)
     yield LinearJob((4096,), 4096, 16, ((48, 0), (16, 1)))
     yield DecodeJob(21, 7, 80, 12, "float32")
-    for model, d in (("1b", 64), ("8b", 128)):
-        yield DecodeJob(32, 8, d, 16, "bfloat16")
-        for sizes, depth in MODELS[model]:
-            yield LinearJob(sizes, depth, 8, ((64, 0),))
     for case in CASES:
         yield LinearJob(case.sizes, case.depth, case.r, case.lengths)
+
+
+def of_model(model: str) -> Iterator[Job]:
+    """Kernels of the captured steps of all sizes, and those of training between products."""
+    parts = SHAPES[model]
+    yield parts
+    yield DecodeJob(parts.heads, parts.kv_heads, parts.d, 16, parts.dtype)
+    tiling = Tuner.here(DRY_RUN).defaults
+    for sizes, depth in MODELS[model]:
+        # One size for each way to cut rows and columns, the largest first, as they are captured.
+        by_tiles = {tiling.linear(rows, depth, sum(sizes), 8, False): rows for rows in decode_sizes(64)}
+        for rows in sorted(by_tiles.values(), reverse=True):
+            yield LinearJob(sizes, depth, 8, ((rows, 0),))
 
 
 def compile_only() -> None:
@@ -105,7 +149,7 @@ def compile_only() -> None:
     triton.runtime.JITFunction.run = warm_up
 
 
-def _work(job: LinearJob | DecodeJob) -> float:
+def _work(job: Job) -> float:
     start = time.perf_counter()
     job()
     return time.perf_counter() - start
