@@ -45,6 +45,8 @@ class NoModel:
     As a recorder it captures nothing.
     """
 
+    bytes = 0
+
     def __init__(self, config: Config, graphs: bool) -> None:
         engine, device = config.engine, torch.device("cpu")
         self._builder = BatchBuilder(engine, VOCABULARY, device, torch.bfloat16)
