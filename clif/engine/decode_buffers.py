@@ -6,7 +6,7 @@ the KV cache, use the base alone, and their tokens are not looked at.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,13 @@ class HostRows:
 
     blocks: list[list[int]] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+
+    def resize(self, rows: int) -> None:
+        """Forget the rows behind these; nothing lies in new ones."""
+        del self.blocks[rows:], self.counts[rows:]
+        new = range(len(self.blocks), rows)
+        self.blocks += [[] for _ in new]
+        self.counts += [0 for _ in new]
 
 
 class DecodeBuffers:
@@ -135,13 +142,10 @@ class DecodeBuffers:
         blocks[len(chunks) : size, 0] = self._spare
         self._write_blocks(blocks, [chunk.sequence.blocks for chunk in chunks], self._hosts[host.data_ptr()])
 
-    def _write_blocks(self, blocks: Any, held: Iterable[list[int]], known: HostRows) -> None:
-        lists, counts = [], []
+    def _write_blocks(self, blocks: Any, held: Sequence[list[int]], known: HostRows) -> None:
+        known.resize(len(held))
         for i, own in enumerate(held):
-            same = i < len(known.blocks) and known.blocks[i] is own and known.counts[i] <= len(own)
-            start = known.counts[i] if same else 0
+            start = known.counts[i] if known.blocks[i] is own else 0
             if start < len(own):
                 blocks[i, start : len(own)] = own[start:]
-            lists.append(own)
-            counts.append(len(own))
-        known.blocks, known.counts = lists, counts
+                known.blocks[i], known.counts[i] = own, len(own)
