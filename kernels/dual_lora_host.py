@@ -15,7 +15,7 @@ from clif.kernels.dual_lora_kernel import BASE, FUSED, SHRINK, dual_lora_linear
 from clif.kernels.dual_lora_reference import MergedLinear, Segment
 from clif.kernels.dual_lora_table import RowTable, RowTables, StagedRowTable, column_tiles, grad_tiles
 from clif.kernels.tiles import GradTiles, LinearTiles, descriptor_boxes
-from clif.kernels.workspace import Workspace, Workspaces
+from clif.kernels.workspace import Workspace, Workspaces, current_stream
 
 INTERPRET = not isinstance(dual_lora_linear, triton.runtime.JITFunction)
 """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when they were first imported)."""
@@ -46,8 +46,8 @@ class KernelLauncher:
         return self._workspaces.current()
 
     def rows(self, segments: Sequence[Segment], rows: int, block_m: int, slots: int) -> RowTable:
-        """The row tiles of a batch, made once for all layers."""
-        key = (tuple(segments), rows, block_m, slots)
+        """The row tiles of a batch, made once for all layers on a stream: another one would not wait for them."""
+        key = (current_stream(self.device), tuple(segments), rows, block_m, slots)
         if key not in self._tables:
             if len(self._tables) > 64:
                 self._tables.clear()

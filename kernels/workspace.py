@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 
 
+def current_stream(device: torch.device) -> int:
+    """A number of the stream that is current; 0 where there are none."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 class Workspace:
     """Memory through which the programs of one stream's launches communicate; it grows with the launches' needs.
 
@@ -48,7 +53,7 @@ class Workspaces:
 
     def current(self) -> Workspace:
         """That of the current stream. Launch once on a stream before capturing there: the first launch allocates it."""
-        stream = torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else 0
+        stream = current_stream(self._device)
         # setdefault() would make a workspace, with its fills, at every launch.
         if stream not in self._of_streams:
             self._of_streams[stream] = Workspace(self._device)

@@ -8,7 +8,7 @@ Sources: LoRA (Hu et al. 2021).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -27,11 +27,13 @@ State = dict[str, torch.Tensor]
 class AdapterBank:
     """The adapted dual layers of a model, and the flat shadow.
 
-    shadow: the trained vector [n]; gradient [n]: its .grad, allocated once and accumulated in place.
+    shadow: the trained vector [n]; gradient [n]: its .grad, allocated once and accumulated in place. on_fill: called
+    when a serving slot has been filled; the device may do it later.
     """
 
     def __init__(self, layers: list[LoraFactors], config: AdapterConfig, tp_group: TpGroup | None = None) -> None:
         self.layers, self.config, self.tp_group = layers, config, tp_group or TpGroup()
+        self.on_fill: Callable[[], None] = lambda: None
         masters = [m for layer in layers for m in (layer.shadow_a, layer.shadow_b)]
         self.shadow = nn.Parameter(torch.cat([m.data.flatten() for m in masters]))
         self.gradient = self.shadow.grad = torch.zeros_like(self.shadow)
@@ -196,6 +198,7 @@ class AdapterBank:
         factors = {name: (state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]) for name in self.names}
         for layer in self.layers:
             layer.fill_slot(slot, factors)
+        self.on_fill()
 
 
 def inject(stack: CausalStack, config: AdapterConfig) -> AdapterBank:

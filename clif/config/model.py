@@ -81,8 +81,9 @@ class EngineConfig(Section):
     replica starts: a launch of the whole step costs as much as that of one operation. `auto`: on a GPU with the Triton
     kernels, for replicas of one rank. `off`: for debugging. See [gpu.md](gpu.md)."""
     coserving: CoservingMode = CoservingMode.AUTO
-    """`fused`: training forwards share the products of serving steps. `concurrent`: training slices run on half of the
-    rank's CPU threads. `interleaved`: slices between steps. `auto`: `fused` on a GPU; on a CPU `concurrent` with
+    """`fused`: training forwards share the products of serving steps. `concurrent`: training slices run beside serving
+    steps, on half of the rank's CPU threads or, on a GPU, on a stream of lower priority; for replicas of one rank.
+    `interleaved`: slices between steps. `auto`: `fused` on a GPU; on a CPU `concurrent` with
     several threads, otherwise `interleaved`."""
     slice_ms: PositiveFloat = 40.0
     """Aim for the length of a training slice between two steps, up to four times as long where the token gaps leave

@@ -59,7 +59,6 @@ TRACE_LENGTHS = Need("load.trace.lengths", among=("trace",))
 SAMPLES = Need("load.temperature", but=(0.0,))
 GPU = Need("model.device", but=("cpu",))
 CPU = Need("model.device", but=("cuda",))
-ALONE_ON_CPU = (CPU, Need("layout.tp_size", among=(1,)))
 SEVERAL_RANKS = Either((Need("layout.tp_size", but=(1,)), Need("layout.replica_gpus", but=(None,))))
 
 Needs = tuple[Need | Either, ...]
@@ -112,7 +111,7 @@ RELEVANCE: dict[str, Needs] = {
         LOAD,
         ADAPTS,
         Need("engine.coserving", among=("auto", "concurrent")),
-        *ALONE_ON_CPU,
+        Need("layout.tp_size", among=(1,)),
     ),
     "engine.activation_mib": (TRAINS,),
     "engine.eval_tokens": (DATA,),

@@ -63,14 +63,10 @@ def _check_coserving(config: Config, layout: Layout) -> None:
     mode, way = config.run.mode, config.engine.coserving
     clocked = f"run.mode {mode}" if mode == "time_slice" else f"engine.coserving {way}" if way == "concurrent" else ""
     if clocked and any(len(ranks) > 1 for ranks in layout.replicas):
-        # Both are paced by the clock of each rank; and collectives belong to one thread.
+        # Both are paced by the clock of each rank; and collectives belong to one thread and one stream.
         raise ConfigError(f"{clocked} needs replicas of one rank: set layout.tp_size=1, or change it")
-    if way == "concurrent" and config.model.device == "cuda":
+    if way == "concurrent" and config.model.device != "cuda" and config.dist.threads_per_rank == 1:
         raise ConfigError(
-            "engine.coserving concurrent runs on CPU threads, but model.device is cuda: change one of them"
-        )
-    if way == "concurrent" and config.dist.threads_per_rank == 1:
-        raise ConfigError(
-            "engine.coserving concurrent needs at least 2 threads of a rank: raise dist.threads_per_rank, or set "
-            "engine.coserving=interleaved"
+            "engine.coserving concurrent needs at least 2 threads of a rank on a CPU: raise dist.threads_per_rank, or "
+            "set engine.coserving=interleaved, or model.device=cuda"
         )

@@ -20,10 +20,12 @@ from clif.engine.coserving.strategy import Strategy
 from clif.engine.coserving.time_slice import TimeSlice
 from clif.engine.cost_model import CostModel
 from clif.engine.engine import Engine
-from clif.engine.job_queue import JobQueue
+from clif.engine.job_queue import JobQueue, SliceThread
 from clif.engine.runner import ModelRunner
 from clif.engine.scheduler import Scheduler
 from clif.engine.stopwatch import choose_stopwatch
+from clif.engine.streams import Streams, choose_streams
+from clif.engine.train_stream import TrainStream
 from clif.engine.train_thread import TrainThread
 from clif.engine.training_half import TrainingHalf
 from clif.models.weights.loading import LoadedModel, load_model
@@ -52,28 +54,41 @@ def build_engine(config: Config, base: Base, tp_group: TpGroup | None = None) ->
     Raises ConfigError for a co-serving mode that cannot be used.
     """
     tp_group, tokenizer, threads = tp_group or TpGroup(), base.loaded.tokenizer, torch.get_num_threads()
-    coserving = choose_coserving(config, base.loaded.device, tp_group, threads)
+    device = base.loaded.device
+    coserving = choose_coserving(config, device, tp_group, threads)
     log.info("co-serving: %s", coserving)
     slots = SlotTable(config.adapter.serving_slots)
     runner = base.runner(config.engine)
-    recorder = choose_recorder(config.engine, base.loaded.device, tp_group.size, runner.paged is not None)
+    recorder = choose_recorder(config.engine, device, tp_group.size, runner.paged is not None)
     if recorder is not None:
         _capture(runner, recorder, config.model.max_context)
-    thread = TrainThread(threads) if coserving == CoservingMode.CONCURRENT else None
-    device = base.loaded.device
-    return Engine(
+    streams = choose_streams(device, coserving == CoservingMode.CONCURRENT)
+    base.bank.on_fill = streams.publish
+    engine = Engine(
         runner,
         Scheduler(config.engine, slots, tokenizer.eos_ids, tokenizer.decode),
-        TrainingHalf(
-            make_strategy(coserving, config),
-            JobQueue(thread),
-            shared=tp_group.size > 1,
-            stopwatch=choose_stopwatch(device),
-            ahead=AHEAD.get(device.type, 1),
-        ),
+        make_training_half(coserving, config, device, streams, threads, shared=tp_group.size > 1),
         tp_group,
-        overlap=base.loaded.device.type == "cuda" if config.engine.overlap == "auto" else config.engine.overlap,
+        streams,
+        overlap=device.type == "cuda" if config.engine.overlap == "auto" else config.engine.overlap,
     )
+    # All of this was made on the default stream.
+    streams.synchronize()
+    return engine
+
+
+def make_training_half(
+    coserving: str, config: Config, device: torch.device, streams: Streams, threads: int, shared: bool
+) -> TrainingHalf:
+    """Training without jobs, and what runs its slices. threads: of this rank, on a CPU. shared: several ranks."""
+    stopwatch = choose_stopwatch(device)
+    jobs = JobQueue(choose_thread(device, streams, threads) if coserving == CoservingMode.CONCURRENT else None)
+    return TrainingHalf(make_strategy(coserving, config), jobs, shared, stopwatch, AHEAD.get(device.type, 1))
+
+
+def choose_thread(device: torch.device, streams: Streams, threads: int) -> SliceThread:
+    """What computes slices beside serving steps."""
+    return TrainStream(streams, choose_stopwatch(device)) if device.type == "cuda" else TrainThread(threads)
 
 
 def _capture(runner: ModelRunner, recorder: Recorder, max_context: int) -> None:
@@ -96,7 +111,8 @@ def choose_coserving(config: Config, device: torch.device, tp_group: TpGroup, th
 
     On a GPU forwards are fused with serving steps. A CPU computes as fast for a few rows as for many, so that fusing
     saves nothing there (measured at 70 % load: 36 training tokens/s fused, 95 interleaved); with several threads a
-    concurrent slice uses what small operations leave of them. Raises ConfigError for a mode that cannot be used.
+    concurrent slice uses what small operations leave of them; on a GPU it has a stream of its own. Raises ConfigError
+    for a mode that cannot be used.
     """
     on_cpu = device.type == "cpu"
     way: str = config.engine.coserving
@@ -106,9 +122,9 @@ def choose_coserving(config: Config, device: torch.device, tp_group: TpGroup, th
     if config.run.mode == "time_slice":
         way = "time_slice"
     if tp_group.size > 1 and way in ("concurrent", "time_slice"):
-        # Both depend on the clock of each rank; and collectives belong to one thread.
+        # Both depend on the clock of each rank; and collectives belong to one thread and one stream.
         raise ConfigError(f"{way} needs replicas of one rank: set layout.tp_size=1, or another engine.coserving")
-    if way == "concurrent" and (not on_cpu or threads < 2):
+    if way == "concurrent" and on_cpu and threads < 2:
         raise ConfigError(
             "engine.coserving concurrent needs a CPU rank with at least 2 threads: set dist.threads_per_rank, or "
             "engine.coserving=fused"

@@ -36,6 +36,7 @@ from clif.engine.sampling import SampledTokens
 from clif.engine.scheduler import Chunk, Scheduler
 from clif.engine.step_plan import NO_TRAINING, StepPlan
 from clif.engine.step_record import StepRecord
+from clif.engine.streams import OneStream, Streams
 from clif.engine.training_half import TrainingHalf
 from clif.types import Regime, Request, TokenEvent
 
@@ -67,6 +68,7 @@ class Engine:
     scheduler: Scheduler
     training_half: TrainingHalf
     tp_group: TpGroup = field(default_factory=TpGroup)
+    streams: Streams = field(default_factory=OneStream)
     clock: Callable[[], float] = time.monotonic
     overlap: bool = False
     record: StepRecord = field(default_factory=StepRecord)
@@ -113,8 +115,10 @@ class Engine:
         return self.jobs.under_way or self.record.train_s > 0
 
     def close(self) -> None:
-        """Give up all training; nothing of it runs any more."""
-        self.jobs.close()
+        """Give up all training; nothing of it, and no serving step, runs any more."""
+        with self.streams.training():
+            self.jobs.close()
+        self.streams.synchronize()
 
     def step(self, plan: StepPlan | None = None) -> list[TokenEvent]:
         """Train and serve once; plan: by default this engine's own. Raises the RuntimeError of a slice that broke."""
@@ -127,25 +131,29 @@ class Engine:
 
         arrivals: requests that the step's messages bring: they wait like others, and their prompts are rows of it.
         """
-        if not self.training_half.collect():
-            return NO_TRAINING
-        # An arrival may have waited for the slice of the step before. It must not wait for another one.
-        held_up = arrivals[0].id if arrivals and self.training_half.holds_up else None
-        view = StepView.of(self.scheduler, self.clock(), arrivals, self.record.serve_s, held_up, self.backlog)
-        return self.training_half.plan(view, self.serving or bool(arrivals), self.clock)
+        with self.streams.training():
+            if not self.training_half.collect():
+                return NO_TRAINING
+            # An arrival may have waited for the slice of the step before. It must not wait for another one.
+            held_up = arrivals[0].id if arrivals and self.training_half.holds_up else None
+            view = StepView.of(self.scheduler, self.clock(), arrivals, self.record.serve_s, held_up, self.backlog)
+            return self.training_half.plan(view, self.serving or bool(arrivals), self.clock)
 
     def follow(self, plan: StepPlan) -> None:
         """On the leader's peers: begin the passes that it began while it planned."""
-        self.training_half.follow(plan)
+        with self.streams.training():
+            self.training_half.follow(plan)
 
     def learn(self, plan: StepPlan) -> None:
         """Training between two steps, as planned. Raises the RuntimeError of a slice that broke."""
         self.record = self.training_half.begin(plan)
-        self.training_half.learn(plan, self.record, self.clock)
+        with self.streams.training():
+            self.training_half.learn(plan, self.record, self.clock)
 
     def serve(self, plan: StepPlan = NO_TRAINING) -> list[TokenEvent]:
         """One step over all running requests: schedule, fill, forward, settle."""
-        return self._overlapped_step(plan) if self.overlap else self._normal_step(plan)
+        with self.streams.serving():
+            return self._overlapped_step(plan) if self.overlap else self._normal_step(plan)
 
     def _normal_step(self, plan: StepPlan) -> list[TokenEvent]:
         chunks = self.scheduler.schedule()

@@ -10,7 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from clif.engine.jobs import WAIT, Job, Slice
 
@@ -18,7 +18,12 @@ log = logging.getLogger(__name__)
 
 
 class SliceThread(Protocol):
-    """Computes one slice at a time while serving goes on."""
+    """Computes one slice at a time while serving goes on: on a thread of the host, or on a stream of the device.
+
+    always: also while nothing is served.
+    """
+
+    always: ClassVar[bool]
 
     def start(self, work: Callable[[], Any]) -> None: ...
 
@@ -51,6 +56,11 @@ class JobQueue:
     def under_way(self) -> bool:
         """Whether a slice runs on the thread."""
         return self._under_way is not None
+
+    @property
+    def always_started(self) -> bool:
+        """Whether slices are started on the thread also while nothing is served."""
+        return self.thread is not None and self.thread.always
 
     @property
     def ready(self) -> bool:

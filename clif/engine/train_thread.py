@@ -9,13 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 
 class TrainThread:
     """threads: CPU threads of this rank, of which a slice takes half and leaves the rest to serving."""
+
+    always: ClassVar[bool] = False
 
     def __init__(self, threads: int) -> None:
         self.threads, self._share = threads, max(1, threads // 2)

@@ -54,8 +54,8 @@ class TrainingHalf:
 
     @property
     def _under_way(self) -> int:
-        """Slices that the device has been given and has not done."""
-        return sum(not timed.timing.done() for timed in self._timed)
+        """Slices between steps that the device has been given and has not done."""
+        return sum(timed.piece is not None and not timed.timing.done() for timed in self._timed)
 
     def collect(self) -> bool:
         """Take what the thread has finished. Returns whether there is a slice to plan."""
@@ -92,7 +92,8 @@ class TrainingHalf:
     def begin(self, plan: StepPlan) -> StepRecord:
         """The record of a step with this plan: passes that began, and the slice that the thread has finished."""
         record = StepRecord(slack=plan.slack)
-        if self._packing is not None:
+        if self._packing is not None and not self.jobs.always_started:
+            # Otherwise no step waits for it.
             self._timed.append(Timed(self._packing, None, 0, plan.slack is not None))
         self._packing, self._had_slice = None, False
         self.note_done(record)
@@ -135,7 +136,7 @@ class TrainingHalf:
         return piece if plan.fuse and piece is self._planned else None
 
     def _carry_out(self, piece: Slice, plan: StepPlan, record: StepRecord, clock: Clock) -> None:
-        if plan.concurrent:
+        if plan.concurrent or self.jobs.always_started:
             self.jobs.start(plan.units)
         elif plan.whole_step:
             self._finish_step(piece, plan, record, clock)

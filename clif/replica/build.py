@@ -18,6 +18,7 @@ from clif.distributed.roles import role_of
 from clif.distributed.topology import Topology
 from clif.engine.base import Base
 from clif.engine.build import build_engine
+from clif.engine.engine import Engine
 from clif.replica.records import RankRecords
 from clif.replica.replica import Replica
 from clif.tokenizer import ChatTokenizer
@@ -96,6 +97,22 @@ def build_replica(
 ) -> Replica:
     """All parts of one rank except its loop; with run.resume from the checkpoints. steps: steps that it took before."""
     engine = build_engine(config, base, topology.tp_group)
+    with engine.streams.training():
+        return _around_engine(config, topology, base, data, run_dir, records, send, steps, engine)
+
+
+def _around_engine(
+    config: Config,
+    topology: Topology,
+    base: Base,
+    data: ReplicaData,
+    run_dir: Path,
+    records: RankRecords,
+    send: Callable[[Up], None],
+    steps: int,
+    engine: Engine,
+) -> Replica:
+    """Everything that trains, and the replica."""
     bank, slots = base.bank, engine.scheduler.slots
     runner = TrainRunner(engine.runner)
     if data.train:

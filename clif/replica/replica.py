@@ -81,12 +81,14 @@ class Replica:
 
         payloads: encoded messages that the leader received; None on its peers, which get them with the plan.
         """
-        inbox, plan = self._agree(payloads)
-        for order in inbox:
-            self._orders[type(order)](order)
-        self._learn(plan)
-        self._send(self.engine.serve(plan))
-        self._account()
+        # Orders change what jobs compute with: like these they belong to training. Serving steps leave the context.
+        with self.engine.streams.training():
+            inbox, plan = self._agree(payloads)
+            for order in inbox:
+                self._orders[type(order)](order)
+            self._learn(plan)
+            self._send(self.engine.serve(plan))
+            self._account()
 
     def _agree(self, payloads: list[bytes] | None) -> tuple[list[m.Down], StepPlan]:
         """The same messages and the same plan on all ranks of the replica. Collective: one message from the leader."""

@@ -20,6 +20,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from clif.engine.streams import Context, same_stream
 from clif.errors import InputError
 from clif.storage.disk_space import Room
 
@@ -88,12 +89,15 @@ class CheckpointWriter:
             raise error
 
     def _start(self, checkpoint: Checkpoint, path: Path) -> None:
-        self._thread = threading.Thread(target=self._write, args=(checkpoint, path), name="checkpoint")
+        stream = same_stream(checkpoint.trainer["shadow"])
+        self._thread = threading.Thread(target=self._write, args=(checkpoint, path, stream), name="checkpoint")
         self._thread.start()
 
-    def _write(self, checkpoint: Checkpoint, path: Path) -> None:
+    def _write(self, checkpoint: Checkpoint, path: Path, stream: Context) -> None:
+        """stream: where the checkpoint's tensors are computed."""
         try:
-            Room(path).repeat(partial(_replace, checkpoint, path))
+            with stream:
+                Room(path).repeat(partial(_replace, checkpoint, path))
         except Exception as error:  # noqa: BLE001 - a thread cannot raise: wait() does, in the loop's thread
             self._error = error
 

@@ -15,6 +15,8 @@ from clif.engine.job_queue import JobQueue
 from clif.engine.jobs import Job, Slice, SliceKind
 from clif.engine.scheduler import Scheduler, Sequence
 from clif.engine.step_record import StepRecord
+from clif.engine.streams import OneStream
+from clif.engine.train_stream import TrainStream
 from clif.engine.training_half import TrainingHalf
 from clif.replica.records import RankRecords
 from clif.training.trainer import StepResult
@@ -138,6 +140,44 @@ def test_a_request_that_arrives_while_a_slice_is_under_way_may_have_waited_for_i
     device.do()
     step(made)
     assert not made.holds_up
+
+
+def on_a_stream(*kinds: SliceKind):
+    """The same with a stream for slices of their own."""
+    made, device, done = half(*kinds, mode="concurrent")
+    made.jobs.thread = TrainStream(OneStream(), device)
+    return made, device, done
+
+
+@pytest.mark.parametrize("serving", [False, True])
+def test_a_slice_on_its_own_stream_is_noted_once_it_is_done_and_no_step_is_longer_for_it(serving):
+    made, device, done = on_a_stream(SliceKind.FORWARD, SliceKind.BACKWARD)
+    for _ in range(3):
+        record = step(made, serving)
+        assert done == [4] and made.jobs.under_way and not record.train_s and not made.holds_up
+    device.do()
+    record = step(made, serving)
+    assert done == [4, 4] and made.jobs.under_way
+    assert (record.train_kind, record.train_s, record.gap_s) == ("forward", SECONDS, 0.0)
+
+
+def test_an_error_of_a_launch_is_the_jobs_and_not_the_steps_that_run_beside_it():
+    made, device, _ = on_a_stream()
+
+    def fail(units):
+        raise RuntimeError("out of memory")
+
+    def work():
+        yield Slice(SliceKind.FORWARD, 10, 4, fail, least=4)
+
+    made.jobs.append(Job("round", work()))
+    step(made, serving=True)
+    assert made.jobs.under_way
+    device.do()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step(made, serving=True)
+    made.jobs.drop("round")
+    assert not made.jobs and not made.jobs.under_way
 
 
 def test_a_time_slice_is_charged_when_its_seconds_are_known():
