@@ -63,7 +63,8 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
         if expected is not None and shared:
             # Before it is sharded: shards are rounded before they are added, which is no fault of the architecture.
             compare(CausalStack(loaded.model), expected)
-        stack = CausalStack(loaded.model, tp_group, choose_ops(loaded.device, loaded.dtype))
+        ops = choose_ops(loaded.device, loaded.dtype, max(config.model.max_context, PROBE))
+        stack = CausalStack(loaded.model, tp_group, ops)
         stack.varlen = choose_varlen(loaded.device, loaded.dtype, stack.head_dim)
         # The same first A on every replica: FedAvg averages factors, which makes sense from a common start only.
         torch.manual_seed(config.run.seed)

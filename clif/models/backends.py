@@ -134,7 +134,7 @@ def _varlen_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
 
 
-def choose_ops(device: torch.device, dtype: torch.dtype) -> LayerOps:
+def choose_ops(device: torch.device, dtype: torch.dtype, max_context: int) -> LayerOps:
     """What layers compute between their products with: Triton kernels on a GPU that can run them, torch otherwise."""
     if device.type != "cuda" or _obstacle(device, dtype, 1) is not None:
         log.info("norms, rotation and gates of layers: torch")
@@ -142,7 +142,7 @@ def choose_ops(device: torch.device, dtype: torch.dtype) -> LayerOps:
     from clif.models.triton_ops import TritonOps
 
     log.info("norms, rotation and gates of layers: Triton kernels")
-    return TritonOps()
+    return TritonOps(max_context)
 
 
 def assert_supported(field: str, device: torch.device, dtype: torch.dtype, r: int = 1) -> None:

@@ -18,6 +18,8 @@ from torch import nn
 from clif.kernels.elementwise_reference import SwiGLU, rotate, rotate_heads, write_rows
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
+BEYOND = 256
+"""Positions from max_context on that a table of angles has rows for."""
 
 
 class CacheRows(NamedTuple):
@@ -57,6 +59,14 @@ class HeadLayout:
     norms: tuple[Any, Any] | None
 
 
+class Angles(Protocol):
+    """The rotary embedding of a model."""
+
+    def __call__(self, positions: torch.Tensor) -> Rope:
+        """positions: [rows], each below model.max_context."""
+        ...
+
+
 class Norm(Protocol):
     """A norm, and the residual add before it."""
 
@@ -77,7 +87,11 @@ class Rotary(Protocol):
 
 
 class LayerOps(Protocol):
-    """Makes the parts of a layer for one type of device."""
+    """Makes the parts of a layer, and the angles of all, for one type of device."""
+
+    def angles(self, rotary: Any, like: torch.Tensor) -> Angles:
+        """rotary: transformers' rotary embedding; like: of the type and on the device that are wanted."""
+        ...
 
     def norm(self, module: Any) -> Norm:
         """module: transformers' norm."""
@@ -93,6 +107,9 @@ class LayerOps(Protocol):
 class TorchOps:
     """Every part by torch's operators, on any device."""
 
+    def angles(self, rotary: Any, like: torch.Tensor) -> Angles:
+        return TorchAngles(rotary, like)
+
     def norm(self, module: Any) -> Norm:
         return TorchNorm(module)
 
@@ -101,6 +118,37 @@ class TorchOps:
 
     def gate(self, activation: Activation) -> Activation:
         return TorchGate(activation)
+
+
+@dataclass(frozen=True, eq=False)
+class TorchAngles:
+    """Angles as the model's own rotary embedding computes them."""
+
+    rotary: Any
+    like: torch.Tensor
+
+    def __call__(self, positions: torch.Tensor) -> Rope:
+        cos, sin = (t[0].unsqueeze(1) for t in self.rotary(self.like, positions.unsqueeze(0)))
+        half = sin.shape[-1] // 2
+        return Rope(cos, torch.cat((-sin[..., :half], sin[..., half:]), -1))
+
+
+class AngleTable:
+    """The same, computed beforehand for all positions below max_context: one look-up for each batch.
+
+    They depend on the position alone, which is what limits max_context. Rows that only pad, and those of a token that
+    no answer has, may stand a little beyond.
+    """
+
+    def __init__(self, angles: TorchAngles, max_context: int) -> None:
+        positions = torch.arange(max_context, device=angles.like.device)
+        rope = angles(positions)
+        table = torch.cat((rope.cos, rope.sin), 1)
+        self._table = torch.cat((table, table[-1:].expand(BEYOND, -1, -1)))
+
+    def __call__(self, positions: torch.Tensor) -> Rope:
+        chosen = self._table.index_select(0, positions)
+        return Rope(chosen[:, :1], chosen[:, 1:])
 
 
 @dataclass(frozen=True)

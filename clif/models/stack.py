@@ -14,7 +14,7 @@ from clif.models.causal import CausalSequences
 from clif.models.dual_linear import DualLinear, LoraRows
 from clif.models.head import Head
 from clif.models.layer import AttentionPlan, DecoderLayer, SubBatch
-from clif.models.layer_ops import LayerOps, Rope, TorchOps
+from clif.models.layer_ops import LayerOps, TorchOps
 from clif.models.spec import ModelSpec, spec_of
 from clif.models.varlen import SequenceSpans, Varlen, VarlenSequences
 
@@ -46,6 +46,7 @@ class CausalStack:
             DecoderLayer(m, f"{spec.layers}.{i}", i, spec.layer, tp_group, ops) for i, m in enumerate(inner.layers)
         ]
         self._norm = ops.norm(inner.norm)
+        self._angles = ops.angles(inner.rotary_emb, inner.embed_tokens.weight)
         head: Any = model.get_output_embeddings()
         self.head = Head(head, self.vocab_size, head.weight is inner.embed_tokens.weight, tp_group)
 
@@ -60,15 +61,13 @@ class CausalStack:
 
     def sub_batch(self, rows: LoraRows, positions: torch.Tensor, plan: AttentionPlan) -> SubBatch:
         """Rows of one kind at positions [rows]."""
-        like = self._inner.embed_tokens.weight
-        cos, sin = (t[0].unsqueeze(1) for t in self._inner.rotary_emb(like, positions.unsqueeze(0)))
-        if cos.shape[-1] != self.head_dim:
+        rope = self._angles(positions)
+        if rope.cos.shape[-1] != self.head_dim:
             raise ConfigError(
-                f"{type(self.model).__name__} turns {cos.shape[-1]} of the {self.head_dim} numbers of a head "
+                f"{type(self.model).__name__} turns {rope.cos.shape[-1]} of the {self.head_dim} numbers of a head "
                 "(partial rotary embedding), which is not supported: choose another model"
             )
-        half = self.head_dim // 2
-        return SubBatch(rows, Rope(cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)), plan)
+        return SubBatch(rows, rope, plan)
 
     def sequences(self, lengths: Sequence[int]) -> AttentionPlan:
         """The plan of packed rows that attend within their sequences. Does not wait for the device."""

@@ -23,11 +23,14 @@ from clif.kernels.elementwise_host import (
 from clif.kernels.elementwise_reference import rms_norm
 from clif.models.layer_ops import (
     Activation,
+    Angles,
+    AngleTable,
     CacheRows,
     HeadLayout,
     Norm,
     Rope,
     Rotary,
+    TorchAngles,
     TorchGate,
     TorchNorm,
     TorchRotary,
@@ -37,6 +40,13 @@ from clif.models.layer_ops import (
 
 class TritonOps:
     """Parts that the kernels compute; torch's for modules that are no plain RMSNorm, and other gates than silu's."""
+
+    def __init__(self, max_context: int) -> None:
+        """max_context: the positions that there are."""
+        self._max_context = max_context
+
+    def angles(self, rotary: Any, like: torch.Tensor) -> Angles:
+        return AngleTable(TorchAngles(rotary, like), self._max_context)
 
     def norm(self, module: Any) -> Norm:
         plain = as_rms_norm(module)

@@ -109,7 +109,7 @@ def test_an_engine_with_the_kernels_gives_torch_s_tokens_loss_and_gradient(
     tiny_config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = []
-    for ops in (TorchOps(), TritonOps()):
+    for ops in (TorchOps(), TritonOps(256)):
         monkeypatch.setattr("clif.engine.base.choose_ops", lambda *_, ops=ops: ops)
         runs.append(serve_and_train(make_rig(f"random:{tiny_config}", device=DEVICE)))
     (tokens, loss, grad), (found, found_loss, found_grad) = runs

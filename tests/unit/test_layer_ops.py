@@ -45,7 +45,7 @@ DECODE_KERNELS = 12
 def bases(two_layers: Path) -> dict[str, Base]:
     """One model with either kind of parts; each test has engines of its own on them."""
     config = small_config(f"random:{two_layers}")
-    return {"torch": base_with(TorchOps(), config), "triton": base_with(TritonOps(), config)}
+    return {"torch": base_with(TorchOps(), config), "triton": base_with(TritonOps(256), config)}
 
 
 def base_with(ops: LayerOps, config: Config) -> Base:
@@ -66,11 +66,11 @@ def rig_on(base: Base, **engine: Any) -> Rig:
 def test_on_a_gpu_that_can_run_it_and_nowhere_else_layers_use_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, capability = torch.device("cuda"), (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert isinstance(choose_ops(gpu, torch.bfloat16), TritonOps)
-    assert isinstance(choose_ops(gpu, torch.float64), TorchOps)
-    assert isinstance(choose_ops(CPU, torch.float32), TorchOps)
+    assert isinstance(choose_ops(gpu, torch.bfloat16, 64), TritonOps)
+    assert isinstance(choose_ops(gpu, torch.float64, 64), TorchOps)
+    assert isinstance(choose_ops(CPU, torch.float32, 64), TorchOps)
     capability = (7, 5)
-    assert isinstance(choose_ops(gpu, torch.bfloat16), TorchOps)
+    assert isinstance(choose_ops(gpu, torch.bfloat16, 64), TorchOps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -79,20 +79,20 @@ def test_a_norm_is_computed_by_the_kernel_if_it_is_rms_norm_whatever_its_name_is
     plain.weight.data.normal_(1, 0.3, generator=torch.Generator().manual_seed(0))
     weight, eps = as_rms_norm(plain) or (None, None)
     assert eps == 1e-5 and weight is not None and torch.equal(weight, plain.weight)
-    assert isinstance(TritonOps().norm(plain), TritonNorm)
+    assert isinstance(TritonOps(256).norm(plain), TritonNorm)
     wrong_eps = Qwen3RMSNorm(64, eps=1e-5).to(dtype)
     wrong_eps.forward = lambda x: Qwen3RMSNorm.forward(plain, x)
     wrong_eps.weight, wrong_eps.variance_epsilon = plain.weight, 1e-3
     for other in (GemmaRMSNorm(64).to(dtype), nn.LayerNorm(64, dtype=dtype), nn.Identity(), wrong_eps):
-        assert isinstance(TritonOps().norm(other), TorchNorm)
-        rotary = TritonOps().rotary(HeadLayout(2, 1, 64, (plain, other)))
+        assert isinstance(TritonOps(256).norm(other), TorchNorm)
+        rotary = TritonOps(256).rotary(HeadLayout(2, 1, 64, (plain, other)))
         assert isinstance(rotary, TorchRotary)
-    assert isinstance(TritonOps().rotary(HeadLayout(2, 1, 64, (plain, plain))), TritonRotary)
+    assert isinstance(TritonOps(256).rotary(HeadLayout(2, 1, 64, (plain, plain))), TritonRotary)
 
 
 def test_gates_other_than_silu_s_are_torch_s() -> None:
-    assert TritonOps().gate(nn.SiLU()) is triton_gate
-    assert isinstance(TritonOps().gate(nn.GELU()), TorchGate)
+    assert TritonOps(256).gate(nn.SiLU()) is triton_gate
+    assert isinstance(TritonOps(256).gate(nn.GELU()), TorchGate)
 
 
 # --- a layer, forward and backward
@@ -125,10 +125,19 @@ def test_layers_compute_what_torch_s_do_forward_and_backward(
         norms = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 10}
         (tmp_path / "config.json").write_text(json.dumps(json.loads(two_layers.read_text()) | norms))
         config = small_config(f"random:{tmp_path / 'config.json'}")
-        bases = {"torch": base_with(TorchOps(), config), "triton": base_with(TritonOps(), config)}
+        bases = {"torch": base_with(TorchOps(), config), "triton": base_with(TritonOps(256), config)}
     for found, expected in zip(layer_run(bases["triton"]), layer_run(bases["torch"]), strict=True):
         assert expected.norm() > 0
         assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_angles_are_those_of_the_model_bit_for_bit_and_one_launch(bases: dict[str, Base]) -> None:
+    positions = torch.tensor([0, 255, 7, 7, 100])
+    torchs, table = (base.stack.sub_batch(LoraRows(5), positions, OneKernelPlan()).rope for base in bases.values())
+    assert torch.equal(table.cos, torchs.cos) and torch.equal(table.sin, torchs.sin)
+    with counted_kernels() as names:
+        beyond = bases["triton"].stack.sub_batch(LoraRows(1), torch.tensor([260]), OneKernelPlan())
+    assert names == ["index_select"] and beyond.rope.cos.isfinite().all()
 
 
 # --- an engine
@@ -235,7 +244,7 @@ class OneKernelPlan:
 
 def test_a_layer_of_rows_that_learn_is_nine_kernels_and_a_sum_forward_and_nine_backward(bases: dict[str, Base]) -> None:
     """Besides LoRA: a stack without adapters carries the gradient down."""
-    stack = CausalStack(bases["triton"].loaded.model.requires_grad_(False), ops=TritonOps())
+    stack = CausalStack(bases["triton"].loaded.model.requires_grad_(False), ops=TritonOps(256))
     rows = stack.sub_batch(LoraRows(3, learns=True), torch.arange(3), OneKernelPlan())
     hidden = torch.randn(3, stack.spec.hidden_size, requires_grad=True)
     with counted_kernels() as forward:
