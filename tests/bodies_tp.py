@@ -209,6 +209,7 @@ def agreements(topology: Topology) -> dict[str, Any]:
         "sum": tp_group.all_reduce_(torch.tensor([1.0 + rank], device=device)).tolist(),
         "leader": tp_group.broadcast_ints([rank * 7 + 1, -2]),
         "every": (tp_group.all_true(True), tp_group.all_true(rank != 1)),
+        "least": tp_group.least(abs(10 * rank - 10) + 3),
         "gather": [t.tolist() for t in tp_group.all_gather(torch.tensor([rank], device=device))],
         "ranks": (rank, tp_group.size),
     }

@@ -55,8 +55,11 @@ class AdapterConfig(Section):
 class EngineConfig(Section):
     max_batch: Annotated[int, Field(gt=0, le=65536)] = 16
     """[requests] Requests that run at the same time in a replica."""
-    kv_tokens: Positive = 8192
-    """[tokens] KV cache of a replica. A multiple of `block_size`."""
+    kv_tokens: Positive | Literal["auto"] = 8192
+    """[tokens] KV cache of a replica. A multiple of `block_size`. `auto`: what is free once model, training, the
+    largest step and captured steps have their memory, less 5 %; on a CPU half of the host's free memory, shared by its
+    ranks. Never more than `max_batch` requests of full length fill; a start that leaves less than `model.max_context`
+    is refused."""
     block_size: Positive = 16
     """[tokens] Size of a KV block."""
     prefix_reuse: bool = True
@@ -96,9 +99,23 @@ class EngineConfig(Section):
     eval_tokens: Positive = 256
     """[tokens] Tokens of one held-out forward."""
 
+    @property
+    def num_kv_tokens(self) -> int:
+        """Size of the KV cache in tokens. Only a replica knows it for `auto`: resolve_kv_tokens() puts it in."""
+        assert self.kv_tokens != "auto", "engine.kv_tokens is auto: it was not resolved"
+        return self.kv_tokens
+
+    @field_validator("kv_tokens", mode="before")
+    @classmethod
+    def _tokens_or_auto(cls, tokens: object) -> object:
+        """Raise one sentence instead of one for each type."""
+        if tokens == "auto" or (isinstance(tokens, int) and not isinstance(tokens, bool) and tokens > 0):
+            return tokens
+        raise ValueError(f"kv_tokens is {repr(tokens)[:60]}: it must be a whole number above 0, or auto")
+
     @model_validator(mode="after")
     def _blocks(self) -> EngineConfig:
-        if self.kv_tokens % self.block_size:
+        if self.kv_tokens != "auto" and self.kv_tokens % self.block_size:
             raise ValueError(
                 f"engine.kv_tokens {self.kv_tokens} is not a multiple of engine.block_size {self.block_size}"
             )

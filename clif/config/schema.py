@@ -114,7 +114,7 @@ class Config(Section):
             raise ValueError(f"load.trace.path {self.load.trace.path} does not exist: correct it")
         self._check_mode()
         self._check_training()
-        if self.model.max_context > self.engine.kv_tokens:
+        if self.model.max_context > self.kv_tokens_bound:
             raise ValueError(
                 f"model.max_context {self.model.max_context} does not fit engine.kv_tokens {self.engine.kv_tokens}: "
                 "one request of full length must fit the KV cache"
@@ -145,6 +145,14 @@ class Config(Section):
                 f"train.micro_batch {train.micro_batch} exceeds train.max_micro_batch {train.max_micro_batch}: raise "
                 "the latter"
             )
+
+    @property
+    def kv_tokens_bound(self) -> int:
+        """The most tokens of a replica's KV cache: for engine.kv_tokens auto, what requests of full length fill."""
+        engine, size = self.engine, self.engine.block_size
+        if engine.kv_tokens != "auto":
+            return engine.kv_tokens
+        return engine.max_batch * -(-self.model.max_context // size) * size
 
     @property
     def run_dir(self) -> Path:

@@ -88,7 +88,7 @@ def size_objection(hello: wire.Hello, config: Config) -> str:
     """A replica has the configured sizes or smaller ones."""
     sizes = (
         ("max_batch", hello.max_batch, config.engine.max_batch),
-        ("kv_tokens", hello.kv_tokens, config.engine.kv_tokens),
+        ("kv_tokens", hello.kv_tokens, config.kv_tokens_bound),
         ("max_context", hello.max_context, config.model.max_context),
     )
     too_much = [f"{name} {claimed}, the run has {given}" for name, claimed, given in sizes if claimed > given]

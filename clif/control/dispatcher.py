@@ -96,7 +96,7 @@ class Dispatcher:
     """
 
     def __init__(self, config: Config, send: Send, hooks: Hooks) -> None:
-        self.context_limit = min(config.model.max_context, config.engine.kv_tokens)
+        self.context_limit = min(config.model.max_context, config.kv_tokens_bound)
         self.ignored_events = 0
         self._config = config
         self._send = send

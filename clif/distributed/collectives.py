@@ -333,6 +333,15 @@ class TpGroup:
         self._wait(self._control.allreduce([missing]), self._control)
         return int(missing) == 0
 
+    def least(self, value: int) -> int:
+        """The smallest of the ranks' values; over the control group."""
+        if self._control is None:
+            return value
+        values = torch.zeros(self.size, dtype=torch.int64)
+        values[self.rank] = value
+        self._wait(self._control.allreduce([values]), self._control)
+        return int(values.min())
+
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """The tensors of all ranks, in their order; all have the same shape."""
         if self._group is None:

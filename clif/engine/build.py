@@ -21,6 +21,7 @@ from clif.engine.coserving.time_slice import TimeSlice
 from clif.engine.cost_model import CostModel
 from clif.engine.engine import Engine
 from clif.engine.job_queue import JobQueue, SliceThread
+from clif.engine.kv_size import resolve_kv_tokens
 from clif.engine.runner import ModelRunner
 from clif.engine.scheduler import Scheduler
 from clif.engine.stopwatch import choose_stopwatch
@@ -45,13 +46,15 @@ def load_engine(config: Config, loaded: LoadedModel | None, tp_group: TpGroup | 
     """An engine on a base of its own. Collective over the group. See Engine.from_config."""
     if loaded is None:
         loaded = load_model(config.model, choose_device(config.model.device, 0), config.run.seed, tp_group)
-    return build_engine(config, build_base(config, loaded, tp_group), tp_group)
+    base, tp_group = build_base(config, loaded, tp_group), tp_group or TpGroup()
+    return build_engine(resolve_kv_tokens(config, base, tp_group), base, tp_group)
 
 
 def build_engine(config: Config, base: Base, tp_group: TpGroup | None = None) -> Engine:
     """An engine with its own KV cache, slots and scheduler, on an existing base.
 
-    Raises ConfigError for a co-serving mode that cannot be used.
+    config: with a number as engine.kv_tokens, see resolve_kv_tokens(). Raises ConfigError for a co-serving mode that
+    cannot be used.
     """
     tp_group, tokenizer, threads = tp_group or TpGroup(), base.loaded.tokenizer, torch.get_num_threads()
     device = base.loaded.device

@@ -103,18 +103,21 @@ class CudaRecorder:
         return CudaGraph(graph, result)
 
 
-def choose_recorder(config: EngineConfig, device: torch.device, tp_size: int, kernel: bool) -> Recorder | None:
-    """Captures the steps of a replica; None: none are captured. kernel: decode rows have the Triton kernel."""
-    why = None
+def why_not_captured(config: EngineConfig, device: torch.device, tp_size: int, kernel: bool) -> str:
+    """Why the steps of a replica are not captured; empty: they are. kernel: decode rows have the Triton kernel."""
     if config.graphs == "off":
-        why = "engine.graphs is off"
-    elif device.type != "cuda":
-        why = f"a {device.type} has none"
-    elif tp_size > 1:
-        why = "several ranks share the model"
-    elif not kernel:
-        why = "attention to the cache needs the Triton kernel, see engine.decode_kernel"
-    if why is not None:
+        return "engine.graphs is off"
+    if device.type != "cuda":
+        return f"a {device.type} has none"
+    if tp_size > 1:
+        return "several ranks share the model"
+    return "" if kernel else "attention to the cache needs the Triton kernel, see engine.decode_kernel"
+
+
+def choose_recorder(config: EngineConfig, device: torch.device, tp_size: int, kernel: bool) -> Recorder | None:
+    """Captures the steps of a replica; None: none are captured. See why_not_captured."""
+    why = why_not_captured(config, device, tp_size, kernel)
+    if why:
         log.info("no CUDA graphs: %s", why)
         return None
     return CudaRecorder(torch.cuda.Stream(device, priority=HIGH))

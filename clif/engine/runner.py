@@ -41,7 +41,7 @@ class ModelRunner:
     ) -> None:
         self.stack, self.bank, self.config, self.device = stack, bank, config, device
         # A spare block behind those of the sequences, for rows of padding.
-        tokens = config.kv_tokens + config.block_size
+        tokens = config.num_kv_tokens + config.block_size
         self.cache = KVCache(stack.num_layers, tokens, stack.num_kv_heads, stack.head_dim, dtype, device)
         self.paged = paged
         self.graphs: DecodeGraphs | None = None
@@ -52,7 +52,7 @@ class ModelRunner:
     def capture(self, recorder: Recorder, max_context: int) -> DecodeGraphs:
         """Capture the steps in which all rows continue an answer, of contexts up to this length."""
         block, bank = self.config.block_size, self.bank
-        spare, max_blocks = self.config.kv_tokens // block, -(-max_context // block)
+        spare, max_blocks = self.config.num_kv_tokens // block, -(-max_context // block)
         slots = bank.config.serving_slots + 1
         buffers = DecodeBuffers(self.config.max_batch, max_blocks, block, spare, slots, self.device)
         self.graphs = DecodeGraphs(self.compute, buffers, recorder)

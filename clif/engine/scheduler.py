@@ -90,7 +90,7 @@ class Scheduler:
     ) -> None:
         self.config, self.slots = config, slots
         self.max_batch = config.max_batch
-        self.pool = BlockPool(config.kv_tokens, config.block_size)
+        self.pool = BlockPool(config.num_kv_tokens, config.block_size)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = self.reused_tokens = 0
@@ -104,8 +104,8 @@ class Scheduler:
         output_ids, version: what another replica has answered so far, and the adapter version that it read. The answer
         continues if that version can be read here as well; otherwise it starts over.
         """
-        if request.max_total_tokens > self.config.kv_tokens:
-            detail = f"needs {request.max_total_tokens} tokens: engine.kv_tokens is {self.config.kv_tokens}"
+        if request.max_total_tokens > self.config.num_kv_tokens:
+            detail = f"needs {request.max_total_tokens} tokens: engine.kv_tokens is {self.config.num_kv_tokens}"
             return TokenEvent(request_id=request.id, finish=FinishReason.REJECTED, detail=detail)
         sequence = Sequence(request, now, list(request.prompt))
         if version is not None and self.slots.holds(version):

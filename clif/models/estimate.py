@@ -77,8 +77,15 @@ def dtype_of(config: Config, device: Device) -> str:
 
 
 def estimate(config: Config, spec: ModelSpec, tp_size: int, device: Device) -> Memory:
-    """Bytes of a rank of a replica of tp_size ranks, which share linear layers, KV heads and the output head."""
-    dtype = dtype_of(config, device)
+    """Bytes of a rank of a replica of tp_size ranks, which share linear layers, KV heads and the output head.
+
+    engine.kv_tokens auto counts as one request of full length, the least with which a replica starts.
+    """
+    dtype, kv_tokens = dtype_of(config, device), config.engine.kv_tokens
+    if kv_tokens == "auto":
+        kv_tokens = config.model.max_context
+    # A spare block, for rows of padding.
+    kv_tokens += config.engine.block_size
     linears = spec.num_layers * sum(sum(_rows(g, tp_size)) * _width(g, tp_size) for g in spec.layer.linears)
     # The largest share. Where it is tied, it is a view of the embedding.
     head = -(-spec.vocab_size // tp_size) * spec.hidden_size
@@ -92,12 +99,7 @@ def estimate(config: Config, spec: ModelSpec, tp_size: int, device: Device) -> M
     return Memory(
         weights=BYTES[dtype] * (linears + rest),
         prepacked_weights=BYTES[dtype] * (linears + head) if prepacked else 0,
-        kv_cache=BYTES[dtype]
-        * spec.num_layers
-        * 2
-        * kv_heads
-        * spec.layer.attention.head_dim
-        * config.engine.kv_tokens,
+        kv_cache=BYTES[dtype] * spec.num_layers * 2 * kv_heads * spec.layer.attention.head_dim * kv_tokens,
         # One more than serve: the shadow, rounded to the dtype of the base.
         adapter_slots=BYTES[dtype] * slot * (config.adapter.serving_slots + 1),
         shadow=MASTER * shadow,

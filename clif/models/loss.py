@@ -9,6 +9,16 @@ import torch
 
 from clif.models.head import Head
 
+PIECE_ROWS = {"cpu": 64, "cuda": 1024}
+"""Rows whose logits are held at a time, by type of device. With a large vocabulary the logits are the largest tensor
+there is (1.3 GB for 1,024 rows of 128k, with softmax and gradient). Every piece reads the whole head: on a GPU fewer
+rows take as long."""
+
+
+def head_bytes(device: torch.device, columns: int, itemsize: int) -> int:
+    """Memory of one piece, with this rank's columns: logits and gradient in the model's dtype, softmax in float32."""
+    return PIECE_ROWS[device.type] * columns * (2 * itemsize + torch.float32.itemsize)
+
 
 def head_loss(
     head: Head, normed: torch.Tensor, targets: torch.Tensor, divisor: float | None = None

@@ -54,8 +54,14 @@ def memory_lines(config: Config, layout: Layout, device: Device, room: Room | No
         yield f"memory of a rank{share}, {dtype_of(config, device)} on {where}: about {_mib(memory.total)}"
         for name, size in asdict(memory).items():
             if size:
-                yield f"  {name.replace('_', ' '):<18}{_mib(size):>12}"
+                yield f"  {name.replace('_', ' '):<18}{_mib(size):>12}{_at_least(name, config)}"
         yield _fits(memory.total, device, room)
+
+
+def _at_least(name: str, config: Config) -> str:
+    if name != "kv_cache" or config.engine.kv_tokens != "auto":
+        return ""
+    return f"  at least: engine.kv_tokens auto takes what is left, for {config.kv_tokens_bound} tokens at most"
 
 
 def _fits(size: int, device: Device, room: Room | None) -> str:

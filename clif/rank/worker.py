@@ -18,6 +18,7 @@ from clif.distributed.launch_env import TORCHRUN, RankEnv, restarts_left
 from clif.distributed.rendezvous import fewest_restarts
 from clif.distributed.topology import Topology, make_topology
 from clif.engine.base import Base, build_base
+from clif.engine.kv_size import resolve_kv_tokens
 from clif.exit_report import last_words
 from clif.metrics.provenance import provenance
 from clif.models.weights.files import is_gguf
@@ -129,6 +130,8 @@ def _serve(
 
     records = RankRecords(run_dir, topology.env.rank, config.metrics, provenance(config), _gpu(topology.device))
     base = build_base(config, loaded, topology.tp_group)
+    # Once for all incarnations, whose caches are then as large.
+    config = resolve_kv_tokens(config, base, topology.tp_group, topology.env.local_world_size)
     data = load_data(config, loaded.tokenizer, topology.replica, len(topology.layout.replicas))
 
     def build(incarnation: int, steps: int) -> Replica:
@@ -196,7 +199,7 @@ def _hello(config: Config, topology: Topology, replica: Replica, base: Base, loa
         host=socket.gethostname(),
         pid=os.getpid(),
         max_batch=config.engine.max_batch,
-        kv_tokens=config.engine.kv_tokens,
+        kv_tokens=replica.engine.config.num_kv_tokens,
         max_context=config.model.max_context,
         vocabulary=base.stack.vocab_size,
         adapter=describe(base.bank.shapes()),

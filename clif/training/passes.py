@@ -18,7 +18,7 @@ from clif.kernels.dual_lora_reference import Segment
 from clif.kernels.staging import send_ints
 from clif.models.causal import SAVED_LENGTH
 from clif.models.dual_linear import LoraRows
-from clif.models.loss import head_loss
+from clif.models.loss import PIECE_ROWS, head_loss
 from clif.models.stack import CausalStack
 from clif.types import TrainSample
 
@@ -34,9 +34,11 @@ class HeadPieces:
     least: int
 
 
-HEAD_PIECES = {"cpu": HeadPieces(rows=64, unit=1, least=16), "cuda": HeadPieces(rows=1024, unit=1024, least=1)}
-"""By type of device. With a large vocabulary the logits are the largest tensor there is (1.3 GB for 1,024 rows of 128k,
-with softmax and gradient). Every piece reads the whole head: on a GPU fewer rows take as long."""
+HEAD_PIECES = {
+    "cpu": HeadPieces(rows=PIECE_ROWS["cpu"], unit=1, least=16),
+    "cuda": HeadPieces(rows=PIECE_ROWS["cuda"], unit=PIECE_ROWS["cuda"], least=1),
+}
+"""By type of device."""
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,7 @@ def test_peers_agree_on_what_the_leader_says():
             "sum": [6.0],
             "leader": [1, -2],
             "every": (True, False),
+            "least": 3,
             "gather": [[0], [1], [2]],
             "ranks": (rank, 3),
         }
@@ -170,7 +171,9 @@ def test_a_member_that_hangs_in_a_round_is_named_after_a_timeout():
 
 def test_rank_alone_agrees_with_itself():
     (found,) = run_ranks(1, bodies_tp.agreements)
-    assert found["sum"] == [1.0] and found["every"] == (True, True) and found["gather"] == [[0]]
+    assert (
+        found["sum"] == [1.0] and found["least"] == 13 and found["every"] == (True, True) and found["gather"] == [[0]]
+    )
 
 
 def test_a_round_of_replicas_of_two_ranks_averages_part_by_part(model, data, tmp_path: Path):

@@ -71,6 +71,8 @@ def refusal(tree: dict) -> str:
         ({"slo": {"margin": 1.5}}, "slo.margin: Input should be less than or equal to 1 (given: 1.5)"),
         ({"model": {"dtype": "int8"}}, "model.dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
         ({"adapter": {"serving_slots": 1}}, "adapter.serving_slots: Input should be greater than or equal to 2"),
+        ({"engine": {"kv_tokens": "many"}}, "engine.kv_tokens is 'many': it must be a whole number above 0, or auto"),
+        ({"engine": {"kv_tokens": 0}}, "engine.kv_tokens is 0: it must be a whole number above 0, or auto"),
         ({"engine": {"kv_tokens": 8200}}, "engine.kv_tokens 8200 is not a multiple of engine.block_size 16"),
         (
             {"control": {"idle_below": 0.9, "serving_above": 0.9}},

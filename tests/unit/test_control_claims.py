@@ -116,6 +116,9 @@ def test_a_hello_takes_what_the_configuration_gives_or_less(tmp_path: Path) -> N
     assert size_objection(HELLO, config) == ""
     assert "max_batch 17, the run has 16" in size_objection(changed(HELLO, max_batch=17), config)
     assert "kv_tokens 8193, the run has 8192" in size_objection(changed(HELLO, kv_tokens=8193), config)
+    auto = make_config(tmp_path, engine={"kv_tokens": "auto", "max_batch": 4}, model={"max_context": 1000})
+    assert size_objection(changed(HELLO, kv_tokens=4 * 1008), auto) == "", "requests of full length, in whole blocks"
+    assert "kv_tokens 4033, the run has 4032" in size_objection(changed(HELLO, kv_tokens=4033), auto)
 
 
 def test_replicas_of_different_models_are_not_taken_together() -> None:

@@ -75,7 +75,7 @@ def test_llama_8b_has_the_parameters_it_is_named_after():
     path = f"random:{REPO / 'configs/models/llama-8b.json'}"
     memory = estimate(configured(path), read_spec(path), 1, "cpu")
     assert memory.weights == 4 * 8_030_261_248
-    assert memory.kv_cache == 128 * 4 * 32 * 2 * 8 * 128
+    assert memory.kv_cache == (128 + 16) * 4 * 32 * 2 * 8 * 128
 
 
 def test_ranks_of_a_replica_share_linear_layers_head_and_cache_but_hold_the_embedding_whole():
@@ -102,6 +102,15 @@ def test_a_shared_head_is_counted_by_its_largest_slice_and_costs_nothing_where_i
     untied = estimate(config, replace(tied, tied=False), 3, "cpu")
     assert untied.weights == three.weights + 2 * 101 * tied.hidden_size
     assert untied.prepacked_weights == three.prepacked_weights
+
+
+def test_a_cache_that_takes_what_is_left_counts_as_one_request_and_the_dry_run_says_so(tiny_config):
+    whole = configured(f"random:{tiny_config}", engine={"kv_tokens": 64, "activation_mib": 4})
+    auto = configured(f"random:{tiny_config}", engine={"kv_tokens": "auto", "activation_mib": 4, "max_batch": 5})
+    spec = read_spec(auto.model.path)
+    assert estimate(auto, spec, 1, "cpu") == estimate(whole, spec, 1, "cpu"), "model.max_context is 64"
+    (line,) = [line for line in plan_lines(auto, make_layout(1), "cpu") if "kv cache" in line]
+    assert line.endswith("at least: engine.kv_tokens auto takes what is left, for 320 tokens at most")
 
 
 def test_a_run_that_only_serves_needs_nothing_for_training(tiny_config):
