@@ -55,17 +55,23 @@ class Computed:
 
 
 @dataclass
+class TimedBatch:
+    chunks: list[Chunk]
+    captured: None = None
+
+
+@dataclass
 class TimedRunner:
     """Costs what a step of so many rows costs; every token is 1, which ends nothing."""
 
     clock: StepClock
 
-    def fill(self, chunks: list[Chunk]) -> list[Chunk]:
-        return chunks
+    def fill(self, chunks: list[Chunk], fused: bool = False) -> TimedBatch:
+        return TimedBatch(chunks)
 
-    def forward(self, chunks: list[Chunk], fused: object = None) -> Computed:
-        self.clock.spent_s += STEP_S + ROW_S * sum(c.stop - c.start for c in chunks)
-        return Computed([1 for c in chunks if c.needs_sampling])
+    def forward(self, batch: TimedBatch, fused: object = None) -> Computed:
+        self.clock.spent_s += STEP_S + ROW_S * sum(c.stop - c.start for c in batch.chunks)
+        return Computed([1 for c in batch.chunks if c.needs_sampling])
 
 
 @dataclass(frozen=True)
