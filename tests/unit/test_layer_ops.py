@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Rig, answer, finish, random_state, request, small_config
+from helpers import Rig, answer, random_state, request, small_config
 from kernel_count import counted_kernels, whole_launches
 from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
@@ -16,10 +16,11 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from clif.config import Config
+from clif.config import Config, TrainConfig
 from clif.engine.base import Base, build_base
 from clif.engine.build import build_engine
 from clif.engine.checked_capture import CheckedRecorder
+from clif.engine.jobs import Job
 from clif.kernels.elementwise_host import INTERPRET
 from clif.kernels.paged_decode_host import PagedDecode
 from clif.kernels.paged_decode_reference import PagedDecodeReference
@@ -32,6 +33,7 @@ from clif.models.layer_ops import HeadLayout, LayerOps, TorchGate, TorchNorm, To
 from clif.models.stack import CausalStack
 from clif.models.triton_ops import TritonNorm, TritonOps, TritonRotary, as_rms_norm, triton_gate
 from clif.models.weights.loading import load_model
+from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="the kernels are compiled in this process: see tests/gpu")
@@ -143,25 +145,34 @@ def test_angles_are_those_of_the_model_bit_for_bit_and_one_launch(bases: dict[st
 # --- an engine
 
 
-def serve_and_train(rig: Rig) -> tuple[list[list[int]], float, torch.Tensor]:
-    """Answers of the base and of an adapter, and loss and gradient of the shadow."""
-    requests = [request(0, [3, 9, 20, 11], max_tokens=3, ignore_eos=True)]
-    answers = [answer(rig.run(requests)[0])]
+def serve_and_train(rig: Rig) -> tuple[dict[int, list[int]], torch.Tensor]:
+    """Answers of the base and of an adapter, with a training step in their steps; and the shadow's gradient."""
+    trainer = ShadowTrainer(rig.train_runner, rig.bank, SAMPLES, TrainConfig(clip_norm=1e9))
+    # A clock that stands still: every promise has all its time left.
+    rig.engine.clock = lambda: 0.0
+    rig.engine.jobs.append(Job("step", trainer.step(len(SAMPLES), 1)))
+    rig.engine.scheduler.add(request(0, [3, 9, 20, 11], max_tokens=4, ignore_eos=True), 0.0)
+    events = rig.engine.step()
     rig.fill(1, seed=4)
     rig.bank.set_shadow(random_state(rig.bank, 5))
-    events = rig.run([request(i, [i, *range(9)], max_tokens=3, ignore_eos=True) for i in (1, 2)], arrive={2: 1})
-    loss = finish(rig.train_runner.loss_and_gradients(SAMPLES, 10.0))
-    return [*answers, *(answer(events[i]) for i in (1, 2))], float(loss), rig.bank.gradient.clone()
+    rig.engine.scheduler.add(request(1, [*range(11)], max_tokens=3, ignore_eos=True), 0.0)
+    while rig.engine.serving or rig.engine.jobs:
+        events += rig.engine.step()
+    return {i: answer([event for event in events if event.request_id == i]) for i in (0, 1)}, rig.bank.gradient.clone()
 
 
-def test_an_engine_with_the_kernels_gives_torch_s_tokens_loss_and_gradient(bases: dict[str, Base]) -> None:
-    """Prompts, prompts that are continued, answers with and without adapter, and training beside them."""
-    (tokens, loss, grad), (found, found_loss, found_grad) = (
-        serve_and_train(rig_on(base, max_prefill_tokens=8)) for base in bases.values()
+def test_an_engine_with_the_kernels_gives_torch_s_tokens_and_gradient(
+    bases: dict[str, Base], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts, prompts that are continued, answers with and without adapter, and training rows in their products."""
+    kinds, run = [], DecoderLayer.__call__
+    monkeypatch.setattr(DecoderLayer, "__call__", lambda *given: kinds.append(len(given[1])) or run(*given))
+    (tokens, grad), (found, found_grad) = (
+        serve_and_train(rig_on(base, coserving="fused", max_prefill_tokens=8)) for base in bases.values()
     )
-    assert found == tokens
-    assert found_loss == pytest.approx(loss, rel=1e-5)
-    assert (found_grad - grad).norm() <= 1e-5 * grad.norm()
+    assert found == tokens and [len(answer) for answer in tokens.values()] == [4, 3]
+    assert 2 in kinds, "layers had rows of both kinds"
+    assert grad.norm() > 0 and (found_grad - grad).norm() <= 1e-5 * grad.norm()
 
 
 def test_a_captured_step_keeps_to_the_rules_with_the_kernels(bases: dict[str, Base]) -> None:
