@@ -8,7 +8,7 @@ RANKS ?= 2
 # Tests in two lanes (one on one core), see tests/conftest.py; PYTEST_ADDOPTS="-p no:xdist" for one after the other.
 LANES := --numprocesses auto
 # Of the kernels' tests on a GPU compiling is most: a process for each two cores.
-KERNELS := tests/gpu/test_gpu_dual_lora.py tests/gpu/test_gpu_paged_decode.py
+KERNELS := tests/gpu/test_gpu_dual_lora.py tests/gpu/test_gpu_paged_decode.py tests/gpu/test_gpu_elementwise.py
 
 .PHONY: demo docs test test-all test-gpu bench gpu tune-gpu bench-kernels check format clean help
 

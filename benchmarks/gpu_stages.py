@@ -90,7 +90,7 @@ STAGES = (
         "kernel-tests",
         "the kernels against their specification",
         90,
-        *tests("test_gpu_dual_lora", "test_gpu_paged_decode", processes=8),
+        *tests("test_gpu_elementwise", "test_gpu_dual_lora", "test_gpu_paged_decode", processes=8),
     ),
     Stage(
         "kernels",
