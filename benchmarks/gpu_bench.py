@@ -33,7 +33,7 @@ from clif.engine.build import build_engine
 from clif.engine.checked_capture import CheckedRecorder, CheckedRegion
 from clif.engine.engine import Engine
 from clif.engine.graphs import DecodeGraphs
-from clif.engine.jobs import Job
+from clif.engine.jobs import Job, Slices
 from clif.kernels.paged_decode_reference import PagedDecodeReference
 from clif.models.weights.loading import LoadedModel, load_model
 from clif.training.train_runner import TrainRunner
@@ -122,9 +122,10 @@ class Bench:
 
     def trainer(self, engine: Engine, count: int, length: int) -> ShadowTrainer:
         """A trainer on `count` samples of `length` tokens, of which the second half are targets."""
-        return ShadowTrainer(
-            TrainRunner(engine.runner), self.bank, samples(self.vocab, count, length), self.config.train
-        )
+        drawn = samples(self.vocab, count, length)
+        self.sync()
+        with engine.streams.training():
+            return ShadowTrainer(TrainRunner(engine.runner), self.bank, drawn, self.config.train)
 
     def sync(self) -> None:
         if self.device.type == "cuda":
@@ -173,11 +174,18 @@ class Bench:
         return tokens * engine.runner.cache.bytes / engine.config.kv_tokens
 
 
-def run_step(trainer: ShadowTrainer, count: int) -> None:
-    """One optimizer step over `count` samples."""
-    job = Job("step", trainer.step(count, 1))
-    while job.upcoming is not None:
-        job.run()
+def add_job(engine: Engine, work: Slices[Any]) -> None:
+    """Append a job. All of training, also what is done between slices, belongs to the engine's stream for it."""
+    with engine.streams.training():
+        engine.jobs.append(Job("steps", work))
+
+
+def run_step(engine: Engine, trainer: ShadowTrainer, count: int) -> None:
+    """One optimizer step over `count` samples, without the engine's decisions."""
+    with engine.streams.training():
+        job = Job("step", trainer.step(count, 1))
+        while job.upcoming is not None:
+            job.run()
 
 
 def samples(vocab: int, count: int, length: int) -> list[TrainSample]:

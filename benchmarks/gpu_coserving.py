@@ -18,12 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-from gpu_bench import TPOT_MS, TTFT_MS, Bench, Scale, add_lines, run_stage
+from gpu_bench import TPOT_MS, TTFT_MS, Bench, Scale, add_job, add_lines, run_stage
 from gpu_figures import say
 from gpu_load import Load, Outcome, Served, Slo, arrivals, best_way, outcome, percentile
 
 from clif.engine.engine import Engine
-from clif.engine.jobs import Job
 from clif.training.trainer import ShadowTrainer
 
 ALONE = "serving alone"
@@ -49,7 +48,8 @@ class Coserving:
 
     def __init__(self, shape: str, scale: Scale) -> None:
         self.scale, self.bench = scale, Bench(shape, scale)
-        self.count, self.length = scale.steps[-1]
+        # Small steps, since what is counted are whole ones.
+        self.count, self.length = scale.buckets[-1]
         self.engines: dict[str, Engine] = {}
         self.trainers: dict[str, ShadowTrainer] = {}
         self.efficiencies: dict[str, float] = {}
@@ -70,7 +70,7 @@ class Coserving:
 
     def keep_training(self, engine: Engine, trainer: ShadowTrainer | None) -> None:
         if trainer is not None and not engine.jobs:
-            engine.jobs.append(Job("step", trainer.step(self.count, 1)))
+            add_job(engine, trainer.step(self.count, 1))
 
     def finish(self, engine: Engine) -> None:
         """End the requests, and the optimizer step that is under way."""
@@ -103,7 +103,7 @@ class Coserving:
         engine = self.bench.engine(coserving="interleaved")
         trainer = self.bench.trainer(engine, self.count, self.length)
         self.run(engine, trainer, self.scale.window_s / 4)
-        rates = [self.run(engine, trainer, self.scale.window_s).training for _ in range(self.scale.repeats)]
+        rates = [self.run(engine, trainer, self.scale.window_s / 2).training for _ in range(self.scale.repeats)]
         engine.close()
         return max(statistics.median(rates), 1e-9)
 
@@ -143,24 +143,29 @@ class Coserving:
         return max(rates.serving / self.scale.answer, 1 / self.scale.window_s)
 
     def load(self, way: str, share: float) -> Served:
-        """An open load for a window, and until its requests have ended, but not much longer."""
-        engine, trainer, window = self.engine(way), self.trainer(way), self.scale.window_s
-        times = arrivals(share * self.capacity, window, seed=round(100 * share))
+        """An open load whose first third is not counted. Training goes on until the last first token is due."""
+        engine, trainer, end = self.engine(way), self.trainer(way), 1.5 * self.scale.window_s
+        times = arrivals(share * self.capacity, end, seed=round(100 * share))
         load = Load(engine, [self.bench.mixed_request(seed=i) for i in range(len(times))], times)
-        steps = trainer.steps if trainer else 0
-        while load.now < window:
-            self.keep_training(engine, trainer)
+        self.pass_time(load, trainer, end / 3)
+        begun, steps, output = load.now, trainer.steps if trainer else 0, load.served.output
+        self.pass_time(load, trainer, end)
+        load.served.seconds, load.served.output = load.now - begun, load.served.output - output
+        load.served.trained = (trainer.steps - steps) * self.count * self.length if trainer else 0
+        self.pass_time(load, trainer, end + SLO.ttft_s)
+        self.finish(engine)
+        return load.served
+
+    def pass_time(self, load: Load, trainer: ShadowTrainer | None, until_s: float) -> None:
+        """Go on with a load until this time of it, one step at least, with all that the device was given done."""
+        again = True
+        while again:
+            self.keep_training(load.engine, trainer)
             if trainer is None and load.idle:
                 time.sleep(0.0002)
             load.step()
+            again = load.now < until_s
         self.bench.sync()
-        load.served.seconds = load.now
-        load.served.trained = (trainer.steps - steps) * self.count * self.length if trainer else 0
-        while load.left and load.now < 1.5 * window:
-            self.keep_training(engine, trainer)
-            load.step()
-        self.finish(engine)
-        return load.served
 
     def load_line(self, share: float, way: str) -> str:
         served = self.load(way, share)
@@ -169,7 +174,8 @@ class Coserving:
         found = outcome(way, alone, served, self.training_alone, SLO)
         if way != ALONE:
             self.outcomes.setdefault(share, []).append(found)
-        figures = f"{len(served.arrived_s)} | {found.met} | {found.lost} | {served.tokens_per_s:.0f} | {found.kept:.0%}"
+        rate = served.output / served.seconds
+        figures = f"{len(served.arrived_s)} | {found.met} | {found.lost} | {rate:.0f} | {found.kept:.0%}"
         latencies = f"{percentile(served.ttft_s, 0.99) * 1e3:.0f} | {percentile(served.gaps, 0.99) * 1e3:.1f}"
         return f"| {share:.0%} | {way} | {figures} | {latencies} | {found.gap:.2f} |"
 

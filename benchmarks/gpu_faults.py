@@ -21,13 +21,13 @@ if "--dry" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from gpu_bench import DRY, FULL, Bench, graphs_of, run_step
+from gpu_bench import DRY, FULL, Bench, add_job, graphs_of, run_step
 from gpu_checks import Check, run_checks
 from gpu_coserving import WAYS
 
 from clif.config import ConfigError
 from clif.engine.engine import Engine
-from clif.engine.jobs import Job, Slices
+from clif.engine.jobs import Slices
 from clif.kernels.testing.elementwise_specification import (
     Draw,
     computed,
@@ -73,14 +73,15 @@ def _difference(engine: Engine, size: int) -> float:
     while any(s.num_uncomputed_tokens > 1 for s in scheduler.sequences):
         engine.serve()
     chunks = scheduler.schedule()
-    batch = runner.fill(chunks)
-    assert batch.captured is not None, f"{len(chunks)} rows are not captured"
-    before = runner._last_tokens.clone()
-    batch.captured.replay()
-    logits, tokens = (t.clone() for t in batch.captured.result)
-    runner._last_tokens.copy_(before)
-    with torch.no_grad():
+    with engine.streams.serving(), torch.no_grad():
+        batch = runner.fill(chunks)
+        assert batch.captured is not None, f"{len(chunks)} rows are not captured"
+        before = runner._last_tokens.clone()
+        batch.captured.replay()
+        logits, tokens = (t.clone() for t in batch.captured.result)
+        runner._last_tokens.copy_(before)
         eager, eager_tokens = graphs._step(size)
+    large().sync()
     scheduler.settle(chunks, tokens.tolist()[: len(chunks)], engine.clock())
     large().cancel_all(engine)
     if torch.equal(logits, eager) and torch.equal(tokens, eager_tokens) and int(tokens.min()) != NO_TOKEN:
@@ -144,7 +145,9 @@ def _promote(engine: Engine, version: int) -> None:
     rng, slot = torch.Generator().manual_seed(version), slots.free_slot()
     assert slot is not None, "no slot is free"
     state = {name: (torch.randn(t.shape, generator=rng) * 0.2).to(t) for name, t in bank.shadow_state().items()}
-    bank.fill_slot(slot, state)
+    small().sync()
+    with engine.streams.training():
+        bank.fill_slot(slot, state)
     slots.promote(version, slot)
 
 
@@ -166,8 +169,8 @@ def waits_of_training() -> str:
     engine = bench.engine()
     count, length = bench.scale.buckets[0]
     trainer = bench.trainer(engine, count, length)
-    run_step(trainer, count)
-    waits = _waits(lambda: run_step(trainer, count), 1)
+    run_step(engine, trainer, count)
+    waits = _waits(lambda: run_step(engine, trainer, count), 1)
     return "" if waits <= 1 else f"{waits} waits in an optimizer step"
 
 
@@ -226,7 +229,9 @@ def captured_training() -> str:
             engine = bench.engine(graphs=graphs)
             trainer = bench.trainer(engine, count, length)
             before = trainer.snapshot()
+            bench.sync()
             losses = _losses(engine, trainer, count, 1)
+            bench.sync()
             found.append((losses[0], bench.bank.gradient.clone()))
             trainer.restore(before)
         (loss, gradient), (other_loss, other) = found
@@ -238,7 +243,7 @@ def captured_training() -> str:
 
 def _losses(engine: Engine, trainer: ShadowTrainer, count: int, steps: int) -> list[float]:
     losses: list[float] = []
-    engine.jobs.append(Job("steps", _steps(trainer, count, steps, losses)))
+    add_job(engine, _steps(trainer, count, steps, losses))
     while engine.jobs:
         engine.step()
     return losses
@@ -263,23 +268,24 @@ def beside_serving(way: str) -> str:
 
 
 def _together(way: str, at_once: bool) -> tuple[list[float], dict[int, list[int]]]:
-    """Losses of optimizer steps, and answers to requests."""
+    """Losses of optimizer steps, and answers through two promotions."""
     bench = small()
     engine = bench.engine(coserving=way)
-    trainer, found, losses = bench.trainer(engine, 4, 16), dict[int, list[int]](), list[float]()
-    before = trainer.snapshot()
+    trainer, losses = bench.trainer(engine, 4, 16), list[float]()
+    with engine.streams.training():
+        before = trainer.snapshot()
     if at_once:
-        engine.jobs.append(Job("steps", _steps(trainer, 4, STEPS, losses)))
+        add_job(engine, _steps(trainer, 4, STEPS, losses))
     else:
         losses = _losses(engine, trainer, 4, STEPS)
-    for request in requests(0, 8):
-        found[request.id] = []
-        engine.scheduler.add(request, engine.clock())
-    while engine.serving or engine.jobs:
-        _serve(engine, found)
-    trainer.restore(before)
+    answers = _answers(engine)
+    while engine.jobs:
+        engine.step()
     engine.close()
-    return losses, found
+    with engine.streams.training():
+        trainer.restore(before)
+    bench.sync()
+    return losses, answers
 
 
 CHECKS: tuple[tuple[str, Check], ...] = (

@@ -29,28 +29,30 @@ class Slo:
     tpot_s: float
 
     def met(self, arrived_s: float, stamps: Sequence[float]) -> bool:
-        """Whether an answer whose tokens came at these times was in time."""
-        late = stamps[0] - arrived_s > self.ttft_s
-        return not late and stamps[-1] - stamps[0] <= self.tpot_s * max(1, len(stamps) - 1)
+        """Whether an answer is in time, as far as it has come: its tokens came at these times."""
+        if not stamps or stamps[0] - arrived_s > self.ttft_s:
+            return False
+        return stamps[-1] - stamps[0] <= self.tpot_s * max(1, len(stamps) - 1)
 
 
 @dataclass
 class Served:
-    """What became of a load. arrived_s, stamps: by request, seconds since its start; the tokens of each.
+    """What became of a load. arrived_s: of each request, in their order; stamps: of the tokens of each, both in seconds
+    since the start.
 
-    ended: requests with their whole answer. trained: tokens of optimizer steps within `seconds`.
+    seconds: without the beginning, when the batch is not yet what it will be; trained: tokens of optimizer steps and
+    output: tokens of answers within them.
     """
 
     seconds: float = 0.0
     trained: int = 0
+    output: int = 0
     arrived_s: dict[int, float] = field(default_factory=dict)
     stamps: dict[int, list[float]] = field(default_factory=dict)
-    ended: set[int] = field(default_factory=set)
 
     def met(self, slo: Slo) -> set[int]:
-        """Positions, in order of arrival, of requests that were answered in time."""
-        order = sorted(self.arrived_s, key=self.arrived_s.__getitem__)
-        return {i for i, id in enumerate(order) if id in self.ended and slo.met(self.arrived_s[id], self.stamps[id])}
+        """Positions of the requests that are answered in time."""
+        return {i for i, (id, at) in enumerate(self.arrived_s.items()) if slo.met(at, self.stamps[id])}
 
     @property
     def gaps(self) -> list[float]:
@@ -60,12 +62,6 @@ class Served:
     @property
     def ttft_s(self) -> list[float]:
         return [stamps[0] - self.arrived_s[id] for id, stamps in self.stamps.items() if stamps]
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Output tokens within the load's own time."""
-        within = sum(stamp <= self.seconds for stamps in self.stamps.values() for stamp in stamps)
-        return within / self.seconds if self.seconds else 0.0
 
 
 def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
@@ -127,6 +123,8 @@ class Load:
     def __init__(self, engine: Engine, requests: Sequence[Request], times: Sequence[float]) -> None:
         self.engine, self.served = engine, Served()
         self._due = deque(zip(times, requests, strict=True))
+        for at, request in self._due:
+            self.served.arrived_s[request.id], self.served.stamps[request.id] = at, []
         self._waiting: deque[tuple[float, Request]] = deque()
         self._start_s = time.perf_counter()
 
@@ -139,10 +137,6 @@ class Load:
         """There is nothing to serve until the next arrival."""
         return not (self.engine.serving or self._waiting or (self._due and self._due[0][0] <= self.now))
 
-    @property
-    def left(self) -> bool:
-        return bool(self._due or self._waiting or self.engine.serving)
-
     def step(self) -> None:
         """One step: the plan of training knows of its arrivals before they are added."""
         arrivals = self._take()
@@ -151,18 +145,16 @@ class Load:
             self.engine.scheduler.add(request, self.engine.clock() - (self.now - at))
         self.engine.learn(plan)
         for event in self.engine.serve(plan):
+            # Others are of an earlier load, and were cancelled.
             if event.request_id in self.served.stamps:
                 self.served.stamps[event.request_id] += [self.now] * len(event.tokens)
-                if event.finish is not None:
-                    self.served.ended.add(event.request_id)
+                self.served.output += len(event.tokens)
 
     def _take(self) -> list[tuple[float, Request]]:
         """Those that begin now; and what the engine knows of the others."""
         now = self.now
         while self._due and self._due[0][0] <= now:
-            at, request = self._due.popleft()
-            self.served.arrived_s[request.id], self.served.stamps[request.id] = at, []
-            self._waiting.append((at, request))
+            self._waiting.append(self._due.popleft())
         free = self.engine.scheduler.max_batch - len(self.engine.scheduler.sequences)
         begun = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
         oldest = [

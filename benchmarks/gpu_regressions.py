@@ -16,7 +16,7 @@ if "--dry" in sys.argv:
 
 import torch
 import torch.distributed as dist
-from gpu_bench import DRY, FULL, Bench, launches, run_step, samples, scale_of
+from gpu_bench import DRY, FULL, Bench, add_job, launches, run_step, samples, scale_of
 from gpu_checks import Check, run_checks
 
 from clif.config import config_from_tree
@@ -24,7 +24,6 @@ from clif.distributed.collectives import WeightedMean
 from clif.distributed.launch_env import RankEnv
 from clif.distributed.topology import make_topology
 from clif.engine.engine import Engine
-from clif.engine.jobs import Job
 from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
 from clif.kernels.dual_lora_reference import SHADOW
 from clif.kernels.paged_decode_host import PagedDecode
@@ -105,13 +104,14 @@ def _gradient(folder: str, device: str) -> torch.Tensor:
     config = config_from_tree({**tree, "train": {"enabled": False}})
     config = config.model_copy(update={"train": config.train.model_copy(update={"enabled": True, "clip_norm": 1e9})})
     # Each device has its own random numbers, which decide the first A: it is taken from the CPU.
-    runner = Engine.from_config(config, load_model(config.model, torch.device(device), seed=3)).runner
-    bank = runner.bank
+    engine = Engine.from_config(config, load_model(config.model, torch.device(device), seed=3))
+    runner, bank = engine.runner, engine.runner.bank
     rng = torch.Generator().manual_seed(5)
-    bank.set_shadow({k: torch.randn(v.shape, generator=rng) * 0.2 for k, v in bank.shadow_state().items()})
-    trainer = ShadowTrainer(TrainRunner(runner), bank, samples(runner.stack.vocab_size, 3, 40), config.train)
-    run_step(trainer, 3)
-    return bank.gradient.cpu()
+    with engine.streams.training():
+        bank.set_shadow({k: torch.randn(v.shape, generator=rng) * 0.2 for k, v in bank.shadow_state().items()})
+        trainer = ShadowTrainer(TrainRunner(runner), bank, samples(runner.stack.vocab_size, 3, 40), config.train)
+        run_step(engine, trainer, 3)
+        return bank.gradient.cpu()
 
 
 def nccl_average() -> str:
@@ -132,7 +132,7 @@ def full_batch_trains() -> str:
     bench = Bench(scale.shapes[0], scale)
     engine = bench.engine()
     trainer = bench.trainer(engine, 4, 32 if DRY_RUN else 128)
-    engine.jobs.append(Job("step", trainer.step(4, 1)))
+    add_job(engine, trainer.step(4, 1))
     until = time.perf_counter() + (5 if DRY_RUN else 2)
     while engine.jobs and time.perf_counter() < until:
         bench.top_up(engine)

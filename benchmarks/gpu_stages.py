@@ -72,7 +72,7 @@ STAGES = (
     Stage("faults", "what no GPU has run before", 60, script("gpu_faults")),
     Stage("decode", "the engine's decode step, captured and eager, 1B", 50, *sized("gpu_decode", "llama-1b")),
     Stage("training", "training alone against PEFT, captured and eager, 1B", 40, *sized("gpu_training", "llama-1b")),
-    Stage("coserving", "both together, in every way and at three loads, 1B", 80, *sized("gpu_coserving", "llama-1b")),
+    Stage("coserving", "both together, in every way and at three loads, 1B", 90, *sized("gpu_coserving", "llama-1b")),
     Stage("decode-8b", "the engine's decode step, 8B", 75, *sized("gpu_decode", "llama-8b")),
     Stage("run", "a whole run with load on one rank", 60, ranks(1), ranks(1, *ON_A_CPU)),
     Stage(

@@ -84,7 +84,7 @@ class Training:
         return Peft(self.bench)
 
     def step(self, engine: Engine, count: int, length: int) -> Callable[[], None]:
-        return partial(run_step, self.bench.trainer(engine, count, length), count)
+        return partial(run_step, engine, self.bench.trainer(engine, count, length), count)
 
     def seconds(self, step: Callable[[], None], share: float = 3) -> list[float]:
         return seconds_of(step, self.bench.sync, self.scale.window_s / share)
