@@ -139,11 +139,15 @@ def answer(events: list[TokenEvent]) -> list[int]:
     return [token for event in events for token in event.tokens]
 
 
-def draws_of(requests: list[Request], vocab_size: int, position: int = 0, device: str = "cpu") -> Draws | None:
-    """The draws of a step in which each request gets its answer's token at this position."""
+def chunks_of(requests: list[Request], position: int) -> list[Chunk]:
+    """Those of a step in which each request gets its answer's token at this position."""
     stops = [len(r.prompt) + position for r in requests]
-    chunks = [Chunk(Sequence(r, 0.0, [*r.prompt]), s - 1, s, True) for r, s in zip(requests, stops, strict=True)]
-    return DrawTable(len(chunks), vocab_size, torch.device(device)).fill(chunks)
+    return [Chunk(Sequence(r, 0.0, [*r.prompt]), s - 1, s, True) for r, s in zip(requests, stops, strict=True)]
+
+
+def draws_of(requests: list[Request], vocab_size: int, position: int = 0, device: str = "cpu") -> Draws | None:
+    """The draws of such a step."""
+    return DrawTable(len(requests), vocab_size, torch.device(device)).fill(chunks_of(requests, position))
 
 
 def tp_group_of(rank: int, size: int) -> TpGroup:

@@ -14,12 +14,14 @@ from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
+import numpy as np
 import torch
 
 from clif.engine.scheduler import Chunk
 from clif.kernels.staging import Staged
-from clif.types import Request
+from clif.types import Request, Sampling
 
 INTS, FLOATS = 2, 3
 """Numbers of a row: its index and top_k; temperature, top_p and its random number."""
@@ -56,44 +58,67 @@ class Draws:
     largest_k: int
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """The requests of a step that draw, which are mostly those of the step before.
+
+    rows, and the columns of ints [INTS, drawing] and floats [FLOATS - 1, drawing]: in the order of draws.rows.
+    """
+
+    rows: Sequence[int]
+    ints: Any
+    floats: Any
+    draws: Draws
+
+
 class DrawTable:
     """Fills the draws of a step by one copy to the device, if any row draws. capacity: rows, at most."""
 
     def __init__(self, capacity: int, vocab_size: int, device: torch.device) -> None:
         self._capacity, self._vocab_size = capacity, vocab_size
         self._staged = Staged.zeros((INTS + FLOATS) * capacity, torch.int64, device)
+        self._requests: list[Request] = []
+        self._drawing: Drawing | None = None
 
     def fill(self, chunks: Sequence[Chunk]) -> Draws | None:
         """The draws of these chunks, all of which choose a token, in the order of their logits. None: all are greedy.
 
         After Scheduler.schedule(): tokens in flight count as drawn.
         """
-        drawing = sorted(
-            self._numbers(row, chunk.sequence.request, chunk.stop)
-            for row, chunk in enumerate(chunks)
-            if chunk.sequence.request.sampling.temperature
-        )
-        if not drawing:
+        requests = [chunk.sequence.request for chunk in chunks]
+        if requests != self._requests:
+            self._requests, self._drawing = requests, self._choose(requests)
+        drawing = self._drawing
+        if drawing is None:
             return None
-        uses, *columns = zip(*drawing, strict=True)
-        n, words = len(drawing), self._staged.write().view(-1, self._capacity)
-        words[:INTS].numpy()[:, :n] = columns[:INTS]
-        words[INTS:].view(torch.float64).numpy()[:, :n] = columns[INTS:]
+        n, words = len(drawing.rows), self._staged.write().view(-1, self._capacity)
+        words[:INTS, :n].numpy()[:] = drawing.ints
+        floats = words[INTS:, :n].view(torch.float64).numpy()
+        floats[:-1] = drawing.floats
+        # What lies before a chunk's end is prompt, or was drawn.
+        floats[-1] = [uniform(requests[row], chunks[row].stop - len(requests[row].prompt)) for row in drawing.rows]
         self._staged.send()
-        with_top_k, only_k, no_p = bisect(uses, BOTH), bisect(uses, ONLY_TOP_K), uses.count(NEITHER)
-        return self._draws(slice(0, with_top_k), slice(only_k, n - no_p), n, max(columns[1][:with_top_k], default=0))
+        return drawing.draws
 
-    def _numbers(self, row: int, request: Request, stop: int) -> tuple[int, int, int, float, float, float]:
-        """Which filters it uses, and what the device needs to know. stop: what lies before it is prompt, or drawn."""
-        asked = request.sampling
+    def _choose(self, requests: Sequence[Request]) -> Drawing | None:
+        numbers = sorted(self._numbers(row, r.sampling) for row, r in enumerate(requests) if r.sampling.temperature)
+        if not numbers:
+            return None
+        uses, *columns = zip(*numbers, strict=True)
+        with_top_k, only_k, no_p = bisect(uses, BOTH), bisect(uses, ONLY_TOP_K), uses.count(NEITHER)
+        slices = slice(0, with_top_k), slice(only_k, len(uses) - no_p)
+        draws = self._draws(len(uses), *slices, max(columns[1][:with_top_k], default=0))
+        return Drawing(columns[0], np.array(columns[:INTS]), np.array(columns[INTS:]), draws)
+
+    def _numbers(self, row: int, asked: Sampling) -> tuple[int, int, int, float, float]:
+        """Which filters a row uses, and its integers and floats, except for the random number."""
         top_k = min(asked.top_k, self._vocab_size)
         by_k, by_p = 0 < top_k < self._vocab_size, asked.top_p < 1
         use = (BOTH if by_p else ONLY_TOP_K) if by_k else ONLY_TOP_P if by_p else NEITHER
         # In float32 a temperature of 1e-300 would be 0, and one of 1e300 infinite.
-        temperature = min(max(asked.temperature, LIMITS.tiny), LIMITS.max)
-        return use, row, top_k, temperature, asked.top_p, uniform(request, stop - len(request.prompt))
+        return use, row, top_k, min(max(asked.temperature, LIMITS.tiny), LIMITS.max), asked.top_p
 
-    def _draws(self, with_top_k: slice, with_top_p: slice, n: int, largest_k: int) -> Draws:
+    def _draws(self, n: int, with_top_k: slice, with_top_p: slice, largest_k: int) -> Draws:
         words = self._staged.words.view(-1, self._capacity)
         (rows, top_k), (temperature, top_p, uniforms) = words[:INTS, :n], words[INTS:, :n].view(torch.float64)
         return Draws(

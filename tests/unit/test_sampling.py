@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import draws_of, request
+from helpers import chunks_of, draws_of, request
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from clif.distributed.collectives import TpGroup
-from clif.engine.draws import Draws, uniform
+from clif.engine.draws import Draws, DrawTable, uniform
 from clif.engine.sampling import draw_, sample, weigh
 from clif.models.head import or_none, top
 from clif.types import NO_TOKEN, Request, Sampling
@@ -139,6 +139,22 @@ def test_a_row_gets_the_same_token_and_the_same_weights_in_any_batch(vocabulary)
     for row, found in zip(batch.rows.tolist(), weights, strict=True):
         (alone,) = weigh(logits[row : row + 1], draws(MIXED[row], vocabulary=vocabulary))[0]
         assert torch.equal(found, alone)
+
+
+def test_a_table_that_is_filled_step_after_step_holds_what_a_new_one_would():
+    """Requests come, go and change their rows; between that, only their positions move on."""
+    requests = asked(*MIXED)
+    table = DrawTable(len(requests), 301, torch.device("cpu"))
+    for position, rows in enumerate(
+        [(0, 1, 2, 3), (0, 1, 2, 3), (1, 2, 3), (3, 2, 1), (0,), (5, 4, 1, 0), (5, 4, 1, 0)]
+    ):
+        step = [requests[row] for row in rows]
+        found = table.fill(chunks_of(step, position))
+        expected = draws_of(step, 301, position)
+        assert (found is None) == (expected is None)
+        for name, value in vars(expected).items() if expected else ():
+            same = getattr(found, name)
+            assert torch.equal(same, value) if isinstance(value, torch.Tensor) else same == value, name
 
 
 def test_greedy_and_sampled_rows_share_a_batch():
