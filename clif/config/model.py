@@ -86,8 +86,9 @@ class EngineConfig(Section):
     coserving: CoservingMode = CoservingMode.AUTO
     """`fused`: training forwards share the products of serving steps. `concurrent`: training slices run beside serving
     steps, on half of the rank's CPU threads or, on a GPU, on a stream of lower priority; for replicas of one rank.
-    `interleaved`: slices between steps. `auto`: `fused` on a GPU; on a CPU `concurrent` with
-    several threads, otherwise `interleaved`."""
+    `interleaved`: slices between steps. `auto`: on a CPU `concurrent` with several threads, otherwise `interleaved`; on
+    a GPU what is best in a measurement of about two seconds when the replica starts, see [gpu.md](gpu.md), and `fused`
+    for replicas of several ranks."""
     slice_ms: PositiveFloat = 40.0
     """Aim for the length of a training slice between two steps, up to four times as long where the token gaps leave
     that much; at least one layer."""

@@ -59,39 +59,69 @@ def build_engine(config: Config, base: Base, tp_group: TpGroup | None = None) ->
     tp_group, tokenizer, threads = tp_group or TpGroup(), base.loaded.tokenizer, torch.get_num_threads()
     device = base.loaded.device
     coserving = choose_coserving(config, device, tp_group, threads)
-    log.info("co-serving: %s", coserving)
+    if not is_measured(config, device, tp_group):
+        log.info("co-serving: %s", coserving)
     slots = SlotTable(config.adapter.serving_slots)
     runner = base.runner(config.engine)
     recorder = choose_recorder(config.engine, device, tp_group.size, runner.paged is not None)
     if recorder is not None:
         _capture(runner, recorder, config.model.max_context)
-    streams = choose_streams(device, coserving == CoservingMode.CONCURRENT)
-    base.bank.on_fill = streams.publish
     engine = Engine(
         runner,
         Scheduler(config.engine, slots, tokenizer.eos_ids, tokenizer.decode),
-        make_training_half(coserving, config, device, streams, threads, shared=tp_group.size > 1),
+        TrainingHalf(make_strategy(coserving, config)),
         tp_group,
-        streams,
         overlap=device.type == "cuda" if config.engine.overlap == "auto" else config.engine.overlap,
     )
-    # All of this was made on the default stream.
-    streams.synchronize()
+    use_coserving(engine, config, coserving)
     return engine
 
 
-def make_training_half(
-    coserving: str, config: Config, device: torch.device, streams: Streams, threads: int, shared: bool
-) -> TrainingHalf:
-    """Training without jobs, and what runs its slices. threads: of this rank, on a CPU. shared: several ranks."""
-    stopwatch = choose_stopwatch(device)
-    jobs = JobQueue(choose_thread(device, streams, threads) if coserving == CoservingMode.CONCURRENT else None)
-    return TrainingHalf(make_strategy(coserving, config), jobs, shared, stopwatch, AHEAD.get(device.type, 1))
+def use_coserving(engine: Engine, config: Config, coserving: str) -> None:
+    """Train in this way from now on, with nothing measured. The engine has no jobs; the device is waited for."""
+    device, concurrent = engine.runner.device, coserving == CoservingMode.CONCURRENT
+    streams = engine.streams = choose_streams(device, concurrent)
+    engine.training_half = TrainingHalf(
+        make_strategy(coserving, config),
+        JobQueue(choose_thread(device, streams, torch.get_num_threads()) if concurrent else None),
+        shared=engine.tp_group.size > 1,
+        stopwatch=choose_stopwatch(device),
+        ahead=AHEAD.get(device.type, 1),
+    )
+    engine.runner.bank.on_fill = streams.publish
+    # What was made until now was made on another stream.
+    streams.synchronize()
 
 
 def choose_thread(device: torch.device, streams: Streams, threads: int) -> SliceThread:
     """What computes slices beside serving steps."""
     return TrainStream(streams, choose_stopwatch(device)) if device.type == "cuda" else TrainThread(threads)
+
+
+def trial_engine(engine: Engine, config: Config, coserving: str) -> Engine:
+    """An engine that serves and trains in this way with the model of another, which has nothing to do meanwhile.
+
+    Requests, blocks, slots, costs and jobs are its own; its requests read what lies in the first slot, and write none.
+    """
+    slots = SlotTable(config.adapter.serving_slots)
+    slots.promote(1, 0)
+    trial = Engine(
+        engine.runner,
+        Scheduler(engine.config, slots, (), lambda _: ""),
+        TrainingHalf(make_strategy(coserving, config)),
+        engine.tp_group,
+        clock=engine.clock,
+        overlap=engine.overlap,
+    )
+    use_coserving(trial, config, coserving)
+    return trial
+
+
+def is_measured(config: Config, device: torch.device, tp_group: TpGroup) -> bool:
+    """Whether the co-serving mode of a replica is decided by a measurement when it starts."""
+    serves = config.run.mode == "clif" and config.load.kind != "none"
+    auto = config.engine.coserving == CoservingMode.AUTO
+    return auto and device.type == "cuda" and tp_group.size == 1 and config.train.enabled and serves
 
 
 def _capture(runner: ModelRunner, recorder: Recorder, max_context: int) -> None:
@@ -112,10 +142,10 @@ def make_strategy(coserving: str, config: Config) -> Strategy:
 def choose_coserving(config: Config, device: torch.device, tp_group: TpGroup, threads: int) -> str:
     """The co-serving mode of the configuration, or the one that suits the device. threads: of this rank, on a CPU.
 
-    On a GPU forwards are fused with serving steps. A CPU computes as fast for a few rows as for many, so that fusing
-    saves nothing there (measured at 70 % load: 36 training tokens/s fused, 95 interleaved); with several threads a
-    concurrent slice uses what small operations leave of them; on a GPU it has a stream of its own. Raises ConfigError
-    for a mode that cannot be used.
+    On a GPU forwards are fused with serving steps, unless all modes are measured (see is_measured()). A CPU computes
+    as fast for a few rows as for many, so that fusing saves nothing there (measured at 70 % load: 36 training tokens/s
+    fused, 95 interleaved); with several threads a concurrent slice uses what small operations leave of them. Raises
+    ConfigError for a mode that cannot be used.
     """
     on_cpu = device.type == "cpu"
     way: str = config.engine.coserving

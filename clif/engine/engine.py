@@ -196,8 +196,9 @@ class Engine:
         tokens, now = step.tokens.read(), self.clock()
         # The device has done all that it was given before this step.
         self.training_half.note_done(self.record)
-        # With overlap other work of the host lies between launch and settle, so the device's own time is measured.
-        self._note(step, step.tokens.seconds() if self.overlap else now - step.start)
+        # Between launch and settle there may be other work, of the host or of the device: that of the step is measured.
+        own = self.overlap or self.runner.device.type == "cuda"
+        self._note(step, step.tokens.seconds() if own else now - step.start)
         return self.scheduler.settle(step.chunks, tokens, now)
 
     def _note(self, step: Launched, seconds: float) -> None:

@@ -11,6 +11,7 @@ Sources: CUDA streams as torch has them (torch.cuda.Stream).
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ import torch
 HIGH, LOW = -1, 0
 """Priorities of streams. Blocks of kernels on a stream of high priority start first; none that runs is stopped."""
 Context = AbstractContextManager[Any]
+CPU = torch.device("cpu")
 
 
 class Streams(Protocol):
@@ -40,8 +42,11 @@ class Streams(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class OneStream:
     """Serving and training alternate on the stream that is current: all work is in the order of its launches."""
+
+    device: torch.device = CPU
 
     def serving(self) -> Context:
         return nullcontext()
@@ -53,7 +58,8 @@ class OneStream:
         pass
 
     def synchronize(self) -> None:
-        pass
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 class TwoStreams:
@@ -79,7 +85,7 @@ class TwoStreams:
 
 def choose_streams(device: torch.device, concurrent: bool) -> Streams:
     """Two only where slices run beside serving steps on a GPU: elsewhere the order of one stream is wanted."""
-    return TwoStreams(device) if concurrent and device.type == "cuda" else OneStream()
+    return TwoStreams(device) if concurrent and device.type == "cuda" else OneStream(device)
 
 
 def same_stream(tensor: torch.Tensor) -> Context:

@@ -238,7 +238,7 @@ _RANK = (
         _i("kv_used", "tokens", "KV cache in use"),
         _s("train_kind", "slice of training work in this step; empty: none", SHORT, ""),
         _f("train_s", "s", "time of that work", 0.0),
-        _s("regime", "alone; fused: with a training forward; concurrent: a slice ran on other threads", SHORT, ""),
+        _s("regime", "alone; fused: with a training forward; concurrent: beside a slice", SHORT, ""),
         _i("preemptions", "", "preemptions so far", 0),
         _i("reused_tokens", "tokens", "prompt tokens found in the prefix cache so far", 0),
         _f("slack_s", "s", "time left for training; inf: no request waits; NaN: no training beside serving", NAN),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from clif.adapters.bank import AdapterBank
@@ -17,7 +18,8 @@ from clif.data.instruct import Row, check_some_fit, encode_samples, shard_rows, 
 from clif.distributed.roles import role_of
 from clif.distributed.topology import Topology
 from clif.engine.base import Base
-from clif.engine.build import build_engine
+from clif.engine.build import build_engine, is_measured, trial_engine, use_coserving
+from clif.engine.coserving.measure import MODES, Load, choose_by, measure
 from clif.engine.engine import Engine
 from clif.replica.records import RankRecords
 from clif.replica.replica import Replica
@@ -27,7 +29,7 @@ from clif.training.heldout import Heldout
 from clif.training.member import Member
 from clif.training.train_runner import TrainRunner
 from clif.training.trainer import ShadowTrainer
-from clif.types import TrainSample
+from clif.types import CoservingMode, TrainSample
 from clif.wire.messages import Up
 
 log = logging.getLogger(__name__)
@@ -98,7 +100,38 @@ def build_replica(
     """All parts of one rank except its loop; with run.resume from the checkpoints. steps: steps that it took before."""
     engine = build_engine(config, base, topology.tp_group)
     with engine.streams.training():
-        return _around_engine(config, topology, base, data, run_dir, records, send, steps, engine)
+        runner = TrainRunner(engine.runner)
+    if data.train:
+        runner.check_samples(max(len(sample.ids) for sample in data.train))
+    if is_measured(config, topology.device, topology.tp_group):
+        choose_by_trial(engine, runner, config, data.train)
+    with engine.streams.training():
+        return _around_engine(config, topology, base, data, run_dir, records, send, steps, engine, runner)
+
+
+def choose_by_trial(
+    engine: Engine,
+    runner: TrainRunner,
+    config: Config,
+    samples: Sequence[TrainSample],
+    modes: Sequence[CoservingMode] = MODES,
+) -> None:
+    """Try serving and training in each mode, and use the best from now on. The engine has nothing to do yet.
+
+    samples: a few of them are trained on, without an optimizer step.
+    """
+    chosen = samples[: config.train.micro_batch]
+    measured = measure(
+        partial(trial_engine, engine, config),
+        partial(runner.loss_and_gradients, chosen, sum(sample.targets for sample in chosen)),
+        Load.of(engine.config, config.model.max_context),
+        runner.stack.num_layers,
+        modes,
+    )
+    mode, figures = choose_by(measured, config.slo.tpot_ms / 1000)
+    use_coserving(engine, config, mode)
+    runner.bank.gradient.zero_()
+    log.info("co-serving: %s (measured: %s)", mode, figures)
 
 
 def _around_engine(
@@ -111,12 +144,10 @@ def _around_engine(
     send: Callable[[Up], None],
     steps: int,
     engine: Engine,
+    runner: TrainRunner,
 ) -> Replica:
     """Everything that trains, and the replica."""
     bank, slots = base.bank, engine.scheduler.slots
-    runner = TrainRunner(engine.runner)
-    if data.train:
-        runner.check_samples(max(len(sample.ids) for sample in data.train))
     trainer = ShadowTrainer(runner, bank, data.train, config.train, config.run.seed)
     checkpoints = CheckpointWriter(run_dir / "checkpoints", topology.env.rank)
     if config.run.resume:
