@@ -72,6 +72,7 @@ def build_engine(config: Config, base: Base, tp_group: TpGroup | None = None) ->
         TrainingHalf(make_strategy(coserving, config)),
         tp_group,
         overlap=device.type == "cuda" if config.engine.overlap == "auto" else config.engine.overlap,
+        asynchronous=device.type == "cuda",
     )
     use_coserving(engine, config, coserving)
     return engine
@@ -112,6 +113,7 @@ def trial_engine(engine: Engine, config: Config, coserving: str) -> Engine:
         engine.tp_group,
         clock=engine.clock,
         overlap=engine.overlap,
+        asynchronous=engine.asynchronous,
     )
     use_coserving(trial, config, coserving)
     return trial

@@ -59,7 +59,8 @@ class Launched:
 
 @dataclass
 class Engine:
-    """Serves and learns. overlap: launch a step before the one before is settled. record: what the last step did.
+    """Serves and learns. overlap: launch a step before the one before is settled. asynchronous: the device computes
+    after a launch has returned. record: what the last step did.
 
     backlog: requests that wait at the dispatcher; None: not known.
     """
@@ -71,6 +72,7 @@ class Engine:
     streams: Streams = field(default_factory=OneStream)
     clock: Callable[[], float] = time.monotonic
     overlap: bool = False
+    asynchronous: bool = False
     record: StepRecord = field(default_factory=StepRecord)
     backlog: Backlog | None = NO_BACKLOG
     _launched: Launched | None = None
@@ -197,7 +199,7 @@ class Engine:
         # The device has done all that it was given before this step.
         self.training_half.note_done(self.record)
         # Between launch and settle there may be other work, of the host or of the device: that of the step is measured.
-        own = self.overlap or self.runner.device.type == "cuda"
+        own = self.overlap or self.asynchronous
         self._note(step, step.tokens.seconds() if own else now - step.start)
         return self.scheduler.settle(step.chunks, tokens, now)
 
