@@ -135,14 +135,19 @@ def _varlen_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) ->
 
 
 def choose_ops(device: torch.device, dtype: torch.dtype, max_context: int) -> LayerOps:
-    """What layers compute between their products with: Triton kernels on a GPU that can run them, torch otherwise."""
-    if device.type != "cuda" or _obstacle(device, dtype, 1) is not None:
-        log.info("norms, rotation and gates of layers: torch")
-        return TorchOps()
-    from clif.models.triton_ops import TritonOps
+    """What layers compute between their products with: Triton kernels on a GPU where they are right, torch otherwise.
 
-    log.info("norms, rotation and gates of layers: Triton kernels")
-    return TritonOps(max_context)
+    Waits for a GPU, once.
+    """
+    if device.type != "cuda":
+        return TorchOps()
+    obstacle = _obstacle(device, dtype, 1)
+    if obstacle is None:
+        from clif.models.triton_ops import TritonOps, kernel_fault
+
+        obstacle = kernel_fault(device, dtype)
+    log.info("norms, rotation and gates of layers: %s", "Triton kernels" if obstacle is None else f"torch ({obstacle})")
+    return TritonOps(max_context) if obstacle is None else TorchOps()
 
 
 def assert_supported(field: str, device: torch.device, dtype: torch.dtype, r: int = 1) -> None:

@@ -6,10 +6,13 @@ of norms are frozen.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.functional import silu
+from triton.errors import TritonError
 
 from clif.kernels.elementwise_host import (
     HeadNorms,
@@ -36,6 +39,9 @@ from clif.models.layer_ops import (
     TorchRotary,
     is_silu,
 )
+
+SAME = 0.02
+"""Relative difference to torch's operators that is rounding: a bfloat16 has 8 bits."""
 
 
 class TritonOps:
@@ -178,3 +184,43 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
         (wide,) = ctx.saved_tensors
         return launch_swiglu_grad(wide, gradients[0])
+
+
+def kernel_fault(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with the kernels on this device, forward or backward; None: nothing. Waits for the device."""
+    rng, layout, eps = torch.Generator().manual_seed(0), HeadLayout(4, 2, 16, None), 1e-5
+    shapes = (5, 128), (5, 128), (128,), (16,), (16,), (5, 1, 16), (5, 1, 16)
+    hidden, added, *weights, cos, sin = (torch.randn(shape, generator=rng).to(device, dtype) for shape in shapes)
+    norm, *heads = (partial(rms_norm, weight=weight, eps=eps) for weight in weights)
+    kernels: _Parts = (
+        TritonNorm(weights[0], eps),
+        TritonRotary(layout, HeadNorms(weights[1], eps, weights[2], eps)),
+        triton_gate,
+    )
+    torchs: _Parts = TorchNorm(norm), TorchRotary(replace(layout, norms=(heads[0], heads[1]))), TorchGate(silu)
+    try:
+        results = [_tried(parts, hidden, added, Rope(cos, sin)) for parts in (kernels, torchs)]
+    except (RuntimeError, ValueError, TritonError) as error:
+        return f"a kernel fails: {str(error).splitlines()[0]}"
+    apart = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(*results, strict=True)]
+    names = ("result", "gradient", "cache")
+    wrong = [f"{name} by {error:.2g}" for name, error in zip(names, apart, strict=True) if not error < SAME]
+    return f"the kernels are wrong here: {', '.join(wrong)}" if wrong else None
+
+
+_Parts = tuple[Norm, Rotary, Activation]
+
+
+@torch.enable_grad()
+def _tried(parts: _Parts, hidden: torch.Tensor, added: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, ...]:
+    """A result of all parts, its gradient, and the cache of every second row."""
+    norm, rotary, gate = parts
+    hidden = hidden.clone().requires_grad_()
+    summed, normed = norm(hidden, added)
+    query, key, value = rotary(normed, rope, None)
+    gated = gate(torch.cat((key, value), 1).flatten(1))
+    out = torch.cat((summed, query.flatten(1), gated), 1)
+    (grad,) = torch.autograd.grad(out, hidden, torch.ones_like(out))
+    cache = hidden.new_zeros(2 * key.shape[1], 2 * len(key), key.shape[2])
+    rotary(normed.detach(), rope, CacheRows(cache, torch.arange(len(key), device=cache.device) * 2))
+    return out.detach(), grad, cache

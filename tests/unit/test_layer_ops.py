@@ -16,6 +16,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
+from triton.errors import TritonError
+
 from clif.config import Config, TrainConfig
 from clif.engine.base import Base, build_base
 from clif.engine.build import build_engine
@@ -25,13 +27,14 @@ from clif.kernels.elementwise_host import INTERPRET
 from clif.kernels.paged_decode_host import PagedDecode
 from clif.kernels.paged_decode_reference import PagedDecodeReference
 from clif.kernels.paged_decode_table import DecodeConfig
+from clif.models import triton_ops
 from clif.models.backends import choose_ops
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import LoraRows
 from clif.models.layer import DecoderLayer
 from clif.models.layer_ops import HeadLayout, LayerOps, TorchGate, TorchNorm, TorchOps, TorchRotary
 from clif.models.stack import CausalStack
-from clif.models.triton_ops import TritonNorm, TritonOps, TritonRotary, as_rms_norm, triton_gate
+from clif.models.triton_ops import TritonNorm, TritonOps, TritonRotary, as_rms_norm, kernel_fault, triton_gate
 from clif.models.weights.loading import load_model
 from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
@@ -68,11 +71,37 @@ def rig_on(base: Base, **engine: Any) -> Rig:
 def test_on_a_gpu_that_can_run_it_and_nowhere_else_layers_use_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, capability = torch.device("cuda"), (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("clif.models.triton_ops.kernel_fault", lambda *_: None)
     assert isinstance(choose_ops(gpu, torch.bfloat16, 64), TritonOps)
     assert isinstance(choose_ops(gpu, torch.float64, 64), TorchOps)
     assert isinstance(choose_ops(CPU, torch.float32, 64), TorchOps)
     capability = (7, 5)
     assert isinstance(choose_ops(gpu, torch.bfloat16, 64), TorchOps)
+
+
+def test_kernels_that_fail_or_are_wrong_on_a_device_are_not_used_there(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert kernel_fault(CPU, torch.bfloat16) is None and kernel_fault(CPU, torch.float32) is None
+    with monkeypatch.context() as wrong:
+        wrong.setattr(triton_ops, "launch_swiglu_grad", lambda wide, grad: torch.zeros_like(wide))
+        assert (kernel_fault(CPU, torch.float32) or "").startswith("the kernels are wrong here: gradient by")
+    with monkeypatch.context() as wrong:
+        rotate = triton_ops.launch_rotate_heads
+        wrong.setattr(triton_ops, "launch_rotate_heads", lambda *given: rotate(*given[:6]))
+        assert (kernel_fault(CPU, torch.float32) or "").startswith("the kernels are wrong here: cache by 1")
+
+    def fails(*_: Any) -> None:
+        raise TritonError("no such instruction\nwith a long dump")
+
+    monkeypatch.setattr(triton_ops, "launch_add_rms_norm", fails)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    found = kernel_fault(CPU, torch.bfloat16)
+    assert found == "a kernel fails: no such instruction"
+    monkeypatch.setattr(triton_ops, "kernel_fault", lambda *_: found)
+    with caplog.at_level("INFO"):
+        assert isinstance(choose_ops(torch.device("cuda"), torch.bfloat16, 64), TorchOps)
+    assert "torch (a kernel fails: no such instruction)" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
