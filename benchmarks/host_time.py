@@ -169,9 +169,20 @@ CASES = {
 """graphs, overlap, trains, drawn"""
 
 
-def spread(values: list[float]) -> str:
+def yardstick_us() -> float:
+    """Microseconds of a fixed piece of Python: how fast the machine is at this moment."""
+    found = []
+    for _ in range(30):
+        start, numbers = time.perf_counter(), {}
+        for i in range(1000):
+            numbers[i % 64] = (i, len(numbers))
+        found.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(found)
+
+
+def spread(values: list[float], digits: int = 0) -> str:
     ordered = sorted(values)
-    return f"{statistics.median(ordered):.0f} ({ordered[0]:.0f} to {ordered[-1]:.0f})"
+    return f"{statistics.median(ordered):.{digits}f} ({ordered[0]:.{digits}f} to {ordered[-1]:.{digits}f})"
 
 
 def main() -> None:
@@ -183,16 +194,19 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"commit {checkout.commit()}, torch {torch.__version__}, {asked.requests} requests, us a step: median of")
     print(f"{asked.repeats} repeats' medians (least to largest), and the median repeat's parts\n")
-    print(f"| case | step | {' | '.join(PARTS)} |\n|---|---|{'---|' * len(PARTS)}")
+    print(f"| case | step | step in yardsticks | {' | '.join(PARTS)} |\n|---|---|---|{'---|' * len(PARTS)}")
     runs: dict[str, list[dict[str, float]]] = defaultdict(list)
     for _ in range(asked.repeats):
         # The cases take turns: a drift of the machine affects all of them.
         for case, flags in CASES.items():
+            before = yardstick_us()
             found = measure(asked.requests, asked.steps, *flags)
             runs[case].append({part: statistics.median(values) for part, values in found.items()})
+            runs[case][-1]["ratio"] = 2 * runs[case][-1]["step"] / (before + yardstick_us())
     for case, repeats in runs.items():
         parts = " | ".join(f"{statistics.median(r[part] for r in repeats):.0f}" for part in PARTS)
-        print(f"| {case} | {spread([r['step'] for r in repeats])} | {parts} |")
+        steps, ratios = spread([r["step"] for r in repeats]), spread([r["ratio"] for r in repeats], digits=1)
+        print(f"| {case} | {steps} | {ratios} | {parts} |")
 
 
 if __name__ == "__main__":
