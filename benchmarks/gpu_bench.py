@@ -28,12 +28,14 @@ import msgspec
 import torch
 
 from clif.config import Config, ConfigError, config_from_tree
+from clif.distributed.collectives import TpGroup
 from clif.engine.base import build_base
 from clif.engine.build import build_engine
 from clif.engine.checked_capture import CheckedRecorder, CheckedRegion
 from clif.engine.engine import Engine
 from clif.engine.graphs import DecodeGraphs
 from clif.engine.jobs import Job, Slices
+from clif.engine.kv_size import resolve_kv_tokens
 from clif.kernels.paged_decode_reference import PagedDecodeReference
 from clif.models.weights.loading import LoadedModel, load_model
 from clif.training.train_runner import TrainRunner
@@ -112,6 +114,7 @@ class Bench:
         Raises ConfigError for what cannot be used on this device.
         """
         config = _config({**self._tree, "engine": {**self._tree["engine"], **fields}})
+        config = resolve_kv_tokens(config, self.base, TpGroup())
         engine = build_engine(config, self.base)
         if self.device.type == "cpu" and config.engine.graphs != "off":
             # In place of CUDA graphs: the same regions under the rules of a capture.
@@ -171,7 +174,7 @@ class Bench:
 
     def kv(self, engine: Engine, tokens: float) -> float:
         """Bytes of keys and values of `tokens` tokens, in all layers."""
-        return tokens * engine.runner.cache.bytes / engine.config.kv_tokens
+        return tokens * engine.runner.cache.bytes / engine.config.num_kv_tokens
 
 
 def add_job(engine: Engine, work: Slices[Any]) -> None:

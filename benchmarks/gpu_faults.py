@@ -42,10 +42,10 @@ from clif.types import NO_TOKEN, Request, Sampling
 
 DRY_RUN = "--dry" in sys.argv
 DEVICE = "cpu" if DRY_RUN else "cuda"
-SMALL = replace(DRY, device=DEVICE, batch=12)
+SMALL = replace(DRY, device=DEVICE, batch=6 if DRY_RUN else 12)
 """Small enough for many engines, and float32, where no rounding turns a greedy token into another one."""
-ANSWER, STEPS = (9, 2) if DRY_RUN else (24, 3)
-"""Tokens of the longest answer, and optimizer steps beside serving."""
+ANSWER, STEPS, PART = (7, 2, 2) if DRY_RUN else (24, 3, 4)
+"""Tokens of the longest answer, optimizer steps beside serving, and requests of each adapter version."""
 
 
 @cache
@@ -120,10 +120,10 @@ def same_answers() -> str:
 def _answers(engine: Engine) -> dict[int, list[int]]:
     """Tokens of each request but of the one that is cancelled."""
     found: dict[int, list[int]] = {}
-    for first in (0, 4, 8):
-        if first:
-            _promote(engine, 1 + first // 4)
-        for request in requests(first, 4):
+    for number in range(3):
+        if number:
+            _promote(engine, 1 + number)
+        for request in requests(number * PART, PART):
             found[request.id] = []
             engine.scheduler.add(request, engine.clock())
         for _ in range(ANSWER // 5):
@@ -256,7 +256,7 @@ def _steps(trainer: ShadowTrainer, count: int, steps: int, losses: list[float]) 
 
 def beside_serving(way: str) -> str:
     """Losses and tokens of a way are those of training and serving one after the other."""
-    expected = _together("interleaved", at_once=False)
+    expected = _one_after_the_other()
     try:
         found = _together(way, at_once=True)
     except ConfigError as error:
@@ -267,10 +267,16 @@ def beside_serving(way: str) -> str:
     return "; ".join([*far, *([f"{different} answers differ"] if different else [])])
 
 
+@cache
+def _one_after_the_other() -> tuple[list[float], dict[int, list[int]]]:
+    return _together("interleaved", at_once=False)
+
+
 def _together(way: str, at_once: bool) -> tuple[list[float], dict[int, list[int]]]:
     """Losses of optimizer steps, and answers through two promotions."""
     bench = small()
-    engine = bench.engine(coserving=way)
+    # Dry runs have seen captured steps above, where each replay is checked, and slow.
+    engine = bench.engine(coserving=way, graphs="off" if DRY_RUN else "auto")
     trainer, losses = bench.trainer(engine, 4, 16), list[float]()
     with engine.streams.training():
         before = trainer.snapshot()
@@ -288,6 +294,26 @@ def _together(way: str, at_once: bool) -> tuple[list[float], dict[int, list[int]
     return losses, answers
 
 
+def automatic_cache() -> str:
+    """With engine.kv_tokens auto the cache takes what is free, and prompts, captured steps and training still run."""
+    bench = large()
+    bench.clean()
+    # More requests than any GPU has room for.
+    engine = bench.engine(kv_tokens="auto", max_batch=bench.scale.batch if DRY_RUN else 8192)
+    for _ in range(engine.scheduler.max_batch // 8):
+        engine.scheduler.add(bench.request(40, 40), engine.clock())
+    count, length = bench.scale.steps[0]
+    trainer = bench.trainer(engine, count, length)
+    add_job(engine, _steps(trainer, count, 1, []))
+    for _ in range(4 if DRY_RUN else 60):
+        engine.step()
+    bench.cancel_all(engine)
+    _losses(engine, trainer, count, 1)
+    if not DRY_RUN:
+        print(f"    {torch.cuda.mem_get_info()[0] / 2**30:.1f} GiB are free at the end", flush=True)
+    return ""
+
+
 CHECKS: tuple[tuple[str, Check], ...] = (
     ("every captured size replays what its region computes, bit for bit", every_captured_size),
     ("graphs and overlap change no token, through promotions", same_answers),
@@ -297,6 +323,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("an optimizer step waits once", waits_of_training),
     ("captured training has the loss and the gradient of eager training", captured_training),
     *((f"{way}: losses and tokens are those of one after the other", partial(beside_serving, way)) for way in WAYS),
+    ("engine.kv_tokens auto leaves room for everything else", automatic_cache),
 )
 
 
