@@ -19,7 +19,7 @@ from clif.distributed.roles import role_of
 from clif.distributed.topology import Topology
 from clif.engine.base import Base
 from clif.engine.build import build_engine, is_measured, trial_engine, use_coserving
-from clif.engine.coserving.measure import MODES, Load, choose_by, measure
+from clif.engine.coserving.measure import MODES, Load, Work, choose_by, measure
 from clif.engine.engine import Engine
 from clif.replica.records import RankRecords
 from clif.replica.replica import Replica
@@ -123,9 +123,12 @@ def choose_by_trial(
     chosen = samples[: config.train.micro_batch]
     measured = measure(
         partial(trial_engine, engine, config),
-        partial(runner.loss_and_gradients, chosen, sum(sample.targets for sample in chosen)),
+        Work(
+            partial(runner.loss_and_gradients, chosen, sum(sample.targets for sample in chosen)),
+            sum(len(sample.ids) for sample in chosen),
+            runner.stack.num_layers,
+        ),
         Load.of(engine.config, config.model.max_context),
-        runner.stack.num_layers,
         modes,
     )
     mode, figures = choose_by(measured, config.slo.tpot_ms / 1000)

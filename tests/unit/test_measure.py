@@ -13,7 +13,7 @@ from clif.config import EngineConfig, config_from_tree
 from clif.distributed.collectives import TpGroup
 from clif.engine import build
 from clif.engine.build import is_measured
-from clif.engine.coserving.measure import Load, Measured, Progress, Trial, choose_by
+from clif.engine.coserving.measure import Load, Measured, Progress, Trial, Work, choose_by
 from clif.engine.jobs import Job, Slice, SliceKind
 from clif.engine.stopwatch import HostTiming
 from clif.engine.streams import OneStream
@@ -66,7 +66,7 @@ def test_the_made_up_requests_fit_the_cache_and_the_context_all_at_a_time(kv_tok
 
 def test_training_is_counted_by_layers_wherever_they_are_computed():
     """Of 4 layers and 10 tokens: half of the forward by its own work, the rest along with a step; then the backward."""
-    progress, done = Progress(layers=4), []
+    done = []
 
     def work():
         yield Slice(SliceKind.FORWARD, 10, 4, done.append)
@@ -74,15 +74,30 @@ def test_training_is_counted_by_layers_wherever_they_are_computed():
         yield Slice(SliceKind.HEAD, 1, 30, done.append)
         yield Slice(SliceKind.BACKWARD, 10, 4, done.append)
 
-    job = Job("trial", progress.repeated(work))
+    progress = Progress(Work(work, tokens=10, layers=4))
+    job = Job("trial", progress.repeated())
     job.run(2)
     assert progress.tokens == 2.5
     job.resume(None)
     job.run()
-    assert progress.tokens == 5 and progress.passes == 0
+    assert progress.tokens == 5 and progress.repeats == 0
     job.run()
-    assert progress.tokens == 10 and progress.passes == 1 and done == [2, 30, 4]
+    assert progress.tokens == 10 and progress.repeats == 1 and done == [2, 30, 4]
     job.close()
+
+
+def test_rows_that_pad_a_pass_are_no_tokens():
+    """A pass of 10 tokens in 16 rows: half of its layers are half of its tokens, once a whole one was seen."""
+
+    def work():
+        yield Slice(SliceKind.FORWARD, 16, 4, lambda units: None)
+        yield Slice(SliceKind.BACKWARD, 16, 4, lambda units: None)
+
+    progress = Progress(Work(work, tokens=10, layers=4))
+    job = Job("trial", progress.repeated())
+    for expected in (8, 10, 15, 20):
+        job.run()
+        assert progress.tokens == expected
 
 
 def test_a_replica_measures_before_it_serves_and_begins_as_if_it_had_not(tiny_config, monkeypatch, caplog):

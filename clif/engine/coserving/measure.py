@@ -22,7 +22,7 @@ MODES = (CoservingMode.INTERLEAVED, CoservingMode.CONCURRENT, CoservingMode.FUSE
 LEAD = 1.03
 """What a mode has to be better by than a simpler one: the measurement is short."""
 TRIAL_S, WARM_UP_S, LONGEST_WARM_UP_S = 0.3, 0.1, 0.5
-"""Seconds of a trial; of serving or training before it; the same at most, until training has completed a pass."""
+"""Seconds of a trial; of what comes before it; of that at most, while the training has not been computed once."""
 PROMPT = 16
 """Tokens of a made-up prompt."""
 
@@ -92,21 +92,33 @@ class Load:
         return Request(id=id, prompt=prompt, sampling=Sampling(max_tokens=self.answer, ignore_eos=True))
 
 
-class Progress:
-    """Counts what slices have computed. layers: of the model. tokens: through forward and backward of all of them."""
+@dataclass(frozen=True)
+class Work:
+    """Training to be tried: forward and backward of so many tokens, which leave nothing. layers: of the model."""
 
-    def __init__(self, layers: int) -> None:
-        self._layers, self._computed, self.passes = layers, 0, 0
+    slices: Callable[[], Slices[Any]]
+    tokens: int
+    layers: int
+
+
+class Progress:
+    """Counts what slices have computed of work that is repeated. work: tokens, through forward and backward."""
+
+    def __init__(self, work: Work) -> None:
+        self._work, self.repeats = work, 0
+        # Layers times rows: of this repeat, and of a whole one. Rows that pad a pass count as long as they do so.
+        self._computed, self._whole = 0, 2 * work.layers * work.tokens
 
     @property
     def tokens(self) -> float:
-        return self._computed / (2 * self._layers)
+        return self._work.tokens * (self.repeats + min(1.0, self._computed / self._whole))
 
-    def repeated(self, make: Callable[[], Slices[Any]]) -> Slices[None]:
-        """The work over and over again."""
+    def repeated(self) -> Slices[None]:
+        """The slices of the work, over and over again."""
         while True:
-            yield from self._counted(make())
-            self.passes += 1
+            yield from self._counted(self._work.slices())
+            self._whole, self._computed = self._computed or self._whole, 0
+            self.repeats += 1
 
     def _counted(self, work: Slices[Any]) -> Slices[None]:
         result: Any = None
@@ -135,36 +147,32 @@ def _noting(piece: Slice, units: list[int]) -> Callable[[int], Any]:
 
 def measure(
     make_engine: Callable[[CoservingMode], Engine],
-    train: Callable[[], Slices[Any]],
+    work: Work,
     load: Load,
-    layers: int,
     modes: Sequence[CoservingMode] = MODES,
 ) -> Measured:
     """Try serving alone, training alone, and both in each mode.
 
-    make_engine: a new engine, without requests and jobs. train: the work of one pass, forward and backward, that
-    leaves nothing behind. layers: of the model.
+    make_engine: a new engine, without requests and jobs.
     """
     first = modes[0]
-    serving = _Run(make_engine(first), load, layers).trial()
-    training = _Run(make_engine(first), None, layers, train).trial()
+    serving = _Run(make_engine(first), load, None).trial()
+    training = _Run(make_engine(first), None, work).trial()
     alone = Trial(serving.serving, training.training, serving.longest_gap_s)
-    return Measured(alone, {mode: _Run(make_engine(mode), load, layers, train).trial() for mode in modes})
+    return Measured(alone, {mode: _Run(make_engine(mode), load, work).trial() for mode in modes})
 
 
 class _Run:
     """One engine at work, with requests, a job, or both."""
 
-    def __init__(
-        self, engine: Engine, load: Load | None, layers: int, train: Callable[[], Slices[Any]] | None = None
-    ) -> None:
-        self._engine, self._load, self._progress = engine, load, Progress(layers)
-        self._trains = train is not None
+    def __init__(self, engine: Engine, load: Load | None, work: Work | None) -> None:
+        self._engine, self._load = engine, load
+        self._progress = None if work is None else Progress(work)
         self._ids: Iterator[int] = iter(range(1 << 30))
         self._tokens, self._last_s, self._longest_s = 0, engine.clock(), 0.0
-        if train is not None:
+        if self._progress is not None:
             with engine.streams.training():
-                engine.jobs.append(Job("trial", self._progress.repeated(train)))
+                engine.jobs.append(Job("trial", self._progress.repeated()))
         for _ in range(load.requests if load else 0):
             self._ask()
 
@@ -177,7 +185,7 @@ class _Run:
                 self._step()
             # What was launched before belongs to the warm-up, what is launched until the end to the trial.
             self._engine.streams.synchronize()
-            tokens, trained, start = self._tokens, self._progress.tokens, clock()
+            tokens, trained, start = self._tokens, self._trained, clock()
             self._last_s, self._longest_s = start, 0.0
             while clock() - start < TRIAL_S:
                 self._step()
@@ -185,11 +193,15 @@ class _Run:
             seconds = clock() - start
         finally:
             self._end()
-        return Trial((self._tokens - tokens) / seconds, (self._progress.tokens - trained) / seconds, self._longest_s)
+        return Trial((self._tokens - tokens) / seconds, (self._trained - trained) / seconds, self._longest_s)
+
+    @property
+    def _trained(self) -> float:
+        return 0.0 if self._progress is None else self._progress.tokens
 
     @property
     def _starting(self) -> bool:
-        return self._trains and not self._progress.passes
+        return self._progress is not None and not self._progress.repeats
 
     def _step(self) -> None:
         events = self._engine.step()
