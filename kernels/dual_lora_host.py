@@ -54,6 +54,10 @@ class KernelLauncher:
             self._tables[key] = StagedRowTable(segments, rows, block_m, slots, self.device)
         return self._tables[key]
 
+    def held(self) -> tuple[RowTable, ...]:
+        """The tables that it keeps now: it forgets them when there are many."""
+        return tuple(self._tables.values())
+
     def linear(
         self,
         tiles: LinearTiles,
@@ -149,6 +153,10 @@ class FusedLinear:
         self._forward_blocks = self._table([(0, depth)] * merged.blocks)
         self._backward_blocks = self._table([(m.start, m.stop) for m in adapted])
         self._columns: dict[tuple[Callable[..., Any], int], tuple[torch.Tensor, bool]] = {}
+
+    def held(self) -> tuple[object, ...]:
+        """The tables that its launches have read so far, for a captured graph to keep."""
+        return self._launcher.held()
 
     def forward(
         self, x: torch.Tensor, segments: Sequence[Segment] | RowTable, tables: RowTables | None = None

@@ -21,16 +21,16 @@ class Rounding:
     """The copies that round a bank's masters."""
 
     def __init__(self, layers: Sequence[LoraFactors], shadow: torch.Tensor) -> None:
-        """shadow [n]: the masters of all layers, one after the other. The layers' slots, still zeros, are laid anew."""
+        """shadow [n]: the masters of all layers, one after the other. The layers' slots, zeros, move to new memory."""
         self._copies: list[Copy] = []
-        places, at = defaultdict[object, list[int]](list), dict[int, LoraFactors]()
+        starts_of, at = defaultdict[object, list[int]](list), dict[int, LoraFactors]()
         start = 0
         for layer in layers:
             at[start] = layer
             sizes = tuple((module.size, module.adapted) for module in layer.modules)
-            places[layer.a.shape, sizes].append(start)
+            starts_of[layer.a.shape, sizes].append(start)
             start += layer.shadow_a.numel() + layer.shadow_b.numel()
-        for run in (run for starts in places.values() for run in equal_distances(starts)):
+        for run in (run for starts in starts_of.values() for run in equal_distances(starts)):
             self._copies += _copies([at[start] for start in run], run, shadow)
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from clif.config import Config, ConfigError
 from clif.distributed.collectives import TpGroup
 from clif.distributed.topology import choose_device
 from clif.engine.base import Base, build_base
-from clif.engine.capture import Recorder, choose_recorder
+from clif.engine.capture import Recorder, choose_recorder, choose_train_recorder
 from clif.engine.checked_capture import CaptureError
 from clif.engine.coserving.concurrent import Concurrent
 from clif.engine.coserving.fused import Fused
@@ -66,6 +66,11 @@ def build_engine(config: Config, base: Base, tp_group: TpGroup | None = None) ->
     recorder = choose_recorder(config.engine, device, tp_group.size, runner.paged is not None)
     if recorder is not None:
         _capture(runner, recorder, config.model.max_context)
+    if config.train.enabled:
+        # While modes are measured, those that do not fuse need captured layers.
+        fuses = coserving == CoservingMode.FUSED and not is_measured(config, device, tp_group)
+        varlen = base.stack.varlen is not None
+        runner.train_recorder = choose_train_recorder(config.engine, device, tp_group.size, varlen, fuses)
     engine = Engine(
         runner,
         Scheduler(config.engine, slots, tokenizer.eos_ids, tokenizer.decode),
@@ -89,6 +94,7 @@ def use_coserving(engine: Engine, config: Config, coserving: str) -> None:
         stopwatch=choose_stopwatch(device),
         ahead=AHEAD.get(device.type, 1),
     )
+    engine.runner.fuses = engine.training_half.strategy.fuses
     engine.runner.bank.on_fill = streams.publish
     # What was made until now was made on another stream.
     streams.synchronize()

@@ -17,12 +17,11 @@ import torch
 
 from clif.config import EngineConfig
 from clif.engine.checked_capture import CaptureRules
+from clif.engine.streams import HIGH, LOW
 
 log = logging.getLogger(__name__)
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
-HIGH = -1
-"""Priority of the stream that serves."""
 WARM_UPS = 3
 """Runs before a capture: kernels are compiled and loaded, libraries allocate their workspaces."""
 
@@ -38,7 +37,7 @@ class Captured(Protocol[T_co]):
         ...
 
     def release(self) -> None:
-        """Give the memory of its results to regions that are captured later. Nobody on the host asks for them again."""
+        """Give the memory of its results to regions that are captured later: the host reads them no more."""
         ...
 
 
@@ -105,19 +104,41 @@ class CudaRecorder:
 
 def why_not_captured(config: EngineConfig, device: torch.device, tp_size: int, kernel: bool) -> str:
     """Why the steps of a replica are not captured; empty: they are. kernel: decode rows have the Triton kernel."""
-    if config.graphs == "off":
-        return "engine.graphs is off"
-    if device.type != "cuda":
-        return f"a {device.type} has none"
-    if tp_size > 1:
-        return "several ranks share the model"
-    return "" if kernel else "attention to the cache needs the Triton kernel, see engine.decode_kernel"
+    why = _obstacle(config, device, tp_size)
+    return why if why or kernel else "attention to the cache needs the Triton kernel, see engine.decode_kernel"
 
 
 def choose_recorder(config: EngineConfig, device: torch.device, tp_size: int, kernel: bool) -> Recorder | None:
     """Captures the steps of a replica; None: none are captured. See why_not_captured."""
-    why = why_not_captured(config, device, tp_size, kernel)
+    return _recorder("steps", device, HIGH, why_not_captured(config, device, tp_size, kernel))
+
+
+def choose_train_recorder(
+    config: EngineConfig, device: torch.device, tp_size: int, varlen: bool, fuses: bool
+) -> Recorder | None:
+    """Captures the layers of training passes; None: none are captured.
+
+    varlen: their attention is torch's varlen_attn; fuses: serving steps compute forwards of training.
+    """
+    why = _obstacle(config, device, tp_size)
+    if not why and fuses:
+        why = "serving steps compute training forwards, see engine.coserving"
+    if not why and not varlen:
+        why = "attention is padded to the lengths of sequences"
+    return _recorder("training", device, LOW, why)
+
+
+def _obstacle(config: EngineConfig, device: torch.device, tp_size: int) -> str:
+    """Why nothing of a replica is captured; empty: it may be."""
+    if config.graphs == "off":
+        return "engine.graphs is off"
+    if device.type != "cuda":
+        return f"a {device.type} has none"
+    return "several ranks share the model" if tp_size > 1 else ""
+
+
+def _recorder(what: str, device: torch.device, priority: int, why: str) -> Recorder | None:
     if why:
-        log.info("no CUDA graphs: %s", why)
+        log.info("no CUDA graphs of %s: %s", what, why)
         return None
-    return CudaRecorder(torch.cuda.Stream(device, priority=HIGH))
+    return CudaRecorder(torch.cuda.Stream(device, priority=priority))

@@ -126,7 +126,8 @@ class _Watch(TorchDispatchMode):
         fresh = [leaf for leaf in outputs if self._address(leaf) not in known]
         self._made += fresh
         self._inside |= {self._address(leaf) for leaf in fresh}
-        constants = tuple(leaf for leaf in leaves if not isinstance(leaf, torch.Tensor))
+        # NaN differs from itself.
+        constants = tuple("NaN" if leaf != leaf else leaf for leaf in leaves if not isinstance(leaf, torch.Tensor))
         forms = tuple(map(_form, inputs)), tuple(map(_form, outputs))
         self._operators.append(Operator(full, *forms, constants, outside, idle))
         return out

@@ -28,6 +28,8 @@ class ModelRunner:
     """The model of one rank with its adapters and KV cache, for serving.
 
     paged: the kernel for attention of decode rows, None: torch's products. graphs: captured steps, once there are any.
+    train_recorder: captures the layers of training passes; None: none are captured. fuses: steps may have to compute
+    training forwards, whose passes must not be captured then.
     """
 
     def __init__(
@@ -45,6 +47,8 @@ class ModelRunner:
         self.cache = KVCache(stack.num_layers, tokens, stack.num_kv_heads, stack.head_dim, dtype, device)
         self.paged = paged
         self.graphs: DecodeGraphs | None = None
+        self.train_recorder: Recorder | None = None
+        self.fuses = False
         self._batches = BatchBuilder(config, stack.vocab_size, device, dtype, stack.varlen)
         # Of the last step, in the order in which its chunks sample: the next one may need them before the host knows.
         self._last_tokens = torch.zeros(config.max_batch, dtype=torch.int64, device=device)

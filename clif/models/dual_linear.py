@@ -101,6 +101,10 @@ class DualLinear:
             self._fused = FusedLinear(merged, launcher) if launcher else None
             self._captured = FusedLinear(merged, captured) if captured else None
 
+    def held(self) -> tuple[object, ...]:
+        """What a captured graph of rows that learn reads beside tensors: to be kept for as long as the graph."""
+        return () if self._fused is None else self._fused.held()
+
     def __call__(self, xs: Sequence[torch.Tensor], rows: Sequence[LoraRows]) -> list[torch.Tensor]:
         """xs: [count, in] for each kind of rows, those that learn last. Returns [count, out] for each."""
         if rows[-1].learns and torch.is_grad_enabled():

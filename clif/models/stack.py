@@ -14,7 +14,7 @@ from clif.models.causal import CausalSequences
 from clif.models.dual_linear import DualLinear, LoraRows
 from clif.models.head import Head
 from clif.models.layer import AttentionPlan, DecoderLayer, SubBatch
-from clif.models.layer_ops import LayerOps, TorchOps
+from clif.models.layer_ops import LayerOps, Rope, TorchOps
 from clif.models.spec import ModelSpec, spec_of
 from clif.models.varlen import SequenceSpans, Varlen, VarlenSequences
 
@@ -55,26 +55,39 @@ class CausalStack:
         """The merged linear layers, in the order of the forward."""
         return [linear for layer in self._layers for linear in layer.linears]
 
+    def masters(self, layer: int) -> list[torch.Tensor]:
+        """The shadow's factors of a layer, which its backward adds gradients to."""
+        loras = [linear.lora for linear in self._layers[layer].linears]
+        return [master for lora in loras if lora is not None for master in (lora.shadow_a, lora.shadow_b)]
+
+    @property
+    def device(self) -> torch.device:
+        weight: torch.Tensor = self._inner.embed_tokens.weight
+        return weight.device
+
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """ids: [rows] -> hidden states [rows, hidden size]."""
         return self._inner.embed_tokens(ids)
 
     def sub_batch(self, rows: LoraRows, positions: torch.Tensor, plan: AttentionPlan) -> SubBatch:
         """Rows of one kind at positions [rows]."""
-        rope = self._angles(positions)
+        return SubBatch(rows, self.rope(positions), plan)
+
+    def rope(self, positions: torch.Tensor) -> Rope:
+        """Rotary embedding of rows at positions [rows]."""
+        rope: Rope = self._angles(positions)
         if rope.cos.shape[-1] != self.head_dim:
             raise ConfigError(
                 f"{type(self.model).__name__} turns {rope.cos.shape[-1]} of the {self.head_dim} numbers of a head "
                 "(partial rotary embedding), which is not supported: choose another model"
             )
-        return SubBatch(rows, rope, plan)
+        return rope
 
     def sequences(self, lengths: Sequence[int]) -> AttentionPlan:
         """The plan of packed rows that attend within their sequences. Does not wait for the device."""
-        device = self._inner.embed_tokens.weight.device
         if self.varlen is None:
-            return CausalSequences(lengths, device)
-        return VarlenSequences(SequenceSpans.of(lengths, lengths, device), self.varlen)
+            return CausalSequences(lengths, self.device)
+        return VarlenSequences(SequenceSpans.of(lengths, lengths, self.device), self.varlen)
 
     def layers(
         self, start: int, stop: int, hidden: Sequence[torch.Tensor], sub_batches: Sequence[SubBatch]

@@ -8,7 +8,7 @@ from clif.distributed.collectives import TpGroup
 from clif.engine.jobs import WAIT, Slices
 
 
-def computed(tensor: torch.Tensor, tp_group: TpGroup) -> Slices[None]:
+def until_done(tensor: torch.Tensor, tp_group: TpGroup) -> Slices[None]:
     """Until the device has computed what was launched on the current stream: a read behind it hardly waits.
 
     The host would wait for the whole backward otherwise, and launch no serving step meanwhile. With peers that read

@@ -6,7 +6,7 @@ import torch
 
 from clif.adapters.slots import SlotTable
 from clif.engine.jobs import Slices
-from clif.training.device_work import computed
+from clif.training.device_work import until_done
 from clif.training.train_runner import TrainRunner
 from clif.types import TrainSample
 
@@ -34,7 +34,7 @@ class Heldout:
         losses = []
         for batch in self._batches:
             losses.append((yield from self._runner.loss(batch, slot)))
-        yield from computed(self._runner.bank.shadow, self._runner.bank.tp_group)
+        yield from until_done(self._runner.bank.shadow, self._runner.bank.tp_group)
         return sum(torch.stack(losses).tolist()) if losses else 0.0
 
     def active_loss(self, slots: SlotTable) -> Slices[tuple[int, float]]:

@@ -14,41 +14,24 @@ from dataclasses import dataclass
 
 import torch
 
+from clif.engine.jobs import FusedPass
 from clif.kernels.dual_lora_reference import Segment
 from clif.kernels.staging import send_ints
 from clif.models.causal import SAVED_LENGTH
 from clif.models.dual_linear import LoraRows
-from clif.models.loss import PIECE_ROWS, head_loss
 from clif.models.stack import CausalStack
+from clif.training.head_loss import HeadLoss
 from clif.types import TrainSample
-
-
-@dataclass(frozen=True)
-class HeadPieces:
-    """How the head's rows are cut. rows: whose logits are held at a time; unit: rows of a slice's unit; least: units of
-    the smallest slice.
-    """
-
-    rows: int
-    unit: int
-    least: int
-
-
-HEAD_PIECES = {
-    "cpu": HeadPieces(rows=PIECE_ROWS["cpu"], unit=1, least=16),
-    "cuda": HeadPieces(rows=PIECE_ROWS["cuda"], unit=PIECE_ROWS["cuda"], least=1),
-}
-"""By type of device."""
 
 
 @dataclass(frozen=True)
 class Packed:
     """Training samples one after the other: ids, positions [rows]; the rows whose logits predict targets, and those."""
 
-    ids: torch.Tensor
-    positions: torch.Tensor
-    rows: torch.Tensor
-    targets: torch.Tensor
+    ids: list[int]
+    positions: list[int]
+    rows: list[int]
+    targets: list[int]
     lengths: tuple[int, ...]
 
     @property
@@ -56,21 +39,16 @@ class Packed:
         return sum(self.lengths)
 
 
-def pack(samples: Sequence[TrainSample], device: torch.device) -> Packed:
+def pack(samples: Sequence[TrainSample]) -> Packed:
     """Lay samples one after the other; the row before each target predicts it."""
-    ids: list[int] = []
-    positions: list[int] = []
-    rows: list[int] = []
-    targets: list[int] = []
-    at = 0
+    packed = Packed([], [], [], [], tuple(len(sample.ids) for sample in samples))
     for sample in samples:
-        ids += sample.ids
-        positions += range(len(sample.ids))
-        rows += range(at + sample.target_start - 1, at + len(sample.ids) - 1)
-        targets += sample.ids[sample.target_start :]
-        at += len(sample.ids)
-    a, b, c, d = (send_ints(values, device) for values in (ids, positions, rows, targets))
-    return Packed(a, b, c, d, tuple(len(s.ids) for s in samples))
+        at = len(packed.ids)
+        packed.ids.extend(sample.ids)
+        packed.positions.extend(range(len(sample.ids)))
+        packed.rows.extend(range(at + sample.target_start - 1, at + len(sample.ids) - 1))
+        packed.targets.extend(sample.ids[sample.target_start :])
+    return packed
 
 
 @dataclass(frozen=True)
@@ -105,25 +83,33 @@ class Activations:
 class Pass:
     """A forward under one adapter slot (None: the base), and its backward if it learns.
 
-    at: the layer that comes next; cuts: (input, output) of each layer whose backward is pending, output None if it is
-    computed again. loss: summed cross-entropy in nats [], of the rows that the head has seen; on the device.
+    rows: of the pass; at: the layer that comes next; cuts: (input, output) of each layer whose backward is pending,
+    output None if it is computed again.
     """
 
     def __init__(self, stack: CausalStack, batch: Packed, slot: int | None, keep: Activations | None = None) -> None:
         """keep: for a pass that learns."""
-        self.stack, self.batch, self.learns = stack, batch, keep is not None
-        segments = () if slot is None else (Segment(0, batch.tokens, slot),)
-        self.sub_batch = stack.sub_batch(
-            LoraRows(batch.tokens, segments, self.learns), batch.positions, stack.sequences(batch.lengths)
-        )
-        self.hidden = stack.embed(batch.ids)
+        self.stack, self.rows, self.learns = stack, batch.tokens, keep is not None
+        segments = () if slot is None else (Segment(0, self.rows, slot),)
+        ids, positions = (send_ints(values, stack.device) for values in (batch.ids, batch.positions))
+        lora = LoraRows(self.rows, segments, self.learns)
+        self.sub_batch = stack.sub_batch(lora, positions, stack.sequences(batch.lengths))
+        self.hidden = stack.embed(ids)
         self.at = 0
-        self._head_at = 0
         self.cuts: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        self.loss = torch.zeros((), dtype=torch.float64, device=batch.ids.device)
-        self.pieces = HEAD_PIECES[batch.ids.device.type]
         self._first_kept = stack.num_layers - (keep.kept(batch.lengths) if keep else 0)
         self._gradient: torch.Tensor | None = None
+        self.targets = HeadLoss(stack, batch.rows, batch.targets)
+
+    @property
+    def fused_pass(self) -> FusedPass | None:
+        """A serving step can compute its layers."""
+        return self
+
+    @property
+    def pending(self) -> int:
+        """Layers whose backward is still to come."""
+        return len(self.cuts)
 
     @property
     def left(self) -> int:
@@ -155,34 +141,11 @@ class Pass:
         self.hidden = out.detach()
         self.at += 1
 
-    @property
-    def head_rows_left(self) -> int:
-        """Targets that the head has not seen yet."""
-        return len(self.batch.targets) - self._head_at
-
     def head(self, units: int, divisor: float) -> None:
-        """Add the summed cross-entropy of the next targets, `units` units of them, to `loss`.
-
-        A pass that learns adds the gradient of (that sum / divisor).
-        """
-        stop = min(self._head_at + units * self.pieces.unit, len(self.batch.targets))
-        for at in range(self._head_at, stop, self.pieces.rows):
-            self.loss += self._head(at, min(at + self.pieces.rows, stop), divisor)
-        self._head_at = stop
-
-    def _head(self, start: int, stop: int, divisor: float) -> torch.Tensor:
-        rows, targets = self.batch.rows[start:stop], self.batch.targets[start:stop]
-        top = self.hidden[rows].requires_grad_(self.learns)
-        with torch.set_grad_enabled(self.learns):
-            normed = self.stack.norm(top)
-        loss, gradient = head_loss(self.stack.head, normed.detach(), targets, divisor if self.learns else None)
-        if gradient is not None:
-            normed.backward(gradient)
-            if self._gradient is None:
-                self._gradient = torch.zeros_like(self.hidden)
-            assert top.grad is not None
-            self._gradient.index_copy_(0, rows, top.grad)
-        return loss
+        """The loss of the next targets; a pass that learns gets the gradient of (their summed loss / divisor)."""
+        if self.learns and self._gradient is None:
+            self._gradient = torch.zeros_like(self.hidden)
+        self.targets.add(self.hidden, self._gradient, units, divisor)
 
     def backward(self, layers: int) -> None:
         """The backward of the last pending layers; adds to the shadow's gradient."""
@@ -197,14 +160,14 @@ class Pass:
             self._gradient = entry.grad
 
 
-def measure_activations(stack: CausalStack, device: torch.device, budget: int) -> Activations:
+def measure_activations(stack: CausalStack, budget: int) -> Activations:
     """Measure what autograd keeps of a few rows in one layer: models differ in norms and activations."""
     n = 16
-    ids = torch.arange(n, device=device) % stack.vocab_size
+    ids = [i % stack.vocab_size for i in range(n)]
     probe = Packed(ids, ids, ids, ids, (n,))
-    item = stack.embed(probe.ids).element_size()
-    square = stack.num_heads * item if stack.varlen is None else 0
     run = Pass(stack, probe, None, keep=Activations(1 << 62, stack.num_layers, 0, 0, 0))
+    item = run.hidden.element_size()
+    square = stack.num_heads * item if stack.varlen is None else 0
     held: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

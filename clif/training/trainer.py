@@ -16,7 +16,7 @@ from clif.adapters.bank import AdapterBank
 from clif.config import TrainConfig
 from clif.data.cursor import SampleCursor, fingerprint
 from clif.engine.jobs import Slice, SliceKind, Slices
-from clif.training.device_work import computed
+from clif.training.device_work import until_done
 from clif.training.noise_scale import NoiseWatch
 from clif.training.train_runner import TrainRunner
 from clif.types import TrainSample
@@ -88,7 +88,7 @@ class ShadowTrainer:
             groups.append((after - before) * (targets / sum(s.targets for s in part)))
             before = after
         sizes = [len(part) for part in parts]
-        yield from computed(gradient, self.bank.tp_group)
+        yield from until_done(gradient, self.bank.tp_group)
         finish = partial(self._finish, losses, chosen, groups, sizes, lr_scale)
         return (yield Slice(SliceKind.OPTIMIZER, 1, 1, lambda _: finish()))
 

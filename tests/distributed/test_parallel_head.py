@@ -14,7 +14,7 @@ from conftest import TINY
 from ranks import run_ranks
 
 from clif.models.shard import Shard, uneven_shard
-from clif.training.passes import HEAD_PIECES
+from clif.training.head_loss import HEAD_PIECES
 from clif.types import NO_TOKEN
 
 

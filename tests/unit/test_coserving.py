@@ -106,12 +106,12 @@ def test_a_forward_may_join_a_step_at_any_layer(tiny_config):
     rig = build(tiny_config)
     for joins in range(rig.runner.stack.num_layers):
         rig.bank.gradient.zero_()
-        run = Pass(rig.runner.stack, pack(SAMPLES, rig.runner.device), SHADOW, rig.train_runner.activations)
+        run = Pass(rig.runner.stack, pack(SAMPLES), SHADOW, rig.train_runner.activations)
         run.forward(joins)
         rig.engine.scheduler.add(request(joins, [5, 6, 7], max_tokens=1), 0.0)
         rig.runner.forward(rig.runner.fill(chunks := rig.engine.scheduler.schedule()), run)
         rig.engine.scheduler.settle(chunks, [1] * len(chunks), 0.0)
-        run.head(run.head_rows_left, sum(s.targets for s in SAMPLES))
+        run.head(run.targets.left, sum(s.targets for s in SAMPLES))
         run.backward(len(run.cuts))
         assert (rig.bank.gradient - expected).norm() <= 1e-5 * expected.norm(), joins
 
@@ -127,7 +127,7 @@ def test_rows_that_serve_leave_nothing_in_the_graph(tiny_config):
             size += tensor.numel() * tensor.element_size()
             return tensor
 
-        run = Pass(rig.runner.stack, pack(SAMPLES, rig.runner.device), SHADOW, rig.train_runner.activations)
+        run = Pass(rig.runner.stack, pack(SAMPLES), SHADOW, rig.train_runner.activations)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             if served:
                 rig.engine.scheduler.add(request(0, [5] * served, max_tokens=2), 0.0)

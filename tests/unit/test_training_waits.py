@@ -17,11 +17,11 @@ from clif.engine.checked_capture import READS, CaptureError, forbid_host_reads
 from clif.engine.jobs import WAIT
 from clif.kernels import staging
 from clif.models import causal
-from clif.training import passes
-from clif.training.device_work import computed
+from clif.training import head_loss, passes
+from clif.training.device_work import until_done
+from clif.training.head_loss import HEAD_PIECES, HeadPieces
 from clif.training.heldout import Heldout
 from clif.training.noise_scale import AFTER_STEPS, HALVED
-from clif.training.passes import HEAD_PIECES, HeadPieces
 from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
 
@@ -50,7 +50,7 @@ def rig(tiny_config, monkeypatch):
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             return staging.send_ints(*arguments)
 
-    for module in (causal, passes):
+    for module in (causal, passes, head_loss):
         monkeypatch.setattr(module, "send_ints", staged)
     rig = make_rig(f"random:{tiny_config}")
     rig.bank.set_shadow(random_state(rig.bank, 5))
@@ -156,5 +156,5 @@ def test_a_job_waits_for_a_gpu_between_slices_and_not_in_one(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
-    assert list(computed(OnGpu(), TpGroup())) == [WAIT] * 3
-    assert not list(computed(OnGpu(), tp_group_of(1, 2))) and not list(computed(torch.zeros(1), TpGroup()))
+    assert list(until_done(OnGpu(), TpGroup())) == [WAIT] * 3
+    assert not list(until_done(OnGpu(), tp_group_of(1, 2))) and not list(until_done(torch.zeros(1), TpGroup()))
