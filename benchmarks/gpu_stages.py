@@ -83,7 +83,12 @@ STAGES = (
         ranks(2, *ON_A_CPU),
     ),
     Stage("regressions", "what failed on the first GPU", 60, script("gpu_regressions")),
-    Stage("engine-tests", "engine, gradients and NCCL on the GPU", 60, *tests("test_gpu", "test_gpu_varlen")),
+    Stage(
+        "engine-tests",
+        "engine, gradients and NCCL on the GPU",
+        60,
+        *tests("test_gpu", "test_gpu_varlen", "test_gpu_streams"),
+    ),
     Stage("tensor-parallel", "replicas of several ranks on one GPU", 120, *tests("test_gpu_tensor_parallel")),
     # They mostly compile: one process for every two cores.
     Stage(

@@ -31,7 +31,7 @@ class CheckedStreams:
         self.launched: dict[str, int] = defaultdict(int)
         self.published = self.synchronized = 0
         self._done: dict[str, int] = defaultdict(int)
-        self._published = 0
+        self._published: dict[str, int] = defaultdict(int)
 
     @property
     def current(self) -> str:
@@ -53,7 +53,7 @@ class CheckedStreams:
 
     def publish(self) -> None:
         self.published += 1
-        self._published = self.launched[TRAINING]
+        self._published[self.current] = self.launched[self.current]
 
     def synchronize(self) -> None:
         self.synchronized += 1
@@ -69,7 +69,7 @@ class CheckedStreams:
 
     def comes_after(self, stream: str, time: int) -> bool:
         """Whether an operator that is launched now comes after that one."""
-        ordered = self._published if (self.current, stream) == (SERVING, TRAINING) else 0
+        ordered = self._published[stream] if self.current == SERVING else 0
         return stream == self.current or time <= max(ordered, self._done[stream])
 
 

@@ -29,17 +29,13 @@ NO_TRAINING = StepPlan()
 
 
 def plan_training(
-    strategy: Strategy, view: StepView | None, piece: Slice | None, packs: tuple[int, ...], ahead: int = 1
+    strategy: Strategy, view: StepView | None, piece: Slice | None, packs: tuple[int, ...], longest_s: float
 ) -> StepPlan:
-    """What the strategy decides about the upcoming slice. view: None without serving.
-
-    There the slices that are launched at a time, `ahead`, have slice_ms together: a request that arrives waits for
-    them.
-    """
+    """What the strategy decides about the upcoming slice. view: None without serving, where it has longest_s."""
     if piece is None or piece is WAIT:
         return StepPlan(packs)
     if view is None:
-        return StepPlan(packs, strategy.units_within(piece, strategy.config.slice_ms / 1000 / ahead) or piece.least)
+        return StepPlan(packs, strategy.units_within(piece, longest_s) or piece.least)
     decision = strategy.between(view, piece)
     if decision.units or not strategy.fuses or piece.fused_pass is None or not view.rows:
         return StepPlan(packs, decision.units, decision.concurrent, decision.whole_step, slack=decision.slack)

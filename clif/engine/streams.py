@@ -34,7 +34,7 @@ class Streams(Protocol):
         ...
 
     def publish(self) -> None:
-        """Serving steps that are launched from now on come after what training has been given until now."""
+        """Serving steps that are launched from now on come after what the current stream has been given until now."""
         ...
 
     def synchronize(self) -> None:
@@ -77,7 +77,7 @@ class TwoStreams:
         return torch.cuda.stream(self._training)
 
     def publish(self) -> None:
-        self._serving.wait_stream(self._training)
+        self._serving.wait_stream(torch.cuda.current_stream(self._device))
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._device)

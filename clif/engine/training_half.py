@@ -81,7 +81,14 @@ class TrainingHalf:
         if packs:
             packing.stop()
         self._planned, self._packing = piece, packing if packs else None
-        return plan_training(self.strategy, view if serving else None, piece, tuple(packs), self.ahead)
+        return plan_training(self.strategy, view if serving else None, piece, tuple(packs), self._longest_s)
+
+    @property
+    def _longest_s(self) -> float:
+        """Seconds of a slice while nothing is served. A request that arrives waits for all that are under way."""
+        config = self.strategy.config
+        longest_ms = config.concurrent_slice_ms if self.jobs.always_started else config.slice_ms / self.ahead
+        return longest_ms / 1000
 
     def follow(self, plan: StepPlan) -> None:
         """On the leader's peers: begin the passes that it began while it planned."""
