@@ -37,6 +37,7 @@ from clif.engine.graphs import DecodeGraphs
 from clif.engine.jobs import Job, Slices
 from clif.engine.kv_size import resolve_kv_tokens
 from clif.kernels.paged_decode_reference import PagedDecodeReference
+from clif.models.varlen import varlen_reference
 from clif.models.weights.loading import LoadedModel, load_model
 from clif.training.train_runner import TrainRunner
 from clif.training.trainer import ShadowTrainer
@@ -62,6 +63,11 @@ class Scale:
     """Training steps as (samples, tokens of each): the largest, the smallest, one between."""
     buckets: tuple[tuple[int, int], ...]
     """The same for steps of one captured pass, by the tokens that it is captured for."""
+
+    @property
+    def captured(self) -> tuple[int, ...]:
+        """Rows of captured passes."""
+        return tuple(count * length for count, length in self.buckets)
 
 
 FULL = Scale(
@@ -120,15 +126,29 @@ class Bench:
             # In place of CUDA graphs: the same regions under the rules of a capture.
             engine.runner.paged = PagedDecodeReference()  # type: ignore[assignment]
             engine.runner.capture(CheckedRecorder(), config.model.max_context)
+            if not engine.training_half.strategy.fuses:
+                engine.runner.train_recorder = CheckedRecorder()
+                self.base.stack.varlen = varlen_reference
         engine.scheduler.slots.promote(1, 0)
         return engine
 
-    def trainer(self, engine: Engine, count: int, length: int) -> ShadowTrainer:
-        """A trainer on `count` samples of `length` tokens, of which the second half are targets."""
-        drawn = samples(self.vocab, count, length)
+    def train_runner(self, engine: Engine) -> TrainRunner:
+        """Captures the layers of passes, where the engine has them captured."""
         self.sync()
         with engine.streams.training():
-            return ShadowTrainer(TrainRunner(engine.runner), self.bank, drawn, self.config.train)
+            runner = TrainRunner(engine.runner, self.scale.captured)
+        self.sync()
+        return runner
+
+    def trainer(self, engine: Engine, count: int, length: int, runner: TrainRunner | None = None) -> ShadowTrainer:
+        """A trainer on `count` samples of `length` tokens. runner: by default one of its own."""
+        runner, drawn = runner or self.train_runner(engine), self.samples(count, length)
+        with engine.streams.training():
+            return ShadowTrainer(runner, self.bank, drawn, self.config.train)
+
+    def samples(self, count: int, length: int) -> list[TrainSample]:
+        """The second half of each is targets."""
+        return samples(self.vocab, count, length)
 
     def sync(self) -> None:
         if self.device.type == "cuda":

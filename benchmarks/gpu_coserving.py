@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -22,7 +23,11 @@ from gpu_bench import TPOT_MS, TTFT_MS, Bench, Scale, add_job, add_lines, run_st
 from gpu_figures import say
 from gpu_load import Load, Outcome, Served, Slo, arrivals, best_way, outcome, percentile
 
+from clif.engine.build import STRATEGIES, trial_engine
+from clif.engine.coserving.measure import MODES, Progress, Work
 from clif.engine.engine import Engine
+from clif.replica.build import choose_by_trial
+from clif.training.train_runner import TrainRunner
 from clif.training.trainer import ShadowTrainer
 
 ALONE = "serving alone"
@@ -43,147 +48,169 @@ class Rates:
     gaps: list[float]
 
 
+class Way:
+    """An engine that serves and trains in one way, and keeps what it has learnt of its costs.
+
+    progress: of optimizer steps, one after the other; None: it never trains.
+    """
+
+    def __init__(self, engine: Engine, trainer: ShadowTrainer | None) -> None:
+        self.engine, self.progress = engine, None
+        if trainer is not None:
+            count, tokens = len(trainer.samples), sum(len(sample.ids) for sample in trainer.samples)
+            self.progress = Progress(Work(lambda: trainer.step(count, 1), tokens, trainer.runner.stack.num_layers))
+
+    @property
+    def trained(self) -> float:
+        """Tokens, through forward and backward."""
+        return self.progress.tokens if self.progress else 0.0
+
+    @contextmanager
+    def at_work(self) -> Iterator[Engine]:
+        """The engine, which trains meanwhile. Serving steps may take a forward along in this way alone."""
+        self.engine.runner.fuses = self.engine.training_half.strategy.fuses
+        if self.progress is not None:
+            add_job(self.engine, self.progress.repeated())
+        try:
+            yield self.engine
+        finally:
+            with self.engine.streams.training():
+                self.engine.jobs.drop("steps")
+
+
 class Coserving:
-    """The measurements of one shape, with an engine for each way that keeps what it has learnt of its costs."""
+    """The measurements of one shape. All ways share the model, the KV cache and what is captured."""
 
     def __init__(self, shape: str, scale: Scale) -> None:
         self.scale, self.bench = scale, Bench(shape, scale)
-        # Small steps, since what is counted are whole ones.
+        # Small steps, and one captured pass each.
         self.count, self.length = scale.buckets[-1]
-        self.engines: dict[str, Engine] = {}
-        self.trainers: dict[str, ShadowTrainer] = {}
+        # A dry run checks every replay, which takes longer than any request may wait.
+        graphs = "auto" if scale.device == "cuda" else "off"
+        self.base = self.bench.engine(coserving="interleaved", graphs=graphs)
+        self.runner: TrainRunner = self.bench.train_runner(self.base)
+        self.ways: dict[str, Way] = {}
         self.efficiencies: dict[str, float] = {}
         self.outcomes: dict[float, list[Outcome]] = {}
         self.served: dict[float, Served] = {}
 
-    def engine(self, way: str) -> Engine:
-        """Raises ConfigError for a way that this device does not have."""
-        if way not in self.engines:
-            self.engines[way] = self.bench.engine(coserving="interleaved" if way == ALONE else way)
-        return self.engines[way]
+    def way(self, name: str) -> Way:
+        if name not in self.ways:
+            engine = trial_engine(self.base, self.bench.config, "interleaved" if name == ALONE else name)
+            trainer = self.bench.trainer(engine, self.count, self.length, self.runner) if name != ALONE else None
+            self.ways[name] = Way(engine, trainer)
+        return self.ways[name]
 
-    def trainer(self, way: str) -> ShadowTrainer | None:
-        engine = self.engine(way)
-        if way != ALONE and way not in self.trainers:
-            self.trainers[way] = self.bench.trainer(engine, self.count, self.length)
-        return self.trainers.get(way)
+    @cached_property
+    def chosen(self) -> str:
+        """What engine.coserving auto chooses on this device."""
+        graphs, samples = self.runner.graphs, self.bench.samples(self.count, self.length)
+        choose_by_trial(self.base, self.runner, self.bench.config, samples, MODES)
+        self.runner.graphs = graphs
+        kind = type(self.base.training_half.strategy)
+        return next(str(mode) for mode, strategy in STRATEGIES.items() if strategy is kind)
 
-    def keep_training(self, engine: Engine, trainer: ShadowTrainer | None) -> None:
-        if trainer is not None and not engine.jobs:
-            add_job(engine, trainer.step(self.count, 1))
-
-    def finish(self, engine: Engine) -> None:
-        """End the requests, and the optimizer step that is under way."""
-        self.bench.cancel_all(engine)
-        while engine.jobs:
-            engine.step()
-
-    def run(
-        self, engine: Engine, trainer: ShadowTrainer | None, seconds: float, refill: Callable[[], None] | None = None
-    ) -> Rates:
-        """Steps of at least this many seconds, with all of their training on the device done."""
-        steps, served, gaps = trainer.steps if trainer else 0, 0, []
+    def run(self, way: Way, seconds: float, refill: Callable[[], None] | None = None) -> Rates:
+        """Steps of at least this many seconds, with all that the device was given done."""
         self.bench.sync()
+        trained, served, gaps = way.trained, 0, []
         start = last = time.perf_counter()
         while last < start + seconds:
-            self.keep_training(engine, trainer)
             if refill is not None:
                 refill()
-            served += sum(len(event.tokens) for event in engine.step())
-            before, last = last, time.perf_counter()
-            gaps.append(last - before)
+            served += sum(len(event.tokens) for event in way.engine.step())
+            gaps.append(time.perf_counter() - last)
+            last += gaps[-1]
         self.bench.sync()
         took = time.perf_counter() - start
-        trained = (trainer.steps - steps) * self.count * self.length if trainer else 0
-        return Rates(served / took, trained / took, gaps)
+        return Rates(served / took, (way.trained - trained) / took, gaps)
 
     @cached_property
     def training_alone(self) -> float:
         """Tokens/s."""
-        engine = self.bench.engine(coserving="interleaved")
-        trainer = self.bench.trainer(engine, self.count, self.length)
-        self.run(engine, trainer, self.scale.window_s / 4)
-        rates = [self.run(engine, trainer, self.scale.window_s / 2).training for _ in range(self.scale.repeats)]
-        engine.close()
+        way = self.way("interleaved")
+        with way.at_work():
+            self.run(way, self.scale.window_s / 4)
+            rates = [self.run(way, self.scale.window_s / 2).training for _ in range(self.scale.repeats)]
         return max(statistics.median(rates), 1e-9)
 
     @cached_property
     def decode_alone(self) -> Rates:
         return self.decode(ALONE)
 
-    def decode(self, way: str) -> Rates:
-        """A full batch of answers that none of them ends, after a third of the time as a warm-up."""
-        engine, trainer = self.engine(way), self.trainer(way)
+    def decode(self, name: str) -> Rates:
+        """A full batch of answers of which none ends."""
+        way = self.way(name)
         for _ in range(self.scale.batch):
-            engine.scheduler.add(self.bench.request(self.scale.prompt, 2 * self.scale.answer), engine.clock())
-        while any(s.num_uncomputed_tokens > 1 for s in engine.scheduler.sequences):
-            engine.serve()
-        self.run(engine, trainer, self.scale.window_s / 4)
-        rates = self.run(engine, trainer, self.scale.window_s / 2)
-        self.finish(engine)
+            way.engine.scheduler.add(self.bench.request(self.scale.prompt, 2 * self.scale.answer), way.engine.clock())
+        while any(s.num_uncomputed_tokens > 1 for s in way.engine.scheduler.sequences):
+            way.engine.serve()
+        with way.at_work():
+            self.run(way, self.scale.window_s / 4)
+            rates = self.run(way, self.scale.window_s / 2)
+        self.bench.cancel_all(way.engine)
         return rates
 
-    def decode_line(self, way: str) -> str:
+    def decode_line(self, name: str) -> str:
         alone = self.decode_alone
-        rates = alone if way == ALONE else self.decode(way)
+        rates = alone if name == ALONE else self.decode(name)
         efficiency = rates.serving / max(alone.serving, 1e-9) + rates.training / self.training_alone
-        self.efficiencies[way] = efficiency
+        self.efficiencies[name] = efficiency
         gap = percentile(rates.gaps, 0.99)
         figures = f"{rates.serving:.0f} | {rates.training:.0f} | {gap * 1e3:.2f}"
-        return f"| {way} | {figures} | {gap / percentile(alone.gaps, 0.99):.2f} | {efficiency:.2f} |"
+        return f"| {name} | {figures} | {gap / percentile(alone.gaps, 0.99):.2f} | {efficiency:.2f} |"
 
     @cached_property
     def capacity(self) -> float:
         """Requests/s of serving alone while each that ends is followed by another."""
-        engine = self.engine(ALONE)
-        refill = partial(self.bench.top_up, engine)
-        self.run(engine, None, self.scale.window_s / 2, refill)
-        rates = self.run(engine, None, self.scale.window_s, refill)
-        self.bench.cancel_all(engine)
+        way = self.way(ALONE)
+        refill = partial(self.bench.top_up, way.engine)
+        self.run(way, self.scale.window_s / 2, refill)
+        rates = self.run(way, self.scale.window_s, refill)
+        self.bench.cancel_all(way.engine)
         return max(rates.serving / self.scale.answer, 1 / self.scale.window_s)
 
-    def load(self, way: str, share: float) -> Served:
+    def load(self, name: str, share: float) -> Served:
         """An open load whose first third is not counted. Training goes on until the last first token is due."""
-        engine, trainer, end = self.engine(way), self.trainer(way), 1.5 * self.scale.window_s
+        way, end = self.way(name), 1.5 * self.scale.window_s
         times = arrivals(share * self.capacity, end, seed=round(100 * share))
-        load = Load(engine, [self.bench.mixed_request(seed=i) for i in range(len(times))], times)
-        self.pass_time(load, trainer, end / 3)
-        begun, steps, output = load.now, trainer.steps if trainer else 0, load.served.output
-        self.pass_time(load, trainer, end)
-        load.served.seconds, load.served.output = load.now - begun, load.served.output - output
-        load.served.trained = (trainer.steps - steps) * self.count * self.length if trainer else 0
-        self.pass_time(load, trainer, end + SLO.ttft_s)
-        self.finish(engine)
+        requests = [self.bench.mixed_request(seed=i) for i in range(len(times))]
+        with way.at_work() as engine:
+            load = Load(engine, requests, times)
+            self.pass_time(load, end / 3)
+            begun, trained, output = load.now, way.trained, load.served.output
+            self.pass_time(load, end)
+            load.served.seconds, load.served.output = load.now - begun, load.served.output - output
+            load.served.trained = way.trained - trained
+            self.pass_time(load, end + SLO.ttft_s)
+        self.bench.cancel_all(engine)
         return load.served
 
-    def pass_time(self, load: Load, trainer: ShadowTrainer | None, until_s: float) -> None:
+    def pass_time(self, load: Load, until_s: float) -> None:
         """Go on with a load until this time of it, one step at least, with all that the device was given done."""
         again = True
         while again:
-            self.keep_training(load.engine, trainer)
-            if trainer is None and load.idle:
+            if load.idle and not load.engine.jobs:
                 time.sleep(0.0002)
             load.step()
             again = load.now < until_s
         self.bench.sync()
 
-    def load_line(self, share: float, way: str) -> str:
-        served = self.load(way, share)
-        alone = served if way == ALONE else self.served[share]
+    def load_line(self, share: float, name: str) -> str:
+        served = self.load(name, share)
+        alone = served if name == ALONE else self.served[share]
         self.served.setdefault(share, alone)
-        found = outcome(way, alone, served, self.training_alone, SLO)
-        if way != ALONE:
+        found = outcome(name, alone, served, self.training_alone, SLO)
+        if name != ALONE:
             self.outcomes.setdefault(share, []).append(found)
         rate = served.output / served.seconds
         figures = f"{len(served.arrived_s)} | {found.met} | {found.lost} | {rate:.0f} | {found.kept:.0%}"
         latencies = f"{percentile(served.ttft_s, 0.99) * 1e3:.0f} | {percentile(served.gaps, 0.99) * 1e3:.1f}"
-        return f"| {share:.0%} | {way} | {figures} | {latencies} | {found.gap:.2f} |"
+        return f"| {share:.0%} | {name} | {figures} | {latencies} | {found.gap:.2f} |"
 
     def say_figures(self) -> str:
-        """The figures of the final table are those of one way, the same for all."""
-        way = best_way(self.outcomes)
-        if way is None:
-            return "* no way was measured"
+        """The figures of the final table are those of one way, the one that users get."""
+        way, best = self.chosen, best_way(self.outcomes)
         if way in self.efficiencies:
             say("efficiency", self.efficiencies[way], way)
         for share, name in NAMED.items():
@@ -191,7 +218,7 @@ class Coserving:
                 if one.way == way:
                     say(f"kept-{name}", one.kept, f"{way}, {one.lost} requests lost")
                     say(f"gap-{name}", one.gap, way)
-        return f"* the final table has the figures of {way}: fewest requests lost, then most training kept"
+        return f"* best of all loads, by requests lost and then by training kept: {best}; in the final table: {way}"
 
 
 def measure(shape: str, scale: Scale) -> list[str]:
@@ -200,7 +227,8 @@ def measure(shape: str, scale: Scale) -> list[str]:
     lines = [
         f"### Co-serving, {shape}, {scale.batch} streams of decode",
         "",
-        f"Training alone: {together.training_alone:.0f} tokens/s, {together.count} x {together.length} a step.",
+        f"Training alone: {together.training_alone:.0f} tokens/s, {together.count} x {together.length} a step. "
+        f"`engine.coserving: auto` chooses {together.chosen} here (the log has its figures).",
         "",
         "| way | serving tokens/s | training tokens/s | p99 gap between steps, ms | over serving alone | efficiency |",
         "|---|---|---|---|---|---|",
@@ -222,8 +250,8 @@ def measure(shape: str, scale: Scale) -> list[str]:
         # What is known now stays known if the stage is ended.
         together.say_figures()
     lines += ["", together.say_figures()]
-    for engine in together.engines.values():
-        engine.close()
+    for way in together.ways.values():
+        way.engine.close()
     return lines
 
 

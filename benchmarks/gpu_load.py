@@ -40,12 +40,12 @@ class Served:
     """What became of a load. arrived_s: of each request, in their order; stamps: of the tokens of each, both in seconds
     since the start.
 
-    seconds: without the beginning, when the batch is not yet what it will be; trained: tokens of optimizer steps and
-    output: tokens of answers within them.
+    seconds: without the beginning, when the batch is not yet what it will be; trained: training tokens, and output:
+    tokens of answers, within them.
     """
 
     seconds: float = 0.0
-    trained: int = 0
+    trained: float = 0.0
     output: int = 0
     arrived_s: dict[int, float] = field(default_factory=dict)
     stamps: dict[int, list[float]] = field(default_factory=dict)

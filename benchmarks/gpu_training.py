@@ -30,6 +30,7 @@ from gpu_figures import say
 
 from clif.engine.engine import Engine
 from clif.models.weights.loading import load_model
+from clif.training.train_runner import TrainRunner
 
 FIGURES = ("train-16384", "train-512")
 """Of the first two steps of a scale."""
@@ -72,19 +73,23 @@ class Training:
         self.parameters = sum(linear.base.shape.numel() for linear in self.bench.base.stack.linears)
 
     @cached_property
-    def captured(self) -> Engine:
-        return self.bench.engine(graphs="auto")
+    def captured(self) -> tuple[Engine, TrainRunner]:
+        """The log says how long capturing took, and how much memory it holds."""
+        engine = self.bench.engine(graphs="auto", coserving="interleaved")
+        return engine, self.bench.train_runner(engine)
 
     @cached_property
-    def eager(self) -> Engine:
-        return self.bench.engine(graphs="off")
+    def eager(self) -> tuple[Engine, TrainRunner]:
+        engine = self.bench.engine(graphs="off", coserving="interleaved")
+        return engine, self.bench.train_runner(engine)
 
     @cached_property
     def peft(self) -> Peft:
         return Peft(self.bench)
 
-    def step(self, engine: Engine, count: int, length: int) -> Callable[[], None]:
-        return partial(run_step, engine, self.bench.trainer(engine, count, length), count)
+    def step(self, kind: tuple[Engine, TrainRunner], count: int, length: int) -> Callable[[], None]:
+        engine, runner = kind
+        return partial(run_step, engine, self.bench.trainer(engine, count, length, runner), count)
 
     def seconds(self, step: Callable[[], None], share: float = 3) -> list[float]:
         return seconds_of(step, self.bench.sync, self.scale.window_s / share)
@@ -110,8 +115,8 @@ class Training:
     def bucket_line(self, count: int, length: int) -> str:
         """A step of one pass, captured and eager."""
         found = []
-        for engine in (self.captured, self.eager):
-            step = self.step(engine, count, length)
+        for kind in (self.captured, self.eager):
+            step = self.step(kind, count, length)
             seconds = self.seconds(step, 10)
             kernels, launched = ("-", "-") if self.bench.device.type != "cuda" else self._launches(step)
             found += [spread(seconds, 1e-3), kernels, launched]

@@ -41,7 +41,7 @@ def test_the_engine_s_comparison_runs_dry_with_all_contenders(tmp_path):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        pytest.param("gpu_faults", [": 0 of 11 fail"], marks=pytest.mark.slow),
+        pytest.param("gpu_faults", [": 0 of 12 fail"], marks=pytest.mark.slow),
         pytest.param("gpu_regressions", [": 0 of 8 fail"], marks=pytest.mark.slow),
         ("gpu_decode", ["FIGURE decode-1b", "FIGURE generate-1b"]),
         ("gpu_training", ["FIGURE train-16384", "FIGURE train-512"]),

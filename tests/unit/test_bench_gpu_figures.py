@@ -57,14 +57,14 @@ def test_a_request_is_in_time_if_its_first_token_and_the_others_on_average_are(s
     assert SLO.met(1.0, stamps) == met
 
 
-def served(stamps: dict[int, list[float]], trained: int = 0) -> Served:
+def served(stamps: dict[int, list[float]], trained: float = 0.0) -> Served:
     arrived = {id: 0.1 * i for i, id in enumerate(stamps)}
     return Served(1.0, trained, 0, arrived, stamps)
 
 
 def test_a_request_is_lost_that_serving_alone_met_whatever_its_number_is():
     alone = served({1: [0.1, 0.11], 2: [0.9, 0.91], 3: [0.3, 0.31]})
-    both = served({7: [0.1, 0.13], 8: [0.9, 0.93], 9: [0.9, 0.93]}, trained=300)
+    both = served({7: [0.1, 0.13], 8: [0.9, 0.93], 9: [0.9, 0.93]}, trained=300.0)
     found = outcome("fused", alone, both, 400.0, SLO)
     assert (found.met, found.lost, found.kept) == (1, 1, 0.75) and found.gap == pytest.approx(3.0)
 
