@@ -30,7 +30,7 @@ class BacklogUpdates:
         waiting, oldest = self._dispatcher.backlog(now, len(self._fleet.serving), LISTED)
         update = Update(waiting, tuple(request.id for request in oldest), now)
         for replica in filter(self._fleet.is_alive, members):
-            due, _ = update_due(now, update, self._last.get(replica), self._fleet.has_slot(replica))
+            due, _ = update_due(now, update, self._last.get(replica))
             if due:
                 self._last[replica] = update
                 self._fleet.send(replica, Backlog(waiting=waiting, oldest=oldest))

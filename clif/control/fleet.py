@@ -107,10 +107,6 @@ class Fleet:
         """Whether the replica answers requests while it is alive."""
         return self._trackers[replica].role.serves
 
-    def has_slot(self, replica: int) -> bool:
-        """Whether the replica takes one more request at present."""
-        return self._loads.load_of(replica)[0] < self._trackers[replica].max_batch
-
     def join(self, now: float, hello: Hello) -> bool:
         """Take in a leader, also of a failed replica that was rebuilt. False: a Hello was not due."""
         former = self._trackers.get(hello.replica)

@@ -59,8 +59,8 @@ class Limits(Message, frozen=True):
 class Backlog(Message, frozen=True):
     """Requests of users that wait for a slot in any replica's batch: this replica's share, and the first of the share.
 
-    Sent to members of a round while their batch is full, or while requests wait: when it changes, and again every
-    second (clif/control/policy/backlog_updates.py). Times are ages: two processes never compare their clocks.
+    Sent to members of a round: when it changes, and again every second (clif/control/policy/backlog_updates.py). Times
+    are ages: two processes never compare their clocks.
     """
 
     waiting: int = 0

@@ -88,21 +88,20 @@ def test_more_who_wait_and_more_time_never_leave_more_slack(ages, free, later):
 
 
 @pytest.mark.parametrize(
-    ("update", "last", "has_slot", "due"),
+    ("update", "last", "due"),
     [
-        (Update(), None, True, False),
-        (Update(), None, False, True),
-        (Update(2, (7,)), None, True, True),
-        (Update(2, (7,)), Update(2, (7,)), False, False),
-        (Update(3, (7,)), Update(2, (7,)), False, True),
-        (Update(), Update(2, (7,)), True, True),
-        (Update(), Update(), True, False),
-        (Update(2, (7,)), Update(2, (7,), at_s=-REFRESH_S), False, True),
-        (Update(), Update(at_s=-REFRESH_S), False, True),
+        (Update(), None, True),
+        (Update(2, (7,)), Update(2, (7,)), False),
+        (Update(3, (7,)), Update(2, (7,)), True),
+        (Update(2, (8,)), Update(2, (7,)), True),
+        (Update(), Update(2, (7,)), True),
+        (Update(), Update(), False),
+        (Update(2, (7,)), Update(2, (7,), at_s=-REFRESH_S), True),
+        (Update(), Update(at_s=-REFRESH_S), True),
     ],
 )
-def test_a_replica_is_told_what_changed_and_now_and_then_what_did_not(update, last, has_slot, due):
-    answer, reason = update_due(0.0, update, last, has_slot)
+def test_a_replica_is_told_what_changed_and_now_and_then_what_did_not(update, last, due):
+    answer, reason = update_due(0.0, update, last)
     assert answer is due and reason
 
 

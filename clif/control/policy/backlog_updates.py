@@ -7,7 +7,8 @@ from dataclasses import dataclass
 INTERVAL_S = 0.05
 """The least time between two updates of a replica."""
 REFRESH_S = 1.0
-"""What has not changed is sent again after this time: a replica does not trust what it heard long ago."""
+"""What has not changed is sent again after this time: a replica does not trust what it heard long ago. Also where its
+batch has room: when it is full, the replica must know."""
 MOST_PER_S = 2000.0
 """Updates a second of all replicas together, at most: with very many of them each gets fewer."""
 LISTED = 32
@@ -26,10 +27,8 @@ class Update:
         return (self.waiting, self.ids) == (other.waiting, other.ids)
 
 
-def update_due(now: float, update: Update, last: Update | None, has_slot: bool) -> tuple[bool, str]:
+def update_due(now: float, update: Update, last: Update | None) -> tuple[bool, str]:
     """Whether a replica that trains gets the update. last: what it got last; None: nothing."""
-    if has_slot and not update.waiting and (last is None or not last.waiting):
-        return False, "it takes more requests, and none waits"
     if last is None or not update.equals(last):
         return True, "the backlog has changed"
     if now - last.at_s >= REFRESH_S:
