@@ -59,7 +59,7 @@ class ScriptedReplica:
         self.wakes = False
         self.incarnation = 0
         self.version = 0
-        self.pretends_to_run = 0
+        self.busy = 0.1
         self.gone = False
         self.serves: Callable[[], bool] = lambda: True
         self.installed: list[int] = []
@@ -137,7 +137,7 @@ class ScriptedReplica:
 
     def report(self) -> wire.Report:
         return wire.Report(
-            replica=self.replica, running=self.pretends_to_run or len(self.running), waiting=0, kv_used=0, busy=0.1,
+            replica=self.replica, running=len(self.running), waiting=0, kv_used=0, busy=self.busy,
             version=self.version, training_steps=0, last_loss=1.0, serve_timings=self.serve_timings,
             train_timings=((4.0, 1.0, 0.1),),
         )  # fmt: skip

@@ -21,7 +21,7 @@ from clif.engine.build import make_strategy
 from clif.engine.coserving.backlog import Backlog
 from clif.engine.engine import Engine
 from clif.engine.job_queue import JobQueue
-from clif.engine.jobs import Job, Slice, SliceKind, Slices
+from clif.engine.jobs import WAIT, Job, Slice, SliceKind, Slices
 from clif.engine.scheduler import Chunk, Scheduler
 from clif.engine.training_half import TrainingHalf
 from clif.simulate.channel import SimChannel
@@ -31,6 +31,7 @@ from clif.wire import messages as wire
 
 STEP_S, ROW_S, LAYER_S, LAYERS = 0.012, 0.0005, 0.003, 24
 IDLE_S = 0.002
+ENDLESS = 1 << 30
 BEGIN_S, FIRST_ID = 3.0, 1000
 SLO = Slo(ttft_s=1.0, tpot_s=0.06)
 
@@ -86,14 +87,17 @@ class Step:
 
 
 class EngineReplica(ScriptedReplica):
-    """Serves and trains by an Engine. A round is an endless training forward.
+    """Serves and trains by an Engine. forwards: training forwards of a round.
 
     steps: what was done. updates_s: when it was told of a backlog.
     """
 
-    def __init__(self, replica: int, config: Config, time: VirtualTime, trains: bool, deaf: bool) -> None:
+    def __init__(
+        self, replica: int, config: Config, time: VirtualTime, trains: bool, forwards: int, deaf: bool
+    ) -> None:
         super().__init__(replica)
-        self.clock, self.trains, self.deaf, self.trains_until_told = StepClock(time), trains, deaf, True
+        self.clock, self.trains, self.trains_until_told = StepClock(time), trains, True
+        self.forwards, self.deaf = forwards, deaf
         scheduler = Scheduler(config.engine, SlotTable(3), (0,), lambda ids: "")
         half = TrainingHalf(make_strategy(config.engine.coserving, config), JobQueue())
         self.engine = Engine(TimedRunner(self.clock), scheduler, half, clock=self.clock)  # type: ignore[arg-type]
@@ -106,9 +110,11 @@ class EngineReplica(ScriptedReplica):
         return replace(super().hello(), max_batch=engine.max_batch, kv_tokens=engine.kv_tokens)
 
     def report(self) -> wire.Report:
+        running = len(self.engine.scheduler.running)
         return wire.Report(
-            replica=self.replica, running=len(self.engine.scheduler.running), waiting=0, kv_used=0, busy=0.1,
-            version=0, training_steps=0, last_loss=None, serve_timings=((1.0, 0.0, STEP_S),),
+            replica=self.replica, running=running, waiting=0, kv_used=0, busy=float(running > 0),
+            version=self.version, training_steps=0, last_loss=None,
+            serve_timings=((float(running), 0.0, STEP_S + ROW_S * running),),
         )  # fmt: skip
 
     def obey(self, message: wire.Down) -> None:
@@ -118,8 +124,8 @@ class EngineReplica(ScriptedReplica):
             self.updates_s.append(self.clock.time())
             self.engine.backlog = Backlog(message.waiting, message.oldest, self.clock())
         elif isinstance(message, wire.BeginRound) and self.trains:
-            self.engine.jobs.append(Job("round", self._endless()))
-        elif isinstance(message, (wire.FinishSteps, wire.Stop)):
+            self.engine.jobs.append(Job("round", self._round(message.plan.round_id)))
+        elif isinstance(message, (wire.FinishSteps, wire.Settle, wire.Stop)):
             self.engine.jobs.drop("round")
         super().obey(message)
 
@@ -138,9 +144,12 @@ class EngineReplica(ScriptedReplica):
         if events:
             self.send(wire.Tokens(replica=self.replica, events=tuple(events)))
 
-    def _endless(self) -> Slices[None]:
-        while True:
+    def _round(self, round_id: int) -> Slices[None]:
+        for _ in range(self.forwards):
             yield Slice(SliceKind.FORWARD, 64, LAYERS, self._compute)
+        self.steps_done(round_id)
+        while True:
+            yield WAIT
 
     def _compute(self, units: int) -> None:
         self.clock.spent_s += LAYER_S * units
@@ -219,15 +228,16 @@ class Outcome:
     opened_s: float
 
 
-def simulate(config: Config, source: Source, trains: bool, deaf: bool = False) -> Outcome:
-    """A run with one replica. trains: whether its round computes anything. deaf: it hears nothing of a backlog.
+def simulate(config: Config, source: Source, trains: bool, forwards: int = ENDLESS, deaf: bool = False) -> Outcome:
+    """A run with one replica. trains: whether its rounds compute anything. forwards: how much they do; by default the
+    first one lasts as long as the load. deaf: it hears nothing of a backlog.
 
-    The configured load is light: the round begins during it. The source's requests come later.
+    The configured load is light: the first round begins during it. The source's requests come later.
     """
     run = Run(config, leaders=1, sources=[source])
     if isinstance(source, Streams):
         source.outstanding = lambda: run.server.dispatcher.outstanding
-    replica = EngineReplica(0, config, run.time, trains, deaf)
+    replica = EngineReplica(0, config, run.time, trains, forwards, deaf)
     drive_engine(replica, run.time, run.channel)
     run.server.run()
     run.assert_promise_1()

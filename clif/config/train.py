@@ -63,7 +63,8 @@ class ControlConfig(Section):
     retries: NotNegative = 2
     """How often a request whose replica failed is given to another one; then it ends as `failed`."""
     idle_below: Share = 0.6
-    """[share] Smoothed utilisation under which a replica has slack."""
+    """[share] Smoothed utilisation under which a replica has slack: the part of its time that serving needs for its
+    promise to the next token, however many requests run."""
     serving_above: Share = 0.9
     """[share] Smoothed utilisation above which it has none. Must be above `idle_below`; between them nothing
     changes."""

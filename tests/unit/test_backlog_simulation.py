@@ -50,6 +50,15 @@ def test_a_full_batch_trains_and_no_request_loses_what_serving_alone_would_give_
     assert len(updates) <= (updates[-1] - updates[0]) / INTERVAL_S + 2, "told only as often as it helps"
 
 
+@pytest.mark.parametrize("streams", [SLOTS, SLOTS + 4])
+def test_rounds_go_on_while_the_batch_is_full_all_the_time(streams: int, tmp_path: Path) -> None:
+    """Whether a replica has slack for a round is a matter of its time, not of its slots."""
+    outcome = simulate(config_in(tmp_path), Streams(streams, 240), trains=True, forwards=20)
+    begin_s = outcome.opened_s + BEGIN_S + 1.0
+    full = [step for step in outcome.steps if step.full and step.at_s > begin_s]
+    assert all(outcome.met.values()) and sum(step.train_s for step in full) > 1.0
+
+
 def test_training_gets_nothing_while_more_comes_than_can_be_served(tmp_path: Path) -> None:
     """Three times as much: training has its floor, which is zero, as soon as the first request would be late."""
     load = trace([i / 60 for i in range(300)])

@@ -120,8 +120,9 @@ def test_a_replica_whose_ticks_need_the_whole_token_budget_has_none() -> None:
     assert run_states(running=2, busy=1.0, seconds=0.18, state=IDLE) is SERVING
 
 
-def test_a_full_replica_has_no_slack() -> None:
-    assert run_states(running=4, busy=0.1, seconds=0.01, state=IDLE) is SERVING
+def test_a_full_replica_has_slack_as_long_as_its_steps_are_short() -> None:
+    assert run_states(running=4, busy=1.0, seconds=0.02, state=SERVING) is IDLE
+    assert run_states(running=4, busy=1.0, seconds=0.18, state=IDLE) is SERVING
 
 
 # --- pressure ------------------------------------------------------------------------------------

@@ -26,9 +26,9 @@ class ReplicaView:
     role: what run.mode has it for. incarnation: how often it was rebuilt.
     outstanding: requests handed to it that have not ended; reserved: tokens that they may fill in its KV cache.
     max_batch: outstanding requests it takes at present; batch_cap: the most it was built for.
-    utilisation: smoothed, 0 to 1. slack_since / pressure_since: since when it is under idle_below / over
-    serving_above without a break. rounds_joined: rounds it took part in. missed_s: how long others have
-    spoken since it was last heard.
+    utilisation: share of its time that serving needs for its promise, smoothed, 0 to 1. slack_since / pressure_since:
+    since when that is under idle_below / over serving_above without a break. rounds_joined: rounds it took part in.
+    missed_s: how long others have spoken since it was last heard.
     """
 
     replica: int
@@ -131,10 +131,9 @@ class ReplicaTracker:
         self.version = max(self.version, report.version)
         self.serve.observe_all(report.serve_timings)
         self.train.observe_all(report.train_timings)
-        load = max(report.running + report.waiting, outstanding)
-        self._demand.update(now, load)
-        busy = serving_share(report, self.serve.fit, self._config)
-        smooth = self._utilisation.update(now, min(1.0, max(busy, load / self.max_batch)))
+        self._demand.update(now, max(report.running + report.waiting, outstanding))
+        # By time and not by slots: what waits for a full batch is pressure, and holds training back by its own slack.
+        smooth = self._utilisation.update(now, serving_share(report, self.serve.fit, self._config))
         control = self._config.control
         self._slack_since = _since(self._slack_since, now, smooth < control.idle_below)
         self._pressure_since = _since(self._pressure_since, now, smooth > control.serving_above)
