@@ -171,5 +171,7 @@ def _rounds(driver: Driver) -> dict[str, Any]:
     driver.until(lambda: member._stepping and driver.replica.engine.jobs.under_way)
     driver.step(m.FinishSteps(round_id=3))
     driver.step(m.Settle(round_id=3, commit=False, version=2))
-    answers |= {id: answered(id) for id in (6, 7, 8)}
+    ask(9)
+    driver.step(m.Cancel(request_id=9))
+    answers |= {id: answered(id) for id in (6, 7, 8, 9)}
     return answers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from functools import partial
 
 import h5py
 import msgspec
@@ -18,6 +19,9 @@ from clif.engine.build import make_strategy
 from clif.engine.coserving.backlog import NO_BACKLOG, STALE_S, Backlog
 from clif.engine.jobs import Job, Slice
 from clif.engine.step_record import StepRecord
+from clif.engine.stopwatch import HostTiming
+from clif.engine.streams import OneStream
+from clif.engine.train_stream import TrainStream
 from clif.engine.train_thread import TrainThread
 from clif.models.dual_linear import SHADOW
 from clif.replica.records import RankRecords
@@ -83,11 +87,19 @@ def gradient_alone(tiny_config):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("coserving", ["interleaved", "fused", "concurrent"])
-def test_serving_and_training_together_compute_what_each_computes_alone(tiny_config, coserving, overlap):
+@pytest.mark.parametrize(
+    ("coserving", "thread"),
+    [
+        ("interleaved", None),
+        ("fused", None),
+        ("concurrent", partial(TrainThread, 1)),
+        ("concurrent", partial(TrainStream, OneStream(), HostTiming)),
+    ],
+    ids=["interleaved", "fused", "on a thread", "on a stream"],
+)
+def test_serving_and_training_together_compute_what_each_computes_alone(tiny_config, coserving, thread, overlap):
     rig = build(tiny_config, coserving, overlap=overlap)
-    if coserving == "concurrent":
-        rig.engine.jobs.thread = TrainThread(1)
+    rig.engine.jobs.thread = thread and thread()
     rig.engine.jobs.append(Job("step", trainer_for(rig).step(4, 1)))
     submit(rig)
     got, regimes = {}, set()

@@ -12,7 +12,7 @@ from helpers import answer, finish, make_rig, request
 from clif.config import EngineConfig, config_from_tree
 from clif.distributed.collectives import TpGroup
 from clif.engine import build
-from clif.engine.build import is_measured
+from clif.engine.build import choose_coserving, is_measured
 from clif.engine.coserving.measure import Load, Measured, Progress, Trial, Work, choose_by
 from clif.engine.jobs import Job, Slice, SliceKind
 from clif.engine.stopwatch import HostTiming
@@ -149,3 +149,15 @@ def test_a_replica_measures_before_it_serves_and_begins_as_if_it_had_not(tiny_co
 def test_it_is_measured_where_the_mode_is_open_and_a_gpu_both_serves_and_trains(data, device, sections, expected):
     tree = {"model": {"path": "m"}, "data": {"path": data}, "load": {"kind": "poisson"}} | sections
     assert is_measured(config_from_tree(tree), torch.device(device), TpGroup()) is expected
+
+
+def test_a_gpu_has_all_modes_and_its_own_choice_where_none_is_measured(data):
+    tree = {"model": {"path": "m"}, "data": {"path": data}, "load": {"kind": "poisson"}}
+    chosen = {}
+    for mode in CoservingMode:
+        config = config_from_tree({**tree, "engine": {"coserving": mode.value}})
+        chosen[mode] = choose_coserving(config, torch.device("cuda"), TpGroup(), 1)
+    assert chosen.pop(CoservingMode.AUTO) == INTERLEAVED, "until they have been measured"
+    assert all(mode == way for mode, way in chosen.items())
+    serves = config_from_tree({**tree, "train": {"enabled": False}})
+    assert choose_coserving(serves, torch.device("cuda"), TpGroup(), 1) == FUSED

@@ -21,8 +21,11 @@ MODES = (CoservingMode.INTERLEAVED, CoservingMode.CONCURRENT, CoservingMode.FUSE
 """The simplest first."""
 LEAD = 1.03
 """What a mode has to be better by than a simpler one: the measurement is short."""
-TRIAL_S, WARM_UP_S, LONGEST_WARM_UP_S = 0.3, 0.1, 0.5
-"""Seconds of a trial; of what comes before it; of that at most, while the training has not been computed once."""
+TRIAL_S, WARM_UP_S = 0.3, 0.1
+"""Seconds of a trial, and of what comes before it."""
+LONGEST_WARM_UP_S, LONGEST_WARM_UP_STEPS = 0.5, 100
+"""What comes before it goes on until the training has been computed once, but for no more seconds and steps than these:
+kernels are compiled meanwhile."""
 PROMPT = 16
 """Tokens of a made-up prompt."""
 
@@ -180,9 +183,7 @@ class _Run:
         """Leaves the engine without requests and jobs, and the device with nothing to do."""
         clock = self._engine.clock
         try:
-            start = clock()
-            while (gone := clock() - start) < WARM_UP_S or (self._starting and gone < LONGEST_WARM_UP_S):
-                self._step()
+            self._warm_up()
             # What was launched before belongs to the warm-up, what is launched until the end to the trial.
             self._engine.streams.synchronize()
             tokens, trained, start = self._tokens, self._trained, clock()
@@ -194,6 +195,15 @@ class _Run:
         finally:
             self._end()
         return Trial((self._tokens - tokens) / seconds, (self._trained - trained) / seconds, self._longest_s)
+
+    def _warm_up(self) -> None:
+        start, steps = self._engine.clock(), 0
+        while True:
+            gone, steps = self._engine.clock() - start, steps + 1
+            more = gone < LONGEST_WARM_UP_S or steps < LONGEST_WARM_UP_STEPS
+            if gone >= WARM_UP_S and not (self._starting and more):
+                return
+            self._step()
 
     @property
     def _trained(self) -> float:
