@@ -116,7 +116,14 @@ def choose_recorder(config: EngineConfig, device: torch.device, tp_size: int, ke
 def choose_train_recorder(
     config: EngineConfig, device: torch.device, tp_size: int, varlen: bool, fuses: bool
 ) -> Recorder | None:
-    """Captures the layers of training passes; None: none are captured.
+    """Captures the layers of training passes; None: none are captured. See why_training_not_captured."""
+    return _recorder("training", device, LOW, why_training_not_captured(config, device, tp_size, varlen, fuses))
+
+
+def why_training_not_captured(
+    config: EngineConfig, device: torch.device, tp_size: int, varlen: bool, fuses: bool
+) -> str:
+    """Why the layers of training passes are not captured; empty: they are.
 
     varlen: their attention is torch's varlen_attn; fuses: serving steps compute forwards of training.
     """
@@ -125,7 +132,7 @@ def choose_train_recorder(
         why = "serving steps compute training forwards, see engine.coserving"
     if not why and not varlen:
         why = "attention is padded to the lengths of sequences"
-    return _recorder("training", device, LOW, why)
+    return why
 
 
 def _obstacle(config: EngineConfig, device: torch.device, tp_size: int) -> str:

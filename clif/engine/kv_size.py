@@ -17,11 +17,11 @@ import torch
 from clif.config import Config, ConfigError, EngineConfig
 from clif.distributed.collectives import TpGroup
 from clif.engine.base import Base
-from clif.engine.capture import why_not_captured
+from clif.engine.capture import why_not_captured, why_training_not_captured
 from clif.engine.graphs import decode_sizes
 from clif.engine.scheduler import Chunk, Sequence
 from clif.models.loss import head_bytes
-from clif.types import Request, Sampling
+from clif.types import CoservingMode, Request, Sampling
 
 log = logging.getLogger(__name__)
 RESERVE = 0.05
@@ -74,7 +74,7 @@ class KvRoom:
     """Bytes of a rank. free: beside the base; the others: what will take a part of that, the KV cache apart.
 
     step: temporaries of the largest step. training: activations, state of a round and logits. captured: what captured
-    steps hold.
+    steps and passes hold.
     """
 
     free: int
@@ -95,7 +95,7 @@ def kv_tokens_for(room: KvRoom, token_bytes: int, block_size: int, most: int) ->
     fit = max(0, room.left // token_bytes - block_size) // block_size * block_size
     if fit >= most:
         return most, "requests of full length need no more"
-    parts = {"the largest step": room.step, "training": room.training, "captured steps": room.captured}
+    parts = {"the largest step": room.step, "training": room.training, "what is captured": room.captured}
     needs = "".join(f", {_gib(size)} for {name}" for name, size in parts.items() if size)
     return fit, f"of {_gib(room.free)} free less {RESERVE:.0%}{needs}, {_gib(room.left)} are left"
 
@@ -143,15 +143,29 @@ def measured_room(config: Config, base: Base, tp_size: int, memory: DeviceMemory
     step()
     own_cache = token_bytes(base) * (blocks + 1) * config.engine.block_size
     peak = max(0, memory.peak(step) - own_cache)
-    columns, itemsize = base.stack.head.shard.size, base.loaded.dtype.itemsize
-    captured = 0
-    if not why_not_captured(config.engine, base.loaded.device, tp_size, base.paged is not None):
-        # The logits of every size, and the temporaries of the largest one.
-        captured = sum(decode_sizes(config.engine.max_batch)) * columns * itemsize + peak
-    training = head_bytes(base.loaded.device, columns, itemsize)
+    return KvRoom(memory.free(), peak, _training(config, base), _captured(config, base, tp_size, peak))
+
+
+def _training(config: Config, base: Base) -> int:
+    """Logits, which held-out losses need as well; activations and the state of a round where there are any."""
+    held = head_bytes(base.loaded.device, base.stack.head.shard.size, base.loaded.dtype.itemsize)
     if config.train.enabled:
-        training += (config.engine.activation_mib << 20) + TRAINING_STATE * MASTER_BYTES * base.bank.shadow.numel()
-    return KvRoom(memory.free(), peak, training, captured)
+        held += (config.engine.activation_mib << 20) + TRAINING_STATE * MASTER_BYTES * base.bank.shadow.numel()
+    return held
+
+
+def _captured(config: Config, base: Base, tp_size: int, peak: int) -> int:
+    """What captured steps and passes hold of their own: nothing else can use it while they are not running."""
+    engine, device, held = config.engine, base.loaded.device, 0
+    if not why_not_captured(engine, device, tp_size, base.paged is not None):
+        # The logits of every size, and the temporaries of the largest one.
+        logits = sum(decode_sizes(engine.max_batch)) * base.stack.head.shard.size
+        held += logits * base.loaded.dtype.itemsize + peak
+    fuses, varlen = engine.coserving == CoservingMode.FUSED, base.stack.varlen is not None
+    if config.train.enabled and not why_training_not_captured(engine, device, tp_size, varlen, fuses):
+        # Passes that are not captured keep as much, elsewhere.
+        held += (engine.activation_mib << 20) + peak
+    return held
 
 
 def largest_step(engine: EngineConfig, max_context: int) -> tuple[list[Chunk], int]:

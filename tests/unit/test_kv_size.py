@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from clif.config import Config, ConfigError
 from clif.distributed.collectives import TpGroup
+from clif.engine import kv_size
 from clif.engine.base import build_base
 from clif.engine.engine import Engine
 from clif.engine.kv_size import (
@@ -69,7 +70,7 @@ def test_the_cache_gets_what_is_left_in_whole_blocks_and_a_spare_one_is_kept():
     tokens, reason = kv_tokens_for(room, token_bytes=MIB, block_size=16, most=10_000)
     assert tokens == 576 and tokens + 16 <= 950 - 350
     assert reason == (
-        "of 1.0 GiB free less 5%, 0.1 GiB for the largest step, 0.2 GiB for training, 0.0 GiB for captured steps, "
+        "of 1.0 GiB free less 5%, 0.1 GiB for the largest step, 0.2 GiB for training, 0.0 GiB for what is captured, "
         "0.6 GiB are left"
     )
 
@@ -138,3 +139,16 @@ def test_what_is_measured_is_a_real_step_without_its_own_cache(tiny_config):
     assert room.training == head, "held-out losses need logits in any case"
     trains = measured_room(auto_config(tiny_config, train=True), base, 1, memory)
     assert trains.training == head + (config.engine.activation_mib << 20) + 6 * base.bank.shadow.nbytes
+
+
+def test_what_is_captured_is_counted_where_a_gpu_captures(tiny_config, monkeypatch):
+    """The decisions are those of a GPU with the kernels; nothing is captured here."""
+    config = auto_config(tiny_config, train=True, max_batch=8)
+    base = make_base(config)
+    for name in ("why_not_captured", "why_training_not_captured"):
+        monkeypatch.setattr(kv_size, name, lambda *_: "")
+    _, blocks = largest_step(config.engine, 256)
+    cache = token_bytes(base) * (blocks + 1) * config.engine.block_size
+    room = measured_room(config, base, 1, FakeMemory(500 * MIB, cache + 7 * MIB))
+    logits = (1 + 2 + 4 + 8) * base.stack.vocab_size * 4
+    assert room.captured == logits + 7 * MIB + (config.engine.activation_mib << 20) + 7 * MIB
