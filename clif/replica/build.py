@@ -131,12 +131,12 @@ def choose_by_trial(
         Load.of(engine.config, config.model.max_context),
         modes,
     )
+    runner.bank.gradient.zero_()
     mode, figures = choose_by(measured, config.slo.tpot_ms / 1000)
     use_coserving(engine, config, mode)
     if engine.runner.fuses:
         # Their memory is free for others.
         runner.graphs = None
-    runner.bank.gradient.zero_()
     log.info("co-serving: %s (measured: %s)", mode, figures)
 
 
