@@ -9,8 +9,9 @@ leader of a replica makes it and its peers follow it. It is made right before th
 requests whose tokens have just been sent and those that have just arrived, and the predicted time of the serving step
 after the slice.
 
-Invariants: a token waits for one training slice at most; a slice begins only if every running and waiting request can
-afford it; an error in training costs the job and no request.
+Invariants: a token waits for one training slice at most, or for a few that together are as short; a slice begins only
+if every running and waiting request can afford it; an error in training costs the job and no request; what training
+does is given to its stream, a serving step to that of serving (see clif/engine/streams.py).
 
 Sources: Orca (Yu et al., OSDI 2022), for scheduling by iteration; FlexLLM (Miao et al., 2024), for co-serving.
 """
