@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 from helpers import Rig, answer, finish, make_rig, random_state, request
+from torch.utils._pytree import tree_leaves
 
 from clif.config import ConfigError, TrainConfig
 from clif.engine.jobs import Job
 from clif.models.backends import assert_supported, choose_decode, choose_kernels
 from clif.models.dual_linear import SHADOW
+from clif.models.layer_ops import TorchOps
+from clif.models.varlen import varlen_reference
+from clif.training.train_runner import TrainRunner
 from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
 
@@ -102,12 +106,13 @@ class Repeated:
         self.launches = 0
 
     def capture(self, region: Callable[[], Any]) -> Any:
+        @torch.no_grad()
         def replay() -> None:
             self.launches += 1
-            for static, new in zip(captured.result, region(), strict=True):
+            for static, new in zip(tree_leaves(captured.result), tree_leaves(region()), strict=True):
                 static.copy_(new)
 
-        captured = SimpleNamespace(result=region(), replay=replay)
+        captured = SimpleNamespace(result=region(), replay=replay, release=lambda: None)
         return captured
 
 
@@ -144,6 +149,29 @@ def test_captured_steps_with_the_kernels_read_slots_and_blocks_of_the_steps_own_
                 tokens[event.request_id] += event.tokens
         found.append(tokens)
     assert found[0] == found[1] and recorder.launches >= 2
+
+
+@pytest.mark.slow
+def test_a_captured_training_pass_with_the_kernels_has_the_gradients_of_torch(two_layers) -> None:
+    """All that a layer's graphs launch: products with their adapters, norms, rotation and gate, in both directions."""
+    from clif.models.triton_ops import TritonOps
+
+    samples = [TrainSample(id=i, ids=tuple(range(5 + i, 10 + 2 * i)), target_start=3) for i in range(2)]
+    found, recorder = [], Repeated()
+    for kernel, ops in (("torch", TorchOps()), ("triton", TritonOps(256))):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("clif.engine.base.choose_ops", lambda *_, ops=ops: ops)
+            rig = make_rig(f"random:{two_layers}", engine={"lora_kernel": kernel})
+        rig.runner.stack.varlen = varlen_reference
+        rig.runner.train_recorder = recorder if kernel == "triton" else None
+        runner = TrainRunner(rig.runner, (16,))
+        rig.bank.set_shadow(random_state(rig.bank, 5))
+        loss = finish(runner.loss_and_gradients(samples, 1.0))
+        found.append((float(loss), rig.bank.gradient.clone()))
+    assert recorder.launches == 1 + 2 * 2 and runner.graphs is not None
+    assert all(held for graphs in runner.graphs.sizes.values() for held in graphs._held), "tables of the kernels"
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert (found[0][1] - found[1][1]).norm() <= 1e-5 * found[0][1].norm()
 
 
 def test_a_nan_in_the_shadow_changes_no_answer_with_the_kernels(two_layers) -> None:

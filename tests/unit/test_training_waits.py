@@ -13,15 +13,18 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from clif.config import TrainConfig
 from clif.distributed.collectives import TpGroup
-from clif.engine.checked_capture import READS, CaptureError, forbid_host_reads
+from clif.engine.checked_capture import READS, CaptureError, CheckedRecorder, forbid_host_reads
 from clif.engine.jobs import WAIT
 from clif.kernels import staging
 from clif.models import causal
+from clif.models.varlen import varlen_reference
 from clif.training import head_loss, passes
 from clif.training.device_work import until_done
 from clif.training.head_loss import HEAD_PIECES, HeadPieces
 from clif.training.heldout import Heldout
 from clif.training.noise_scale import AFTER_STEPS, HALVED
+from clif.training.pass_buffers import PassBuffers
+from clif.training.train_runner import TrainRunner
 from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
 
@@ -92,6 +95,23 @@ def test_layers_beyond_the_budget_and_several_passes_wait_for_nothing_either(rig
     rig.train_runner.activations = type(keep)(room, keep.layers, keep.entry, keep.layer, keep.square)
     _, reads = without_waiting(trainer_for(rig).step(8, 1), ("optimizer",))
     assert reads["optimizer"] == ["tolist"]
+
+
+def test_captured_passes_wait_for_nothing_either(rig, monkeypatch):
+    """Their buffers are filled from pinned memory: what the host writes there is no read."""
+    rig.runner.stack.varlen = varlen_reference
+    rig.runner.train_recorder = CheckedRecorder()
+    runner, fill = TrainRunner(rig.runner, (64, 128)), PassBuffers.fill
+
+    def staged(*arguments):
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            fill(*arguments)
+
+    monkeypatch.setattr(PassBuffers, "fill", staged)
+    trainer = ShadowTrainer(runner, rig.bank, SAMPLES, TrainConfig(warmup_steps=0, lr=1e-3))
+    result, reads = without_waiting(trainer.step(8, 1), ("optimizer",))
+    assert result.finite and reads["optimizer"] == ["tolist"]
+    assert not any(found for kind, found in reads.items() if kind != "optimizer")
 
 
 def test_a_heldout_loss_is_read_once_behind_its_last_slice(rig):
