@@ -49,7 +49,7 @@ TTFT_MS, TPOT_MS = 400.0, 50.0
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of a stage. prompt, answer: tokens; window_s: seconds of one measurement."""
+    """Sizes of a stage. prompt, answer: tokens; window_s: seconds of one measurement. model: in place of all shapes."""
 
     shapes: tuple[str, ...]
     device: str
@@ -63,6 +63,11 @@ class Scale:
     """Training steps as (samples, tokens of each): the largest, the smallest, one between."""
     buckets: tuple[tuple[int, int], ...]
     """The same for steps of one captured pass, by the tokens that it is captured for."""
+    model: str = ""
+
+    def shown(self, shape: str) -> str:
+        """What is really measured."""
+        return self.model or shape
 
     @property
     def captured(self) -> tuple[int, ...]:
@@ -74,11 +79,13 @@ FULL = Scale(
     ("llama-1b", "llama-8b"), "cuda", "bfloat16", 64, 256, 256, 2.0, 2,
     ((32, 512), (4, 128), (8, 512)), ((2, 128), (4, 128), (4, 256), (4, 512)),
 )  # fmt: skip
-DRY = Scale(("tiny-llama",), "cpu", "float32", 4, 12, 12, 0.2, 1, ((4, 16), (1, 16), (2, 16)), ((1, 16), (2, 16)))
+DRY = Scale(
+    FULL.shapes, "cpu", "float32", 4, 12, 12, 0.2, 1, ((4, 16), (1, 16), (2, 16)), ((1, 16), (2, 16)), "tiny-llama"
+)
 
 
-def run_stage(measure: Callable[[str, Scale], list[str]], shapes: int) -> None:
-    """Measure the shapes that the command line names, or the first `shapes` of the scale, and print Markdown last.
+def run_stage(measure: Callable[[str, Scale], list[str]]) -> None:
+    """Measure the shapes that the command line names, or the first of the scale, and print Markdown last.
 
     Exits with 1 if a line of it FAILED.
     """
@@ -86,7 +93,7 @@ def run_stage(measure: Callable[[str, Scale], list[str]], shapes: int) -> None:
     named = [word for word in sys.argv[1:] if not word.startswith("-")]
     logging.basicConfig(level=logging.INFO, format="[%(name)s] %(message)s", stream=sys.stdout)
     print(provenance(), flush=True)
-    text = "\n\n".join("\n".join(measure(shape, scale)) for shape in named or scale.shapes[:shapes])
+    text = "\n\n".join("\n".join(measure(shape, scale)) for shape in named or scale.shapes[:1])
     print("\n" + text)
     sys.exit(1 if "FAILED " in text else 0)
 
@@ -362,7 +369,7 @@ def _tree(shape: str, scale: Scale, engine: dict[str, Any]) -> dict[str, Any]:
     longest = scale.prompt + 2 * scale.answer
     return {
         "model": {
-            "path": f"random:{Path(REPO) / 'configs' / 'models' / f'{shape}.json'}",
+            "path": f"random:{Path(REPO) / 'configs' / 'models' / f'{scale.shown(shape)}.json'}",
             "dtype": scale.dtype,
             "device": scale.device,
             "max_context": longest,

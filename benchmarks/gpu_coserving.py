@@ -225,7 +225,7 @@ def measure(shape: str, scale: Scale) -> list[str]:
     """Markdown of one shape."""
     together = Coserving(shape, scale)
     lines = [
-        f"### Co-serving, {shape}, {scale.batch} streams of decode",
+        f"### Co-serving, {scale.shown(shape)}, {scale.batch} streams of decode",
         "",
         f"Training alone: {together.training_alone:.0f} tokens/s, {together.count} x {together.length} a step. "
         f"`engine.coserving: auto` chooses {together.chosen} here (the log has its figures).",
@@ -236,7 +236,7 @@ def measure(shape: str, scale: Scale) -> list[str]:
     add_lines(lines, [(way, partial(together.decode_line, way)) for way in (ALONE, *WAYS)])
     lines += [
         "",
-        f"### Co-serving, {shape}, open load, {scale.prompt} + about {scale.answer} tokens, "
+        f"### Co-serving, {scale.shown(shape)}, open load, {scale.prompt} + about {scale.answer} tokens, "
         f"TTFT {TTFT_MS:g} ms, TPOT {TPOT_MS:g} ms",
         "",
         f"100 %: {together.capacity:.1f} requests/s.",
@@ -256,4 +256,4 @@ def measure(shape: str, scale: Scale) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_stage(measure, shapes=1)
+    run_stage(measure)

@@ -219,7 +219,7 @@ def measure(shape: str, scale: Scale) -> list[str]:
     """Markdown of one shape."""
     decode = Decode(shape, scale)
     lines = [
-        f"### Decode, {shape}, {scale.batch} requests, context about {decode.context}, {scale.dtype}",
+        f"### Decode, {scale.shown(shape)}, {scale.batch} requests, context about {decode.context}, {scale.dtype}",
         "",
         f"Copy rate {decode.copy_bps / 1e9:.0f} GB/s. Milliseconds of a step: median (least to most).",
         "",
@@ -237,4 +237,4 @@ def measure(shape: str, scale: Scale) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_stage(measure, shapes=2)
+    run_stage(measure)

@@ -51,7 +51,7 @@ def script(name: str, *arguments: str) -> tuple[str, ...]:
 
 def sized(name: str, shape: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """A script for one shape, and its dry run."""
-    return script(name, shape), script(name, "--dry")
+    return script(name, shape), script(name, shape, "--dry")
 
 
 def ranks(count: int, *overrides: str) -> tuple[str, ...]:

@@ -135,7 +135,7 @@ def measure(shape: str, scale: Scale) -> list[str]:
     """Markdown of one shape."""
     training = Training(shape, scale)
     lines = [
-        f"### Training alone, {shape}, r={training.bench.config.adapter.r} all-linear, {scale.dtype}",
+        f"### Training alone, {scale.shown(shape)}, r={training.bench.config.adapter.r} all-linear, {scale.dtype}",
         "",
         "Milliseconds of a step: median (least to most).",
         "",
@@ -154,4 +154,4 @@ def measure(shape: str, scale: Scale) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_stage(measure, shapes=1)
+    run_stage(measure)
