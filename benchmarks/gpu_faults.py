@@ -50,7 +50,7 @@ ANSWER, STEPS, PART = (7, 2, 2) if DRY_RUN else (24, 3, 4)
 
 @cache
 def large() -> Bench:
-    scale = DRY if DRY_RUN else FULL
+    scale = DRY if DRY_RUN else replace(FULL, buckets=FULL.buckets[-1:])
     return Bench(scale.shapes[0], scale)
 
 
@@ -166,7 +166,7 @@ def waits_of_a_decode_step() -> str:
 def waits_of_training() -> str:
     """An optimizer step reads its loss once."""
     bench = large()
-    engine = bench.engine()
+    engine = bench.engine(coserving="interleaved")
     count, length = bench.scale.buckets[0]
     trainer = bench.trainer(engine, count, length)
     run_step(engine, trainer, count)
@@ -273,11 +273,11 @@ def beside_serving(way: str) -> str:
 def captured_beside_serving() -> str:
     """Losses of captured passes on a stream of their own; tokens depend on the batch that they were rounded in."""
     expected, (found, _) = _one_after_the_other(large)[0], _together(large(), "concurrent", at_once=True)
-    if found[0] != expected[0]:
-        return f"the first loss is {found[0]}, and {expected[0]} without serving"
-    # The backward of torch's attention adds in any order.
-    far = [f"loss {a} of {b}" for a, b in zip(found, expected, strict=True) if not abs(a - b) < 1e-2 * b]
-    return "; ".join(far)
+    # The backward of torch's attention adds in any order: later losses may be a little further apart.
+    bounds = [1e-5, *[1e-2] * (len(found) - 1)]
+    return "; ".join(
+        f"loss {a} of {b}" for a, b, e in zip(found, expected, bounds, strict=True) if not abs(a - b) < e * b
+    )
 
 
 @cache
@@ -312,7 +312,8 @@ def automatic_cache() -> str:
     bench = large()
     bench.clean()
     # More requests than any GPU has room for.
-    engine = bench.engine(kv_tokens="auto", max_batch=bench.scale.batch if DRY_RUN else 8192)
+    most = bench.scale.batch if DRY_RUN else 8192
+    engine = bench.engine(kv_tokens="auto", max_batch=most, coserving="interleaved")
     for _ in range(engine.scheduler.max_batch // 8):
         engine.scheduler.add(bench.request(40, 40), engine.clock())
     count, length = bench.scale.steps[0]

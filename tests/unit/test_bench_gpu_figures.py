@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
+from gpu_bench import add_lines, per_layer
 from gpu_figures import NAMES, ROWS, read, say, table
-from gpu_load import Outcome, Served, Slo, arrivals, best_way, outcome, percentile
+from gpu_load import Load, Outcome, Served, Slo, arrivals, best_way, outcome, percentile
+
+from clif.config import ConfigError
+from clif.types import Request, Sampling
 
 
 def test_a_figure_is_printed_at_once_and_read_back_with_its_note(capsys):
@@ -90,3 +95,67 @@ def test_the_way_of_the_final_table_loses_fewest_requests_and_then_keeps_most_tr
 
 def test_a_percentile_of_nothing_is_no_number():
     assert percentile(range(1, 101), 0.99) == 99 and math.isnan(percentile([], 0.5))
+
+
+def test_a_measurement_that_fails_ends_no_other_and_says_why_where_it_stands(capsys):
+    def fails() -> str:
+        raise RuntimeError("out of memory\nand more")
+
+    def lacks() -> str:
+        raise ConfigError("a cpu has none")
+
+    lines = ["|---|---|"]
+    add_lines(lines, [("first", fails), ("second", lacks), ("third", lambda: ""), ("fourth", fails), ("fifth", str)])
+    assert lines[1] == "| first | FAILED RuntimeError: out of memory |"
+    assert lines[2] == "| second | not here: a cpu has none |"
+    assert lines[4:] == ["* fourth: FAILED RuntimeError: out of memory", ""]
+    assert "Traceback" in capsys.readouterr().out
+
+
+def test_kernels_of_a_layer_are_those_that_run_in_every_layer():
+    found = {"norm": (2 * 16 + 1, 1.0), "product": (4 * 16, 9.0), "embedding": (1, 1.0), "argmax": (2, 1.0)}
+    assert per_layer(found, 16) == 6
+
+
+def test_a_load_waits_for_a_slot_and_tells_the_engine_who_waits():
+    added: list[tuple[int, float]] = []
+    told: list[tuple[int, list[int]]] = []
+
+    class Engine:
+        scheduler = SimpleNamespace(max_batch=2, sequences=[])
+        serving = True
+        backlog = None
+
+        def clock(self) -> float:
+            return 100.0
+
+        def plan(self, arrivals):
+            told.append((self.backlog.waiting, [waiting.id for waiting in self.backlog.oldest]))
+
+        def learn(self, plan) -> None:
+            pass
+
+        def serve(self, plan):
+            return [SimpleNamespace(request_id=id, tokens=(1,)) for id, _ in added] + [
+                SimpleNamespace(request_id=99, tokens=(1,))
+            ]
+
+    engine = Engine()
+
+    def add(request: Request, arrived_s: float) -> None:
+        engine.scheduler.sequences.append(request)
+        added.append((request.id, arrived_s))
+
+    engine.scheduler.add = add
+    requests = [Request(id=i, prompt=(1, 2), sampling=Sampling(max_tokens=5)) for i in range(4)]
+    load = Load(engine, requests, [0.0, 0.0, 0.0, 1e9])
+    load.step()
+    assert told == [(1, [2])] and [id for id, _ in added] == [0, 1]
+    assert all(99.0 < arrived <= 100.0 for _, arrived in added)
+    engine.scheduler.sequences.clear()
+    load.step()
+    assert [id for id, _ in added] == [0, 1, 2] and not load.idle
+    assert {id: len(stamps) for id, stamps in load.served.stamps.items()} == {0: 2, 1: 2, 2: 1, 3: 0}
+    assert load.served.output == 5
+    engine.serving = False
+    assert load.idle
