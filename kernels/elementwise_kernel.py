@@ -135,9 +135,9 @@ def rotate_heads(
     if CACHES:
         slot = tl.load(slots + row).to(tl.int64)
         # Values lie behind the keys in the cache as they do in the projection.
-        place = (heads - HEADS).to(tl.int64)[:, None] * cache_head + slot * cache_slot + cols[None, :]
-        tl.store(cache + place, out_low, mask=inside & (heads >= HEADS)[:, None])
-        tl.store(cache + place + HEAD_DIM // 2, out_high, mask=inside & (heads >= HEADS)[:, None])
+        offset = (heads - HEADS).to(tl.int64)[:, None] * cache_head + slot * cache_slot + cols[None, :]
+        tl.store(cache + offset, out_low, mask=inside & (heads >= HEADS)[:, None])
+        tl.store(cache + offset + HEAD_DIM // 2, out_high, mask=inside & (heads >= HEADS)[:, None])
 
 
 @triton.jit

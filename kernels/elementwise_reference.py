@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
-Part = Callable[[torch.Tensor], torch.Tensor]
+Turned = Callable[[torch.Tensor], torch.Tensor]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -32,7 +32,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def rotate_heads(
-    qkv: torch.Tensor, heads: int, kv_heads: int, turn: Part, norms: tuple[Part, Part] | None
+    qkv: torch.Tensor, heads: int, kv_heads: int, turn: Turned, norms: tuple[Turned, Turned] | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """qkv [rows, (heads + 2 kv_heads) * d] -> query [rows, heads, d], key and value [rows, kv_heads, d].
 

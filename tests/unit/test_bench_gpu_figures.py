@@ -119,7 +119,7 @@ def test_kernels_of_a_layer_are_those_that_run_in_every_layer():
 
 def test_a_load_waits_for_a_slot_and_tells_the_engine_who_waits():
     added: list[tuple[int, float]] = []
-    told: list[tuple[int, list[int]]] = []
+    heard: list[tuple[int, list[int]]] = []
 
     class Engine:
         scheduler = SimpleNamespace(max_batch=2, sequences=[])
@@ -130,7 +130,7 @@ def test_a_load_waits_for_a_slot_and_tells_the_engine_who_waits():
             return 100.0
 
         def plan(self, arrivals):
-            told.append((self.backlog.waiting, [waiting.id for waiting in self.backlog.oldest]))
+            heard.append((self.backlog.waiting, [waiting.id for waiting in self.backlog.oldest]))
 
         def learn(self, plan) -> None:
             pass
@@ -150,7 +150,7 @@ def test_a_load_waits_for_a_slot_and_tells_the_engine_who_waits():
     requests = [Request(id=i, prompt=(1, 2), sampling=Sampling(max_tokens=5)) for i in range(4)]
     load = Load(engine, requests, [0.0, 0.0, 0.0, 1e9])
     load.step()
-    assert told == [(1, [2])] and [id for id, _ in added] == [0, 1]
+    assert heard == [(1, [2])] and [id for id, _ in added] == [0, 1]
     assert all(99.0 < arrived <= 100.0 for _, arrived in added)
     engine.scheduler.sequences.clear()
     load.step()
