@@ -87,7 +87,7 @@ STAGES = (
         "engine-tests",
         "engine, gradients and NCCL on the GPU",
         60,
-        *tests("test_gpu", "test_gpu_varlen", "test_gpu_streams"),
+        *tests("test_gpu_graphs", "test_gpu_training", "test_gpu_streams", "test_gpu_varlen", "test_gpu"),
     ),
     Stage("tensor-parallel", "replicas of several ranks on one GPU", 120, *tests("test_gpu_tensor_parallel")),
     # They mostly compile: one process for every two cores.

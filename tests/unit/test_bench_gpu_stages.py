@@ -99,6 +99,11 @@ def test_every_figure_of_the_final_table_is_said_by_a_stage_that_comes_first():
     assert said == NAMES
 
 
+def test_every_test_for_a_gpu_belongs_to_a_stage():
+    named = {word for stage in STAGES for word in stage.command if word.startswith("tests/gpu/")}
+    assert named == {f"tests/gpu/{file.name}" for file in (gpu_stages.REPO / "tests" / "gpu").glob("test_*.py")}
+
+
 def test_no_stage_is_begun_when_time_is_up(session):
     session.end_s = time.monotonic() + 1
     good = stage("good", "print('fine')")
