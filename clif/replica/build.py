@@ -99,6 +99,8 @@ def build_replica(
 ) -> Replica:
     """All parts of one rank except its loop; with run.resume from the checkpoints. steps: steps that it took before."""
     engine = build_engine(config, base, topology.tp_group)
+    if not role_of(topology.replica, len(topology.layout.replicas), config.run).trains:
+        engine.runner.train_recorder = None
     with engine.streams.training():
         runner = TrainRunner(engine.runner)
     if data.train:

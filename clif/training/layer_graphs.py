@@ -187,13 +187,14 @@ class TrainingGraphs:
 def capture_training(
     stack: CausalStack, activations: Activations, recorder: Recorder, gradient: torch.Tensor, sizes: Sequence[int]
 ) -> TrainingGraphs | None:
-    """The captured layers, or None if they do what cannot be captured. See TrainingGraphs."""
+    """The captured layers, or None if they do what cannot be captured or no size has room. See TrainingGraphs."""
     try:
-        return TrainingGraphs(stack, activations, recorder, gradient, sizes)
+        graphs = TrainingGraphs(stack, activations, recorder, gradient, sizes)
     except CaptureError as error:
         log.warning("training: no CUDA graphs, passes are launched kernel by kernel: %s", error)
         gradient.zero_()
         return None
+    return graphs if graphs.sizes else None
 
 
 class CapturedPass:

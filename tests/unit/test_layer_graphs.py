@@ -343,3 +343,9 @@ def test_layers_that_cannot_be_captured_are_launched_kernel_by_kernel(tiny_confi
 def test_sizes_whose_activations_do_not_fit_are_left_out(tiny_config):
     captured = Training(tiny_config, True, sizes=(16, 64, 1 << 20))
     assert [*captured.runner.graphs.sizes] == [64, 16]
+
+
+def test_without_room_for_any_size_passes_are_as_large_as_without_graphs(tiny_config):
+    captured = Training(tiny_config, True, sizes=(1 << 20,))
+    run = captured.runner._next_pass(list(SAMPLES), SHADOW, True, 10_000)
+    assert captured.runner.graphs is None and isinstance(run, Pass) and run.rows == sum(LENGTHS)
