@@ -13,7 +13,7 @@ from clif.engine.attention import KVCache, PagedRows
 from clif.engine.batch import Batch, BatchBuilder
 from clif.engine.capture import Recorder
 from clif.engine.decode_buffers import DecodeBuffers
-from clif.engine.graphs import DecodeGraphs
+from clif.engine.graphs import DecodeGraphs, decode_sizes
 from clif.engine.jobs import FusedPass
 from clif.engine.sampling import SampledTokens, draw_
 from clif.engine.scheduler import Chunk
@@ -58,7 +58,9 @@ class ModelRunner:
         block, bank = self.config.block_size, self.bank
         spare, max_blocks = self.config.num_kv_tokens // block, -(-max_context // block)
         slots = bank.config.serving_slots + 1
-        buffers = DecodeBuffers(self.config.max_batch, max_blocks, block, spare, slots, self.device)
+        # Larger batches are not captured.
+        most = decode_sizes(self.config.max_batch)[-1]
+        buffers = DecodeBuffers(most, max_blocks, block, spare, slots, self.device)
         self.graphs = DecodeGraphs(self.compute, buffers, recorder)
         return self.graphs
 

@@ -9,6 +9,7 @@ import torch
 from helpers import SMALL, Rig, make_rig, request
 from scenarios import DRAWN, SCENARIOS, Scenario, crowd, outcome, recorded
 
+from clif.engine import graphs
 from clif.engine.checked_capture import CheckedRecorder
 from clif.engine.decode_buffers import KNOWN, NO_SLOT, DecodeBuffers
 from clif.engine.graphs import MOST_ROWS, decode_sizes
@@ -119,6 +120,15 @@ def test_a_step_that_no_graph_holds_is_computed_plainly(tiny_config):
     sequence = chunks[0].sequence
     assert not rig.runner.graphs.can_run([Chunk(sequence, CONTEXT, CONTEXT + 1, needs_sampling=True)])
     assert not rig.runner.graphs.can_run(chunks * (SMALL["max_batch"] + 1))
+
+
+def test_a_batch_beyond_the_largest_size_is_computed_plainly_until_enough_answers_have_ended(tiny_config, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST_ROWS", 4)
+    rig, recorder = captured_rig(f"random:{tiny_config}")
+    assert rig.runner.graphs.sizes == [1, 2, 4] and rig.config.engine.max_batch == 8
+    requests = [request(i, [3 + i, 5, 7], max_tokens=4 + 2 * i, ignore_eos=True) for i in range(7)]
+    assert outcome(rig.run(requests)) == outcome(make_rig(f"random:{tiny_config}").run(requests))
+    assert 0 < replays(recorder) < 15
 
 
 @pytest.mark.parametrize("most", [1, 3, 7, 8, 16, 20, 64, 70])
