@@ -216,7 +216,8 @@ class Coserving:
         for share, name in NAMED.items():
             for one in self.outcomes.get(share, []):
                 if one.way == way:
-                    say(f"kept-{name}", one.kept, f"{way}, {one.lost} requests lost")
+                    say(f"kept-{name}", one.kept, way)
+                    say(f"lost-{name}", float(one.lost))
                     say(f"gap-{name}", one.gap, way)
         return f"* best of all loads, by requests lost and then by training kept: {best}; in the final table: {way}"
 

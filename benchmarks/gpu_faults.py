@@ -187,7 +187,7 @@ def _waits(work: Callable[[], object], times: int) -> int:
                 work()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    found = [warning for warning in caught if "synchroniz" in str(warning.message)]
+    found = [warning for warning in caught if "called a synchronizing" in str(warning.message)]
     for warning in found:
         print(f"    {warning.filename}:{warning.lineno}: {str(warning.message).splitlines()[0][:100]}", flush=True)
     return len(found)

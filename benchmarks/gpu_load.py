@@ -101,7 +101,7 @@ def outcome(way: str, alone: Served, both: Served, train_tps: float, slo: Slo) -
 
 
 def best_way(loads: Mapping[float, Sequence[Outcome]]) -> str | None:
-    """The way whose figures count: that with the fewest lost requests over all loads, then the most training kept.
+    """The way with the fewest lost requests over all loads, and among those the most training kept.
 
     None without any. A way that was not measured at a load that another one was is not chosen.
     """
