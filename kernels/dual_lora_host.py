@@ -19,6 +19,8 @@ from clif.kernels.workspace import Workspace, Workspaces, current_stream
 
 INTERPRET = not isinstance(dual_lora_linear, triton.runtime.JITFunction)
 """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when they were first imported)."""
+KEPT_TABLES = 64
+"""Tables of row tiles that are kept for batches that come again."""
 INTERPRETED_PROGRAMS = 3
 """The interpreter runs programs one after the other: a few show that any number of them is right."""
 
@@ -49,13 +51,14 @@ class KernelLauncher:
         """The row tiles of a batch, made once for all layers on a stream: another one would not wait for them."""
         key = (current_stream(self.device), tuple(segments), rows, block_m, slots)
         if key not in self._tables:
-            if len(self._tables) > 64:
-                self._tables.clear()
+            if len(self._tables) > KEPT_TABLES:
+                # The oldest alone: a graph that is being captured reads those that were made for it, see held().
+                del self._tables[next(iter(self._tables))]
             self._tables[key] = StagedRowTable(segments, rows, block_m, slots, self.device)
         return self._tables[key]
 
     def held(self) -> tuple[RowTable, ...]:
-        """The tables that it keeps now: it forgets them when there are many."""
+        """The tables that it keeps now: it forgets the oldest when there are many."""
         return tuple(self._tables.values())
 
     def linear(

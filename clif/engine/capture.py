@@ -9,8 +9,10 @@ Sources: CUDA graphs as torch has them (torch.cuda.CUDAGraph).
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -88,18 +90,36 @@ class CudaRecorder:
         device = self._stream.device
         current, before = torch.cuda.current_stream(device), torch.cuda.memory_reserved(device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            for _ in range(WARM_UPS):
-                region()
-            # An error in the middle of a capture leaves the device in no good state.
-            CaptureRules().run(region)
+        try:
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_UPS):
+                    region()
+                # An error in the middle of a capture leaves the device in no good state.
+                CaptureRules().run(region)
+        finally:
+            # What a refused region has changed, others may change again.
+            current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Threads of NCCL ask the device for events at any time, which a stricter mode takes for an error.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        captured = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        with no_collection(), captured:
             result = region()
         current.wait_stream(self._stream)
         self.bytes += max(0, torch.cuda.memory_reserved(device) - before)
         return CudaGraph(graph, result)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage is collected: graphs, events and pinned memory of a former engine may be among it, and to free them in
+    the middle of a capture is not for certain allowed."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def why_not_captured(config: EngineConfig, device: torch.device, tp_size: int, kernel: bool) -> str:

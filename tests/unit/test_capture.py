@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from clif.engine.capture import WARM_UPS, CudaRecorder
 from clif.engine.checked_capture import CaptureError, CaptureRules, CheckedRecorder, forbid_host_reads
 
 BUFFER = torch.arange(12.0).view(4, 3)
@@ -113,3 +117,45 @@ def test_results_are_spoilt_by_launches_of_what_may_lie_in_the_same_memory():
     second.replay()
     assert second.result[0].isnan().all() and third.result.tolist() == [-7, -7, -7], "what it reads is spoilt"
     assert source.tolist() == [1, 1, 1], "what was there before any region is never spoilt"
+
+
+class FakeStream:
+    """A stream that only writes down for which others it waits."""
+
+    device = "cuda"
+
+    def __init__(self) -> None:
+        self.waited: list[FakeStream] = []
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.waited.append(other)
+
+
+@pytest.fixture
+def current(monkeypatch) -> FakeStream:
+    """torch.cuda without a GPU; this is the stream that is current."""
+    made, fakes = FakeStream(), SimpleNamespace(replay=lambda: None)
+    for name, value in {
+        "graph_pool_handle": lambda: (0, 1),
+        "current_stream": lambda _: made,
+        "memory_reserved": lambda _: 0,
+        "stream": lambda _: nullcontext(),
+        "CUDAGraph": lambda: fakes,
+        "graph": lambda *_, **__: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return made
+
+
+def test_a_garbage_collection_never_falls_into_a_capture_and_may_happen_again_behind_it(current):
+    enabled: list[bool] = []
+    captured = CudaRecorder(FakeStream()).capture(lambda: enabled.append(gc.isenabled()) or BUFFER)
+    assert captured.result is BUFFER and gc.isenabled()
+    assert enabled == [True] * (WARM_UPS + 1) + [False]
+
+
+def test_the_work_of_a_refused_region_is_in_order_with_what_comes_after_it(current):
+    stream = FakeStream()
+    with pytest.raises(CaptureError, match="on the host"):
+        CudaRecorder(stream).capture(FORBIDDEN["item"])
+    assert stream.waited == [current] and current.waited == [stream]
