@@ -139,11 +139,16 @@ def measured_room(config: Config, base: Base, tp_size: int, memory: DeviceMemory
         runner = base.runner(small)
         runner.forward(runner.fill(chunks)).read()
 
+    def region() -> None:
+        # Tokens are drawn outside of graphs, which takes several times as much.
+        runner = base.runner(small)
+        runner.compute(runner.fill(chunks))
+
     # Once before: kernels are compiled and libraries take their workspaces, which stay.
     step()
     own_cache = token_bytes(base) * (blocks + 1) * config.engine.block_size
-    peak = max(0, memory.peak(step) - own_cache)
-    return KvRoom(memory.free(), peak, _training(config, base), _captured(config, base, tp_size, peak))
+    whole, captured = (max(0, memory.peak(work) - own_cache) for work in (step, region))
+    return KvRoom(memory.free(), whole, _training(config, base), _captured(config, base, tp_size, captured))
 
 
 def _training(config: Config, base: Base) -> int:
@@ -155,7 +160,10 @@ def _training(config: Config, base: Base) -> int:
 
 
 def _captured(config: Config, base: Base, tp_size: int, peak: int) -> int:
-    """What captured steps and passes hold of their own: nothing else can use it while they are not running."""
+    """What captured steps and passes hold of their own: nothing else can use it while they are not running.
+
+    peak: temporaries of the largest step without draws.
+    """
     engine, device, held = config.engine, base.loaded.device, 0
     if not why_not_captured(engine, device, tp_size, base.paged is not None):
         # The logits of every size, and the temporaries of the largest one.

@@ -51,10 +51,10 @@ class Peer(TpGroup):
 
 
 class FakeMemory:
-    """A GPU of which so much is free, where the work takes what its step's cache does and `more`."""
+    """A GPU of which so much is free, where a step takes `more`, its cache included, and without draws so much less."""
 
-    def __init__(self, free: int, more: int) -> None:
-        self.free_bytes, self.more, self.works = free, more, 0
+    def __init__(self, free: int, more: int, draws: int = 0) -> None:
+        self.free_bytes, self.more, self.draws, self.works = free, more, draws, 0
 
     def free(self) -> int:
         return self.free_bytes
@@ -62,7 +62,8 @@ class FakeMemory:
     def peak(self, work: Callable[[], None]) -> int:
         work()
         self.works += 1
-        return self.more
+        # Each second work draws no tokens, and takes less.
+        return self.more - (1 - self.works % 2) * self.draws
 
 
 def test_the_cache_gets_what_is_left_in_whole_blocks_and_a_spare_one_is_kept():
@@ -134,7 +135,7 @@ def test_what_is_measured_is_a_real_step_without_its_own_cache(tiny_config):
     cache = token_bytes(base) * (blocks + 1) * config.engine.block_size
     memory = FakeMemory(500 * MIB, cache + 7 * MIB)
     room = measured_room(config, base, 1, memory)
-    assert memory.works == 1 and (room.free, room.step, room.captured) == (500 * MIB, 7 * MIB, 0)
+    assert memory.works == 2 and (room.free, room.step, room.captured) == (500 * MIB, 7 * MIB, 0)
     head = 64 * base.stack.vocab_size * 12
     assert room.training == head, "held-out losses need logits in any case"
     trains = measured_room(auto_config(tiny_config, train=True), base, 1, memory)
@@ -149,6 +150,7 @@ def test_what_is_captured_is_counted_where_a_gpu_captures(tiny_config, monkeypat
         monkeypatch.setattr(kv_size, name, lambda *_: "")
     _, blocks = largest_step(config.engine, 256)
     cache = token_bytes(base) * (blocks + 1) * config.engine.block_size
-    room = measured_room(config, base, 1, FakeMemory(500 * MIB, cache + 7 * MIB))
+    room = measured_room(config, base, 1, FakeMemory(500 * MIB, cache + 7 * MIB, draws=5 * MIB))
     logits = (1 + 2 + 4 + 8) * base.stack.vocab_size * 4
-    assert room.captured == logits + 7 * MIB + (config.engine.activation_mib << 20) + 7 * MIB
+    assert room.step == 7 * MIB
+    assert room.captured == logits + 2 * MIB + (config.engine.activation_mib << 20) + 2 * MIB, "without draws"
