@@ -88,6 +88,8 @@ class CudaRecorder:
     def capture(self, region: Callable[[], T]) -> CudaGraph[T]:
         """As Recorder.capture(). Raises CaptureError for a region that breaks the rules, with nothing captured."""
         device = self._stream.device
+        # Every capture begins with this: otherwise what is given back then would be taken from the first one's bytes.
+        torch.cuda.empty_cache()
         current, before = torch.cuda.current_stream(device), torch.cuda.memory_reserved(device)
         self._stream.wait_stream(current)
         try:
