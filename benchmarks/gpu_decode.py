@@ -128,7 +128,7 @@ class Decode:
         self.fill(engine)
         with_lora = count_kernels(engine, self.scale.batch)
         self.bench.cancel_all(engine)
-        with without_adapters(self.bench):
+        with without(self.bench, *ADAPTER):
             bare = self.bench.engine(graphs="auto", overlap="auto")
             bare_steps = self.run(bare)
             self.fill(bare)
@@ -144,18 +144,21 @@ class Decode:
         counts = f"{per_layer(kernels, self.layers)} kernels a layer, {per_layer(with_lora, self.layers)} with LoRA"
         return f"* without LoRA {spread(bare_steps.seconds, 1e-3)} ms a step: {ratio:.3f} with / without; {counts}"
 
+    def torch_lora_line(self) -> str:
+        """The same engine whose adapters are torch's products, of all slots for all rows."""
+        with without(self.bench, *KERNEL):
+            steps = self.run(self.bench.engine(graphs="auto", overlap="auto"))
+        return f"* with LoRA by torch's products {spread(steps.seconds, 1e-3)} ms a step"
+
     def capture_line(self) -> str:
-        """What capturing costs, once per start."""
+        """What capturing costs, once per start: the log has it too."""
         before = memory_mib(self.bench)
-        start = time.perf_counter()
-        engine = self.bench.engine(graphs="off")
-        plain_s, plain = time.perf_counter() - start, memory_mib(self.bench) - before
-        start, before = time.perf_counter(), memory_mib(self.bench)
+        plain = self.bench.engine(graphs="off")
+        without_mib = memory_mib(self.bench) - before
         captured = self.bench.engine(graphs="auto")
-        seconds, memory = time.perf_counter() - start - plain_s, memory_mib(self.bench) - before - plain
-        sizes = len(graphs_of(captured).sizes)
-        del engine
-        return f"* capture of {sizes} sizes: {seconds:.2f} s, {memory:.0f} MiB"
+        graphs, with_mib = graphs_of(captured), memory_mib(self.bench) - before - without_mib
+        del plain
+        return f"* capture of {len(graphs.sizes)} sizes: {graphs.capture_s:.2f} s, {with_mib - without_mib:.0f} MiB"
 
     def generate_line(self) -> str:
         """transformers.generate on one static batch: what a token more costs, its prompts left out."""
@@ -201,11 +204,14 @@ def waiting() -> Iterator[list[float]]:
         SampledTokens.read = read  # type: ignore[method-assign]
 
 
+ADAPTER, KERNEL = ("lora", "_fused", "_captured"), ("_captured",)
+"""What a linear layer computes its adapters with, and its kernel for captured steps alone."""
+
+
 @contextmanager
-def without_adapters(bench: Bench) -> Iterator[None]:
-    """The linear layers of the base alone, for engines that are made meanwhile."""
-    parts = ("lora", "_fused", "_captured")
-    kept = [{part: vars(linear)[part] for part in parts if part in vars(linear)} for linear in bench.base.stack.linears]
+def without(bench: Bench, *parts: str) -> Iterator[None]:
+    """Linear layers that lack these parts, for engines that are made meanwhile."""
+    kept = [{part: vars(linear)[part] for part in parts} for linear in bench.base.stack.linears]
     for linear, held in zip(bench.base.stack.linears, kept, strict=True):
         vars(linear).update(dict.fromkeys(held))
     try:
@@ -231,7 +237,7 @@ def measure(shape: str, scale: Scale) -> list[str]:
         for graphs, overlap in WAYS
     ]
     work += [("", str), ("the graph", decode.host_line), ("transformers.generate", decode.generate_line)]
-    work += [("LoRA", decode.lora_line), ("capture", decode.capture_line)]
+    work += [("LoRA", decode.lora_line), ("LoRA by torch", decode.torch_lora_line), ("capture", decode.capture_line)]
     add_lines(lines, work)
     return lines
 
