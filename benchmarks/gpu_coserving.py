@@ -111,11 +111,14 @@ class Coserving:
         return next(str(mode) for mode, strategy in STRATEGIES.items() if strategy is kind)
 
     def run(self, way: Way, seconds: float, refill: Callable[[], None] | None = None) -> Rates:
-        """Steps of at least this many seconds, with all that the device was given done."""
+        """Steps of at least this many seconds, or until a request ends that nothing refills, with all that the device
+        was given done."""
         self.bench.sync()
         trained, served, gaps = way.trained, 0, []
-        start = last = time.perf_counter()
-        while last < start + seconds:
+        running = way.engine.scheduler.running
+        requests, start = len(running), time.perf_counter()
+        last = start
+        while not gaps or (last < start + seconds and (refill is not None or len(running) == requests)):
             if refill is not None:
                 refill()
             served += sum(len(event.tokens) for event in way.engine.step())
@@ -146,7 +149,7 @@ class Coserving:
         while any(s.num_uncomputed_tokens > 1 for s in way.engine.scheduler.sequences):
             way.engine.serve()
         with way.at_work():
-            self.run(way, self.scale.window_s / 4)
+            self.run(way, self.scale.window_s / 8)
             rates = self.run(way, self.scale.window_s / 2)
         self.bench.cancel_all(way.engine)
         return rates
@@ -174,7 +177,8 @@ class Coserving:
         """An open load whose first third is not counted. Training goes on until the last first token is due."""
         way, end = self.way(name), 1.5 * self.scale.window_s
         times = arrivals(share * self.capacity, end, seed=round(100 * share))
-        requests = [self.bench.mixed_request(seed=i) for i in range(len(times))]
+        # The same prompts in all ways, and others at each load: none is found in the prefix cache.
+        requests = [self.bench.mixed_request(seed=round(share * 1e6) + i) for i in range(len(times))]
         with way.at_work() as engine:
             load = Load(engine, requests, times)
             self.pass_time(load, end / 3)
