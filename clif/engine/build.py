@@ -150,16 +150,17 @@ def make_strategy(coserving: str, config: Config) -> Strategy:
 def choose_coserving(config: Config, device: torch.device, tp_group: TpGroup, threads: int) -> str:
     """The co-serving mode of the configuration, or the one that suits the device. threads: of this rank, on a CPU.
 
-    On a GPU forwards are fused with serving steps; where all modes are measured (see is_measured()), the mode here is
-    that of the time before. A CPU computes as fast for a few rows as for many, so that fusing saves nothing there
-    (measured at 70 % load: 36 training tokens/s fused, 95 interleaved); with several threads a concurrent slice uses
-    what small operations leave of them. Raises ConfigError for a mode that cannot be used.
+    On a GPU a replica of one rank has captured training layers, which cannot be fused; where all modes are measured
+    (see is_measured()), the mode here is that of the time before. Those of several ranks are fused. A CPU computes as
+    fast for a few rows as for many, so that fusing saves nothing there (measured at 70 % load: 36 training tokens/s
+    fused, 95 interleaved); with several threads a concurrent slice uses what small operations leave of them. Raises
+    ConfigError for a mode that cannot be used.
     """
     on_cpu = device.type == "cpu"
     way: str = config.engine.coserving
     if way == CoservingMode.AUTO:
         alone = CoservingMode.CONCURRENT if threads > 1 and tp_group.size == 1 else CoservingMode.INTERLEAVED
-        on_gpu = CoservingMode.INTERLEAVED if is_measured(config, device, tp_group) else CoservingMode.FUSED
+        on_gpu = CoservingMode.FUSED if tp_group.size > 1 else CoservingMode.INTERLEAVED
         way = alone if on_cpu else on_gpu
     if config.run.mode == "time_slice":
         way = "time_slice"

@@ -160,4 +160,4 @@ def test_a_gpu_has_all_modes_and_its_own_choice_where_none_is_measured(data):
     assert chosen.pop(CoservingMode.AUTO) == INTERLEAVED, "until they have been measured"
     assert all(mode == way for mode, way in chosen.items())
     serves = config_from_tree({**tree, "train": {"enabled": False}})
-    assert choose_coserving(serves, torch.device("cuda"), TpGroup(), 1) == FUSED
+    assert choose_coserving(serves, torch.device("cuda"), TpGroup(), 1) == INTERLEAVED
