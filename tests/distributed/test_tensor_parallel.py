@@ -55,10 +55,10 @@ def test_a_step_costs_one_control_message_and_the_collectives_of_what_it_compute
     """Whatever the leader decides, and whether it trains or not."""
     for found in run_ranks(2, bodies_tp.collectives_of_steps, model, coserving, layout={"tp_size": 2}):
         assert all(calls["control"] == 1 for *_, calls in found["steps"])
-        # Of the head: the best of each rank; or whole rows, and what was drawn.
+        # Of the head: the best of each rank; where rows are drawn also these as a whole, and what was drawn.
         for drawn, kind, _, calls in found["steps"]:
             if not kind:
-                assert calls["model"] == 2 * found["layers"] + 1 + drawn
+                assert calls["model"] == 2 * found["layers"] + 1 + 2 * drawn
         kinds = {kind for _, kind, *_ in found["steps"]}
         assert kinds >= {"", "forward", "head", "backward"}, "it must have trained, or the test says nothing"
 
