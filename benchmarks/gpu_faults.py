@@ -21,10 +21,12 @@ if "--dry" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from checkout import REPO
 from gpu_bench import DRY, FULL, Bench, add_job, graphs_of, run_step
 from gpu_checks import Check, run_checks
 from gpu_coserving import WAYS
 
+from clif import LLM
 from clif.engine.engine import Engine
 from clif.engine.jobs import Slices
 from clif.kernels.testing.elementwise_specification import (
@@ -328,6 +330,21 @@ def automatic_cache() -> str:
     return ""
 
 
+def library() -> str:
+    """clif.LLM answers alike with and without graphs, and gives its memory back."""
+    found, held = [], []
+    path = f"random:{REPO / 'configs' / 'models' / SMALL.shown(SMALL.shapes[0])}.json"
+    for graphs in ("off", "auto", "auto"):
+        with LLM(path, model={"device": DEVICE, "dtype": SMALL.dtype}, engine={"graphs": graphs}) as llm:
+            answers = llm.generate([[5, 6, 7], [8, 9]], Sampling(max_tokens=ANSWER, ignore_eos=True))
+        found.append([answer.token_ids for answer in answers])
+        held.append(0 if DRY_RUN else torch.cuda.memory_allocated())
+    if found[0] != found[1]:
+        return f"{found[1]} with graphs, {found[0]} without"
+    # Workspaces of libraries stay, for each stream once.
+    return "" if held[2] - held[1] < 256 << 20 else f"holds {(held[2] - held[1]) >> 20} MiB more each time"
+
+
 CHECKS: tuple[tuple[str, Check], ...] = (
     ("every captured size replays what its region computes, bit for bit", every_captured_size),
     ("graphs and overlap change no token, through promotions", same_answers),
@@ -338,6 +355,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("captured training has the loss and the gradient of eager training", captured_training),
     *((f"{way}: losses and tokens are those of one after the other", partial(beside_serving, way)) for way in WAYS),
     ("captured passes beside serving have the losses of captured passes alone", captured_beside_serving),
+    ("the library captures, answers and gives its memory back", library),
     ("engine.kv_tokens auto leaves room for everything else", automatic_cache),
 )
 
