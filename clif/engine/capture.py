@@ -84,6 +84,9 @@ class CudaRecorder:
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream, self.bytes = stream, 0
         self._pool = torch.cuda.graph_pool_handle()
+        # Passes of a former engine may lie in cycles. While one lives, autograd uses its nodes of the adapters' factors
+        # in new passes, too. They belong to another stream, which would be pulled into a capture.
+        gc.collect()
 
     def capture(self, region: Callable[[], T]) -> CudaGraph[T]:
         """As Recorder.capture(). Raises CaptureError for a region that breaks the rules, with nothing captured."""

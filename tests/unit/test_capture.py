@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -152,6 +153,17 @@ def test_a_garbage_collection_never_falls_into_a_capture_and_may_happen_again_be
     captured = CudaRecorder(FakeStream()).capture(lambda: enabled.append(gc.isenabled()) or BUFFER)
     assert captured.result is BUFFER and gc.isenabled()
     assert enabled == [True] * (WARM_UPS + 1) + [False]
+
+
+def test_autograd_nodes_of_former_passes_are_gone_before_anything_is_captured(current):
+    """A node belongs to the stream on which it was made, and lives as long as one pass that has it."""
+    factor = torch.ones(3, requires_grad=True)
+    former, out = FakeStream(), factor * 2
+    former.held, node = [former, out], weakref.ref(former)
+    del former, out
+    assert node() is not None
+    CudaRecorder(FakeStream())
+    assert node() is None
 
 
 def test_the_work_of_a_refused_region_is_in_order_with_what_comes_after_it(current):
