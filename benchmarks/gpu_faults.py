@@ -311,9 +311,9 @@ def automatic_cache() -> str:
     # More requests than any GPU has room for. Each may draw its token: with twice as many that alone fills a GPU.
     most = bench.scale.batch if DRY_RUN else 4096
     engine = bench.engine(kv_tokens="auto", max_batch=most, coserving="interleaved")
-    # More than the largest captured step has rows.
+    # More than the largest captured step has rows, all of them at a time before the first one ends.
     for _ in range(engine.scheduler.max_batch // 7):
-        engine.scheduler.add(bench.request(40, 40), engine.clock())
+        engine.scheduler.add(bench.request(40, 80), engine.clock())
     count, length = bench.scale.steps[0]
     trainer = bench.trainer(engine, count, length)
     add_job(engine, _steps(trainer, count, 1, []))
