@@ -89,7 +89,10 @@ class CudaRecorder:
         gc.collect()
 
     def capture(self, region: Callable[[], T]) -> CudaGraph[T]:
-        """As Recorder.capture(). Raises CaptureError for a region that breaks the rules, with nothing captured."""
+        """As Recorder.capture(). Raises CaptureError for a region that breaks the rules, with nothing captured.
+
+        Raises RuntimeError for one that the device refuses: it may be in no state to go on.
+        """
         device = self._stream.device
         # Every capture begins with this: otherwise what is given back then would be taken from the first one's bytes.
         torch.cuda.empty_cache()
@@ -107,8 +110,13 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         # Threads of NCCL ask the device for events at any time, which a stricter mode takes for an error.
         captured = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-        with no_collection(), captured:
-            result = region()
+        try:
+            with no_collection(), captured:
+                result = region()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(f"a CUDA graph could not be captured ({error}): set engine.graphs=off") from error
         current.wait_stream(self._stream)
         self.bytes += max(0, torch.cuda.memory_reserved(device) - before)
         return CudaGraph(graph, result)

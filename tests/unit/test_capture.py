@@ -171,3 +171,16 @@ def test_the_work_of_a_refused_region_is_in_order_with_what_comes_after_it(curre
     with pytest.raises(CaptureError, match="on the host"):
         CudaRecorder(stream).capture(FORBIDDEN["item"])
     assert stream.waited == [current] and current.waited == [stream]
+
+
+def test_what_the_device_refuses_names_the_setting_that_goes_without_graphs(current):
+    runs: list[int] = []
+
+    def region() -> torch.Tensor:
+        runs.append(0)
+        if len(runs) > WARM_UPS + 1:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return BUFFER
+
+    with pytest.raises(RuntimeError, match=r"not permitted when stream is capturing\): set engine\.graphs=off"):
+        CudaRecorder(FakeStream()).capture(region)
