@@ -43,9 +43,13 @@ def test_the_engine_s_comparison_runs_dry_with_all_contenders(tmp_path):
     [
         pytest.param("gpu_faults", [": 0 of 12 fail"], marks=pytest.mark.slow),
         pytest.param("gpu_regressions", [": 0 of 8 fail"], marks=pytest.mark.slow),
-        ("gpu_decode", ["FIGURE decode-1b", "FIGURE generate-1b"]),
+        pytest.param("gpu_decode", ["FIGURE decode-1b", "FIGURE generate-1b"], marks=pytest.mark.slow),
         ("gpu_training", ["FIGURE train-16384", "FIGURE train-512"]),
-        ("gpu_coserving", ["FIGURE efficiency", "FIGURE kept-70", "FIGURE kept-100", "FIGURE gap-100"]),
+        pytest.param(
+            "gpu_coserving",
+            ["FIGURE efficiency", "FIGURE kept-70", "FIGURE kept-100", "FIGURE gap-100"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_first_stages_of_make_gpu_run_dry_on_a_cpu(name, says):

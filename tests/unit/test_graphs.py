@@ -52,8 +52,13 @@ class Captured(Scenario):
         return rig
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("name", SCENARIOS)
+LATE = ("cancellation", "preemption", "promotion under running requests")
+"""Scenarios in which it matters that a step is settled behind the launch of the next one."""
+
+
+@pytest.mark.parametrize(
+    ("name", "overlap"), [*((name, False) for name in SCENARIOS), *((name, True) for name in LATE)]
+)
 def test_captured_steps_answer_token_for_token_as_plain_ones(tiny_config, name, overlap):
     """With promotions, preemption, freed and reused blocks, cancellation, draws, and NaN in the shadow."""
     captured = Captured(SCENARIOS[name])
