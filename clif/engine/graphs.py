@@ -43,6 +43,7 @@ class DecodeGraphs:
         self._compute, self._buffers = compute, buffers
         self.sizes = decode_sizes(buffers.capacity)
         start = time.monotonic()
+        # What a replay reads lies in the buffers: of these only rows and layout count.
         self._batches = {size: self._inputs(size) for size in self.sizes}
         self.captured: dict[int, Captured[tuple[torch.Tensor, torch.Tensor]]] = {}
         for size in reversed(self.sizes):

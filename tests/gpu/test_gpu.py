@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import bodies
 import pytest
 import torch
@@ -18,16 +16,6 @@ from clif.types import TrainSample
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
 GPUS = torch.cuda.device_count()
-
-
-@pytest.fixture(scope="module")
-def model(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Weights that were drawn on a CPU: a GPU draws others from the same seed, and nothing could be compared."""
-    folder = tmp_path_factory.mktemp("model")
-    drawn = make_rig(f"random:{tiny_config}").loaded
-    drawn.model.save_pretrained(folder)
-    drawn.tokenizer.save(folder)
-    return str(folder)
 
 
 def test_both_devices_hold_the_same_weights(model):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,15 +21,6 @@ ROUNDING = 0.01
 """Relative difference of a result in bfloat16 to one in float32."""
 MIXED = [0, 300, 1, 64, 0, 129], [0, 300, 1, 1000, 77, 2048]
 """Queries and keys: fresh and continued prompts, one token, keys without a query, nothing at all."""
-
-
-@pytest.fixture(scope="module")
-def model(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    drawn = make_rig(f"random:{tiny_config}").loaded
-    drawn.model.save_pretrained(folder)
-    drawn.tokenizer.save(folder)
-    return str(folder)
 
 
 def drawn(rows: int, keys: int, heads: int, kv_heads: int, d: int, seed: int = 0) -> list[torch.Tensor]:
