@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from four_launches import BLOCK_M, four_launches
+from four_launches import FourLaunches, published
 from timing import Way
 from torch.nn.functional import linear
 
 from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
 from clif.kernels.dual_lora_reference import SHADOW, add_dual_lora
-from clif.kernels.dual_lora_table import StagedRowTable
 from clif.kernels.testing.dual_lora_specification import Batch
 
 BASE, FUSED = "F.linear alone", "fused"
 PER_SEGMENT, ONE_PRODUCT = "cuBLAS per segment", "cuBLAS, one masked product"
-FOUR, AUGMENTED = "four launches", "K-augmented cuBLAS"
+FOUR, FOUR_PUBLISHED = "four launches", "four launches, published tiles"
+AUGMENTED = "K-augmented cuBLAS"
 PEFT, PEFT_MIXED, COMPILED = "PEFT eager", "PEFT mixed batch", "torch.compile of the reference"
 DGRAD, PEFT_BACKWARD = "dgrad alone", "PEFT autograd"
 
@@ -35,6 +35,7 @@ def forward_ways(batches: Sequence[Batch], launcher: KernelLauncher, compiled: b
         PER_SEGMENT: lambda i: _per_segment(batches[i]),
         ONE_PRODUCT: _with_masks(batches, _one_product),
         FOUR: _four(batches),
+        FOUR_PUBLISHED: _four_published(batches),
         AUGMENTED: _augmented(batches),
         PEFT: lambda i: _peft(batches[i]),
         PEFT_MIXED: _peft_mixed(batches),
@@ -121,10 +122,15 @@ def _augmented(batches: Sequence[Batch]) -> Way:
 
 
 def _four(batches: Sequence[Batch]) -> Way:
+    compute = FourLaunches(batches[0].merged, batches[0].segments)
+    return lambda i: compute(batches[i].merged, batches[i].x)
+
+
+def _four_published(batches: Sequence[Batch]) -> Way:
     first = batches[0]
-    rows = StagedRowTable(first.segments, len(first.x), BLOCK_M, len(first.merged.a), first.x.device)
-    adapted = int(rows.counts[1])
-    return lambda i: four_launches(batches[i].merged, batches[i].x, rows, adapted)
+    tiles = published(len(first.x), len(first.merged.projections))
+    compute = FourLaunches(first.merged, first.segments, tiles)
+    return lambda i: compute(batches[i].merged, batches[i].x)
 
 
 def _peft(batch: Batch, slot: int = SHADOW) -> torch.Tensor:

@@ -37,14 +37,15 @@ def launcher() -> KernelLauncher:
 
 
 def test_every_rival_computes_the_function_that_it_is_timed_for() -> None:
-    batch = random_batch(random_layer([48], 64, 8, dtype=torch.float32), ((9, 0), (4, 1), (3, SHADOW)))
+    layer = random_layer([32, 16, 16], 64, 8, dtype=torch.float32, adapted=[0, 2])
+    batch = random_batch(layer, ((9, 0), (4, 1), (3, SHADOW)))
     expected = by_torch(batch).y
     ways = forward_ways([batch, batch], launcher(), compiled=False)
     for name, way in ways.items():
         # Twice: some keep buffers.
         for y in (way(1), way(1)) if name not in (BASE, PEFT) else ():
             assert torch.allclose(y[0] if name == FUSED else y, expected, atol=1e-4), name
-    assert len(ways) == 8
+    assert len(ways) == 9
 
 
 def test_peft_s_arithmetic_is_peft_s() -> None:
