@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Form = Literal["fused", "pair", "separate"]
+Form = Literal["fused", "pair", "three", "branches", "separate"]
 
 
 @dataclass(frozen=True)
 class LinearTiles:
     """How one shape of dual_lora_linear is computed.
 
-    form: fused (one launch), pair (two, the second starts early), or separate: torch's products, one after the other.
+    form: fused (one launch); pair (two: h, then y, the second starts early); three (torch's base product, one launch
+    for h, one that adds the low-rank products); branches (the same, h on a side stream beside the base product); or
+    separate (as three, but long segments by torch's products).
     group_m: row tiles that run close together; split: parts of the contraction of a tile of y; slices: of the one that
-    makes h; shrinkers: programs for that; programs: the others, per multiprocessor; tma: load by tensor descriptors
-    (compute capability 9.0 and up).
+    makes h; shrinkers: programs for that; programs: the others, per multiprocessor; tma: load by tensor descriptors,
+    store_tma: store y by one, too, where all column tiles are full (compute capability 9.0 and up).
     """
 
     form: Form = "fused"
@@ -30,6 +32,7 @@ class LinearTiles:
     warps: int = 4
     stages: int = 4
     tma: bool = False
+    store_tma: bool = False
 
 
 @dataclass(frozen=True)
