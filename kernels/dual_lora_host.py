@@ -13,8 +13,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from clif.kernels.dual_lora_grads_kernel import dual_lora_grads
 from clif.kernels.dual_lora_kernel import BASE, FUSED, SHRINK, dual_lora_linear
 from clif.kernels.dual_lora_reference import MergedLinear, Segment
-from clif.kernels.dual_lora_table import RowTable, RowTables, StagedRowTable, column_tiles, grad_tiles
-from clif.kernels.tiles import GradTiles, LinearTiles, descriptor_boxes
+from clif.kernels.dual_lora_table import (
+    ColumnTable,
+    RowTable,
+    RowTables,
+    StagedRowTable,
+    column_tiles,
+    grad_tiles,
+    tiles_of,
+)
+from clif.kernels.tiles import GradTiles, LinearTiles, descriptor_boxes, piece_width
 from clif.kernels.workspace import Workspace, Workspaces, current_stream
 
 INTERPRET = not isinstance(dual_lora_linear, triton.runtime.JITFunction)
@@ -48,7 +56,7 @@ class KernelLauncher:
         return self._workspaces.current()
 
     def rows(self, segments: Sequence[Segment], rows: int, block_m: int, slots: int) -> RowTable:
-        """The row tiles of a batch, made once for all layers on a stream: another one would not wait for them."""
+        """The pairs of a batch, made once for all layers on a stream: another one would not wait for them."""
         key = (current_stream(self.device), tuple(segments), rows, block_m, slots)
         if key not in self._tables:
             if len(self._tables) > KEPT_TABLES:
@@ -72,8 +80,7 @@ class KernelLauncher:
         hidden: torch.Tensor,
         y: torch.Tensor | None,
         rows: RowTable,
-        columns: torch.Tensor,
-        aligned: bool,
+        columns: ColumnTable,
         blocks: torch.Tensor,
         r: int,
         scale: float,
@@ -81,31 +88,35 @@ class KernelLauncher:
         """Fill y [rows, out] (None: only h is wanted) and hidden [rows, k r].
 
         x [rows, depth]; weight [out, depth] or a transposed view; a [slots, k r, depth] and b [slots, out, k r], any
-        strides. aligned: all column tiles begin and end at multiples of 16.
+        strides.
         """
         depth, transposed, rank_p = x.shape[1], weight.stride(1) != 1, _padded(r)
         space, targets = self.workspace(), _padded(rows.capacity * len(blocks))
-        outputs = 0 if y is None or tiles.split == 1 else rows.capacity * len(columns)
+        outputs = 0 if y is None or tiles.split == 1 else tiles_of(len(x), tiles.block_m) * len(columns.tiles)
         tickets = space.take_tickets(targets + outputs)
         of_h = targets * tiles.slices * tiles.block_m * rank_p
         planes = space.take_planes(of_h + outputs * tiles.split * tiles.block_m * tiles.block_n)
         shrinkers = min(tiles.shrinkers, rows.capacity * len(blocks) * tiles.slices)
         others = (INTERPRETED_PROGRAMS if INTERPRET else self.programs) * tiles.programs
+        result = x if y is None else y
         operands: dict[str, Any] = {"x": x, "w": weight, "a": a, "b": b}
         a_strides, b_strides = a.stride(), b.stride()
         if tiles.tma and (described := _described(tiles, rank_p, transposed, operands)):
             operands, a_strides, b_strides = described, (a.shape[1], *a.stride()[1:]), (b.shape[1], *b.stride()[1:])
+        stored = tiles.store_tma and columns.full and _describable(result)
+        target = TensorDescriptor.from_tensor(result, [tiles.block_m, piece_width(tiles)]) if stored else result
 
         def launch(form: int, shrinkers: int, others: int, **options: Any) -> None:
             dual_lora_linear[(shrinkers + others,)](
                 operands["x"], operands["w"], x if bias is None else bias, operands["a"], operands["b"], hidden,
-                x if y is None else y, rows.counts, rows.tiles, columns, blocks, planes, planes[of_h:], tickets,
-                tickets[targets:], space.take_flags(targets), space.left, scale, len(columns), shrinkers, depth,
-                x.stride(0), *weight.stride(), *a_strides, *b_strides, 0 if y is None else y.stride(0),
+                target, rows.counts, rows.firsts, rows.pairs, columns.tiles, blocks, planes, planes[of_h:], tickets,
+                tickets[targets:], space.take_flags(targets), space.left, scale, len(x), len(columns.tiles), shrinkers,
+                depth, x.stride(0), *weight.stride(), *a_strides, *b_strides, 0 if y is None else y.stride(0),
                 BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
                 SPLIT=tiles.split, RANK=r, RANK_P=rank_p, BLOCKS=len(blocks), SLICES=tiles.slices, FORM=form,
-                TRANSPOSED=transposed, ALIGNED=aligned, HAS_BIAS=bias is not None, TMA=operands["x"] is not x,
-                INTERPRET=INTERPRET, **_options(tiles.warps, tiles.stages), **options,
+                TRANSPOSED=transposed, ALIGNED=columns.aligned, HAS_BIAS=bias is not None,
+                TMA=operands["x"] is not x, STORE_TMA=stored, INTERPRET=INTERPRET,
+                **_options(tiles.warps, tiles.stages), **options,
             )  # fmt: skip
 
         if y is None:
@@ -123,7 +134,7 @@ class KernelLauncher:
         grad: torch.Tensor,
         hidden: torch.Tensor,
         grad_hidden: torch.Tensor,
-        columns: torch.Tensor,
+        columns: ColumnTable,
         outputs: int,
         r: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,14 +142,14 @@ class KernelLauncher:
         d_in, rank_p, blocks = x.shape[1], _padded(r), hidden.shape[1] // r
         grad_a = x.new_empty(blocks * r, d_in, dtype=torch.float32)
         grad_b = x.new_empty(outputs, r, dtype=torch.float32)
-        targets = -(-d_in // tiles.block_c) * blocks + len(columns)
+        targets = -(-d_in // tiles.block_c) * blocks + len(columns.tiles)
         space = self.workspace()
         tickets, planes = (
             space.take_tickets(targets),
             space.take_planes(targets * tiles.slices * rank_p * tiles.block_c),
         )
         dual_lora_grads[(targets * tiles.slices,)](
-            x, grad, hidden, grad_hidden, grad_a, grad_b, columns, planes, tickets, len(x), d_in,
+            x, grad, hidden, grad_hidden, grad_a, grad_b, columns.tiles, planes, tickets, len(x), d_in,
             x.stride(0), grad.stride(0), BLOCK_C=tiles.block_c, BLOCK_R=tiles.block_r, RANK=r, RANK_P=rank_p,
             BLOCKS=blocks, SLICES=tiles.slices, INTERPRET=INTERPRET, **_options(tiles.warps, tiles.stages),
         )  # fmt: skip
@@ -155,7 +166,7 @@ class FusedLinear:
         self._outputs = sum(m.stop - m.start for m in adapted)
         self._forward_blocks = self._table([(0, depth)] * merged.blocks)
         self._backward_blocks = self._table([(m.start, m.stop) for m in adapted])
-        self._columns: dict[tuple[Callable[..., Any], int], tuple[torch.Tensor, bool]] = {}
+        self._columns: dict[tuple[Callable[..., Any], int], ColumnTable] = {}
 
     def held(self) -> tuple[object, ...]:
         """The tables that its launches have read so far, for a captured graph to keep."""
@@ -181,7 +192,7 @@ class FusedLinear:
         rows = self._table_of(segments, len(x), tiles, tables)
         columns = self._cut(column_tiles, p.projections, tiles.block_n)
         blocks = self._forward_blocks
-        self._launcher.linear(tiles, x, p.weight, p.bias, p.a, p.b, hidden, y, rows, *columns, blocks, p.r, p.scale)
+        self._launcher.linear(tiles, x, p.weight, p.bias, p.a, p.b, hidden, y, rows, columns, blocks, p.r, p.scale)
         return y, hidden
 
     def height(self, rows: int) -> int:
@@ -229,7 +240,7 @@ class FusedLinear:
         p = self.merged
         out, depth = p.weight.shape
         tiles = self._launcher.tiling.grads(len(x), depth, out, p.r)
-        columns, _ = self._cut(grad_tiles, p.projections, tiles.block_c)
+        columns = self._cut(grad_tiles, p.projections, tiles.block_c)
         return self._launcher.grads(tiles, x, grad, hidden, grad_hidden, columns, self._outputs, p.r)
 
     def through(self, grad: torch.Tensor, down: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -250,18 +261,13 @@ class FusedLinear:
         columns = self._cut(_through_tiles, (depth, p.blocks), tiles.block_n)
         blocks = self._backward_blocks
         self._launcher.linear(
-            tiles, grad, p.weight.T, None, b, a, grad_hidden, grad_x, rows, *columns, blocks, p.r, p.scale
+            tiles, grad, p.weight.T, None, b, a, grad_hidden, grad_x, rows, columns, blocks, p.r, p.scale
         )
         return grad_x, grad_hidden
 
-    def _cut(
-        self, cut: Callable[..., list[tuple[int, int, int, int]]], what: Any, size: int
-    ) -> tuple[torch.Tensor, bool]:
-        """The column tiles on the device, and whether all begin and end at multiples of 16."""
+    def _cut(self, cut: Callable[..., list[tuple[int, int, int, int]]], what: Any, size: int) -> ColumnTable:
         if (cut, size) not in self._columns:
-            tiles = cut(what, size)
-            aligned = all(first % 16 == stop % 16 == 0 for first, stop, *_ in tiles)
-            self._columns[cut, size] = self._table(tiles), aligned
+            self._columns[cut, size] = ColumnTable.of(cut(what, size), size, self.merged.weight.device)
         return self._columns[cut, size]
 
     def _table(self, values: Sequence[Sequence[int]]) -> torch.Tensor:

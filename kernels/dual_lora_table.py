@@ -1,36 +1,62 @@
-"""Tables on the device with the rows and columns of each tile of a dual LoRA kernel. Free of Triton."""
+"""Tables on the device with the rows and columns of each tile of the dual LoRA kernels. Free of Triton."""
 
 from __future__ import annotations
 
+import copy
 import itertools
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from clif.kernels.dual_lora_reference import Projection, Segment
-from clif.kernels.staging import Staged
+from clif.kernels.staging import ALIGNED, Staged, aligned
 
 
-def row_tiles(segments: Sequence[Segment], rows: int, block_m: int, slots: int) -> tuple[list[tuple[int, ...]], int]:
-    """(first row, end, slot) of every row tile, those with an adapter first, and how many these are.
+class Pair(NamedTuple):
+    """Rows [start, stop) of one segment within one row tile."""
 
-    Segments are disjoint and in row order; the rows between them have slot -1. A negative slot counts from the last.
+    start: int
+    stop: int
+    slot: int
+    tile: int
+
+
+def row_pairs(segments: Sequence[Segment], rows: int, block_m: int, slots: int) -> tuple[list[int], list[Pair]]:
+    """The pairs of (row tile, segment), and for each row tile where its own begin: firsts[t] to firsts[t + 1].
+
+    A row tile is block_m rows of any slots. Segments are disjoint and in row order; the rows between them use no
+    adapter and are in no pair. A negative slot counts from the last.
     Raises ValueError for segments that overlap or leave the batch.
     """
-    adapted: list[tuple[int, ...]] = []
-    bare: list[tuple[int, ...]] = []
+    pairs: list[Pair] = []
     at = 0
     for start, stop, slot in segments:
         if not at <= start <= stop <= rows:
             raise ValueError(f"segment {start}:{stop} overlaps the one before or leaves the batch of {rows} rows")
         if not -slots <= slot < slots:
             raise ValueError(f"segment {start}:{stop} wants slot {slot} of {slots}")
-        bare += [(row, min(row + block_m, start), -1) for row in range(at, start, block_m)]
-        adapted += [(row, min(row + block_m, stop), slot % slots) for row in range(start, stop, block_m)]
+        while start < stop:
+            tile = start // block_m
+            end = min((tile + 1) * block_m, stop)
+            pairs.append(Pair(start, end, slot % slots, tile))
+            start = end
         at = stop
-    bare += [(row, min(row + block_m, rows), -1) for row in range(at, rows, block_m)]
-    return adapted + bare, len(adapted)
+    counts = Counter(pair.tile for pair in pairs)
+    firsts = [0, *itertools.accumulate(counts[tile] for tile in range(tiles_of(rows, block_m)))]
+    return firsts, pairs
+
+
+def tiles_of(rows: int, block_m: int) -> int:
+    """Row tiles of a batch."""
+    return -(-rows // block_m)
+
+
+def most_pairs(rows: int, block_m: int, slots: int) -> int:
+    """Pairs of any batch of so many rows with one segment for each slot: each may begin in the middle of a tile."""
+    return tiles_of(rows, block_m) + slots
 
 
 def column_tiles(projections: Sequence[Projection], block_n: int) -> list[tuple[int, int, int, int]]:
@@ -57,19 +83,59 @@ def grad_tiles(projections: Sequence[Projection], block_c: int) -> list[tuple[in
 
 
 class RowTable:
-    """Row tiles on the device, as the kernel reads them: views of `words`, which its owner fills with write_tiles().
+    """The pairs of a batch on the device, as the kernels read them: views of `words`, which write_pairs() fills.
 
-    counts [2]: tiles, and those with an adapter; tiles [capacity, 3].
+    counts [1]: pairs; firsts [row tiles + 1]: where each row tile's pairs begin; pairs [capacity, 4]: first row, end,
+    slot, row tile. All int32.
     """
 
-    def __init__(self, words: torch.Tensor, block_m: int, slots: int) -> None:
-        self.block_m, self.slots = block_m, slots
-        self.counts, self.tiles = words[:2], words[HEADER:].view(-1, 3)
+    def __init__(self, words: torch.Tensor, rows: int, block_m: int, capacity: int) -> None:
+        """words: table_words() of them. rows: the most of a batch; capacity: the most pairs."""
+        self.block_m, self.rows = block_m, rows
+        self.counts, self.firsts, self.pairs = table_parts(words, rows, block_m, capacity)
 
     @property
     def capacity(self) -> int:
-        """Number of tiles that fit."""
-        return len(self.tiles)
+        """Number of pairs that fit."""
+        return len(self.pairs)
+
+    def first(self, rows: int, capacity: int) -> RowTable:
+        """A table for batches of fewer rows and pairs, in the same memory."""
+        table = copy.copy(self)
+        table.rows, table.pairs = rows, self.pairs[:capacity]
+        table.firsts = self.firsts[: tiles_of(rows, self.block_m) + 1]
+        return table
+
+
+def table_parts(words: Any, rows: int, block_m: int, capacity: int) -> tuple[Any, Any, Any]:
+    """counts, firsts and pairs in the words of a table, a tensor or a numpy array."""
+    tiles = tiles_of(rows, block_m)
+    start = ALIGNED + aligned(tiles + 1)
+    return words[:1], words[ALIGNED : ALIGNED + tiles + 1], words[start : start + 4 * capacity].reshape(capacity, 4)
+
+
+def table_words(rows: int, block_m: int, capacity: int) -> int:
+    """int32 words of a table."""
+    return aligned(ALIGNED + aligned(tiles_of(rows, block_m) + 1) + 4 * capacity)
+
+
+def write_pairs(parts: tuple[Any, Any, Any], segments: Sequence[Segment], rows: int, block_m: int, slots: int) -> None:
+    """Write a batch into the parts of a table, numpy arrays; row tiles behind the batch have no pairs.
+
+    Raises ValueError, and writes nothing, if the segments are wrong or do not fit.
+    """
+    counts, firsts, pairs = parts
+    own_firsts, own_pairs = row_pairs(segments, rows, block_m, slots)
+    if len(own_pairs) > len(pairs) or len(own_firsts) > len(firsts):
+        raise ValueError(
+            f"{len(own_pairs)} pairs in {len(own_firsts) - 1} row tiles do not fit in {len(pairs)} and "
+            f"{len(firsts) - 1}: make the table with more capacity"
+        )
+    counts[0] = len(own_pairs)
+    firsts[: len(own_firsts)] = own_firsts
+    firsts[len(own_firsts) :] = own_firsts[-1]
+    if own_pairs:
+        pairs[: len(own_pairs)] = own_pairs
 
 
 class StagedRowTable(RowTable):
@@ -78,38 +144,47 @@ class StagedRowTable(RowTable):
     def __init__(
         self, segments: Sequence[Segment], rows: int, block_m: int, slots: int, device: torch.device, capacity: int = 0
     ) -> None:
-        """capacity: tiles that `refill` may need later, as a captured graph does."""
-        found, adapted = row_tiles(segments, rows, block_m, slots)
-        capacity = max(capacity, len(found), 1)
-        self._staged = Staged.zeros(HEADER + 3 * capacity, torch.int32, device)
-        super().__init__(self._staged.words, block_m, slots)
-        self._send(found, adapted)
+        """capacity: pairs that `refill` may need later, as a captured graph does; by default those of a segment a slot.
+
+        Raises ValueError as write_pairs does.
+        """
+        capacity = max(capacity, most_pairs(rows, block_m, max(slots, len(segments))))
+        self._slots = slots
+        self._staged = Staged.zeros(table_words(rows, block_m, capacity), torch.int32, device)
+        super().__init__(self._staged.words, rows, block_m, capacity)
+        self.refill(segments, rows)
 
     def refill(self, segments: Sequence[Segment], rows: int) -> None:
         """Replace the segments: a captured graph reads the new ones in its next replay.
 
-        Raises ValueError if they need more tiles than fit.
+        Raises ValueError as write_pairs does.
         """
-        found, adapted = row_tiles(segments, rows, self.block_m, self.slots)
-        if len(found) > self.capacity:
-            raise ValueError(f"{len(found)} row tiles do not fit in {self.capacity}: make the table with more capacity")
-        self._send(found, adapted)
-
-    def _send(self, found: Sequence[Sequence[int]], adapted: int) -> None:
-        """Counts and tiles in one tensor, pinned so that the copy to a GPU is asynchronous."""
-        write_tiles(self._staged.write().numpy(), found, adapted)
+        parts = table_parts(self._staged.write().numpy(), self.rows, self.block_m, self.capacity)
+        write_pairs(parts, segments, rows, self.block_m, self._slots)
         self._staged.send()
 
 
-def write_tiles(words: Any, found: Sequence[Sequence[int]], adapted: int) -> None:
-    """Write tiles and counts into the words [HEADER + 3 capacity] of a table, a numpy array; the rest is no tile."""
-    values = [len(found), adapted, *[0] * (HEADER - 2), *itertools.chain.from_iterable(found)]
-    words[: len(values)] = values
-    words[len(values) :].reshape(-1, 3)[:] = NO_TILE
+@dataclass(frozen=True, eq=False)
+class ColumnTable:
+    """Column tiles on the device.
+
+    tiles [n, 4]; aligned: all begin and end at multiples of 16; full: all have the width for which they were cut.
+    """
+
+    tiles: torch.Tensor
+    aligned: bool
+    full: bool
+
+    @classmethod
+    def of(cls, tiles: Sequence[tuple[int, int, int, int]], width: int, device: torch.device) -> ColumnTable:
+        """The tiles as column_tiles() or grad_tiles() cut them."""
+        on_sixteen = all(first % 16 == stop % 16 == 0 for first, stop, *_ in tiles)
+        full = all(stop - first == width for first, stop, *_ in tiles)
+        return cls(torch.tensor(tiles, dtype=torch.int32, device=device), on_sixteen, full)
 
 
 class AdapterTables(Protocol):
-    """Where the kernel finds the row tiles of a batch, for layers of any tile height."""
+    """Where the kernels find the pairs of a batch, for layers of any tile height."""
 
     def of(self, block_m: int, slots: int) -> RowTable: ...
 
@@ -137,16 +212,6 @@ class RowTables:
         """The table of this batch for tiles of so many rows."""
         key = (self._size, block_m, slots)
         if key not in self._tables:
-            capacity = most_tiles(self._size, block_m, slots)
-            self._tables[key] = StagedRowTable(self.segments, self.rows, block_m, slots, self._device, capacity)
+            self._tables[key] = StagedRowTable((), self._size, block_m, slots, self._device)
+            self._tables[key].refill(self.segments, self.rows)
         return self._tables[key]
-
-
-def most_tiles(rows: int, block_m: int, slots: int) -> int:
-    """Tiles of any batch of so many rows: each slot, and the rows without one, may end in a tile that is not full."""
-    return rows // block_m + slots + 1
-
-
-HEADER = 16
-"""Words before the tiles, which aligns these."""
-NO_TILE = (0, 0, -1)

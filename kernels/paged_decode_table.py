@@ -9,9 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from clif.kernels.staging import Staged
-
-ALIGNED = 16
+from clif.kernels.staging import ALIGNED, Staged, aligned
 
 
 class DecodeRow(NamedTuple):
@@ -161,11 +159,6 @@ def parts_of(words: torch.Tensor, capacity: int, max_blocks: int) -> tuple[torch
     rows, lengths = words[start : start + capacity], words[start + width : start + width + capacity]
     blocks = words[start + 2 * width : start + 2 * width + capacity * max_blocks]
     return words[:1], rows, lengths, blocks.view(capacity, max_blocks)
-
-
-def aligned(words: int) -> int:
-    """The next multiple of 16 words: parts begin at these, since the compiler uses the alignment."""
-    return -(-words // ALIGNED) * ALIGNED
 
 
 def table_size(sequences: Sequence[DecodeRow], block_size: int) -> tuple[int, int]:

@@ -8,6 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+ALIGNED = 16
+"""Words at whose multiples the parts of a table begin, since the compiler uses the alignment."""
+
+
+def aligned(words: int) -> int:
+    """The next multiple of ALIGNED words."""
+    return -(-words // ALIGNED) * ALIGNED
+
 
 class Staged:
     """A tensor on the device with pinned host copies, used alternately; on a CPU host and device share one tensor.

@@ -47,8 +47,19 @@ class GradTiles:
 
 
 def descriptor_boxes(tiles: LinearTiles, rank: int, transposed: bool) -> dict[str, tuple[int, int]]:
-    """Shape of one load by tensor descriptor, for x, w, a and b of dual_lora_linear. rank: padded."""
-    boxes = {"w": (tiles.block_n, tiles.block_k), "a": (rank, tiles.block_k), "b": (tiles.block_n, rank)}
+    """Shape of one load or store by tensor descriptor, for x, w, a, b and y of dual_lora_linear. rank: padded."""
+    width = piece_width(tiles)
+    boxes = {"w": (tiles.block_n, tiles.block_k), "a": (rank, tiles.block_k), "b": (width, rank)}
     if transposed:
         boxes = {name: box[::-1] for name, box in boxes.items()}
-    return {"x": (tiles.block_m, tiles.block_k), **boxes}
+    return {"x": (tiles.block_m, tiles.block_k), **boxes, "y": (tiles.block_m, width)}
+
+
+def piece_width(tiles: LinearTiles) -> int:
+    """Columns of a tile of y that are completed at once."""
+    sums = tiles.block_m * tiles.block_n
+    return tiles.block_n // (4 if sums > 2 * PIECE else 2 if sums > PIECE else 1)
+
+
+PIECE = 8192
+"""Most sums of a tile of y for which the low-rank product is selected at once."""

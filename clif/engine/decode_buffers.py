@@ -15,9 +15,10 @@ import torch
 
 from clif.engine.scheduler import Chunk
 from clif.kernels.dual_lora_reference import Segment
-from clif.kernels.dual_lora_table import HEADER, RowTable, most_tiles, row_tiles, write_tiles
-from clif.kernels.paged_decode_table import DecodeTable, aligned, parts_of, table_words
-from clif.kernels.staging import Staged
+from clif.kernels.dual_lora_table import RowTable, most_pairs, table_parts, write_pairs
+from clif.kernels.dual_lora_table import table_words as row_table_words
+from clif.kernels.paged_decode_table import DecodeTable, parts_of, table_words
+from clif.kernels.staging import Staged, aligned
 
 FIELDS = 5
 """Integers of a row: token id, position, cache slot, index of its id among the last step's tokens, adapter slot."""
@@ -30,7 +31,7 @@ HEIGHTS = (16, 32, 64, 128)
 
 @dataclass
 class Tables:
-    """Row tiles of a step of `size` rows, by tile height; `used` gets each height that a layer asks for."""
+    """The adapters of a step of `size` rows, by tile height; `used` gets each height that a layer asks for."""
 
     tables: dict[int, RowTable]
     used: set[int]
@@ -71,9 +72,9 @@ class DecodeBuffers:
         self._slots, self._width, self._spare = slots, aligned(capacity), spare
         self._used_heights: set[int] = set()
         self._heights: tuple[int, ...] = HEIGHTS
-        sizes = [aligned(HEADER + 3 * most_tiles(capacity, height, slots)) for height in HEIGHTS]
+        sizes = [row_table_words(capacity, height, most_pairs(capacity, height, slots)) for height in HEIGHTS]
         starts = np.cumsum([FIELDS * self._width, *sizes]).tolist()
-        self._tiles_at = dict(zip(HEIGHTS, starts[:-1], strict=True))
+        self._pairs_at = dict(zip(HEIGHTS, starts[:-1], strict=True))
         self._table_at = starts[-1]
         words = self._table_at + table_words(capacity, max_blocks)
         self._staged = Staged.zeros(words, torch.int32, device)
@@ -89,14 +90,18 @@ class DecodeBuffers:
         return DecodeTable(words, self.capacity, self.max_blocks, self.block_size).first(size)
 
     def tables(self, size: int) -> Tables:
-        """The row tiles of a step of this size."""
-        words = self._staged.words
-        spans = {h: (at, at + HEADER + 3 * most_tiles(size, h, self._slots)) for h, at in self._tiles_at.items()}
-        tables = {h: RowTable(words[start:stop], h, self._slots) for h, (start, stop) in spans.items()}
+        """The adapters of a step of this size."""
+        whole = {
+            h: RowTable(self._staged.words[at:], self.capacity, h, self._pairs(h)) for h, at in self._pairs_at.items()
+        }
+        tables = {h: table.first(size, most_pairs(size, h, self._slots)) for h, table in whole.items()}
         return Tables(tables, self._used_heights)
 
+    def _pairs(self, height: int) -> int:
+        return most_pairs(self.capacity, height, self._slots)
+
     def keep_used_heights(self) -> None:
-        """All steps are captured: row tiles of a height that none of them has asked for are not filled any more."""
+        """All steps are captured: tables of a height that none of them has asked for are not filled any more."""
         self._heights = tuple(sorted(self._used_heights))
 
     def fits(self, chunks: Sequence[Chunk]) -> bool:
@@ -114,9 +119,8 @@ class DecodeBuffers:
         fields[:, len(chunks) : size] = [[0], [0], [self._spare * self.block_size], [KNOWN], [NO_SLOT]]
         self._fill_table(host, chunks, size)
         for height in self._heights:
-            found, adapted = row_tiles(segments, size, height, self._slots)
-            at = self._tiles_at[height]
-            write_tiles(words[at : at + HEADER + 3 * most_tiles(self.capacity, height, self._slots)], found, adapted)
+            parts = table_parts(words[self._pairs_at[height] :], self.capacity, height, self._pairs(height))
+            write_pairs(parts, segments, size, height, self._slots)
         self._staged.send()
 
     def _row(self, chunk: Chunk) -> tuple[int, int, int, int, int]:

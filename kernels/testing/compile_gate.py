@@ -85,11 +85,13 @@ def linear_case(
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "GROUP_M": tiles.group_m,
         "SPLIT": tiles.split, "ALIGNED": True,
         "RANK": r, "RANK_P": max(16, triton.next_power_of_2(r)), "BLOCKS": blocks, "SLICES": tiles.slices,
-        "FORM": form, "TRANSPOSED": transposed, "HAS_BIAS": bias, "TMA": tiles.tma, "INTERPRET": False,
+        "FORM": form, "TRANSPOSED": transposed, "HAS_BIAS": bias, "TMA": tiles.tma,
+        "STORE_TMA": tiles.store_tma, "INTERPRET": False,
         # Launches specialise strides of 1.
         **({"w_out": 1, "a_rank": 1, "b_out": 1} if transposed else {"w_k": 1, "a_k": 1, "b_rank": 1}),
     }  # fmt: skip
     boxes = descriptor_boxes(tiles, constants["RANK_P"], transposed).items() if tiles.tma else ()
+    boxes = [(name, box) for name, box in boxes if name != "y" or tiles.store_tma]
     descriptors = tuple((name, f"tensordesc<{dtype}[{box[0]},{box[1]}]>") for name, box in boxes)
     wide = tiles.block_m >= 64 and form != SHRINK
     return Case(name, dual_lora_linear, capability, dtype, constants, tiles.warps, tiles.stages, wide, descriptors)
@@ -110,7 +112,7 @@ TYPES = {
     "planes": "*fp32", "sums": "*fp32", "grad_a": "*fp32", "grad_b": "*fp32", "scale": "fp32", "flags": "*i64",
     "left": "*i64",
 }  # fmt: skip
-TABLES = ("counts", "row_tiles", "col_tiles", "blocks", "tickets", "sum_tickets")
+TABLES = ("counts", "firsts", "pairs", "col_tiles", "blocks", "tickets", "sum_tickets")
 INTEGERS = ("n_columns", "shrinkers", "rows")
 """Counts, which may be anything; all other integers are sizes and strides, multiples of 16 in every model."""
 

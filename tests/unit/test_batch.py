@@ -11,7 +11,7 @@ from clif.config import EngineConfig
 from clif.engine.batch import KNOWN, Batch, BatchBuilder
 from clif.engine.scheduler import Scheduler
 from clif.kernels.dual_lora_reference import Segment
-from clif.kernels.dual_lora_table import RowTables, row_tiles
+from clif.kernels.dual_lora_table import RowTables, row_pairs
 from clif.kernels.paged_decode_table import DecodeRow, DecodeTables
 from clif.kernels.staging import Staged
 
@@ -92,9 +92,10 @@ def test_adapter_rows_are_cut_into_tiles_once_for_each_height_and_refilled_from_
     made = {height: tables.of(height, 3) for height in (4, 16)}
     tables.refill(second, 13)
     for height, table in made.items():
-        found, adapted = row_tiles(second, 13, height, 3)
-        assert tables.of(height, 3) is table and table.counts.tolist() == [len(found), adapted]
-        assert table.tiles[: len(found)].tolist() == [list(tile) for tile in found]
+        firsts, found = row_pairs(second, 13, height, 3)
+        assert tables.of(height, 3) is table and table.counts.tolist() == [len(found)]
+        assert table.firsts[: len(firsts)].tolist() == firsts
+        assert table.pairs[: len(found)].tolist() == [list(pair) for pair in found]
     tables.refill(first, 200)
     assert tables.of(4, 3) is not made[4], "a larger batch has larger tables"
     tables.refill(second, 13)

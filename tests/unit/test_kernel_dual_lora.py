@@ -247,17 +247,19 @@ def test_a_batch_without_rows_needs_no_tiles_and_no_launch() -> None:
 
 
 def test_a_refilled_table_serves_other_segments_in_the_same_launch() -> None:
-    table = StagedRowTable((Segment(0, 40, 0),), 40, 16, 4, CPU, capacity=8)
-    place = table.tiles.data_ptr()
+    table = StagedRowTable((Segment(0, 40, 0),), 40, 16, 4, CPU)
+    place = table.pairs.data_ptr()
     table.refill((Segment(3, 20, 1), Segment(20, 25, SHADOW)), 25)
-    # Tiles with an adapter come first, each of one slot.
-    assert table.counts.tolist() == [4, 3] and table.tiles.data_ptr() == place
-    assert table.tiles[:4].tolist() == [[3, 19, 1], [19, 20, 1], [20, 25, 3], [0, 3, -1]]
+    assert table.counts.tolist() == [3] and table.pairs.data_ptr() == place
+    assert table.firsts.tolist() == [0, 1, 3, 3]
+    assert table.pairs[:3].tolist() == [[3, 16, 1, 0], [16, 20, 1, 1], [20, 25, 3, 1]]
     batch = random_batch(random_layer([32], 64, 8, dtype=torch.bfloat16), ((3, None), (17, 1), (5, SHADOW)))
     layer = FusedLinear(batch.merged, launcher())
     assert torch.equal(layer.forward(batch.x, table)[0], layer.forward(batch.x, batch.segments)[0])
-    with pytest.raises(ValueError, match="more capacity"):
-        table.refill((), 16 * 9)
+    for segments, rows in (((), 16 * 9), (tuple(Segment(i, i + 1, 0) for i in range(40)), 40)):
+        with pytest.raises(ValueError, match="more capacity"):
+            table.refill(segments, rows)
+    assert table.counts.tolist() == [3]
 
 
 # The bar catches what it should
@@ -271,7 +273,7 @@ class Broken(KernelLauncher):
         self.fault = fault
 
     def linear(self, tiles: Any, x: Any, weight: Any, bias: Any, a: Any, b: Any, *rest: Any) -> None:
-        hidden, y, rows, columns, aligned, blocks, r, scale = rest
+        hidden, y, rows, columns, blocks, r, scale = rest
         if self.fault == "base slice":
             weight = weight.clone()
             weight[:, -32:] = 0
@@ -281,7 +283,7 @@ class Broken(KernelLauncher):
             scale *= 1.02
         if self.fault == "bias":
             bias = None
-        super().linear(tiles, x, weight, bias, a, b, hidden, y, rows, columns, aligned, blocks, r, scale)
+        super().linear(tiles, x, weight, bias, a, b, hidden, y, rows, columns, blocks, r, scale)
 
     def rows(self, segments: Any, *rest: Any) -> Any:
         if self.fault == "slots" and len(segments) > 2:

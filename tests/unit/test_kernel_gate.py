@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from clif.kernels.dual_lora_reference import Projection, Segment
-from clif.kernels.dual_lora_table import column_tiles, grad_tiles, row_tiles
+from clif.kernels.dual_lora_table import column_tiles, grad_tiles, row_pairs
 from clif.kernels.tiles import GradTiles, LinearTiles
 from clif.kernels.tuning import Defaults, LaunchShape, TileTable, kernel_tiles, load_table, save_table, table_path
 
@@ -52,12 +52,12 @@ def test_a_kernel_that_breaks_a_limit_is_found() -> None:
     assert "no tensor-core product" in Compiled(case, 255, 0, 0, wgmma=False, mma=False).broken()
 
 
-def test_a_row_tile_has_rows_of_one_slot_and_tiles_with_an_adapter_come_first() -> None:
-    tiles, adapted = row_tiles((Segment(2, 20, 1), Segment(20, 21, -1)), 25, 16, 4)
-    assert tiles == [(2, 18, 1), (18, 20, 1), (20, 21, 3), (0, 2, -1), (21, 25, -1)]
-    assert adapted == 3
-    covered = sorted(row for start, stop, _ in tiles for row in range(start, stop))
-    assert covered == list(range(25))
+def test_a_row_tile_has_rows_of_any_slots_and_a_pair_for_each_segment_in_it() -> None:
+    firsts, pairs = row_pairs((Segment(2, 20, 1), Segment(20, 21, -1), Segment(40, 40, 2)), 65, 16, 4)
+    assert pairs == [(2, 16, 1, 0), (16, 20, 1, 1), (20, 21, 3, 1)]
+    # Rows 32 to 64 use no adapter, and the last tile is not full.
+    assert firsts == [0, 1, 3, 3, 3, 3]
+    assert row_pairs((), 0, 16, 4) == ([0], [])
 
 
 def test_a_column_tile_never_crosses_from_one_packed_layer_to_the_next() -> None:
