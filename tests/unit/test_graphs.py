@@ -166,7 +166,8 @@ def test_a_fill_sends_rows_tables_and_padding_in_one_tensor():
     assert table.lengths.tolist() == [6, 4, 1, 1]
     assert [row[0] for row in table.blocks.tolist()] == [2, 7, 9, 9] and table.blocks[0, 1] == 5
     found = tables.tables[16]
-    assert found.counts.tolist() == [3, 1] and found.tiles.tolist()[:3] == [[1, 2, 1], [0, 1, -1], [2, 4, -1]]
+    assert found.counts.tolist() == [1] and found.firsts.tolist() == [0, 1]
+    assert found.pairs.tolist()[0] == [1, 2, 1, 0]
     assert table.blocks.data_ptr() == buffers.decode_table(2).blocks.data_ptr()
 
 
