@@ -148,10 +148,14 @@ class KernelLauncher:
             space.take_tickets(targets),
             space.take_planes(targets * tiles.slices * rank_p * tiles.block_c),
         )
+        wide: tuple[Any, Any] = (x, grad)
+        if described := tiles.tma and _describable(x) and _describable(grad):
+            wide = tuple(TensorDescriptor.from_tensor(m, [tiles.block_r, tiles.block_c]) for m in (x, grad))
         dual_lora_grads[(targets * tiles.slices,)](
-            x, grad, hidden, grad_hidden, grad_a, grad_b, columns.tiles, planes, tickets, len(x), d_in,
+            *wide, hidden, grad_hidden, grad_a, grad_b, columns.tiles, planes, tickets, len(x), d_in,
             x.stride(0), grad.stride(0), BLOCK_C=tiles.block_c, BLOCK_R=tiles.block_r, RANK=r, RANK_P=rank_p,
-            BLOCKS=blocks, SLICES=tiles.slices, INTERPRET=INTERPRET, **_options(tiles.warps, tiles.stages),
+            BLOCKS=blocks, SLICES=tiles.slices, TMA=described, INTERPRET=INTERPRET,
+            **_options(tiles.warps, tiles.stages),
         )  # fmt: skip
         return grad_a, grad_b
 

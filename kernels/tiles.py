@@ -37,13 +37,17 @@ class LinearTiles:
 
 @dataclass(frozen=True)
 class GradTiles:
-    """How one shape of dual_lora_grads is computed. block_c: columns of a tile; block_r: rows of a step."""
+    """How one shape of dual_lora_grads is computed.
+
+    block_c: columns of a tile; block_r: rows of a step; slices: parts of the rows; tma: load by tensor descriptors.
+    """
 
     block_c: int = 128
     block_r: int = 64
     slices: int = 4
     warps: int = 4
     stages: int = 3
+    tma: bool = False
 
 
 def descriptor_boxes(tiles: LinearTiles, rank: int, transposed: bool) -> dict[str, tuple[int, int]]:
