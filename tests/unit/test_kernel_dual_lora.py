@@ -27,7 +27,7 @@ from clif.kernels.testing.dual_lora_specification import (
     random_layer,
     violations,
 )
-from clif.kernels.tiles import GradTiles, LinearTiles
+from clif.kernels.tiles import GradTiles, LinearTiles, piece_width
 from clif.kernels.tuning import Defaults, Fixed
 from clif.kernels.workspace import Workspace
 
@@ -123,6 +123,23 @@ def test_a_b_of_zero_adds_exactly_nothing() -> None:
     batch = random_batch(layer, MIXED)
     bare = replace(batch, segments=())
     assert torch.equal(compute(batch).y, FusedLinear(layer, launcher()).forward(bare.x, ())[0])
+
+
+@pytest.mark.parametrize("store_tma", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize(("block_m", "block_n"), [(16, 32), (64, 256), (128, 256)], ids=["whole", "halves", "quarters"])
+def test_a_tile_is_completed_in_pieces_that_the_registers_hold(block_m: int, block_n: int, store_tma: bool) -> None:
+    tiles = replace(TILES, block_m=block_m, block_n=block_n, tma=store_tma, store_tma=store_tma)
+    assert block_n // piece_width(tiles) == {16: 1, 64: 2, 128: 4}[block_m]
+    batch = random_batch(random_layer([256], 32, 8, dtype=torch.bfloat16, bias=True), ((9, 0), (5, None), (18, 1)))
+    layer = FusedLinear(batch.merged, launcher(tiles))
+    found, _ = layer.forward(batch.x, batch.segments)
+    assert violations(batch, replace(by_torch(batch), y=found)) == []
+
+
+def test_a_result_in_narrow_columns_is_not_stored_by_descriptor_into_the_next_projection() -> None:
+    tiles = replace(TILES, tma=True, store_tma=True)
+    batch = random_batch(random_layer([40, 24], 64, 8, dtype=torch.bfloat16), MIXED)
+    assert violations(batch, compute(batch, launcher(tiles))) == []
 
 
 # Isolation
@@ -266,7 +283,7 @@ def test_a_refilled_table_serves_other_segments_in_the_same_launch() -> None:
 
 
 class Broken(KernelLauncher):
-    """A launcher with one fault."""
+    """A launcher with one fault. The first row tile of the batch has rows of two slots and some of none."""
 
     def __init__(self, fault: str) -> None:
         super().__init__(CPU, Fixed(TILES, GRADS))
@@ -289,7 +306,12 @@ class Broken(KernelLauncher):
         if self.fault == "slots" and len(segments) > 2:
             first, second, *others = segments
             segments = (first._replace(slot=second.slot), second._replace(slot=first.slot), *others)
-        return super().rows(segments, *rest)
+        table = super().rows(segments, *rest)
+        if self.fault == "rows shifted":
+            table.pairs[0, :2] += 1
+        if self.fault == "slot skipped":
+            table.firsts[1] = 1
+        return table
 
     def grads(self, tiles: Any, x: Any, grad: Any, hidden: Any, grad_hidden: Any, *rest: Any) -> Any:
         if self.fault == "row slice":
@@ -308,9 +330,35 @@ def cleared() -> Batch:
     return batch
 
 
-@pytest.mark.parametrize("fault", ["base slice", "shrink slice", "scale", "bias", "slots", "row slice", "factor scale"])
+FAULTS = (
+    "base slice",
+    "shrink slice",
+    "scale",
+    "bias",
+    "slots",
+    "rows shifted",
+    "slot skipped",
+    "row slice",
+    "factor scale",
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_the_bar_is_not_cleared_with(fault: str, cleared: Batch) -> None:
     assert violations(cleared, compute(cleared, Broken(fault)))
+
+
+def test_a_mask_in_place_of_the_selection_is_found_by_an_adapter_with_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = random_layer([32], 32, 8, dtype=torch.bfloat16)
+    batch = random_batch(layer, ((5, 0), (6, 1)))
+    layer.b[1] = float("nan")
+    assert FusedLinear(layer, launcher()).forward(batch.x, batch.segments)[0][:5].isfinite().all()
+
+    def masked(mine: Any, added: Any, acc: Any) -> Any:
+        return acc + (added - acc) * mine[:, None].to(acc.dtype)
+
+    monkeypatch.setattr("clif.kernels.dual_lora_kernel._selected", masked)
+    assert FusedLinear(layer, launcher()).forward(batch.x, batch.segments)[0][:5].isnan().all()
 
 
 def test_a_float32_sum_in_one_sequence_clears_the_bar_and_products_of_fewer_bits_do_not() -> None:
