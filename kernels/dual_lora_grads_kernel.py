@@ -62,6 +62,7 @@ def dual_lora_grads(
     RANK_P: tl.constexpr,
     BLOCKS: tl.constexpr,
     SLICES: tl.constexpr,
+    ALIGNED: tl.constexpr,
     TMA: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
@@ -69,8 +70,8 @@ def dual_lora_grads(
 
     x [rows, d_in], grad [rows, d_out], hidden and grad_hidden [rows, BLOCKS * RANK]; grad_a [BLOCKS * RANK, d_in] and
     grad_b [adapted outputs, RANK], float32. col_tiles [n, 4]: first column of grad, end, its block, row of grad_b.
-    The first cdiv(d_in, BLOCK_C) * BLOCKS tiles are of grad_a. tickets: zero before and after. x, grad: pointers, or
-    with TMA tensor descriptors.
+    The first cdiv(d_in, BLOCK_C) * BLOCKS tiles are of grad_a. tickets: zero before and after. ALIGNED: all columns
+    and rows of col_tiles are multiples of 16. x, grad: pointers, or with TMA tensor descriptors.
     """
     part = tl.program_id(0) % SLICES
     tile = tl.program_id(0) // SLICES
@@ -89,6 +90,10 @@ def dual_lora_grads(
         col = tl.load(entry)
         col_stop = tl.load(entry + 1)
         block = tl.load(entry + 2)
+        if ALIGNED:
+            # This lets numbers be loaded and stored 16 bytes at a time.
+            col = tl.multiple_of(col, 16)
+            col_stop = tl.multiple_of(col_stop, 16)
         acc = _over_rows(
             hidden, grad, grad_row, part, rows, block, col, col_stop, BLOCK_C, BLOCK_R, RANK, RANK_P, BLOCKS, SLICES,
             TMA, INTERPRET,
@@ -103,5 +108,7 @@ def dual_lora_grads(
             tl.store(grad_a + (block * RANK + ranks[:, None]) * d_in + cols[None, :], total, mask=inside)
         else:
             first = tl.load(col_tiles + 4 * (tile - of_a) + 3)
+            if ALIGNED:
+                first = tl.multiple_of(first, 16)
             at = first + tl.arange(0, BLOCK_C)
             tl.store(grad_b + at[None, :] * RANK + ranks[:, None], total, mask=inside)

@@ -81,7 +81,7 @@ class KernelLauncher:
         y: torch.Tensor | None,
         rows: RowTable,
         columns: ColumnTable,
-        blocks: torch.Tensor,
+        blocks: ColumnTable,
         r: int,
         scale: float,
     ) -> None:
@@ -91,12 +91,12 @@ class KernelLauncher:
         strides.
         """
         depth, transposed, rank_p = x.shape[1], weight.stride(1) != 1, _padded(r)
-        space, targets = self.workspace(), _padded(rows.capacity * len(blocks))
+        space, targets = self.workspace(), _padded(rows.capacity * len(blocks.tiles))
         outputs = 0 if y is None or tiles.split == 1 else tiles_of(len(x), tiles.block_m) * len(columns.tiles)
         tickets = space.take_tickets(targets + outputs)
         of_h = targets * tiles.slices * tiles.block_m * rank_p
         planes = space.take_planes(of_h + outputs * tiles.split * tiles.block_m * tiles.block_n)
-        shrinkers = min(tiles.shrinkers, rows.capacity * len(blocks) * tiles.slices)
+        shrinkers = min(tiles.shrinkers, rows.capacity * len(blocks.tiles) * tiles.slices)
         others = (INTERPRETED_PROGRAMS if INTERPRET else self.programs) * tiles.programs
         result = x if y is None else y
         operands: dict[str, Any] = {"x": x, "w": weight, "a": a, "b": b}
@@ -109,12 +109,13 @@ class KernelLauncher:
         def launch(form: int, shrinkers: int, others: int, **options: Any) -> None:
             dual_lora_linear[(shrinkers + others,)](
                 operands["x"], operands["w"], x if bias is None else bias, operands["a"], operands["b"], hidden,
-                target, rows.counts, rows.firsts, rows.pairs, columns.tiles, blocks, planes, planes[of_h:], tickets,
-                tickets[targets:], space.take_flags(targets), space.left, scale, len(x), len(columns.tiles), shrinkers,
-                depth, x.stride(0), *weight.stride(), *a_strides, *b_strides, 0 if y is None else y.stride(0),
+                target, rows.counts, rows.firsts, rows.pairs, columns.tiles, blocks.tiles, planes, planes[of_h:],
+                tickets, tickets[targets:], space.take_flags(targets), space.left, scale, len(x), len(columns.tiles),
+                shrinkers, depth, x.stride(0), *weight.stride(), *a_strides, *b_strides,
+                0 if y is None else y.stride(0),
                 BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
-                SPLIT=tiles.split, RANK=r, RANK_P=rank_p, BLOCKS=len(blocks), SLICES=tiles.slices, FORM=form,
-                TRANSPOSED=transposed, ALIGNED=columns.aligned, HAS_BIAS=bias is not None,
+                SPLIT=tiles.split, RANK=r, RANK_P=rank_p, BLOCKS=len(blocks.tiles), SLICES=tiles.slices, FORM=form,
+                TRANSPOSED=transposed, ALIGNED=columns.aligned and blocks.aligned, HAS_BIAS=bias is not None,
                 TMA=operands["x"] is not x, STORE_TMA=stored, INTERPRET=INTERPRET,
                 **_options(tiles.warps, tiles.stages), **options,
             )  # fmt: skip
@@ -154,7 +155,7 @@ class KernelLauncher:
         dual_lora_grads[(targets * tiles.slices,)](
             *wide, hidden, grad_hidden, grad_a, grad_b, columns.tiles, planes, tickets, len(x), d_in,
             x.stride(0), grad.stride(0), BLOCK_C=tiles.block_c, BLOCK_R=tiles.block_r, RANK=r, RANK_P=rank_p,
-            BLOCKS=blocks, SLICES=tiles.slices, TMA=described, INTERPRET=INTERPRET,
+            BLOCKS=blocks, SLICES=tiles.slices, ALIGNED=columns.aligned, TMA=described, INTERPRET=INTERPRET,
             **_options(tiles.warps, tiles.stages),
         )  # fmt: skip
         return grad_a, grad_b
@@ -165,11 +166,11 @@ class FusedLinear:
 
     def __init__(self, merged: MergedLinear, launcher: KernelLauncher) -> None:
         self.merged, self._launcher = merged, launcher
-        depth = merged.weight.shape[1]
+        out, depth = merged.weight.shape
         adapted = [m for m in merged.projections if m.block is not None]
         self._outputs = sum(m.stop - m.start for m in adapted)
-        self._forward_blocks = self._table([(0, depth)] * merged.blocks)
-        self._backward_blocks = self._table([(m.start, m.stop) for m in adapted])
+        self._forward_blocks = ColumnTable.of([(0, depth)] * merged.blocks, depth, merged.weight.device)
+        self._backward_blocks = ColumnTable.of([(m.start, m.stop) for m in adapted], out, merged.weight.device)
         self._columns: dict[tuple[Callable[..., Any], int], ColumnTable] = {}
 
     def held(self) -> tuple[object, ...]:
@@ -273,9 +274,6 @@ class FusedLinear:
         if (cut, size) not in self._columns:
             self._columns[cut, size] = ColumnTable.of(cut(what, size), size, self.merged.weight.device)
         return self._columns[cut, size]
-
-    def _table(self, values: Sequence[Sequence[int]]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=self.merged.weight.device)
 
 
 def _through_tiles(what: tuple[int, int], size: int) -> list[tuple[int, int, int, int]]:

@@ -313,7 +313,7 @@ def dual_lora_linear(
         for item in range(program, tl.load(counts) * (BLOCKS * SLICES), shrinkers):
             shrink(
                 item, x, a, hidden, pairs, blocks, planes, tickets, flags, launch, scale, x_row, a_slot, a_rank,
-                a_k, BLOCK_M, BLOCK_K, RANK, RANK_P, BLOCKS, SLICES, FORM, TRANSPOSED, TMA, INTERPRET,
+                a_k, BLOCK_M, BLOCK_K, RANK, RANK_P, BLOCKS, SLICES, FORM, TRANSPOSED, ALIGNED, TMA, INTERPRET,
             )  # fmt: skip
     elif FORM != 1:
         for item in range(program - shrinkers, n_tiles * n_columns * SPLIT, programs - shrinkers):

@@ -44,6 +44,7 @@ def shrink(
     SLICES: tl.constexpr,
     FORM: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     TMA: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
@@ -57,6 +58,10 @@ def shrink(
     slot = tl.load(pair + 2)
     low = tl.load(blocks + 2 * block)
     high = tl.load(blocks + 2 * block + 1)
+    if ALIGNED:
+        # This lets numbers of x and A be loaded 16 bytes at a time.
+        low = tl.multiple_of(low, 16)
+        high = tl.multiple_of(high, 16)
     depth = tl.cdiv(tl.cdiv(high - low, SLICES), BLOCK_K) * BLOCK_K
     begin = low + part * depth
     end = tl.minimum(begin + depth, high)

@@ -166,9 +166,10 @@ class StagedRowTable(RowTable):
 
 @dataclass(frozen=True, eq=False)
 class ColumnTable:
-    """Column tiles on the device.
+    """Column tiles on the device, or the ranges of the contraction that make each block of h.
 
-    tiles [n, 4]; aligned: all begin and end at multiples of 16; full: all have the width for which they were cut.
+    tiles [n, 4] or [n, 2], with first column and end in front; aligned: all begin and end at multiples of 16; full: all
+    have the width for which they were cut.
     """
 
     tiles: torch.Tensor
@@ -176,8 +177,8 @@ class ColumnTable:
     full: bool
 
     @classmethod
-    def of(cls, tiles: Sequence[tuple[int, int, int, int]], width: int, device: torch.device) -> ColumnTable:
-        """The tiles as column_tiles() or grad_tiles() cut them."""
+    def of(cls, tiles: Sequence[tuple[int, ...]], width: int, device: torch.device) -> ColumnTable:
+        """The tiles as column_tiles() or grad_tiles() cut them, or ranges."""
         on_sixteen = all(first % 16 == stop % 16 == 0 for first, stop, *_ in tiles)
         full = all(stop - first == width for first, stop, *_ in tiles)
         return cls(torch.tensor(tiles, dtype=torch.int32, device=device), on_sixteen, full)

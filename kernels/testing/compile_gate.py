@@ -103,7 +103,8 @@ def grads_case(
     """dual_lora_grads as `kernels/dual_lora_host.py` launches it."""
     constants = {
         "BLOCK_C": tiles.block_c, "BLOCK_R": tiles.block_r, "RANK": r, "RANK_P": max(16, triton.next_power_of_2(r)),
-        "BLOCKS": blocks, "SLICES": tiles.slices, "TMA": tiles.tma, "INTERPRET": False,
+        "BLOCKS": blocks, "SLICES": tiles.slices, "ALIGNED": True, "TMA": tiles.tma,
+        "INTERPRET": False,
     }  # fmt: skip
     box = f"tensordesc<{dtype}[{tiles.block_r},{tiles.block_c}]>"
     described = (("x", box), ("grad", box)) if tiles.tma else ()

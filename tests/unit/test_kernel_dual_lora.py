@@ -295,7 +295,7 @@ class Broken(KernelLauncher):
             weight = weight.clone()
             weight[:, -32:] = 0
         if self.fault == "shrink slice":
-            blocks = blocks - torch.tensor([0, 32], dtype=torch.int32)
+            blocks = replace(blocks, tiles=blocks.tiles - torch.tensor([0, 32], dtype=torch.int32))
         if self.fault == "scale":
             scale *= 1.02
         if self.fault == "bias":
