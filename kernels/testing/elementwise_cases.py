@@ -1,18 +1,13 @@
-"""Cases of the kernels between a layer's products for the compile gate, see `kernels/testing/compile_gate.py`.
-
-python -m clif.kernels.testing.elementwise_cases               # needs Triton, no GPU; 1 if a case breaks a limit
-python -m clif.kernels.testing.elementwise_cases --corners     # the largest case, and padded sizes
-"""
+"""Cases of the kernels between a layer's products for the compile gate, see `kernels/testing/compile_gate.py`."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 from clif.kernels import elementwise_kernel as kernels
 from clif.kernels.elementwise_host import head_constants, row_constants, tile_constants
-from clif.kernels.testing.compile_gate import Case, compiled
+from clif.kernels.testing.compiling import Case, Operand
 
 SHAPES = {
     # hidden size, heads, KV heads, size of a head, norms of heads, columns of the gate
@@ -49,9 +44,15 @@ def _case(name: str, kernel: Any, capability: int, dtype: str, made: dict[str, A
     constants = {**made, "INTERPRET": False}
     warps = constants.pop("num_warps")
     tensors = [n for n in kernel.arg_names if n not in constants and not n.endswith(STRIDES)]
-    types = {**dict.fromkeys(tensors, f"*{dtype}"), **FLOATS, "slots": "*i64"}
-    described = tuple((n, kind) for n, kind in types.items() if n in kernel.arg_names)
-    return Case(name, kernel, capability, dtype, constants, warps, 1, False, described, products=False)
+    known = {**dict.fromkeys(tensors, f"*{dtype}"), **FLOATS, "slots": "*i64"}
+    types = {n: kind for n, kind in known.items() if n in kernel.arg_names}
+    if "HALF_P" in constants:
+        tile = Operand(constants["BLOCK"] * constants["HALF_P"], constants["HEAD_DIM"] // 2)
+        wide = ("qkv", "query", "key", "cache", "grad_query", "grad_key", "grad_value", "grad")
+    else:
+        tile = Operand(constants["BLOCK"], constants["WIDTH"])
+        wide = tuple(n for n, kind in types.items() if kind.startswith("*"))
+    return Case(name, kernel, capability, constants, types, warps, products=False, operands=dict.fromkeys(wide, tile))
 
 
 def elementwise_cases(corners: bool = False) -> Iterator[Case]:
@@ -61,19 +62,3 @@ def elementwise_cases(corners: bool = False) -> Iterator[Case]:
             for case in shape_cases(name, capability, "fp16" if name == "ragged" else "bf16"):
                 if not corners or any(corner in case.name for corner in CORNERS):
                     yield case
-
-
-def main(corners: bool = False) -> int:
-    """Compile all cases, or the corners, print a line for each, and return how many broke a limit."""
-    bad = 0
-    for case in elementwise_cases(corners):
-        made = compiled(case)
-        broken = made.broken()
-        line = f"sm_{case.capability} {case.name}: {made.registers} registers, {made.shared >> 10} KiB shared"
-        print(line + (f": {'; '.join(broken)}" if broken else ""), flush=True)
-        bad += bool(broken)
-    return bad
-
-
-if __name__ == "__main__":
-    sys.exit(bool(main("--corners" in sys.argv[1:])))

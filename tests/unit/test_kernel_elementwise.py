@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -222,21 +219,3 @@ def test_a_broken_kernel_is_found(
 
 def test_every_kernel_has_mutations() -> None:
     assert {kernel for kernel, *_ in MUTATIONS} == set(KERNELS)
-
-
-# --- compiled
-
-
-@pytest.mark.parametrize(
-    ("which", "count"), [(["--corners"], 14), pytest.param([], 60, marks=pytest.mark.slow)], ids=["corners", "all"]
-)
-def test_the_kernels_compile_for_hopper_and_ampere_within_their_limits(
-    tmp_path: Path, which: list[str], count: int
-) -> None:
-    # Compiled in a process of its own: in this one the interpreter has taken the kernels' place.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-P", "-m", "clif.kernels.testing.elementwise_cases", *which]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert all(f"sm_{c} {kernel}" in done.stdout for c in (90, 80) for kernel in KERNELS)
-    assert len(done.stdout.splitlines()) == count

@@ -1,0 +1,140 @@
+"""Cases of the dual LoRA kernels for the compile gate, see `kernels/testing/compile_gate.py`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+
+from clif.kernels.dual_lora_grads_kernel import dual_lora_grads
+from clif.kernels.dual_lora_kernel import BASE, FUSED, SHRINK, dual_lora_linear
+from clif.kernels.testing.compiling import Case, Operand
+from clif.kernels.tiles import GradTiles, LinearTiles, descriptor_boxes, piece_width
+from clif.kernels.tuning import Defaults
+
+SHAPES = (
+    # rows, depth, outputs, adapted members: decode, decode of merged projections, mixed with training.
+    (1, 4096, 4096, 1),
+    (64, 4096, 4096, 1),
+    (64, 4096, 6144, 3),
+    (64, 4096, 28672, 2),
+    (256, 2048, 2048, 1),
+    (2112, 4096, 4096, 1),
+    (2112, 4096, 6144, 3),
+)
+BACKWARD = "2112 rows 4096->6144 r=64 x3, backward"
+SMALLEST = "1 rows 2048->2048 r=16 x1, float16, bias"
+LARGEST = ("2112 rows 4096->6144 r=64 x3", "pair, first, r=64", "pair, second, r=64", "gradients of the factors, r=64")
+CORNERS = frozenset(itertools.product((*LARGEST, SMALLEST), (90, 80))) | {(BACKWARD, 90)}
+"""Names and capabilities of the smallest case, and of the largest of each form: they need most registers and shared
+memory."""
+DATA = ("x", "w", "bias", "a", "b", "hidden", "y", "grad", "grad_hidden")
+TABLES = ("counts", "firsts", "pairs", "col_tiles", "blocks", "tickets", "sum_tickets")
+TYPES = {
+    **dict.fromkeys(TABLES, "*i32"), **dict.fromkeys(("planes", "sums", "grad_a", "grad_b"), "*fp32"),
+    **dict.fromkeys(("flags", "left"), "*i64"), "scale": "fp32",
+}  # fmt: skip
+
+
+def types_of(kernel: Any, dtype: str, others: dict[str, str] | None = None) -> dict[str, str]:
+    """Types of a kernel's arguments that are not integers. others: those that are not as in other kernels."""
+    known = {**dict.fromkeys(DATA, f"*{dtype}"), **TYPES, **(others or {})}
+    return {name: known[name] for name in kernel.arg_names if name in known}
+
+
+def padded(r: int) -> int:
+    return max(16, int(triton.next_power_of_2(r)))
+
+
+def linear_case(
+    name: str, tiles: LinearTiles, r: int, *, form: int = FUSED, capability: int = 90, dtype: str = "bf16",
+    blocks: int = 1, transposed: bool = False, bias: bool = False,
+) -> Case:  # fmt: skip
+    """dual_lora_linear as `kernels/dual_lora_host.py` launches it."""
+    constants = {
+        "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "GROUP_M": tiles.group_m,
+        "SPLIT": tiles.split, "ALIGNED": True, "RANK": r, "RANK_P": padded(r), "BLOCKS": blocks,
+        "SLICES": tiles.slices, "FORM": form, "TRANSPOSED": transposed, "HAS_BIAS": bias, "TMA": tiles.tma,
+        "STORE_TMA": tiles.store_tma, "INTERPRET": False,
+        # Launches specialise strides of 1.
+        **({"w_out": 1, "a_rank": 1, "b_out": 1} if transposed else {"w_k": 1, "a_k": 1, "b_rank": 1}),
+    }  # fmt: skip
+    boxes = descriptor_boxes(tiles, padded(r), transposed) if tiles.tma else {}
+    described = {n: _descriptor(dtype, box) for n, box in boxes.items() if n != "y" or tiles.store_tma}
+    counts = {"n_columns", "shrinkers", "rows"}
+    if r % 16:
+        # The stride of a factor that lies with its rank in a row.
+        counts |= {"a_k"} if transposed else {"b_out"}
+    return Case(
+        name, dual_lora_linear, capability, constants, types_of(dual_lora_linear, dtype, described), tiles.warps,
+        tiles.stages, frozenset(counts), wide=tiles.block_m >= 64, dependent=form == BASE,
+        operands=_linear_operands(tiles, r, transposed),
+    )  # fmt: skip
+
+
+def _descriptor(dtype: str, box: tuple[int, int]) -> str:
+    return f"tensordesc<{dtype}[{box[0]},{box[1]}]>"
+
+
+def _linear_operands(tiles: LinearTiles, r: int, transposed: bool) -> dict[str, Operand]:
+    m, n, k, rank = tiles.block_m, tiles.block_n, tiles.block_k, padded(r)
+    width = piece_width(tiles)
+    return {
+        "x": Operand(m * k, k), "w": Operand(n * k, n if transposed else k),
+        "a": Operand(rank * k, r if transposed else k), "b": Operand(width * rank, width if transposed else r),
+        "hidden": Operand(m * rank, r), "y": Operand(m * width, width),
+        "planes": Operand(m * rank, rank, 4), "sums": Operand(m * n, n, 4),
+    }  # fmt: skip
+
+
+def grads_case(
+    name: str, tiles: GradTiles, r: int, *, capability: int = 90, dtype: str = "bf16", blocks: int = 1
+) -> Case:
+    """dual_lora_grads as `kernels/dual_lora_host.py` launches it."""
+    c, rank = tiles.block_c, padded(r)
+    constants = {
+        "BLOCK_C": c, "BLOCK_R": tiles.block_r, "RANK": r, "RANK_P": rank, "BLOCKS": blocks, "SLICES": tiles.slices,
+        "ALIGNED": True, "TMA": tiles.tma, "INTERPRET": False,
+    }  # fmt: skip
+    box = _descriptor(dtype, (tiles.block_r, c))
+    described = {"x": box, "grad": box} if tiles.tma else {}
+    thin, wide = Operand(rank * tiles.block_r, r), Operand(c * tiles.block_r, c)
+    return Case(
+        name, dual_lora_grads, capability, constants, types_of(dual_lora_grads, dtype, described), tiles.warps,
+        tiles.stages, frozenset({"rows"}), wide=r >= 64,
+        operands={
+            "x": wide, "grad": wide, "hidden": thin, "grad_hidden": thin, "planes": Operand(rank * c, c, 4),
+            "grad_a": Operand(rank * c, c, 4), "grad_b": Operand(rank * c, r, 4),
+        },
+    )  # fmt: skip
+
+
+def dual_lora_cases(corners: bool = False) -> Iterator[Case]:
+    """The default tiles for the shapes of 1B and 8B models, or the corners, on Hopper and Ampere."""
+    return (case for case in _every_case() if not corners or (case.name, case.capability) in CORNERS)
+
+
+def _every_case() -> Iterator[Case]:
+    for capability, programs in ((90, 132), (80, 108)):
+        defaults = Defaults(programs, capability)
+        for r in (8, 16, 64) if capability >= 90 else (16, 64):
+            for rows, depth, out, projections in SHAPES:
+                tiles = defaults.linear(rows, depth, out, r, False)
+                name = f"{rows} rows {depth}->{out} r={r} x{projections}"
+                yield linear_case(name, tiles, r, capability=capability, blocks=projections)
+                if rows > 256:
+                    back = defaults.linear(rows, out, depth, r, True)
+                    yield linear_case(
+                        f"{name}, backward", back, r, capability=capability, blocks=projections, transposed=True
+                    )
+            tiles = defaults.linear(64, 4096, 4096, r, False)
+            if capability >= 90:
+                yield linear_case(f"pair, first, r={r}", tiles, r, form=SHRINK)
+                yield linear_case(f"pair, second, r={r}", tiles, r, form=BASE, bias=True)
+            grads = defaults.grads(2048, 4096, 4096, r)
+            yield grads_case(f"gradients of the factors, r={r}", grads, r, capability=capability)
+        small = defaults.linear(1, 2048, 2048, 16, False)
+        yield linear_case(SMALLEST, small, 16, capability=capability, dtype="fp16",
+                          bias=True)  # fmt: skip

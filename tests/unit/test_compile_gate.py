@@ -1,0 +1,116 @@
+"""The kernels compile for Hopper and Ampere within their limits, on any machine, and a broken limit is found."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+from clif.kernels.dual_lora_kernel import BASE, FUSED, SHRINK
+from clif.kernels.testing.compile_gate import cases
+from clif.kernels.testing.compiled_code import Access, accesses
+from clif.kernels.testing.compiling import Case, Compiled, Operand
+from clif.kernels.testing.dual_lora_cases import linear_case
+from clif.kernels.tiles import LinearTiles
+
+
+def kind(case: Case) -> tuple[Any, ...]:
+    """What a corner must stand for."""
+    return case.capability, case.kernel.__name__, case.constants.get("FORM")
+
+
+def test_the_corners_are_cases_of_both_makes_of_gpu_of_every_kernel_and_form() -> None:
+    every, corners = list(cases()), list(cases(corners=True))
+    assert {case.key() for case in corners} < {case.key() for case in every}
+    assert {kind(case) for case in corners} == {kind(case) for case in every}
+    kernels = {case.kernel.__name__ for case in every}
+    assert {"dual_lora_linear", "dual_lora_grads", "paged_decode", "swiglu_grad"} < kernels
+    assert all({(90, k), (80, k)} <= {kind(case)[:2] for case in corners} for k in kernels)
+    assert {case.constants["FORM"] for case in corners if "FORM" in case.constants} == {FUSED, SHRINK, BASE}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("which", [["--corners"], pytest.param([], marks=pytest.mark.slow)], ids=["corners", "all"])
+def test_the_kernels_compile_for_hopper_and_ampere_within_their_limits(tmp_path: Path, which: list[str]) -> None:
+    # Compiled in a process of its own: in this one the interpreter has taken the kernels' place.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-P", "-m", "clif.kernels.testing.compile_gate", *which]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    names = [line.partition(":")[0] for line in done.stdout.splitlines()]
+    assert names == [f"sm_{case.capability} {case.name}" for case in cases(corners=bool(which))]
+
+
+def made(**changes: Any) -> Compiled:
+    """What the compiler made of a case with 64-row tiles, without fault."""
+    case = linear_case("x", LinearTiles(), 16)
+    good = frozenset(
+        {Access("y", True, 16), Access("x", False, 16), Access("w", False, 128), Access("counts", False, 4)}
+    )
+    return replace(Compiled(case, 255, 0, 1 << 10, frozenset({"wgmma"}), good), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({}, []),
+        ({"stack": 8}, ["8 bytes of stack: registers were spilled"]),
+        ({"shared": 228 << 10}, ["233472 bytes of shared memory: more than 232448"]),
+        ({"products": frozenset({"mma"})}, ["no wgmma"]),
+        ({"products": frozenset()}, ["no tensor-core product", "no wgmma"]),
+        ({"accesses": frozenset({Access("y", True, 4)})}, ["y is stored 4 bytes at a time, not 16"]),
+        ({"accesses": frozenset({Access("w", False, 2)})}, ["w is loaded 2 bytes at a time, not 16"]),
+    ],
+)  # fmt: skip
+def test_a_kernel_that_breaks_a_limit_is_found(changes: dict[str, Any], found: list[str]) -> None:
+    assert made(**changes).broken() == found
+
+
+def test_an_operand_is_moved_in_pieces_that_its_tile_and_its_rows_allow() -> None:
+    assert Operand(64 * 64, 64).width(128) == 16
+    # Two numbers of 4 bytes for each thread; rows of 8, of 5 and of 20 numbers of 2 bytes.
+    assert Operand(256, 16, 4).width(128) == 8
+    assert [Operand(4096, run).width(128) for run in (8, 5, 20)] == [16, 2, 8]
+    assert Operand(16, 16).width(128) == 2
+
+
+PTX = """
+.visible .entry kernel(
+	.param .u64 .ptr .global .align 1 kernel_param_0,
+	.param .u64 .ptr .global .align 1 kernel_param_1,
+	.param .u32 kernel_param_2,
+	.param .align 64 .b8 kernel_param_3[128]
+)
+{
+	ld.param.b64 	%rd1, [kernel_param_0];
+	mov.b32 	%r1, kernel_param_0;
+	mov.b32 	%r2, kernel_param_1;
+	selp.b32 	%r3, %r1, %r2, %p1;
+	ld.param.b64 	%rd2, [%r3];
+	ld.param.b32 	%r4, [kernel_param_2];
+	mad.wide.s32 	%rd3, %r4, 2, %rd1;
+	@%p2 ld.global.cg.v4.b32 { %r5, %r6, %r7, %r8 }, [ %rd3 + 0 ];
+	mad.wide.s32 	%rd5, %r5, 4, %rd2;
+	@%p2 st.global.b16 [ %rd5 + 8 ], { %rs1 };
+	mov.b64 	%rd6, kernel_param_3;
+	cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r9], [%rd6, {%r10, %r11}], [%r12];
+	cp.async.cg.shared.global [ %r13 + 0 ], [ %rd3 + 0 ], 0x10, %r14;
+	atom.global.gpu.acq_rel.add.u32 %r15, [ %rd1 + 0 ], 0x1;
+}
+"""
+
+
+def test_every_access_is_followed_back_to_its_arguments() -> None:
+    found = accesses(PTX, ["table", "result", "size", "matrix"])
+    assert found == {
+        Access("table", False, 16), Access("table", True, 2), Access("result", True, 2), Access("matrix", False, 128)
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="comes from no parameter"):
+        accesses(PTX.replace("[ %rd3 + 0 ]", "[ %rd9 + 0 ]"), ["table", "result", "size", "matrix"])
