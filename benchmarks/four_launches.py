@@ -35,15 +35,19 @@ OWN = RivalTiles()
 """Low tiles, which waste few rows of a short segment."""
 
 
-def published(rows: int, members: int) -> RivalTiles:
-    """The sizes of a public serving system. rows: of the batch; members: projections in one product."""
+def published(rows: int, depth: int, members: int) -> RivalTiles:
+    """The sizes of a public serving system, without its programs that find no part of the contraction.
+
+    rows: of the batch; depth: of the contraction; members: projections in one product.
+    """
     short = rows < 128
+    block_k = 256 if short else 32
     return RivalTiles(
         shrink_m=32,
         expand_m=64,
         block_n=64 if members > 1 else 128,
-        block_k=256 if short else 32,
-        slices=64 if short else 8,
+        block_k=block_k,
+        slices=min(64 if short else 8, -(-depth // block_k)),
         stages=2,
     )
 

@@ -23,7 +23,7 @@ if "--dry" in sys.argv:
 
 import torch
 import triton
-from bench_kernels import CASES
+from kernel_cases import CASES, Case
 from tune_gpu import MODELS, Tuner
 
 from clif.engine.graphs import decode_sizes
@@ -121,7 +121,8 @@ def jobs(dry: bool) -> Iterator[Job]:
     yield LinearJob((4096,), 4096, 16, ((48, 0), (16, 1)))
     yield DecodeJob(21, 7, 80, 12, "float32")
     for case in CASES:
-        yield LinearJob(case.sizes, case.depth, case.r, case.lengths)
+        if isinstance(case, Case):
+            yield LinearJob(case.sizes, case.depth, case.r, case.lengths)
 
 
 def of_model(model: str) -> Iterator[Job]:

@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from four_launches import FourLaunches, published
+from four_launches import OWN, FourLaunches, RivalTiles, published
+from kernel_goals import BASE, DGRAD, FOUR, FOUR_PUBLISHED
 from timing import Way
 from torch.nn.functional import linear
 
 from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
 from clif.kernels.dual_lora_reference import SHADOW, add_dual_lora
+from clif.kernels.dual_lora_table import StagedRowTable
 from clif.kernels.testing.dual_lora_specification import Batch
 
-BASE, FUSED = "F.linear alone", "fused"
 PER_SEGMENT, ONE_PRODUCT = "cuBLAS per segment", "cuBLAS, one masked product"
-FOUR, FOUR_PUBLISHED = "four launches", "four launches, published tiles"
-AUGMENTED = "K-augmented cuBLAS"
-PEFT, PEFT_MIXED, COMPILED = "PEFT eager", "PEFT mixed batch", "torch.compile of the reference"
-DGRAD, PEFT_BACKWARD = "dgrad alone", "PEFT autograd"
+AUGMENTED, COMPILED = "K-augmented cuBLAS", "torch.compile of the reference"
+PEFT, PEFT_MIXED, PEFT_BACKWARD = "PEFT eager", "PEFT mixed batch", "PEFT autograd"
+Launchers = Mapping[str, KernelLauncher]
+"""The ways of CLIF, by name: each launches with tiles of its own."""
 
 
-def forward_ways(batches: Sequence[Batch], launcher: KernelLauncher, compiled: bool) -> dict[str, Way]:
+def forward_ways(batches: Sequence[Batch], launchers: Launchers, compiled: bool = False) -> dict[str, Way]:
     """One way per rival; each takes the number of a layer. All layers have the same shapes and segments."""
-    layers = [FusedLinear(b.merged, launcher) for b in batches]
     ways: dict[str, Way] = {
         BASE: lambda i: linear(batches[i].x, batches[i].merged.weight),
-        FUSED: lambda i: layers[i].forward(batches[i].x, batches[i].segments),
+        **{name: _clif(batches, launcher) for name, launcher in launchers.items()},
     }
     if not batches[0].segments:
         return ways
+    (rows, depth), members = batches[0].x.shape, len(batches[0].merged.projections)
     ways |= {
         PER_SEGMENT: lambda i: _per_segment(batches[i]),
         ONE_PRODUCT: _with_masks(batches, _one_product),
-        FOUR: _four(batches),
-        FOUR_PUBLISHED: _four_published(batches),
+        FOUR: _four(batches, OWN),
+        FOUR_PUBLISHED: _four(batches, published(rows, depth, members)),
         AUGMENTED: _augmented(batches),
         PEFT: lambda i: _peft(batches[i]),
         PEFT_MIXED: _peft_mixed(batches),
@@ -45,15 +46,32 @@ def forward_ways(batches: Sequence[Batch], launcher: KernelLauncher, compiled: b
     return ways
 
 
-def backward_ways(batches: Sequence[Batch], launcher: KernelLauncher) -> dict[str, Way]:
+def backward_ways(batches: Sequence[Batch], launchers: Launchers) -> dict[str, Way]:
     """The backward of rows that all use the shadow."""
-    layers = [FusedLinear(b.merged, launcher) for b in batches]
-    hidden = [layer.forward(b.x, b.segments)[1] for layer, b in zip(layers, batches, strict=True)]
     return {
         DGRAD: lambda i: batches[i].grad @ batches[i].merged.weight,
-        FUSED: lambda i: layers[i].backward(batches[i].grad, batches[i].x, hidden[i], True),
+        **{name: _clif_backward(batches, launcher) for name, launcher in launchers.items()},
         PEFT_BACKWARD: _peft_backward(batches),
     }
+
+
+def triton_base(batches: Sequence[Batch], launcher: KernelLauncher) -> Way:
+    """The kernel's product alone. With a table on the device it cannot know that no row has an adapter."""
+    layers, first = [FusedLinear(b.merged, launcher) for b in batches], batches[0]
+    rows, slots = len(first.x), len(first.merged.a)
+    table = StagedRowTable((), rows, layers[0].height(rows), slots, first.x.device)
+    return lambda i: layers[i].forward(batches[i].x, table)
+
+
+def _clif(batches: Sequence[Batch], launcher: KernelLauncher) -> Way:
+    layers = [FusedLinear(b.merged, launcher) for b in batches]
+    return lambda i: layers[i].forward(batches[i].x, batches[i].segments)
+
+
+def _clif_backward(batches: Sequence[Batch], launcher: KernelLauncher) -> Way:
+    layers = [FusedLinear(b.merged, launcher) for b in batches]
+    hidden = [layer.forward(b.x, b.segments)[1] for layer, b in zip(layers, batches, strict=True)]
+    return lambda i: layers[i].backward(batches[i].grad, batches[i].x, hidden[i], True)
 
 
 def _per_segment(batch: Batch) -> torch.Tensor:
@@ -121,15 +139,8 @@ def _augmented(batches: Sequence[Batch]) -> Way:
     return way
 
 
-def _four(batches: Sequence[Batch]) -> Way:
-    compute = FourLaunches(batches[0].merged, batches[0].segments)
-    return lambda i: compute(batches[i].merged, batches[i].x)
-
-
-def _four_published(batches: Sequence[Batch]) -> Way:
-    first = batches[0]
-    tiles = published(len(first.x), len(first.merged.projections))
-    compute = FourLaunches(first.merged, first.segments, tiles)
+def _four(batches: Sequence[Batch], tiles: RivalTiles) -> Way:
+    compute = FourLaunches(batches[0].merged, batches[0].segments, tiles)
     return lambda i: compute(batches[i].merged, batches[i].x)
 
 

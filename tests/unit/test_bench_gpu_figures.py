@@ -21,7 +21,7 @@ def test_a_figure_is_printed_at_once_and_read_back_with_its_note(capsys):
 
 
 def test_a_figure_that_no_table_has_is_refused():
-    with pytest.raises(ValueError, match="no figure decode-2b: choose from decode-1b"):
+    with pytest.raises(ValueError, match="no figure decode-2b: choose from backward-16, "):
         say("decode-2b", 1.0)
 
 

@@ -1,0 +1,57 @@
+"""Tiles for each form of the dual LoRA layer, and what is taken without a form being forced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from kernel_goals import AUTO, FORMS
+
+from clif.kernels.candidates import linear_candidates
+from clif.kernels.dual_lora_host import Tiling
+from clif.kernels.tiles import Form, GradTiles, LinearTiles
+from clif.kernels.tuning import Defaults, Fixed, TileTable, load_table
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is measured on, and how: the ways of CLIF by name, and the samples of each way."""
+
+    device: torch.device
+    tilings: Mapping[str, Tiling]
+    repeats: int
+    dtype: torch.dtype = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Forced:
+    """One form for every shape: the tiles in use where they are of this form, otherwise the first of its candidates."""
+
+    form: Form
+    used: Tiling
+    defaults: Defaults
+
+    def linear(self, rows: int, depth: int, out: int, rank: int, backward: bool) -> LinearTiles:
+        used = self.used.linear(rows, depth, out, rank, backward)
+        if used.form == self.form:
+            return used
+        machine = self.defaults.programs, self.defaults.capability
+        found = linear_candidates(rows, depth, out, rank, backward, *machine)
+        return next((tiles for tiles in found if tiles.form == self.form), replace(found[0], form=self.form))
+
+    def grads(self, rows: int, depth: int, out: int, rank: int) -> GradTiles:
+        return self.used.grads(rows, depth, out, rank)
+
+
+def tilings(defaults: Defaults, path: Path | None) -> dict[str, Tiling]:
+    """By way of CLIF. path: of the measured table of this type of GPU, None: there is none."""
+    used = load_table(path, defaults, defaults) if path else TileTable({}, {}, defaults, defaults)
+    return {AUTO: used, **{way: Forced(form, used, defaults) for way, form in FORMS.items()}}
+
+
+def dry_tilings() -> dict[str, Tiling]:
+    """The same with tiles of which the interpreter, which runs one program after the other, needs few."""
+    tiles = LinearTiles(block_m=16, block_n=128, block_k=64, slices=1, shrinkers=1)
+    return {AUTO: Fixed(tiles), **{way: Fixed(replace(tiles, form=form)) for way, form in FORMS.items()}}
