@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from checkout import REPO, commit, use_checkout
@@ -40,19 +40,20 @@ from timing import contest
 from clif.kernels.tuning import Defaults, table_path
 
 
-def measure(cases: Sequence[AnyCase], machine: Machine, seconds: float) -> dict[str, Measured]:
-    """By name of the case, as far as time allows. A figure is printed as soon as its case is measured."""
-    findings: dict[str, Measured] = {}
+def measure(cases: Sequence[AnyCase], machine: Machine, seconds: float) -> Iterator[tuple[str, Measured]]:
+    """Cases by name, as far as time allows. A figure is printed as soon as its case is measured."""
     end = time.monotonic() + seconds
     for case in cases:
-        if time.monotonic() > end:
+        start = time.monotonic()
+        if start > end:
             print(f"time was up before: {case.name}", flush=True)
-            break
-        findings[case.name] = found = _measured(case, machine)
-        print(case.name, {way: str(t) for way, t in found.timings.items()}, found.failed or "", flush=True)
+            return
+        found = _measured(case, machine)
+        times = {way: str(timing) for way, timing in found.timings.items()}
+        print(f"[{time.monotonic() - start:.1f} s] {case.name}: {times} {found.failed or ''}", flush=True)
         for name, answer in answers({case.name: found}).items():
             say(name, answer.value, answer.note)
-    return findings
+        yield case.name, found
 
 
 def _measured(case: AnyCase, machine: Machine) -> Measured:
@@ -120,11 +121,14 @@ def main() -> int:
         f"tiles: {tiles}",
     ]
     cases = DRY_CASES if args.dry else CASES
-    findings = measure(cases, machine, args.seconds)
-    stem = f"kernels{'-dry' if args.dry else ''}-{datetime.date.today().isoformat()}"
-    plot = draw(findings, args.out / f"{stem}.png")
-    (args.out / f"{stem}.md").write_text(report(findings, cases, about, plot))
-    print((args.out / f"{stem}.md").read_text())
+    file = args.out / f"kernels{'-dry' if args.dry else ''}-{datetime.date.today().isoformat()}.md"
+    findings: dict[str, Measured] = {}
+    for case, found in measure(cases, machine, args.seconds):
+        findings[case] = found
+        # After every case: the machine may be taken away.
+        file.write_text(report(findings, cases, about, None))
+    file.write_text(report(findings, cases, about, draw(findings, file.with_suffix(".png"))))
+    print(file.read_text())
     return any(found.faults for found in findings.values())
 
 

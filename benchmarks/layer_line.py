@@ -20,6 +20,7 @@ from form_tiles import Machine
 from four_launches import OWN, FourLaunches, RivalTiles, published
 from kernel_cases import LayerCase
 from kernel_goals import AUTO, FOUR, FOUR_PUBLISHED, WITHOUT, Measured
+from linear_line import launches
 from timing import contest
 
 from clif.adapters.bank import inject
@@ -54,8 +55,12 @@ def measure_layer(case: LayerCase, machine: Machine) -> Measured:
     bench = LayerBench(case, machine.device, machine.dtype, machine.tilings)
     ways = bench.ways()
     timings, failed = contest(ways, case.layers, machine.repeats, machine.device)
-    faults = bench.faults({name: ways[name] for name in timings})
-    return Measured(timings, failed, faults, taken=bench.taken())
+    measured = Measured(timings, failed, bench.faults({name: ways[name] for name in timings}), taken=bench.taken())
+    if machine.device.type == "cuda":
+        measured.launches = {name: len(launches(ways[name])) for name in timings}
+        counted = ", ".join(f"{count} {name}" for name, count in measured.launches.items())
+        measured.notes.append(f"launches of a layer: {counted}")
+    return measured
 
 
 class LayerBench:
