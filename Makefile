@@ -45,8 +45,10 @@ bench: $(READY) $(ASSETS)  ## The engine alone against transformers and PEFT, th
 # The kernels need only torch and Triton: without a .venv no network and no installation.
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-tune-gpu:  ## Find the kernels' tiles for this GPU and write the table that CLIF reads
-	$(GPU_PYTHON) benchmarks/tune_gpu.py $(if $(DRY),--dry --out $(or $(OUT),/dev/stdout))
+# A second call continues; AGAIN=1 measures also what the table has. Without a GPU: DRY=1.
+tune-gpu:  ## Find the fastest form and tiles of LoRA layers on this GPU, for the table that CLIF reads
+	$(GPU_PYTHON) benchmarks/tune_gpu.py $(if $(DRY),--dry) $(if $(AGAIN),--again) \
+		$(if $(SECONDS_ALL),--seconds $(SECONDS_ALL)) $(if $(OUT),--copy $(OUT))
 
 bench-kernels:  ## The kernels on one GPU against cuBLAS, PEFT and the usual four launches
 	$(GPU_PYTHON) benchmarks/bench_kernels.py $(if $(DRY),--dry) $(if $(OUT),--out $(OUT))

@@ -27,7 +27,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Forced:
-    """One form for every shape: the tiles in use where they are of this form, otherwise the first of its candidates."""
+    """One form for every shape: the tiles in use where they are of this form, otherwise the first of its candidates.
+
+    used: the table of this form, or the tiles of any form.
+    """
 
     form: Form
     used: Tiling
@@ -47,8 +50,11 @@ class Forced:
 
 def tilings(defaults: Defaults, path: Path | None) -> dict[str, Tiling]:
     """By way of CLIF. path: of the measured table of this type of GPU, None: there is none."""
-    used = load_table(path, defaults, defaults) if path else TileTable({}, {}, defaults, defaults)
-    return {AUTO: used, **{way: Forced(form, used, defaults) for way, form in FORMS.items()}}
+    if path is None:
+        used = TileTable({}, {}, defaults, defaults)
+        return {AUTO: used, **{way: Forced(form, used, defaults) for way, form in FORMS.items()}}
+    of_forms = {way: Forced(f, load_table(path, defaults, defaults, form=f), defaults) for way, f in FORMS.items()}
+    return {AUTO: load_table(path, defaults, defaults), **of_forms}
 
 
 def dry_tilings() -> dict[str, Tiling]:

@@ -24,7 +24,8 @@ if "--dry" in sys.argv:
 import torch
 import triton
 from kernel_cases import CASES, Case
-from tune_gpu import MODELS, Tuner
+from tune_gpu import Tuner
+from tune_plan import MODELS
 
 from clif.engine.graphs import decode_sizes
 from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
@@ -34,6 +35,7 @@ from clif.kernels.testing.dual_lora_specification import computed, random_batch,
 from clif.kernels.testing.elementwise_specification import Draw, random_gate, random_heads, random_norm
 from clif.kernels.testing.elementwise_specification import computed as computed_parts
 from clif.kernels.testing.paged_decode_specification import random_decode
+from clif.kernels.tuning import Defaults, TileTable, load_table, table_path
 
 DRY_RUN = "--dry" in sys.argv
 DEVICE = torch.device("cpu" if DRY_RUN else "cuda")
@@ -53,9 +55,7 @@ class LinearJob:
     def __call__(self) -> None:
         dtype = getattr(torch, self.dtype)
         layer = random_layer(self.sizes, self.depth, self.r, dtype=dtype, device=str(DEVICE), bias=self.bias)
-        computed(
-            random_batch(layer, self.lengths), FusedLinear(layer, KernelLauncher(DEVICE, Tuner.here(DRY_RUN).defaults))
-        )
+        computed(random_batch(layer, self.lengths), FusedLinear(layer, KernelLauncher(DEVICE, tiling())))
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,19 @@ def of_model(model: str) -> Iterator[Job]:
     parts = SHAPES[model]
     yield parts
     yield DecodeJob(parts.heads, parts.kv_heads, parts.d, 16, parts.dtype)
-    tiling = Tuner.here(DRY_RUN).defaults
+    tiles = tiling()
     for sizes, depth in MODELS[model]:
         # One size for each way to cut rows and columns, the largest first, as they are captured.
-        by_tiles = {tiling.linear(rows, depth, sum(sizes), 8, False): rows for rows in decode_sizes(64)}
+        by_tiles = {tiles.linear(rows, depth, sum(sizes), 8, False): rows for rows in decode_sizes(64)}
         for rows in sorted(by_tiles.values(), reverse=True):
             yield LinearJob(sizes, depth, 8, ((rows, 0),))
+
+
+def tiling() -> Defaults | TileTable:
+    """The tiles that captured steps use here: of the table, if this GPU was tuned."""
+    defaults = Tuner.here(DRY_RUN).defaults
+    path = None if DRY_RUN else table_path(torch.cuda.get_device_name(DEVICE))
+    return load_table(path, defaults, defaults, captured=True) if path and path.is_file() else defaults
 
 
 def compile_only() -> None:

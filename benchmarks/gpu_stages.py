@@ -97,6 +97,14 @@ STAGES = (
         90,
         *tests("test_gpu_elementwise", "test_gpu_dual_lora", "test_gpu_paged_decode", processes=8),
     ),
+    # The table is also among the results: a lent machine keeps nothing else.
+    Stage(
+        "tuner",
+        "the fastest form and tiles of every dual LoRA layer",
+        180,
+        script("tune_gpu", "--seconds", "150", "--copy", "{folder}"),
+        script("tune_gpu", "--dry", "--out", "{folder}/tiles-dry.json"),
+    ),
     Stage(
         "kernels",
         "the kernels against their rivals",

@@ -1,23 +1,30 @@
-"""Finds the best tiles of the dual LoRA kernels on this GPU, and writes the table that CLIF reads.
+"""Finds the fastest form and tiles of the dual LoRA layers on this GPU, and writes the table that CLIF reads.
 
-    python benchmarks/tune_gpu.py                 # needs torch, Triton and this repository
+    python benchmarks/tune_gpu.py                 # needs torch, Triton and this repository; at most 150 s
+    python benchmarks/tune_gpu.py --again         # measures also what the table has
     python benchmarks/tune_gpu.py --dry           # interpreter, tiny shapes: a trial
 
-For every shape: a walk from the reasoned default, one setting at a time, keeping each faster one; then the best against
-torch's own products. If those win, the table says "separate", and CLIF uses them.
+For every shape (tune_plan.py) the candidates of all forms (clif/kernels/candidates.py) are compiled beforehand in
+parallel (compile_ahead.py), then timed in heats against each other and against torch's products (halving.py). What the
+table has is right: results are checked against the specification. Every shape is on disk before the next one begins, so
+that a second call continues where the first one was ended.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotCompiled
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from checkout import commit, use_checkout
 
@@ -27,240 +34,268 @@ use_checkout()
 
 import torch
 import triton
-from timing import contest
-from triton.compiler.errors import CompilationError
-from triton.runtime.errors import OutOfResources, PTXASError
+from compile_ahead import CompileJob, CompilePool
+from halving import Heats, Ranking, fastest, rank
+from timing import Timing
+from tune_plan import Gpu, Task, Tiles, candidates_of, first_of_each, group_of, tasks
+from tune_rig import Rig
 
-from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
-from clif.kernels.dual_lora_reference import SHADOW
-from clif.kernels.testing.dual_lora_specification import Batch, computed, random_batch, random_layer, violations
+from clif.kernels.dual_lora_reference import MergedLinear
+from clif.kernels.testing.dual_lora_specification import Batch, random_batch, random_layer
+from clif.kernels.tile_file import GradsEntry, LinearEntry, Spread, Stamp, TileFile
 from clif.kernels.tiles import GradTiles, LinearTiles
-from clif.kernels.tuning import Defaults, Fixed, LaunchShape, save_table, table_path
+from clif.kernels.tuning import Defaults, table_path
 
-T = TypeVar("T", LinearTiles, GradTiles)
-MOVES: dict[str, Sequence[Any]] = {
-    "block_n": (16, 32, 64, 128, 256),
-    "block_k": (32, 64, 128),
-    "block_m": (16, 64, 128),
-    "split": (1, 2, 4, 8),
-    "slices": (1, 2, 4, 8, 16, 32),
-    "shrinkers": (16, 32, 64, 128),
-    "stages": (2, 3, 4, 5),
-    "warps": (4, 8),
-    "programs": (1, 2),
-    "form": ("fused", "pair"),
-    "tma": (True, False),
-    "group_m": (1, 4, 8),
-}
-GRAD_MOVES: dict[str, Sequence[Any]] = {
-    "block_c": (32, 64, 128),
-    "slices": (1, 2, 4, 8, 16),
-    "block_r": (32, 64, 128),
-    "warps": (4, 8),
-    "stages": (2, 3, 4),
-}
-MODELS = {
-    # Widths of the merged layers: query+key+value, output, gate+up, down.
-    "8b": (((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096), ((4096,), 14336)),
-    "1b": (((2048, 512, 512), 2048), ((2048,), 2048), ((8192, 8192), 2048), ((2048,), 8192)),
-}
-GOALS = (((4096,), 4096), ((2048,), 2048), ((1024,), 4096), ((4096, 1024, 1024), 4096))
-"""Layers of the goals table: the first to be tuned."""
-
-
-def walk(start: T, moves: Mapping[str, Sequence[Any]], cost: Callable[[T], float], late: Callable[[], bool]) -> T:
-    """Change one setting at a time and keep cheaper ones, until a whole round changes nothing or the time is over."""
-    best, lowest, known = start, cost(start), {start}
-    while not late():
-        before = best
-        for name, values in moves.items():
-            for value in values:
-                candidate = replace(best, **{name: value})
-                if candidate in known or late():
-                    continue
-                known.add(candidate)
-                if (found := cost(candidate)) < lowest:
-                    best, lowest = candidate, found
-        if best == before:
-            return best
-    return best
+SOURCES = ("dual_lora_*kernel.py", "dual_lora_host.py", "dual_lora_forms.py", "numerics.py", "tiles.py")
+"""Files of kernels/ that an entry was measured with: other ones make it old."""
+AHEAD = 12
+"""Tasks whose candidates are compiled in advance."""
 
 
 class Tuner:
-    """Times tiles of one layer shape on one device."""
+    """The device that is measured."""
 
-    def __init__(self, device: torch.device, defaults: Defaults, repeats: int, weights_bytes: int) -> None:
-        self.device, self.defaults, self.repeats, self.bytes = device, defaults, repeats, weights_bytes
+    def __init__(self, device: torch.device, defaults: Defaults, heats: Heats, weights_bytes: int) -> None:
+        self.device, self.defaults, self.heats, self.bytes = device, defaults, heats, weights_bytes
 
     @classmethod
     def here(cls, dry: bool) -> Tuner:
         """For the first GPU of this machine, or for the interpreter."""
         if dry:
-            return cls(torch.device("cpu"), Defaults(4, 80), 1, 1)
+            return cls(torch.device("cpu"), Defaults(4, 80), Heats(1, 1, least=1), 1)
         device = torch.device("cuda")
         major, minor = torch.cuda.get_device_capability(device)
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-        return cls(device, Defaults(processors, 10 * major + minor), 5, 256 << 20)
+        return cls(device, Defaults(processors, 10 * major + minor), Heats(), 256 << 20)
+
+    @property
+    def gpu(self) -> Gpu:
+        return Gpu(self.defaults.programs, self.defaults.capability)
+
+    def layers(self, sizes: Sequence[int], depth: int, r: int) -> list[MergedLinear]:
+        """Layers of one shape, with more weights than the cache holds."""
+        count = max(2, min(16, -(-self.bytes // (2 * depth * sum(sizes)))))
+        dtype, device = torch.bfloat16, str(self.device)
+        return [random_layer(sizes, depth, r, dtype=dtype, device=device, seed=i) for i in range(count)]
 
     def batches(
         self, sizes: Sequence[int], depth: int, r: int, lengths: Sequence[tuple[int, int | None]]
     ) -> list[Batch]:
-        """Layers of one shape, with more weights than the cache holds."""
-        dtype = torch.bfloat16
-        count = max(2, min(16, -(-self.bytes // (2 * depth * sum(sizes)))))
-        return [
-            random_batch(random_layer(sizes, depth, r, dtype=dtype, device=str(self.device), seed=i), lengths)
-            for i in range(count)
-        ]
+        """The same layers with rows."""
+        return [random_batch(layer, lengths) for layer in self.layers(sizes, depth, r)]
 
-    def linear(
-        self, batches: Sequence[Batch], backward: bool, late: Callable[[], bool]
-    ) -> tuple[LinearTiles, LinearTiles, dict[str, float]]:
-        """The choice (the form "separate" where torch's products win), the best of the kernel's own, microseconds."""
-        p = batches[0].merged
-        out, depth = p.weight.shape[::-1] if backward else p.weight.shape
-        rows = len(batches[0].x)
-        start = self.defaults.linear(rows, depth, out, p.r, backward)
 
-        def cost(tiles: LinearTiles) -> float:
-            return self._time(self._way(batches, tiles, backward), len(batches))
+class Compiler(CompilePool):
+    """Compiles the candidates of tasks."""
 
-        best = walk(start, self._allowed(), cost, late)
-        ways = {
-            "kernel": self._way(batches, best, backward),
-            "separate": self._way(batches, LinearTiles(form="separate"), backward),
+    def ask(self, task: Task, candidates: Sequence[Tiles]) -> dict[Tiles, Future[None]]:
+        """The compilation of each candidate."""
+        backward = task.what == "backward"
+        return {
+            tiles: self.submit(CompileJob(task.sizes, task.depth, task.r, task.lengths, backward, tiles))
+            for tiles in candidates
         }
-        found, failed = contest(ways, len(batches), 3 * self.repeats, self.device)
-        us = {name: timing.median for name, timing in found.items()}
-        if failed:
-            print(f"  failed: {failed}", flush=True)
-        launcher = KernelLauncher(self.device, Fixed(best, self._grads_of(batches)))
-        wrong = violations(batches[0], computed(batches[0], FusedLinear(p, launcher)))
-        if wrong:
-            # Wrong results never enter the table, whatever their speed.
-            print(f"  WRONG RESULTS with {best}: {wrong}", flush=True)
-        good = not wrong and us.get("kernel", float("inf")) <= us["separate"]
-        return (best if good else LinearTiles(form="separate")), best, us
-
-    def _grads_of(self, batches: Sequence[Batch]) -> GradTiles:
-        p = batches[0].merged
-        return self.defaults.grads(len(batches[0].x), p.weight.shape[1], p.weight.shape[0], p.r)
-
-    def grads(self, batches: Sequence[Batch], late: Callable[[], bool]) -> tuple[GradTiles, dict[str, float]]:
-        """The best tiles of the factors' gradients, microseconds."""
-        p = batches[0].merged
-        hidden = [torch.randn(len(b.x), p.a.shape[1], device=self.device).to(p.weight.dtype) for b in batches]
-
-        def cost(tiles: GradTiles) -> float:
-            launcher = KernelLauncher(self.device, Fixed(LinearTiles(), tiles))
-            layers = [FusedLinear(b.merged, launcher) for b in batches]
-            return self._time(
-                lambda i: layers[i].factor_gradients(batches[i].grad, batches[i].x, hidden[i], hidden[i]), len(batches)
-            )
-
-        best = walk(self._grads_of(batches), GRAD_MOVES, cost, late)
-        return best, {"kernel": cost(best)}
-
-    def _way(self, batches: Sequence[Batch], tiles: LinearTiles, backward: bool) -> Callable[[int], Any]:
-        launcher = KernelLauncher(self.device, Fixed(tiles, GradTiles()))
-        layers = [FusedLinear(b.merged, launcher) for b in batches]
-        if backward:
-            return lambda i: layers[i].through(batches[i].grad, True)
-        return lambda i: layers[i].forward(batches[i].x, batches[i].segments)
-
-    def _time(self, way: Callable[[int], Any], layers: int) -> float:
-        try:
-            way(0)
-        except (OutOfResources, CompilationError, PTXASError):
-            # The tile is too large for this GPU: the walk has reached a limit.
-            return float("inf")
-        found, failed = contest({"way": way}, layers, self.repeats, self.device)
-        return found["way"].median if not failed else float("inf")
-
-    def _allowed(self) -> dict[str, Sequence[Any]]:
-        """The settings that this GPU supports."""
-        if self.defaults.capability >= 90:
-            return MOVES
-        return MOVES | {"form": ("fused",), "tma": (False,)}
 
 
-def shapes(dry: bool) -> Iterator[tuple[tuple[int, ...], int, int, tuple[tuple[int, int | None], ...]]]:
-    """(outputs of the members, depth, rank, rows of each slot), the most important first."""
-    if dry:
-        yield (32, 16), 32, 8, ((5, 0), (4, SHADOW))
-        return
-    layers = list(dict.fromkeys([*GOALS, *MODELS["8b"], *MODELS["1b"]]))
-    for r in (16, 64):
-        for lengths in (
-            ((48, 0), (16, 1)),
-            ((64, 0), (1984, SHADOW)),
-            ((64, 0), (2048, SHADOW)),
-            ((12, 0), (4, 1)),
-            ((192, 0), (64, 1)),
-        ):
-            for sizes, depth in layers:
-                yield sizes, depth, r, lengths
+@dataclass
+class Session:
+    """One call of the tuner. rig: layers of a task, see tune_rig.Rig; save: writes the table; end_s: on `clock`."""
+
+    file: TileFile
+    stamp: Stamp
+    gpu: Gpu
+    heats: Heats
+    rig: Callable[[Task], Any]
+    ask: Callable[[Task, Sequence[Tiles]], dict[Tiles, Future[None]]]
+    save: Callable[[], None]
+    end_s: float
+    clock: Callable[[], float] = time.monotonic
+    again: bool = False
+    dry: bool = False
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def late(self) -> bool:
+        return self.clock() >= self.end_s
+
+    def run(self, wanted: Sequence[Task]) -> None:
+        """Measure tasks in their order, while the candidates of the next ones are compiled."""
+        for task, candidates, compiled in self._asked(wanted):
+            if self.late():
+                self.counts["not measured, time was up"] += 1
+                continue
+            began = self.clock()
+            ready, left_out = self._compiled(candidates, compiled)
+            outcome, shown = self._measure(task, ready, left_out)
+            self.counts[outcome] += 1
+            print(f"{task}: {outcome}, {shown} [{self.clock() - began:.1f} s]", flush=True)
+
+    def known(self, task: Task) -> bool:
+        """Whether the table has it, measured with the same versions on the same type of GPU."""
+        entries = self.file.grads if task.what == "grads" else self.file.linear
+        entry = entries.get(task.shape())
+        return not self.again and entry is not None and entry.stamp.same_versions(self.stamp)
+
+    def _asked(self, wanted: Sequence[Task]) -> Iterator[tuple[Task, tuple[Tiles, ...], dict[Tiles, Future[None]]]]:
+        """Tasks that are not known, each after its candidates and those of the next ones were given to the compiler."""
+        left, asked = deque(wanted), deque[tuple[Task, tuple[Tiles, ...], dict[Tiles, Future[None]]]]()
+        while left or asked:
+            while left and len(asked) < AHEAD:
+                task = left.popleft()
+                if self.known(task):
+                    self.counts["known"] += 1
+                    continue
+                candidates = candidates_of(task, self.gpu, self.file)
+                candidates = first_of_each(candidates) if self.dry else candidates
+                asked.append((task, candidates, {} if self.late() else self.ask(task, candidates)))
+            if asked:
+                yield asked.popleft()
+
+    def _compiled(
+        self, candidates: Sequence[Tiles], compiled: dict[Tiles, Future[None]]
+    ) -> tuple[list[Tiles], dict[Tiles, str]]:
+        """The candidates whose kernels are ready, and why others are not."""
+        ready, left_out = [], {}
+        for tiles in candidates:
+            try:
+                if tiles in compiled:
+                    compiled[tiles].result(max(0.0, self.end_s - self.clock()))
+                ready.append(tiles)
+            except NotCompiled:
+                left_out[tiles] = "time was up before it was compiled"
+            except RuntimeError as error:
+                left_out[tiles] = str(error)
+        return ready, left_out
+
+    def _measure(self, task: Task, ready: Sequence[Tiles], left_out: dict[Tiles, str]) -> tuple[str, str]:
+        """Heats, check and entry of one task; returns how it ended, and a line about it."""
+        rig = self.rig(task)
+        ranking: Ranking[Any] = rank([*rig.beside, *ready], group_of, rig.cost, self.late, self.heats)
+        ranking.left_out |= left_out
+        if not ranking.complete or any("time was up" in why for why in left_out.values()):
+            return "not measured", "time was up"
+        best = {
+            name: found
+            for name in dict.fromkeys(map(group_of, ready))
+            if (found := fastest(ranking.times, [c for c in ready if group_of(c) == name], rig.wrong, ranking.left_out))
+        }
+        reasons = Counter(f"{group_of(c)}: {why}" for c, why in ranking.left_out.items())
+        for why, count in reasons.items():
+            print(f"  left out, {count}: {why}", flush=True)
+        if not best:
+            return "not measured", "no candidate is left"
+        shown = self._enter(task, ranking, best, dict(reasons))
+        self.save()
+        return "measured", shown
+
+    def _enter(self, task: Task, ranking: Ranking[Any], best: dict[str, Tiles], left_out: dict[str, int]) -> str:
+        shape, us = task.shape(), {name: spread(ranking.times[tiles]) for name, tiles in best.items()}
+        beside = {c: spread(t) for c, t in ranking.times.items() if isinstance(c, str)}
+        if task.what == "grads":
+            (tiles,) = best.values()
+            assert isinstance(tiles, GradTiles)
+            self.file.grads[shape] = GradsEntry(shape, tiles, *us.values(), self.stamp, left_out)
+            return ", ".join(f"{name} {found.median:.1f}" for name, found in (us | beside).items())
+        of_forms = {name: tiles for name, tiles in best.items() if isinstance(tiles, LinearTiles)}
+        chosen = fastest(ranking.times, of_forms.values(), lambda tiles: None, {})
+        captured = fastest(
+            ranking.times, (t for t in of_forms.values() if t.form != "separate"), lambda tiles: None, {}
+        )
+        assert chosen is not None
+        self.file.linear[shape] = LinearEntry(
+            shape, chosen.form, captured.form if captured else None, of_forms, us, beside, self.stamp, left_out
+        )
+        times = ", ".join(f"{name} {found.median:.1f}" for name, found in (beside | us).items())
+        return f"{chosen.form} of {times} us"
 
 
-def tune(
-    tuner: Tuner, dry: bool, seconds: float
-) -> tuple[dict[LaunchShape, Any], dict[LaunchShape, Any], dict[LaunchShape, LinearTiles]]:
-    """Choices for linear launches, for gradients, and the kernel's best for the linear ones, as far as time allows."""
-    linear: dict[LaunchShape, Any] = {}
-    grads: dict[LaunchShape, Any] = {}
-    kernel: dict[LaunchShape, LinearTiles] = {}
-    end = time.monotonic() + seconds
-    for sizes, depth, r, lengths in shapes(dry):
-        if time.monotonic() > end:
-            print(f"time is up: {sizes} x {depth}, r={r}, and what comes after it was not measured", flush=True)
-            break
-        began = time.monotonic()
+def spread(timing: Timing) -> Spread:
+    return Spread(*(round(us, 3) for us in (timing.p10, timing.median, timing.p90)))
 
-        def late(began: float = began) -> bool:
-            return time.monotonic() > min(end, began + seconds / 12)
 
-        batches = tuner.batches(sizes, depth, r, lengths)
-        rows, out = len(batches[0].x), sum(sizes)
-        forward = LaunchShape(rows, depth, out, r, False)
-        choice, kernel[forward], us = tuner.linear(batches, False, late)
-        linear[forward] = choice, us
-        print(f"{rows} rows {depth}->{out} r={r}: {choice.form} {us}", flush=True)
-        learns = len(batches[0].grad)
-        back = LaunchShape(learns, out, depth, r, True)
-        if learns and back not in linear:
-            learning = [random_batch(b.merged, ((learns, SHADOW),)) for b in batches]
-            choice, kernel[back], us = tuner.linear(learning, True, late)
-            linear[back] = choice, us
-            print(f"{learns} rows {out}->{depth} r={r} backward: {choice.form} {us}", flush=True)
-            of_factors = LaunchShape(learns, depth, out, r, True)
-            grads[of_factors] = tuner.grads(learning, late)
-    return linear, grads, kernel
+def digest_of_kernels() -> str:
+    """Of the source that an entry was measured with."""
+    folder = Path(table_path("x")).parents[1]
+    files = sorted({path for pattern in SOURCES for path in folder.glob(pattern)})
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
+def summary(file: TileFile) -> list[str]:
+    """Markdown: what was measured for every shape, medians in microseconds."""
+    ways = ("base", "torch", "fused", "pair", "three", "branches", "separate")
+    lines = ["### Tiles: microseconds per layer (median) of the best of each form", ""]
+    lines += [f"| shape | {' | '.join(ways)} | chosen | captured | over base |", "|---" * (len(ways) + 4) + "|"]
+    for shape, entry in file.linear.items():
+        us = {name: found.median for name, found in (entry.beside | entry.us).items()}
+        cells = [f"{us[way]:.1f}" if way in us else "" for way in ways]
+        ratio = f"{us[entry.chosen] / us['base']:.2f}" if us.get("base") else ""
+        name = f"{'backward, ' * shape.backward}{shape.rows} rows {shape.depth}->{shape.out} r={shape.rank}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {entry.chosen} | {entry.captured} | {ratio} |")
+    lines += [
+        f"| gradients of factors, {s.rows} rows {s.depth}->{s.out} r={s.rank} | | "
+        f"{e.us.median:.1f} (kernel) | | | | | | | |"
+        for s, e in file.grads.items()
+    ]
+    return lines
+
+
+def load(paths: Sequence[Path], again: bool) -> TileFile:
+    """The first of the files that is there. Raises ValueError for one of another format, unless it is not needed."""
+    for path in paths:
+        if path.is_file():
+            try:
+                return TileFile.read(path)
+            except ValueError:
+                if not again:
+                    raise
+    return TileFile()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="interpreter on a CPU, tiny shapes: figures mean nothing")
-    parser.add_argument(
-        "--seconds", type=float, default=200.0, help="time for the walks; what is left out stays unmeasured"
-    )
-    parser.add_argument("--out", type=Path, help="file to write; by default the one that CLIF reads")
+    parser.add_argument("--seconds", type=float, default=150.0, help="what is left then is for the next call")
+    parser.add_argument("--again", action="store_true", help="measure also what the table has")
+    parser.add_argument("--out", type=Path, help="file to write; by default the one that CLIF reads (dry: none)")
+    parser.add_argument("--copy", type=Path, help="folder for a copy, which a call without a table continues")
     args = parser.parse_args()
+    end = time.monotonic() + args.seconds
     if not args.dry and not torch.cuda.is_available():
         parser.error("no NVIDIA GPU here: use --dry, or a machine that has one")
     tuner = Tuner.here(args.dry)
     name = "dry" if args.dry else torch.cuda.get_device_name(tuner.device)
-    linear, grads, kernel = tune(tuner, args.dry, args.seconds)
-    about = {
+    path = args.out or table_path(name)
+    paths = [path] if args.out or not args.dry else []
+    paths += [args.copy / path.name] if args.copy else []
+    try:
+        file = load(paths, args.again)
+    except ValueError as error:
+        parser.error(str(error))
+    file.about = {
         "device": name,
-        "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", "benchmarks/tune_gpu.py", *sys.argv[1:]]),
-        "versions": f"torch {torch.__version__}, Triton {triton.__version__}",
         "commit": commit(),
     }
-    path = args.out or table_path(name)
-    save_table(path, about, linear, grads, kernel)
-    print(f"{len(linear) + len(grads)} entries in {path.name}")
-    return 0
+    today = datetime.date.today().isoformat()
+    stamp = Stamp(today, name, torch.__version__, triton.__version__, digest_of_kernels())
+
+    def save() -> None:
+        for target in paths:
+            file.write(target)
+
+    def rig(task: Task) -> Rig:
+        return Rig(task, tuner.layers(task.sizes, task.depth, task.r), tuner.device)
+
+    with Compiler(None if args.dry else tuner.gpu.capability) as compiler:
+        session = Session(
+            file, stamp, tuner.gpu, tuner.heats, rig, compiler.ask, save, end, again=args.again, dry=args.dry
+        )
+        session.run(list(tasks(args.dry)))
+    print("\n".join(["", *summary(file)]))
+    print(f"\n{dict(session.counts)}; {len(file.linear) + len(file.grads)} entries in {path.name}")
+    done = session.counts.keys() <= {"known", "measured"}
+    if not done:
+        print("not complete: call it again, and it continues")
+    return 0 if done else 1
 
 
 if __name__ == "__main__":

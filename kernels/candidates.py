@@ -109,7 +109,8 @@ def linear_candidates(
     found = [*whole]
     if capability >= 90:
         # The second launch waits for the first with an instruction of Hopper.
-        found += [replace(tiles, form="pair") for tiles in _best(shape, whole, 5 if rows <= 256 else 3)]
+        first = _best(shape, whole, 5 if rows <= 256 else 3)
+        found += [replace(tiles, form="pair", shrinkers=programs) for tiles in first]
     thin = tuple(_thin(shape))
     forms: tuple[tuple[Form, int], ...] = (("three", len(thin)), ("branches", 3), ("separate", 0 if captured else 2))
     for form, count in forms:
@@ -212,7 +213,7 @@ def _thin(shape: Problem) -> Iterator[LinearTiles]:
         parts = max(1, min(32, shape.programs // pairs, shape.depth // sizes.block_k))
         tiles = LinearTiles(
             "three", sizes.block_m, sizes.block_n, sizes.block_k, slices=1 << (parts.bit_length() - 1),
-            warps=sizes.warps, stages=sizes.stages,
+            shrinkers=2 * shape.programs, warps=sizes.warps, stages=sizes.stages,
         )  # fmt: skip
         if shared_bytes(tiles, shape.rank) <= shape.shared_bytes:
             yield tiles
@@ -229,7 +230,9 @@ def grads_candidates(
         full = [s for s in possible if 2 * FULL <= targets * s / programs <= 8]
         if 2 * stages * block_r * (block_c + _padded(rank)) + 1024 <= limit:
             found += [GradTiles(block_c, block_r, s, warps, stages) for s in (full or possible[-1:])[:2]]
-    return tuple(found)
+    if capability < 90:
+        return tuple(found)
+    return (*(replace(tiles, tma=True) for tiles in found), *found[:2])
 
 
 def _padded(rank: int) -> int:

@@ -6,26 +6,15 @@ faster there. Free of Triton.
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clif.kernels.tiles import GradTiles, LinearTiles
+from clif.kernels.tile_file import LaunchShape, TileFile
+from clif.kernels.tiles import Form, GradTiles, LinearTiles
 
 TUNED = Path(__file__).parent / "tuned"
-
-
-@dataclass(frozen=True)
-class LaunchShape:
-    """What a launch computes. rows: of the batch at most; depth of the contraction; outputs; rank of an adapter."""
-
-    rows: int
-    depth: int
-    out: int
-    rank: int
-    backward: bool
 
 
 @dataclass(frozen=True)
@@ -114,37 +103,17 @@ def table_path(device: str) -> Path:
     return TUNED / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
 
 
-def load_table(path: Path, missing: Defaults | None, fallback: Defaults) -> TileTable:
-    """Raises ValueError for a file that is not such a table, naming it."""
-    try:
-        tree = json.loads(path.read_text())
-        linear = {LaunchShape(**e["shape"]): LinearTiles(**e["tiles"]) for e in tree["linear"]}
-        grads = {LaunchShape(**e["shape"]): GradTiles(**e["tiles"]) for e in tree["grads"]}
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a table of tiles ({error}): write it anew with make tune-gpu") from error
-    return TileTable(linear, grads, missing, fallback)
+def load_table(
+    path: Path, missing: Defaults | None, fallback: Defaults, captured: bool = False, form: Form | None = None
+) -> TileTable:
+    """The fastest form of every shape; captured: of those whose segments are data, as in a captured step.
 
-
-def save_table(
-    path: Path,
-    about: dict[str, str],
-    linear: dict[LaunchShape, tuple[LinearTiles, dict[str, float]]],
-    grads: dict[LaunchShape, tuple[GradTiles, dict[str, float]]],
-    kernel: dict[LaunchShape, LinearTiles],
-) -> None:
-    """about: machine, versions, date, command. With each choice: microseconds, and the kernel's own best tiles."""
-
-    def entries(found: dict[LaunchShape, Any]) -> list[dict[str, Any]]:
-        return [
-            {"shape": asdict(s), "tiles": asdict(t), "us": us} | ({"kernel": asdict(kernel[s])} if s in kernel else {})
-            for s, (t, us) in found.items()
-        ]
-
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"about": about, "linear": entries(linear), "grads": entries(grads)}, indent=1) + "\n")
-
-
-def kernel_tiles(path: Path) -> dict[LaunchShape, LinearTiles]:
-    """The kernel's own best tiles, also for shapes where torch's products win. Raises ValueError."""
-    load_table(path, None, Defaults())
-    return {LaunchShape(**e["shape"]): LinearTiles(**e["kernel"]) for e in json.loads(path.read_text())["linear"]}
+    form: that one alone, where it was measured. Raises ValueError for a file that is not such a table, naming it.
+    """
+    found = TileFile.read(path)
+    linear = {}
+    for shape, entry in found.linear.items():
+        wanted = form or (entry.captured if captured else entry.chosen)
+        if wanted in entry.tiles:
+            linear[shape] = entry.tiles[wanted]
+    return TileTable(linear, {shape: entry.tiles for shape, entry in found.grads.items()}, missing, fallback)

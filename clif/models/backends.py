@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import linear
 
 from clif.config import ConfigError, EngineConfig
-from clif.kernels.tuning import Defaults, TileTable, kernel_tiles, load_table, table_path
+from clif.kernels.tuning import Defaults, TileTable, load_table, table_path
 from clif.models.layer_ops import LayerOps, TorchOps
 from clif.models.varlen import Varlen, varlen_attention, varlen_fault
 
@@ -92,8 +92,9 @@ def choose_captured_kernels(
     from clif.kernels.dual_lora_host import KernelLauncher
 
     defaults, measured = _defaults(device), table_path(torch.cuda.get_device_name(device))
-    tiles = kernel_tiles(measured) if measured.is_file() else {}
-    return KernelLauncher(device, TileTable(tiles, {}, defaults, defaults))
+    if not measured.is_file():
+        return KernelLauncher(device, TileTable({}, {}, defaults, defaults))
+    return KernelLauncher(device, load_table(measured, defaults, defaults, captured=True))
 
 
 def choose_decode(

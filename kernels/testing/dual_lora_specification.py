@@ -121,35 +121,52 @@ def by_torch(batch: Batch, dtype: torch.dtype | None = None) -> Results:
     hidden = shadow_forward(y[batch.learns :], learnt, a[SHADOW], b[SHADOW], p.scale)
     grad_x, grad_a, grad_b = shadow_backward(grad, grad @ weight, learnt, hidden, a[SHADOW], b[SHADOW], p.scale)
     assert grad_x is not None
-    return Results(y, grad_x, grad_a, _gathered(p, grad_b))
+    return Results(y, grad_x, grad_a, gathered(p, grad_b))
 
 
-def _gathered(merged: MergedLinear, grad_b: torch.Tensor) -> torch.Tensor:
+def gathered(merged: MergedLinear, grad_b: torch.Tensor) -> torch.Tensor:
     """The blocks of the gradient of a merged B one below the other."""
     r = merged.r
     adapted = [(m.start, m.stop, m.block) for m in merged.projections if m.block is not None]
     return torch.cat([grad_b[start:stop, block * r : (block + 1) * r] for start, stop, block in adapted])
 
 
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What results of one batch are compared with: float64, torch's products in the batch's type, and bounds."""
+
+    exact: Results
+    eager: Results
+    bounds: Results
+
+    @classmethod
+    def of(cls, batch: Batch) -> Expected:
+        return cls(by_torch(batch, torch.float64), by_torch(batch), _bounds(batch))
+
+
 def violations(batch: Batch, found: Results) -> list[str]:
     """Violations of the specification, in words; empty if there are none."""
-    exact, eager, bounds = by_torch(batch, torch.float64), by_torch(batch), _bounds(batch)
+    expected = Expected.of(batch)
+    names = ("y", "grad_x", "grad_a", "grad_b")
+    return [fault for name in names for fault in faults(batch, expected, name, getattr(found, name))]
+
+
+def faults(batch: Batch, expected: Expected, name: str, found: torch.Tensor) -> list[str]:
+    """The same of one result alone."""
+    want, got, torchs = (x.double() for x in (getattr(expected.exact, name), found, getattr(expected.eager, name)))
+    if not want.numel():
+        return []
+    if not got.isfinite().all():
+        return [f"{name} is not finite"]
     wrong = []
-    for name in ("y", "grad_x", "grad_a", "grad_b"):
-        want, got, torchs = (getattr(results, name).double() for results in (exact, found, eager))
-        if not want.numel():
-            continue
-        if not got.isfinite().all():
-            wrong.append(f"{name} is not finite")
-            continue
-        error, torch_error = (float((x - want).norm() / want.norm()) for x in (got, torchs))
-        # Where torch happens to be exact, a rounding of the last bit is no fault.
-        allowed = max(1.25 * torch_error + torch.finfo(batch.x.dtype).eps / 8, 1.25 * _in_one_sequence(batch, name))
-        if error > allowed:
-            wrong.append(f"{name}: relative error {error:.2e}, torch's is {torch_error:.2e}, allowed {allowed:.2e}")
-        excess = ((got - want).abs() / getattr(bounds, name)).max()
-        if excess > 1:
-            wrong.append(f"{name}: an element is off by {excess:.1f} times what roundings allow")
+    error, torch_error = (float((x - want).norm() / want.norm()) for x in (got, torchs))
+    # Where torch happens to be exact, a rounding of the last bit is no fault.
+    allowed = max(1.25 * torch_error + torch.finfo(batch.x.dtype).eps / 8, 1.25 * _in_one_sequence(batch, name))
+    if error > allowed:
+        wrong.append(f"{name}: relative error {error:.2e}, torch's is {torch_error:.2e}, allowed {allowed:.2e}")
+    excess = ((got - want).abs() / getattr(expected.bounds, name)).max()
+    if excess > 1:
+        wrong.append(f"{name}: an element is off by {excess:.1f} times what roundings allow")
     return wrong
 
 

@@ -1,0 +1,143 @@
+"""The file of the tiles that were measured on one type of GPU: every form of a shape, its spread, date and versions.
+
+The tuner (benchmarks/tune_gpu.py) writes it after every shape; CLIF reads it at its start. Free of Triton and torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clif.kernels.tiles import GradTiles, LinearTiles
+
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """What a launch computes. rows: of the batch at most; depth of the contraction; outputs; rank of an adapter."""
+
+    rows: int
+    depth: int
+    out: int
+    rank: int
+    backward: bool
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Microseconds per layer: the median, and what 10 % and 90 % of the samples were below."""
+
+    p10: float
+    median: float
+    p90: float
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """When an entry was measured, and with what: an entry of other versions is measured again."""
+
+    date: str
+    device: str
+    torch: str
+    triton: str
+    kernels: str
+    """Digest of the kernels' source."""
+
+    def same_versions(self, other: Stamp) -> bool:
+        return {**asdict(self), "date": ""} == {**asdict(other), "date": ""}
+
+
+@dataclass(frozen=True)
+class LinearEntry:
+    """One shape of dual_lora_linear: the fastest tiles of each form whose results are right, in one heat.
+
+    chosen: the fastest form; captured: the fastest whose segments are data, as in a captured step (None: no such form).
+    beside: torch's times, the base product alone among them. left_out: how many candidates had no result, by reason.
+    """
+
+    shape: LaunchShape
+    chosen: str
+    captured: str | None
+    tiles: dict[str, LinearTiles]
+    us: dict[str, Spread]
+    beside: dict[str, Spread]
+    stamp: Stamp
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GradsEntry:
+    """One shape of dual_lora_grads. depth and outputs are the layer's."""
+
+    shape: LaunchShape
+    tiles: GradTiles
+    us: Spread
+    stamp: Stamp
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class TileFile:
+    """about: machine, versions, command; entries by shape."""
+
+    about: dict[str, str] = field(default_factory=dict)
+    linear: dict[LaunchShape, LinearEntry] = field(default_factory=dict)
+    grads: dict[LaunchShape, GradsEntry] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> TileFile:
+        """Raises ValueError for a file that is not such a table, or of an earlier format, naming it."""
+        try:
+            tree = json.loads(path.read_text())
+            if tree.get("format") != FORMAT:
+                raise ValueError(
+                    f"{path}: a table of an earlier format, without spread and date of its entries: measure again with "
+                    "make tune-gpu AGAIN=1, or remove the file"
+                )
+            linear, grads = map(_linear, tree["linear"]), map(_grads, tree["grads"])
+            return cls(tree["about"], {e.shape: e for e in linear}, {e.shape: e for e in grads})
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: not a table of tiles ({error}): write it again with make tune-gpu") from error
+
+    def write(self, path: Path) -> None:
+        """All of it or nothing: a process that is ended meanwhile leaves the file as it was."""
+        tree = {
+            "format": FORMAT,
+            "about": self.about,
+            "linear": [asdict(entry) for entry in self.linear.values()],
+            "grads": [asdict(entry) for entry in self.grads.values()],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(tree, indent=1) + "\n")
+        part.replace(path)
+
+
+def _linear(entry: Mapping[str, Any]) -> LinearEntry:
+    made = LinearEntry(
+        LaunchShape(**entry["shape"]),
+        entry["chosen"],
+        entry["captured"],
+        {form: LinearTiles(**tiles) for form, tiles in entry["tiles"].items()},
+        {form: Spread(**us) for form, us in entry["us"].items()},
+        {name: Spread(**us) for name, us in entry["beside"].items()},
+        Stamp(**entry["stamp"]),
+        entry["left_out"],
+    )
+    if not {made.chosen, made.captured or made.chosen} <= made.tiles.keys() == made.us.keys():
+        raise KeyError(f"tiles or times of the chosen forms of {made.shape}")
+    return made
+
+
+def _grads(entry: Mapping[str, Any]) -> GradsEntry:
+    return GradsEntry(
+        LaunchShape(**entry["shape"]),
+        GradTiles(**entry["tiles"]),
+        Spread(**entry["us"]),
+        Stamp(**entry["stamp"]),
+        entry["left_out"],
+    )

@@ -1,0 +1,108 @@
+"""Tables of measured tiles: what was measured is read back, and a file that is something else is named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from clif.kernels.tile_file import GradsEntry, LaunchShape, LinearEntry, Spread, Stamp, TileFile
+from clif.kernels.tiles import GradTiles, LinearTiles
+from clif.kernels.tuning import Defaults, TileTable, load_table, table_path
+
+STAMP = Stamp("2026-11-27", "a GPU", "2.11", "3.6", "0123456789ab")
+FUSED, SEPARATE = LinearTiles(block_m=16), LinearTiles(form="separate", slices=4)
+
+
+def entry(rows: int, chosen: str, captured: str | None = "fused") -> LinearEntry:
+    us = {"fused": Spread(1.0, 2.0, 3.0), "separate": Spread(1.5, 1.6, 1.7)}
+    shape, beside = LaunchShape(rows, 64, 64, 8, False), {"base": Spread(0.5, 0.6, 0.7)}
+    tiles = {"fused": FUSED, "separate": SEPARATE}
+    return LinearEntry(shape, chosen, captured, tiles, us, beside, STAMP, {"pair: no such thing": 2})
+
+
+def table(*entries: LinearEntry) -> TileFile:
+    shape = LaunchShape(256, 64, 64, 8, True)
+    grads = GradsEntry(shape, GradTiles(slices=7), Spread(4.0, 5.0, 6.0), STAMP)
+    return TileFile({"device": "a GPU"}, {e.shape: e for e in entries}, {shape: grads})
+
+
+def test_a_table_is_read_as_it_was_written_with_spread_date_and_versions(tmp_path: Path) -> None:
+    written = table(entry(16, "fused"), entry(256, "separate", None))
+    written.write(tmp_path / "new" / "gpu.json")
+    assert TileFile.read(tmp_path / "new" / "gpu.json") == written
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["gpu.json"]
+
+
+def test_a_table_answers_for_what_was_measured_and_says_separate_for_what_was_not(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    table(entry(16, "fused"), entry(256, "separate")).write(file)
+    found = load_table(file, None, Defaults())
+    assert found.linear(1, 64, 64, 8, False) == found.linear(16, 64, 64, 8, False) == FUSED
+    assert found.linear(17, 64, 64, 8, False) == found.linear(9999, 64, 64, 8, False) == SEPARATE
+    # Other widths, ranks or directions were not measured: torch's products.
+    for unknown in ((16, 65, 64, 8, False), (16, 64, 64, 16, False), (16, 64, 64, 8, True)):
+        assert found.linear(*unknown).form == "separate"
+    assert found.grads(300, 64, 64, 8).slices == 7
+    assert found.grads(300, 64, 64, 16) == Defaults().grads(300, 64, 64, 16)
+
+
+def test_captured_steps_take_the_fastest_form_whose_segments_are_data(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    table(entry(16, "separate", "fused"), entry(256, "separate", None)).write(file)
+    defaults = Defaults()
+    captured = load_table(file, defaults, defaults, captured=True)
+    assert captured.linear(16, 64, 64, 8, False) == captured.linear(256, 64, 64, 8, False) == FUSED
+    table(entry(16, "separate", None)).write(file)
+    nothing = load_table(file, defaults, defaults, captured=True)
+    assert nothing.linear(16, 64, 64, 8, False) == defaults.linear(16, 64, 64, 8, False)
+
+
+def test_the_best_tiles_of_one_form_can_be_had_where_another_is_faster(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    table(entry(16, "separate")).write(file)
+    defaults = Defaults()
+    assert load_table(file, defaults, defaults, form="fused").linear(16, 64, 64, 8, False) == FUSED
+    assert load_table(file, None, defaults, form="pair").measured == {}
+
+
+def test_a_shape_without_a_table_has_tiles_by_reasoning() -> None:
+    assert TileTable({}, {}, Defaults()).linear(64, 4096, 4096, 16, False) == Defaults().linear(
+        64, 4096, 4096, 16, False
+    )
+
+
+def test_a_broken_table_is_named_with_what_to_do(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    table(entry(16, "fused")).write(file)
+    tree = json.loads(file.read_text())
+    wrong = [
+        "{",
+        "[]",
+        json.dumps(tree | {"linear": [{"shape": {}, "tiles": {"colour": 1}}]}),
+        json.dumps(tree | {"linear": [tree["linear"][0] | {"chosen": "pair"}]}),
+    ]
+    for text in wrong:
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"gpu\.json: not a table of tiles .* make tune-gpu"):
+            load_table(file, None, Defaults())
+
+
+def test_a_table_of_the_earlier_format_says_how_to_replace_it(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    old = {"about": {"device": "a GPU"}, "linear": [{"shape": {}, "tiles": {}, "us": {"kernel": 1.0}}], "grads": []}
+    file.write_text(json.dumps(old))
+    with pytest.raises(ValueError, match=r"gpu\.json: a table of an earlier format.*make tune-gpu AGAIN=1"):
+        load_table(file, None, Defaults())
+
+
+def test_an_entry_is_old_when_anything_but_its_date_differs() -> None:
+    assert STAMP.same_versions(replace(STAMP, date="2027-01-01"))
+    for name in ("device", "torch", "triton", "kernels"):
+        assert not STAMP.same_versions(replace(STAMP, **{name: "other"}))
+
+
+def test_tables_are_kept_by_the_name_of_the_gpu() -> None:
+    assert table_path("NVIDIA H200 (141 GB)").name == "nvidia-h200-141-gb.json"
