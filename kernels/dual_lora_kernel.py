@@ -309,13 +309,14 @@ def dual_lora_linear(
     launch = (tl.load(left) >> 16) + 1
     if FORM == 1 and not INTERPRET:
         tl.extra.cuda.gdc_launch_dependents()
-    if program < shrinkers:
+    # A form is compiled without the work of the other launch, which would take registers.
+    if FORM != 2 and program < shrinkers:
         for item in range(program, tl.load(counts) * (BLOCKS * SLICES), shrinkers):
             shrink(
                 item, x, a, hidden, pairs, blocks, planes, tickets, flags, launch, scale, x_row, a_slot, a_rank,
                 a_k, BLOCK_M, BLOCK_K, RANK, RANK_P, BLOCKS, SLICES, FORM, TRANSPOSED, ALIGNED, TMA, INTERPRET,
             )  # fmt: skip
-    elif FORM != 1:
+    if FORM != 1 and program >= shrinkers:
         for item in range(program - shrinkers, n_tiles * n_columns * SPLIT, programs - shrinkers):
             _tile_of_y(
                 item, n_tiles, n_columns, x, w, bias, b, hidden, y, firsts, pairs, col_tiles, sums, sum_tickets, flags,
