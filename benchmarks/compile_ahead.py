@@ -24,7 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from clif.kernels.candidates import AFTER_TORCH
-from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
+from clif.kernels.dual_lora_forms import DualLoraLinear
+from clif.kernels.dual_lora_host import KernelLauncher
 from clif.kernels.dual_lora_reference import MergedLinear, Projection, Segment
 from clif.kernels.tiles import GradTiles, LinearTiles
 from clif.kernels.tuning import Fixed
@@ -59,7 +60,7 @@ class CompileJob:
             tiles, factors = LinearTiles(), tiles
         elif tiles.form in AFTER_TORCH:
             tiles = replace(tiles, form="three")
-        fused = FusedLinear(layer, KernelLauncher(torch.device("cpu"), Fixed(tiles, factors)))
+        fused = DualLoraLinear(layer, KernelLauncher(torch.device("cpu"), Fixed(tiles, factors)))
         empty = partial(layer.weight.new_empty, sum(count for count, _ in self.lengths))
         grad, hidden = empty(sum(self.sizes)), empty(layer.a.shape[1])
         if isinstance(self.tiles, GradTiles):

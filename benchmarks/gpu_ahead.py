@@ -28,7 +28,8 @@ from tune_gpu import Tuner
 from tune_plan import MODELS
 
 from clif.engine.graphs import decode_sizes
-from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
+from clif.kernels.dual_lora_forms import DualLoraLinear
+from clif.kernels.dual_lora_host import KernelLauncher
 from clif.kernels.dual_lora_reference import SHADOW
 from clif.kernels.paged_decode_host import PagedDecode
 from clif.kernels.testing.dual_lora_specification import computed, random_batch, random_layer
@@ -55,7 +56,7 @@ class LinearJob:
     def __call__(self) -> None:
         dtype = getattr(torch, self.dtype)
         layer = random_layer(self.sizes, self.depth, self.r, dtype=dtype, device=str(DEVICE), bias=self.bias)
-        computed(random_batch(layer, self.lengths), FusedLinear(layer, KernelLauncher(DEVICE, tiling())))
+        computed(random_batch(layer, self.lengths), DualLoraLinear(layer, KernelLauncher(DEVICE, tiling())))
 
 
 @dataclass(frozen=True)

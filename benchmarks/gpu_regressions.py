@@ -24,7 +24,8 @@ from clif.distributed.collectives import WeightedMean
 from clif.distributed.launch_env import RankEnv
 from clif.distributed.topology import make_topology
 from clif.engine.engine import Engine
-from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
+from clif.kernels.dual_lora_forms import DualLoraLinear
+from clif.kernels.dual_lora_host import KernelLauncher
 from clif.kernels.dual_lora_reference import SHADOW
 from clif.kernels.paged_decode_host import PagedDecode
 from clif.kernels.testing.dual_lora_specification import computed, random_batch, random_layer, violations
@@ -50,7 +51,7 @@ def launcher() -> KernelLauncher:
 
 def zero_rows() -> str:
     batch = random_batch(random_layer([64], 64, 8, dtype=torch.bfloat16, device=DEVICE), ((0, 0),))
-    y, _ = FusedLinear(batch.merged, launcher()).forward(batch.x, batch.segments)
+    y, _ = DualLoraLinear(batch.merged, launcher()).forward(batch.x, batch.segments)
     return "" if tuple(y.shape) == (0, 64) else f"shape {tuple(y.shape)}"
 
 
@@ -58,14 +59,14 @@ def float32_products() -> str:
     sizes, depth = ([512, 256], 1024) if not DRY_RUN else ([32, 16], 32)
     layer = random_layer(sizes, depth, 16, dtype=torch.float32, device=DEVICE, bias=True)
     batch = random_batch(layer, KINDS)
-    return "; ".join(violations(batch, computed(batch, FusedLinear(batch.merged, launcher()))))
+    return "; ".join(violations(batch, computed(batch, DualLoraLinear(batch.merged, launcher()))))
 
 
 def one_kernel_per_linear() -> str:
     if DRY_RUN:
         return ""
     batch = random_batch(random_layer([4096], 4096, 16, dtype=torch.bfloat16, device=DEVICE), ((48, 0), (16, 1)))
-    layer = FusedLinear(batch.merged, launcher())
+    layer = DualLoraLinear(batch.merged, launcher())
     layer.forward(batch.x, batch.segments)
     found = launches(lambda: layer.forward(batch.x, batch.segments))
     return "" if sum(count for count, _ in found.values()) == 1 else f"{found}"

@@ -31,7 +31,8 @@ from clif.engine.base import Base, build_base
 from clif.engine.batch import segments_of
 from clif.engine.decode_buffers import DecodeBuffers
 from clif.engine.scheduler import Chunk
-from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher, Tiling
+from clif.kernels.dual_lora_forms import DualLoraLinear
+from clif.kernels.dual_lora_host import KernelLauncher, Tiling
 from clif.kernels.dual_lora_reference import Segment
 from clif.kernels.paged_decode_reference import PagedDecodeReference
 from clif.models.dual_linear import DualLinear, LoraRows, SlotsOnDevice
@@ -99,20 +100,20 @@ class LayerBench:
         for tensor in self._cache.layers:
             tensor.normal_(0.0, 1.0, generator=rng)
 
-    def _products_of(self, tilings: Mapping[str, Tiling]) -> dict[str, list[FusedLinear]]:
+    def _products_of(self, tilings: Mapping[str, Tiling]) -> dict[str, list[DualLoraLinear]]:
         """For each way of CLIF the product of every linear layer; AUTO has the product's own if there are any."""
         own = [linear._captured for linear in self._linears]
         found: dict[str, list[Any]] = {}
         for name, tiling in tilings.items():
             launcher = KernelLauncher(self.base.loaded.device, tiling)
             for linear in self._linears:
-                linear.fuse(None, launcher)
+                linear.use_kernels(None, launcher)
             found[name] = [linear._captured for linear in self._linears]
         if None not in own:
             found[AUTO] = own
         return {name: products for name, products in found.items() if self._takes_data(products)}
 
-    def _takes_data(self, products: Sequence[FusedLinear]) -> bool:
+    def _takes_data(self, products: Sequence[DualLoraLinear]) -> bool:
         return all(_form(product, self.case.rows) != "separate" for product in products)
 
     def taken(self) -> str:
@@ -227,7 +228,7 @@ def _lora(linear: DualLinear) -> LoraFactors:
     return linear.lora
 
 
-def _form(product: FusedLinear, rows: int) -> str:
+def _form(product: DualLoraLinear, rows: int) -> str:
     out, depth = product.merged.weight.shape
     return product._launcher.tiling.linear(rows, depth, out, product.merged.r, False).form
 

@@ -12,7 +12,8 @@ from kernel_goals import AUTO, FORMS, TRITON_BASE, Measured, Spread
 from rivals import backward_ways, forward_ways, triton_base
 from timing import Way, contest
 
-from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
+from clif.kernels.dual_lora_forms import DualLoraLinear
+from clif.kernels.dual_lora_host import KernelLauncher
 from clif.kernels.testing.dual_lora_specification import Batch, computed, random_batch, random_layer, violations
 
 LAYERS_BYTES = 256 << 20
@@ -68,7 +69,7 @@ def ways_of(
 
 def _faults(name: str, batch: Batch, launcher: KernelLauncher) -> Iterator[str]:
     try:
-        found = violations(batch, computed(batch, FusedLinear(batch.merged, launcher)))
+        found = violations(batch, computed(batch, DualLoraLinear(batch.merged, launcher)))
     except Exception as error:  # noqa: BLE001 - whatever it was, it is a fault of this way alone
         found = [f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"]
     return (f"{name}: {fault}" for fault in found)

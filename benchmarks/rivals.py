@@ -11,7 +11,8 @@ from kernel_goals import BASE, DGRAD, FOUR, FOUR_PUBLISHED
 from timing import Way
 from torch.nn.functional import linear
 
-from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
+from clif.kernels.dual_lora_forms import DualLoraLinear
+from clif.kernels.dual_lora_host import KernelLauncher
 from clif.kernels.dual_lora_reference import SHADOW, add_dual_lora
 from clif.kernels.dual_lora_table import StagedRowTable
 from clif.kernels.testing.dual_lora_specification import Batch
@@ -57,19 +58,19 @@ def backward_ways(batches: Sequence[Batch], launchers: Launchers) -> dict[str, W
 
 def triton_base(batches: Sequence[Batch], launcher: KernelLauncher) -> Way:
     """The kernel's product alone. With a table on the device it cannot know that no row has an adapter."""
-    layers, first = [FusedLinear(b.merged, launcher) for b in batches], batches[0]
+    layers, first = [DualLoraLinear(b.merged, launcher) for b in batches], batches[0]
     rows, slots = len(first.x), len(first.merged.a)
     table = StagedRowTable((), rows, layers[0].height(rows), slots, first.x.device)
     return lambda i: layers[i].forward(batches[i].x, table)
 
 
 def _clif(batches: Sequence[Batch], launcher: KernelLauncher) -> Way:
-    layers = [FusedLinear(b.merged, launcher) for b in batches]
+    layers = [DualLoraLinear(b.merged, launcher) for b in batches]
     return lambda i: layers[i].forward(batches[i].x, batches[i].segments)
 
 
 def _clif_backward(batches: Sequence[Batch], launcher: KernelLauncher) -> Way:
-    layers = [FusedLinear(b.merged, launcher) for b in batches]
+    layers = [DualLoraLinear(b.merged, launcher) for b in batches]
     hidden = [layer.forward(b.x, b.segments)[1] for layer, b in zip(layers, batches, strict=True)]
     return lambda i: layers[i].backward(batches[i].grad, batches[i].x, hidden[i], True)
 

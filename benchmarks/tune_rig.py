@@ -14,7 +14,8 @@ from timing import Way, prepared
 from torch.nn.functional import linear
 from tune_plan import Task, Tiles
 
-from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
+from clif.kernels.dual_lora_forms import DualLoraLinear
+from clif.kernels.dual_lora_host import KernelLauncher
 from clif.kernels.dual_lora_reference import SHADOW, MergedLinear, add_dual_lora
 from clif.kernels.testing.dual_lora_specification import Batch, Expected, faults, gathered, random_batch
 from clif.kernels.tiles import GradTiles, LinearTiles
@@ -50,7 +51,7 @@ class Rig:
         self.batches = [random_batch(layer, task.lengths) for layer in layers]
         self._switch = Switch()
         launcher = KernelLauncher(device, self._switch)
-        self._layers = [FusedLinear(b.merged, launcher) for b in self.batches]
+        self._layers = [DualLoraLinear(b.merged, launcher) for b in self.batches]
         self._stream = torch.cuda.Stream() if device.type == "cuda" else None
         self._runs: dict[Tiles | str, Callable[[], float]] = {}
         self._expected: Expected | None = None

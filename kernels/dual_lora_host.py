@@ -1,27 +1,20 @@
-"""Host side of the dual LoRA kernels: workspace, launches, and one object per merged linear layer."""
+"""Host side of the dual LoRA kernels: workspace, tables and launches of one device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 import triton
-from torch.nn.functional import linear
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from clif.kernels.dual_lora_expand_kernel import dual_lora_expand
 from clif.kernels.dual_lora_grads_kernel import dual_lora_grads
 from clif.kernels.dual_lora_kernel import BASE, FUSED, SHRINK, dual_lora_linear
-from clif.kernels.dual_lora_reference import MergedLinear, Segment
-from clif.kernels.dual_lora_table import (
-    ColumnTable,
-    RowTable,
-    RowTables,
-    StagedRowTable,
-    column_tiles,
-    grad_tiles,
-    tiles_of,
-)
+from clif.kernels.dual_lora_reference import Segment
+from clif.kernels.dual_lora_table import ColumnTable, RowTable, StagedRowTable, tiles_of
+from clif.kernels.side_stream import side_stream
 from clif.kernels.tiles import GradTiles, LinearTiles, descriptor_boxes, piece_width
 from clif.kernels.workspace import Workspace, Workspaces, current_stream
 
@@ -48,6 +41,7 @@ class KernelLauncher:
         self.device, self.tiling = device, tiling
         on_gpu = device.type == "cuda"
         self.programs = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 0
+        self.side = side_stream(device)
         self._workspaces = Workspaces(device)
         self._tables: dict[tuple[Any, ...], StagedRowTable] = {}
 
@@ -128,6 +122,23 @@ class KernelLauncher:
         else:
             launch(FUSED, shrinkers, others)
 
+    def expand(
+        self,
+        tiles: LinearTiles,
+        hidden: torch.Tensor,
+        b: torch.Tensor,
+        y: torch.Tensor,
+        rows: RowTable,
+        columns: ColumnTable,
+        r: int,
+    ) -> None:
+        """Add h B_s^T to y [rows, out], for the rows of each pair; hidden [rows, k r] is h, b as in linear()."""
+        dual_lora_expand[(rows.capacity * len(columns.tiles),)](
+            hidden, b, y, rows.counts, rows.pairs, columns.tiles, len(columns.tiles), *b.stride(), y.stride(0),
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, RANK=r, RANK_P=_padded(r), BLOCKS=hidden.shape[1] // r,
+            ALIGNED=columns.aligned, INTERPRET=INTERPRET, **_options(tiles.warps, tiles.stages),
+        )  # fmt: skip
+
     def grads(
         self,
         tiles: GradTiles,
@@ -159,131 +170,6 @@ class KernelLauncher:
             **_options(tiles.warps, tiles.stages),
         )  # fmt: skip
         return grad_a, grad_b
-
-
-class FusedLinear:
-    """One merged layer: forward for rows of any slots, backward for rows of the shadow."""
-
-    def __init__(self, merged: MergedLinear, launcher: KernelLauncher) -> None:
-        self.merged, self._launcher = merged, launcher
-        out, depth = merged.weight.shape
-        adapted = [m for m in merged.projections if m.block is not None]
-        self._outputs = sum(m.stop - m.start for m in adapted)
-        self._forward_blocks = ColumnTable.of([(0, depth)] * merged.blocks, depth, merged.weight.device)
-        self._backward_blocks = ColumnTable.of([(m.start, m.stop) for m in adapted], out, merged.weight.device)
-        self._columns: dict[tuple[Callable[..., Any], int], ColumnTable] = {}
-
-    def held(self) -> tuple[object, ...]:
-        """The tables that its launches have read so far, for a captured graph to keep."""
-        return self._launcher.held()
-
-    def forward(
-        self, x: torch.Tensor, segments: Sequence[Segment] | RowTable, tables: RowTables | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """y [rows, out] and h = scale * x A^T [rows, k r] of x [rows, in]; rows in no segment have no h.
-
-        tables: of these segments; without them tables are made and kept for segments that come again. A table instead
-        of segments is for a captured graph: refilled, it serves others in the next replay. Raises ValueError for
-        segments that overlap, or a table made for other tiles.
-        """
-        p, x = self.merged, _rows(x)
-        out, depth = p.weight.shape
-        hidden, y = x.new_empty(len(x), p.a.shape[1]), x.new_empty(len(x), out)
-        if not len(x):
-            return y, hidden
-        tiles = self._launcher.tiling.linear(len(x), depth, out, p.r, False)
-        if tiles.form == "separate" and not isinstance(segments, RowTable):
-            return self._separate(x, segments, hidden), hidden
-        rows = self._table_of(segments, len(x), tiles, tables)
-        columns = self._cut(column_tiles, p.projections, tiles.block_n)
-        blocks = self._forward_blocks
-        self._launcher.linear(tiles, x, p.weight, p.bias, p.a, p.b, hidden, y, rows, columns, blocks, p.r, p.scale)
-        return y, hidden
-
-    def height(self, rows: int) -> int:
-        """Rows of a tile in the forward of so many rows: a table of that height fits."""
-        out, depth = self.merged.weight.shape
-        return self._launcher.tiling.linear(rows, depth, out, self.merged.r, False).block_m
-
-    def _table_of(
-        self, segments: Sequence[Segment] | RowTable, rows: int, tiles: LinearTiles, tables: RowTables | None
-    ) -> RowTable:
-        if not isinstance(segments, RowTable):
-            if tables is not None:
-                return tables.of(tiles.block_m, len(self.merged.a))
-            return self._launcher.rows(segments, rows, tiles.block_m, len(self.merged.a))
-        if tiles.form == "separate" or segments.block_m != tiles.block_m:
-            raise ValueError(f"a table of {segments.block_m}-row tiles does not fit {tiles}: make it for these")
-        return segments
-
-    def _separate(self, x: torch.Tensor, segments: Sequence[Segment], hidden: torch.Tensor) -> torch.Tensor:
-        p = self.merged
-        y = linear(x, p.weight, p.bias)
-        for start, stop, slot in segments:
-            torch.mul(x[start:stop] @ p.a[slot].T, p.scale, out=hidden[start:stop])
-            y[start:stop].addmm_(hidden[start:stop], p.b[slot].T)
-        return y
-
-    def backward(
-        self, grad: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor, down: bool
-    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """Gradients of x (None unless down), A [k r, in] and B [adapted outputs, r] of rows that use the shadow.
-
-        grad: of y [rows, out]; x and hidden as in the forward. Those of the factors are float32.
-        """
-        p, grad, x, hidden = self.merged, _rows(grad), _rows(x), hidden.contiguous()
-        if not len(x):
-            zeros = torch.zeros_like(p.a[-1], dtype=torch.float32), x.new_zeros(self._outputs, p.r, dtype=torch.float32)
-            return (torch.empty_like(x) if down else None), *zeros
-        grad_x, grad_hidden = self.through(grad, down)
-        return grad_x, *self.factor_gradients(grad, x, hidden, grad_hidden)
-
-    def factor_gradients(
-        self, grad: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor, grad_hidden: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The backward's second launch: gradients of A and B."""
-        p = self.merged
-        out, depth = p.weight.shape
-        tiles = self._launcher.tiling.grads(len(x), depth, out, p.r)
-        columns = self._cut(grad_tiles, p.projections, tiles.block_c)
-        return self._launcher.grads(tiles, x, grad, hidden, grad_hidden, columns, self._outputs, p.r)
-
-    def through(self, grad: torch.Tensor, down: bool) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The backward's first launch: gradients of x (None unless down) and of h / scale, times scale.
-
-        It is the forward's kernel, with the shadow's factors swapped.
-        """
-        p = self.merged
-        out, depth = p.weight.shape
-        tiles = self._launcher.tiling.linear(len(grad), out, depth, p.r, True)
-        if tiles.form == "separate":
-            grad_hidden = (grad @ p.b[-1]).mul_(p.scale)
-            return torch.addmm(grad @ p.weight, grad_hidden, p.a[-1]) if down else None, grad_hidden
-        grad_hidden = grad.new_empty(len(grad), p.a.shape[1])
-        grad_x = grad.new_empty(len(grad), depth) if down else None
-        a, b = p.a[-1:].transpose(1, 2), p.b[-1:].transpose(1, 2)
-        rows = self._launcher.rows((Segment(0, len(grad), 0),), len(grad), tiles.block_m, 1)
-        columns = self._cut(_through_tiles, (depth, p.blocks), tiles.block_n)
-        blocks = self._backward_blocks
-        self._launcher.linear(
-            tiles, grad, p.weight.T, None, b, a, grad_hidden, grad_x, rows, columns, blocks, p.r, p.scale
-        )
-        return grad_x, grad_hidden
-
-    def _cut(self, cut: Callable[..., list[tuple[int, int, int, int]]], what: Any, size: int) -> ColumnTable:
-        if (cut, size) not in self._columns:
-            self._columns[cut, size] = ColumnTable.of(cut(what, size), size, self.merged.weight.device)
-        return self._columns[cut, size]
-
-
-def _through_tiles(what: tuple[int, int], size: int) -> list[tuple[int, int, int, int]]:
-    """Column tiles of the gradient of x: each depends on every block of h's gradient."""
-    depth, blocks = what
-    return [(col, min(col + size, depth), 0, blocks) for col in range(0, depth, size)]
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _padded(r: int) -> int:

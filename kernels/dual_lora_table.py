@@ -31,22 +31,28 @@ def row_pairs(segments: Sequence[Segment], rows: int, block_m: int, slots: int) 
     adapter and are in no pair. A negative slot counts from the last.
     Raises ValueError for segments that overlap or leave the batch.
     """
+    assert_disjoint(segments, rows, slots)
     pairs: list[Pair] = []
+    for start, stop, slot in segments:
+        while start < stop:
+            tile = start // block_m
+            end = min((tile + 1) * block_m, stop)
+            pairs.append(Pair(start, end, slot % slots, tile))
+            start = end
+    counts = Counter(pair.tile for pair in pairs)
+    firsts = [0, *itertools.accumulate(counts[tile] for tile in range(tiles_of(rows, block_m)))]
+    return firsts, pairs
+
+
+def assert_disjoint(segments: Sequence[Segment], rows: int, slots: int) -> None:
+    """Raises ValueError for segments that overlap, leave the batch or want a slot that does not exist."""
     at = 0
     for start, stop, slot in segments:
         if not at <= start <= stop <= rows:
             raise ValueError(f"segment {start}:{stop} overlaps the one before or leaves the batch of {rows} rows")
         if not -slots <= slot < slots:
             raise ValueError(f"segment {start}:{stop} wants slot {slot} of {slots}")
-        while start < stop:
-            tile = start // block_m
-            end = min((tile + 1) * block_m, stop)
-            pairs.append(Pair(start, end, slot % slots, tile))
-            start = end
         at = stop
-    counts = Counter(pair.tile for pair in pairs)
-    firsts = [0, *itertools.accumulate(counts[tile] for tile in range(tiles_of(rows, block_m)))]
-    return firsts, pairs
 
 
 def tiles_of(rows: int, block_m: int) -> int:

@@ -72,7 +72,7 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
         launcher = choose_kernels(config.engine.lora_kernel, loaded.device, loaded.dtype, config.adapter.r)
         captured = choose_captured_kernels(config.engine, loaded.device, loaded.dtype, config.adapter.r)
         for linear in stack.linears if launcher or captured else ():
-            linear.fuse(launcher, captured)
+            linear.use_kernels(launcher, captured)
         if config.engine.prepack_weights:
             stack.prepack()
         if expected is not None and not shared:

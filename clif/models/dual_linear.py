@@ -30,7 +30,8 @@ from clif.models.lora_factors import LoraFactors, LoraModule
 from clif.models.shard import LinearShards, Shard
 
 if TYPE_CHECKING:
-    from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
+    from clif.kernels.dual_lora_forms import DualLoraLinear
+    from clif.kernels.dual_lora_host import KernelLauncher
     from clif.kernels.dual_lora_table import AdapterTables, RowTables
 
 
@@ -75,8 +76,8 @@ class DualLinear:
         self.shards = shards or LinearShards("out", tuple(Shard(0, n, n) for n in self.sizes), TpGroup())
         self.base: BaseWeight = merged(linears)
         self.lora: LoraFactors | None = None
-        self._fused: FusedLinear | None = None
-        self._captured: FusedLinear | None = None
+        self._kernels: DualLoraLinear | None = None
+        self._captured: DualLoraLinear | None = None
 
     def adapt(self, adapted: list[int], r: int, scale: float, slots: int) -> LoraFactors:
         """Give the chosen modules adapters: A like a linear layer and B zero, as peft does."""
@@ -89,21 +90,21 @@ class DualLinear:
         """Lay the base weight out for the machine's matrix kernels where that pays."""
         self.base = prepacked(self.base)
 
-    def fuse(self, launcher: KernelLauncher | None, captured: KernelLauncher | None = None) -> None:
-        """Compute base and adapters in one launch from now on, where the layer is adapted and its base is dense.
+    def use_kernels(self, launcher: KernelLauncher | None, captured: KernelLauncher | None = None) -> None:
+        """Compute base and adapters by the kernels from now on, where the layer is adapted and its base is dense.
 
         captured: the same for rows of captured steps.
         """
-        from clif.kernels.dual_lora_host import FusedLinear
+        from clif.kernels.dual_lora_forms import DualLoraLinear
 
         if self.lora is not None and isinstance(self.base, Dense):
             merged = self.lora.as_merged(self.base)
-            self._fused = FusedLinear(merged, launcher) if launcher else None
-            self._captured = FusedLinear(merged, captured) if captured else None
+            self._kernels = DualLoraLinear(merged, launcher) if launcher else None
+            self._captured = DualLoraLinear(merged, captured) if captured else None
 
     def held(self) -> tuple[object, ...]:
         """What a captured graph of rows that learn reads beside tensors: to be kept for as long as the graph."""
-        return () if self._fused is None else self._fused.held()
+        return () if self._kernels is None else self._kernels.held()
 
     def __call__(self, xs: Sequence[torch.Tensor], rows: Sequence[LoraRows]) -> list[torch.Tensor]:
         """xs: [count, in] for each kind of rows, those that learn last. Returns [count, out] for each."""
@@ -114,9 +115,9 @@ class DualLinear:
         x = xs[0] if len(xs) == 1 else torch.cat(list(xs))
         if rows[0].on_device is not None:
             y = self._by_slot(x, rows[0].on_device)
-        elif self._fused is not None:
+        elif self._kernels is not None:
             # Rows of several kinds are concatenated: the tables of one kind do not fit them.
-            y, _ = self._fused.forward(x, _segments(rows), rows[0].tables if len(rows) == 1 else None)
+            y, _ = self._kernels.forward(x, _segments(rows), rows[0].tables if len(rows) == 1 else None)
         else:
             y = self._add_adapters(self.base.forward(x), x, rows)
         self.shards.sum_outputs(y)
@@ -146,8 +147,8 @@ class DualLinear:
         """
         together = torch.cat([*others, x]) if others else x
         served = len(together) - len(x)
-        if self._fused is not None:
-            y, hidden = self._fused.forward(together, _segments(rows))
+        if self._kernels is not None:
+            y, hidden = self._kernels.forward(together, _segments(rows))
             self.shards.sum_outputs(y)
             return y[served:], y[:served], hidden[served:]
         y, low, lora = self.base.forward(together), None, self.lora
@@ -165,8 +166,8 @@ class DualLinear:
         Those of factors that peers hold as well are partial sums: see AdapterBank.join_gradient.
         """
         assert self.lora is not None
-        if self._fused is not None:
-            grad_x, a, b = self._fused.backward(grad, x, hidden, down)
+        if self._kernels is not None:
+            grad_x, a, b = self._kernels.backward(grad, x, hidden, down)
         else:
             lora, through_base = self.lora, self.base.backward(grad) if down else None
             grad_x, a, b = shadow_backward(grad, through_base, x, hidden, lora.compute_a, lora.compute_b, lora.scale)

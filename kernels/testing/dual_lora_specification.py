@@ -51,7 +51,7 @@ class Results:
 
 
 class Layer(Protocol):
-    """The layer under test: kernels/dual_lora_host.FusedLinear."""
+    """The layer under test: kernels/dual_lora_forms.DualLoraLinear."""
 
     def forward(self, x: torch.Tensor, segments: Sequence[Segment]) -> tuple[torch.Tensor, torch.Tensor]: ...
 

@@ -15,7 +15,8 @@ import torch
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
 pytest.importorskip("triton")
 
-from clif.kernels.dual_lora_host import FusedLinear, KernelLauncher
+from clif.kernels.dual_lora_forms import DualLoraLinear
+from clif.kernels.dual_lora_host import KernelLauncher
 from clif.kernels.dual_lora_reference import SHADOW, Segment
 from clif.kernels.dual_lora_table import RowTable, StagedRowTable
 from clif.kernels.testing.dual_lora_specification import Batch, computed, random_batch, random_layer, violations
@@ -47,7 +48,7 @@ def batch_of(sizes: Any, depth: int, r: int, lengths: Any, dtype: torch.dtype = 
 
 
 def assert_good(batch: Batch, launcher: KernelLauncher) -> None:
-    assert violations(batch, computed(batch, FusedLinear(batch.merged, launcher))) == []
+    assert violations(batch, computed(batch, DualLoraLinear(batch.merged, launcher))) == []
 
 
 @pytest.mark.parametrize("r", [8, 16, 48, 64])
@@ -103,7 +104,7 @@ def test_every_form_of_launch_computes_the_same_function(tiles: LinearTiles) -> 
 
 def test_an_adapter_with_nan_reaches_no_row_of_another(launcher: KernelLauncher) -> None:
     batch = batch_of([4096], 4096, 16, MIXED)
-    layer = FusedLinear(batch.merged, launcher)
+    layer = DualLoraLinear(batch.merged, launcher)
     healthy = computed(batch, layer)
     held = batch.merged.a[SHADOW].clone()
     batch.merged.a[SHADOW] = float("nan")
@@ -119,7 +120,7 @@ def test_an_adapter_with_nan_reaches_no_row_of_another(launcher: KernelLauncher)
 
 def test_rows_without_adapter_compute_what_a_launch_without_adapters_does(launcher: KernelLauncher) -> None:
     batch = batch_of([4096], 4096, 16, MIXED)
-    layer = FusedLinear(batch.merged, launcher)
+    layer = DualLoraLinear(batch.merged, launcher)
     with_others, _ = layer.forward(batch.x, batch.segments)
     alone, _ = layer.forward(batch.x, ())
     assert torch.equal(with_others[64:67], alone[64:67])
@@ -127,7 +128,7 @@ def test_rows_without_adapter_compute_what_a_launch_without_adapters_does(launch
 
 def test_equal_input_gives_equal_bits(launcher: KernelLauncher) -> None:
     batch = batch_of([4096, 1024, 1024], 4096, 16, MIXED)
-    layer = FusedLinear(batch.merged, launcher)
+    layer = DualLoraLinear(batch.merged, launcher)
     first = computed(batch, layer)
     for _ in range(20):
         again = computed(batch, layer)
@@ -137,7 +138,7 @@ def test_equal_input_gives_equal_bits(launcher: KernelLauncher) -> None:
     assert not launcher.workspace().tickets.any()
 
 
-def captured(layer: FusedLinear, x: torch.Tensor, table: RowTable) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+def captured(layer: DualLoraLinear, x: torch.Tensor, table: RowTable) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -152,7 +153,7 @@ def captured(layer: FusedLinear, x: torch.Tensor, table: RowTable) -> tuple[torc
 def test_a_captured_graph_serves_other_segments_ten_thousand_times(defaults: Defaults) -> None:
     batch = batch_of([1024, 256], 2048, 16, ((128, 0),))
     tiles = replace(defaults.linear(128, 2048, 1280, 16, False), form="fused")
-    layer = FusedLinear(batch.merged, KernelLauncher(torch.device("cuda"), Fixed(tiles)))
+    layer = DualLoraLinear(batch.merged, KernelLauncher(torch.device("cuda"), Fixed(tiles)))
     table = StagedRowTable((), 128, tiles.block_m, 4, torch.device("cuda"), capacity=16)
     graph, y = captured(layer, batch.x, table)
     splits = [((Segment(0, n, 0), Segment(n, n + 20, 2), Segment(n + 20, 128, SHADOW))) for n in (1, 17, 64, 100)]
@@ -167,7 +168,7 @@ def test_a_captured_graph_serves_other_segments_ten_thousand_times(defaults: Def
 
 def test_no_call_waits_for_the_gpu(launcher: KernelLauncher) -> None:
     batch = batch_of([2048], 2048, 16, MIXED)
-    layer = FusedLinear(batch.merged, launcher)
+    layer = DualLoraLinear(batch.merged, launcher)
     computed(batch, layer)
     torch.cuda.set_sync_debug_mode("error")
     try:

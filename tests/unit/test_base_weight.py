@@ -84,8 +84,8 @@ def test_the_kernels_decline_a_weight_that_is_not_dense():
     eight_bit, dense = quantised()
     for base, taken in ((eight_bit, False), (dense, True)):
         layer = layer_with(base)
-        layer.fuse(launcher)
-        assert (layer._fused is not None) is taken
+        layer.use_kernels(launcher)
+        assert (layer._kernels is not None) is taken
 
 
 def test_a_prepacked_weight_serves_by_its_product_and_goes_back_by_the_dense_one(monkeypatch: pytest.MonkeyPatch):

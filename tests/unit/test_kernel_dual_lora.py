@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from clif.kernels import workspace
-from clif.kernels.dual_lora_host import INTERPRET, FusedLinear, KernelLauncher
+from clif.kernels.dual_lora_forms import DualLoraLinear
+from clif.kernels.dual_lora_host import INTERPRET, KernelLauncher
 from clif.kernels.dual_lora_reference import SHADOW, MergedLinear, Segment
 from clif.kernels.dual_lora_table import StagedRowTable
 from clif.kernels.testing.dual_lora_specification import (
@@ -43,7 +44,13 @@ def launcher(tiles: LinearTiles = TILES) -> KernelLauncher:
 
 
 def compute(batch: Batch, using: KernelLauncher | None = None) -> Results:
-    return computed(batch, FusedLinear(batch.merged, using or launcher()))
+    return computed(batch, DualLoraLinear(batch.merged, using or launcher()))
+
+
+def without_adapters(batch: Batch) -> torch.Tensor:
+    """y by the same launch with a table that has no pairs: segments that the host knows to be none need no launch."""
+    table = StagedRowTable((), len(batch.x), TILES.block_m, len(batch.merged.a), CPU)
+    return DualLoraLinear(batch.merged, launcher()).forward(batch.x, table)[0]
 
 
 LAYERS: dict[str, Callable[[], MergedLinear]] = {
@@ -121,8 +128,7 @@ def test_a_b_of_zero_adds_exactly_nothing() -> None:
     layer = random_layer([64], 64, 8, dtype=torch.bfloat16)
     layer.b.zero_()
     batch = random_batch(layer, MIXED)
-    bare = replace(batch, segments=())
-    assert torch.equal(compute(batch).y, FusedLinear(layer, launcher()).forward(bare.x, ())[0])
+    assert torch.equal(compute(batch).y, without_adapters(batch))
 
 
 @pytest.mark.parametrize("store_tma", [False, True], ids=["pointers", "descriptors"])
@@ -131,7 +137,7 @@ def test_a_tile_is_completed_in_pieces_that_the_registers_hold(block_m: int, blo
     tiles = replace(TILES, block_m=block_m, block_n=block_n, tma=store_tma, store_tma=store_tma)
     assert block_n // piece_width(tiles) == {16: 1, 64: 2, 128: 4}[block_m]
     batch = random_batch(random_layer([256], 32, 8, dtype=torch.bfloat16, bias=True), ((9, 0), (5, None), (18, 1)))
-    layer = FusedLinear(batch.merged, launcher(tiles))
+    layer = DualLoraLinear(batch.merged, launcher(tiles))
     found, _ = layer.forward(batch.x, batch.segments)
     assert violations(batch, replace(by_torch(batch), y=found)) == []
 
@@ -188,8 +194,7 @@ def test_a_request_s_nan_stays_in_its_own_row() -> None:
 def test_rows_without_adapter_compute_what_a_launch_without_adapters_does() -> None:
     layer = random_layer([48], 64, 8, dtype=torch.bfloat16)
     batch = random_batch(layer, MIXED)
-    bare, _ = FusedLinear(layer, launcher()).forward(batch.x, ())
-    assert torch.equal(compute(batch).y[9:14], bare[9:14])
+    assert torch.equal(compute(batch).y[9:14], without_adapters(batch)[9:14])
 
 
 def test_gradients_of_the_factors_do_not_depend_on_rows_that_serve() -> None:
@@ -255,7 +260,7 @@ def test_a_workspace_is_made_once_and_not_at_every_launch(monkeypatch: pytest.Mo
 
 def test_a_batch_without_rows_needs_no_tiles_and_no_launch() -> None:
     batch = random_batch(LAYERS["packed"](), ((0, 0),))
-    layer = FusedLinear(batch.merged, KernelLauncher(CPU, Defaults()))
+    layer = DualLoraLinear(batch.merged, KernelLauncher(CPU, Defaults()))
     y, hidden = layer.forward(batch.x, batch.segments)
     assert y.shape == (0, 104) and hidden.shape == (0, 24)
     grad_x, grad_a, grad_b = layer.backward(y, batch.x, hidden, True)
@@ -271,7 +276,7 @@ def test_a_refilled_table_serves_other_segments_in_the_same_launch() -> None:
     assert table.firsts.tolist() == [0, 1, 3, 3]
     assert table.pairs[:3].tolist() == [[3, 16, 1, 0], [16, 20, 1, 1], [20, 25, 3, 1]]
     batch = random_batch(random_layer([32], 64, 8, dtype=torch.bfloat16), ((3, None), (17, 1), (5, SHADOW)))
-    layer = FusedLinear(batch.merged, launcher())
+    layer = DualLoraLinear(batch.merged, launcher())
     assert torch.equal(layer.forward(batch.x, table)[0], layer.forward(batch.x, batch.segments)[0])
     for segments, rows in (((), 16 * 9), (tuple(Segment(i, i + 1, 0) for i in range(40)), 40)):
         with pytest.raises(ValueError, match="more capacity"):
@@ -352,13 +357,13 @@ def test_a_mask_in_place_of_the_selection_is_found_by_an_adapter_with_nan(monkey
     layer = random_layer([32], 32, 8, dtype=torch.bfloat16)
     batch = random_batch(layer, ((5, 0), (6, 1)))
     layer.b[1] = float("nan")
-    assert FusedLinear(layer, launcher()).forward(batch.x, batch.segments)[0][:5].isfinite().all()
+    assert DualLoraLinear(layer, launcher()).forward(batch.x, batch.segments)[0][:5].isfinite().all()
 
     def masked(mine: Any, added: Any, acc: Any) -> Any:
         return acc + (added - acc) * mine[:, None].to(acc.dtype)
 
     monkeypatch.setattr("clif.kernels.dual_lora_kernel._selected", masked)
-    assert FusedLinear(layer, launcher()).forward(batch.x, batch.segments)[0][:5].isnan().all()
+    assert DualLoraLinear(layer, launcher()).forward(batch.x, batch.segments)[0][:5].isnan().all()
 
 
 def test_a_float32_sum_in_one_sequence_clears_the_bar_and_products_of_fewer_bits_do_not() -> None:
@@ -375,7 +380,7 @@ def test_a_float32_sum_in_one_sequence_clears_the_bar_and_products_of_fewer_bits
 
 
 def test_segments_that_overlap_or_leave_the_batch_are_refused() -> None:
-    layer = FusedLinear(random_layer([16], 16, 4, dtype=torch.float32), launcher())
+    layer = DualLoraLinear(random_layer([16], 16, 4, dtype=torch.float32), launcher())
     for segments in ((Segment(0, 5, 0), Segment(4, 6, 1)), (Segment(0, 9, 0),)):
         with pytest.raises(ValueError, match="overlaps the one before or leaves the batch of 8 rows"):
             layer.forward(torch.zeros(8, 16), segments)

@@ -60,15 +60,15 @@ def assert_same(model: str, **adapter: object) -> None:
 
 
 def test_a_mixed_batch_and_a_training_step_are_those_of_torch(two_layers, monkeypatch: pytest.MonkeyPatch) -> None:
-    from clif.kernels.dual_lora_host import FusedLinear
+    from clif.kernels.dual_lora_forms import DualLoraLinear
 
-    launches, forward = [], FusedLinear.forward
+    launches, forward = [], DualLoraLinear.forward
 
-    def watched(self: FusedLinear, x: torch.Tensor, segments: tuple, *tables: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def watched(self: DualLoraLinear, x: torch.Tensor, segments: tuple, *tables: Any) -> Any:
         launches.append({segment.slot for segment in segments})
         return forward(self, x, segments, *tables)
 
-    monkeypatch.setattr(FusedLinear, "forward", watched)
+    monkeypatch.setattr(DualLoraLinear, "forward", watched)
     assert_same(f"random:{two_layers}")
     assert any({0, SHADOW} <= slots for slots in launches) and {0, 1} in launches, (
         "rows of several kinds shared a launch"
@@ -132,7 +132,7 @@ def test_captured_steps_with_the_kernels_read_slots_and_blocks_of_the_steps_own_
     rigs, recorder = [make_rig(f"random:{two_layers}", engine={"max_batch": 4}) for _ in range(2)], Repeated()
     device = rigs[1].runner.device
     for linear in rigs[1].runner.stack.linears:
-        linear.fuse(None, KernelLauncher(device, ByRows(programs=4, capability=80)))
+        linear.use_kernels(None, KernelLauncher(device, ByRows(programs=4, capability=80)))
     rigs[1].runner.paged = PagedDecode(device)
     rigs[1].runner.capture(recorder, 64)
     found = []
@@ -212,6 +212,6 @@ def test_on_a_gpu_that_can_run_it_auto_means_the_decode_kernel(monkeypatch: pyte
 
 def test_on_a_cpu_auto_means_torch(two_layers) -> None:
     rig = rig_with("auto", f"random:{two_layers}")
-    assert all(linear._fused is None for linear in rig.runner.stack.linears)
+    assert all(linear._kernels is None for linear in rig.runner.stack.linears)
     fused = rig_with("triton", f"random:{two_layers}").runner.stack.linears
-    assert all(linear._fused is not None for linear in fused)
+    assert all(linear._kernels is not None for linear in fused)
