@@ -204,7 +204,7 @@ def waiting() -> Iterator[list[float]]:
         SampledTokens.read = read  # type: ignore[method-assign]
 
 
-ADAPTER, KERNEL = ("lora", "_fused", "_captured"), ("_captured",)
+ADAPTER, KERNEL = ("lora", "_kernels", "_captured"), ("_captured",)
 """What a linear layer computes its adapters with, and its kernel for captured steps alone."""
 
 
