@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from bench_kernels import measure
 from decode_line import measure_paged
 from form_tiles import Machine, dry_tilings, tilings
 from kernel_cases import CASES, Case, LayerCase, PagedCase
+from kernel_count import counted_kernels
 from kernel_goals import (
     AUTO,
     BASE,
@@ -102,12 +104,25 @@ def layer_bench() -> LayerBench:
     return LayerBench(LAYER, CPU, torch.float32, FIXED)
 
 
-def test_a_whole_layer_is_right_with_clif_s_adapters_with_four_launches_and_without() -> None:
-    ways = layer_bench().ways()
-    assert layer_bench().faults({name: ways[name] for name in (AUTO, FOUR, WITHOUT)}) == []
-    (fault,) = layer_bench().faults({AUTO: ways[WITHOUT]})
+PRODUCTS = ("mm", "dual_lora_linear", "shrink", "expand")
+
+
+def test_a_whole_layer_is_right_in_each_way_and_differs_in_the_launches_of_its_products_alone() -> None:
+    bench, found, counts = layer_bench(), {}, {}
+    for name in (WITHOUT, AUTO, FOUR):
+        with counted_kernels() as names:
+            found[name] = bench.ways()[name](0)
+        counts[name] = Counter(names)
+    assert bench.faults({name: lambda layer, result=result: result for name, result in found.items()}) == []
+    (fault,) = bench.faults({AUTO: lambda layer: found[WITHOUT]})
     assert fault.startswith(f"{AUTO}: relative error ") and "adapters" not in fault
-    assert layer_bench().taken() == "qkv fused, out fused, gate_up fused, down fused"
+    # Workspaces are filled with zeros as well, once.
+    others = [{name: n for name, n in c.items() if name not in (*PRODUCTS, "zeros")} for c in counts.values()]
+    assert others[0] == others[1] == others[2] and "paged_decode" in others[0]
+    products = [{name: count[name] for name in PRODUCTS if count[name]} for count in counts.values()]
+    assert products == [{"mm": 4}, {"dual_lora_linear": 4}, {"mm": 4, "shrink": 4, "expand": 4}]
+    assert counts[FOUR]["zeros"] == 4
+    assert bench.taken() == "qkv fused, out fused, gate_up fused, down fused"
 
 
 def test_a_layer_has_the_forms_that_can_have_their_adapters_as_data() -> None:
