@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from checkout import REPO, commit, use_checkout
@@ -29,12 +30,12 @@ use_checkout()
 import torch
 import triton
 from decode_line import copy_time, measure_paged
-from form_tiles import Machine, dry_tilings, tilings
+from form_tiles import Machine, captured_tiling, dry_tilings, tilings
 from gpu_figures import say
 from kernel_cases import CASES, DRY_CASES, AnyCase, Case, LayerCase
 from kernel_goals import Measured, answers
 from kernel_report import draw, report
-from linear_line import measure_linear
+from linear_line import measure_linear, run_once
 from timing import contest
 
 from clif.kernels.tuning import Defaults, table_path
@@ -92,15 +93,27 @@ def clocks() -> str:
 
 def machine_here(dry: bool) -> tuple[Machine, str]:
     """The first GPU of this machine or the interpreter, and a line about its tiles."""
-    device = torch.device("cpu" if dry else "cuda")
     if dry:
-        return Machine(device, dry_tilings(), 1), "by rule"
+        return Machine(torch.device("cpu"), dry_tilings(), 1), "the same for all shapes"
+    device = torch.device("cuda")
     major, minor = torch.cuda.get_device_capability(device)
     defaults = Defaults(torch.cuda.get_device_properties(device).multi_processor_count, 10 * major + minor)
-    table = table_path(torch.cuda.get_device_name(device))
-    tuned = table.is_file()
-    about = f"measured, {table.name}" if tuned else "by rule, nothing was measured on this type of GPU"
-    return Machine(device, tilings(defaults, table if tuned else None), 30), about
+    file = table_path(torch.cuda.get_device_name(device))
+    path = file if file.is_file() else None
+    about = f"measured, {file.name}" if path else "by rule, nothing was measured on this type of GPU"
+    return Machine(device, tilings(defaults, path), 30, captured=captured_tiling(defaults, path)), about
+
+
+def compile_case(case: AnyCase) -> None:
+    """Run the ways of a case once, for a process that compiles ahead."""
+    machine, _ = machine_here("--dry" in sys.argv)
+    if isinstance(case, Case):
+        run_once(replace(case, compiled=False), machine)
+    elif isinstance(case, LayerCase):
+        from layer_line import LayerBench
+
+        for way in LayerBench(replace(case, layers=1), machine.device, machine.dtype, machine.tilings).ways().values():
+            way(0)
 
 
 def main() -> int:

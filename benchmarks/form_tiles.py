@@ -17,12 +17,16 @@ from clif.kernels.tuning import Defaults, Fixed, TileTable, load_table
 
 @dataclass(frozen=True)
 class Machine:
-    """What is measured on, and how: the ways of CLIF by name, and the samples of each way."""
+    """What is measured on, and how: the ways of CLIF by name, and the samples of each way.
+
+    captured: what AUTO takes in a captured step, where it may be another form.
+    """
 
     device: torch.device
     tilings: Mapping[str, Tiling]
     repeats: int
     dtype: torch.dtype = torch.bfloat16
+    captured: Tiling | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,11 @@ def tilings(defaults: Defaults, path: Path | None) -> dict[str, Tiling]:
         return {AUTO: used, **{way: Forced(form, used, defaults) for way, form in FORMS.items()}}
     of_forms = {way: Forced(f, load_table(path, defaults, defaults, form=f), defaults) for way, f in FORMS.items()}
     return {AUTO: load_table(path, defaults, defaults), **of_forms}
+
+
+def captured_tiling(defaults: Defaults, path: Path | None) -> Tiling:
+    """What AUTO takes in a captured step."""
+    return load_table(path, defaults, defaults, captured=True) if path else TileTable({}, {}, defaults, defaults)
 
 
 def dry_tilings() -> dict[str, Tiling]:

@@ -23,7 +23,8 @@ if "--dry" in sys.argv:
 
 import torch
 import triton
-from kernel_cases import CASES, Case
+from bench_kernels import compile_case
+from kernel_cases import CASES, DRY_CASES, AnyCase
 from tune_gpu import Tuner
 from tune_plan import MODELS
 
@@ -99,7 +100,17 @@ class PartsJob:
         computed_parts(random_gate(rows, self.inner, draw))
 
 
-Job = LinearJob | DecodeJob | PartsJob
+@dataclass(frozen=True)
+class CaseJob:
+    """All ways of a case of the kernels' benchmark."""
+
+    case: AnyCase
+
+    def __call__(self) -> None:
+        compile_case(self.case)
+
+
+Job = LinearJob | DecodeJob | PartsJob | CaseJob
 SHAPES = {"1b": PartsJob(2048, 32, 8, 64, 8192, "bfloat16"), "8b": PartsJob(4096, 32, 8, 128, 14336, "bfloat16")}
 
 
@@ -109,6 +120,7 @@ def jobs(dry: bool) -> Iterator[Job]:
         yield LinearJob((32, 16), 32, 8, ((3, 0), (4, SHADOW)))
         yield DecodeJob(4, 2, 16, 4, "float32")
         yield PartsJob(32, 4, 2, 16, 48, "float32")
+        yield CaseJob(DRY_CASES[0])
         return
     yield from of_model("1b")
     # The small model in float32 of the first stage: 4 heads on 2 of 16 numbers, 64 wide.
@@ -121,9 +133,7 @@ def jobs(dry: bool) -> Iterator[Job]:
     yield LinearJob((512, 256), 1024, 16, kinds, "float32", bias=True)
     yield LinearJob((4096,), 4096, 16, ((48, 0), (16, 1)))
     yield DecodeJob(21, 7, 80, 12, "float32")
-    for case in CASES:
-        if isinstance(case, Case):
-            yield LinearJob(case.sizes, case.depth, case.r, case.lengths)
+    yield from map(CaseJob, CASES)
 
 
 def of_model(model: str) -> Iterator[Job]:

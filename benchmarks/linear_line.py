@@ -13,7 +13,8 @@ from rivals import backward_ways, forward_ways, triton_base
 from timing import Way, contest
 
 from clif.kernels.dual_lora_forms import DualLoraLinear
-from clif.kernels.dual_lora_host import KernelLauncher
+from clif.kernels.dual_lora_host import KernelLauncher, Tiling
+from clif.kernels.dual_lora_reference import SHADOW
 from clif.kernels.testing.dual_lora_specification import Batch, computed, random_batch, random_layer, violations
 
 LAYERS_BYTES = 256 << 20
@@ -22,7 +23,7 @@ LAYERS_BYTES = 256 << 20
 
 def measure_linear(case: Case, machine: Machine) -> Measured:
     """All ways of the case. CLIF's are checked against the specification first."""
-    batches = case_batches(case, machine)
+    batches = case_batches(case, machine, _layers(case, machine))
     launchers = _launchers(case, machine)
     ways = ways_of(case, machine, batches, launchers)
     faults = [fault for name, launcher in launchers.items() for fault in _faults(name, batches[0], launcher)]
@@ -39,20 +40,39 @@ def measure_linear(case: Case, machine: Machine) -> Measured:
     return measured
 
 
-def case_batches(case: Case, machine: Machine) -> list[Batch]:
+def run_once(case: Case, machine: Machine) -> None:
+    """Each way of the case on one layer: what compiles meanwhile is then there for measure_linear()."""
+    batches = case_batches(case, machine, 1)
+    for way in ways_of(case, machine, batches, _launchers(case, machine)).values():
+        way(0)
+
+
+def case_batches(case: Case, machine: Machine, count: int) -> list[Batch]:
     """Layers of the case, each with weights of its own."""
-    most = max(2, min(16, -(-LAYERS_BYTES // (2 * case.depth * sum(case.sizes)))))
-    count = most if machine.device.type == "cuda" else 1
     shape: dict[str, Any] = {"dtype": machine.dtype, "device": str(machine.device)}
     layers = [random_layer(case.sizes, case.depth, case.r, seed=i, **shape) for i in range(count)]
     return [random_batch(layer, case.lengths) for layer in layers]
 
 
+def _layers(case: Case, machine: Machine) -> int:
+    if machine.device.type != "cuda":
+        return 1
+    return max(2, min(16, -(-LAYERS_BYTES // (2 * case.depth * sum(case.sizes)))))
+
+
 def _launchers(case: Case, machine: Machine) -> dict[str, KernelLauncher]:
     """By way of CLIF. Rows of which none has an adapter are computed by one dispatch for all forms."""
     forced = any(slot is not None for _, slot in case.lengths)
-    ways = {name: tiling for name, tiling in machine.tilings.items() if name == AUTO or forced}
+    ways = {name: tiling for name, tiling in machine.tilings.items() if forced and name != AUTO}
+    if AUTO in machine.tilings:
+        ways = {AUTO: _auto(case, machine), **ways}
     return {name: KernelLauncher(machine.device, tiling) for name, tiling in ways.items()}
+
+
+def _auto(case: Case, machine: Machine) -> Tiling:
+    """Rows that only serve are those of a captured step."""
+    serves = all(slot != SHADOW for _, slot in case.lengths)
+    return machine.captured if serves and machine.captured is not None else machine.tilings[AUTO]
 
 
 def ways_of(
@@ -81,7 +101,7 @@ def _taken(case: Case, machine: Machine) -> str:
     if all(slot is None for _, slot in case.lengths):
         return "F.linear"
     depth, out = sizes[::-1] if case.backward else sizes
-    return machine.tilings[AUTO].linear(rows, depth, out, case.r, case.backward).form
+    return _auto(case, machine).linear(rows, depth, out, case.r, case.backward).form
 
 
 def launches(way: Callable[[int], Any]) -> list[str]:
