@@ -1,10 +1,14 @@
 """Shared parts of the kernels: products, roundings, and sums of several programs in a fixed order.
 
-Products and roundings are also right in Triton's interpreter, which multiplies bfloat16 as integers and truncates.
+Products and roundings are also right in Triton's interpreter, which multiplies bfloat16 as integers, truncates, and
+knows no NaN and no subnormal number of eight bits.
 """
 
 import triton
 import triton.language as tl
+
+FP8_MOST: tl.constexpr = tl.constexpr(448.0)
+"""The largest number of float8_e4m3fn, which has no infinity."""
 
 
 @triton.jit
@@ -18,13 +22,49 @@ def dot(a, b, acc, INTERPRET: tl.constexpr):
 
 @triton.jit
 def rounded(value, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    """A float32 value in another type, to nearest even."""
-    if INTERPRET and dtype == tl.bfloat16:
+    """A float32 value in another type, to nearest even; one of eight bits saturates, and keeps a NaN."""
+    if dtype == tl.float8e4nv:
+        value = tl.where(value > FP8_MOST, FP8_MOST, tl.where(value < -FP8_MOST, -FP8_MOST, value))
+    if INTERPRET and dtype == tl.float8e4nv:
+        value = _fp8_of(value)
+    elif INTERPRET and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         # An addition could carry a NaN's mantissa into its sign: NaNs only get a bit that survives truncation.
         bits = tl.where(value != value, bits | 0x400000, bits + 0x7FFF + ((bits >> 16) & 1))
         value = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
     return value.to(dtype)
+
+
+@triton.jit
+def widened(value, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    """A value of eight bits in a type that has all of them; any other value is as it was."""
+    if value.dtype == tl.float8e4nv:
+        if INTERPRET:
+            value = rounded(_of_fp8(value), dtype, INTERPRET)
+        value = value.to(dtype)
+    return value
+
+
+@triton.jit
+def _of_fp8(value):
+    """A float32 of eight bits."""
+    byte = value.to(tl.uint8, bitcast=True).to(tl.uint32)
+    # Exponent and mantissa in their places of a float32, whose bias is greater by 120: the product is exact.
+    wide = ((byte & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    wide = tl.where((byte & 0x7F) == 0x7F, float("nan"), wide)
+    return tl.where(byte > 0x7F, -wide, wide)
+
+
+@triton.jit
+def _fp8_of(value):
+    """A float32 value of at most FP8_MOST, or a NaN, in eight bits: sign, exponent of bias 7, three bits."""
+    bits = value.to(tl.uint32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    normal = (size + 0x7FFFF + ((size >> 20) & 1) - (120 << 23)) >> 20
+    # The last bit of this sum is the last one of a subnormal number.
+    tiny = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - (141 << 23)
+    byte = tl.where(size > 0x7F800000, 0x7F, tl.where(size < (121 << 23), tiny, normal))
+    return (byte | ((bits >> 24) & 0x80)).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from clif.kernels.kv_types import read_slots
 from clif.kernels.paged_decode_table import DecodeTable
 
 
@@ -21,7 +22,7 @@ class PagedDecodeReference:
         (rows, heads, d), kv_heads, n = q.shape, len(cache) // 2, table.capacity
         offsets = torch.arange(table.block_size, device=q.device)
         slots = (table.blocks.long()[:, :, None] * table.block_size + offsets).flatten()
-        k, v = cache.index_select(1, slots).view(2 * kv_heads, n, -1, d).chunk(2)
+        k, v = read_slots(cache, slots, q.dtype).view(2 * kv_heads, n, -1, d).chunk(2)
         ended = torch.arange(k.shape[2], device=q.device) >= table.lengths[:, None]
         # Values behind the end may hold a NaN of another request, and zero times NaN is NaN.
         v = v.masked_fill(ended[None, :, :, None], 0.0)

@@ -17,6 +17,7 @@ TMA = 128
 _PARAMETER = re.compile(r"\w+_param_(\d+)")
 _REGISTER = re.compile(r"%[a-z]+\d+")
 _INSTRUCTION = re.compile(r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+(.*);")
+_EXCHANGE = re.compile(r"(st|ld)\.shared(?:\.v\d)?\.[bu]64$")
 _BITS = re.compile(r"(?:\.v(\d))?\.[bufs](\d+)$")
 
 
@@ -69,12 +70,19 @@ def accesses(ptx: str, arguments: Sequence[str]) -> frozenset[Access]:
 
 def _origins(instructions: Sequence[tuple[str, str]], pointers: set[int]) -> dict[str, frozenset[int]]:
     """For each register the pointers among the parameters that its value is computed from."""
-    steps = []
+    steps = list[tuple[list[str], frozenset[int], list[str]]]()
     for name, operands in instructions:
-        # A value that is loaded is no address, but a parameter is.
+        target, _, rest = operands.partition(",")
+        # Threads exchange addresses through shared memory, all of which counts as one register.
+        if exchanged := _EXCHANGE.match(name):
+            registers = _REGISTER.findall(rest if exchanged[1] == "st" else target)
+            steps.append(
+                (["shared"], frozenset(), registers) if exchanged[1] == "st" else (registers, frozenset(), ["shared"])
+            )
+            continue
+        # Any other value that is loaded is no address, but a parameter is.
         if name.startswith(("st.", "cp.", "bra", "ld.global", "ld.shared", "ldmatrix", "atom", "red", "wgmma", "mma")):
             continue
-        target, _, rest = operands.partition(",")
         given = frozenset(int(i) for i in _PARAMETER.findall(rest)) & pointers
         if found := _REGISTER.findall(target):
             steps.append((found, given, _REGISTER.findall(rest)))

@@ -4,8 +4,8 @@
 
 The specification is the same for GPU and interpreter. A result is compared with float64: every element is within the
 bound of its roundings. With enough elements for a comparison of random errors, its Frobenius error is at most 1.25
-times that of torch's products in the same type on the same data, plus that of the hardware's exponential. Free of
-Triton.
+times that of torch's products in the same type on the same data, plus that of the hardware's exponential. A cache of
+fewer bits is data as it is: its roundings are not the kernel's. Free of Triton.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
+from clif.kernels.kv_types import to_cache_type
 from clif.kernels.paged_decode_table import DecodeRow, DecodeTable, StagedDecodeTable
 
 EXP2 = 2.0**-22
@@ -52,7 +53,7 @@ def _slots(blocks: Sequence[int], block_size: int, length: int, device: torch.de
 
 @dataclass(frozen=True, eq=False)
 class DecodeBatch:
-    """One layer's input. cache: NaN wherever no token of a sequence lies."""
+    """One layer's input. cache: NaN wherever no token of a sequence lies; of the type of q, or of fewer bits."""
 
     q: torch.Tensor
     cache: torch.Tensor
@@ -66,9 +67,12 @@ class DecodeBatch:
 
 def random_decode(
     lengths: Sequence[int], heads: int, kv_heads: int, d: int, block_size: int, *, dtype: torch.dtype,
-    device: str = "cpu", shared: int = 0, seed: int = 0,
+    device: str = "cpu", shared: int = 0, seed: int = 0, cache_dtype: torch.dtype | None = None,
 ) -> DecodeBatch:  # fmt: skip
-    """Sequences of these lengths in blocks that lie anywhere; the first `shared` blocks are the same for all."""
+    """Sequences of these lengths in blocks that lie anywhere; the first `shared` blocks are the same for all.
+
+    cache_dtype: of the cache, by default that of q.
+    """
     rng = torch.Generator().manual_seed(seed)
     counts = [-(-length // block_size) for length in lengths]
     total = shared + sum(counts) + 3
@@ -85,7 +89,8 @@ def random_decode(
         filled[:, at] = torch.randn(2 * kv_heads, length, d, generator=rng)
     # Scores that differ by a few units: a softmax that is neither flat nor one token.
     q = 2 * torch.randn(len(lengths), heads, d, generator=rng)
-    return DecodeBatch(q.to(device, dtype), filled.to(device, dtype), tuple(sequences), block_size, d**-0.5)
+    cache = to_cache_type(filled.to(device, dtype), cache_dtype or dtype)
+    return DecodeBatch(q.to(device, dtype), cache, tuple(sequences), block_size, d**-0.5)
 
 
 def violations(batch: DecodeBatch, found: torch.Tensor) -> list[str]:

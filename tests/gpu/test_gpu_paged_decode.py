@@ -11,6 +11,7 @@ from helpers import answer, make_rig, request
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
+from clif.kernels.kv_types import FP8
 from clif.kernels.paged_decode_host import PagedDecode
 from clif.kernels.paged_decode_table import DecodeConfig, DecodeTable
 from clif.kernels.testing.paged_decode_specification import DecodeBatch, random_decode, violations
@@ -48,14 +49,31 @@ def test_results_are_as_near_to_float64_as_torch_s(
     assert not kernel.workspace().tickets.any()
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "d", "block_size"), [(32, 8, 64, 16), (32, 8, 128, 16), (21, 7, 80, 12)])
+def test_a_cache_of_eight_bits_is_read_as_what_it_holds(
+    kernel: PagedDecode, heads: int, kv_heads: int, d: int, block_size: int
+) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("numbers of eight bits need compute capability 8.9")
+    options = {"dtype": torch.bfloat16, "device": DEVICE, "cache_dtype": FP8}
+    batch = random_decode(RAGGED, heads, kv_heads, d, block_size, **options)
+    assert violations(batch, compute(batch, kernel)) == []
+
+
+def test_many_sequences_are_several_launches(kernel: PagedDecode) -> None:
+    batch = random_decode([1 + i % 40 for i in range(300)], 4, 2, 64, 16, dtype=torch.bfloat16, device=DEVICE)
+    assert violations(batch, compute(batch, kernel)) == []
+
+
 @pytest.mark.parametrize(
     "config",
     [
         DecodeConfig(parts=1),
         DecodeConfig(block_kv=16, least=16, parts=64, warps=2),
         DecodeConfig(block_kv=128, warps=8),
+        DecodeConfig(programs=1, stages=3),
     ],
-    ids=["one part", "many parts", "large steps"],
+    ids=["one part", "many parts", "large steps", "few programs"],
 )
 def test_any_configuration_computes_the_same_function(config: DecodeConfig) -> None:
     batch = usual()
