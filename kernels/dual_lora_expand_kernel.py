@@ -37,13 +37,18 @@ def dual_lora_expand(
     RANK_P: tl.constexpr,
     BLOCKS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PACKED: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """One tile of y [rows, out]: the columns of one column tile, of the rows of one pair.
 
     hidden [rows, BLOCKS * RANK] is h; b [slots, out, BLOCKS * RANK], any strides. counts [1]: pairs. pairs [n, 4]:
     first row, end, slot, row tile. col_tiles [n_columns, 4]: first column, end, first block of h that they read, end.
+    PACKED: b_out is BLOCKS * RANK.
     """
+    if PACKED:
+        # A constant stride: with a rank of 8, too, 16 bytes are loaded at a time.
+        b_out = BLOCKS * RANK
     pair = tl.program_id(0) // n_columns
     column = col_tiles + 4 * (tl.program_id(0) % n_columns)
     block_first = tl.load(column + 2)

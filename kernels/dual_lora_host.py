@@ -92,6 +92,7 @@ class KernelLauncher:
         planes = space.take_planes(of_h + outputs * tiles.split * tiles.block_m * tiles.block_n)
         shrinkers = min(tiles.shrinkers, rows.capacity * len(blocks.tiles) * tiles.slices)
         others = (INTERPRETED_PROGRAMS if INTERPRET else self.programs) * tiles.programs
+        packed = (a.stride(2) if transposed else b.stride(1)) == len(blocks.tiles) * r
         result = x if y is None else y
         operands: dict[str, Any] = {"x": x, "w": weight, "a": a, "b": b}
         a_strides, b_strides = a.stride(), b.stride()
@@ -109,8 +110,8 @@ class KernelLauncher:
                 0 if y is None else y.stride(0),
                 BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
                 SPLIT=tiles.split, RANK=r, RANK_P=rank_p, BLOCKS=len(blocks.tiles), SLICES=tiles.slices, FORM=form,
-                TRANSPOSED=transposed, ALIGNED=columns.aligned and blocks.aligned, HAS_BIAS=bias is not None,
-                TMA=operands["x"] is not x, STORE_TMA=stored, INTERPRET=INTERPRET,
+                TRANSPOSED=transposed, ALIGNED=columns.aligned and blocks.aligned, PACKED=packed,
+                HAS_BIAS=bias is not None, TMA=operands["x"] is not x, STORE_TMA=stored, INTERPRET=INTERPRET,
                 **_options(tiles.warps, tiles.stages), **options,
             )  # fmt: skip
 
@@ -136,7 +137,8 @@ class KernelLauncher:
         dual_lora_expand[(rows.capacity * len(columns.tiles),)](
             hidden, b, y, rows.counts, rows.pairs, columns.tiles, len(columns.tiles), *b.stride(), y.stride(0),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, RANK=r, RANK_P=_padded(r), BLOCKS=hidden.shape[1] // r,
-            ALIGNED=columns.aligned, INTERPRET=INTERPRET, **_options(tiles.warps, tiles.stages),
+            ALIGNED=columns.aligned, PACKED=b.stride(1) == hidden.shape[1], INTERPRET=INTERPRET,
+            **_options(tiles.warps, tiles.stages),
         )  # fmt: skip
 
     def grads(

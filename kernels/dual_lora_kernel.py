@@ -287,6 +287,7 @@ def dual_lora_linear(
     FORM: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PACKED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TMA: tl.constexpr,
     STORE_TMA: tl.constexpr,
@@ -300,8 +301,15 @@ def dual_lora_linear(
     sum_tickets: zero before and after. flags: one per pair and block. left: programs that have left, 65536 for a
     whole launch. The first `shrinkers` programs compute h, the others y. x, w, a, b: pointers, or with TMA tensor
     descriptors; then a_slot and b_slot are rows, not elements. y: a pointer, or with STORE_TMA a descriptor, which
-    all column tiles must fill.
+    all column tiles must fill. PACKED: in the factor that has numbers of one rank side by side (B, or A if TRANSPOSED),
+    BLOCKS * RANK of them lie from one row to the next.
     """
+    if PACKED:
+        # A constant stride: with a rank of 8, too, 16 bytes are loaded at a time.
+        if TRANSPOSED:
+            a_k = BLOCKS * RANK
+        else:
+            b_out = BLOCKS * RANK
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     n_tiles = tl.cdiv(rows, BLOCK_M)
