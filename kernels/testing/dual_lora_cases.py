@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import triton
 
+from clif.kernels.candidates import AFTER_TORCH, grads_candidates, linear_candidates
+from clif.kernels.dual_lora_expand_kernel import dual_lora_expand
 from clif.kernels.dual_lora_grads_kernel import dual_lora_grads
 from clif.kernels.dual_lora_kernel import BASE, FUSED, SHRINK, dual_lora_linear
 from clif.kernels.testing.compiling import Case, Operand
@@ -26,7 +29,13 @@ SHAPES = (
 )
 BACKWARD = "2112 rows 4096->6144 r=64 x3, backward"
 SMALLEST = "1 rows 2048->2048 r=16 x1, float16, bias"
-LARGEST = ("2112 rows 4096->6144 r=64 x3", "pair, first, r=64", "pair, second, r=64", "gradients of the factors, r=64")
+LARGEST = (
+    "2112 rows 4096->6144 r=64 x3",
+    "pair, first, r=64",
+    "pair, second, r=64",
+    "expand, r=64",
+    "gradients of the factors, r=64",
+)
 CORNERS = frozenset(itertools.product((*LARGEST, SMALLEST), (90, 80))) | {(BACKWARD, 90)}
 """Names and capabilities of the smallest case, and of the largest of each form: they need most registers and shared
 memory."""
@@ -53,18 +62,21 @@ def linear_case(
     blocks: int = 1, transposed: bool = False, bias: bool = False,
 ) -> Case:  # fmt: skip
     """dual_lora_linear as `kernels/dual_lora_host.py` launches it."""
+    if form == SHRINK:
+        # What the second launch alone is made for changes no code of the first.
+        tiles = replace(tiles, block_n=64, split=1, group_m=1, store_tma=False)
     constants = {
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "GROUP_M": tiles.group_m,
         "SPLIT": tiles.split, "ALIGNED": True, "RANK": r, "RANK_P": padded(r), "BLOCKS": blocks,
-        "SLICES": tiles.slices, "FORM": form, "TRANSPOSED": transposed, "HAS_BIAS": bias, "TMA": tiles.tma,
-        "STORE_TMA": tiles.store_tma, "INTERPRET": False,
+        "SLICES": tiles.slices, "FORM": form, "TRANSPOSED": transposed, "PACKED": True, "HAS_BIAS": bias,
+        "TMA": tiles.tma, "STORE_TMA": tiles.store_tma, "INTERPRET": False,
         # Launches specialise strides of 1.
         **({"w_out": 1, "a_rank": 1, "b_out": 1} if transposed else {"w_k": 1, "a_k": 1, "b_rank": 1}),
     }  # fmt: skip
     boxes = descriptor_boxes(tiles, padded(r), transposed) if tiles.tma else {}
     described = {n: _descriptor(dtype, box) for n, box in boxes.items() if n != "y" or tiles.store_tma}
     counts = {"n_columns", "shrinkers", "rows"}
-    if r % 16:
+    if blocks * r % 16:
         # The stride of a factor that lies with its rank in a row.
         counts |= {"a_k"} if transposed else {"b_out"}
     return Case(
@@ -87,6 +99,26 @@ def _linear_operands(tiles: LinearTiles, r: int, transposed: bool) -> dict[str, 
         "hidden": Operand(m * rank, r), "y": Operand(m * width, width),
         "planes": Operand(m * rank, rank, 4), "sums": Operand(m * n, n, 4),
     }  # fmt: skip
+
+
+def expand_case(
+    name: str, tiles: LinearTiles, r: int, *, capability: int = 90, dtype: str = "bf16", blocks: int = 1,
+    transposed: bool = False,
+) -> Case:  # fmt: skip
+    """dual_lora_expand as `kernels/dual_lora_host.py` launches it."""
+    m, n, rank = tiles.block_m, tiles.block_n, padded(r)
+    constants = {
+        "BLOCK_M": m, "BLOCK_N": n, "RANK": r, "RANK_P": rank, "BLOCKS": blocks, "ALIGNED": True,
+        "PACKED": not transposed, "INTERPRET": False, ("b_out" if transposed else "b_rank"): 1,
+    }  # fmt: skip
+    operands = {
+        "y": Operand(m * n, n), "b": Operand(n * rank, n if transposed else r), "hidden": Operand(m * rank, r),
+    }  # fmt: skip
+    counts = {"n_columns"} | ({"b_out"} if blocks * r % 16 and not transposed else set())
+    return Case(
+        name, dual_lora_expand, capability, constants, types_of(dual_lora_expand, dtype), tiles.warps, tiles.stages,
+        frozenset(counts), wide=m >= 64, operands=operands,
+    )  # fmt: skip
 
 
 def grads_case(
@@ -133,8 +165,51 @@ def _every_case() -> Iterator[Case]:
             if capability >= 90:
                 yield linear_case(f"pair, first, r={r}", tiles, r, form=SHRINK)
                 yield linear_case(f"pair, second, r={r}", tiles, r, form=BASE, bias=True)
+            thin = replace(tiles, form="three", block_n=128)
+            yield expand_case(f"expand, r={r}", thin, r, capability=capability, blocks=3)
             grads = defaults.grads(2048, 4096, 4096, r)
             yield grads_case(f"gradients of the factors, r={r}", grads, r, capability=capability)
         small = defaults.linear(1, 2048, 2048, 16, False)
         yield linear_case(SMALLEST, small, 16, capability=capability, dtype="fp16",
                           bias=True)  # fmt: skip
+
+
+LAYERS = (
+    (4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096), (2048, 3072), (2048, 2048), (2048, 16384), (8192, 2048),
+    (4096, 1024),
+)  # fmt: skip
+"""Depth and outputs of the merged layers of 8B and 1B models."""
+ROWS = (1, 16, 64, 256, 2048, 2112)
+MERGED = 3
+"""Projections of a layer in the cases of candidates: the code for fewer is a part of it."""
+
+
+def candidate_cases() -> Iterator[Case]:
+    """All candidates of the tuner for the layers of 8B and 1B models, each code once, on Hopper and Ampere."""
+    found: dict[tuple[Any, ...], Case] = {}
+    for capability, programs in ((90, 132), (80, 108)):
+        for rows, r, (depth, out) in itertools.product(ROWS, (8, 16, 64), LAYERS):
+            for case in _candidates(rows, depth, out, r, programs, capability):
+                found.setdefault(case.key(), case)
+    yield from found.values()
+
+
+def _candidates(rows: int, depth: int, out: int, r: int, programs: int, capability: int) -> Iterator[Case]:
+    for backward in (False, True) if rows == 2048 else (False,):
+        width, outputs = (out, depth) if backward else (depth, out)
+        for tiles in linear_candidates(rows, width, outputs, r, backward, programs, capability):
+            yield from candidate(f"{rows} rows {depth}->{out} r={r}", tiles, r, capability, backward)
+    if rows == 2048:
+        for of_factors in grads_candidates(rows, depth, out, r, programs, capability):
+            name = f"{rows} rows {depth}->{out} r={r}: {of_factors}"
+            yield grads_case(name, of_factors, r, capability=capability, blocks=MERGED)
+
+
+def candidate(name: str, tiles: LinearTiles, r: int, capability: int, backward: bool) -> Iterator[Case]:
+    """The launches of one candidate that are not torch's."""
+    forms = {"fused": (FUSED,), "pair": (SHRINK, BASE)}.get(tiles.form, (SHRINK,))
+    name = f"{name}: {tiles}"
+    for form in forms:
+        yield linear_case(name, tiles, r, form=form, capability=capability, blocks=MERGED, transposed=backward)
+    if tiles.form in AFTER_TORCH:
+        yield expand_case(name, tiles, r, capability=capability, blocks=MERGED, transposed=backward)

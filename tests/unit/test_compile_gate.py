@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from clif.kernels.dual_lora_kernel import BASE, FUSED, SHRINK
-from clif.kernels.testing.compile_gate import cases
+from clif.kernels.testing.compile_gate import Which, cases
 from clif.kernels.testing.compiled_code import Access, accesses
 from clif.kernels.testing.compiling import Case, Compiled, Operand
 from clif.kernels.testing.dual_lora_cases import linear_case
@@ -27,25 +28,26 @@ def kind(case: Case) -> tuple[Any, ...]:
 
 
 def test_the_corners_are_cases_of_both_makes_of_gpu_of_every_kernel_and_form() -> None:
-    every, corners = list(cases()), list(cases(corners=True))
+    every, corners = list(cases()), list(cases("corners"))
     assert {case.key() for case in corners} < {case.key() for case in every}
     assert {kind(case) for case in corners} == {kind(case) for case in every}
     kernels = {case.kernel.__name__ for case in every}
-    assert {"dual_lora_linear", "dual_lora_grads", "paged_decode", "swiglu_grad"} < kernels
+    assert {"dual_lora_linear", "dual_lora_expand", "dual_lora_grads", "paged_decode", "swiglu_grad"} < kernels
     assert all({(90, k), (80, k)} <= {kind(case)[:2] for case in corners} for k in kernels)
     assert {case.constants["FORM"] for case in corners if "FORM" in case.constants} == {FUSED, SHRINK, BASE}
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("which", [["--corners"], pytest.param([], marks=pytest.mark.slow)], ids=["corners", "all"])
-def test_the_kernels_compile_for_hopper_and_ampere_within_their_limits(tmp_path: Path, which: list[str]) -> None:
+@pytest.mark.parametrize("which", ["corners", pytest.param("all", marks=pytest.mark.slow)])
+def test_the_kernels_compile_for_hopper_and_ampere_within_their_limits(tmp_path: Path, which: Which) -> None:
     # Compiled in a process of its own: in this one the interpreter has taken the kernels' place.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-P", "-m", "clif.kernels.testing.compile_gate", *which]
+    command = [sys.executable, "-P", "-m", "clif.kernels.testing.compile_gate", f"--{which}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    names = [line.partition(":")[0] for line in done.stdout.splitlines()]
-    assert names == [f"sm_{case.capability} {case.name}" for case in cases(corners=bool(which))]
+    *lines, last = done.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [f"sm_{c.capability} {c.name}" for c in cases(which)]
+    assert re.fullmatch(rf"{len(lines)} compiled in \d+ s, 0 beyond a limit", last)
 
 
 def made(**changes: Any) -> Compiled:
