@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,9 +41,6 @@ class PagedDecode:
         self.device = device
         self._config, self._configs = config, dict(measured or {})
         self._workspaces = Workspaces(device)
-        self._multiprocessors = 0
-        if device.type == "cuda":
-            self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
 
     def config(self, shape: DecodeShape) -> DecodeConfig:
         """How this shape is computed."""
@@ -55,6 +53,11 @@ class PagedDecode:
     def workspace(self) -> Workspace:
         """That of the current stream."""
         return self._workspaces.current()
+
+    @cached_property
+    def _multiprocessors(self) -> int:
+        """0 where there are none."""
+        return torch.cuda.get_device_properties(self.device).multi_processor_count if self.device.type == "cuda" else 0
 
     def attend(self, q: torch.Tensor, cache: torch.Tensor, table: DecodeTable, scale: float, out: torch.Tensor) -> None:
         """Fill the table's rows of out [rows, heads * d]; the other rows are left as they are.
