@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from clif.kernels.tiles import LinearTiles
+from clif.kernels.tiles import LinearTiles, piece_width
 
 Resource = Literal["memory", "arithmetic"]
 PLANE = 4
@@ -177,13 +177,14 @@ def base_work(shape: LinearShape, tiles: LinearTiles, machine: Machine = H200) -
         "x": columns * shape.rows * shape.depth * shape.element,
         "w": high * shape.out * shape.depth * shape.element,
         "b": expand.read["b"],
-        "hidden": expand.read["hidden"],
+        # A tile is completed in pieces of columns, and each piece loads h for itself.
+        "hidden": expand.read["hidden"] * (tiles.block_n // piece_width(tiles)),
         "sums": sums,
     }
     padded = high * tiles.block_m * columns * tiles.block_n
     return Work(
         "base", high * columns * tiles.split, machine.multiprocessors * tiles.programs, read,
-        {"y": expand.written["y"] // max(1, sum(shape.segments)) * shape.rows, "sums": sums},
+        {"y": shape.rows * shape.out * shape.element, "sums": sums},
         2 * shape.rows * shape.depth * shape.out + expand.operations,
         2 * padded * _up(shape.depth, tiles.block_k) + expand.padded,
     )  # fmt: skip
