@@ -48,7 +48,7 @@ class LayerCase:
 
 @dataclass(frozen=True)
 class PagedCase:
-    """Attention of a decode step: sequences of equal context. d: numbers of a head."""
+    """Attention of a decode step: sequences of equal context. d: numbers of a head; fp8: K and V of eight bits."""
 
     name: str
     sequences: int
@@ -57,6 +57,7 @@ class PagedCase:
     kv_heads: int
     d: int
     block_size: int = 16
+    fp8: bool = False
 
 
 AnyCase = Case | LayerCase | PagedCase
@@ -96,6 +97,8 @@ CASES: tuple[AnyCase, ...] = (
     LayerCase("layer 8b, 48+16", "llama-8b", decode(64)),
     PagedCase("paged, heads of 128", 64, 384, 32, 8, 128),
     Case("backward 2048, r=64", *SQUARE, 64, ((2048, SHADOW),), backward=True),
+    PagedCase("paged, heads of 64, fp8", 64, 384, 32, 8, 64, fp8=True),
+    PagedCase("paged, heads of 128, fp8", 64, 384, 32, 8, 128, fp8=True),
     LayerCase("layer 1b, 1 row", "llama-1b", decode(1)),
     LayerCase("layer 8b, 1 row", "llama-8b", decode(1)),
     *_LINEAR,
@@ -109,4 +112,5 @@ DRY_CASES: tuple[AnyCase, ...] = (
     Case("backward 16", (32,), 32, 8, ((16, SHADOW),), backward=True),
     LayerCase("layer", "tiny-llama", ((3, 0), (1, 1)), context=20, r=8, layers=1),
     PagedCase("paged", 3, 20, 4, 2, 16),
+    PagedCase("paged, fp8", 3, 20, 4, 2, 16, fp8=True),
 )

@@ -132,6 +132,8 @@ QUESTIONS: dict[str, Question] = {
     "launches-three": Launches("48+16, r=16", f"{AUTO}, three"),
     "paged-64": Ratio("paged, heads of 64", (PAGED,), (READ,)),
     "paged-128": Ratio("paged, heads of 128", (PAGED,), (READ,)),
+    "paged-64-fp8": Ratio("paged, heads of 64, fp8", (PAGED,), (READ,)),
+    "paged-128-fp8": Ratio("paged, heads of 128, fp8", (PAGED,), (READ,)),
 }
 """By the name of the goal in gpu_figures.py."""
 

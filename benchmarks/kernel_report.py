@@ -66,11 +66,17 @@ def _goals(findings: Findings) -> list[str]:
     return lines
 
 
+def _in_order(findings: Findings) -> list[str]:
+    """The ways that have times; those that ORDER does not know come last."""
+    there = dict.fromkeys(way for found in findings.values() for way in found.timings)
+    return [*(way for way in ORDER if way in there), *(way for way in there if way not in ORDER)]
+
+
 def _times(findings: Findings, cases: Sequence[AnyCase]) -> list[str]:
     lines = []
     for title, kind in KINDS.items():
         there = {c.name: findings[c.name] for c in cases if isinstance(c, kind) and c.name in findings}
-        ways = [way for way in ORDER if any(way in found.timings for found in there.values())]
+        ways = _in_order(there)
         if not ways:
             continue
         lines += ["", f"## {title}, microseconds: median (10 % to 90 %)", ""]
@@ -95,7 +101,7 @@ def draw(findings: Findings, path: Path) -> str | None:
     figure = Figure(figsize=(12, 5))
     axes = figure.add_subplot()
     names = list(findings)
-    ways = [way for way in ORDER if way not in ALONE and any(way in found.timings for found in findings.values())]
+    ways = [way for way in _in_order(findings) if way not in ALONE]
     for i, way in enumerate(ways):
         heights = [_over_alone(findings[name], way) for name in names]
         axes.bar([x + i / (len(ways) + 1) for x in range(len(names))], heights, 1 / (len(ways) + 1), label=way)
