@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotCompiled
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ use_checkout()
 
 import torch
 import triton
-from compile_ahead import CompileJob, CompilePool
+from compile_ahead import CompilePool, job_of
 from halving import Heats, Ranking, fastest, rank
 from timing import Timing
 from tune_plan import Gpu, Task, Tiles, candidates_of, first_of_each, group_of, tasks
@@ -85,18 +85,6 @@ class Tuner:
         return [random_batch(layer, lengths) for layer in self.layers(sizes, depth, r)]
 
 
-class Compiler(CompilePool):
-    """Compiles the candidates of tasks."""
-
-    def ask(self, task: Task, candidates: Sequence[Tiles]) -> dict[Tiles, Future[None]]:
-        """The compilation of each candidate."""
-        backward = task.what == "backward"
-        return {
-            tiles: self.submit(CompileJob(task.sizes, task.depth, task.r, task.lengths, backward, tiles))
-            for tiles in candidates
-        }
-
-
 @dataclass
 class Session:
     """One call of the tuner. rig: layers of a task, see tune_rig.Rig; save: writes the table; end_s: on `clock`."""
@@ -106,7 +94,7 @@ class Session:
     gpu: Gpu
     heats: Heats
     rig: Callable[[Task], Any]
-    ask: Callable[[Task, Sequence[Tiles]], dict[Tiles, Future[None]]]
+    ask: Callable[[Task, Sequence[Tiles]], dict[Tiles, Future[float]]]
     save: Callable[[], None]
     end_s: float
     clock: Callable[[], float] = time.monotonic
@@ -135,9 +123,9 @@ class Session:
         entry = entries.get(task.shape())
         return not self.again and entry is not None and entry.stamp.same_versions(self.stamp)
 
-    def _asked(self, wanted: Sequence[Task]) -> Iterator[tuple[Task, tuple[Tiles, ...], dict[Tiles, Future[None]]]]:
+    def _asked(self, wanted: Sequence[Task]) -> Iterator[tuple[Task, tuple[Tiles, ...], dict[Tiles, Future[float]]]]:
         """Tasks that are not known, each after its candidates and those of the next ones were given to the compiler."""
-        left, asked = deque(wanted), deque[tuple[Task, tuple[Tiles, ...], dict[Tiles, Future[None]]]]()
+        left, asked = deque(wanted), deque[tuple[Task, tuple[Tiles, ...], dict[Tiles, Future[float]]]]()
         while left or asked:
             while left and len(asked) < AHEAD:
                 task = left.popleft()
@@ -151,7 +139,7 @@ class Session:
                 yield asked.popleft()
 
     def _compiled(
-        self, candidates: Sequence[Tiles], compiled: dict[Tiles, Future[None]]
+        self, candidates: Sequence[Tiles], compiled: dict[Tiles, Future[float]]
     ) -> tuple[list[Tiles], dict[Tiles, str]]:
         """The candidates whose kernels are ready, and why others are not."""
         ready, left_out = [], {}
@@ -172,18 +160,17 @@ class Session:
         ranking: Ranking[Any] = rank([*rig.beside, *ready], group_of, rig.cost, self.late, self.heats)
         ranking.left_out |= left_out
         if not ranking.complete or any("time was up" in why for why in left_out.values()):
+            reported(ranking.left_out)
             return "not measured", "time was up"
         best = {
             name: found
             for name in dict.fromkeys(map(group_of, ready))
             if (found := fastest(ranking.times, [c for c in ready if group_of(c) == name], rig.wrong, ranking.left_out))
         }
-        reasons = Counter(f"{group_of(c)}: {why}" for c, why in ranking.left_out.items())
-        for why, count in reasons.items():
-            print(f"  left out, {count}: {why}", flush=True)
+        reasons = reported(ranking.left_out)
         if not best:
             return "not measured", "no candidate is left"
-        shown = self._enter(task, ranking, best, dict(reasons))
+        shown = self._enter(task, ranking, best, reasons)
         self.save()
         return "measured", shown
 
@@ -206,6 +193,14 @@ class Session:
         )
         times = ", ".join(f"{name} {found.median:.1f}" for name, found in (beside | us).items())
         return f"{chosen.form} of {times} us"
+
+
+def reported(left_out: Mapping[Any, str]) -> dict[str, int]:
+    """How many candidates were left out, by form and reason; it is said, too."""
+    reasons = Counter(f"{group_of(c)}: {why}" for c, why in left_out.items())
+    for why, count in reasons.items():
+        print(f"  left out, {count}: {why}", flush=True)
+    return dict(reasons)
 
 
 def spread(timing: Timing) -> Spread:
@@ -282,16 +277,19 @@ def main() -> int:
         for target in paths:
             file.write(target)
 
+    def ask(task: Task, candidates: Sequence[Tiles]) -> dict[Tiles, Future[float]]:
+        return {tiles: compiler.submit(job_of(task, tiles)) for tiles in candidates}
+
     def rig(task: Task) -> Rig:
         return Rig(task, tuner.layers(task.sizes, task.depth, task.r), tuner.device)
 
-    with Compiler(None if args.dry else tuner.gpu.capability) as compiler:
-        session = Session(
-            file, stamp, tuner.gpu, tuner.heats, rig, compiler.ask, save, end, again=args.again, dry=args.dry
-        )
+    with CompilePool(None if args.dry else tuner.gpu.capability) as compiler:
+        session = Session(file, stamp, tuner.gpu, tuner.heats, rig, ask, save, end, again=args.again, dry=args.dry)
         session.run(list(tasks(args.dry)))
+        compiled, cpu_s = compiler.cpu_seconds()
     print("\n".join(["", *summary(file)]))
     print(f"\n{dict(session.counts)}; {len(file.linear) + len(file.grads)} entries in {path.name}")
+    print(f"compiled ahead: {compiled} candidates, {cpu_s:.0f} CPU seconds")
     done = session.counts.keys() <= {"known", "measured"}
     if not done:
         print("not complete: call it again, and it continues")

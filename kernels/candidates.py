@@ -144,7 +144,7 @@ def _whole(shape: Problem) -> Iterator[LinearTiles]:
     yield from full
     if shape.rows > 256 and shape.tma and shape.out % 256 == 0:
         # y is as large as x: with many rows the stores count.
-        yield from (replace(tiles, store_tma=True) for tiles in _best(shape, tuple(full), 5))
+        yield from (replace(tiles, store_tma=True) for tiles in _best(shape, tuple(full), 4))
 
 
 def _sizes(shape: Problem) -> tuple[Sizes, ...]:
@@ -174,13 +174,13 @@ def _divided(shape: Problem, sizes: Sizes) -> Iterator[LinearTiles]:
 
 
 def _splits(shape: Problem, tiles: LinearTiles) -> list[int]:
-    """Parts of a contraction: the two numbers that fill whole waves best, otherwise the one that comes nearest."""
+    """Parts of a contraction: those that fill whole waves best (two for few rows), otherwise what comes nearest."""
     most = max(1, min(8 if shape.rows <= 256 else 2, shape.depth // (2 * tiles.block_k)))
     filled = {split: waves(shape, replace(tiles, split=split)) for split in (1, 2, 4, 8) if split <= most}
     full = [split for split, found in filled.items() if FULL <= found <= MOST_WAVES]
     # The least number of parts of equal ones: their sums have to be added.
     full.sort(key=lambda split: -round(filled[split] / math.ceil(filled[split]), 1))
-    return full[:2] or [min(filled, key=lambda split: abs(filled[split] - 1))]
+    return full[: 2 if shape.rows <= 256 else 1] or [min(filled, key=lambda split: abs(filled[split] - 1))]
 
 
 def _best(shape: Problem, candidates: tuple[LinearTiles, ...], count: int) -> list[LinearTiles]:
@@ -199,11 +199,11 @@ def _best(shape: Problem, candidates: tuple[LinearTiles, ...], count: int) -> li
 
 def _slices(shape: Problem) -> int:
     """Parts of the contraction that makes h: the same for all layers of a class of rows, as it is compiled in."""
-    return 2 if shape.rows > 256 else 8 if shape.rows > 64 else 16
+    return 2 if shape.rows > 256 else 16
 
 
 def _shrinkers(shape: Problem) -> int:
-    return 64 if shape.rows > 256 else 32
+    return 64 if shape.rows > 64 else 32
 
 
 def _thin(shape: Problem) -> Iterator[LinearTiles]:

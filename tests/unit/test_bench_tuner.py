@@ -195,14 +195,14 @@ class World:
 
         return Session(file, stamp, H100, Heats(), rig, self.ask, save, end_s, lambda: self.now, again)
 
-    def ask(self, task: Task, candidates: Sequence[Any]) -> dict[Any, Future[None]]:
+    def ask(self, task: Task, candidates: Sequence[Any]) -> dict[Any, Future[float]]:
         self.asked.append(task)
-        futures: dict[Any, Future[None]] = {tiles: Future() for tiles in candidates}
+        futures: dict[Any, Future[float]] = {tiles: Future() for tiles in candidates}
         for tiles, future in futures.items():
             if group_of(tiles) in self.uncompiled:
                 future.set_exception(RuntimeError("PTXASError: too much"))
             else:
-                future.set_result(None)
+                future.set_result(0.0)
         return futures
 
 
@@ -317,5 +317,5 @@ def test_jobs_that_compile_the_same_kernels_are_done_once() -> None:
         # Columns that are not full, and widths that are no multiple of 16, are other kernels.
         other += [replace(job, sizes=(4000,)), replace(job, sizes=(4104,)), replace(job, depth=4104)]
         assert all(pool.submit(another) is not done for another in other)
-        assert done.result() is None
+        assert done.result() == 0.0
     assert segments_of(((3, 0), (2, None), (4, -1))) == ((0, 3, 0), (5, 9, -1))
