@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -102,16 +103,20 @@ class KernelLauncher:
         target = TensorDescriptor.from_tensor(result, [tiles.block_m, piece_width(tiles)]) if stored else result
 
         def launch(form: int, shrinkers: int, others: int, **options: Any) -> None:
+            # What only tiles of y need is the same in every launch for h alone: forms and tiles share it compiled.
+            alone = form == SHRINK
+            cut = replace(tiles, block_n=16, group_m=1, split=1) if alone else tiles
+            w, low, end = (operands["x"], operands["x"], x) if alone else (operands["w"], operands["b"], target)
+            biased = bias is not None and not alone
             dual_lora_linear[(shrinkers + others,)](
-                operands["x"], operands["w"], x if bias is None else bias, operands["a"], operands["b"], hidden,
-                target, rows.counts, rows.firsts, rows.pairs, columns.tiles, blocks.tiles, planes, planes[of_h:],
-                tickets, tickets[targets:], space.take_flags(targets), space.left, scale, len(x), len(columns.tiles),
-                shrinkers, depth, x.stride(0), *weight.stride(), *a_strides, *b_strides,
-                0 if y is None else y.stride(0),
-                BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
-                SPLIT=tiles.split, RANK=r, RANK_P=rank_p, BLOCKS=len(blocks.tiles), SLICES=tiles.slices, FORM=form,
+                operands["x"], w, bias if biased else x, operands["a"], low, hidden, end, rows.counts, rows.firsts,
+                rows.pairs, columns.tiles, blocks.tiles, planes, planes[of_h:], tickets, tickets[targets:],
+                space.take_flags(targets), space.left, scale, len(x), len(columns.tiles), shrinkers, depth,
+                x.stride(0), *weight.stride(), *a_strides, *b_strides, 0 if y is None else y.stride(0),
+                BLOCK_M=tiles.block_m, BLOCK_N=cut.block_n, BLOCK_K=tiles.block_k, GROUP_M=cut.group_m,
+                SPLIT=cut.split, RANK=r, RANK_P=rank_p, BLOCKS=len(blocks.tiles), SLICES=tiles.slices, FORM=form,
                 TRANSPOSED=transposed, ALIGNED=columns.aligned and blocks.aligned, PACKED=packed,
-                HAS_BIAS=bias is not None, TMA=operands["x"] is not x, STORE_TMA=stored, INTERPRET=INTERPRET,
+                HAS_BIAS=biased, TMA=operands["x"] is not x, STORE_TMA=stored and not alone, INTERPRET=INTERPRET,
                 **_options(tiles.warps, tiles.stages), **options,
             )  # fmt: skip
 
