@@ -38,7 +38,7 @@ def _kernels(case: PagedCase, batch: DecodeBatch, device: torch.device) -> dict[
     """By way: as the product launches it; on a GPU also with contexts in more parts, and with fewer programs."""
     own = default_config(DecodeShape(case.heads, case.kv_heads, case.d, batch.cache.itemsize))
     # At least two and four parts of the contexts at hand, in powers of two of tokens.
-    shorter = (max(16, 1 << (case.context // parts).bit_length() - 1) for parts in (2, 4))
+    shorter = (1 << max(16, case.context // parts).bit_length() - 1 for parts in (2, 4))
     others = {f"parts of {n}": replace(own, block_kv=min(own.block_kv, n), least=n) for n in shorter}
     others |= {f"{own.programs // 2} programs": replace(own, programs=own.programs // 2)}
     forced = {f"{PAGED}, {name}": PagedDecode(device, config) for name, config in others.items()}
