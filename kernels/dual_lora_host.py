@@ -107,7 +107,7 @@ class KernelLauncher:
             alone = form == SHRINK
             cut = replace(tiles, block_n=16, group_m=1, split=1) if alone else tiles
             w, low, end = (operands["x"], operands["x"], x) if alone else (operands["w"], operands["b"], target)
-            biased = bias is not None and not alone
+            biased, early = bias is not None and not alone, alone and tiles.form == "pair"
             dual_lora_linear[(shrinkers + others,)](
                 operands["x"], w, bias if biased else x, operands["a"], low, hidden, end, rows.counts, rows.firsts,
                 rows.pairs, columns.tiles, blocks.tiles, planes, planes[of_h:], tickets, tickets[targets:],
@@ -116,8 +116,8 @@ class KernelLauncher:
                 BLOCK_M=tiles.block_m, BLOCK_N=cut.block_n, BLOCK_K=tiles.block_k, GROUP_M=cut.group_m,
                 SPLIT=cut.split, RANK=r, RANK_P=rank_p, BLOCKS=len(blocks.tiles), SLICES=tiles.slices, FORM=form,
                 TRANSPOSED=transposed, ALIGNED=columns.aligned and blocks.aligned, PACKED=packed,
-                HAS_BIAS=biased, TMA=operands["x"] is not x, STORE_TMA=stored and not alone, INTERPRET=INTERPRET,
-                **_options(tiles.warps, tiles.stages), **options,
+                EARLY=early, HAS_BIAS=biased, TMA=operands["x"] is not x, STORE_TMA=stored and not alone,
+                INTERPRET=INTERPRET, **_options(tiles.warps, tiles.stages), **options,
             )  # fmt: skip
 
         if y is None:

@@ -288,6 +288,7 @@ def dual_lora_linear(
     TRANSPOSED: tl.constexpr,
     ALIGNED: tl.constexpr,
     PACKED: tl.constexpr,
+    EARLY: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TMA: tl.constexpr,
     STORE_TMA: tl.constexpr,
@@ -302,7 +303,8 @@ def dual_lora_linear(
     whole launch. The first `shrinkers` programs compute h, the others y. x, w, a, b: pointers, or with TMA tensor
     descriptors; then a_slot and b_slot are rows, not elements. y: a pointer, or with STORE_TMA a descriptor, which
     all column tiles must fill. PACKED: in the factor that has numbers of one rank side by side (B, or A if TRANSPOSED),
-    BLOCKS * RANK of them lie from one row to the next.
+    BLOCKS * RANK of them lie from one row to the next. EARLY: the next launch may begin before this one has ended, for
+    which compute capability 9.0 has an instruction.
     """
     if PACKED:
         # A constant stride: with a rank of 8, too, 16 bytes are loaded at a time.
@@ -315,7 +317,7 @@ def dual_lora_linear(
     n_tiles = tl.cdiv(rows, BLOCK_M)
     # The same for all programs of a launch: fewer than 65536 have left until the last one leaves.
     launch = (tl.load(left) >> 16) + 1
-    if FORM == 1 and not INTERPRET:
+    if EARLY and not INTERPRET:
         tl.extra.cuda.gdc_launch_dependents()
     # A form is compiled without the work of the other launch, which would take registers.
     if FORM != 2 and program < shrinkers:

@@ -33,7 +33,8 @@ LARGEST = (
     "2112 rows 4096->6144 r=64 x3",
     "pair, first, r=64",
     "pair, second, r=64",
-    "expand, r=64",
+    "three, second, r=64",
+    "three, third, r=64",
     "gradients of the factors, r=64",
 )
 CORNERS = frozenset(itertools.product((*LARGEST, SMALLEST), (90, 80))) | {(BACKWARD, 90)}
@@ -64,11 +65,12 @@ def linear_case(
     """dual_lora_linear as `kernels/dual_lora_host.py` launches it."""
     if form == SHRINK:
         # What the second launch alone is made for changes no code of the first.
-        tiles = replace(tiles, block_n=64, split=1, group_m=1, store_tma=False)
+        tiles = replace(tiles, block_n=16, split=1, group_m=1, store_tma=False)
     constants = {
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "GROUP_M": tiles.group_m,
         "SPLIT": tiles.split, "ALIGNED": True, "RANK": r, "RANK_P": padded(r), "BLOCKS": blocks,
         "SLICES": tiles.slices, "FORM": form, "TRANSPOSED": transposed, "PACKED": True, "HAS_BIAS": bias,
+        "EARLY": form == SHRINK and tiles.form == "pair",
         "TMA": tiles.tma, "STORE_TMA": tiles.store_tma, "INTERPRET": False,
         # Launches specialise strides of 1.
         **({"w_out": 1, "a_rank": 1, "b_out": 1} if transposed else {"w_k": 1, "a_k": 1, "b_rank": 1}),
@@ -163,10 +165,12 @@ def _every_case() -> Iterator[Case]:
                     )
             tiles = defaults.linear(64, 4096, 4096, r, False)
             if capability >= 90:
-                yield linear_case(f"pair, first, r={r}", tiles, r, form=SHRINK)
-                yield linear_case(f"pair, second, r={r}", tiles, r, form=BASE, bias=True)
-            thin = replace(tiles, form="three", block_n=128)
-            yield expand_case(f"expand, r={r}", thin, r, capability=capability, blocks=3)
+                pair = replace(tiles, form="pair")
+                yield linear_case(f"pair, first, r={r}", pair, r, form=SHRINK)
+                yield linear_case(f"pair, second, r={r}", pair, r, form=BASE, bias=True)
+            thin = LinearTiles("three", block_m=64, block_n=128, block_k=128, stages=3)
+            yield linear_case(f"three, second, r={r}", thin, r, form=SHRINK, capability=capability, blocks=3)
+            yield expand_case(f"three, third, r={r}", thin, r, capability=capability, blocks=3)
             grads = defaults.grads(2048, 4096, 4096, r)
             yield grads_case(f"gradients of the factors, r={r}", grads, r, capability=capability)
         small = defaults.linear(1, 2048, 2048, 16, False)
