@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from kernel_goals import AUTO, FORMS
 
-from clif.kernels.candidates import linear_candidates
 from clif.kernels.dual_lora_host import Tiling
 from clif.kernels.tiles import Form, GradTiles, LinearTiles
 from clif.kernels.tuning import Defaults, Fixed, TileTable, load_table
@@ -31,7 +30,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Forced:
-    """One form for every shape: the tiles in use where they are of this form, otherwise the first of its candidates.
+    """One form for every shape: the tiles in use where they are of this form, otherwise those by reasoning.
 
     used: the table of this form, or the tiles of any form.
     """
@@ -44,9 +43,7 @@ class Forced:
         used = self.used.linear(rows, depth, out, rank, backward)
         if used.form == self.form:
             return used
-        machine = self.defaults.programs, self.defaults.capability
-        found = linear_candidates(rows, depth, out, rank, backward, *machine)
-        return next((tiles for tiles in found if tiles.form == self.form), replace(found[0], form=self.form))
+        return self.defaults.tiles(self.form, rows, depth, out, rank)
 
     def grads(self, rows: int, depth: int, out: int, rank: int) -> GradTiles:
         return self.used.grads(rows, depth, out, rank)
@@ -55,10 +52,10 @@ class Forced:
 def tilings(defaults: Defaults, path: Path | None) -> dict[str, Tiling]:
     """By way of CLIF. path: of the measured table of this type of GPU, None: there is none."""
     if path is None:
-        used = TileTable({}, {}, defaults, defaults)
+        used = TileTable({}, {}, defaults)
         return {AUTO: used, **{way: Forced(form, used, defaults) for way, form in FORMS.items()}}
-    of_forms = {way: Forced(f, load_table(path, defaults, defaults, form=f), defaults) for way, f in FORMS.items()}
-    return {AUTO: load_table(path, defaults, defaults), **of_forms}
+    of_forms = {way: Forced(f, load_table(path, defaults, form=f), defaults) for way, f in FORMS.items()}
+    return {AUTO: load_table(path, defaults), **of_forms}
 
 
 def captured_tiling(defaults: Defaults, path: Path | None) -> Tiling:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 if "--dry" in sys.argv:
@@ -153,7 +153,7 @@ def tiling() -> Defaults | TileTable:
     """The tiles that captured steps use here: of the table, if this GPU was tuned."""
     defaults = Tuner.here(DRY_RUN).defaults
     path = None if DRY_RUN else table_path(torch.cuda.get_device_name(DEVICE))
-    return load_table(path, defaults, defaults, captured=True) if path and path.is_file() else defaults
+    return load_table(path, replace(defaults, captured=True)) if path and path.is_file() else defaults
 
 
 def compile_only() -> None:

@@ -31,7 +31,7 @@ from clif.kernels.paged_decode_host import PagedDecode
 from clif.kernels.testing.dual_lora_specification import computed, random_batch, random_layer, violations
 from clif.kernels.testing.paged_decode_specification import random_decode
 from clif.kernels.testing.paged_decode_specification import violations as decode_violations
-from clif.kernels.tuning import Defaults
+from clif.kernels.tuning import Defaults, Fixed
 from clif.models.weights.loading import load_model
 from clif.training.train_runner import TrainRunner
 from clif.training.trainer import ShadowTrainer
@@ -41,12 +41,15 @@ DEVICE = "cpu" if DRY_RUN else "cuda"
 KINDS = ((13, 0), (5, None), (40, 1), (71, SHADOW)) if not DRY_RUN else ((3, 0), (2, None), (4, SHADOW))
 
 
-def launcher() -> KernelLauncher:
+def defaults() -> Defaults:
     if DRY_RUN:
-        return KernelLauncher(torch.device("cpu"), Defaults(4, 80))
+        return Defaults(4, 80)
     major, minor = torch.cuda.get_device_capability()
-    programs = torch.cuda.get_device_properties(0).multi_processor_count
-    return KernelLauncher(torch.device("cuda"), Defaults(programs, 10 * major + minor))
+    return Defaults(torch.cuda.get_device_properties(0).multi_processor_count, 10 * major + minor)
+
+
+def launcher() -> KernelLauncher:
+    return KernelLauncher(torch.device(DEVICE), defaults())
 
 
 def zero_rows() -> str:
@@ -63,10 +66,12 @@ def float32_products() -> str:
 
 
 def one_kernel_per_linear() -> str:
+    """The form of one launch is one: no fill beside it."""
     if DRY_RUN:
         return ""
     batch = random_batch(random_layer([4096], 4096, 16, dtype=torch.bfloat16, device=DEVICE), ((48, 0), (16, 1)))
-    layer = DualLoraLinear(batch.merged, launcher())
+    fused = Fixed(defaults().tiles("fused", 64, 4096, 4096, 16))
+    layer = DualLoraLinear(batch.merged, KernelLauncher(torch.device(DEVICE), fused))
     layer.forward(batch.x, batch.segments)
     found = launches(lambda: layer.forward(batch.x, batch.segments))
     return "" if sum(count for count, _ in found.values()) == 1 else f"{found}"

@@ -45,7 +45,7 @@ class Sizes:
 
 # Rows of a tile are at least those of a decode batch, so that W is read once; its columns are few, its stages deep: all
 # multiprocessors together need about 4 MB on the way to saturate the memory of a Hopper GPU.
-FEW = (Sizes(16, 64, 128, 4, 5), Sizes(16, 32, 256, 4, 5), Sizes(16, 64, 256, 4, 4), Sizes(16, 128, 128, 4, 4))
+FEW = (Sizes(16, 128, 128, 4, 4), Sizes(16, 64, 128, 4, 5), Sizes(16, 32, 256, 4, 5), Sizes(16, 64, 256, 4, 4))
 DECODE = (
     Sizes(64, 64, 64, 4, 6), Sizes(64, 64, 128, 4, 4), Sizes(64, 32, 128, 4, 5), Sizes(64, 128, 64, 4, 4),
     Sizes(64, 128, 128, 4, 3), Sizes(64, 256, 64, 4, 4),
@@ -67,7 +67,7 @@ PLAIN_DECODE = (
 PLAIN_MANY = (Sizes(128, 128, 32, 8, 3), Sizes(128, 128, 32, 8, 4), Sizes(128, 64, 64, 8, 3), Sizes(64, 128, 64, 8, 3))
 # For the forms that begin with torch's product: rows of a pair, columns of an expand tile, depth of the shrink.
 THIN_FEW = (Sizes(16, 128, 128, 4, 3), Sizes(16, 64, 256, 4, 3), Sizes(16, 256, 128, 4, 4))
-THIN_BATCH = (Sizes(64, 64, 128, 4, 3), Sizes(16, 128, 128, 4, 3), Sizes(64, 128, 64, 4, 4), Sizes(32, 128, 128, 4, 3))
+THIN_BATCH = (Sizes(16, 128, 128, 4, 3), Sizes(64, 64, 128, 4, 3), Sizes(64, 128, 64, 4, 4), Sizes(32, 128, 128, 4, 3))
 THIN_MANY = (Sizes(64, 128, 128, 4, 3), Sizes(128, 128, 64, 8, 3), Sizes(64, 256, 64, 4, 4), Sizes(128, 64, 64, 4, 4))
 GRADS = ((64, 64, 4, 3), (64, 64, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 3))
 """Of the gradients of the factors: columns of a tile, rows of a step, warps, stages."""
@@ -116,6 +116,27 @@ def linear_candidates(
     for form, count in forms:
         found += [replace(tiles, form=form) for tiles in thin[:count]]
     return tuple(dict.fromkeys(found))[:MOST]
+
+
+def first_choice(form: Form, rows: int, depth: int, out: int, rank: int, programs: int, capability: int) -> LinearTiles:
+    """The candidate of this form that is taken where none was measured. Arguments as of linear_candidates.
+
+    Few rows are limited by reading W: narrow tiles with many stages, and a contraction in four parts or more, so that
+    every multiprocessor has loads under way all the time. With many rows whole waves count: 2112 rows and 4096 outputs
+    are 2.06 waves of 128x256 tiles on 132 multiprocessors, which take the time of 3, and 4.0 of 64x256 tiles.
+    """
+    shape = Problem(rows, depth, out, rank, programs, capability)
+    if form in AFTER_TORCH:
+        return replace(next(_thin(shape)), form=form)
+    whole = tuple(tiles for tiles in _whole(shape) if not tiles.store_tma)
+    if rows > 256:
+        (found,) = _best(shape, whole, 1)
+    else:
+        # B's part of a tile lies in registers beside the sums: 64 ranks of 128 columns do not fit.
+        narrow = [tiles for tiles in whole if tiles.block_n * _padded(rank) <= 64 * 64] or whole
+        busy = (tiles for tiles in narrow if tiles.split >= 4 and waves(shape, tiles) >= FULL)
+        found = next(busy, narrow[0])
+    return replace(found, form=form, shrinkers=programs if form == "pair" else found.shrinkers)
 
 
 def waves(shape: Problem, tiles: LinearTiles) -> float:

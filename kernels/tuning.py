@@ -1,52 +1,72 @@
 """The tiles of each shape: a measured table per type of GPU (`make tune-gpu` writes it), and reasoned defaults.
 
-Nothing is tuned while serving. A shape that was measured may have the form "separate": torch's own products were
-faster there. Free of Triton.
+Nothing is tuned while serving. Free of Triton and torch.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from clif.kernels.candidates import first_choice
 from clif.kernels.tile_file import LaunchShape, TileFile
 from clif.kernels.tiles import Form, GradTiles, LinearTiles
 
 TUNED = Path(__file__).parent / "tuned"
+FEW, MANY, THIN = 4, 724, 32
+"""Rows and ranks up to which a shape is nearer, as a ratio, to the smaller of two that were measured: 1 and 16 rows,
+256 and 2048 rows, r=16 and r=64."""
+_first_choice = lru_cache(4096)(first_choice)
+"""It is asked for at every launch, and prompts have any number of rows."""
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """Tiles by reasoning, for unmeasured shapes. programs: multiprocessors; capability: of the GPU, 90 = 9.0.
+    """Form and tiles of shapes that were not measured on this type of GPU: the form by what one H200 measured.
 
-    Few rows: tiles and parts of the depth, so that every multiprocessor reads a part of W. Many rows: tiles that
-    reuse what they read, as large as the registers hold (see compile_gate).
+    programs: multiprocessors; capability: of the GPU, 90 = 9.0; captured: segments are data, which rules the form
+    `separate` out.
     """
 
     programs: int = 132
     capability: int = 90
+    captured: bool = False
 
     def linear(self, rows: int, depth: int, out: int, rank: int, backward: bool) -> LinearTiles:
-        tma = self.capability >= 90
-        if rows > 256:
-            block_n = 256 if tma and out >= 4096 else 128
-            return LinearTiles(
-                block_m=128, block_n=block_n, block_k=64 if tma else 32, slices=2, warps=8, stages=3, tma=tma
+        form, _ = self.form(rows, rank, backward)
+        return self.tiles(form, rows, depth, out, rank)
+
+    def form(self, rows: int, rank: int, backward: bool) -> tuple[Form, str]:
+        """The form, and why. Microseconds of an H200, 2026-11-27, replays of graphs, layers of 4096x4096.
+
+        `three` had not been measured then: its place has the form of four launches, which are the same and a zero fill.
+        `separate` had one more pass per segment. `branches` is taken where a table says so, and never by rule.
+        """
+        found: tuple[Form, str]
+        if backward:
+            found = (
+                "separate",
+                "1984 rows, r=16: 117 by torch's products, 114 in one tuned kernel; 2048x2048: 43, 51",
             )
-        block_m = 16 if rows <= 16 else 64
-        block_n = 128 if out >= 4096 and tma else 64 if block_m == 64 or tma else 32
-        # Shared memory for two programs on a multiprocessor: shrinkers run beside the others.
-        tall, block_k = -(-rows // block_m), 128 if block_m == 16 and tma else 64
-        # Every program reads all of its rows of x: few columns of programs, each with a part of the depth, read less.
-        most = max(1, min(self.programs // (tall * -(-out // block_n)), depth // (4 * block_k), 8))
-        split, slices = 1 << (most.bit_length() - 1), max(1, min(32 // tall, depth // block_k))
-        # Addresses take registers, which descriptors do not: without descriptors more threads share them.
-        warps = 4 if tma else 8
-        return LinearTiles(
-            block_m=block_m, block_n=block_n, block_k=block_k, split=split, slices=slices, warps=warps, tma=tma
-        )
+        elif rows <= FEW:
+            found = "fused", "1 row, r=16: 18.7 in one kernel, 20.1 in four launches; r=64: 20.5 and 21.6"
+        elif rows <= MANY:
+            found = (
+                "three",
+                "16, 64, 256 rows, r=16: 21.0, 19.6, 25.4 in four launches, 27.0, 26.9, 31.1 in one",
+            )
+        elif rank <= THIN:
+            found = "three", "64+1984 rows, r=16: 117 in four launches, 129 by torch's products, 140 in one kernel"
+        else:
+            found = "separate", "64+1984 rows, r=64: 130 by torch's products, 140 in four launches, 156 in one kernel"
+        return ("three", f"{found[1]}; segments are data") if self.captured and found[0] == "separate" else found
+
+    def tiles(self, form: Form, rows: int, depth: int, out: int, rank: int) -> LinearTiles:
+        """Tiles of a form, by reasoning."""
+        return _first_choice(form, rows, depth, out, rank, self.programs, self.capability)
 
     def grads(self, rows: int, depth: int, out: int, rank: int) -> GradTiles:
         return GradTiles(block_c=64, slices=max(1, min(8, rows // 256)))
@@ -68,22 +88,19 @@ class Fixed:
 
 @dataclass(frozen=True)
 class TileTable:
-    """Measured tiles; `missing` answers for shapes that are not in it (None: torch's products)."""
+    """Measured tiles; `missing` answers for shapes that are not in it."""
 
     measured: dict[LaunchShape, LinearTiles]
     gradients: dict[LaunchShape, GradTiles]
-    missing: Defaults | None
-    fallback: Defaults = Defaults()
+    missing: Defaults
 
     def linear(self, rows: int, depth: int, out: int, rank: int, backward: bool) -> LinearTiles:
         found = _nearest(self.measured, LaunchShape(rows, depth, out, rank, backward))
-        if found is not None:
-            return found
-        return self.missing.linear(rows, depth, out, rank, backward) if self.missing else LinearTiles(form="separate")
+        return found if found is not None else self.missing.linear(rows, depth, out, rank, backward)
 
     def grads(self, rows: int, depth: int, out: int, rank: int) -> GradTiles:
         found = _nearest(self.gradients, LaunchShape(rows, depth, out, rank, True))
-        return found if found is not None else self.fallback.grads(rows, depth, out, rank)
+        return found if found is not None else self.missing.grads(rows, depth, out, rank)
 
 
 def _nearest(entries: dict[LaunchShape, Any], wanted: LaunchShape) -> Any:
@@ -103,17 +120,15 @@ def table_path(device: str) -> Path:
     return TUNED / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
 
 
-def load_table(
-    path: Path, missing: Defaults | None, fallback: Defaults, captured: bool = False, form: Form | None = None
-) -> TileTable:
-    """The fastest form of every shape; captured: of those whose segments are data, as in a captured step.
+def load_table(path: Path, missing: Defaults, form: Form | None = None) -> TileTable:
+    """The fastest form of every shape, in captured steps of those whose segments are data.
 
     form: that one alone, where it was measured. Raises ValueError for a file that is not such a table, naming it.
     """
     found = TileFile.read(path)
     linear = {}
     for shape, entry in found.linear.items():
-        wanted = form or (entry.captured if captured else entry.chosen)
+        wanted = form or (entry.captured if missing.captured else entry.chosen)
         if wanted in entry.tiles:
             linear[shape] = entry.tiles[wanted]
-    return TileTable(linear, {shape: entry.tiles for shape, entry in found.grads.items()}, missing, fallback)
+    return TileTable(linear, {shape: entry.tiles for shape, entry in found.grads.items()}, missing)

@@ -155,15 +155,15 @@ def _every_case() -> Iterator[Case]:
         defaults = Defaults(programs, capability)
         for r in (8, 16, 64) if capability >= 90 else (16, 64):
             for rows, depth, out, projections in SHAPES:
-                tiles = defaults.linear(rows, depth, out, r, False)
+                tiles = defaults.tiles("fused", rows, depth, out, r)
                 name = f"{rows} rows {depth}->{out} r={r} x{projections}"
                 yield linear_case(name, tiles, r, capability=capability, blocks=projections)
                 if rows > 256:
-                    back = defaults.linear(rows, out, depth, r, True)
+                    back = defaults.tiles("fused", rows, out, depth, r)
                     yield linear_case(
                         f"{name}, backward", back, r, capability=capability, blocks=projections, transposed=True
                     )
-            tiles = defaults.linear(64, 4096, 4096, r, False)
+            tiles = defaults.tiles("fused", 64, 4096, 4096, r)
             if capability >= 90:
                 pair = replace(tiles, form="pair")
                 yield linear_case(f"pair, first, r={r}", pair, r, form=SHRINK)
@@ -173,7 +173,7 @@ def _every_case() -> Iterator[Case]:
             yield expand_case(f"three, third, r={r}", thin, r, capability=capability, blocks=3)
             grads = defaults.grads(2048, 4096, 4096, r)
             yield grads_case(f"gradients of the factors, r={r}", grads, r, capability=capability)
-        small = defaults.linear(1, 2048, 2048, 16, False)
+        small = defaults.tiles("fused", 1, 2048, 2048, 16)
         yield linear_case(SMALLEST, small, 16, capability=capability, dtype="fp16",
                           bias=True)  # fmt: skip
 

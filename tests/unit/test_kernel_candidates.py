@@ -13,6 +13,7 @@ from clif.kernels.candidates import (
     MOST,
     MOST_SUMS,
     Problem,
+    first_choice,
     grads_candidates,
     linear_candidates,
     shared_bytes,
@@ -74,6 +75,27 @@ def test_a_decode_batch_of_the_widths_that_were_slow_has_128_programs_and_more_w
     assert all(waves(Problem(64, 4096, 4096, 16, 132, 90), tiles) * 132 >= 128 for tiles in whole)
     assert {2, 4, 8} <= {tiles.split for tiles in whole}
     assert {32, 64, 128, 256} <= {tiles.block_n for tiles in whole}
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=["H100", "A100", "L4"])
+def test_the_first_choice_of_a_form_that_a_rule_may_take_is_one_of_its_candidates(gpu: tuple[int, int]) -> None:
+    for rows, widths, r in SHAPES:
+        candidates = found(rows, widths, r, gpu)
+        for form in {tiles.form for tiles in candidates} - {"pair"}:
+            assert first_choice(form, rows, *widths, r, *gpu) in candidates
+
+
+def test_the_first_choice_of_a_decode_batch_keeps_every_multiprocessor_loading_a_part_of_w() -> None:
+    for widths in ((4096, 4096), (4096, 1024), (2048, 2048), (4096, 6144)):
+        tiles = first_choice("fused", 64, *widths, 16, 132, 90)
+        assert 4 <= tiles.split <= 8 and tiles.block_n == 64 and tiles.stages >= 6
+        assert waves(Problem(64, *widths, 16, 132, 90), tiles) >= FULL
+
+
+def test_the_first_choice_of_many_rows_fills_whole_waves() -> None:
+    for rows, out, block_n, count in ((2112, 4096, 256, 4.0), (2112, 6144, 256, 6.0), (2048, 4096, 256, 2)):
+        tiles = first_choice("fused", rows, 4096, out, 16, 132, 90)
+        assert tiles.block_n == block_n and 0.95 * count <= waves(Problem(rows, 4096, out, 16, 132, 90), tiles) <= count
 
 
 def test_many_rows_are_measured_with_and_without_stores_by_descriptor() -> None:

@@ -124,10 +124,11 @@ def test_captured_steps_with_the_kernels_read_slots_and_blocks_of_the_steps_own_
     from clif.kernels.tuning import Defaults
 
     class ByRows(Defaults):
-        """Steps of different sizes ask for tables of different heights, as on a GPU."""
+        """Steps of different sizes ask for other forms, and for tables of different heights, as on a GPU."""
 
         def linear(self, rows: int, *shape: Any) -> LinearTiles:
-            return replace(super().linear(rows, *shape), block_m=64 if rows > 2 else 16)
+            form, height = ("three", 64) if rows > 2 else ("fused", 16)
+            return replace(self.tiles(form, rows, *shape[:3]), block_m=height)
 
     rigs, recorder = [make_rig(f"random:{two_layers}", engine={"max_batch": 4}) for _ in range(2)], Repeated()
     device = rigs[1].runner.device
