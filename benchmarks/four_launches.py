@@ -35,19 +35,15 @@ OWN = RivalTiles()
 """Low tiles, which waste few rows of a short segment."""
 
 
-def published(rows: int, depth: int, members: int) -> RivalTiles:
-    """The sizes of a public serving system, without its programs that find no part of the contraction.
-
-    rows: of the batch; depth: of the contraction; members: projections in one product.
-    """
+def published(rows: int, members: int) -> RivalTiles:
+    """The sizes of a public serving system. rows: of the batch; members: projections in one product."""
     short = rows < 128
-    block_k = 256 if short else 32
     return RivalTiles(
         shrink_m=32,
         expand_m=64,
         block_n=64 if members > 1 else 128,
-        block_k=block_k,
-        slices=min(64 if short else 8, -(-depth // block_k)),
+        block_k=256 if short else 32,
+        slices=64 if short else 8,
         stages=2,
     )
 
@@ -117,11 +113,13 @@ class FourLaunches:
         """y [rows, out] of x [rows, in]."""
         y, sizes = linear(x, merged.weight, merged.bias), self._sizes
         ranks, depth = merged.a.shape[1], merged.weight.shape[1]
+        # More slices than steps would be programs without work.
+        slices = min(sizes.slices, triton.cdiv(depth, sizes.block_k))
         hidden = torch.zeros(len(x), ranks, dtype=torch.float32, device=x.device)
         options = {"INTERPRET": INTERPRET, "num_warps": 4, "num_stages": sizes.stages}
-        shrink[(len(self._shrunk) * sizes.slices,)](
+        shrink[(len(self._shrunk) * slices,)](
             x, merged.a, hidden, self._shrunk, depth, x.stride(0), merged.a.stride(0), RANKS=ranks,
-            RANKS_P=_padded(ranks), BLOCK_M=sizes.shrink_m, BLOCK_K=sizes.block_k, SLICES=sizes.slices, **options,
+            RANKS_P=_padded(ranks), BLOCK_M=sizes.shrink_m, BLOCK_K=sizes.block_k, SLICES=slices, **options,
         )  # fmt: skip
         expand[(len(self._expanded), len(self._columns))](
             hidden, merged.b, y, self._expanded, self._columns, merged.scale, y.stride(0), merged.b.stride(0),

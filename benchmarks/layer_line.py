@@ -137,7 +137,7 @@ class LayerBench:
 
     def _four(self, linear: DualLinear, own: bool) -> Callable[..., torch.Tensor]:
         merged = _lora(linear).as_merged(linear.base)  # type: ignore[arg-type]
-        tiles: RivalTiles = OWN if own else published(self.case.rows, merged.weight.shape[1], len(linear.names))
+        tiles: RivalTiles = OWN if own else published(self.case.rows, len(linear.names))
         compute = FourLaunches(merged, self.segments, tiles)
         return lambda x, rows: compute(merged, x)
 

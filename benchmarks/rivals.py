@@ -32,12 +32,11 @@ def forward_ways(batches: Sequence[Batch], launchers: Launchers, compiled: bool 
     }
     if not batches[0].segments:
         return ways
-    (rows, depth), members = batches[0].x.shape, len(batches[0].merged.projections)
     ways |= {
         PER_SEGMENT: lambda i: _per_segment(batches[i]),
         ONE_PRODUCT: _with_masks(batches, _one_product),
         FOUR: _four(batches, OWN),
-        FOUR_PUBLISHED: _four(batches, published(rows, depth, members)),
+        FOUR_PUBLISHED: _four(batches, published(len(batches[0].x), len(batches[0].merged.projections))),
         AUGMENTED: _augmented(batches),
         PEFT: lambda i: _peft(batches[i]),
         PEFT_MIXED: _peft_mixed(batches),
