@@ -18,6 +18,7 @@ from clif.kernels.elementwise_kernel import (
     swiglu,
     swiglu_grad,
 )
+from clif.kernels.kv_types import FP8
 
 INTERPRET = not isinstance(swiglu, triton.runtime.JITFunction)
 """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when they were first imported)."""
@@ -81,8 +82,8 @@ def launch_rotate_heads(
     """qkv [rows, (heads + 2 kv_heads) * d] -> rotated query [rows, heads, d] and key [rows, kv_heads, d], and the value
     [rows, kv_heads, d], which is a view of qkv. Key and value are also written to `cache`, if there is one.
 
-    cos, sin: [rows, d], sin negative in its first half. cache [2 * kv_heads, slots, d], keys first, of any strides
-    between heads and slots; slots [rows], of any integer type: where each row belongs.
+    cos, sin: [rows, d], sin negative in its first half. cache [2 * kv_heads, slots, d], keys first, of the type of qkv
+    or FP8, of any strides between heads and slots; slots [rows], of any integer type: where each row belongs.
     """
     rows, d = len(qkv), _head_dim(qkv, heads, kv_heads)
     _check_heads(qkv, cos, sin, norms, d)
@@ -207,7 +208,10 @@ def _check_cache(qkv: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, kv
             f"cache {list(cache.shape)} and slots {list(slots.shape)} do not fit: [{2 * kv_heads}, slots, {head_dim}] "
             f"and [{len(qkv)}] are needed"
         )
-    _check_alike("cache", cache, qkv)
+    if cache.dtype != FP8:
+        _check_alike("cache", cache, qkv)
+    elif cache.stride(-1) != 1:
+        raise ValueError("the last dimension of cache must be contiguous: call .contiguous()")
 
 
 def _check_alike(name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:

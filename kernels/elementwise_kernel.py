@@ -93,8 +93,8 @@ def rotate_heads(
     NORMS: tl.constexpr, CACHES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Rotated query [rows, HEADS, HEAD_DIM] and key [rows, KV_HEADS, HEAD_DIM] of qkv [rows, (HEADS + 2 KV_HEADS) *
-    HEAD_DIM], and if CACHES that key and the value in cache [2 * KV_HEADS, slots, HEAD_DIM] at slots [rows]; grid
-    (rows, blocks of BLOCK heads).
+    HEAD_DIM], and if CACHES that key and the value in cache [2 * KV_HEADS, slots, HEAD_DIM] at slots [rows], rounded
+    once more if it has fewer bits; grid (rows, blocks of BLOCK heads).
 
     cos, sin: [rows, HEAD_DIM], sin negative in its first half. NORMS: each head of query and key is normalised first,
     with weights [HEAD_DIM]. query and key are contiguous. HALF_P: half of HEAD_DIM, padded to a power of two.
@@ -136,8 +136,12 @@ def rotate_heads(
         slot = tl.load(slots + row).to(tl.int64)
         # Values lie behind the keys in the cache as they do in the projection.
         offset = (heads - HEADS).to(tl.int64)[:, None] * cache_head + slot * cache_slot + cols[None, :]
-        tl.store(cache + offset, out_low, mask=inside & (heads >= HEADS)[:, None])
-        tl.store(cache + offset + HEAD_DIM // 2, out_high, mask=inside & (heads >= HEADS)[:, None])
+        kept_low, kept_high = out_low, out_high
+        if cache.dtype.element_ty != dtype:
+            kept_low = rounded(out_low.to(tl.float32), cache.dtype.element_ty, INTERPRET)
+            kept_high = rounded(out_high.to(tl.float32), cache.dtype.element_ty, INTERPRET)
+        tl.store(cache + offset, kept_low, mask=inside & (heads >= HEADS)[:, None])
+        tl.store(cache + offset + HEAD_DIM // 2, kept_high, mask=inside & (heads >= HEADS)[:, None])
 
 
 @triton.jit

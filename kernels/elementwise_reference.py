@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
+from clif.kernels.kv_types import write_slots
+
 Turned = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -49,8 +51,11 @@ def rotate_heads(
 
 
 def write_rows(cache: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Write key and value [rows, kv_heads, d] to slots [rows] of a cache [2 * kv_heads, slots, d], keys first."""
-    cache.index_copy_(1, slots.long(), torch.cat((key, value), 1).transpose(0, 1))
+    """Write key and value [rows, kv_heads, d] to slots [rows] of a cache [2 * kv_heads, slots, d], keys first.
+
+    The cache has their type, or fewer bits.
+    """
+    write_slots(cache, slots.long(), torch.cat((key, value), 1).transpose(0, 1))
 
 
 class SwiGLU(torch.autograd.Function):

@@ -9,11 +9,18 @@ Sources: FP8 formats (Micikevicius et al. 2022).
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 FP8 = torch.float8_e4m3fn
 FP8_MOST = 448.0
 """The largest number, beyond which there is only NaN."""
+
+
+def cache_dtype(wanted: Literal["auto", "fp8"], dtype: torch.dtype) -> torch.dtype:
+    """The type of the cache of a model of type dtype."""
+    return FP8 if wanted == "fp8" else dtype
 
 
 def to_cache_type(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

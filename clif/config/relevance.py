@@ -96,6 +96,7 @@ RELEVANCE: dict[str, Needs] = {
     "adapter.serving_slots": (TRAINS,),
     "engine.max_batch": (SERVES,),
     "engine.kv_tokens": ALWAYS,
+    "engine.kv_dtype": ALWAYS,
     "engine.block_size": (SERVES,),
     "engine.prefix_reuse": (SERVES,),
     "engine.prepack_weights": (CPU, Need("model.dtype", among=("auto", "bfloat16"))),

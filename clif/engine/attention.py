@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from clif.engine.prompt_rows import PromptRows
+from clif.kernels.kv_types import as_cached, read_slots
 from clif.kernels.paged_decode_table import DecodeRow, DecodeTable
 from clif.kernels.staging import send_ints
 from clif.models.layer_ops import CacheRows
@@ -86,6 +87,8 @@ class PagedRows:
                 return _decode(query, cache, group, scale)
             out.index_copy_(0, group.rows, _decode(query.index_select(0, group.rows), cache, group, scale))
         if layout.prompts is not None:
+            # With their roundings in the cache: a prompt is answered alike, whether or not a part of it was reused.
+            key, value = as_cached(key, cache.dtype), as_cached(value, cache.dtype)
             return layout.prompts.attend(query, key, value, cache, scale, out)
         return out
 
@@ -116,6 +119,6 @@ def _decode(query: torch.Tensor, cache: torch.Tensor, group: DecodeGroup, scale:
     n, heads, d = query.shape
     kv_heads = cache.shape[0] // 2
     grouped = (query * scale).view(n, kv_heads, heads // kv_heads, d).transpose(0, 1)
-    k, v = cache.index_select(1, group.context).view(2 * kv_heads, n, -1, d).chunk(2)
+    k, v = read_slots(cache, group.context, query.dtype).view(2 * kv_heads, n, -1, d).chunk(2)
     scores = torch.matmul(grouped, k.transpose(-1, -2)).add_(group.added)
     return torch.matmul(scores.softmax(-1), v).transpose(0, 1).reshape(n, heads * d)

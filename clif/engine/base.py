@@ -11,6 +11,7 @@ from clif.adapters.bank import AdapterBank, inject
 from clif.config import Config, EngineConfig
 from clif.distributed.collectives import TpGroup
 from clif.engine.runner import ModelRunner
+from clif.kernels.kv_types import cache_dtype
 from clif.models.backends import choose_captured_kernels, choose_decode, choose_kernels, choose_ops, choose_varlen
 from clif.models.dual_linear import LoraRows
 from clif.models.proof import PROBE, ask_ends, compare, probe_ids
@@ -63,7 +64,8 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
         if expected is not None and shared:
             # Before it is sharded: shards are rounded before they are added, which is no fault of the architecture.
             compare(CausalStack(loaded.model), expected)
-        ops = choose_ops(loaded.device, loaded.dtype, max(config.model.max_context, PROBE))
+        kv_dtype = cache_dtype(config.engine.kv_dtype, loaded.dtype)
+        ops = choose_ops(loaded.device, loaded.dtype, max(config.model.max_context, PROBE), kv_dtype)
         stack = CausalStack(loaded.model, tp_group, ops)
         stack.varlen = choose_varlen(loaded.device, loaded.dtype, stack.head_dim)
         # The same first A on every replica: FedAvg averages factors, which makes sense from a common start only.
@@ -77,7 +79,7 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
             stack.prepack()
         if expected is not None and not shared:
             compare(stack, expected)
-    paged = choose_decode(config.engine.decode_kernel, loaded.device, loaded.dtype)
+    paged = choose_decode(config.engine.decode_kernel, loaded.device, loaded.dtype, kv_dtype)
     return Base(stack, bank, loaded, paged, _probe(stack, loaded))
 
 

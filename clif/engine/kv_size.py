@@ -20,6 +20,7 @@ from clif.engine.base import Base
 from clif.engine.capture import why_not_captured, why_training_not_captured
 from clif.engine.graphs import decode_sizes
 from clif.engine.scheduler import Chunk, Sequence
+from clif.kernels.kv_types import cache_dtype
 from clif.models.loss import head_bytes
 from clif.types import CoservingMode, Request, Sampling
 
@@ -112,7 +113,7 @@ def resolve_kv_tokens(
     if engine.kv_tokens != "auto":
         return config
     room = room or _room(config, base, tp_group, ranks)
-    tokens, reason = kv_tokens_for(room, token_bytes(base), engine.block_size, config.kv_tokens_bound)
+    tokens, reason = kv_tokens_for(room, token_bytes(base, engine), engine.block_size, config.kv_tokens_bound)
     least = tp_group.least(tokens)
     if least < config.model.max_context:
         raise ConfigError(
@@ -124,10 +125,10 @@ def resolve_kv_tokens(
     return config.model_copy(update={"engine": engine.model_copy(update={"kv_tokens": least})})
 
 
-def token_bytes(base: Base) -> int:
+def token_bytes(base: Base, engine: EngineConfig) -> int:
     """Bytes of a token in the KV cache of this rank."""
-    stack = base.stack
-    return stack.num_layers * 2 * stack.num_kv_heads * stack.head_dim * base.loaded.dtype.itemsize
+    stack, kv_dtype = base.stack, cache_dtype(engine.kv_dtype, base.loaded.dtype)
+    return stack.num_layers * 2 * stack.num_kv_heads * stack.head_dim * kv_dtype.itemsize
 
 
 def measured_room(config: Config, base: Base, tp_size: int, memory: DeviceMemory) -> KvRoom:
@@ -146,7 +147,7 @@ def measured_room(config: Config, base: Base, tp_size: int, memory: DeviceMemory
 
     # Once before: kernels are compiled and libraries take their workspaces, which stay.
     step()
-    own_cache = token_bytes(base) * (blocks + 1) * config.engine.block_size
+    own_cache = token_bytes(base, small) * (blocks + 1) * config.engine.block_size
     whole, captured = (max(0, memory.peak(work) - own_cache) for work in (step, region))
     return KvRoom(memory.free(), whole, _training(config, base), _captured(config, base, tp_size, captured))
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from clif.kernels.kv_types import read_slots
 from clif.kernels.staging import send_ints
 from clif.models.causal import CausalSequences
 from clif.models.varlen import SequenceSpans, Varlen
@@ -52,8 +53,8 @@ class PromptRows(Protocol):
         scale: float,
         out: torch.Tensor,
     ) -> torch.Tensor:
-        """All rows of the step: query [rows, heads, d], key and value [rows, kv_heads, d], cache [2 * kv_heads, slots,
-        d] of the layer, which has both, and out [rows, heads * d]. Returns out with the prompt rows filled in, or
+        """All rows of the step: query [rows, heads, d], key and value [rows, kv_heads, d] as the cache [2 * kv_heads,
+        slots, d] of the layer has them, and out [rows, heads * d]. Returns out with the prompt rows filled in, or
         another tensor if no row of the step is of another kind."""
         ...
 
@@ -103,7 +104,7 @@ class PaddedPrompts:
             q, k, v = (t.index_select(0, self.fresh_rows) for t in (query, key, value))
             out.index_copy_(0, self.fresh_rows, self.fresh.attend(0, q, k, v, scale))
         for chunk in self.continued:
-            past_k, past_v = cache.index_select(1, chunk.context).unsqueeze(0).chunk(2, 1)
+            past_k, past_v = read_slots(cache, chunk.context, query.dtype).unsqueeze(0).chunk(2, 1)
             rows = slice(chunk.rows.start, chunk.rows.stop)
             q = query[rows].transpose(0, 1).unsqueeze(0)
             got = sdpa(q, past_k, past_v, attn_mask=chunk.mask, scale=scale, enable_gqa=True)
@@ -156,7 +157,7 @@ class VarlenPrompts:
         if self.context is None:
             key, value = self._chosen(key), self._chosen(value)
         else:
-            key, value = cache.index_select(1, self.context).transpose(0, 1).chunk(2, 1)
+            key, value = read_slots(cache, self.context, query.dtype).transpose(0, 1).chunk(2, 1)
         got = self.attention(self._chosen(query), key, value, self.spans, scale).flatten(1)
         return got if self.rows is None else out.index_copy_(0, self.rows, got)
 

@@ -17,6 +17,7 @@ from clif.engine.graphs import DecodeGraphs, decode_sizes
 from clif.engine.jobs import FusedPass
 from clif.engine.sampling import SampledTokens, draw_
 from clif.engine.scheduler import Chunk
+from clif.kernels.kv_types import cache_dtype
 from clif.models.layer import SubBatch
 from clif.models.stack import CausalStack
 
@@ -44,7 +45,8 @@ class ModelRunner:
         self.stack, self.bank, self.config, self.device = stack, bank, config, device
         # A spare block behind those of the sequences, for rows of padding.
         tokens = config.num_kv_tokens + config.block_size
-        self.cache = KVCache(stack.num_layers, tokens, stack.num_kv_heads, stack.head_dim, dtype, device)
+        kv_dtype = cache_dtype(config.kv_dtype, dtype)
+        self.cache = KVCache(stack.num_layers, tokens, stack.num_kv_heads, stack.head_dim, kv_dtype, device)
         self.paged = paged
         self.graphs: DecodeGraphs | None = None
         self.train_recorder: Recorder | None = None

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import linear
 
 from clif.config import ConfigError, EngineConfig
+from clif.kernels.kv_types import FP8
 from clif.kernels.tuning import Defaults, load_table, table_path
 from clif.models.layer_ops import LayerOps, TorchOps
 from clif.models.varlen import Varlen, varlen_attention, varlen_fault
@@ -99,16 +100,23 @@ def choose_captured_kernels(
 
 
 def choose_decode(
-    wanted: Literal["auto", "torch", "triton"], device: torch.device, dtype: torch.dtype
+    wanted: Literal["auto", "torch", "triton"],
+    device: torch.device,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype | None = None,
 ) -> PagedDecode | None:
     """The Triton kernel for attention of decode rows; None: torch's products. Raises ConfigError, as above.
+
+    kv_dtype: type of the KV cache, by default dtype.
 
     auto takes the kernel on a GPU that can run it. Measured on an H100, 64 requests of a 1B shape: a step of 33.4 ms
     with torch's products over a gathered context, 17.0 with the kernel.
     """
-    if wanted == "torch" or (wanted == "auto" and (device.type != "cuda" or _obstacle(device, dtype, 1) is not None)):
+    obstacle = _obstacle(device, dtype, 1) or _cache_obstacle(device, kv_dtype)
+    if wanted == "torch" or (wanted == "auto" and (device.type != "cuda" or obstacle is not None)):
         return None
-    assert_supported("engine.decode_kernel", device, dtype)
+    if obstacle is not None:
+        raise ConfigError(f"engine.decode_kernel triton: {obstacle}, or set engine.decode_kernel=torch")
     from clif.kernels.paged_decode_host import PagedDecode
 
     return PagedDecode(device)
@@ -136,18 +144,20 @@ def _varlen_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
 
 
-def choose_ops(device: torch.device, dtype: torch.dtype, max_context: int) -> LayerOps:
+def choose_ops(
+    device: torch.device, dtype: torch.dtype, max_context: int, kv_dtype: torch.dtype | None = None
+) -> LayerOps:
     """What layers compute between their products with: Triton kernels on a GPU where they are right, torch otherwise.
 
-    Waits for a GPU, once.
+    kv_dtype: type of the KV cache, by default dtype. Waits for a GPU, once.
     """
     if device.type != "cuda":
         return TorchOps()
-    obstacle = _obstacle(device, dtype, 1)
+    obstacle = _obstacle(device, dtype, 1) or _cache_obstacle(device, kv_dtype)
     if obstacle is None:
         from clif.models.triton_ops import TritonOps, kernel_fault
 
-        obstacle = kernel_fault(device, dtype)
+        obstacle = kernel_fault(device, dtype, kv_dtype)
     log.info("norms, rotation and gates of layers: %s", "Triton kernels" if obstacle is None else f"torch ({obstacle})")
     return TritonOps(max_context) if obstacle is None else TorchOps()
 
@@ -174,6 +184,16 @@ def _obstacle(device: torch.device, dtype: torch.dtype, r: int) -> str | None:
     if device.type == "cpu" and knobs.runtime.interpret:
         return None
     return f"a {device.type} runs it in Triton's interpreter only, for tests: set TRITON_INTERPRET=1"
+
+
+def _cache_obstacle(device: torch.device, kv_dtype: torch.dtype | None) -> str | None:
+    """Why the Triton kernels cannot read and write a KV cache of this type."""
+    if kv_dtype != FP8 or device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) >= (8, 9):
+        return None
+    return f"engine.kv_dtype fp8 needs compute capability 8.9, this GPU has {major}.{minor}: set engine.kv_dtype=auto"
 
 
 def _why(device: torch.device, dtype: torch.dtype, r: int, name: str) -> str:

@@ -95,11 +95,12 @@ def estimate(config: Config, spec: ModelSpec, tp_size: int, device: Device) -> M
     prepacked = config.engine.prepack_weights and device == "cpu" and dtype == "bfloat16"
     slot, shadow = _adapters(config.adapter, spec, tp_size)
     trains = config.train.enabled
+    kv_bytes = 1 if config.engine.kv_dtype == "fp8" else BYTES[dtype]
     kv_heads = -(-spec.layer.attention.kv_heads // tp_size)
     return Memory(
         weights=BYTES[dtype] * (linears + rest),
         prepacked_weights=BYTES[dtype] * (linears + head) if prepacked else 0,
-        kv_cache=BYTES[dtype] * spec.num_layers * 2 * kv_heads * spec.layer.attention.head_dim * kv_tokens,
+        kv_cache=kv_bytes * spec.num_layers * 2 * kv_heads * spec.layer.attention.head_dim * kv_tokens,
         # One more than serve: the shadow, rounded to the dtype of the base.
         adapter_slots=BYTES[dtype] * slot * (config.adapter.serving_slots + 1),
         shadow=MASTER * shadow,

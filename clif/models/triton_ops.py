@@ -42,6 +42,8 @@ from clif.models.layer_ops import (
 
 SAME = 0.02
 """Relative difference to torch's operators that is rounding: a bfloat16 has 8 bits."""
+SAME_FP8 = 0.06
+"""The same of a number that is then rounded to 4 bits."""
 
 
 class TritonOps:
@@ -186,8 +188,11 @@ class _SwiGLU(torch.autograd.Function):
         return launch_swiglu_grad(wide, gradients[0])
 
 
-def kernel_fault(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with the kernels on this device, forward or backward; None: nothing. Waits for the device."""
+def kernel_fault(device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> str | None:
+    """What is wrong with the kernels on this device, forward or backward; None: nothing. Waits for the device.
+
+    kv_dtype: type of the KV cache, by default dtype.
+    """
     rng, layout, eps = torch.Generator().manual_seed(0), HeadLayout(4, 2, 16, None), 1e-5
     shapes = (5, 128), (5, 128), (128,), (16,), (16,), (5, 1, 16), (5, 1, 16)
     hidden, added, *weights, cos, sin = (torch.randn(shape, generator=rng).to(device, dtype) for shape in shapes)
@@ -199,12 +204,13 @@ def kernel_fault(device: torch.device, dtype: torch.dtype) -> str | None:
     )
     torchs: _Parts = TorchNorm(norm), TorchRotary(replace(layout, norms=(heads[0], heads[1]))), TorchGate(silu)
     try:
-        results = [_tried(parts, hidden, added, Rope(cos, sin)) for parts in (kernels, torchs)]
+        results = [_tried(parts, hidden, added, Rope(cos, sin), kv_dtype or dtype) for parts in (kernels, torchs)]
     except (RuntimeError, ValueError, TritonError) as error:
         return f"a kernel fails: {str(error).splitlines()[0]}"
     apart = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(*results, strict=True)]
     names = ("result", "gradient", "cache")
-    wrong = [f"{name} by {error:.2g}" for name, error in zip(names, apart, strict=True) if not error < SAME]
+    bounds = (SAME, SAME, SAME if kv_dtype in (None, dtype) else SAME_FP8)
+    wrong = [f"{n} by {error:.2g}" for n, error, bound in zip(names, apart, bounds, strict=True) if not error < bound]
     return f"the kernels are wrong here: {', '.join(wrong)}" if wrong else None
 
 
@@ -212,7 +218,9 @@ _Parts = tuple[Norm, Rotary, Activation]
 
 
 @torch.enable_grad()
-def _tried(parts: _Parts, hidden: torch.Tensor, added: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, ...]:
+def _tried(
+    parts: _Parts, hidden: torch.Tensor, added: torch.Tensor, rope: Rope, kv_dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
     """A result of all parts, its gradient, and the cache of every second row."""
     norm, rotary, gate = parts
     hidden = hidden.clone().requires_grad_()
@@ -221,6 +229,6 @@ def _tried(parts: _Parts, hidden: torch.Tensor, added: torch.Tensor, rope: Rope)
     gated = gate(torch.cat((key, value), 1).flatten(1))
     out = torch.cat((summed, query.flatten(1), gated), 1)
     (grad,) = torch.autograd.grad(out, hidden, torch.ones_like(out))
-    cache = hidden.new_zeros(2 * key.shape[1], 2 * len(key), key.shape[2])
+    cache = hidden.new_zeros(2 * key.shape[1], 2 * len(key), key.shape[2], dtype=kv_dtype)
     rotary(normed.detach(), rope, CacheRows(cache, torch.arange(len(key), device=cache.device) * 2))
     return out.detach(), grad, cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from clif.kernels import elementwise_kernel as kernels
@@ -40,6 +41,18 @@ def shape_cases(name: str, capability: int, dtype: str) -> Iterator[Case]:
         yield _case(f"{kernel}, {name}, {dtype}", getattr(kernels, kernel), capability, dtype, made)
 
 
+def fp8_case(capability: int) -> Case:
+    """The rotation of an 8B model with a KV cache of eight bits."""
+    case = next(c for c in shape_cases("8B", capability, "bf16") if c.kernel is kernels.rotate_heads)
+    _, heads, kv_heads, head_dim, norms, _ = SHAPES["8B"]
+    made = head_constants(heads, kv_heads, head_dim, norms)
+    cache = Operand(made["BLOCK"] * made["HALF_P"], head_dim // 2, 1)
+    return replace(
+        case, name=f"{case.name}, cache fp8e4nv", types={**case.types, "cache": "*fp8e4nv"},
+        operands={**case.operands, "cache": cache},
+    )  # fmt: skip
+
+
 def _case(name: str, kernel: Any, capability: int, dtype: str, made: dict[str, Any]) -> Case:
     constants = {**made, "INTERPRET": False}
     warps = constants.pop("num_warps")
@@ -62,3 +75,6 @@ def elementwise_cases(corners: bool = False) -> Iterator[Case]:
             for case in shape_cases(name, capability, "fp16" if name == "ragged" else "bf16"):
                 if not corners or any(corner in case.name for corner in CORNERS):
                     yield case
+        # Ampere has no numbers of eight bits.
+        if capability >= 90:
+            yield fp8_case(capability)

@@ -13,6 +13,8 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from clif.kernels import elementwise_host as host
+from clif.kernels.elementwise_reference import write_rows
+from clif.kernels.kv_types import FP8
 from clif.kernels.testing.elementwise_specification import (
     Batch,
     Draw,
@@ -96,6 +98,22 @@ def test_what_one_row_holds_never_reaches_another(poison: float) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_cache_of_eight_bits_gets_what_the_layer_sees_rounded_once_more(dtype: torch.dtype) -> None:
+    """Saturated beyond 448; a NaN stays one."""
+    batch = random_heads(5, 4, 2, 16, Draw(dtype))
+    qkv = batch.qkv * 100
+    qkv[1, -1], qkv[2, -2:] = torch.nan, torch.tensor([torch.inf, -1e6])
+    cache = torch.zeros(batch.cache.shape, dtype=torch.uint8).view(FP8)
+    _, key, value = host.launch_rotate_heads(qkv, batch.cos, batch.sin, 4, 2, None, cache, batch.slots)
+    expected = torch.zeros_like(cache)
+    write_rows(expected, batch.slots, key, value)
+    assert torch.equal(cache.float().nan_to_num(nan=999), expected.float().nan_to_num(nan=999))
+    written = cache[-1, batch.slots].float()
+    assert written[1, -1].isnan() and written[2, -2:].tolist() == [448.0, -448.0]
+
+
 def test_values_reach_the_cache_bit_for_bit_also_infinite_ones() -> None:
     batch = random_heads(3, 2, 1, 8, Draw(torch.float16))
     batch.qkv[:, -8] = torch.inf

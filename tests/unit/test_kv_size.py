@@ -92,7 +92,7 @@ def test_it_always_fits_and_is_never_negative(free, token, block, blocks):
 def test_the_least_of_the_ranks_that_share_a_model_counts_for_all(tiny_config, caplog):
     config = auto_config(tiny_config)
     base = make_base(config)
-    room = KvRoom(int(602 * token_bytes(base) / (1 - RESERVE)))
+    room = KvRoom(int(602 * token_bytes(base, config.engine) / (1 - RESERVE)))
     with caplog.at_level(logging.INFO):
         assert resolve_kv_tokens(config, base, TpGroup(), room=room).engine.kv_tokens == 596
         assert resolve_kv_tokens(config, base, Peer(400), room=room).engine.kv_tokens == 400
@@ -115,7 +115,7 @@ def test_on_a_cpu_the_cache_is_as_large_as_the_batch_can_fill_where_the_host_has
     config = auto_config(tiny_config, max_batch=3)
     engine = Engine.from_config(config)
     assert engine.config.kv_tokens == config.kv_tokens_bound == 3 * 256
-    assert engine.runner.cache.bytes == (3 * 256 + 4) * token_bytes(make_base(config))
+    assert engine.runner.cache.bytes == (3 * 256 + 4) * token_bytes(make_base(config), config.engine)
 
 
 @pytest.mark.parametrize(("prefill", "prompts"), [(24, [24]), (600, [256, 256, 88]), (257, [256]), (1, [])])
@@ -132,7 +132,7 @@ def test_what_is_measured_is_a_real_step_without_its_own_cache(tiny_config):
     config = auto_config(tiny_config)
     base = make_base(config)
     _, blocks = largest_step(config.engine, 256)
-    cache = token_bytes(base) * (blocks + 1) * config.engine.block_size
+    cache = token_bytes(base, config.engine) * (blocks + 1) * config.engine.block_size
     memory = FakeMemory(500 * MIB, cache + 7 * MIB)
     room = measured_room(config, base, 1, memory)
     assert memory.works == 2 and (room.free, room.step, room.captured) == (500 * MIB, 7 * MIB, 0)
@@ -149,7 +149,7 @@ def test_what_is_captured_is_counted_where_a_gpu_captures(tiny_config, monkeypat
     for name in ("why_not_captured", "why_training_not_captured"):
         monkeypatch.setattr(kv_size, name, lambda *_: "")
     _, blocks = largest_step(config.engine, 256)
-    cache = token_bytes(base) * (blocks + 1) * config.engine.block_size
+    cache = token_bytes(base, config.engine) * (blocks + 1) * config.engine.block_size
     room = measured_room(config, base, 1, FakeMemory(500 * MIB, cache + 7 * MIB, draws=5 * MIB))
     logits = (1 + 2 + 4 + 8) * base.stack.vocab_size * 4
     assert room.step == 7 * MIB
