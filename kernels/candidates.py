@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from clif.kernels.tiles import Form, GradTiles, LinearTiles
+from clif.kernels.tiles import Form, GradTiles, LinearTiles, piece_width
 
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Shared memory that one program can have, by compute capability (CUDA C++ Programming Guide, table of features)."""
@@ -149,12 +149,15 @@ def tiles_of_y(shape: Problem, tiles: LinearTiles) -> int:
 
 
 def shared_bytes(tiles: LinearTiles, rank: int) -> int:
-    """Shared memory of one program at most: all stages of its contraction, or later both operands of rank r."""
+    """Shared memory of one program at most, for a rank r.
+
+    All stages of its contraction and a piece of y that a descriptor stores, or later both operands of depth r.
+    """
     padded = _padded(rank)
     wide = padded if tiles.form in AFTER_TORCH else tiles.block_n
     contraction = tiles.stages * (tiles.block_m + wide) * tiles.block_k
-    low_rank = (tiles.block_m + tiles.block_n) * padded + tiles.block_m * tiles.block_n * tiles.store_tma
-    return 2 * max(contraction, low_rank) + 1024
+    stored = tiles.block_m * piece_width(tiles) if tiles.store_tma else 0
+    return 2 * max(contraction + stored, (tiles.block_m + tiles.block_n) * padded) + 1024
 
 
 def _whole(shape: Problem) -> Iterator[LinearTiles]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -26,6 +30,7 @@ from clif.kernels.dual_lora_reference import SHADOW as SHADOW_SLOT
 from clif.kernels.tile_file import Stamp, TileFile
 from clif.kernels.tiles import GradTiles, LinearTiles
 
+REPO = Path(__file__).resolve().parents[2]
 H100 = Gpu(132, 90)
 STAMP = Stamp("2026-11-27", "a GPU", "2.11", "3.6", "0123456789ab")
 
@@ -319,3 +324,13 @@ def test_jobs_that_compile_the_same_kernels_are_done_once() -> None:
         assert all(pool.submit(another) is not done for another in other)
         assert done.result() == 0.0
     assert segments_of(((3, 0), (2, None), (4, -1))) == ((0, 3, 0), (5, 9, -1))
+
+
+@pytest.mark.slow  # It imports torch in three processes, and compiles.
+@pytest.mark.timeout(240)
+def test_a_machine_without_a_gpu_compiles_what_the_tuner_launches() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "benchmarks/compile_ahead.py", "--jobs", "1"]
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=230)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"1 of them: [12] kernels", done.stdout), done.stdout
