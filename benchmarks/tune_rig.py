@@ -65,7 +65,8 @@ class Rig:
     def cost(self, candidate: Tiles | str, count: int) -> Sequence[float]:
         """So many samples, microseconds per layer. The first call captures a graph."""
         if candidate not in self._runs:
-            way = self._by_torch(candidate) if isinstance(candidate, str) else self._launches(candidate)
+            torchs = isinstance(candidate, str)
+            way = self._by_torch(candidate) if torchs else self._launches(candidate, self._layers)
             self._runs[candidate] = prepared(way, len(self.batches), self.device, self._stream)
         return [self._runs[candidate]() for _ in range(count)]
 
@@ -81,10 +82,10 @@ class Rig:
             found += faults(batch, self._expected, name, value)
         return "; ".join(found) or None
 
-    def _launches(self, candidate: Tiles) -> Way:
+    def _launches(self, candidate: Tiles, layers: Sequence[DualLoraLinear]) -> Way:
         def launch(i: int) -> tuple[Any, ...]:
             self._switch.set(candidate)
-            batch, layer, low = self.batches[i], self._layers[i], self._low[i]
+            batch, layer, low = self.batches[i], layers[i], self._low[i]
             if low is not None:
                 return layer.factor_gradients(batch.grad, batch.x, *low)
             return layer.through(batch.grad, True) if self._backward else layer.forward(batch.x, batch.segments)
@@ -114,7 +115,9 @@ class Rig:
     def _results(self, candidate: Tiles) -> dict[str, torch.Tensor]:
         """What a candidate computes; h and its gradient by the factors' gradients that torch makes of them."""
         batch = self.batches[0]
-        first, second = self._launches(candidate)(0)
+        # With a workspace of its own: what an earlier candidate may have left in one must not count.
+        layer = DualLoraLinear(batch.merged, KernelLauncher(self.device, self._switch))
+        first, second = self._launches(candidate, [layer])(0)
         if self.task.what == "grads":
             return {"grad_a": first, "grad_b": second}
         if self._backward:

@@ -18,15 +18,19 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
+import torch
 import tune_gpu
 from compile_ahead import CompileJob, CompilePool, segments_of
 from halving import Heats, Ranking, fastest, rank
 from timing import Timing
 from tune_gpu import Session, load, summary
 from tune_plan import LAYERS, RANKS, SHADOW, Gpu, Task, candidates_of, first_of_each, group_of, tasks
+from tune_rig import Rig
 
 from clif.kernels.candidates import linear_candidates
+from clif.kernels.dual_lora_forms import DualLoraLinear
 from clif.kernels.dual_lora_reference import SHADOW as SHADOW_SLOT
+from clif.kernels.testing.dual_lora_specification import random_layer
 from clif.kernels.tile_file import Stamp, TileFile
 from clif.kernels.tiles import GradTiles, LinearTiles
 
@@ -324,6 +328,39 @@ def test_jobs_that_compile_the_same_kernels_are_done_once() -> None:
         assert all(pool.submit(another) is not done for another in other)
         assert done.result() == 0.0
     assert segments_of(((3, 0), (2, None), (4, -1))) == ((0, 3, 0), (5, 9, -1))
+
+
+SMALL = LinearTiles("three", 16, 32, 32, slices=1, shrinkers=1)
+FACTORS = GradTiles(32, 16, 1)
+
+
+@pytest.mark.parametrize(
+    ("what", "tiles", "method", "place", "named"),
+    [
+        ("forward", SMALL, "forward", 0, "y: "),
+        # h is what the gradient of B is made of.
+        ("forward", SMALL, "forward", 1, "grad_b: "),
+        ("backward", SMALL, "through", 0, "grad_x: "),
+        ("backward", SMALL, "through", 1, "grad_a: "),
+        ("grads", FACTORS, "factor_gradients", 0, "grad_a: "),
+    ],
+)
+def test_each_result_of_a_candidate_is_compared_with_the_specification(
+    monkeypatch: Any, what: Any, tiles: Any, method: str, place: int, named: str
+) -> None:
+    lengths = ((5, 0), (4, SHADOW)) if what == "forward" else ((4, SHADOW),)
+    layer = random_layer((32,), 32, 8, dtype=torch.bfloat16)
+    rig = Rig(Task((32,), 32, 8, lengths, what), [layer], torch.device("cpu"))
+    assert rig.wrong(tiles) is None
+    right = getattr(DualLoraLinear, method)
+
+    def off(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        results = list(right(*arguments))
+        results[place] = results[place] * 1.05
+        return tuple(results)
+
+    monkeypatch.setattr(DualLoraLinear, method, off)
+    assert named in (rig.wrong(tiles) or "")
 
 
 @pytest.mark.slow  # It imports torch in three processes, and compiles.
