@@ -28,10 +28,8 @@ def measure_paged(case: PagedCase, machine: Machine) -> Measured:
     faults = [f"{name}: {fault}" for name, way in ways.items() for fault in violations(batches[0], way(0))]
     found, failed = contest(ways, len(batches), machine.repeats, machine.device)
     read = 2 * case.sequences * case.context * case.kv_heads * case.d * batches[0].cache.itemsize
-    copied = copy_time(machine.device, machine.repeats)
-    timings = found | {READ: Timing(*(us * read for us in (copied.p10, copied.median, copied.p90)))}
-    note = f"reads {read / 2**20:.1f} MiB at {1e-3 / copied.median:.0f} GB/s"
-    return Measured(timings, failed, faults, [note])
+    reading, note = read_time(read, machine)
+    return Measured(found | {READ: reading}, failed, faults, [note])
 
 
 def _kernels(case: PagedCase, batch: DecodeBatch, device: torch.device) -> dict[str, PagedDecode]:
@@ -64,6 +62,13 @@ def _batches(case: PagedCase, machine: Machine) -> list[DecodeBatch]:
     first = random_decode(lengths, *heads, device=str(machine.device), **dtypes)
     count = min(16, -(-LAYERS_BYTES // first.cache.nbytes)) if machine.device.type == "cuda" else 1
     return [first, *(replace(first, cache=first.cache.clone()) for _ in range(count - 1))]
+
+
+def read_time(count: int, machine: Machine) -> tuple[Timing, str]:
+    """Microseconds to read so many bytes at the copy rate, measured now, and a note that says both."""
+    copied = copy_time(machine.device, machine.repeats)
+    reading = Timing(*(us * count for us in (copied.p10, copied.median, copied.p90)))
+    return reading, f"reads {count / 2**20:.1f} MiB at {1e-3 / copied.median:.0f} GB/s"
 
 
 def copy_time(device: torch.device, repeats: int) -> Timing:

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from checkout import REPO
+from decode_line import read_time
 from form_tiles import Machine
 from four_launches import OWN, FourLaunches, RivalTiles, published
 from kernel_cases import LayerCase
-from kernel_goals import AUTO, FOUR, FOUR_PUBLISHED, WITHOUT, Measured
+from kernel_goals import AUTO, FOUR, FOUR_PUBLISHED, READ, WITHOUT, Measured
 from linear_line import launches
 from timing import contest
 
@@ -55,10 +56,12 @@ def measure_layer(case: LayerCase, machine: Machine) -> Measured:
     """All ways of the case, checked and timed. A form that cannot have its adapters as data has no way."""
     bench = LayerBench(case, machine.device, machine.dtype, machine.tilings)
     ways = bench.ways()
+    faults = bench.faults(ways)
     timings, failed = contest(ways, case.layers, machine.repeats, machine.device)
-    measured = Measured(timings, failed, bench.faults({name: ways[name] for name in timings}), taken=bench.taken())
+    reading, note = read_time(bench.bytes, machine)
+    measured = Measured(timings | {READ: reading}, failed, faults, [note], bench.taken())
     if machine.device.type == "cuda":
-        measured.launches = {name: len(launches(ways[name])) for name in timings}
+        measured.launches = {name: len(launches(way)) for name, way in ways.items() if name in timings}
         counted = ", ".join(f"{count} {name}" for name, count in measured.launches.items())
         measured.notes.append(f"launches of a layer: {counted}")
     return measured
@@ -89,6 +92,13 @@ class LayerBench:
     @property
     def segments(self) -> tuple[Segment, ...]:
         return segments_of(self._chunks)
+
+    @property
+    def bytes(self) -> int:
+        """Of a layer's weights, and of the keys and values that the rows see: what every way has to read."""
+        weights = sum(linear.base.shape.numel() * linear.base.dtype.itemsize for linear in self._layers[0].linears)
+        per_token = self._cache.layers[0][:, 0].nbytes
+        return weights + self.case.rows * self.case.context * per_token
 
     @torch.no_grad()
     def _fill(self, rng: torch.Generator) -> None:
@@ -174,8 +184,12 @@ class LayerBench:
         effect, wrong = apart(exact[False], exact[True]), []
         for name, way in ways.items():
             adapted = name != WITHOUT
-            error = apart(way(0), exact[adapted])
             allowed = ALLOWED * apart(eager[adapted], exact[adapted]) + torch.finfo(self.dtype).eps / 8
+            try:
+                error = apart(way(0), exact[adapted])
+            except Exception as failure:  # noqa: BLE001 - whatever it was, it is a fault of this way alone
+                wrong.append(f"{name}: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}")
+                continue
             if not error <= allowed:
                 wrong.append(f"{name}: relative error {error:.2e} of a layer, allowed {allowed:.2e}")
             if not effect > 10 * allowed:
