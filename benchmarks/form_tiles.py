@@ -11,7 +11,7 @@ from kernel_goals import AUTO, FORMS
 
 from clif.kernels.dual_lora_host import Tiling
 from clif.kernels.tiles import Form, GradTiles, LinearTiles
-from clif.kernels.tuning import Defaults, Fixed, TileTable, load_table
+from clif.kernels.tuning import Defaults, Fixed, load_table
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,15 @@ class Forced:
 def tilings(defaults: Defaults, path: Path | None) -> dict[str, Tiling]:
     """By way of CLIF. path: of the measured table of this type of GPU, None: there is none."""
     if path is None:
-        used = TileTable({}, {}, defaults)
-        return {AUTO: used, **{way: Forced(form, used, defaults) for way, form in FORMS.items()}}
+        return {AUTO: defaults, **{way: Forced(form, defaults, defaults) for way, form in FORMS.items()}}
     of_forms = {way: Forced(f, load_table(path, defaults, form=f), defaults) for way, f in FORMS.items()}
     return {AUTO: load_table(path, defaults), **of_forms}
 
 
 def captured_tiling(defaults: Defaults, path: Path | None) -> Tiling:
     """What AUTO takes in a captured step."""
-    return load_table(path, defaults, defaults, captured=True) if path else TileTable({}, {}, defaults, defaults)
+    captured = replace(defaults, captured=True)
+    return load_table(path, captured) if path else captured
 
 
 def dry_tilings() -> dict[str, Tiling]:
