@@ -62,8 +62,8 @@ gpu:  ## Measure on a GPU that is available for minutes, the most important firs
 check: $(READY)  ## Lint and types
 	$(BIN)/python -P -m ruff check . && $(BIN)/python -P -m ruff format --check . && $(BIN)/python -P -m mypy
 
-docs: $(READY)  ## Write the pages whose tables come from the code: docs/configuration.md and docs/metrics.md
-	$(BIN)/python -P docs/make_docs.py
+docs: $(READY)  ## Write the pages whose tables come from the code: those of docs/templates
+	$(BIN)/python docs/make_docs.py
 
 format: $(READY)  ## Fix and format with ruff
 	$(BIN)/python -P -m ruff check --fix . ; $(BIN)/python -P -m ruff format .

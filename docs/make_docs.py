@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/configuration.md and docs/metrics.md: prose from docs/templates, tables from the code. Run by `make docs`.
+"""Write the pages of docs/templates: prose from there, tables from the code. Run by `make docs`.
 
 A line `{{ name argument }}` of a template is replaced by a table. What a field of the configuration means stands below
 it in clif/config, with its unit in brackets where neither name nor type tells it; what a column means, in
@@ -17,12 +17,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
+from kernel_limits import limits_table, spread_table
+
 from clif.config import Config
 from clif.config.relevance import ALWAYS, RELEVANCE
 from clif.metrics.schema import CONTROL_TABLES, RANK_TABLES, REQUIRED, TABLES, Column
 
 DOCS = Path(__file__).resolve().parent
-PAGES = ("configuration.md", "metrics.md")
+PAGES = ("configuration.md", "metrics.md", "kernels.md")
 MARK = re.compile(r"^\{\{ (\w+)(?: ([\w.]+))? \}\}$", re.MULTILINE)
 UNITS = {"_s": "s", "_ms": "ms", "_mib": "MiB", "_rps": "requests/s"}
 """Units that a field's name tells."""
@@ -75,6 +77,8 @@ MAKERS: dict[str, Callable[[str], Iterator[str]]] = {
     "section": section_table,
     "relevance": relevance_table,
     "tables": metrics_tables,
+    "limits": limits_table,
+    "spread": spread_table,
 }
 
 

@@ -24,14 +24,13 @@ class Machine:
     """Measured rates. copy_rate: bytes read and written a second; product_rate: bfloat16 operations a second."""
 
     name: str
-    measured: str
     copy_rate: float
     product_rate: float
     multiprocessors: int
 
 
-H200 = Machine("NVIDIA H200", "2026-11-27", 4.3e12, 790e12, 132)
-"""The best rates seen of any run: a copy had 4.0 to 4.3 TB/s, a product of large matrices 772 to 790 TFLOP/s."""
+H200 = Machine("NVIDIA H200", 4.3e12, 790e12, 132)
+"""The best rates of any run; those of 2026-11-27 copied 2.6 to 4.1 TB/s and multiplied at 772 TFLOP/s."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +229,22 @@ def paged_decode_bytes(lengths: Sequence[int], heads: int, kv_heads: int, head_d
     """Bytes of one layer's attention of one token per sequence: its keys and values, q and the result, each once."""
     kept = 2 * sum(lengths) * kv_heads * head_dim * kv_element
     return round(kept) + 2 * len(lengths) * heads * head_dim * element
+
+
+def add_rms_norm_bytes(rows: int, width: int, element: int = 2) -> int:
+    """Bytes of the sum of a residual and its norm: both parts, the sum and the result, and the weight."""
+    return (4 * rows + 1) * width * element
+
+
+def rotate_heads_bytes(rows: int, heads: int, kv_heads: int, head_dim: int, element: int = 2) -> int:
+    """Bytes of a rotation: query, key and value, both tables of angles; query, key; key and value in the cache."""
+    read, written = heads + 2 * kv_heads + 2, heads + 3 * kv_heads
+    return rows * (read + written) * head_dim * element
+
+
+def swiglu_bytes(rows: int, width: int, element: int = 2) -> int:
+    """Bytes of silu(gate) * up: gate, up, and the result."""
+    return 3 * rows * width * element
 
 
 def _columns(outs: Sequence[int], block_n: int) -> int:

@@ -1,4 +1,4 @@
-"""docs/configuration.md and docs/metrics.md say what the code says."""
+"""The pages of docs/templates say what the code says."""
 
 from __future__ import annotations
 

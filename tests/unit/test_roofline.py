@@ -38,7 +38,7 @@ def test_a_layer_needs_each_operand_once() -> None:
 
 
 def test_the_launches_of_a_tiny_layer_counted_by_hand() -> None:
-    shrink, base = linear_work(TINY, replace(TILES, form="pair", split=2), Machine("tiny", "", 1.0, 1.0, 4))
+    shrink, base = linear_work(TINY, replace(TILES, form="pair", split=2), Machine("tiny", 1.0, 1.0, 4))
     # Rows 0 to 5, 5 to 16 and 16 to 18; two projections, two slices.
     assert (shrink.items, shrink.programs, shrink.waves, shrink.efficiency) == (12, 3, 4, 1.0)
     assert shrink.read == {"x": 2 * 18 * 2 * 48, "a": 2 * 3 * 16 * 48, "planes": 4 * 12 * 16 * 16}
@@ -114,7 +114,7 @@ def run_counted(monkeypatch: pytest.MonkeyPatch, tiles: LinearTiles) -> tuple[Co
 
 
 def test_a_limit_is_the_resource_that_takes_longest() -> None:
-    machine = Machine("round", "", 1e12, 1e14, 100)
+    machine = Machine("round", 1e12, 1e14, 100)
     assert limit(10**9, 10**10, machine) == limit(10**9, 0, machine)
     assert limit(10**9, 10**10, machine).seconds == 1e-3 and limit(10**9, 10**10, machine).resource == "memory"
     assert limit(10**9, 10**12, machine).seconds == 1e-2 and limit(10**9, 10**12, machine).resource == "arithmetic"
