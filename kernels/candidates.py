@@ -232,15 +232,19 @@ def _shrinkers(shape: Problem) -> int:
 
 def _thin(shape: Problem) -> Iterator[LinearTiles]:
     """For the forms that begin with torch's base product: h, and what it adds to y."""
+    # With many rows x is most of what a launch for h reads.
+    tma, found = shape.tma and shape.rows > 256, []
     for sizes in THIN_FEW if shape.rows <= 16 else THIN_BATCH if shape.rows <= 256 else THIN_MANY:
         pairs = -(-shape.rows // sizes.block_m) + 1
         parts = max(1, min(32, shape.programs // pairs, shape.depth // sizes.block_k))
         tiles = LinearTiles(
             "three", sizes.block_m, sizes.block_n, sizes.block_k, slices=1 << (parts.bit_length() - 1),
-            shrinkers=2 * shape.programs, warps=sizes.warps, stages=sizes.stages,
+            shrinkers=2 * shape.programs, warps=sizes.warps, stages=sizes.stages, tma=tma,
         )  # fmt: skip
         if shared_bytes(tiles, shape.rank) <= shape.shared_bytes:
-            yield tiles
+            found.append(tiles)
+    yield from found
+    yield from (replace(tiles, tma=False) for tiles in found[:1] if tma)
 
 
 def grads_candidates(
