@@ -167,8 +167,9 @@ def _whole(shape: Problem) -> Iterator[LinearTiles]:
     full = [tiles for tiles in found if waves(shape, tiles) >= min(FULL, most)]
     yield from full
     if shape.rows > 256 and shape.tma and shape.out % 256 == 0:
-        # y is as large as x: with many rows the stores count.
-        yield from (replace(tiles, store_tma=True) for tiles in _best(shape, tuple(full), 4))
+        # y is as large as x: with many rows the stores count. Beside the sums of other parts they spill registers.
+        undivided = tuple(tiles for tiles in full if tiles.split == 1)
+        yield from (replace(tiles, store_tma=True) for tiles in _best(shape, undivided, 4))
 
 
 def _sizes(shape: Problem) -> tuple[Sizes, ...]:

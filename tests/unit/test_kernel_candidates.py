@@ -102,6 +102,8 @@ def test_the_first_choice_of_many_rows_fills_whole_waves() -> None:
 def test_many_rows_are_measured_with_and_without_stores_by_descriptor() -> None:
     stores = {tiles.store_tma for tiles in found(2112, (4096, 4096), 16, (132, 90)) if tiles.form == "fused"}
     assert stores == {True, False}
+    for rows, widths, r in SHAPES:
+        assert not any(tiles.store_tma and tiles.split > 1 for tiles in found(rows, widths, r, (132, 90)))
 
 
 def test_a_captured_step_has_no_candidate_that_needs_segments_on_the_host() -> None:
