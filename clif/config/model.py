@@ -72,9 +72,10 @@ class EngineConfig(Section):
     prepack_weights: bool = True
     """On a CPU in bfloat16: keep a second copy of the weights, laid out for the matrix kernels, for serving."""
     lora_kernel: Literal["auto", "torch", "triton"] = "auto"
-    """Products of the layers with adapters. `triton`: one launch for all rows, on a GPU (a CPU only in Triton's
-    interpreter). `auto`: `triton` for the shapes that `make tune-gpu` found faster on this make of GPU, otherwise
-    `torch`. See [kernels.md](kernels.md)."""
+    """Products of the layers with adapters. `triton`: kernels, on a GPU (a CPU only in Triton's interpreter), in the
+    form that is fastest for a shape: one launch for all rows, or two that add to torch's base product. `auto`: `triton`
+    in captured steps, and for all others where `make tune-gpu` has measured this make of GPU; otherwise `torch`. See
+    [kernels.md](kernels.md)."""
     decode_kernel: Literal["auto", "torch", "triton"] = "auto"
     """Attention of rows that continue an answer. `triton`: reads the KV cache in place, on a GPU (a CPU only in
     Triton's interpreter). `auto`: `triton` on a GPU that can run it, otherwise `torch`."""

@@ -40,7 +40,7 @@ class LoraRows:
     """Rows of one kind in a batch: how many, and which adapter slot each segment of them uses.
 
     Segments are disjoint, in row order, counted from the first of these rows; rows in none use the base alone.
-    learns: every row uses the shadow, and gradients are wanted. tables: the segments as the fused kernel reads them.
+    learns: every row uses the shadow, and gradients are wanted. tables: the segments as the kernels read them.
     on_device: instead of segments, for a captured step.
     """
 
@@ -55,7 +55,7 @@ class LoraRows:
 class SlotsOnDevice:
     """Adapter slots of rows that a captured graph reads.
 
-    slots [rows]: of each row, -1 for none; tables: the same as the fused kernel reads them.
+    slots [rows]: of each row, -1 for none; tables: the same as the kernels read them.
     """
 
     slots: torch.Tensor

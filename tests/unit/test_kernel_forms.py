@@ -10,11 +10,12 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from kernel_count import counted_kernels
+from kernel_count import counted_kernels, whole_launches
 from torch.nn.functional import linear
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
+from clif.engine.checked_capture import CaptureRules
 from clif.kernels import dual_lora_forms, side_stream
 from clif.kernels.dual_lora_forms import FORMS, DualLoraLinear
 from clif.kernels.dual_lora_host import INTERPRET, KernelLauncher
@@ -217,6 +218,21 @@ def test_a_form_has_its_launches_and_fills_no_memory(form: Form) -> None:
     with counted_kernels() as names:
         grad_x, grad_hidden = layer.through(batch.grad, False)
     assert grad_x is None and len(names) == 1 and torch.equal(grad_hidden, expected), "the gradient of h alone"
+
+
+@OF_TABLES
+def test_a_form_of_tables_keeps_to_the_rules_of_a_captured_step(form: Form) -> None:
+    """It reads nothing on the host, and its operators and shapes do not change with the contents of its table."""
+    batch, layer, _ = first(form)
+    table, rules = table_of(batch, batch.segments), CaptureRules()
+    found = []
+    for segments in (batch.segments, ()):
+        table.refill(segments, len(batch.x))
+        launches: list[str] = []
+        with whole_launches(launches):
+            rules.run(lambda: layer.forward(batch.x, table))
+        found.append(([str(operator) for operator in rules.operators], launches))
+    assert found[0] == found[1] and found[0][1]
 
 
 class Events:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 from helpers import Rig, answer, finish, make_rig, random_state, request
 from torch.utils._pytree import tree_leaves
 
-from clif.config import ConfigError, TrainConfig
+from clif.config import ConfigError, EngineConfig, TrainConfig
 from clif.engine.jobs import Job
-from clif.models.backends import assert_supported, choose_decode, choose_kernels
+from clif.models.backends import assert_supported, choose_captured_kernels, choose_decode, choose_kernels
 from clif.models.dual_linear import SHADOW
 from clif.models.layer_ops import TorchOps
 from clif.models.varlen import varlen_reference
@@ -198,6 +199,27 @@ def test_a_wish_that_cannot_be_met_is_an_error_and_says_what_to_change(monkeypat
     monkeypatch.setattr("clif.models.backends.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install triton"):
         choose_kernels("triton", cpu, torch.float32, 8)
+
+
+def test_without_a_table_captured_steps_take_the_kernels_by_rule_and_others_stay_with_torch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu, bf16 = torch.device("cuda"), torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr("clif.models.backends.table_path", lambda name: tmp_path / "gpu.json")
+    assert choose_kernels("auto", gpu, bf16, 64) is None
+    captured, wanted = choose_captured_kernels(EngineConfig(), gpu, bf16, 64), choose_kernels("triton", gpu, bf16, 64)
+    assert captured is not None and wanted is not None
+    forms = [
+        {launcher.tiling.linear(rows, 4096, 4096, 64, False).form for rows in (1, 64, 2112)}
+        for launcher in (captured, wanted)
+    ]
+    # Segments of captured steps are data.
+    assert forms == [{"fused", "three"}, {"fused", "three", "separate"}]
+    assert choose_captured_kernels(EngineConfig(graphs="off"), gpu, bf16, 64) is None
+    assert choose_captured_kernels(EngineConfig(lora_kernel="torch"), gpu, bf16, 64) is None
 
 
 def test_on_a_gpu_that_can_run_it_auto_means_the_decode_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
