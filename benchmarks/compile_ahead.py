@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from checkout import use_checkout
 
@@ -39,6 +39,16 @@ from clif.kernels.dual_lora_reference import MergedLinear, Projection, Segment
 from clif.kernels.tile_file import TileFile
 from clif.kernels.tiles import GradTiles, LinearTiles
 from clif.kernels.tuning import Fixed
+
+
+class Job(Protocol):
+    """Launches whose kernels are to be compiled. It is sent to another process."""
+
+    def key(self) -> tuple[Any, ...]:
+        """Jobs with the same key compile the same kernels."""
+        ...
+
+    def __call__(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,7 @@ def compile_only(capability: int) -> None:
     triton.runtime.JITFunction.run = warm_up
 
 
-def run_job(job: CompileJob) -> float:
+def run_job(job: Job) -> float:
     """CPU seconds. Raises RuntimeError with the compiler's message: its own errors cannot be sent to others."""
     before = _cpu_seconds()
     try:
@@ -159,7 +169,7 @@ class CompilePool:
         context.set_forkserver_preload(["torch", "triton"])
         return ProcessPoolExecutor(self._processes, context, initializer=compile_only, initargs=(self._capability,))
 
-    def submit(self, job: CompileJob) -> Future[float]:
+    def submit(self, job: Job) -> Future[float]:
         """Jobs are begun in the order in which they were given. The result raises RuntimeError, see run_job."""
         key = job.key()
         if key not in self._done:
@@ -171,7 +181,7 @@ class CompilePool:
                 self._done[key] = self._submit(job)
         return self._done[key]
 
-    def _submit(self, job: CompileJob) -> Future[float]:
+    def _submit(self, job: Job) -> Future[float]:
         if self._pool:
             return self._pool.submit(run_job, job)
         nothing: Future[float] = Future()

@@ -12,8 +12,8 @@ from kernel_goals import PAGED, READ, Measured
 from timing import Timing, contest
 
 from clif.kernels.kv_types import FP8
+from clif.kernels.paged_decode_config import DecodeShape, default_config
 from clif.kernels.paged_decode_host import PagedDecode
-from clif.kernels.paged_decode_table import DecodeShape, default_config
 from clif.kernels.testing.paged_decode_specification import DecodeBatch, random_decode, violations
 
 LAYERS_BYTES = 256 << 20

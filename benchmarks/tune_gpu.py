@@ -5,9 +5,10 @@
     python benchmarks/tune_gpu.py --dry           # interpreter, tiny shapes: a trial
 
 For every shape (tune_plan.py) the candidates of all forms (clif/kernels/candidates.py) are compiled beforehand in
-parallel (compile_ahead.py), then timed in heats against each other and against torch's products (halving.py). What the
-table has is right: results are checked against the specification. Every shape is on disk before the next one begins, so
-that a second call continues where the first one was ended.
+parallel (compile_ahead.py), then timed in heats against each other and against torch's products (halving.py). Before
+that come the splits of the paged decode kernel (tune_decode.py). What the table has is right: results are checked
+against the specification. Every shape is on disk before the next one begins, so that a second call continues where the
+first one was ended.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotCompiled
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ use_checkout()
 
 import torch
 import triton
+import tune_decode
 from compile_ahead import CompilePool, job_of
 from halving import Heats, Ranking, fastest, rank
 from timing import Timing
@@ -48,6 +50,7 @@ from clif.kernels.tuning import Defaults, table_path
 
 SOURCES = ("dual_lora_*kernel.py", "dual_lora_host.py", "dual_lora_forms.py", "numerics.py", "tiles.py")
 """Files of kernels/ that an entry was measured with: other ones make it old."""
+DECODE_SOURCES = ("paged_decode_*.py", "numerics.py")
 AHEAD = 12
 """Tasks whose candidates are compiled in advance."""
 
@@ -207,10 +210,10 @@ def spread(timing: Timing) -> Spread:
     return Spread(*(round(us, 3) for us in (timing.p10, timing.median, timing.p90)))
 
 
-def digest_of_kernels() -> str:
+def digest_of_kernels(sources: Sequence[str] = SOURCES) -> str:
     """Of the source that an entry was measured with."""
     folder = Path(table_path("x")).parents[1]
-    files = sorted({path for pattern in SOURCES for path in folder.glob(pattern)})
+    files = sorted({path for pattern in sources for path in folder.glob(pattern)})
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
@@ -285,10 +288,17 @@ def main() -> int:
 
     with CompilePool(None if args.dry else tuner.gpu.capability) as compiler:
         session = Session(file, stamp, tuner.gpu, tuner.heats, rig, ask, save, end, again=args.again, dry=args.dry)
+        # First: a few shapes, which take seconds.
+        decode = tune_decode.tune_decode(
+            file, replace(stamp, kernels=digest_of_kernels(DECODE_SOURCES)), tuner.gpu.capability, tuner.device,
+            compiler.submit, session.late, tuner.heats, again=args.again, dry=args.dry,
+        )  # fmt: skip
+        save()
+        session.counts.update(decode)
         session.run(list(tasks(args.dry)))
         compiled, cpu_s = compiler.cpu_seconds()
-    print("\n".join(["", *summary(file)]))
-    print(f"\n{dict(session.counts)}; {len(file.linear) + len(file.grads)} entries in {path.name}")
+    print("\n".join(["", *summary(file), "", *tune_decode.summary(file)]))
+    print(f"\n{dict(session.counts)}; {len(file.linear) + len(file.grads) + len(file.decode)} entries in {path.name}")
     print(f"compiled ahead: {compiled} candidates, {cpu_s:.0f} CPU seconds")
     done = session.counts.keys() <= {"known", "measured"}
     if not done:

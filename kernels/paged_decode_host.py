@@ -11,8 +11,9 @@ import torch
 import triton
 
 from clif.kernels.kv_types import FP8
+from clif.kernels.paged_decode_config import DecodeConfig, DecodeShape, default_config
 from clif.kernels.paged_decode_kernel import paged_decode
-from clif.kernels.paged_decode_table import DecodeConfig, DecodeShape, DecodeTable, default_config
+from clif.kernels.paged_decode_table import DecodeTable
 from clif.kernels.workspace import Workspace, Workspaces
 
 INTERPRET = not isinstance(paged_decode, triton.runtime.JITFunction)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clif.kernels.paged_decode_config import DecodeConfig, DecodeShape
 from clif.kernels.tiles import GradTiles, LinearTiles
 
 FORMAT = 2
@@ -80,6 +81,22 @@ class GradsEntry:
     left_out: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class DecodeEntry:
+    """One shape of paged_decode: the fastest configuration over all batches, whose results are right.
+
+    us: the geometric mean over batches; default: that of the unmeasured configuration; batches: microseconds of each.
+    """
+
+    shape: DecodeShape
+    config: DecodeConfig
+    us: Spread
+    default: Spread
+    batches: dict[str, float]
+    stamp: Stamp
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
 @dataclass
 class TileFile:
     """about: machine, versions, command; entries by shape."""
@@ -87,6 +104,7 @@ class TileFile:
     about: dict[str, str] = field(default_factory=dict)
     linear: dict[LaunchShape, LinearEntry] = field(default_factory=dict)
     grads: dict[LaunchShape, GradsEntry] = field(default_factory=dict)
+    decode: dict[DecodeShape, DecodeEntry] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> TileFile:
@@ -99,7 +117,14 @@ class TileFile:
                     "make tune-gpu AGAIN=1, or remove the file"
                 )
             linear, grads = map(_linear, tree["linear"]), map(_grads, tree["grads"])
-            return cls(tree["about"], {e.shape: e for e in linear}, {e.shape: e for e in grads})
+            # Absent from files of before: these splits are then not measured.
+            decode = map(_decode, tree.get("decode", ()))
+            return cls(
+                tree["about"],
+                {e.shape: e for e in linear},
+                {e.shape: e for e in grads},
+                {e.shape: e for e in decode},
+            )
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: not a table of tiles ({error}): write it again with make tune-gpu") from error
 
@@ -110,6 +135,7 @@ class TileFile:
             "about": self.about,
             "linear": [asdict(entry) for entry in self.linear.values()],
             "grads": [asdict(entry) for entry in self.grads.values()],
+            "decode": [asdict(entry) for entry in self.decode.values()],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
@@ -138,6 +164,18 @@ def _grads(entry: Mapping[str, Any]) -> GradsEntry:
         LaunchShape(**entry["shape"]),
         GradTiles(**entry["tiles"]),
         Spread(**entry["us"]),
+        Stamp(**entry["stamp"]),
+        entry["left_out"],
+    )
+
+
+def _decode(entry: Mapping[str, Any]) -> DecodeEntry:
+    return DecodeEntry(
+        DecodeShape(**entry["shape"]),
+        DecodeConfig(**entry["config"]),
+        Spread(**entry["us"]),
+        Spread(**entry["default"]),
+        entry["batches"],
         Stamp(**entry["stamp"]),
         entry["left_out"],
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clif.kernels.candidates import first_choice
+from clif.kernels.paged_decode_config import DecodeConfig, DecodeShape
 from clif.kernels.tile_file import LaunchShape, TileFile
 from clif.kernels.tiles import Form, GradTiles, LinearTiles
 
@@ -132,3 +133,8 @@ def load_table(path: Path, missing: Defaults, form: Form | None = None) -> TileT
         if wanted in entry.tiles:
             linear[shape] = entry.tiles[wanted]
     return TileTable(linear, {shape: entry.tiles for shape, entry in found.grads.items()}, missing)
+
+
+def load_decode(path: Path) -> dict[DecodeShape, DecodeConfig]:
+    """The measured splits of the paged decode kernel; none if there is no such file. Raises ValueError, as above."""
+    return {shape: entry.config for shape, entry in TileFile.read(path).decode.items()} if path.is_file() else {}

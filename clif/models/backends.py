@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from clif.config import ConfigError, EngineConfig
 from clif.kernels.kv_types import FP8
-from clif.kernels.tuning import Defaults, load_table, table_path
+from clif.kernels.tuning import Defaults, load_decode, load_table, table_path
 from clif.models.layer_ops import LayerOps, TorchOps
 from clif.models.varlen import Varlen, varlen_attention, varlen_fault
 
@@ -119,7 +119,11 @@ def choose_decode(
         raise ConfigError(f"engine.decode_kernel triton: {obstacle}, or set engine.decode_kernel=torch")
     from clif.kernels.paged_decode_host import PagedDecode
 
-    return PagedDecode(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    measured = load_decode(table_path(name)) if name else {}
+    splits = f"{len(measured)} measured splits" if measured else "default splits"
+    log.info("attention of answers: Triton kernel, %s", splits)
+    return PagedDecode(device, measured=measured)
 
 
 def choose_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> Varlen | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from clif.kernels.paged_decode_config import DecodeConfig, DecodeShape, default_config
 from clif.kernels.paged_decode_host import constants
 from clif.kernels.paged_decode_kernel import paged_decode
-from clif.kernels.paged_decode_table import DecodeConfig, DecodeShape, default_config
 from clif.kernels.testing.compiling import Case, Operand
 
 HEADS = (

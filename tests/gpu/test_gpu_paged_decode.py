@@ -12,8 +12,9 @@ from helpers import answer, make_rig, request
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from clif.kernels.kv_types import FP8
+from clif.kernels.paged_decode_config import DecodeConfig
 from clif.kernels.paged_decode_host import PagedDecode
-from clif.kernels.paged_decode_table import DecodeConfig, DecodeTable
+from clif.kernels.paged_decode_table import DecodeTable
 from clif.kernels.testing.paged_decode_specification import DecodeBatch, random_decode, violations
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]

@@ -225,6 +225,7 @@ def test_without_a_table_captured_steps_take_the_kernels_by_rule_and_others_stay
 def test_on_a_gpu_that_can_run_it_auto_means_the_decode_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, capability = torch.device("cuda"), (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     assert choose_decode("auto", gpu, torch.bfloat16) is not None
     assert choose_decode("torch", gpu, torch.bfloat16) is None
     assert choose_decode("auto", gpu, torch.float64) is None

@@ -21,15 +21,9 @@ from triton import language as tl
 from clif.kernels import paged_decode_host
 from clif.kernels.kv_types import FP8, to_cache_type
 from clif.kernels.numerics import rounded, widened
+from clif.kernels.paged_decode_config import DecodeConfig, DecodeShape, default_config
 from clif.kernels.paged_decode_host import INTERPRET, PagedDecode
-from clif.kernels.paged_decode_table import (
-    DecodeConfig,
-    DecodeRow,
-    DecodeShape,
-    DecodeTable,
-    StagedDecodeTable,
-    default_config,
-)
+from clif.kernels.paged_decode_table import DecodeRow, DecodeTable, StagedDecodeTable
 from clif.kernels.testing.paged_decode_specification import DecodeBatch, random_decode, violations
 
 pytestmark = pytest.mark.skipif(not INTERPRET, reason="the kernel is compiled in this process: see tests/gpu")

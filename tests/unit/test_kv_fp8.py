@@ -98,8 +98,8 @@ def test_captured_steps_give_the_answers_of_plain_ones(tiny_config: Path) -> Non
 
 def test_the_kernels_give_the_answers_of_torch(monkeypatch: pytest.MonkeyPatch, two_layers: Path) -> None:
     """Rotation with the write to the cache, and paged decode, in Triton's interpreter."""
+    from clif.kernels.paged_decode_config import DecodeConfig
     from clif.kernels.paged_decode_host import PagedDecode
-    from clif.kernels.paged_decode_table import DecodeConfig
 
     model, found = f"random:{two_layers}", []
     for ops in (TorchOps(), TritonOps(256)):
@@ -151,6 +151,7 @@ def test_a_gpu_without_numbers_of_eight_bits_takes_torch_or_says_what_to_change(
 ) -> None:
     gpu, capability = torch.device("cuda"), (8, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr("clif.models.triton_ops.kernel_fault", lambda *_: None)
     assert choose_decode("auto", gpu, torch.bfloat16, FP8) is None
     assert choose_decode("auto", gpu, torch.bfloat16, torch.bfloat16) is not None

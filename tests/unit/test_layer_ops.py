@@ -24,9 +24,9 @@ from clif.engine.build import build_engine
 from clif.engine.checked_capture import CheckedRecorder
 from clif.engine.jobs import Job
 from clif.kernels.elementwise_host import INTERPRET
+from clif.kernels.paged_decode_config import DecodeConfig
 from clif.kernels.paged_decode_host import PagedDecode
 from clif.kernels.paged_decode_reference import PagedDecodeReference
-from clif.kernels.paged_decode_table import DecodeConfig
 from clif.models import triton_ops
 from clif.models.backends import choose_ops
 from clif.models.causal import CausalSequences
