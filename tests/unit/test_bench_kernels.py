@@ -106,7 +106,7 @@ LAYER = LayerCase("layer", "tiny-llama", ((2, 0), (1, 1)), context=20, r=8, laye
 def layer_bench() -> LayerBench:
     """With the parts between the products that a GPU has."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clif.engine.base.choose_ops", lambda device, dtype, max_context: TritonOps(max_context))
+        patch.setattr("clif.engine.base.choose_ops", lambda device, dtype, max_context, *rest: TritonOps(max_context))
         return LayerBench(LAYER, CPU, torch.float32, FIXED)
 
 
