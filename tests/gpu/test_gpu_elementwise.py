@@ -12,6 +12,8 @@ from helpers import Rig, answer, finish, make_rig, random_state, request
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from clif.kernels import elementwise_host as host
+from clif.kernels.elementwise_reference import write_rows
+from clif.kernels.kv_types import FP8
 from clif.kernels.testing.elementwise_specification import (
     Batch,
     Draw,
@@ -67,6 +69,21 @@ def test_a_row_of_nan_stays_one() -> None:
             for part in (slice(0, 1), slice(2, None)):
                 rows = torch.arange(dirty.shape[dim], device=DEVICE)[part]
                 assert torch.equal(dirty.index_select(dim, rows), clean[key].index_select(dim, rows)), (name, key)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_a_cache_of_eight_bits_gets_what_the_layer_sees_rounded_once_more(dtype: torch.dtype) -> None:
+    """Saturated beyond 448; a NaN stays one."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("numbers of eight bits need compute capability 8.9")
+    batch = random_heads(64, 32, 8, 64, Draw(dtype, DEVICE))
+    qkv = batch.qkv * 100
+    qkv[1, -1], qkv[2, -2:] = torch.nan, torch.tensor([torch.inf, -60000.0], device=DEVICE)
+    cache = torch.zeros(batch.cache.shape, dtype=torch.uint8, device=DEVICE).view(FP8)
+    _, key, value = host.launch_rotate_heads(qkv, batch.cos, batch.sin, 32, 8, None, cache, batch.slots)
+    expected = torch.zeros_like(cache)
+    write_rows(expected, batch.slots, key, value)
+    assert torch.equal(cache.float().nan_to_num(nan=999), expected.float().nan_to_num(nan=999))
 
 
 def test_a_graph_replayed_over_other_contents_gives_the_bits_of_a_launch() -> None:

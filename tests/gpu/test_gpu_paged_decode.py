@@ -127,10 +127,13 @@ def test_a_graph_replayed_over_other_sequences_gives_the_bits_of_a_launch_and_le
             assert not kernel.workspace().tickets.any()
 
 
-def test_an_engine_with_the_kernel_gives_the_tokens_of_one_without(tiny_config: Path) -> None:
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+def test_an_engine_with_the_kernel_gives_the_tokens_of_one_without(tiny_config: Path, kv_dtype: str) -> None:
+    if kv_dtype == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("numbers of eight bits need compute capability 8.9")
     answers = []
     for paged in (None, PagedDecode(torch.device(DEVICE))):
-        rig = make_rig(f"random:{tiny_config}", engine={"kv_tokens": 256}, device=DEVICE)
+        rig = make_rig(f"random:{tiny_config}", engine={"kv_tokens": 256, "kv_dtype": kv_dtype}, device=DEVICE)
         rig.runner.paged = paged
         rig.fill(1, seed=4)
         requests = [request(i, [*range(20), *[99 + i] * 40], max_tokens=40, ignore_eos=True) for i in range(5)]
