@@ -201,6 +201,17 @@ class CompilePool:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
 
+class Launched:
+    """Counts the kernels that this process launches, as Triton's listener: found on disk, or compiled here."""
+
+    def __init__(self) -> None:
+        self.found = self.compiled = 0
+
+    def __call__(self, *, cache_hit: bool, **_: Any) -> None:
+        self.found += cache_hit
+        self.compiled += not cache_hit
+
+
 def counted(gpu: Gpu) -> tuple[int, dict[tuple[Any, ...], CompileJob]]:
     """Candidates of the tuner's tasks, without those that follow from others' results, and one job for each key."""
     number, jobs = 0, {}

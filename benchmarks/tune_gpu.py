@@ -36,7 +36,7 @@ use_checkout()
 import torch
 import triton
 import tune_decode
-from compile_ahead import CompilePool, job_of
+from compile_ahead import CompilePool, Launched, job_of
 from halving import Heats, Ranking, fastest, rank
 from timing import Timing
 from tune_plan import Gpu, Task, Tiles, candidates_of, first_of_each, group_of, tasks
@@ -228,11 +228,10 @@ def summary(file: TileFile) -> list[str]:
         ratio = f"{us[entry.chosen] / us['base']:.2f}" if us.get("base") else ""
         name = f"{'backward, ' * shape.backward}{shape.rows} rows {shape.depth}->{shape.out} r={shape.rank}"
         lines.append(f"| {name} | {' | '.join(cells)} | {entry.chosen} | {entry.captured} | {ratio} |")
-    lines += [
-        f"| gradients of factors, {s.rows} rows {s.depth}->{s.out} r={s.rank} | | "
-        f"{e.us.median:.1f} (kernel) | | | | | | | |"
-        for s, e in file.grads.items()
-    ]
+    lines += ["", "| gradients of the factors | us | tiles |", "|---|---|---|"] if file.grads else []
+    for shape, of_factors in file.grads.items():
+        name = f"{shape.rows} rows {shape.depth}->{shape.out} r={shape.rank}"
+        lines.append(f"| {name} | {of_factors.us.median:.1f} | {of_factors.tiles} |")
     return lines
 
 
@@ -286,6 +285,7 @@ def main() -> int:
     def rig(task: Task) -> Rig:
         return Rig(task, tuner.layers(task.sizes, task.depth, task.r), tuner.device)
 
+    launched = triton.knobs.compilation.listener = Launched()
     with CompilePool(None if args.dry else tuner.gpu.capability) as compiler:
         session = Session(file, stamp, tuner.gpu, tuner.heats, rig, ask, save, end, again=args.again, dry=args.dry)
         # First: a few shapes, which take seconds.
@@ -299,7 +299,8 @@ def main() -> int:
         compiled, cpu_s = compiler.cpu_seconds()
     print("\n".join(["", *summary(file), "", *tune_decode.summary(file)]))
     print(f"\n{dict(session.counts)}; {len(file.linear) + len(file.grads) + len(file.decode)} entries in {path.name}")
-    print(f"compiled ahead: {compiled} candidates, {cpu_s:.0f} CPU seconds")
+    print(f"compiled ahead: {compiled} candidates, {cpu_s:.0f} CPU seconds", end="; ")
+    print(f"kernels: {launched.found} found on disk, {launched.compiled} compiled here")
     done = session.counts.keys() <= {"known", "measured"}
     if not done:
         print("not complete: call it again, and it continues")

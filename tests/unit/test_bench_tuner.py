@@ -363,6 +363,45 @@ def test_each_result_of_a_candidate_is_compared_with_the_specification(
     assert named in (rig.wrong(tiles) or "")
 
 
+COMPILES = """
+import glob, os
+from compile_ahead import CompileJob, Fixed, KernelLauncher, DualLoraLinear, compile_only, run_job, torch
+from clif.kernels.candidates import grads_candidates, linear_candidates
+from clif.kernels.testing.dual_lora_specification import random_batch, random_layer
+from clif.kernels.tiles import LinearTiles
+
+def kernels():
+    return len(glob.glob(os.environ["TRITON_CACHE_DIR"] + "/*/*.cubin"))
+
+compile_only(90)
+learn = ((64, 0), (2048, -1))
+candidates = linear_candidates(2112, 4096, 4096, 8, False, 132, 90)
+layer = random_layer((512, 256), 256, 8, dtype=torch.bfloat16)
+batch = random_batch(layer, learn)
+for form in ("pair", "separate"):
+    tiles = next(tiles for tiles in candidates if tiles.form == form)
+    run_job(CompileJob((4096, 4096), 4096, 8, learn, False, tiles))
+    before = kernels()
+    DualLoraLinear(layer, KernelLauncher(torch.device("cpu"), Fixed(tiles))).forward(batch.x, batch.segments)
+    print(form, before, kernels() - before)
+tiles = grads_candidates(2048, 4096, 4096, 8, 132, 90)[0]
+run_job(CompileJob((4096, 4096), 4096, 8, ((2048, -1),), False, tiles))
+before, hidden = kernels(), torch.zeros(2048, 16, dtype=torch.bfloat16)
+real = DualLoraLinear(layer, KernelLauncher(torch.device("cpu"), Fixed(LinearTiles(), tiles)))
+real.factor_gradients(batch.grad, batch.x[64:], hidden, hidden)
+print("grads", before, kernels() - before)
+"""
+
+
+@pytest.mark.slow  # It compiles five kernels.
+@pytest.mark.timeout(240)
+def test_layers_without_memory_compile_what_real_layers_of_other_widths_launch(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(REPO / "benchmarks")}
+    done = subprocess.run([sys.executable, "-P", "-c", COMPILES], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["pair", "2", "0", "separate", "4", "0", "grads", "5", "0"], done.stdout + done.stderr
+
+
 @pytest.mark.slow  # It imports torch in three processes, and compiles.
 @pytest.mark.timeout(240)
 def test_a_machine_without_a_gpu_compiles_what_the_tuner_launches() -> None:
