@@ -124,10 +124,12 @@ class DecodeRig:
 def tune_decode(
     file: TileFile, stamp: Stamp, capability: int, device: torch.device, ask: Callable[[DecodeJob], Future[float]],
     late: Callable[[], bool], heats: Heats, *, again: bool = False, dry: bool = False,
+    asked: Callable[[], None] = lambda: None,
 ) -> dict[str, int]:  # fmt: skip
     """Measure the shapes that the file does not have; returns how many ended how. The caller writes the file.
 
-    stamp: with the digest of this kernel's source; ask: compiles a job ahead; heats: see halving.py.
+    stamp: with the digest of this kernel's source; ask: compiles a job ahead; heats: see halving.py; asked: is called
+    when all jobs have been given to the compiler, for others to follow.
     """
     counts: dict[str, int] = {}
     shapes, batches = (DRY_SHAPES, DRY_BATCHES) if dry else (SHAPES, BATCHES)
@@ -136,6 +138,7 @@ def tune_decode(
     wanted = [s for s in shapes if again or not (s in file.decode and file.decode[s].stamp.same_versions(stamp))]
     candidates = {s: decode_candidates(s, capability)[: 3 if dry else None] for s in wanted}
     compiled = {} if late() else {(s, c): ask(DecodeJob(s, c)) for s in wanted for c in candidates[s]}
+    asked()
     for shape in shapes:
         outcome = "known"
         if shape in wanted:

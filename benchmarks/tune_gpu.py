@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotCompiled
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,11 @@ class Session:
             outcome, shown = self._measure(task, ready, left_out)
             self.counts[outcome] += 1
             print(f"{task}: {outcome}, {shown} [{self.clock() - began:.1f} s]", flush=True)
+
+    def ask_first(self, wanted: Sequence[Task]) -> None:
+        """Give the compiler what run() waits for first, while something else is measured."""
+        for task in [task for task in wanted if not self.known(task)][:AHEAD]:
+            self.ask(task, candidates_of(task, self.gpu, self.file))
 
     def known(self, task: Task) -> bool:
         """Whether the table has it, measured with the same versions on the same type of GPU."""
@@ -292,6 +298,7 @@ def main() -> int:
         decode = tune_decode.tune_decode(
             file, replace(stamp, kernels=digest_of_kernels(DECODE_SOURCES)), tuner.gpu.capability, tuner.device,
             compiler.submit, session.late, tuner.heats, again=args.again, dry=args.dry,
+            asked=partial(session.ask_first, list(tasks(args.dry))),
         )  # fmt: skip
         save()
         session.counts.update(decode)

@@ -233,6 +233,13 @@ def test_an_entry_has_the_fastest_tiles_of_each_form_and_the_two_choices(world: 
     assert any("| 64 rows 4096->4096 r=16 | 10.0 | 30.0 |" in line for line in summary(found))
 
 
+def test_what_is_waited_for_first_can_be_compiled_while_something_else_is_measured(world: World) -> None:
+    world.session().run(world.tasks[:1])
+    world.asked.clear()
+    world.session().ask_first(world.tasks)
+    assert world.asked == world.tasks[1:]
+
+
 def test_a_rank_of_8_measures_the_winners_of_16(world: World) -> None:
     session = world.session()
     session.run(world.tasks[:1])
