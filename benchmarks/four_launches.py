@@ -51,9 +51,11 @@ def published(rows: int, members: int) -> RivalTiles:
 @triton.jit
 def shrink(
     x, a, hidden, tiles, depth, x_row, a_slot, RANKS: tl.constexpr, RANKS_P: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr, SLICES: tl.constexpr, INTERPRET: tl.constexpr,
+    BLOCK_K: tl.constexpr, SLICES: tl.constexpr, EARLY: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """hidden [rows, RANKS] += a slice of x A^T, for one row tile."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0) // SLICES
     row, stop, slot = tl.load(tiles + 3 * tile), tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
     rows, ranks = row + tl.arange(0, BLOCK_M), tl.arange(0, RANKS_P)
@@ -73,7 +75,7 @@ def shrink(
 @triton.jit
 def expand(
     hidden, b, y, tiles, columns, scale, y_row, b_slot, RANKS: tl.constexpr, RANK: tl.constexpr, RANK_P: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """y += scale * hidden B^T, for one tile of y, whose columns belong to one projection."""
     tile, column = tl.program_id(0), tl.program_id(1)
@@ -82,10 +84,12 @@ def expand(
         tl.load(columns + 3 * column), tl.load(columns + 3 * column + 1), tl.load(columns + 3 * column + 2)
     )  # fmt: skip
     rows, cols, ranks = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N), tl.arange(0, RANK_P)
-    inside = (rows[:, None] < stop) & (ranks[None, :] < RANK)
-    left = tl.load(hidden + rows[:, None] * RANKS + first + ranks[None, :], mask=inside, other=0.0)
     inside = (ranks[:, None] < RANK) & (cols[None, :] < end)
     right = tl.load(b + slot * b_slot + cols[None, :] * RANKS + first + ranks[:, None], mask=inside, other=0.0)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    inside = (rows[:, None] < stop) & (ranks[None, :] < RANK)
+    left = tl.load(hidden + rows[:, None] * RANKS + first + ranks[None, :], mask=inside, other=0.0)
     acc = dot(rounded(left, right.dtype, INTERPRET), right, tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), INTERPRET)
     inside = (rows[:, None] < stop) & (cols[None, :] < end)
     address = y + rows[:, None] * y_row + cols[None, :]
@@ -94,11 +98,15 @@ def expand(
 
 
 class FourLaunches:
-    """The four launches for batches of the same segments. The host knows them, so that every program has work."""
+    """The four launches for batches of the same segments. The host knows them, so that every program has work.
+
+    From compute capability 9.0 on the expand starts early, and waits for the shrink before it reads its result.
+    """
 
     def __init__(self, merged: MergedLinear, segments: Sequence[Segment], tiles: RivalTiles = OWN) -> None:
         """merged: a layer like those that are computed."""
         self._sizes, self._device, slots = tiles, merged.weight.device, len(merged.a)
+        self._early = self._device.type == "cuda" and torch.cuda.get_device_capability(self._device) >= (9, 0)
         cuts = [(s.start, s.stop, s.slot % slots) for s in segments]
         self._shrunk, self._expanded = (self._cut(cuts, rows) for rows in (tiles.shrink_m, tiles.expand_m))
         members = [(m.start, m.stop, m.block * merged.r) for m in merged.projections if m.block is not None]
@@ -116,7 +124,7 @@ class FourLaunches:
         # More slices than steps would be programs without work.
         slices = min(sizes.slices, triton.cdiv(depth, sizes.block_k))
         hidden = torch.zeros(len(x), ranks, dtype=torch.float32, device=x.device)
-        options = {"INTERPRET": INTERPRET, "num_warps": 4, "num_stages": sizes.stages}
+        options = {"EARLY": self._early, "INTERPRET": INTERPRET, "num_warps": 4, "num_stages": sizes.stages}
         shrink[(len(self._shrunk) * slices,)](
             x, merged.a, hidden, self._shrunk, depth, x.stride(0), merged.a.stride(0), RANKS=ranks,
             RANKS_P=_padded(ranks), BLOCK_M=sizes.shrink_m, BLOCK_K=sizes.block_k, SLICES=slices, **options,
@@ -124,7 +132,7 @@ class FourLaunches:
         expand[(len(self._expanded), len(self._columns))](
             hidden, merged.b, y, self._expanded, self._columns, merged.scale, y.stride(0), merged.b.stride(0),
             RANKS=ranks, RANK=merged.r, RANK_P=_padded(merged.r), BLOCK_M=sizes.expand_m, BLOCK_N=sizes.block_n,
-            **options,
+            **options, **({"launch_pdl": True} if self._early else {}),
         )  # fmt: skip
         return y
 

@@ -8,17 +8,26 @@ from typing import Any
 import torch
 from form_tiles import Machine
 from kernel_cases import Case
-from kernel_goals import AUTO, FORMS, TRITON_BASE, Measured, Spread
-from rivals import backward_ways, forward_ways, triton_base
+from kernel_goals import AUTO, BASE, FORMS, TRITON_BASE, Measured, Spread
+from rivals import PEFT, backward_ways, forward_ways, triton_base
 from timing import Way, contest
 
 from clif.kernels.dual_lora_forms import DualLoraLinear
 from clif.kernels.dual_lora_host import KernelLauncher, Tiling
 from clif.kernels.dual_lora_reference import SHADOW
-from clif.kernels.testing.dual_lora_specification import Batch, computed, random_batch, random_layer, violations
+from clif.kernels.testing.dual_lora_specification import (
+    Batch,
+    by_torch,
+    computed,
+    random_batch,
+    random_layer,
+    violations,
+)
 
 LAYERS_BYTES = 256 << 20
 """Weights of all layers: more than a cache holds."""
+NEAR = 0.02
+"""Relative error of a rival that is rounding, in bfloat16."""
 
 
 def measure_linear(case: Case, machine: Machine) -> Measured:
@@ -27,8 +36,10 @@ def measure_linear(case: Case, machine: Machine) -> Measured:
     launchers = _launchers(case, machine)
     ways = ways_of(case, machine, batches, launchers)
     faults = [fault for name, launcher in launchers.items() for fault in _faults(name, batches[0], launcher)]
+    wrong = {} if case.backward else wrong_rivals(batches[0], ways)
+    ways = {name: way for name, way in ways.items() if name not in wrong}
     timings, failed = contest(ways, len(batches), machine.repeats, machine.device)
-    measured = Measured(timings, failed, faults, taken=_taken(case, machine))
+    measured = Measured(timings, failed | wrong, faults, taken=_taken(case, machine))
     if machine.device.type == "cuda":
         for name in (AUTO, *(FORMS if case.counted else ())):
             if name in timings:
@@ -93,6 +104,22 @@ def _faults(name: str, batch: Batch, launcher: KernelLauncher) -> Iterator[str]:
     except Exception as error:  # noqa: BLE001 - whatever it was, it is a fault of this way alone
         found = [f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"]
     return (f"{name}: {fault}" for fault in found)
+
+
+def wrong_rivals(batch: Batch, ways: Mapping[str, Way]) -> dict[str, str]:
+    """Rivals that compute another function here: their times would mean nothing."""
+    exact, wrong = by_torch(batch, torch.float64).y, {}
+    for name, way in ways.items():
+        # PEFT's own layer has one adapter for all rows.
+        if name.startswith(AUTO) or name in (BASE, TRITON_BASE, PEFT):
+            continue
+        try:
+            error = float((way(0).double() - exact).norm() / exact.norm())
+        except Exception:  # noqa: BLE001 - contest() says why
+            continue
+        if not error < NEAR:
+            wrong[name] = f"a wrong result: relative error {error:.2g}"
+    return wrong
 
 
 def _taken(case: Case, machine: Machine) -> str:

@@ -41,7 +41,7 @@ from kernel_goals import (
 )
 from kernel_report import report
 from layer_line import LayerBench
-from linear_line import ways_of
+from linear_line import ways_of, wrong_rivals
 from rivals import AUGMENTED, PEFT, PEFT_BACKWARD, backward_ways, forward_ways, triton_base
 from timing import Timing, contest
 
@@ -72,6 +72,14 @@ def test_every_way_computes_the_function_that_it_is_timed_for() -> None:
     # Again: it keeps a buffer.
     assert torch.allclose(ways[AUGMENTED](1), expected, atol=1e-4)
     assert len(ways) == 8 + len(FORMS) and set(FORMS) < set(ways)
+
+
+def test_a_rival_that_computes_another_function_is_not_timed() -> None:
+    batch = random_batch(random_layer([16], 16, 8, dtype=torch.float32), ((4, 0), (2, 1)))
+    fine, wrong = by_torch(batch).y, batch.x @ batch.merged.weight.T
+    ways = {AUTO: lambda i: (wrong, None), BASE: lambda i: wrong, "fine": lambda i: fine, "wrong": lambda i: wrong}
+    (reason,) = wrong_rivals(batch, ways).items()
+    assert reason[0] == "wrong" and reason[1].startswith("a wrong result: relative error ")
 
 
 def test_the_base_product_of_the_kernel_is_that_of_no_adapter() -> None:
