@@ -23,9 +23,10 @@ import tune_gpu
 from compile_ahead import CompileJob, CompilePool, segments_of
 from halving import Heats, Ranking, fastest, rank
 from timing import Timing
-from tune_gpu import Session, load, summary
+from tune_gpu import load
 from tune_plan import LAYERS, RANKS, SHADOW, Gpu, Task, candidates_of, first_of_each, group_of, tasks
 from tune_rig import Rig
+from tune_session import Session, summary
 
 from clif.kernels.candidates import linear_candidates
 from clif.kernels.dual_lora_forms import DualLoraLinear
