@@ -24,6 +24,7 @@ from clif.models.weights.loading import load_model
 from clif.types import Request
 
 PROMPTS = [[7, 3, 9], [11, 5, 8, 2, 40, 41, 17], [5], list(range(20, 75)), [*range(20, 60), 9], [9, 9, 9, 1, 2, 3, 4]]
+TOKENS = 12
 ARRIVE = {i: 2 * i for i in range(len(PROMPTS))}
 
 
@@ -32,7 +33,7 @@ def rig_of(model: str, **engine: Any) -> Rig:
 
 
 def requests_of(prompts: Sequence[list[int]] = PROMPTS) -> list[Request]:
-    return [request(i, prompt, max_tokens=20, ignore_eos=True) for i, prompt in enumerate(prompts)]
+    return [request(i, prompt, max_tokens=TOKENS, ignore_eos=True) for i, prompt in enumerate(prompts)]
 
 
 def answers(rig: Rig) -> list[list[int]]:
@@ -50,7 +51,7 @@ class Rounded(DynamicCache):
 
 def reference(model: Any, prompt: list[int]) -> list[int]:
     out = model.generate(
-        torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0,
+        torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0,
         past_key_values=Rounded(config=model.config),
     )  # fmt: skip
     return out[0, len(prompt) :].tolist()
@@ -107,8 +108,8 @@ def test_the_kernels_give_the_answers_of_torch(monkeypatch: pytest.MonkeyPatch, 
         rig = rig_of(model)
         if isinstance(ops, TritonOps):
             rig.runner.paged = PagedDecode(torch.device("cpu"), DecodeConfig(block_kv=16, parts=2, least=16))
-        events = rig.run([request(i, p, max_tokens=3, ignore_eos=True) for i, p in enumerate(PROMPTS[:2])])
-        found.append([answer(events[i]) for i in range(2)])
+        events = rig.run([request(0, PROMPTS[0], max_tokens=3, ignore_eos=True)])
+        found.append(answer(events[0]))
     assert found[0] == found[1]
 
 
