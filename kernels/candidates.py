@@ -191,7 +191,9 @@ def _divided(shape: Problem, sizes: Sizes) -> Iterator[LinearTiles]:
     bytes_of_one = shared_bytes(tiles, shape.rank)
     if bytes_of_one > shape.shared_bytes or sizes.block_m * sizes.block_n > MOST_SUMS * 32 * sizes.warps:
         return
-    for split in _splits(shape, tiles):
+    # Beside 128 rows of sums for each group of four warps those of other parts would be spilled, see compile_gate.
+    whole = sizes.block_m > 16 * sizes.warps
+    for split in (1,) if whole else _splits(shape, tiles):
         cut = replace(tiles, split=split)
         if _spills(cut):
             continue

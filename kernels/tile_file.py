@@ -97,6 +97,9 @@ class DecodeEntry:
     left_out: dict[str, int] = field(default_factory=dict)
 
 
+Entry = LinearEntry | GradsEntry | DecodeEntry
+
+
 @dataclass
 class TileFile:
     """about: machine, versions, command; entries by shape."""
@@ -105,6 +108,7 @@ class TileFile:
     linear: dict[LaunchShape, LinearEntry] = field(default_factory=dict)
     grads: dict[LaunchShape, GradsEntry] = field(default_factory=dict)
     decode: dict[DecodeShape, DecodeEntry] = field(default_factory=dict)
+    _lines: dict[int, tuple[Entry, str]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def read(cls, path: Path) -> TileFile:
@@ -129,18 +133,22 @@ class TileFile:
             raise ValueError(f"{path}: not a table of tiles ({error}): write it again with make tune-gpu") from error
 
     def write(self, path: Path) -> None:
-        """All of it or nothing: a process that is ended meanwhile leaves the file as it was."""
-        tree = {
-            "format": FORMAT,
-            "about": self.about,
-            "linear": [asdict(entry) for entry in self.linear.values()],
-            "grads": [asdict(entry) for entry in self.grads.values()],
-            "decode": [asdict(entry) for entry in self.decode.values()],
-        }
+        """All of it or nothing: a process that is ended meanwhile leaves the file as it was. A line for each entry."""
+        parts = [f'"format": {FORMAT}', f'"about": {json.dumps(self.about)}']
+        for name, entries in (("linear", self.linear), ("grads", self.grads), ("decode", self.decode)):
+            lines = ",\n ".join(self._line(entry) for entry in entries.values())
+            parts.append(f'"{name}": [\n {lines}\n]')
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(tree, indent=1) + "\n")
+        part.write_text("{" + ",\n".join(parts) + "}\n")
         part.replace(path)
+
+    def _line(self, entry: Entry) -> str:
+        """The tuner writes the file after every shape: entries that have been written before are not made again."""
+        known = self._lines.get(id(entry))
+        if known is None or known[0] is not entry:
+            known = self._lines[id(entry)] = entry, json.dumps(asdict(entry))
+        return known[1]
 
 
 def _linear(entry: Mapping[str, Any]) -> LinearEntry:

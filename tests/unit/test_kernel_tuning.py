@@ -34,6 +34,10 @@ def test_a_table_is_read_as_it_was_written_with_spread_date_and_versions(tmp_pat
     written.write(tmp_path / "new" / "gpu.json")
     assert TileFile.read(tmp_path / "new" / "gpu.json") == written
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["gpu.json"]
+    # A shape that is measured again, in the same object.
+    written.linear[entry(16, "fused").shape] = entry(16, "separate")
+    written.write(tmp_path / "new" / "gpu.json")
+    assert TileFile.read(tmp_path / "new" / "gpu.json") == written
 
 
 def test_a_table_answers_for_what_was_measured_and_the_rules_for_what_was_not(tmp_path: Path) -> None:
