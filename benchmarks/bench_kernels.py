@@ -3,8 +3,9 @@
     python benchmarks/bench_kernels.py            # needs torch, Triton and this repository; matplotlib for the plot
     python benchmarks/bench_kernels.py --dry      # interpreter on a CPU, tiny shapes: its figures mean nothing
 
-Linear layers with adapters in each form, whole decoder layers (these need transformers), and attention of a decode
-step. Every result is checked first. Run `make tune-gpu` before it: otherwise tiles by rule are measured.
+Linear layers with adapters in each form, whole decoder layers, and attention of a decode step. The latter two need
+the packages of CLIF, too. Every result is checked first. Run `make tune-gpu` before it: otherwise tiles by rule are
+measured.
 """
 
 from __future__ import annotations
@@ -29,14 +30,13 @@ use_checkout()
 
 import torch
 import triton
-from decode_line import copy_time, measure_paged
 from form_tiles import Machine, captured_tiling, dry_tilings, tilings
 from gpu_figures import say
 from kernel_cases import CASES, DRY_CASES, AnyCase, Case, LayerCase
 from kernel_goals import Measured, answers
 from kernel_report import draw, report
 from linear_line import measure_linear, run_once
-from timing import contest
+from timing import contest, copy_time
 
 from clif.kernels.tuning import Defaults, table_path
 
@@ -66,6 +66,8 @@ def _measured(case: AnyCase, machine: Machine) -> Measured:
             from layer_line import measure_layer
 
             return measure_layer(case, machine)
+        from decode_line import measure_paged
+
         return measure_paged(case, machine)
     except Exception as error:  # noqa: BLE001 - whatever it was, the report says it in the case's place
         traceback.print_exc(file=sys.stdout)

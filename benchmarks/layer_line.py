@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from checkout import REPO
-from decode_line import read_time
 from form_tiles import Machine
 from four_launches import OWN, FourLaunches, RivalTiles, published
 from kernel_cases import LayerCase
 from kernel_goals import AUTO, FOUR, FOUR_PUBLISHED, READ, WITHOUT, Measured
 from linear_line import launches
-from timing import contest
+from timing import contest, read_time
 
 from clif.adapters.bank import inject
 from clif.config import Config, config_from_tree
@@ -58,7 +57,7 @@ def measure_layer(case: LayerCase, machine: Machine) -> Measured:
     ways = bench.ways()
     faults = bench.faults(ways)
     timings, failed = contest(ways, case.layers, machine.repeats, machine.device)
-    reading, note = read_time(bench.bytes, machine)
+    reading, note = read_time(bench.bytes, machine.device, machine.repeats)
     measured = Measured(timings | {READ: reading}, failed, faults, [note], bench.taken())
     if machine.device.type == "cuda":
         measured.launches = {name: len(launches(way)) for name, way in ways.items() if name in timings}

@@ -57,6 +57,23 @@ def contest(
     return {name: Timing.of(values) for name, values in samples.items()}, failed
 
 
+def copy_time(device: torch.device, repeats: int) -> Timing:
+    """Microseconds for each byte that is read or written, by the faster of two copies: torch's, and a kernel's."""
+    source = torch.zeros(1 << 28 if device.type == "cuda" else 1 << 14, dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    ways = {"copy": lambda _: target.copy_(source), "kernel": lambda _: torch.bitwise_not(source, out=target)}
+    found, _ = contest(ways, 1, repeats, device)
+    best = min(found.values(), key=lambda timing: timing.median)
+    return Timing(*(us / (2 * source.nbytes) for us in (best.p10, best.median, best.p90)))
+
+
+def read_time(count: int, device: torch.device, repeats: int) -> tuple[Timing, str]:
+    """Microseconds to read so many bytes at the copy rate, measured now, and a note that says both."""
+    copied = copy_time(device, repeats)
+    reading = Timing(*(us * count for us in (copied.p10, copied.median, copied.p90)))
+    return reading, f"reads {count / 2**20:.1f} MiB at {1e-3 / copied.median:.0f} GB/s"
+
+
 def prepared(
     way: Way, layers: int, device: torch.device, stream: torch.cuda.Stream | None = None
 ) -> Callable[[], float]:
