@@ -33,11 +33,15 @@ class Heats:
 
 @dataclass
 class Ranking(Generic[C]):
-    """times: of those that the last heat had; left_out: why others have none; complete: every group has a time."""
+    """times: of those that the last heat had; left_out: why others have none.
+
+    complete: every group has a time; cut_short: time was up before the end of the last heat.
+    """
 
     times: dict[C, Timing] = field(default_factory=dict)
     left_out: dict[C, str] = field(default_factory=dict)
     complete: bool = False
+    cut_short: bool = False
 
 
 def rank(
@@ -75,6 +79,7 @@ def rank(
         for candidate in finalists[:: 1 if turn % 2 else -1]:
             if candidate not in ranking.left_out and not late():
                 take(candidate, 1)
+    ranking.cut_short = late()
     alone = all(len(samples.get(c, ())) >= heats.least for c in finalists if c not in ranking.left_out)
     for candidate in finalists:
         if candidate not in ranking.left_out:

@@ -166,7 +166,8 @@ def measure(
     ready = [c for c in candidates if c not in failed]
     ranking: Ranking[DecodeConfig] = rank(ready, lambda config: config == default, rig.cost, late, heats)
     ranking.left_out |= failed
-    best = fastest(ranking.times, ready, rig.wrong, ranking.left_out) if ranking.complete else None
+    whole = ranking.complete and not ranking.cut_short
+    best = fastest(ranking.times, ready, rig.wrong, ranking.left_out) if whole else None
     if best is None or default not in ranking.times:
         return None
     reasons: dict[str, int] = {}

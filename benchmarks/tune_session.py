@@ -107,7 +107,7 @@ class Session:
         rig = self.rig(task)
         ranking: Ranking[Any] = rank([*rig.beside, *ready], group_of, rig.cost, self.late, self.heats)
         ranking.left_out |= left_out
-        if not ranking.complete or any("time was up" in why for why in left_out.values()):
+        if ranking.cut_short:
             reported(ranking.left_out)
             return "not measured", "time was up"
         best = {

@@ -100,6 +100,7 @@ def test_whenever_time_is_up_the_choice_is_one_that_was_measured(until: int) -> 
     assert world.now < until + Heats().first
     assert set(ranking.times) <= set(world.asked)
     assert ranking.complete == ({name[0] for name in world.asked} == {"a", "b", "c"})
+    assert ranking.cut_short == (world.now >= until)
     choice = fastest(ranking.times, world.costs, lambda name: None, ranking.left_out)
     assert (choice is not None) == bool(world.asked)
     if choice:
@@ -259,19 +260,19 @@ def test_forms_that_are_wrong_or_do_not_compile_are_in_no_entry_and_the_entry_sa
 
 
 def test_a_second_call_measures_what_the_first_did_not_reach_and_nothing_else(world: World) -> None:
-    first = world.session(end_s=130.0)
+    first = world.session(end_s=250.0)
     first.run(world.tasks)
-    assert first.counts["measured"] >= 1 and first.counts["not measured, time was up"] >= 1
+    # The second one is cut short, and no entry is made of half of its heats.
+    assert first.counts == {"measured": 1, "not measured": 1, "not measured, time was up": 2}
     measured = set(TileFile.read(world.path).linear)
     world.asked.clear()
     second = world.session()
     second.run(world.tasks)
-    assert second.counts["known"] == first.counts["measured"]
-    assert second.counts["known"] + second.counts["measured"] == len(world.tasks)
+    assert second.counts == {"known": 1, "measured": 3}
     assert not any(task.shape() in measured for task in world.asked if task.what != "grads")
 
 
-@pytest.mark.parametrize("end_s", range(0, 300, 23))
+@pytest.mark.parametrize("end_s", range(0, 500, 37))
 def test_the_table_is_valid_whenever_time_is_up(world: World, end_s: int) -> None:
     session = world.session(end_s=end_s)
     session.run(world.tasks)
