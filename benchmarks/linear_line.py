@@ -23,6 +23,7 @@ from clif.kernels.testing.dual_lora_specification import (
     random_layer,
     violations,
 )
+from clif.kernels.tuning import Defaults
 
 LAYERS_BYTES = 256 << 20
 """Weights of all layers: more than a cache holds."""
@@ -39,7 +40,7 @@ def measure_linear(case: Case, machine: Machine) -> Measured:
     wrong = {} if case.backward else wrong_rivals(batches[0], ways)
     ways = {name: way for name, way in ways.items() if name not in wrong}
     timings, failed = contest(ways, len(batches), machine.repeats, machine.device)
-    measured = Measured(timings, failed | wrong, faults, taken=_taken(case, machine))
+    measured = Measured(timings, failed | wrong, faults, why(case, machine), taken(case, machine))
     if machine.device.type == "cuda":
         for name in (AUTO, *(FORMS if case.counted else ())):
             if name in timings:
@@ -122,13 +123,22 @@ def wrong_rivals(batch: Batch, ways: Mapping[str, Way]) -> dict[str, str]:
     return wrong
 
 
-def _taken(case: Case, machine: Machine) -> str:
+def taken(case: Case, machine: Machine) -> str:
     """The form that AUTO is."""
-    rows, sizes = sum(count for count, _ in case.lengths), (case.depth, sum(case.sizes))
+    rows, sizes, auto = sum(count for count, _ in case.lengths), (case.depth, sum(case.sizes)), _auto(case, machine)
     if all(slot is None for _, slot in case.lengths):
         return "F.linear"
     depth, out = sizes[::-1] if case.backward else sizes
-    return _auto(case, machine).linear(rows, depth, out, case.r, case.backward).form
+    return auto.linear(rows, depth, out, case.r, case.backward).form
+
+
+def why(case: Case, machine: Machine) -> list[str]:
+    """Why AUTO is this form, where a rule says so."""
+    auto, rows = _auto(case, machine), sum(count for count, _ in case.lengths)
+    if not isinstance(auto, Defaults) or all(slot is None for _, slot in case.lengths):
+        return []
+    form, reason = auto.form(rows, case.r, case.backward)
+    return [f"{AUTO} takes {form} by rule: {reason}"]
 
 
 def launches(way: Callable[[int], Any]) -> list[str]:

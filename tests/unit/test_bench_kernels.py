@@ -41,7 +41,7 @@ from kernel_goals import (
 )
 from kernel_report import report
 from layer_line import LayerBench
-from linear_line import ways_of, wrong_rivals
+from linear_line import taken, ways_of, why, wrong_rivals
 from rivals import AUGMENTED, PEFT, PEFT_BACKWARD, backward_ways, forward_ways, triton_base
 from timing import Timing, contest
 
@@ -190,6 +190,16 @@ def test_the_verdict_says_which_bound_is_met() -> None:
     assert [verdict(most, Answer(r)) for r in (1.21, 1.2, 1.11, 1.1)] == ["missed", "must", "must", "stretch"]
     assert [verdict(least, Answer(r)) for r in (1.29, 1.3, 1.59, 1.6)] == ["missed", "must", "must", "stretch"]
     assert verdict(most, None) == "not measured"
+
+
+def test_a_case_says_which_form_is_taken_and_why_where_a_rule_takes_it() -> None:
+    case, defaults = CASES[0], Defaults(132, 90)
+    assert isinstance(case, Case)
+    machine = Machine(CPU, {AUTO: defaults}, 1, captured=replace(defaults, captured=True))
+    form, reason = defaults.form(64, 16, False)
+    assert taken(case, machine) == form and why(case, machine) == [f"{AUTO} takes {form} by rule: {reason}"]
+    bare = next(case for case in CASES if case.name == "64 bare")
+    assert taken(bare, machine) == "F.linear" and why(bare, machine) == []
 
 
 @functools.cache
