@@ -68,7 +68,7 @@ PLAIN_MANY = (Sizes(128, 128, 32, 8, 3), Sizes(128, 128, 32, 8, 4), Sizes(128, 6
 # For the forms that begin with torch's product: rows of a pair, columns of an expand tile, depth of the shrink.
 THIN_FEW = (Sizes(16, 128, 128, 4, 3), Sizes(16, 64, 256, 4, 3), Sizes(16, 256, 128, 4, 4))
 THIN_BATCH = (Sizes(16, 128, 128, 4, 3), Sizes(64, 64, 128, 4, 3), Sizes(64, 128, 64, 4, 4), Sizes(32, 128, 128, 4, 3))
-THIN_MANY = (Sizes(64, 128, 128, 4, 3), Sizes(128, 128, 64, 8, 3), Sizes(64, 256, 64, 4, 4), Sizes(128, 64, 64, 4, 4))
+THIN_MANY = (Sizes(64, 128, 128, 4, 3), Sizes(128, 128, 64, 8, 3), Sizes(64, 256, 64, 8, 3), Sizes(128, 64, 64, 4, 4))
 GRADS = ((64, 64, 4, 3), (64, 64, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 3))
 """Of the gradients of the factors: columns of a tile, rows of a step, warps, stages."""
 
@@ -151,13 +151,15 @@ def tiles_of_y(shape: Problem, tiles: LinearTiles) -> int:
 def shared_bytes(tiles: LinearTiles, rank: int) -> int:
     """Shared memory of one program at most, for a rank r.
 
-    All stages of its contraction and a piece of y that a descriptor stores, or later both operands of depth r.
+    All stages of its contraction and a piece of y that a descriptor stores, or later both operands of depth r, which
+    are loaded in stages, too, where they are all that is multiplied.
     """
     padded = _padded(rank)
     wide = padded if tiles.form in AFTER_TORCH else tiles.block_n
     contraction = tiles.stages * (tiles.block_m + wide) * tiles.block_k
     stored = tiles.block_m * piece_width(tiles) if tiles.store_tma else 0
-    return 2 * max(contraction + stored, (tiles.block_m + tiles.block_n) * padded) + 1024
+    low_rank = (tiles.block_m + tiles.block_n) * padded * (tiles.stages if tiles.form in AFTER_TORCH else 1)
+    return 2 * max(contraction + stored, low_rank) + 1024
 
 
 def _whole(shape: Problem) -> Iterator[LinearTiles]:
