@@ -97,7 +97,9 @@ class KernelLauncher:
         result = x if y is None else y
         operands: dict[str, Any] = {"x": x, "w": weight, "a": a, "b": b}
         a_strides, b_strides = a.stride(), b.stride()
-        if tiles.tma and (described := _described(tiles, rank_p, transposed, operands)):
+        # The copy engine begins at multiples of 16 bytes, also within a row.
+        on_sixteen = blocks.aligned and (len(blocks.tiles) == 1 or r % 8 == 0)
+        if tiles.tma and on_sixteen and (described := _described(tiles, rank_p, transposed, operands)):
             operands, a_strides, b_strides = described, (a.shape[1], *a.stride()[1:]), (b.shape[1], *b.stride()[1:])
         stored = tiles.store_tma and columns.full and _describable(result)
         target = TensorDescriptor.from_tensor(result, [tiles.block_m, piece_width(tiles)]) if stored else result
@@ -168,7 +170,7 @@ class KernelLauncher:
             space.take_planes(targets * tiles.slices * rank_p * tiles.block_c),
         )
         wide: tuple[Any, Any] = (x, grad)
-        if described := tiles.tma and _describable(x) and _describable(grad):
+        if described := tiles.tma and columns.aligned and _describable(x) and _describable(grad):
             wide = tuple(TensorDescriptor.from_tensor(m, [tiles.block_r, tiles.block_c]) for m in (x, grad))
         dual_lora_grads[(targets * tiles.slices,)](
             *wide, hidden, grad_hidden, grad_a, grad_b, columns.tiles, planes, tickets, len(x), d_in,

@@ -148,6 +148,13 @@ def test_a_result_in_narrow_columns_is_not_stored_by_descriptor_into_the_next_pr
     assert violations(batch, compute(batch, launcher(tiles))) == []
 
 
+def test_what_begins_between_two_multiples_of_16_bytes_is_not_loaded_by_descriptor() -> None:
+    tiles, grads = replace(TILES, tma=True), replace(GRADS, tma=True)
+    for sizes, r in (([40, 24], 4), ([7, 41], 8)):
+        batch = random_batch(random_layer(sizes, 32, r, dtype=torch.bfloat16), ((9, 0), (8, SHADOW)))
+        assert violations(batch, compute(batch, KernelLauncher(CPU, Fixed(tiles, grads)))) == []
+
+
 # Isolation
 
 
