@@ -115,6 +115,8 @@ def linear_candidates(
     forms: tuple[tuple[Form, int], ...] = (("three", len(thin)), ("branches", 3), ("separate", 0 if captured else 2))
     for form, count in forms:
         found += [replace(tiles, form=form) for tiles in thin[:count]]
+        if capability >= 90 and form == "three":
+            found += [replace(tiles, early=True) for tiles in thin[:2]]
     return tuple(dict.fromkeys(found))[:MOST]
 
 
@@ -254,7 +256,9 @@ def _thin(shape: Problem) -> Iterator[LinearTiles]:
             "three", sizes.block_m, sizes.block_n, sizes.block_k, slices=1 << (parts.bit_length() - 1),
             shrinkers=2 * shape.programs, warps=sizes.warps, stages=sizes.stages, tma=tma,
         )  # fmt: skip
-        if shared_bytes(tiles, shape.rank) <= shape.shared_bytes:
+        # B's part of a tile lies in registers, which without descriptors hold addresses, too.
+        fits = shape.tma or sizes.block_n * _padded(shape.rank) <= 128 * 64
+        if fits and shared_bytes(tiles, shape.rank) <= shape.shared_bytes:
             found.append(tiles)
     yield from found
     yield from (replace(tiles, tma=False) for tiles in found[:1] if tma)

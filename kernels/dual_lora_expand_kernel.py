@@ -38,13 +38,14 @@ def dual_lora_expand(
     BLOCKS: tl.constexpr,
     ALIGNED: tl.constexpr,
     PACKED: tl.constexpr,
+    EARLY: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """One tile of y [rows, out]: the columns of one column tile, of the rows of one pair.
 
     hidden [rows, BLOCKS * RANK] is h; b [slots, out, BLOCKS * RANK], any strides. counts [1]: pairs. pairs [n, 4]:
     first row, end, slot, row tile. col_tiles [n_columns, 4]: first column, end, first block of h that they read, end.
-    PACKED: b_out is BLOCKS * RANK.
+    PACKED: b_out is BLOCKS * RANK. EARLY: the launch before it, which makes h, may still be running.
     """
     if PACKED:
         # A constant stride: with a rank of 8, too, 16 bytes are loaded at a time.
@@ -68,14 +69,20 @@ def dual_lora_expand(
         cols = col + tl.arange(0, BLOCK_N)
         ranks = tl.arange(0, RANK_P)
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        for block in range(block_first, block_stop):
+        # Not pipelined: h must not be fetched before it is complete, and one block or three need no buffers.
+        for block in tl.range(block_first, block_stop, num_stages=1):
             of_h = block * RANK + ranks
-            inside = (rows[:, None] < stop) & (ranks[None, :] < RANK)
-            left = tl.load(hidden + rows[:, None] * (BLOCKS * RANK) + of_h[None, :], mask=inside, other=0.0)
             inside = (ranks[:, None] < RANK) & (cols[None, :] < col_stop)
             right = tl.load(b + slot * b_slot + cols[None, :] * b_out + of_h[:, None] * b_rank, mask=inside, other=0.0)
+            if EARLY and not INTERPRET:
+                tl.extra.cuda.gdc_wait()
+            inside = (rows[:, None] < stop) & (ranks[None, :] < RANK)
+            left = tl.load(hidden + rows[:, None] * (BLOCKS * RANK) + of_h[None, :], mask=inside, other=0.0)
             acc = dot(left, right, acc, INTERPRET)
         inside = (rows[:, None] < stop) & (cols[None, :] < col_stop)
         address = y + rows[:, None] * y_row + cols[None, :]
         acc += tl.load(address, mask=inside, other=0.0).to(tl.float32)
         tl.store(address, rounded(acc, y.dtype.element_ty, INTERPRET), mask=inside)
+    if EARLY and not INTERPRET:
+        # Also a program without work: what comes after this launch must come after the one before it, too.
+        tl.extra.cuda.gdc_wait()

@@ -140,12 +140,17 @@ class KernelLauncher:
         columns: ColumnTable,
         r: int,
     ) -> None:
-        """Add h B_s^T to y [rows, out], for the rows of each pair; hidden [rows, k r] is h, b as in linear()."""
+        """Add h B_s^T to y [rows, out], for the rows of each pair; hidden [rows, k r] is h, b as in linear().
+
+        Where tiles.early is set, linear() has made h in the launch before it on the current stream, which in the form
+        branches is another one.
+        """
+        early = tiles.early and tiles.form != "branches" and not INTERPRET
         dual_lora_expand[(rows.capacity * len(columns.tiles),)](
             hidden, b, y, rows.counts, rows.pairs, columns.tiles, len(columns.tiles), *b.stride(), y.stride(0),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, RANK=r, RANK_P=_padded(r), BLOCKS=hidden.shape[1] // r,
-            ALIGNED=columns.aligned, PACKED=b.stride(1) == hidden.shape[1], INTERPRET=INTERPRET,
-            **_options(tiles.warps, tiles.stages),
+            ALIGNED=columns.aligned, PACKED=b.stride(1) == hidden.shape[1], EARLY=early, INTERPRET=INTERPRET,
+            **_options(tiles.warps, tiles.stages), **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
 
     def grads(

@@ -17,7 +17,8 @@ class LinearTiles:
     separate (as three, but long segments by torch's products).
     group_m: row tiles that run close together; split: parts of the contraction of a tile of y; slices: of the one that
     makes h; shrinkers: programs for that; programs: the others, per multiprocessor; tma: load by tensor descriptors,
-    store_tma: store y by one, too, where all column tiles are full (compute capability 9.0 and up).
+    store_tma: store y by one, too, where all column tiles are full; early: in three and separate the last launch starts
+    while the one for h ends, and waits for it (the last three: compute capability 9.0 and up).
     """
 
     form: Form = "fused"
@@ -33,6 +34,7 @@ class LinearTiles:
     stages: int = 4
     tma: bool = False
     store_tma: bool = False
+    early: bool = False
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def expand_case(
     m, n, rank = tiles.block_m, tiles.block_n, padded(r)
     constants = {
         "BLOCK_M": m, "BLOCK_N": n, "RANK": r, "RANK_P": rank, "BLOCKS": blocks, "ALIGNED": True,
-        "PACKED": not transposed, "INTERPRET": False, ("b_out" if transposed else "b_rank"): 1,
+        "PACKED": not transposed, "EARLY": tiles.early, "INTERPRET": False, ("b_out" if transposed else "b_rank"): 1,
     }  # fmt: skip
     operands = {
         "y": Operand(m * n, n), "b": Operand(n * rank, n if transposed else r), "hidden": Operand(m * rank, r),
@@ -119,7 +119,7 @@ def expand_case(
     counts = {"n_columns"} | ({"b_out"} if blocks * r % 16 and not transposed else set())
     return Case(
         name, dual_lora_expand, capability, constants, types_of(dual_lora_expand, dtype), tiles.warps, tiles.stages,
-        frozenset(counts), wide=m >= 64, operands=operands,
+        frozenset(counts), wide=m >= 64, dependent=tiles.early, operands=operands,
     )  # fmt: skip
 
 
@@ -171,6 +171,8 @@ def _every_case() -> Iterator[Case]:
             thin = LinearTiles("three", block_m=64, block_n=128, block_k=128, stages=3)
             yield linear_case(f"three, second, r={r}", thin, r, form=SHRINK, capability=capability, blocks=3)
             yield expand_case(f"three, third, r={r}", thin, r, capability=capability, blocks=3)
+            if capability >= 90:
+                yield expand_case(f"three, third, early, r={r}", replace(thin, early=True), r, blocks=3)
             grads = defaults.grads(2048, 4096, 4096, r)
             yield grads_case(f"gradients of the factors, r={r}", grads, r, capability=capability)
         small = defaults.tiles("fused", 1, 2048, 2048, 16)

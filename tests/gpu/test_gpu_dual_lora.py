@@ -6,6 +6,7 @@ Needs torch, Triton and pytest only.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -106,7 +107,9 @@ def test_every_form_is_within_the_specification_with_its_default_tiles(
 def every_tiling() -> Iterator[LinearTiles]:
     for form in ("three", "branches", "separate"):
         for block_m, block_n, block_k, warps in ((16, 128, 128, 4), (64, 128, 64, 4), (128, 128, 64, 8)):
-            yield LinearTiles(form, block_m, block_n, block_k, slices=4, warps=warps, stages=3)
+            for early in (False, True):
+                if form != "branches" or not early:
+                    yield LinearTiles(form, block_m, block_n, block_k, slices=4, warps=warps, stages=3, early=early)
     for tma in (False, True):
         for form in ("fused", "pair"):
             for block_m, block_n, block_k, warps in ((16, 32, 64, 4), (64, 64, 64, 4), (128, 128, 32, 8)):
@@ -114,10 +117,10 @@ def every_tiling() -> Iterator[LinearTiles]:
 
 
 @pytest.mark.parametrize(
-    "tiles", every_tiling(), ids=lambda t: f"{t.form}-{t.block_m}-{'tma' if t.tma else 'pointers'}"
+    "tiles", every_tiling(), ids=lambda t: f"{t.form}-{t.block_m}-{'tma' if t.tma else 'pointers'}{'-early' * t.early}"
 )
 def test_every_form_of_launch_computes_the_same_function(tiles: LinearTiles) -> None:
-    if capability() < 90 and (tiles.tma or tiles.form == "pair"):
+    if capability() < 90 and (tiles.tma or tiles.early or tiles.form == "pair"):
         pytest.skip("needs compute capability 9.0")
     launcher = KernelLauncher(torch.device("cuda"), Fixed(tiles))
     assert_good(batch_of([512, 256], 1024, 16, ALL_KINDS, bias=True), launcher)
@@ -182,10 +185,15 @@ def captured(layer: DualLoraLinear, x: torch.Tensor, table: RowTable) -> tuple[t
     return graph, y
 
 
-@pytest.mark.parametrize("form", ["fused", "pair", "three", "branches"])
-def test_a_captured_graph_serves_other_segments_ten_thousand_times(form: Form, defaults: Defaults) -> None:
+@pytest.mark.parametrize("form", ["fused", "pair", "three", "early", "branches"])
+def test_a_captured_graph_serves_other_segments_ten_thousand_times(form: str, defaults: Defaults) -> None:
+    if form in ("pair", "early") and defaults.capability < 90:
+        pytest.skip("needs compute capability 9.0")
     batch = batch_of([1024, 256], 2048, 16, ((128, 0),))
-    layer = DualLoraLinear(batch.merged, launcher_of(form, defaults, 128, 2048, 1280))
+    tiles = defaults.tiles("three" if form == "early" else form, 128, 2048, 1280, 16)  # type: ignore[arg-type]
+    layer = DualLoraLinear(
+        batch.merged, KernelLauncher(torch.device("cuda"), Fixed(replace(tiles, early=form == "early")))
+    )
     table = StagedRowTable((), 128, layer.height(128), 4, torch.device("cuda"))
     graph, y = captured(layer, batch.x, table)
     splits = [((Segment(0, n, 0), Segment(n, n + 20, 2), Segment(n + 20, 128, SHADOW))) for n in (1, 17, 64, 100)]
