@@ -199,17 +199,9 @@ def _divided(shape: Problem, sizes: Sizes) -> Iterator[LinearTiles]:
     whole = sizes.block_m > 16 * sizes.warps
     for split in (1,) if whole else _splits(shape, tiles):
         cut = replace(tiles, split=split)
-        if _spills(cut):
-            continue
         # Two programs hide each other's waiting, where there is work and memory for two.
         both = waves(shape, cut) > 1.1 and 2 * bytes_of_one <= shape.shared_bytes
         yield replace(cut, programs=2 if both else 1)
-
-
-def _spills(tiles: LinearTiles) -> bool:
-    """Whether registers are spilled when a contraction is in parts, as compiled: two products of 64 rows by 4 warps."""
-    full = tiles.block_m * tiles.block_n >= MOST_SUMS * 32 * tiles.warps
-    return tiles.split > 1 and full and tiles.warps == 4 and tiles.block_m > 64
 
 
 def _splits(shape: Problem, tiles: LinearTiles) -> list[int]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
+from clif.kernels.paged_decode_candidates import decode_candidates
 from clif.kernels.paged_decode_config import DecodeConfig, DecodeShape, default_config
 from clif.kernels.paged_decode_host import constants
 from clif.kernels.paged_decode_kernel import paged_decode
@@ -72,3 +75,19 @@ def paged_decode_cases(corners: bool = False) -> Iterator[Case]:
         for head_dim, group, block_size, dtype, cache in CORNERS if corners else HEADS:
             if capability >= 90 or cache != "fp8e4nv":
                 yield decode_case(head_dim, group, block_size, capability=capability, dtype=dtype, cache=cache)
+
+
+def decode_candidate_cases() -> Iterator[Case]:
+    """All splits that the tuner measures for these heads, each code once, on Hopper and on Ampere."""
+    found: dict[tuple[Any, ...], Case] = {}
+    for capability in (90, 80):
+        for head_dim, group, block_size, dtype, cache in HEADS:
+            if capability < 90 and cache == "fp8e4nv":
+                continue
+            shape = DecodeShape(group * KV_HEADS, KV_HEADS, head_dim, BYTES[cache])
+            for config in decode_candidates(shape, capability):
+                case = decode_case(
+                    head_dim, group, block_size, config, capability=capability, dtype=dtype, cache=cache
+                )  # fmt: skip
+                found.setdefault(case.key(), replace(case, name=f"{case.name}: {config}"))
+    yield from found.values()

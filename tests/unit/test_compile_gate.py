@@ -37,6 +37,19 @@ def test_the_corners_are_cases_of_both_makes_of_gpu_of_every_kernel_and_form() -
     assert {case.constants["FORM"] for case in corners if "FORM" in case.constants} == {FUSED, SHRINK, BASE}
 
 
+def test_the_candidates_are_those_of_every_kernel_that_is_tuned_each_code_once() -> None:
+    found = list(cases("candidates"))
+    keys = [case.key() for case in found]
+    assert len(set(keys)) == len(keys)
+    # What is computed between the products has no candidates.
+    tuned = {kind(case) for case in cases() if case.products}
+    assert {kind(case) for case in found} == tuned
+    sizes = [
+        (c.constants["BLOCK_M"], c.constants["BLOCK_N"], c.warps) for c in found if c.constants.get("FORM") == FUSED
+    ]
+    assert sizes and all(m * n <= 128 * 32 * warps for m, n, warps in sizes)
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("which", ["corners", pytest.param("all", marks=pytest.mark.slow)])
 def test_the_kernels_compile_for_hopper_and_ampere_within_their_limits(tmp_path: Path, which: Which) -> None:
