@@ -50,19 +50,25 @@ class Session:
 
     def run(self, wanted: Sequence[Task]) -> None:
         """Measure tasks in their order, while the candidates of the next ones are compiled."""
-        for task, candidates, compiled in self._asked(wanted):
+        for task, candidates, compiled in self._asked(self.in_order(wanted)):
             if self.late():
                 self.counts["not measured, time was up"] += 1
                 continue
             began = self.clock()
             ready, left_out = self._compiled(candidates, compiled)
+            self.file.unfinished = [*(name for name in self.file.unfinished if name != str(task)), str(task)]
+            self.save()
             outcome, shown = self._measure(task, ready, left_out)
             self.counts[outcome] += 1
             print(f"{task}: {outcome}, {shown} [{self.clock() - began:.1f} s]", flush=True)
 
+    def in_order(self, wanted: Sequence[Task]) -> list[Task]:
+        """What an earlier call began and did not end comes last: it may hang or break the device again."""
+        return sorted(wanted, key=lambda task: str(task) in self.file.unfinished)
+
     def ask_first(self, wanted: Sequence[Task]) -> None:
         """Give the compiler what run() waits for first, while something else is measured."""
-        for task in [task for task in wanted if not self.known(task)][:AHEAD]:
+        for task in [task for task in self.in_order(wanted) if not self.known(task)][:AHEAD]:
             self.ask(task, candidates_of(task, self.gpu, self.file))
 
     def known(self, task: Task) -> bool:
@@ -109,6 +115,8 @@ class Session:
         ranking.left_out |= left_out
         if ranking.cut_short:
             reported(ranking.left_out)
+            self.file.unfinished.remove(str(task))
+            self.save()
             return "not measured", "time was up"
         best = {
             name: found
@@ -119,6 +127,7 @@ class Session:
         if not best:
             return "not measured", "no candidate is left"
         shown = self._enter(task, ranking, best, reasons)
+        self.file.unfinished.remove(str(task))
         self.save()
         return "measured", shown
 

@@ -102,12 +102,13 @@ Entry = LinearEntry | GradsEntry | DecodeEntry
 
 @dataclass
 class TileFile:
-    """about: machine, versions, command; entries by shape."""
+    """about: machine, versions, command; entries by shape; unfinished: what a tuner began and did not end."""
 
     about: dict[str, str] = field(default_factory=dict)
     linear: dict[LaunchShape, LinearEntry] = field(default_factory=dict)
     grads: dict[LaunchShape, GradsEntry] = field(default_factory=dict)
     decode: dict[DecodeShape, DecodeEntry] = field(default_factory=dict)
+    unfinished: list[str] = field(default_factory=list)
     _lines: dict[int, tuple[Entry, str]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -128,13 +129,15 @@ class TileFile:
                 {e.shape: e for e in linear},
                 {e.shape: e for e in grads},
                 {e.shape: e for e in decode},
+                tree.get("unfinished", []),
             )
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: not a table of tiles ({error}): write it again with make tune-gpu") from error
 
     def write(self, path: Path) -> None:
         """All of it or nothing: a process that is ended meanwhile leaves the file as it was. A line for each entry."""
-        parts = [f'"format": {FORMAT}', f'"about": {json.dumps(self.about)}']
+        head = {"format": FORMAT, "about": self.about, "unfinished": self.unfinished}
+        parts = [f'"{name}": {json.dumps(value)}' for name, value in head.items()]
         for name, entries in (("linear", self.linear), ("grads", self.grads), ("decode", self.decode)):
             lines = ",\n ".join(self._line(entry) for entry in entries.values())
             parts.append(f'"{name}": [\n {lines}\n]')

@@ -282,6 +282,30 @@ def test_the_table_is_valid_whenever_time_is_up(world: World, end_s: int) -> Non
             assert set(entry.tiles) == {"fused", "pair", "three", "branches", "separate"}
 
 
+def test_what_hung_or_broke_the_device_comes_last_in_the_next_call(world: World) -> None:
+    class Hangs(FakeRig):
+        def cost(self, candidate: Any, count: int) -> Sequence[float]:
+            raise KeyboardInterrupt("it hangs")
+
+    session = world.session()
+    session.rig = lambda task: Hangs(world, task)
+    with pytest.raises(KeyboardInterrupt, match="it hangs"):
+        session.run(world.tasks)
+    again = world.session()
+    assert again.file.unfinished == [str(world.tasks[0])]
+    assert again.in_order(world.tasks) == [*world.tasks[1:], world.tasks[0]]
+    again.run(world.tasks)
+    assert TileFile.read(world.path).unfinished == [] and again.counts == {"measured": 4}
+
+
+def test_a_task_of_which_no_candidate_works_comes_last_too_and_the_others_go_on(tmp_path: Path) -> None:
+    world = World(tmp_path / "gpu.json", broken=("fused", "pair", "three", "branches", "separate"))
+    session = world.session()
+    session.run(world.tasks)
+    assert session.counts == {"measured": 1, "not measured": 3}
+    assert world.session().in_order(world.tasks)[0] == world.tasks[2]
+
+
 def test_other_versions_and_again_measure_what_the_table_has(world: World) -> None:
     world.session().run(world.tasks[:1])
     for session in (world.session(stamp=replace(STAMP, kernels="other")), world.session(again=True)):
