@@ -25,8 +25,8 @@ FIELDS = 5
 KNOWN = -1
 """The id of a row is known on the host."""
 NO_SLOT = -1
-HEIGHTS = (16, 32, 64, 128)
-"""Rows of a tile for which the dual LoRA kernel may ask."""
+HEIGHTS = (16, 32, 64, 128, 256)
+"""Rows of a tile for which the dual LoRA kernels may ask: all that the candidates of the tuner have."""
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 
+from clif.engine.decode_buffers import HEIGHTS
 from clif.kernels.candidates import (
     AFTER_TORCH,
     FULL,
@@ -113,6 +114,12 @@ def test_a_captured_step_has_no_candidate_that_needs_segments_on_the_host() -> N
     shape = (64, 4096, 4096, 16, False, 132, 90)
     eager, captured = linear_candidates(*shape), linear_candidates(*shape, captured=True)
     assert set(eager) - set(captured) == {tiles for tiles in eager if tiles.form == "separate"}
+
+
+def test_a_captured_step_has_tables_for_the_tiles_of_every_candidate() -> None:
+    """A large step takes the entry of a larger shape, whatever its tiles are."""
+    heights = {tiles.block_m for gpu in GPUS for rows, widths, r in SHAPES for tiles in found(rows, widths, r, gpu)}
+    assert heights <= set(HEIGHTS)
 
 
 def test_a_shape_of_any_size_has_candidates() -> None:
