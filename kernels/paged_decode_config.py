@@ -58,14 +58,13 @@ class DecodeShape:
 def default_config(shape: DecodeShape) -> DecodeConfig:
     """The split of unmeasured shapes, by reasoning.
 
-    A step moves 16 KiB of K and V, two of which are in flight: four programs then fit the shared memory and the
-    registers of a multiprocessor of compute capability 8.0 or 9.0, two that of 8.6 or 8.9, and have 64 KiB or more in
-    flight. A part has 64 KiB at least: for less, the exchange of partial sums takes longer than the reading that it
-    would share out. The parts of a context are equal to within a step, whatever its length.
+    A step has 8,192 numbers of K and V, and 16 KiB at most; two steps are in flight. Four programs then fit the shared
+    memory and the registers of a multiprocessor of compute capability 8.0 or 9.0, two or three that of 8.6 or 8.9. A
+    part has 64 KiB at least: for less, the exchange of partial sums takes longer than the reading that it would share
+    out. The parts of a context are equal to within a step, whatever its length.
     """
-    token = 2 * shape.head_dim * shape.itemsize
-    padded = 2 * max(16, power_of_two(shape.head_dim)) * shape.itemsize
-    block_kv = max(16, min(128, (16 << 10) // padded))
+    token, padded = 2 * shape.head_dim * shape.itemsize, 2 * max(16, power_of_two(shape.head_dim))
+    block_kv = max(16, min(128, 8192 // padded, (16 << 10) // (padded * shape.itemsize)))
     return DecodeConfig(block_kv=block_kv, least=max(block_kv, power_of_two((64 << 10) // token)))
 
 

@@ -51,7 +51,12 @@ def _part_of_context(
         shrink = tl.exp2((highest - above) * scale)
         value = tl.load(values + slot[:, None] + cols[None, :], mask=inside[:, None] & inside_head[None, :], other=0.0)
         total = total * shrink + tl.sum(weights.to(tl.float32), 1)
-        acc = dot(weights, widened(value, query.dtype, INTERPRET), acc * shrink[:, None], INTERPRET)
+        value = widened(value, query.dtype, INTERPRET)
+        if keys.dtype.element_ty != query.dtype:
+            # It changes nothing: what is outside was loaded as zero. Behind a mask the compiler converts values as they
+            # were loaded, 16 bytes at a time, instead of reading operands of the product byte by byte.
+            value = tl.where(inside[:, None], value, 0.0)
+        acc = dot(weights, value, acc * shrink[:, None], INTERPRET)
         highest = above
     return highest, total, acc
 

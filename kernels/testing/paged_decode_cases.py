@@ -48,10 +48,8 @@ def decode_case(
         name += f", cache {cache}"
     made = {**constants(KV_HEADS, head_dim, group, block_size, config), "INTERPRET": False}
     of_heads = made["ROWS"] * made["HEAD_DIM_P"]
-    # Keys of eight bits become operands of a product by a transposition in pieces of 8.
-    run = head_dim if BYTES[cache] > 1 else 8
     operands = {
-        "cache": Operand(config.block_kv * made["HEAD_DIM_P"], run, BYTES[cache]),
+        "cache": Operand(config.block_kv * made["HEAD_DIM_P"], head_dim, BYTES[cache]),
         "q": Operand(of_heads, head_dim, BYTES[dtype]), "out": Operand(of_heads, head_dim, BYTES[dtype]),
         "planes": Operand(of_heads, head_dim, 4),
     }  # fmt: skip
