@@ -63,7 +63,7 @@ def captured_tiling(defaults: Defaults, path: Path | None) -> Tiling:
     return load_table(path, captured) if path else captured
 
 
-def dry_tilings() -> dict[str, Tiling]:
+def dry_tilings(forms: Mapping[str, Form] = FORMS) -> dict[str, Tiling]:
     """The same with tiles of which the interpreter, which runs one program after the other, needs few."""
     tiles = LinearTiles(block_m=16, block_n=128, block_k=64, slices=1, shrinkers=1)
-    return {AUTO: Fixed(tiles), **{way: Fixed(replace(tiles, form=form)) for way, form in FORMS.items()}}
+    return {AUTO: Fixed(tiles), **{way: Fixed(replace(tiles, form=form)) for way, form in forms.items()}}
