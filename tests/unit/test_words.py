@@ -72,6 +72,7 @@ IDENTIFIERS = {
     "ending": ("shutdown_policy", CODE),
     "Ending": ("ShutdownPolicy", CODE),
     "every": ("all_true", ("clif/distributed",)),
+    "FusedLinear": ("DualLoraLinear", CODE),
     "grow": ("allocate", ("clif/engine",)),
     "high": ("upper_bound", ("clif/engine",)),
     "joined": ("rounds_joined", ("clif/control/policy",)),
