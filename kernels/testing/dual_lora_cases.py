@@ -27,19 +27,14 @@ SHAPES = (
     (2112, 4096, 4096, 1),
     (2112, 4096, 6144, 3),
 )
-BACKWARD = "2112 rows 4096->6144 r=64 x3, backward"
 SMALLEST = "1 rows 2048->2048 r=16 x1, float16, bias"
-LARGEST = (
-    "2112 rows 4096->6144 r=64 x3",
-    "pair, first, r=64",
-    "pair, second, r=64",
-    "three, second, r=64",
-    "three, third, r=64",
-    "gradients of the factors, r=64",
-)
-CORNERS = frozenset(itertools.product((*LARGEST, SMALLEST), (90, 80))) | {(BACKWARD, 90)}
-"""Names and capabilities of the smallest case, and of the largest of each form: they need most registers and shared
-memory."""
+LARGEST = ("pair, first, r=64", "pair, second, r=64", "three, second, r=64", "three, third, r=64",
+           "gradients of the factors, r=64")  # fmt: skip
+CORNERS = {
+    90: frozenset({"2112 rows 4096->6144 r=64 x3, backward", SMALLEST, *LARGEST}),
+    80: frozenset({"2112 rows 4096->6144 r=64 x3", *LARGEST}),
+}
+"""Names of the largest case of each form, which needs most registers and shared memory, and of the smallest."""
 DATA = ("x", "w", "bias", "a", "b", "hidden", "y", "grad", "grad_hidden")
 TABLES = ("counts", "firsts", "pairs", "col_tiles", "blocks", "tickets", "sum_tickets")
 TYPES = {
@@ -147,7 +142,7 @@ def grads_case(
 
 def dual_lora_cases(corners: bool = False) -> Iterator[Case]:
     """The default tiles for the shapes of 1B and 8B models, or the corners, on Hopper and Ampere."""
-    return (case for case in _every_case() if not corners or (case.name, case.capability) in CORNERS)
+    return (case for case in _every_case() if not corners or case.name in CORNERS[case.capability])
 
 
 def _every_case() -> Iterator[Case]:

@@ -24,7 +24,10 @@ HEADS = (
     (64, 4, 16, "bf16", "fp8e4nv"),
     (128, 8, 64, "bf16", "fp8e4nv"),
 )
-CORNERS = ((256, 2, 16, "bf16", "bf16"), (80, 3, 12, "fp32", "fp32"), (128, 8, 64, "bf16", "fp8e4nv"))
+CORNERS = {
+    90: ((256, 2, 16, "bf16", "bf16"), (80, 3, 12, "fp32", "fp32"), (128, 8, 64, "bf16", "fp8e4nv")),
+    80: ((256, 2, 16, "bf16", "bf16"),),
+}
 """Most registers; a head that is no power of two, without tensor cores; and numbers that are cast."""
 KV_HEADS = 8
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8e4nv": 1}
@@ -70,7 +73,7 @@ def _types(dtype: str) -> dict[str, str]:
 def paged_decode_cases(corners: bool = False) -> Iterator[Case]:
     """The default configuration for usual heads, or the corners, on Hopper and on Ampere, which lacks 8-bit floats."""
     for capability in (90, 80):
-        for head_dim, group, block_size, dtype, cache in CORNERS if corners else HEADS:
+        for head_dim, group, block_size, dtype, cache in CORNERS[capability] if corners else HEADS:
             if capability >= 90 or cache != "fp8e4nv":
                 yield decode_case(head_dim, group, block_size, capability=capability, dtype=dtype, cache=cache)
 
