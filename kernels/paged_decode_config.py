@@ -58,10 +58,10 @@ class DecodeShape:
 def default_config(shape: DecodeShape) -> DecodeConfig:
     """The split of unmeasured shapes, by reasoning.
 
-    A step has 8,192 numbers of K and V, and 16 KiB at most; two steps are in flight. Four programs then fit the shared
-    memory and the registers of a multiprocessor of compute capability 8.0 or 9.0, two or three that of 8.6 or 8.9. A
-    part has 64 KiB at least: for less, the exchange of partial sums takes longer than the reading that it would share
-    out. The parts of a context are equal to within a step, whatever its length.
+    A step has 8,192 numbers of K and V, and 16 KiB at most; two steps are in flight. Four programs of
+    heads of up to 128 numbers then fit the shared memory and the registers of a multiprocessor of compute capability
+    8.0 or 9.0, two or three that of 8.6 or 8.9. A part has 64 KiB at least, so that the exchange of partial sums is
+    small beside the reading. The parts of a context are equal to within a step, whatever its length.
     """
     token, padded = 2 * shape.head_dim * shape.itemsize, 2 * max(16, power_of_two(shape.head_dim))
     block_kv = max(16, min(128, 8192 // padded, (16 << 10) // (padded * shape.itemsize)))

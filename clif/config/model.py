@@ -61,10 +61,10 @@ class EngineConfig(Section):
     ranks. Never more than `max_batch` requests of full length fill; a start that leaves less than `model.max_context`
     is refused."""
     kv_dtype: Literal["auto", "fp8"] = "auto"
-    """Type of the KV cache. `auto`: the model's. `fp8`: float8_e4m3fn, which holds twice the tokens of a 16-bit type in
-    the same memory and is read in half the time. Keys and values are rounded to 4 significant bits, without scales;
-    what is beyond 448 becomes 448. Answers change a little: compare them first. The Triton kernels read and write it on
-    GPUs of compute capability 8.9 and up, torch's operators anywhere."""
+    """Type of the KV cache. `auto`: the model's. `fp8`: float8_e4m3fn, twice the tokens of a 16-bit type in the same
+    memory, and half the bytes to read. Keys and values are rounded to 4 significant bits, without scales; what is
+    beyond 448 becomes 448. Answers change a little: compare them first. The Triton kernels read and write it on GPUs of
+    compute capability 8.9 and up, torch's operators anywhere."""
     block_size: Positive = 16
     """[tokens] Size of a KV block."""
     prefix_reuse: bool = True
