@@ -196,9 +196,10 @@ def _divided(shape: Problem, sizes: Sizes) -> Iterator[LinearTiles]:
     if bytes_of_one > shape.shared_bytes or sizes.block_m * sizes.block_n > MOST_SUMS * 32 * sizes.warps:
         return
     # Beside 128 rows of sums for each group of four warps those of other parts would be spilled, see compile_gate.
-    # So would B's part of a wide tile, with few rows and a high rank.
-    thin = shape.tma and sizes.block_m == 16 and sizes.block_n * _padded(shape.rank) > 64 * 64
-    whole = thin or sizes.block_m > 16 * sizes.warps
+    # So would B's part of a wide tile of a high rank: of few rows, and without descriptors where a step is deep.
+    crowded = sizes.block_m == 16 if shape.tma else sizes.block_m == 64 and sizes.block_k > 32
+    crowded = crowded and sizes.block_n * _padded(shape.rank) > 64 * 64
+    whole = crowded or sizes.block_m > 16 * sizes.warps
     for split in (1,) if whole else _splits(shape, tiles):
         cut = replace(tiles, split=split)
         # Two programs hide each other's waiting, where there is work and memory for two.
