@@ -6,16 +6,18 @@ Nothing is tuned while serving. Free of Triton and torch.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from clif.kernels.candidates import first_choice
 from clif.kernels.paged_decode_config import DecodeConfig, DecodeShape
 from clif.kernels.tile_file import LaunchShape, TileFile
 from clif.kernels.tiles import Form, GradTiles, LinearTiles
 
+T = TypeVar("T")
 TUNED = Path(__file__).parent / "tuned"
 FEW, MANY, THIN = 4, 724, 32
 """Rows and ranks up to which a shape is nearer, as a ratio, to the smaller of two that were measured: 1 and 16 rows,
@@ -96,24 +98,36 @@ class TileTable:
     missing: Defaults
 
     def linear(self, rows: int, depth: int, out: int, rank: int, backward: bool) -> LinearTiles:
-        found = _nearest(self.measured, LaunchShape(rows, depth, out, rank, backward))
+        found = _nearest(self._linear.get((depth, out, rank, backward), ()), rows)
         return found if found is not None else self.missing.linear(rows, depth, out, rank, backward)
 
     def grads(self, rows: int, depth: int, out: int, rank: int) -> GradTiles:
-        found = _nearest(self.gradients, LaunchShape(rows, depth, out, rank, True))
+        found = _nearest(self._grads.get((depth, out, rank, True), ()), rows)
         return found if found is not None else self.missing.grads(rows, depth, out, rank)
 
+    # Every launch asks, and a table has some hundred shapes.
+    @cached_property
+    def _linear(self) -> dict[tuple[int, int, int, bool], list[tuple[int, LinearTiles]]]:
+        return _by_rows(self.measured)
 
-def _nearest(entries: dict[LaunchShape, Any], wanted: LaunchShape) -> Any:
-    """The entry with the fewest rows that suffice, otherwise with the most; None if the other numbers differ."""
-    like = [
-        s
-        for s in entries
-        if (s.depth, s.out, s.rank, s.backward) == (wanted.depth, wanted.out, wanted.rank, wanted.backward)
-    ]
-    enough = [s for s in like if s.rows >= wanted.rows]
-    best = min(enough, key=lambda s: s.rows) if enough else max(like, key=lambda s: s.rows, default=None)
-    return None if best is None else entries[best]
+    @cached_property
+    def _grads(self) -> dict[tuple[int, int, int, bool], list[tuple[int, GradTiles]]]:
+        return _by_rows(self.gradients)
+
+
+def _by_rows(entries: Mapping[LaunchShape, T]) -> dict[tuple[int, int, int, bool], list[tuple[int, T]]]:
+    """(rows, entry), in the order of rows, by all other numbers of a shape."""
+    found: dict[tuple[int, int, int, bool], list[tuple[int, T]]] = {}
+    for shape in sorted(entries, key=lambda s: s.rows):
+        of_others = found.setdefault((shape.depth, shape.out, shape.rank, shape.backward), [])
+        of_others.append((shape.rows, entries[shape]))
+    return found
+
+
+def _nearest(entries: Sequence[tuple[int, T]], rows: int) -> T | None:
+    """The entry with the fewest rows that suffice, otherwise with the most; None if there is none."""
+    enough = (entry for most, entry in entries if most >= rows)
+    return next(enough, entries[-1][1] if entries else None)
 
 
 def table_path(device: str) -> Path:
