@@ -64,7 +64,8 @@ def tests(*files: str, processes: int = 1) -> tuple[tuple[str, ...], tuple[str, 
     """Tests that need a GPU, and, as the dry run, their collection."""
     pytest = (PYTHON, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
     paths = tuple(f"tests/gpu/{file}.py" for file in files)
-    parallel = ("-n", str(processes)) if processes > 1 else ()
+    # By its long name, which tests/conftest.py knows where pytest-xdist is missing.
+    parallel = ("--numprocesses", str(processes)) if processes > 1 else ()
     return (*pytest, *parallel, *paths), (*pytest, "--collect-only", *paths)
 
 

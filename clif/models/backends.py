@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 from torch.nn.functional import linear
 
 from clif.config import ConfigError, EngineConfig
 from clif.kernels.kv_types import FP8
+from clif.kernels.tile_file import TileFile
 from clif.kernels.tuning import Defaults, load_decode, load_table, table_path
 from clif.models.layer_ops import LayerOps, TorchOps
 from clif.models.varlen import Varlen, varlen_attention, varlen_fault
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Linear = Callable[[torch.Tensor], torch.Tensor]
 MAX_RANK = 64
 """Largest rank of the Triton kernels: beyond it the sums of a tile no longer fit in registers."""
@@ -67,7 +71,7 @@ def choose_kernels(
     defaults = _defaults(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     measured = table_path(name) if name else None
-    tuned = measured is not None and measured.is_file()
+    tuned = wanted != "torch" and measured is not None and _has_forms(measured)
     if wanted == "torch" or (wanted == "auto" and not (tuned and _obstacle(device, dtype, r) is None)):
         log.info(
             "LoRA products: torch%s", "" if wanted == "torch" or not name else f" ({_why(device, dtype, r, name)})"
@@ -77,7 +81,7 @@ def choose_kernels(
     from clif.kernels.dual_lora_host import KernelLauncher
 
     log.info("LoRA products: kernels in the forms that %s", "were fastest here" if tuned else "an H200 found fastest")
-    return KernelLauncher(device, load_table(measured, defaults) if measured and tuned else defaults)
+    return KernelLauncher(device, _of_file(load_table, measured, defaults) if measured and tuned else defaults)
 
 
 def choose_captured_kernels(
@@ -94,9 +98,9 @@ def choose_captured_kernels(
     from clif.kernels.dual_lora_host import KernelLauncher
 
     defaults, measured = _defaults(device, captured=True), table_path(torch.cuda.get_device_name(device))
-    tuned = measured.is_file()
+    tuned = _has_forms(measured)
     log.info("captured LoRA products: in the forms that %s", "were fastest here" if tuned else "an H200 found fastest")
-    return KernelLauncher(device, load_table(measured, defaults) if tuned else defaults)
+    return KernelLauncher(device, _of_file(load_table, measured, defaults) if tuned else defaults)
 
 
 def choose_decode(
@@ -120,7 +124,7 @@ def choose_decode(
     from clif.kernels.paged_decode_host import PagedDecode
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    measured = load_decode(table_path(name)) if name else {}
+    measured = _of_file(load_decode, table_path(name)) if name else {}
     splits = f"{len(measured)} measured splits" if measured else "default splits"
     log.info("attention of answers: Triton kernel, %s", splits)
     return PagedDecode(device, measured=measured)
@@ -198,6 +202,19 @@ def _cache_obstacle(device: torch.device, kv_dtype: torch.dtype | None) -> str |
     if (major, minor) >= (8, 9):
         return None
     return f"engine.kv_dtype fp8 needs compute capability 8.9, this GPU has {major}.{minor}: set engine.kv_dtype=auto"
+
+
+def _has_forms(path: Path) -> bool:
+    """Whether forms of linear layers were measured: a tuner that was ended early has splits of attention alone."""
+    return path.is_file() and bool(_of_file(TileFile.read, path).linear)
+
+
+def _of_file(read: Callable[Concatenate[Path, P], T], path: Path, *args: P.args, **options: P.kwargs) -> T:
+    """What a table of tiles says. Raises ConfigError, with what to do, for a file that is none or of another format."""
+    try:
+        return read(path, *args, **options)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _why(device: torch.device, dtype: torch.dtype, r: int, name: str) -> str:

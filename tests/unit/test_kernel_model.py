@@ -222,6 +222,33 @@ def test_without_a_table_captured_steps_take_the_kernels_by_rule_and_others_stay
     assert choose_captured_kernels(EngineConfig(lora_kernel="torch"), gpu, bf16, 64) is None
 
 
+def test_a_table_without_forms_changes_nothing_and_one_that_cannot_be_read_is_an_error_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from clif.kernels.tile_file import TileFile
+
+    gpu, bf16, file = torch.device("cuda"), torch.bfloat16, tmp_path / "gpu.json"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr("clif.models.backends.table_path", lambda name: file)
+    # The tuner begins with attention, and may be ended at any time.
+    TileFile({"device": "a GPU"}).write(file)
+    assert choose_kernels("auto", gpu, bf16, 64) is None
+    assert choose_captured_kernels(EngineConfig(), gpu, bf16, 64) is not None
+    assert choose_decode("auto", gpu, bf16) is not None
+    file.write_text('{"about": {}, "linear": [], "grads": []}')
+    choices = (
+        lambda: choose_kernels("auto", gpu, bf16, 64),
+        lambda: choose_captured_kernels(EngineConfig(), gpu, bf16, 64),
+        lambda: choose_decode("auto", gpu, bf16),
+    )
+    assert choose_kernels("torch", gpu, bf16, 64) is None and choose_decode("torch", gpu, bf16) is None
+    for choice in choices:
+        with pytest.raises(ConfigError, match=r"earlier format.*make tune-gpu AGAIN=1, or remove the file"):
+            choice()
+
+
 def test_on_a_gpu_that_can_run_it_auto_means_the_decode_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, capability = torch.device("cuda"), (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
