@@ -54,7 +54,7 @@ def _line(which: Which, number: int) -> tuple[str, bool]:
     line = f"sm_{case.capability} {case.name}: "
     try:
         made = compiled(case)
-    except (CompilationError, PTXASError) as error:
+    except (CompilationError, PTXASError, ValueError) as error:
         return f"{line}{error}", False
     broken = made.broken()
     line += f"{made.registers} registers, {made.shared >> 10} KiB shared"

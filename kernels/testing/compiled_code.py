@@ -72,7 +72,8 @@ def _origins(instructions: Sequence[tuple[str, str]], pointers: set[int]) -> dic
     """For each register the pointers among the parameters that its value is computed from."""
     steps = list[tuple[list[str], frozenset[int], list[str]]]()
     for name, operands in instructions:
-        target, _, rest = operands.partition(",")
+        # One register, or several in braces.
+        target, _, rest = operands.partition("}" if operands.startswith("{") else ",")
         # Threads exchange addresses through shared memory, all of which counts as one register.
         if exchanged := _EXCHANGE.match(name):
             registers = _REGISTER.findall(rest if exchanged[1] == "st" else target)

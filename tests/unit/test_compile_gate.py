@@ -117,6 +117,9 @@ PTX = """
 	mov.b64 	%rd6, kernel_param_3;
 	cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r9], [%rd6, {%r10, %r11}], [%r12];
 	cp.async.cg.shared.global [ %r13 + 0 ], [ %rd3 + 0 ], 0x10, %r14;
+	st.shared.v2.b64 [%r16], {%rd2, %rd1};
+	ld.shared.v2.b64 {%rd7, %rd8}, [%r17+8];
+	ld.global.b64 	%rd9, [ %rd8 + 0 ];
 	atom.global.gpu.acq_rel.add.u32 %r15, [ %rd1 + 0 ], 0x1;
 }
 """
@@ -125,7 +128,9 @@ PTX = """
 def test_every_access_is_followed_back_to_its_arguments() -> None:
     found = accesses(PTX, ["table", "result", "size", "matrix"])
     assert found == {
-        Access("table", False, 16), Access("table", True, 2), Access("result", True, 2), Access("matrix", False, 128)
+        Access("table", False, 16), Access("table", True, 2), Access("result", True, 2), Access("matrix", False, 128),
+        # Through shared memory either of the two.
+        Access("table", False, 8), Access("result", False, 8),
     }  # fmt: skip
     with pytest.raises(ValueError, match="comes from no parameter"):
         accesses(PTX.replace("[ %rd3 + 0 ]", "[ %rd9 + 0 ]"), ["table", "result", "size", "matrix"])
