@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -34,7 +34,8 @@ BY_CONTENT = frozenset(
     )
 )  # fmt: skip
 """Operators that need contents of a tensor on the host, or whose shapes depend on them."""
-
+BY_INDEX = frozenset(("aten::index", "aten::index_put", "aten::index_put_"))
+"""Operators that need them if an index is a mask."""
 NO_NUMBER = -7
 """What stands in results that are spoilt and hold no floating-point numbers."""
 TAKES = frozenset(("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::detach"))
@@ -48,8 +49,7 @@ class CaptureError(RuntimeError):
 Form = tuple[torch.dtype, torch.Size]
 
 
-@dataclass(frozen=True)
-class Operator:
+class Operator(NamedTuple):
     """One operator that a region dispatched. inputs, outputs: shapes and types; constants: all other arguments.
 
     outside: addresses of inputs that were not made in the region. idle: it launches no kernel.
@@ -112,44 +112,50 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, (name, full, idle) = kwargs or {}, _about(func)
-        leaves = list(_leaves((args, kwargs)))
-        inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        by_mask = name in ("aten::index", "aten::index_put", "aten::index_put_") and any(
-            leaf.dtype in (torch.bool, torch.uint8) for leaf in inputs[1:]
-        )
+        inputs, constants = _parted((args, kwargs))
+        by_mask = name in BY_INDEX and any(leaf.dtype in (torch.bool, torch.uint8) for leaf in inputs[1:])
         if name in BY_CONTENT or full in BY_CONTENT or by_mask:
             raise CaptureError(f"{name} needs the contents of a tensor on the host")
-        outside = tuple(leaf.data_ptr() for leaf in inputs if self._address(leaf) not in self._inside)
+        known = [_address(leaf) for leaf in inputs]
+        outside = tuple(leaf.data_ptr() for leaf, at in zip(inputs, known, strict=True) if at not in self._inside)
         out = func(*args, **kwargs)
-        outputs = [leaf for leaf in _leaves(out) if isinstance(leaf, torch.Tensor)]
-        known = {self._address(leaf) for leaf in inputs}
-        fresh = [leaf for leaf in outputs if self._address(leaf) not in known]
-        self._made += fresh
-        self._inside |= {self._address(leaf) for leaf in fresh}
-        # NaN differs from itself.
-        constants = tuple("NaN" if leaf != leaf else leaf for leaf in leaves if not isinstance(leaf, torch.Tensor))
-        forms = tuple(map(_form, inputs)), tuple(map(_form, outputs))
-        self._operators.append(Operator(full, *forms, constants, outside, idle))
+        outputs, _ = _parted(out)
+        for leaf in outputs:
+            at = _address(leaf)
+            if at not in known:
+                self._made.append(leaf)
+                self._inside.add(at)
+        self._operators.append(Operator(full, _forms(inputs), _forms(outputs), tuple(constants), outside, idle))
         return out
 
     def made(self, tensor: torch.Tensor) -> bool:
         """Whether the memory of a tensor was taken in the region."""
-        return self._address(tensor) in self._inside
-
-    @staticmethod
-    def _address(tensor: torch.Tensor) -> int:
-        return tensor.untyped_storage().data_ptr()
+        return _address(tensor) in self._inside
 
 
-def _leaves(values: Any) -> Iterator[Any]:
-    """What lies in tuples, lists and dictionaries: torch's own way is several times as slow."""
-    if isinstance(values, dict):
-        values = values.values()
-    elif not isinstance(values, (tuple, list)):
-        yield values
-        return
-    for value in values:
-        yield from _leaves(value)
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _parted(values: Any) -> tuple[list[torch.Tensor], list[Any]]:
+    """The tensors in tuples, lists and dictionaries, and all else in them: torch's own way is several times as slow.
+
+    NaN differs from itself, and becomes a word.
+    """
+    tensors: list[torch.Tensor] = []
+    others: list[Any] = []
+    left = [values]
+    while left:
+        value = left.pop()
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+        elif isinstance(value, (tuple, list)):
+            left.extend(reversed(value))
+        elif isinstance(value, dict):
+            left.extend(reversed(value.values()))
+        else:
+            others.append(value if value == value else "NaN")
+    return tensors, others
 
 
 @cache
@@ -162,8 +168,8 @@ def _about(func: Any) -> tuple[str, str, bool]:
     return name, f"{name}.{overload}" if overload else name, views or name in TAKES
 
 
-def _form(tensor: torch.Tensor) -> Form:
-    return tensor.dtype, tensor.shape
+def _forms(tensors: list[torch.Tensor]) -> tuple[Form, ...]:
+    return tuple([(tensor.dtype, tensor.shape) for tensor in tensors])
 
 
 def _shown(form: Form) -> str:
