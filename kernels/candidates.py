@@ -64,7 +64,7 @@ PLAIN_DECODE = (
     Sizes(64, 64, 64, 8, 4), Sizes(64, 64, 32, 4, 5), Sizes(64, 32, 64, 4, 5), Sizes(64, 128, 32, 8, 4),
     Sizes(64, 128, 64, 8, 3),
 )  # fmt: skip
-PLAIN_MANY = (Sizes(128, 128, 32, 8, 3), Sizes(128, 128, 32, 8, 4), Sizes(128, 64, 64, 8, 3), Sizes(64, 128, 64, 8, 3))
+PLAIN_MANY = (Sizes(128, 128, 32, 8, 3), Sizes(128, 128, 32, 8, 4), Sizes(64, 128, 64, 8, 3))
 # For the forms that begin with torch's product: rows of a pair, columns of an expand tile, depth of the shrink.
 THIN_FEW = (Sizes(16, 128, 128, 4, 3), Sizes(16, 64, 256, 4, 3), Sizes(16, 256, 128, 4, 4))
 THIN_BATCH = (Sizes(16, 128, 128, 4, 3), Sizes(64, 64, 128, 4, 3), Sizes(64, 128, 64, 4, 4), Sizes(32, 128, 128, 4, 3))
@@ -196,9 +196,10 @@ def _divided(shape: Problem, sizes: Sizes) -> Iterator[LinearTiles]:
     if bytes_of_one > shape.shared_bytes or sizes.block_m * sizes.block_n > MOST_SUMS * 32 * sizes.warps:
         return
     # Beside 128 rows of sums for each group of four warps those of other parts would be spilled, see compile_gate.
-    # So would B's part of a wide tile of a high rank: of few rows, and without descriptors where a step is deep.
-    crowded = sizes.block_m == 16 if shape.tma else sizes.block_m == 64 and sizes.block_k > 32
-    crowded = crowded and sizes.block_n * _padded(shape.rank) > 64 * 64
+    # So would B's part of a wide tile: of few rows and a high rank, and of 64 rows where addresses take registers, too.
+    crowded = sizes.block_n * (sizes.block_m == 16) * _padded(shape.rank) > 64 * 64
+    if not shape.tma:
+        crowded = (sizes.block_m, sizes.block_n) == (64, 128)
     whole = crowded or sizes.block_m > 16 * sizes.warps
     for split in (1,) if whole else _splits(shape, tiles):
         cut = replace(tiles, split=split)
