@@ -123,9 +123,11 @@ def main() -> int:
         file = load(paths, args.again)
     except ValueError as error:
         parser.error(str(error))
+    command = " ".join(["python", "benchmarks/tune_gpu.py", *sys.argv[1:]])
     file.about = {
         "device": name,
-        "command": " ".join(["python", "benchmarks/tune_gpu.py", *sys.argv[1:]]),
+        # The table is committed: folders of a machine are of no use there.
+        "command": command.replace(str(args.copy), "OUT") if args.copy else command,
         "commit": commit(),
     }
     today = datetime.date.today().isoformat()
