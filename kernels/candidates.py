@@ -167,6 +167,10 @@ def shared_bytes(tiles: LinearTiles, rank: int) -> int:
 def _whole(shape: Problem) -> Iterator[LinearTiles]:
     """For the forms that compute the base product: fused, and pair."""
     found = [tiles for sizes in _sizes(shape) for tiles in _divided(shape, sizes)]
+    if not found:
+        # Descriptors and little shared memory, as with compute capability 12.0: the smaller tiles of other GPUs.
+        smaller = _sizes(replace(shape, capability=80))
+        found = [tiles for sizes in smaller for tiles in _divided(shape, sizes)]
     most = max((waves(shape, tiles) for tiles in found), default=0.0)
     full = [tiles for tiles in found if waves(shape, tiles) >= min(FULL, most)]
     yield from full

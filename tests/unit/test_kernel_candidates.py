@@ -24,15 +24,15 @@ from clif.kernels.tiles import Form, LinearTiles
 
 WIDTHS = ((4096, 4096), (4096, 6144), (4096, 28672), (14336, 4096), (2048, 2048), (2048, 3072), (2048, 16384))
 SHAPES = tuple(itertools.product((1, 16, 64, 256, 2048, 2112), WIDTHS, (8, 16, 64)))
-GPUS = ((132, 90), (108, 80), (58, 89))
-"""Multiprocessors and compute capability of an H100, an A100 and an L4."""
+GPUS = ((132, 90), (108, 80), (58, 89), (170, 120))
+"""Multiprocessors and compute capability of an H100, an A100, an L4 and an RTX 5090."""
 
 
 def found(rows: int, widths: tuple[int, int], r: int, gpu: tuple[int, int]) -> tuple[LinearTiles, ...]:
     return linear_candidates(rows, *widths, r, rows == 2048, *gpu)
 
 
-@pytest.mark.parametrize("gpu", GPUS, ids=["H100", "A100", "L4"])
+@pytest.mark.parametrize("gpu", GPUS, ids=["H100", "A100", "L4", "RTX 5090"])
 def test_there_are_a_few_dozen_candidates_of_every_form_that_the_gpu_has(gpu: tuple[int, int]) -> None:
     forms = set(get_args(Form)) - (set() if gpu[1] >= 90 else {"pair"})
     for rows, widths, r in SHAPES:
@@ -41,7 +41,7 @@ def test_there_are_a_few_dozen_candidates_of_every_form_that_the_gpu_has(gpu: tu
         assert len(forms) < len(candidates) <= MOST and len(set(candidates)) == len(candidates)
 
 
-@pytest.mark.parametrize("gpu", GPUS, ids=["H100", "A100", "L4"])
+@pytest.mark.parametrize("gpu", GPUS, ids=["H100", "A100", "L4", "RTX 5090"])
 def test_no_candidate_needs_more_than_a_multiprocessor_has(gpu: tuple[int, int]) -> None:
     limit = Problem(1, 1, 1, 1, *gpu).shared_bytes
     for rows, widths, r in SHAPES:
@@ -82,7 +82,7 @@ def test_a_decode_batch_of_the_widths_that_were_slow_has_128_programs_and_more_w
     assert {32, 64, 128, 256} <= {tiles.block_n for tiles in whole}
 
 
-@pytest.mark.parametrize("gpu", GPUS, ids=["H100", "A100", "L4"])
+@pytest.mark.parametrize("gpu", GPUS, ids=["H100", "A100", "L4", "RTX 5090"])
 def test_the_first_choice_of_a_form_that_a_rule_may_take_is_one_of_its_candidates(gpu: tuple[int, int]) -> None:
     for rows, widths, r in SHAPES:
         candidates = found(rows, widths, r, gpu)
@@ -128,7 +128,7 @@ def test_a_shape_of_any_size_has_candidates() -> None:
         assert grads_candidates(rows, depth, out, 4, 4, 80)
 
 
-@pytest.mark.parametrize("gpu", GPUS, ids=["H100", "A100", "L4"])
+@pytest.mark.parametrize("gpu", GPUS, ids=["H100", "A100", "L4", "RTX 5090"])
 def test_gradients_of_factors_have_about_ten_candidates_that_fill_the_gpu(gpu: tuple[int, int]) -> None:
     for widths, r in itertools.product(WIDTHS, (8, 16, 64)):
         candidates = grads_candidates(2048, *widths, r, *gpu)
