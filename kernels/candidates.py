@@ -253,7 +253,7 @@ def _thin(shape: Problem) -> Iterator[LinearTiles]:
         pairs = -(-shape.rows // sizes.block_m) + 1
         parts = max(1, min(32, shape.programs // pairs, shape.depth // sizes.block_k))
         tiles = LinearTiles(
-            "three", sizes.block_m, sizes.block_n, sizes.block_k, slices=1 << (parts.bit_length() - 1),
+            "three", sizes.block_m, sizes.block_n, sizes.block_k, slices=1 << round(math.log2(parts)),
             shrinkers=2 * shape.programs, warps=sizes.warps, stages=sizes.stages, tma=tma,
         )  # fmt: skip
         # B's part of a tile lies in registers, which without descriptors hold addresses, too.
