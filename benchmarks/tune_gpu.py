@@ -162,7 +162,7 @@ def main() -> int:
     print(f"kernels: {launched.found} found on disk, {launched.compiled} compiled here")
     done = session.counts.keys() <= {"known", "measured"}
     if not done:
-        print("not complete: call it again, and it continues")
+        print(f"not complete: call it again{' without --again' * args.again}, and it continues")
     return 0 if done else 1
 
 
