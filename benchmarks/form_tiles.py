@@ -45,6 +45,9 @@ class Forced:
             return used
         return self.defaults.tiles(self.form, rows, depth, out, rank)
 
+    def takes(self, depth: int, out: int, rank: int) -> bool:
+        return True
+
     def grads(self, rows: int, depth: int, out: int, rank: int) -> GradTiles:
         return self.used.grads(rows, depth, out, rank)
 

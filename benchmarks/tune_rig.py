@@ -39,6 +39,9 @@ class Switch:
     def linear(self, rows: int, depth: int, out: int, rank: int, backward: bool) -> LinearTiles:
         return self.tiles
 
+    def takes(self, depth: int, out: int, rank: int) -> bool:
+        return True
+
     def grads(self, rows: int, depth: int, out: int, rank: int) -> GradTiles:
         return self.of_factors
 

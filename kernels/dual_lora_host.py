@@ -28,7 +28,12 @@ INTERPRETED_PROGRAMS = 3
 
 
 class Tiling(Protocol):
-    """Chooses how a shape is computed. rows of the batch, depth of the contraction, outputs, rank of an adapter."""
+    """Chooses how a shape is computed. rows of the batch, depth of the contraction, outputs, rank of an adapter.
+
+    takes: whether the kernels are to compute a layer of such widths at all.
+    """
+
+    def takes(self, depth: int, out: int, rank: int) -> bool: ...
 
     def linear(self, rows: int, depth: int, out: int, rank: int, backward: bool) -> LinearTiles: ...
 

@@ -69,6 +69,12 @@ class LinearEntry:
     stamp: Stamp
     left_out: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def eager(self) -> str:
+        """The fastest form of one stream: beside launches that are not captured, switching streams costs the host."""
+        of_one = {form: spread.median for form, spread in self.us.items() if form != "branches"}
+        return self.chosen if self.chosen != "branches" or not of_one else min(of_one, key=lambda form: of_one[form])
+
 
 @dataclass(frozen=True)
 class GradsEntry:

@@ -72,6 +72,9 @@ class Defaults:
         """Tiles of a form, by reasoning."""
         return _first_choice(form, rows, depth, out, rank, self.programs, self.capability)
 
+    def takes(self, depth: int, out: int, rank: int) -> bool:
+        return True
+
     def grads(self, rows: int, depth: int, out: int, rank: int) -> GradTiles:
         return GradTiles(block_c=64, slices=max(1, min(8, rows // 256)))
 
@@ -86,17 +89,27 @@ class Fixed:
     def linear(self, rows: int, depth: int, out: int, rank: int, backward: bool) -> LinearTiles:
         return self.tiles
 
+    def takes(self, depth: int, out: int, rank: int) -> bool:
+        return True
+
     def grads(self, rows: int, depth: int, out: int, rank: int) -> GradTiles:
         return self.of_factors
 
 
 @dataclass(frozen=True)
 class TileTable:
-    """Measured tiles; `missing` answers for shapes that are not in it."""
+    """Measured tiles; `missing` answers for shapes that are not in it.
+
+    everywhere: layers are taken of which it has no shape, too.
+    """
 
     measured: dict[LaunchShape, LinearTiles]
     gradients: dict[LaunchShape, GradTiles]
     missing: Defaults
+    everywhere: bool = True
+
+    def takes(self, depth: int, out: int, rank: int) -> bool:
+        return self.everywhere or (depth, out, rank, False) in self._linear
 
     def linear(self, rows: int, depth: int, out: int, rank: int, backward: bool) -> LinearTiles:
         found = _nearest(self._linear.get((depth, out, rank, backward), ()), rows)
@@ -136,18 +149,19 @@ def table_path(device: str) -> Path:
     return TUNED / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
 
 
-def load_table(path: Path, missing: Defaults, form: Form | None = None) -> TileTable:
-    """The fastest form of every shape, in captured steps of those whose segments are data.
+def load_table(path: Path, missing: Defaults, form: Form | None = None, everywhere: bool = True) -> TileTable:
+    """The fastest form of every shape: in captured steps of those whose segments are data, in others of one stream.
 
-    form: that one alone, where it was measured. Raises ValueError for a file that is not such a table, naming it.
+    form: that one alone, where it was measured. everywhere: see TileTable. Raises ValueError for a file that is not
+    such a table, naming it.
     """
     found = TileFile.read(path)
     linear = {}
     for shape, entry in found.linear.items():
-        wanted = form or (entry.captured if missing.captured else entry.chosen)
+        wanted = form or (entry.captured if missing.captured else entry.eager)
         if wanted in entry.tiles:
             linear[shape] = entry.tiles[wanted]
-    return TileTable(linear, {shape: entry.tiles for shape, entry in found.grads.items()}, missing)
+    return TileTable(linear, {shape: entry.tiles for shape, entry in found.grads.items()}, missing, everywhere)
 
 
 def load_decode(path: Path) -> dict[DecodeShape, DecodeConfig]:

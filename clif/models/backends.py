@@ -63,8 +63,8 @@ def choose_kernels(
 ) -> KernelLauncher | None:
     """The Triton kernels of a model's dual LoRA layers; None: torch's products.
 
-    auto takes them where there is a measured table for this type of GPU: the fastest form of each shape. Without one
-    it leaves launches that are not captured to torch's products, because a launch of a kernel costs the host more.
+    auto takes them for the layers that a measured table for this type of GPU has: the fastest form of each shape. It
+    leaves launches of others, unless they are captured, to torch's products: a launch of a kernel costs the host more.
     Measured on an H100, 64 requests of a 1B shape: a step of 20.8 ms with torch's products, 24.9 with one kernel for
     each layer; in one graph 3.79 and 3.38. Raises ConfigError for a choice that cannot be met.
     """
@@ -81,7 +81,9 @@ def choose_kernels(
     from clif.kernels.dual_lora_host import KernelLauncher
 
     log.info("LoRA products: kernels in the forms that %s", "were fastest here" if tuned else "an H200 found fastest")
-    return KernelLauncher(device, _of_file(load_table, measured, defaults) if measured and tuned else defaults)
+    if not (measured and tuned):
+        return KernelLauncher(device, defaults)
+    return KernelLauncher(device, _of_file(load_table, measured, defaults, everywhere=wanted == "triton"))
 
 
 def choose_captured_kernels(

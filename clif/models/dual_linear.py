@@ -93,13 +93,15 @@ class DualLinear:
     def use_kernels(self, launcher: KernelLauncher | None, captured: KernelLauncher | None = None) -> None:
         """Compute base and adapters by the kernels from now on, where the layer is adapted and its base is dense.
 
-        captured: the same for rows of captured steps.
+        launcher: used if its tiling takes layers of such widths; captured: the same for rows of captured steps.
         """
         from clif.kernels.dual_lora_forms import DualLoraLinear
 
         if self.lora is not None and isinstance(self.base, Dense):
             merged = self.lora.as_merged(self.base)
-            self._kernels = DualLoraLinear(merged, launcher) if launcher else None
+            out, depth = merged.weight.shape
+            taken = launcher is not None and launcher.tiling.takes(depth, out, merged.r)
+            self._kernels = DualLoraLinear(merged, launcher) if launcher and taken else None
             self._captured = DualLoraLinear(merged, captured) if captured else None
 
     def held(self) -> tuple[object, ...]:

@@ -222,10 +222,11 @@ def test_without_a_table_captured_steps_take_the_kernels_by_rule_and_others_stay
     assert choose_captured_kernels(EngineConfig(lora_kernel="torch"), gpu, bf16, 64) is None
 
 
-def test_a_table_without_forms_changes_nothing_and_one_that_cannot_be_read_is_an_error_with_what_to_do(
+def test_a_table_is_taken_for_its_own_layers_and_one_that_cannot_be_read_is_an_error_with_what_to_do(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from clif.kernels.tile_file import TileFile
+    from clif.kernels.tile_file import LaunchShape, LinearEntry, Spread, Stamp, TileFile
+    from clif.kernels.tiles import LinearTiles
 
     gpu, bf16, file = torch.device("cuda"), torch.bfloat16, tmp_path / "gpu.json"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -237,6 +238,14 @@ def test_a_table_without_forms_changes_nothing_and_one_that_cannot_be_read_is_an
     assert choose_kernels("auto", gpu, bf16, 64) is None
     assert choose_captured_kernels(EngineConfig(), gpu, bf16, 64) is not None
     assert choose_decode("auto", gpu, bf16) is not None
+    shape, spread = LaunchShape(64, 4096, 4096, 64, False), Spread(1.0, 2.0, 3.0)
+    stamp = Stamp("2026-11-27", "a GPU", "2.11", "3.6", "0123456789ab")
+    made = LinearEntry(shape, "fused", "fused", {"fused": LinearTiles()}, {"fused": spread}, {}, stamp)
+    TileFile({"device": "a GPU"}, {shape: made}).write(file)
+    for wanted, others in (("auto", False), ("triton", True)):
+        launcher = choose_kernels(wanted, gpu, bf16, 64)
+        assert launcher is not None and launcher.tiling.takes(4096, 4096, 64)
+        assert launcher.tiling.takes(576, 1536, 64) is others
     file.write_text('{"about": {}, "linear": [], "grads": []}')
     choices = (
         lambda: choose_kernels("auto", gpu, bf16, 64),

@@ -64,6 +64,25 @@ def test_captured_steps_take_the_fastest_form_whose_segments_are_data(tmp_path: 
     assert nothing.linear(16, 64, 64, 8, False) == defaults.linear(16, 64, 64, 8, False)
 
 
+def test_launches_that_are_not_captured_take_the_fastest_form_of_one_stream(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    made = entry(16, "branches", "branches")
+    branches = {"branches": LinearTiles(form="branches")}, {"branches": Spread(0.9, 1.0, 1.1)}
+    table(replace(made, tiles=made.tiles | branches[0], us=made.us | branches[1])).write(file)
+    assert load_table(file, Defaults(captured=True)).linear(16, 64, 64, 8, False).form == "branches"
+    assert load_table(file, Defaults()).linear(16, 64, 64, 8, False) == SEPARATE
+
+
+def test_a_layer_of_which_nothing_was_measured_is_not_taken_unless_the_kernels_are_wanted_everywhere(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "gpu.json"
+    table(entry(16, "fused")).write(file)
+    found = load_table(file, Defaults(), everywhere=False)
+    assert found.takes(64, 64, 8) and not found.takes(64, 65, 8) and not found.takes(64, 64, 16)
+    assert load_table(file, Defaults()).takes(64, 65, 8)
+
+
 def test_the_best_tiles_of_one_form_can_be_had_where_another_is_faster(tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
     table(entry(16, "separate")).write(file)
