@@ -18,32 +18,11 @@ from clif.kernels.dual_lora_forms import DualLoraLinear
 from clif.kernels.dual_lora_host import KernelLauncher
 from clif.kernels.dual_lora_reference import SHADOW, MergedLinear, add_dual_lora
 from clif.kernels.testing.dual_lora_specification import Batch, Expected, faults, gathered, random_batch
-from clif.kernels.tiles import GradTiles, LinearTiles
+from clif.kernels.tiles import GradTiles
+from clif.kernels.tuning import Fixed
 
 BASE, TORCH = "base", "torch"
 """Torch's ways beside the forms: the base product alone, and the whole as plain products."""
-
-
-class Switch:
-    """Tiles for every shape, which can be changed: layers, tables and workspaces then serve all candidates."""
-
-    def __init__(self) -> None:
-        self.tiles, self.of_factors = LinearTiles(), GradTiles()
-
-    def set(self, candidate: Tiles) -> None:
-        if isinstance(candidate, GradTiles):
-            self.of_factors = candidate
-        else:
-            self.tiles = candidate
-
-    def linear(self, rows: int, depth: int, out: int, rank: int, backward: bool) -> LinearTiles:
-        return self.tiles
-
-    def takes(self, depth: int, out: int, rank: int) -> bool:
-        return True
-
-    def grads(self, rows: int, depth: int, out: int, rank: int) -> GradTiles:
-        return self.of_factors
 
 
 class Rig:
@@ -52,9 +31,9 @@ class Rig:
     def __init__(self, task: Task, layers: Sequence[MergedLinear], device: torch.device) -> None:
         self.task, self.device = task, device
         self.batches = [random_batch(layer, task.lengths) for layer in layers]
-        self._switch = Switch()
-        launcher = KernelLauncher(device, self._switch)
-        self._layers = [DualLoraLinear(b.merged, launcher) for b in self.batches]
+        # One for all candidates: tables and workspaces are made once.
+        self._launcher = KernelLauncher(device, Fixed())
+        self._layers = [DualLoraLinear(b.merged, self._launcher) for b in self.batches]
         self._stream = torch.cuda.Stream() if device.type == "cuda" else None
         self._runs: dict[Tiles | str, Callable[[], float]] = {}
         self._expected: Expected | None = None
@@ -69,7 +48,7 @@ class Rig:
         """So many samples, microseconds per layer. The first call captures a graph."""
         if candidate not in self._runs:
             torchs = isinstance(candidate, str)
-            way = self._by_torch(candidate) if torchs else self._launches(candidate, self._layers)
+            way = self._by_torch(candidate) if torchs else self._launches(candidate, self._launcher, self._layers)
             self._runs[candidate] = prepared(way, len(self.batches), self.device, self._stream)
         return [self._runs[candidate]() for _ in range(count)]
 
@@ -85,9 +64,11 @@ class Rig:
             found += faults(batch, self._expected, name, value)
         return "; ".join(found) or None
 
-    def _launches(self, candidate: Tiles, layers: Sequence[DualLoraLinear]) -> Way:
+    def _launches(self, candidate: Tiles, launcher: KernelLauncher, layers: Sequence[DualLoraLinear]) -> Way:
+        tiling = Fixed(of_factors=candidate) if isinstance(candidate, GradTiles) else Fixed(candidate)
+
         def launch(i: int) -> tuple[Any, ...]:
-            self._switch.set(candidate)
+            launcher.tiling = tiling
             batch, layer, low = self.batches[i], layers[i], self._low[i]
             if low is not None:
                 return layer.factor_gradients(batch.grad, batch.x, *low)
@@ -119,8 +100,8 @@ class Rig:
         """What a candidate computes; h and its gradient by the factors' gradients that torch makes of them."""
         batch = self.batches[0]
         # With a workspace of its own: what an earlier candidate may have left in one must not count.
-        layer = DualLoraLinear(batch.merged, KernelLauncher(self.device, self._switch))
-        first, second = self._launches(candidate, [layer])(0)
+        launcher = KernelLauncher(self.device, Fixed())
+        first, second = self._launches(candidate, launcher, [DualLoraLinear(batch.merged, launcher)])(0)
         if self.task.what == "grads":
             return {"grad_a": first, "grad_b": second}
         if self._backward:

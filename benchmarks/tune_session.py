@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import BrokenExecutor, Future
 from concurrent.futures import TimeoutError as NotCompiled
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,7 @@ from tune_plan import Gpu, Task, Tiles, candidates_of, first_of_each, group_of
 from clif.kernels.tile_file import GradsEntry, LinearEntry, Spread, Stamp, TileFile
 from clif.kernels.tiles import GradTiles, LinearTiles
 
+CRASHED = "a process that compiles has crashed"
 AHEAD = 12
 """Tasks whose candidates are compiled in advance."""
 
@@ -56,9 +57,11 @@ class Session:
                 continue
             began = self.clock()
             ready, left_out = self._compiled(candidates, compiled)
+            # The second time it is measured without what the compiler does not survive.
+            wait = CRASHED in left_out.values() and str(task) not in self.file.unfinished
             self.file.unfinished = [*(name for name in self.file.unfinished if name != str(task)), str(task)]
             self.save()
-            outcome, shown = self._measure(task, ready, left_out)
+            outcome, shown = ("not measured", CRASHED) if wait else self._measure(task, ready, left_out)
             self.counts[outcome] += 1
             print(f"{task}: {outcome}, {shown} [{self.clock() - began:.1f} s]", flush=True)
 
@@ -104,6 +107,8 @@ class Session:
                 ready.append(tiles)
             except NotCompiled:
                 left_out[tiles] = "time was up before it was compiled"
+            except BrokenExecutor:
+                left_out[tiles] = CRASHED
             except RuntimeError as error:
                 left_out[tiles] = str(error)
         return ready, left_out

@@ -96,13 +96,12 @@ class Problem:
 
 
 def linear_candidates(
-    rows: int, depth: int, out: int, rank: int, backward: bool, programs: int, capability: int, captured: bool = False
+    rows: int, depth: int, out: int, rank: int, backward: bool, programs: int, capability: int
 ) -> tuple[LinearTiles, ...]:
     """Tiles for one shape of dual_lora_linear, the simplest form first, at most MOST.
 
     rows of the batch, depth of the contraction, outputs, rank of an adapter; programs: multiprocessors; capability: of
-    the GPU, 90 = 9.0. captured: for a captured step, whose segments are data: without the form separate, which needs
-    them on the host. backward: of rows that all use the shadow.
+    the GPU, 90 = 9.0. backward: of rows that all use the shadow.
     """
     shape = Problem(rows, depth, out, rank, programs, capability)
     whole = tuple(_whole(shape))
@@ -112,7 +111,7 @@ def linear_candidates(
         first = _best(shape, whole, 5 if rows <= 256 else 3)
         found += [replace(tiles, form="pair", shrinkers=programs) for tiles in first]
     thin = tuple(_thin(shape))
-    forms: tuple[tuple[Form, int], ...] = (("three", len(thin)), ("branches", 3), ("separate", 0 if captured else 2))
+    forms: tuple[tuple[Form, int], ...] = (("three", len(thin)), ("branches", 3), ("separate", 2))
     for form, count in forms:
         found += [replace(tiles, form=form) for tiles in thin[:count]]
         if capability >= 90 and form == "three":

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import BrokenExecutor, Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -184,8 +184,10 @@ class FakeRig:
 class World:
     """A tuner of three tasks on a virtual clock. end_s: when time is up."""
 
-    def __init__(self, path: Path, broken: tuple[str, ...] = (), uncompiled: tuple[str, ...] = ()) -> None:
-        self.path, self.broken, self.uncompiled, self.now = path, broken, uncompiled, 0.0
+    def __init__(
+        self, path: Path, broken: tuple[str, ...] = (), uncompiled: tuple[str, ...] = (), crashed: tuple[str, ...] = ()
+    ) -> None:
+        self.path, self.broken, self.uncompiled, self.crashed, self.now = path, broken, uncompiled, crashed, 0.0
         learn = ((2048, SHADOW),)
         self.tasks = [
             Task((4096,), 4096, 16, ((48, 0), (16, 1)), "forward"),
@@ -212,6 +214,8 @@ class World:
         for tiles, future in futures.items():
             if group_of(tiles) in self.uncompiled:
                 future.set_exception(RuntimeError("PTXASError: too much"))
+            elif group_of(tiles) in self.crashed:
+                future.set_exception(BrokenExecutor("it is gone"))
             else:
                 future.set_result(0.0)
         return futures
@@ -257,6 +261,17 @@ def test_forms_that_are_wrong_or_do_not_compile_are_in_no_entry_and_the_entry_sa
     assert set(entry.tiles) == {"fused", "three"} and (entry.chosen, entry.captured) == ("three", "three")
     assert entry.left_out["branches: PTXASError: too much"] == 3
     assert entry.left_out["separate: y is not finite"] == 2
+
+
+def test_a_shape_that_a_crash_of_the_compiler_reached_is_measured_by_the_next_call(tmp_path: Path) -> None:
+    world = World(tmp_path / "gpu.json", crashed=("branches",))
+    first = world.session()
+    first.run(world.tasks[:1])
+    assert first.counts == {"not measured": 1} and TileFile.read(world.path).linear == {}
+    again = world.session()
+    again.run(world.tasks[:1])
+    assert again.counts == {"measured": 1} and again.file.unfinished == []
+    assert set(again.file.linear[world.tasks[0].shape()].tiles) == {"fused", "pair", "three", "separate"}
 
 
 def test_a_second_call_measures_what_the_first_did_not_reach_and_nothing_else(world: World) -> None:

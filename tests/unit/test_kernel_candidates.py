@@ -110,12 +110,6 @@ def test_many_rows_are_measured_with_and_without_stores_by_descriptor() -> None:
         assert not any(tiles.store_tma and tiles.split > 1 for tiles in found(rows, widths, r, (132, 90)))
 
 
-def test_a_captured_step_has_no_candidate_that_needs_segments_on_the_host() -> None:
-    shape = (64, 4096, 4096, 16, False, 132, 90)
-    eager, captured = linear_candidates(*shape), linear_candidates(*shape, captured=True)
-    assert set(eager) - set(captured) == {tiles for tiles in eager if tiles.form == "separate"}
-
-
 def test_a_captured_step_has_tables_for_the_tiles_of_every_candidate() -> None:
     """A large step takes the entry of a larger shape, whatever its tiles are."""
     heights = {tiles.block_m for gpu in GPUS for rows, widths, r in SHAPES for tiles in found(rows, widths, r, gpu)}
