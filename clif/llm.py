@@ -16,13 +16,12 @@ import gc
 import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from tokenizers.decoders import DecodeStream
 
 from clif.adapters.cache import AdapterCache
 from clif.adapters.peft_io import read_rank
@@ -35,7 +34,7 @@ from clif.models.hf_config import longest_context
 from clif.models.weights.files import locate, read_model
 from clif.models.weights.loading import load_model
 from clif.prompts import Prompt, as_list, one_for_each, prompt_ids
-from clif.tokenizer import ChatTokenizer
+from clif.text_stream import TextStream
 from clif.types import FinishReason, Request, Sampling, TokenEvent
 
 Adapter = str | Path | None
@@ -168,7 +167,7 @@ class LLM:
         for index, (one, params, folder) in enumerate(zip(ids, wanted, chosen, strict=True)):
             self._check_room(index, len(one), params.max_tokens)
             request = Request(id=next(self._ids), prompt=tuple(one), sampling=params)
-            answers.append(_Answer(index, request, folder, _Text(self.tokenizer, params.stop)))
+            answers.append(_Answer(index, request, folder, TextStream(self.tokenizer, params.stop)))
         return answers
 
     def _begin(self, answers: list[_Answer]) -> None:
@@ -223,46 +222,24 @@ class LLM:
 
 @dataclass
 class _Answer:
-    """A growing answer. sent: its text in events so far."""
+    """A growing answer."""
 
     index: int
     request: Request
     folder: Path | None
-    text: _Text
+    text: TextStream
     version: int = 0
-    ids: list[int] = field(default_factory=list)
-    sent: str = ""
     finish: FinishReason | None = None
     detail: str = ""
 
     def take(self, event: TokenEvent) -> StreamEvent:
-        self.ids += event.tokens
-        new = self.text.add(event.tokens)
-        if event.finish is not None:
-            whole = self.text.tokenizer.decode(self.ids) if event.text is None else event.text
-            new = whole[len(self.sent) :]
-        self.sent += new
+        new = self.text.take(event)
         self.finish, self.detail = event.finish, event.detail
         return StreamEvent(self.index, new, event.tokens, self.version, event.finish, event.detail)
 
     def completion(self) -> Completion:
         assert self.finish is not None
-        return Completion(self.sent, tuple(self.ids), self.finish, self.version, self.detail)
-
-
-class _Text:
-    """Decodes token ids incrementally. A possible beginning of a stop string is held back."""
-
-    def __init__(self, tokenizer: ChatTokenizer, stop: Sequence[str]) -> None:
-        self.tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=True)
-        self._keep, self._held = max(map(len, stop), default=1) - 1, ""
-
-    def add(self, ids: Sequence[int]) -> str:
-        for token in ids:
-            self._held += self._stream.step(self.tokenizer.tokenizer, token) or ""
-        cut = max(0, len(self._held) - self._keep)
-        ready, self._held = self._held[:cut], self._held[cut:]
-        return ready
+        return Completion(self.text.sent, tuple(self.text.ids), self.finish, self.version, self.detail)
 
 
 def _config(path: str, adapters: Mapping[str, Path], model: Section, adapter: Section, engine: Section) -> Config:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,8 @@ class ChatError(InputError):
 
 TOKENIZER_FILE = "tokenizer.json"
 CHAT_FILE = "chat.json"
+FALLBACK = re.compile("<0x[0-9A-Fa-f]{2}>")
+"""The name of a token that is one byte, in tokenizers with byte fallback."""
 
 
 class ChatTokenizer:
@@ -103,6 +106,34 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for inside of a text; the name of a special one. Empty for an id without a token."""
+        name = self.tokenizer.id_to_token(token)
+        if name is None:
+            return b""
+        if token in self._added:
+            return str(name).encode()
+        if "ByteLevel" in self._decoder and all(symbol in _BYTES for symbol in name):
+            return bytes(_BYTES[symbol] for symbol in name)
+        if "ByteFallback" in self._decoder and FALLBACK.fullmatch(name):
+            return bytes.fromhex(name[3:5])
+        return str(name.replace(_SPACE, " ") if _SPACE in self._decoder else name).encode()
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that decode() leaves out."""
+        return frozenset(i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.get_added_tokens_decoder())
+
+    @cached_property
+    def _decoder(self) -> str:
+        """The decoder as JSON: it names what a token's symbols mean."""
+        decoder = self.tokenizer.decoder
+        return "" if decoder is None else bytes(decoder.__getstate__()).decode()
+
     @cached_property
     def _compiled(self) -> jinja2.Template | None:
         """The template in the environment that transformers documents for chat templates."""
@@ -136,6 +167,14 @@ def from_transformers(tokenizer: Any, eos_ids: Sequence[int]) -> ChatTokenizer:
     return ChatTokenizer(backend, template, ids, special)
 
 
+def _byte_symbols() -> dict[str, int]:
+    """The symbols by which byte-level tokenizers write bytes: printable ones as they are, others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES, _SPACE = _byte_symbols(), "\u2581"
 # Errors of Jinja, and of Python for an expression in a template: "a" + none, a range that is too long.
 _OF_TEMPLATES = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
