@@ -1,4 +1,4 @@
-"""The control process, as the ranks see it: rank 0 starts it, every leader connects to it."""
+"""The control process, as the ranks see it: rank 0 starts it, every leader connects to it. Free of torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
 from clif.config import Config
 from clif.distributed.addresses import address_towards
-from clif.distributed.topology import Topology
+from clif.distributed.launch_env import RankEnv
+from clif.distributed.layout import Layout
+from clif.distributed.rendezvous import KeyValues
 from clif.exit_report import ReportedExit
 from clif.rank.signals import SignalWatcher
 from clif.storage.run_folder import RunFolder
@@ -33,12 +36,28 @@ CONTROL_LEAVES_S = 20.0
 """Seconds that the control process has to end; below the 30 s after which torchrun kills the ranks."""
 
 
+class RankTopology(Protocol):
+    """What is needed here of a Topology. replica: its replica's id."""
+
+    @property
+    def env(self) -> RankEnv: ...
+
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def replica(self) -> int: ...
+
+    @property
+    def store(self) -> KeyValues: ...
+
+
 def given_secret(config: Config) -> bytes | None:
     """The content of dist.secret_file on this host; None if it is not configured. Raises InputError."""
     return None if config.dist.secret_file is None else read_secret(config.dist.secret_file)
 
 
-def connect(config: Config, topology: Topology, run_dir: Path) -> LeaderChannel:
+def connect(config: Config, topology: RankTopology, run_dir: Path) -> LeaderChannel:
     """The channel to the control process. Raises InputError on a host that lacks the run's keys."""
     invitation = msgspec.json.decode(topology.store.get(INVITATION), type=Invitation)
     keys = accept(invitation, run_dir, given_secret(config))
@@ -48,7 +67,7 @@ def connect(config: Config, topology: Topology, run_dir: Path) -> LeaderChannel:
 @contextmanager
 def control_process(
     config: Config,
-    topology: Topology,
+    topology: RankTopology,
     folder: RunFolder,
     tokenizer: ChatTokenizer,
     restarts: int,
@@ -107,7 +126,7 @@ def _wait(process: Control, timeout_s: float) -> None:
         log.warning("the control process has not ended after %.0f s; it will when it is through", timeout_s)
 
 
-def _host(config: Config, topology: Topology) -> str:
+def _host(config: Config, topology: RankTopology) -> str:
     if config.dist.control_host is not None:
         return config.dist.control_host
     master = topology.env.master

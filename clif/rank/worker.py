@@ -24,7 +24,8 @@ from clif.metrics.provenance import provenance
 from clif.models.weights.files import is_gguf
 from clif.models.weights.gguf import load_gguf, remove_unpacked
 from clif.models.weights.loading import LoadedModel, load_model
-from clif.rank.control_process import Control, connect, control_ended, control_process, given_secret
+from clif.rank.control_process import Control, connect, control_process, given_secret
+from clif.rank.serve_loop import serve_until_stop
 from clif.rank.shared_folder import agree_on_folder, resuming
 from clif.rank.signals import SignalWatcher
 from clif.rank.supervisor import ReplicaSupervisor
@@ -33,12 +34,9 @@ from clif.replica.records import RankRecords
 from clif.replica.replica import Replica
 from clif.storage.files import keep_private, write_atomic
 from clif.storage.run_folder import CONFIG_FILE, RunFolder
-from clif.wire.channels import LeaderChannel
-from clif.wire.messages import Goodbye, Hello, Signalled, Trouble, Up
+from clif.wire.messages import Goodbye, Hello, Trouble, Up
 
 log = logging.getLogger(__name__)
-ALONE_S = 60.0
-"""Seconds for which a rank tries to reconnect to the control process; without a connection Stop never arrives."""
 
 
 def run_rank(config: Config, env: RankEnv) -> int:
@@ -152,7 +150,7 @@ def _serve(
         remove_unpacked(run_dir)
     supervisor = ReplicaSupervisor(topology, build, send, config.run.rebuilds, on_built=say_hello)
     try:
-        _loop(supervisor, channel, control, signals)
+        serve_until_stop(supervisor, channel, control, signals)
     except Exception as error:
         gone = isinstance(error, PeersLost)
         send(Trouble(replica=topology.replica, error=f"{type(error).__name__}: {error}", gone=gone))
@@ -164,27 +162,6 @@ def _serve(
         if channel is not None:
             channel.close()
     return supervisor.replica.exit_code
-
-
-def _loop(
-    supervisor: ReplicaSupervisor, channel: LeaderChannel | None, control: Control | None, signals: SignalWatcher
-) -> None:
-    signalled = False
-    signals.serving = True
-    while not supervisor.replica.stopping:
-        if signals.signal and channel is not None:
-            if not signalled:
-                channel.send(Signalled(replica=supervisor.replica.id, signal=signals.signal))
-                signalled = True
-            # Stop can no longer arrive, or is overdue.
-            if channel.lost_s is not None or signals.late:
-                return
-        if channel is not None and (channel.lost_s or 0.0) > ALONE_S:
-            raise RuntimeError(f"no connection to the control process for {ALONE_S:.0f} s")
-        supervisor.step(channel.receive(supervisor.replica.wait_s()) if channel is not None else None)
-        # Without a control process Stop never arrives; torchrun ends the other ranks once this one fails.
-        if control is not None and not supervisor.replica.stopping and control.poll() is not None:
-            raise control_ended(control)
 
 
 def _gpu(device: torch.device) -> str | None:

@@ -1,4 +1,4 @@
-"""Writes a rank's metrics: the one place that names the tables and columns of its file."""
+"""Writes a rank's metrics: the one place that names the tables and columns of its file. Free of torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clif.config import MetricsConfig
 from clif.engine.jobs import STEP_KINDS
@@ -14,8 +14,10 @@ from clif.engine.scheduler import Scheduler
 from clif.engine.step_record import StepRecord
 from clif.metrics.device import DeviceMonitor
 from clif.metrics.writer import TableWriter, next_path
-from clif.training.trainer import StepResult
 from clif.types import RoundPlan, TrainingSlack
+
+if TYPE_CHECKING:
+    from clif.training.trainer import StepResult
 
 TABLES = ("ticks", "train_steps", "versions", "device")
 

@@ -62,7 +62,8 @@ TORCH_FREE = [
     "clif.adapters.store", "clif.adapters.peft_files",
     "clif.engine.scheduler", "clif.engine.cost_model", "clif.engine.blocks", "clif.engine.prefix", "clif.engine.jobs",
     "clif.engine.job_queue", "clif.engine.step_record", "clif.engine.coserving",
-    "clif.rank.dry_run", "clif.rank.preflight",
+    "clif.replica.records", "clif.rank.dry_run", "clif.rank.preflight", "clif.rank.control_process",
+    "clif.rank.serve_loop", "clif.rank.signals",
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from clif.rank.worker import ALONE_S, _loop
+from clif.rank.serve_loop import ALONE_S, serve_until_stop
 from clif.wire import messages as m
 from clif.wire.channels import ControlChannel, LeaderChannel, decode_down
 from clif.wire.keys import Keys
@@ -80,5 +80,5 @@ def test_a_leader_that_no_control_process_speaks_to_does_not_stay_for_ever():
     broken = SimpleNamespace(lost_s=0.0, receive=lambda timeout_s: [])
     supervisor = SimpleNamespace(replica=SimpleNamespace(stopping=False, wait_s=lambda: 0.0), step=step)
     with pytest.raises(RuntimeError, match="no connection to the control process for 60 s"):
-        _loop(supervisor, broken, None, SimpleNamespace(signal="", serving=False))
+        serve_until_stop(supervisor, broken, None, SimpleNamespace(signal="", serving=False))
     assert len(steps) == 1
