@@ -199,6 +199,10 @@ class TrainSample(msgspec.Struct, frozen=True, kw_only=True):
         return len(self.ids) - self.target_start
 
 
+OWN_ADAPTER = "clif"
+"""Name of the adapter whose active version answers where no other is asked for."""
+
+
 class AdapterVersion(msgspec.Struct, frozen=True, kw_only=True):
     """A promoted adapter. Version 0 is the base model; numbers only grow; weights never change afterwards."""
 
