@@ -199,8 +199,8 @@ class TrainSample(msgspec.Struct, frozen=True, kw_only=True):
         return len(self.ids) - self.target_start
 
 
-OWN_ADAPTER = "clif"
-"""Name of the adapter whose active version answers where no other is asked for."""
+CLIF = "clif"
+"""The adapter that answers requests which name no other one, and that the run's own data train."""
 
 
 class AdapterVersion(msgspec.Struct, frozen=True, kw_only=True):
@@ -222,7 +222,9 @@ class RoundPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     members: replica ids, sorted. incarnations: how often each of them has been rebuilt.
     local_steps: optimizer steps per member at this micro_batch; each takes micro_batch x accumulation samples.
-    lr_scale: what train.lr is multiplied by.
+    base_version: the shadow of each member begins from it, and the average is judged against it.
+    lr_scale: what train.lr is multiplied by. job: whose data are trained; empty: the run's own. adapter: the name that
+    the promoted version belongs to.
     """
 
     round_id: int
@@ -233,6 +235,8 @@ class RoundPlan(msgspec.Struct, frozen=True, kw_only=True):
     accumulation: int
     base_version: int
     lr_scale: float = 1.0
+    job: str = ""
+    adapter: str = CLIF
 
     @property
     def member_set(self) -> Members:

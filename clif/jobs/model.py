@@ -10,7 +10,7 @@ import enum
 import msgspec
 
 from clif.errors import InputError
-from clif.types import OWN_ADAPTER, TrainSample
+from clif.types import CLIF, TrainSample
 
 STANDING = ""
 """The standing job: the run's own data set. It has no record in lists and cannot be cancelled."""
@@ -106,7 +106,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     id: str
     created_s: float
-    adapter: str = OWN_ADAPTER
+    adapter: str = CLIF
     status: JobStatus = JobStatus.VALIDATING_FILES
     training_file: str = ""
     validation_file: str = ""
