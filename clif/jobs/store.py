@@ -228,13 +228,3 @@ class JobStore:
         query = f"SELECT body FROM {table} WHERE number < ? AND id != ?{of_job} ORDER BY number DESC LIMIT ?"
         values = (before, STANDING, *([job] if job is not None else []), limit)
         return tuple(msgspec.msgpack.decode(body, type=kind) for (body,) in self._db.execute(query, values))
-
-
-def read_samples(path: Path) -> list[TrainSample]:
-    """Of a file RUN/files/<id>.samples. Raises OSError; msgspec.DecodeError if it is damaged."""
-    return msgspec.msgpack.decode(path.read_bytes(), type=list[TrainSample])
-
-
-def samples_bytes(samples: Sequence[TrainSample]) -> bytes:
-    """The content of RUN/files/<id>.samples."""
-    return encode(list(samples))

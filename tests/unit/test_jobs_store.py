@@ -20,8 +20,9 @@ from clif.jobs.model import (
     UnknownId,
     advance_job,
 )
+from clif.jobs.samples import pieces, write_samples
 from clif.jobs.schema import STORE_FILE
-from clif.jobs.store import JobStore, read_samples, samples_bytes
+from clif.jobs.store import JobStore
 from clif.types import TrainSample
 
 
@@ -138,7 +139,17 @@ def test_a_job_never_leaves_its_end():
             advance_job(end, JobStatus.QUEUED)
 
 
-def test_samples_are_read_as_they_were_written(tmp_path):
-    samples = [TrainSample(id=i, ids=(1, 2, i), target_start=1) for i in range(3)]
-    (tmp_path / "f.samples").write_bytes(samples_bytes(samples))
-    assert read_samples(tmp_path / "f.samples") == samples
+def test_samples_are_read_as_they_were_written_in_pieces(tmp_path):
+    samples = [TrainSample(id=i, ids=(1, 2, i), target_start=1) for i in range(1201)]
+    write_samples(tmp_path / "f.samples", samples)
+    found = list(pieces(tmp_path / "f.samples"))
+    assert [len(piece) for piece in found] == [500, 500, 201]
+    assert [sample for piece in found for sample in piece] == samples
+
+
+def test_a_damaged_file_of_samples_is_a_sentence(tmp_path):
+    write_samples(tmp_path / "f.samples", [TrainSample(id=0, ids=(1, 2), target_start=1)])
+    (tmp_path / "f.samples").write_bytes((tmp_path / "f.samples").read_bytes()[:-1])
+    for name in ("f.samples", "none"):
+        with pytest.raises(InputError, match=r"cannot be read .* upload the file again"):
+            list(pieces(tmp_path / name))

@@ -1,0 +1,61 @@
+"""A file of samples, in pieces: no step of the control process reads a whole file. Free of torch."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from clif.errors import InputError
+from clif.storage.files import write_atomic
+from clif.types import TrainSample
+
+FILES = "files"
+"""Folder of a run: <id>.jsonl as it was uploaded, <id>.samples as it is trained on."""
+PIECE = 500
+"""Samples of a piece: some milliseconds of work."""
+_LENGTH = struct.Struct("<Q")
+
+
+def samples_path(run_dir: Path, file: str) -> Path:
+    return run_dir / FILES / f"{file}.samples"
+
+
+def write_samples(path: Path, samples: Sequence[TrainSample]) -> None:
+    """Replace a file of samples as a whole. Raises OSError."""
+    content = bytearray()
+    for start in range(0, len(samples), PIECE):
+        body = msgspec.msgpack.encode(samples[start : start + PIECE])
+        content += _LENGTH.pack(len(body)) + body
+    write_atomic(path, bytes(content))
+
+
+def pieces(path: Path) -> Iterator[list[TrainSample]]:
+    """The samples, piece by piece. Raises InputError for a file that is missing or damaged."""
+    try:
+        with path.open("rb") as file:
+            while head := file.read(_LENGTH.size):
+                body = file.read(*_LENGTH.unpack(head))
+                yield msgspec.msgpack.decode(body, type=list[TrainSample])
+    except (OSError, struct.error, msgspec.DecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): upload the file again") from error
+
+
+def prompt_digest(sample: TrainSample, seed: int) -> int:
+    """Orders prompts at random: samples of one prompt have the same number."""
+    prompt = msgspec.msgpack.encode((seed, sample.ids[: sample.target_start]))
+    return int.from_bytes(hashlib.sha256(prompt).digest()[:8])
+
+
+def held_out(digests: Sequence[int], share: float) -> frozenset[int]:
+    """The prompts that are held out: a share of the different ones, at least one and never all.
+
+    One prompt alone is both trained on and held out: none would be left otherwise.
+    """
+    ranked = sorted(set(digests))
+    if len(ranked) < 2:
+        return frozenset(ranked)
+    return frozenset(ranked[: min(max(round(share * len(ranked)), 1), len(ranked) - 1)])
