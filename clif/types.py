@@ -81,11 +81,21 @@ class Slo(msgspec.Struct, frozen=True, kw_only=True):
 
 ID_SPACE = 2**40
 """Size of each source's range of request ids: more than any source ever uses."""
+CLIENTS = 4096
+"""The first of the ranges of clients, above those of probes."""
 
 
 def first_id(source: int) -> int:
-    """First id of a source's range. 0: the load of users, over all starts; 1 + n: the probes of start n."""
+    """First id of a source's range.
+
+    0: the load of users, over all starts; 1 + n: the probes of start n; CLIENTS + n: requests of clients in start n.
+    """
     return source * ID_SPACE
+
+
+def of_client(request_id: int) -> bool:
+    """Whether a request came from a client, over a connection that does not outlive the control process."""
+    return request_id >= first_id(CLIENTS)
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):

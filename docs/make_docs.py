@@ -20,6 +20,7 @@ from typing import Any, get_args
 from kernel_limits import limits_table, spread_table
 
 from clif.config import Config
+from clif.config.base import Section
 from clif.config.relevance import ALWAYS, RELEVANCE
 from clif.metrics.schema import CONTROL_TABLES, RANK_TABLES, REQUIRED, TABLES, Column
 
@@ -44,7 +45,8 @@ def section_table(section: str) -> Iterator[str]:
     yield "|---|---|---|---|"
     meanings = meanings_of(kind)
     for name, field in kind.model_fields.items():
-        default = "required" if field.is_required() else f"`{shown(field.default)}`"
+        nested = isinstance(field.default, Section)
+        default = "required" if field.is_required() else "-" if nested else f"`{shown(field.default)}`"
         unit, text = split_unit(name, str(field.annotation), meanings[name])
         yield f"| `{name}` | {default} | {unit} | {text} |"
 

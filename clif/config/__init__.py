@@ -4,6 +4,7 @@ from clif.config.load import LoadConfig, MetricsConfig, QualityConfig, TraceConf
 from clif.config.model import AdapterConfig, EngineConfig, ModelConfig
 from clif.config.run import DistConfig, LayoutConfig, RunConfig
 from clif.config.schema import Config, DataConfig, SloConfig, config_from_tree, load_config
+from clif.config.serve import HttpConfig, ServeConfig
 from clif.config.train import ControlConfig, FederationConfig, TrainConfig
 from clif.errors import ConfigError
 
@@ -16,12 +17,14 @@ __all__ = [
     "DistConfig",
     "EngineConfig",
     "FederationConfig",
+    "HttpConfig",
     "LayoutConfig",
     "LoadConfig",
     "MetricsConfig",
     "ModelConfig",
     "QualityConfig",
     "RunConfig",
+    "ServeConfig",
     "SloConfig",
     "TraceConfig",
     "TrainConfig",

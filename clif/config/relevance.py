@@ -51,7 +51,9 @@ GENERATED = Need("load.kind", among=("constant", "poisson", "gamma"))
 TRACE = Need("load.kind", among=("trace",))
 PROBES = Need("quality.exact_match_rows", but=(0,))
 DATA = Need("data.path", but=(None,))
-SERVES = Either((LOAD, PROBES))
+ONLINE = Need("serve.http.port", but=(None,))
+REQUESTS = Either((LOAD, ONLINE))
+SERVES = Either((LOAD, PROBES, ONLINE))
 ADAPTS = Need("run.mode", among=("clif",))
 """The baselines use neither slack nor pressure, and serve and train separately."""
 OWN_LENGTHS = Need("load.trace.lengths", but=("trace",))
@@ -74,7 +76,7 @@ RELEVANCE: dict[str, Needs] = {
     "run.rebuilds": ALWAYS,
     "run.resume": ALWAYS,
     "run.mode": ALWAYS,
-    "run.training_share": (Need("run.mode", among=("time_slice",)), LOAD),
+    "run.training_share": (Need("run.mode", among=("time_slice",)), REQUESTS),
     "run.trainers": (Need("run.mode", among=("split",)),),
     "layout.replicas": ALWAYS,
     "layout.tp_size": ALWAYS,
@@ -105,22 +107,22 @@ RELEVANCE: dict[str, Needs] = {
     "engine.max_prefill_tokens": (SERVES,),
     "engine.overlap": (SERVES,),
     "engine.graphs": (GPU,),
-    "engine.coserving": (TRAINS, LOAD, ADAPTS),
+    "engine.coserving": (TRAINS, REQUESTS, ADAPTS),
     "engine.slice_ms": (TRAINS,),
     "engine.concurrent_slice_ms": (
         TRAINS,
-        LOAD,
+        REQUESTS,
         ADAPTS,
         Need("engine.coserving", among=("auto", "concurrent")),
         Need("layout.tp_size", among=(1,)),
     ),
     "engine.activation_mib": (TRAINS,),
     "engine.eval_tokens": (DATA,),
-    "slo.ttft_ms": (LOAD,),
-    "slo.tpot_ms": (LOAD,),
-    "slo.deadline_ms": (LOAD,),
-    "slo.margin": (TRAINS, LOAD, ADAPTS),
-    "slo.late": (LOAD, Need("slo.deadline_ms", but=(None,))),
+    "slo.ttft_ms": (REQUESTS,),
+    "slo.tpot_ms": (REQUESTS,),
+    "slo.deadline_ms": (REQUESTS,),
+    "slo.margin": (TRAINS, REQUESTS, ADAPTS),
+    "slo.late": (REQUESTS, Need("slo.deadline_ms", but=(None,))),
     "data.path": ALWAYS,
     "data.train_split": (TRAINS,),
     "data.heldout_split": (DATA,),
@@ -151,10 +153,10 @@ RELEVANCE: dict[str, Needs] = {
     "control.serving_above": (TRAINS, ADAPTS),
     "control.hold_s": (TRAINS,),
     "control.smoothing_s": (TRAINS, ADAPTS),
-    "control.window_s": (TRAINS, LOAD, ADAPTS),
-    "control.medium_share": (TRAINS, LOAD, ADAPTS),
-    "control.high_below": (TRAINS, LOAD, ADAPTS),
-    "control.medium_below": (TRAINS, LOAD, ADAPTS),
+    "control.window_s": (TRAINS, REQUESTS, ADAPTS),
+    "control.medium_share": (TRAINS, REQUESTS, ADAPTS),
+    "control.high_below": (TRAINS, REQUESTS, ADAPTS),
+    "control.medium_below": (TRAINS, REQUESTS, ADAPTS),
     "control.reference_batch": (TRAINS, ADAPTS),
     "load.kind": ALWAYS,
     "load.rate_rps": (GENERATED,),
@@ -181,7 +183,20 @@ RELEVANCE: dict[str, Needs] = {
     "metrics.flush_s": ALWAYS,
     "metrics.flush_rows": ALWAYS,
     "metrics.device_s": ALWAYS,
-    "metrics.answers": (LOAD,),
+    "metrics.answers": (REQUESTS,),
+    "serve.http.port": ALWAYS,
+    "serve.http.host": (ONLINE,),
+    "serve.http.keys_file": (ONLINE,),
+    "serve.http.max_waiting": (ONLINE,),
+    "serve.http.max_running": (ONLINE,),
+    "serve.http.max_body_mib": (ONLINE,),
+    "serve.http.max_file_mib": (ONLINE,),
+    "serve.http.max_tokens": (ONLINE,),
+    "serve.http.default_max_tokens": (ONLINE,),
+    "serve.http.max_n": (ONLINE,),
+    "serve.http.timeout_s": (ONLINE,),
+    "serve.http.stall_s": (ONLINE,),
+    "serve.adapter_root": (ONLINE,),
 }
 """A field has an effect if all of its needs are met. A test checks that every field has its line here."""
 

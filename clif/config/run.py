@@ -24,9 +24,10 @@ class RunConfig(Section):
     """Where runs go."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seeds the load, the order of samples, the first A factors and random weights."""
-    max_s: PositiveFloat = 3600.0
+    max_s: PositiveFloat | None = 3600.0
     """The run ends after this time, counted from the start of the control process; after a restart, the time before
-    counts as well, the outage does not. What is still running then is cancelled, and quality is not measured again."""
+    counts as well, the outage does not. What is still running then is cancelled, and quality is not measured again.
+    `null`: never."""
     linger_s: NotNegativeFloat = 60.0
     """After the load: how long rounds may still train, whether under way or still wanted by `federation.rounds`; then
     what the last one has trained is averaged and judged. Where no load comes, the time for all rounds."""

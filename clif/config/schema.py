@@ -26,6 +26,7 @@ from clif.config.messages import sentences
 from clif.config.model import AdapterConfig, EngineConfig, ModelConfig
 from clif.config.relevance import check_relevance
 from clif.config.run import DistConfig, LayoutConfig, RunConfig
+from clif.config.serve import ServeConfig
 from clif.config.shipped import with_shipped_paths
 from clif.config.train import ControlConfig, FederationConfig, TrainConfig
 from clif.errors import ConfigError
@@ -94,13 +95,15 @@ class Config(Section):
     load: LoadConfig = LoadConfig()
     quality: QualityConfig = QualityConfig()
     metrics: MetricsConfig = MetricsConfig()
+    serve: ServeConfig = ServeConfig()
 
     @model_validator(mode="after")
     def _together(self) -> Config:
         needs_data = [
             name
             for name, wanted in (
-                ("train.enabled", self.train.enabled),
+                # With clients, the data of training jobs arrive while the run lasts.
+                ("train.enabled", self.train.enabled and not self.online),
                 ("load.kind", self.load.kind != "none"),
                 ("quality.exact_match_rows", self.quality.exact_match_rows > 0),
             )
@@ -127,6 +130,8 @@ class Config(Section):
             raise ValueError("run.mode serve_only does not train: set train.enabled=false or change run.mode")
         if mode in ("train_only", "time_slice", "split") and not trains:
             raise ValueError(f"run.mode {mode} trains but train.enabled is false: change one of them")
+        if mode == "train_only" and self.online:
+            raise ValueError("run.mode train_only takes no requests: leave out serve.http.port")
         if mode == "train_only" and self.load.kind != "none":
             raise ValueError(f"run.mode train_only takes no load: set load.kind=none, not {self.load.kind}")
 
@@ -134,7 +139,7 @@ class Config(Section):
         train, rounds = self.train, self.federation.rounds
         if not train.enabled and rounds:
             raise ValueError("federation.rounds asks for rounds but train.enabled is false: change one of them")
-        if train.enabled and self.load.kind == "none" and not self.run.linger_s:
+        if train.enabled and self.load.kind == "none" and not self.run.linger_s and not self.online:
             raise ValueError(
                 "train.enabled is true but there is no time to train: without load rounds last for run.linger_s, "
                 "which is 0: raise it, or set train.enabled=false"
@@ -145,6 +150,11 @@ class Config(Section):
                 f"train.micro_batch {train.micro_batch} exceeds train.max_micro_batch {train.max_micro_batch}: raise "
                 "the latter"
             )
+
+    @property
+    def online(self) -> bool:
+        """Whether requests come from clients: the run lasts until it is drained."""
+        return self.serve.http.port is not None
 
     @property
     def kv_tokens_bound(self) -> int:

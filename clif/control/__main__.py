@@ -24,6 +24,8 @@ from clif.control.durability.journal import JOURNAL_FILE, Journal
 from clif.control.durability.ledger import Ledger
 from clif.control.durability.recovery import Recorded, add_up, recover
 from clif.control.durability.shutdown import DRAINED, ShutdownPolicy
+from clif.control.frontend import Frontend
+from clif.control.frontend_process import FrontendProcess, listen
 from clif.control.policy.phases import ControlError
 from clif.control.ports import Ports
 from clif.control.progress import Progress, ProgressHandler
@@ -105,12 +107,13 @@ def run(arguments: argparse.Namespace, progress: Progress, config: Config, watch
         )
     host = arguments.host or config.dist.control_host or "127.0.0.1"
     channel = open_channel(host, Keys.read(run_dir), arguments.replicas)
+    frontend = open_frontend(config, run_dir, channel, recovery.starts)
     records = Records.in_file(run_dir, config, time.monotonic)
     answers = Answers(run_dir, config.metrics.answers, tokenizer.decode)
     try:
         ports = Ports(
             channel=channel,
-            sources=[TraceSource(recovery.load)],
+            sources=[TraceSource(recovery.load), *([] if frontend is None else [frontend])],
             quality=QualityCheck(config, rows, tokenizer, recovery.starts),
             store=store,
             records=records,
@@ -118,6 +121,7 @@ def run(arguments: argparse.Namespace, progress: Progress, config: Config, watch
             display=progress,
             ledger=Ledger(journal, recovery),
             shutdown=ShutdownPolicy(watcher.parent_died, watcher.signalled, arguments.restarts_left),
+            frontend=frontend,
         )
         server = ControlServer(config, ports, time.monotonic, arguments.replicas)
         # The address comes last: a leader that finds it can connect at once.
@@ -158,6 +162,15 @@ def open_channel(host: str, keys: Keys, replicas: int) -> ControlChannel:
         return ControlChannel(keys, replicas, host)
     except zmq.ZMQError as error:
         raise ControlError(f"cannot listen on {host} ({error}): set dist.control_host to an own address") from error
+
+
+def open_frontend(config: Config, run_dir: Path, channel: ControlChannel, start: int) -> Frontend | None:
+    """The port for clients, if there is to be one. Its process starts with the server's first step."""
+    if not config.online:
+        return None
+    child = FrontendProcess(run_dir, listen(config.serve.http))
+    log.info("clients: %s/v1, the live page: %s", child.url, child.url)
+    return Frontend(channel, child, start)
 
 
 def summarise(run_dir: Path) -> None:

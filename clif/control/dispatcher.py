@@ -16,7 +16,7 @@ from clif.config import Config
 from clif.control.held import HeldRequests
 from clif.control.policy.routing import Reject, RoutingView, choose_replica
 from clif.states import RequestState, advance
-from clif.types import FinishReason, Purpose, Request, Slo, TokenEvent, Waiting
+from clif.types import FinishReason, Purpose, Request, Slo, TokenEvent, Waiting, of_client
 from clif.wire.messages import Cancel, Down, Submit
 
 log = logging.getLogger(__name__)
@@ -86,6 +86,8 @@ class Hooks:
     finished: Callable[[RequestRecord], None]
     dispatched: Callable[[RequestRecord, float, str], None]
     tokens: Callable[[RequestRecord, TokenEvent], None] = lambda record, event: None
+    ended: Callable[[RequestRecord, TokenEvent | None], None] = lambda record, event: None
+    restarted: Callable[[RequestRecord], None] = lambda record: None
 
 
 class Dispatcher:
@@ -195,11 +197,13 @@ class Dispatcher:
             self._hooks.tokens(record, event)
         if event.finish is not None:
             record.text = event.text
-            self._finish(now, record, event.finish, event.detail)
+            self._finish(now, record, event.finish, event.detail, event)
 
     def _begin(self, record: RequestRecord, version: int) -> None:
         """First tokens from this replica. If its version differs from the failed replica's, the answer starts over."""
         if record.version != version:
+            if record.tokens:
+                self._hooks.restarted(record)
             record.tokens.clear()
             record.token_times.clear()
         record.version = version
@@ -236,11 +240,26 @@ class Dispatcher:
                 record.replica = record.dispatched_s = None
                 self._queue.appendleft(record)
 
-    def fail_all(self, now: float, reason: str, probes_only: bool = False) -> None:
-        """End every request that has not ended as failed, with the reason."""
+    def fail_all(self, now: float, reason: str, left: bool = False) -> None:
+        """End every request that has not ended as failed, with the reason.
+
+        left: those of the load are left to the next start, which answers them; probes and clients' requests are not.
+        """
         for record in list(self._records.values()):
-            if not probes_only or record.request.purpose is Purpose.PROBE:
+            if not left or record.request.purpose is Purpose.PROBE or of_client(record.request.id):
                 self._finish(now, record, FinishReason.FAILED, reason)
+
+    def cancel_clients(self, now: float, detail: str) -> None:
+        """Cancel the requests of clients: their connections are gone."""
+        for request_id in filter(of_client, list(self._records)):
+            self.cancel(now, request_id, detail)
+
+    def fail(self, now: float, request: Request, arrival_s: float, detail: str) -> None:
+        """End a request that an earlier start accepted, and that this one cannot answer."""
+        record = RequestRecord(request, arrival_s)
+        self._records[request.id] = record
+        self._states[record.state] += 1
+        self._finish(now, record, FinishReason.FAILED, detail)
 
     def cancel_probes(self, now: float, detail: str) -> None:
         """Cancel the probes that have not ended: quality is no longer measured."""
@@ -271,7 +290,9 @@ class Dispatcher:
         if record.replica is not None:
             self._send(record.replica, Cancel(request_id=record.request.id))
 
-    def _finish(self, now: float, record: RequestRecord, finish: FinishReason, detail: str) -> None:
+    def _finish(
+        self, now: float, record: RequestRecord, finish: FinishReason, detail: str, event: TokenEvent | None = None
+    ) -> None:
         if record.state is RequestState.QUEUED and record in self._queue:
             self._queue.remove(record)
         self._advance(record, RequestState.FINISHED)
@@ -281,6 +302,7 @@ class Dispatcher:
         if record.replica is not None:
             self.held.remove(record.replica, record)
         self._hooks.finished(record)
+        self._hooks.ended(record, event)
 
 
 def waiting_of(now: float, record: RequestRecord) -> Waiting:

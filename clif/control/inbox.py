@@ -1,4 +1,4 @@
-"""Messages of the replicas: bound to their sender, checked against what it was given, then passed to their handler.
+"""Messages of the replicas, bound to their sender, checked against what it was given, then passed to their handler.
 
 The sender is the replica whose key the connection has (clif/wire/channels.py). A replica that writes in the name of
 another one, sends what cannot be decoded, or claims what is impossible, is broken: it fails and may rebuild. No message
@@ -20,6 +20,7 @@ from clif.control.policy.phases import ControlError, Phase
 from clif.control.run_state import RunState
 from clif.wire import messages as wire
 from clif.wire.channels import Channel, decode_up
+from clif.wire.frontend import FRONTEND
 
 log = logging.getLogger(__name__)
 LONGEST_TEXT = 500
@@ -34,7 +35,10 @@ Handlers = Mapping[type[wire.Message], Callable[[float, Any], None]]
 
 
 class Inbox:
-    """Reads the channel for the server. handlers: by message, called as (now, message)."""
+    """Reads the channel for the server. handlers: by message of a replica, called as (now, message).
+
+    on_frontend: takes what the front end sends.
+    """
 
     def __init__(
         self,
@@ -45,7 +49,9 @@ class Inbox:
         fleet: Fleet,
         failures: FailureHandler,
         handlers: Handlers,
+        on_frontend: Callable[[float, bytes], None] = lambda now, payload: None,
     ) -> None:
+        self._on_frontend = on_frontend
         self._channel, self._clock = channel, clock
         self._claims, self._fleet, self._failures = claims, fleet, failures
         self._state, self._handlers = state, handlers
@@ -58,6 +64,9 @@ class Inbox:
         self._count_strangers(self._channel.refused())
 
     def _take(self, now: float, sender: int, payload: bytes) -> None:
+        if sender == FRONTEND:
+            self._on_frontend(now, payload)
+            return
         try:
             message = tidy(decode_up(payload))
         except msgspec.DecodeError as error:

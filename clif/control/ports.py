@@ -9,6 +9,7 @@ from clif.adapters.store import AdapterStore
 from clif.control.answers import Answers
 from clif.control.durability.ledger import Ledger
 from clif.control.durability.shutdown import ShutdownPolicy
+from clif.control.frontend import Frontend
 from clif.control.progress import Display
 from clif.control.quality import QualityCheck
 from clif.control.records import Records
@@ -20,7 +21,8 @@ from clif.wire.channels import Channel
 class Ports:
     """channel: to the replicas' leaders. sources: of requests. store: of promoted adapters. records: the tables.
 
-    ledger: the journal, with what earlier starts left. shutdown: what may end the run early.
+    ledger: the journal, with what earlier starts left. shutdown: what may end the run early. frontend: of clients, one
+    of the sources as well.
     """
 
     channel: Channel
@@ -32,3 +34,4 @@ class Ports:
     display: Display
     ledger: Ledger
     shutdown: ShutdownPolicy
+    frontend: Frontend | None = None

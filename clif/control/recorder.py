@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from clif.config import Config
 from clif.control.dispatcher import Hooks, RequestRecord
 from clif.control.durability.journal import RoundBegan, VersionGiven
+from clif.control.frontend import Frontend
 from clif.control.policy.pressure import OutcomeWindow
 from clif.control.ports import Ports
 from clif.control.progress import RecentLatencies
@@ -25,7 +27,7 @@ class Recorder:
         self.finished: Counter[FinishReason] = Counter()
         self.outcomes = OutcomeWindow(config.control.window_s)
         self.latencies = RecentLatencies()
-        self.hooks = Hooks(finished=self.on_finished, dispatched=ports.records.dispatch)
+        self.hooks = Hooks(finished=self.on_finished, dispatched=ports.records.dispatch, **_hooks_of(ports.frontend))
         self._ledger, self._records, self._answers = ports.ledger, ports.records, ports.answers
         self._quality, self._display = ports.quality, ports.display
 
@@ -63,3 +65,9 @@ class Recorder:
         trained = "" if loss is None else f", training loss {loss:.3f}"
         version = f" as version {ended.version}" if ended.promotion else ""
         self._display.note(f"round {ended.plan.round_id} {ended.state.value}{version}: {ended.reason}{trained}")
+
+
+def _hooks_of(frontend: Frontend | None) -> dict[str, Any]:
+    if frontend is None:
+        return {}
+    return {"tokens": frontend.on_tokens, "ended": frontend.on_finished, "restarted": frontend.on_restarted}

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from clif.config import Config
 from clif.control.backlog_updates import BacklogUpdates
 from clif.control.claims import Claims
+from clif.control.clients import Clients
 from clif.control.dispatcher import Dispatcher
 from clif.control.failures import FailureHandler
 from clif.control.federation import Federation
@@ -27,7 +28,7 @@ from clif.control.recorder import Recorder
 from clif.control.reporter import Reporter
 from clif.control.run_phases import RunPhases
 from clif.control.run_state import RunState
-from clif.types import FinishReason
+from clif.types import FinishReason, of_client
 from clif.wire import messages as wire
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,9 @@ class ControlServer:
         self._reporter = Reporter(ports, state, *parts, self._policy, recorder)
         self._state, self._recorder = state, recorder
         self._claims = Claims(config, self.fleet, self.federation, ports.quality.most_tokens)
-        self._inbox = Inbox(ports.channel, clock, state, self._claims, self.fleet, self._failures, self._handlers())
+        self._clients = Clients(config, ports, state, *parts, self._reporter)
+        inbox_parts = state, self._claims, self.fleet, self._failures, self._handlers(), self._clients.take
+        self._inbox = Inbox(ports.channel, clock, *inbox_parts)
         self._backlog_updates = BacklogUpdates(self.fleet, self.dispatcher, self.federation)
         self._unreachable: set[int] = set()
         self._next_policy_s = 0.0
@@ -117,6 +120,7 @@ class ControlServer:
         self.federation.finish(self._clock(), "the run ended")
         if not self.drained:
             self._ledger.entered(Phase.DONE)
+        self._clients.close(self._clock())
         self._ports.records.close()
 
     def _take_over(self) -> None:
@@ -124,7 +128,11 @@ class ControlServer:
         self._ledger.restore(self._ports.records)
         self._ports.records.flush()
         for accepted, arrival_s in self._ledger.open():
-            self.dispatcher.submit(self._clock(), accepted.request, arrival_s)
+            if of_client(accepted.request.id):
+                lost = "its connection ended with the control process that had accepted it"
+                self.dispatcher.fail(self._clock(), accepted.shown, arrival_s, lost)
+            else:
+                self.dispatcher.submit(self._clock(), accepted.request, arrival_s)
 
     def step(self) -> None:
         """One step of the loop."""
@@ -141,6 +149,7 @@ class ControlServer:
         self.phases.step(now)
         self._ledger.step(now, self.phases.load_s(now), now - self._state.started_s)
         self._ports.records.maybe_flush()
+        self._clients.step(now)
         self._reporter.step(now)
 
     def _poll_timeout_s(self) -> float:
@@ -199,11 +208,12 @@ class ControlServer:
         now = self._clock()
         left = self._ports.shutdown.leaves_open(self.phase)
         try:
-            self.dispatcher.fail_all(now, f"the control process ended: {reason}", probes_only=left)
+            self.dispatcher.fail_all(now, f"the control process ended: {reason}", left=left)
             if left:
                 log.warning("%d requests are left to the restart: %s", self.dispatcher.outstanding, reason)
             self.federation.finish(now, reason)
             for replica in self._failures.reachable:
                 self._ports.channel.send(replica, wire.Stop(code=1))
+            self._clients.close(now)
         finally:
             self._ports.records.close()

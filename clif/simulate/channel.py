@@ -7,25 +7,28 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import msgspec
 
 from clif.simulate.virtual_time import VirtualTime
 from clif.wire.channels import RECEIVE_MESSAGES, decode_down
+from clif.wire.frontend import FRONTEND, FromFrontend, ToFrontend, decode_to_frontend
 from clif.wire.messages import Down, Up
 
-OnMessage = Callable[[Down], None]
+OnMessage = Callable[[Any], None]
+"""Gets a decoded message: a Down, or a ToFrontend on the front end's line."""
 LATENCY_S = 0.0001
 
 
 class SimLine:
-    """A replica leader's side. It is open until it is closed or the same replica connects again."""
+    """The side of a replica's leader or of the front end. It is open until it is closed or its owner connects again."""
 
     def __init__(self, channel: SimChannel, replica: int, on_message: OnMessage) -> None:
         self.replica, self.on_message = replica, on_message
         self._channel = channel
 
-    def send(self, message: Up) -> None:
+    def send(self, message: Up | FromFrontend) -> None:
         self.send_bytes(msgspec.msgpack.encode(message))
 
     def send_bytes(self, payload: bytes) -> None:
@@ -70,8 +73,8 @@ class SimChannel:
         for _ in range(min(len(self._arrived), RECEIVE_MESSAGES)):
             yield self._arrived.popleft()
 
-    def send(self, replica: int, message: Down) -> bool:
-        """Send to a replica. False if it is not connected."""
+    def send(self, replica: int, message: Down | ToFrontend) -> bool:
+        """Send to a replica, or to FRONTEND. False if it is not connected."""
         line = self._lines.get(replica)
         if line is None:
             return False
@@ -85,4 +88,4 @@ class SimChannel:
     def _deliver(self, line: SimLine, payload: bytes) -> None:
         """Deliver a message; one to a process that is gone is lost."""
         if self._lines.get(line.replica) is line:
-            line.on_message(decode_down(payload))
+            line.on_message(decode_to_frontend(payload) if line.replica == FRONTEND else decode_down(payload))

@@ -21,6 +21,7 @@ from zmq.auth import Authenticator
 from zmq.utils.monitor import recv_monitor_message
 
 from clif.distributed.addresses import in_url
+from clif.wire.frontend import FRONTEND, ToFrontend
 from clif.wire.keys import Keys
 from clif.wire.messages import Down, Up
 
@@ -42,11 +43,14 @@ class Channel(Protocol):
     """The control process's end of the messages, whatever carries them."""
 
     def receive(self, timeout_s: float) -> Iterator[tuple[int, bytes]]:
-        """Yield (replica, encoded message) for what is at hand, waiting up to timeout_s for the first."""
+        """Yield (sender, encoded message) for what is at hand, waiting up to timeout_s for the first.
+
+        sender: a replica, or FRONTEND.
+        """
         ...
 
-    def send(self, replica: int, message: Down) -> bool:
-        """Send to a replica's leader. False when it is not connected (any more)."""
+    def send(self, replica: int, message: Down | ToFrontend) -> bool:
+        """Send to a replica's leader, or to FRONTEND. False when it is not connected (any more)."""
         ...
 
     def refused(self) -> int:
@@ -55,7 +59,7 @@ class Channel(Protocol):
 
 
 class ControlChannel:
-    """A Channel over ZeroMQ: receives from all leaders, sends to one by its replica id.
+    """A Channel over ZeroMQ: receives from all leaders and the front end, sends to one of them.
 
     keys, replicas: who may connect. clock: seconds.
     """
@@ -64,7 +68,7 @@ class ControlChannel:
         self, keys: Keys, replicas: int, host: str = "127.0.0.1", clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._clock = clock
-        self._names = {keys.replica(r).public: r for r in range(replicas)}
+        self._names = {keys.replica(r).public: r for r in range(replicas)} | {keys.frontend.public: FRONTEND}
         self._routes: dict[int, bytes] = {}
         self._connections: set[bytes] = set()
         self._context = zmq.Context()
@@ -100,7 +104,7 @@ class ControlChannel:
         return key in self._names
 
     def receive(self, timeout_s: float) -> Iterator[tuple[int, bytes]]:
-        """Yield (replica, encoded message) for what is at hand, waiting up to timeout_s for the first.
+        """Yield (sender, encoded message) for what is at hand, waiting up to timeout_s for the first.
 
         One call yields no more than RECEIVE_MESSAGES, RECEIVE_BYTES and RECEIVE_S allow, the caller's own time
         included; the next call yields the rest. ZeroMQ serves the senders fairly.
@@ -133,8 +137,8 @@ class ControlChannel:
             count += 1
         return count
 
-    def send(self, replica: int, message: Down) -> bool:
-        """Send to a replica's leader. False when it is not connected (any more)."""
+    def send(self, replica: int, message: Down | ToFrontend) -> bool:
+        """Send to a replica's leader, or to FRONTEND. False when it is not connected (any more)."""
         if replica not in self._routes:
             return False
         try:

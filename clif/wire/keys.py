@@ -70,6 +70,10 @@ class Keys:
         return self._pair(f"replica {replica}")
 
     @property
+    def frontend(self) -> KeyPair:
+        return self._pair("front end")
+
+    @property
     def fingerprint(self) -> str:
         """Distinguishes secrets without revealing them."""
         return _mix(self._secret, "fingerprint").hex()[:16]

@@ -70,12 +70,14 @@ MEETS = {
     "load.temperature": 1.0,
     "model.device": "auto",
     "load.trace.lengths": "data",
+    "serve.http.port": 8000,
 }
 """A value with which a need is met that names only the others."""
 EXAMPLES = {
     "slo.deadline_ms": 50.0, "load.max_requests": 5, "data.heldout_share": 0.5, "data.heldout_rows": 1,
     "load.trace.max_prompt_tokens": 5, "load.trace.max_answer_tokens": 5, "federation.rounds": 1,
-    "load.trace.path": __file__,
+    "load.trace.path": __file__, "serve.http.keys_file": "keys", "serve.http.max_tokens": 64,
+    "serve.http.default_max_tokens": 64, "serve.adapter_root": "adapters",
 }  # fmt: skip
 """Something to give to a field whose default is nothing."""
 NEEDY = [field for field, needs in RELEVANCE.items() if needs != ALWAYS]
@@ -109,9 +111,11 @@ def test_a_field_is_accepted_with_all_that_it_needs(tmp_path, rows, field):
 def without(config: Config, need: Need) -> Config:
     """The same with a value that does not meet a need, whether such a whole would be accepted or not."""
     section, _, field = need.field.partition(".")
-    if field == "trace.lengths":
-        trace = config.load.trace.model_copy(update={"lengths": (*need.but, "data")[0]})
-        return config.model_copy(update={"load": config.load.model_copy(update={"trace": trace})})
+    if "." in field:
+        inner, _, field = field.partition(".")
+        outer = getattr(config, section)
+        part = getattr(outer, inner).model_copy(update={field: (*need.but, "data")[0]})
+        return config.model_copy(update={section: outer.model_copy(update={inner: part})})
     allowed = allowed_values(fields()[need.field].annotation) or (False, 2)
     wrong = need.but[0] if need.but else next(value for value in allowed if value not in need.among)
     return config.model_copy(update={section: getattr(config, section).model_copy(update={field: wrong})})

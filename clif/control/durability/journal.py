@@ -30,7 +30,7 @@ from clif.storage.disk_space import Room, is_full
 from clif.storage.files import write_atomic
 from clif.storage.folder_lock import FolderLock
 from clif.storage.run_folder import begin
-from clif.types import FinishReason, Request
+from clif.types import FinishReason, Request, Sampling
 
 JOURNAL_FILE = "journal.jsonl"
 SYNC_S = 0.5
@@ -59,11 +59,27 @@ class Entered(Entry, frozen=True):
 
 
 class Accepted(Entry, frozen=True):
-    """A user's request was accepted. arrival_unix: when it arrived. at_s: the same in seconds of the load."""
+    """A user's request was accepted. arrival_unix: when it arrived. at_s: the same in seconds of the load.
+
+    withheld: tokens of a prompt that is not written, of a client. No other start answers its request.
+    """
 
     request: Request
     arrival_unix: float
     at_s: float
+    withheld: int = 0
+
+    @classmethod
+    def of_client(cls, request: Request, arrival_unix: float, at_s: float) -> Accepted:
+        """Without the client's words: neither its prompt nor what it wants to see or not to see in the answer."""
+        plain = Sampling(max_tokens=request.sampling.max_tokens)
+        bare = msgspec.structs.replace(request, prompt=(), sampling=plain)
+        return cls(request=bare, arrival_unix=arrival_unix, at_s=at_s, withheld=len(request.prompt))
+
+    @property
+    def shown(self) -> Request:
+        """The request with a prompt of its length."""
+        return msgspec.structs.replace(self.request, prompt=(0,) * self.withheld) if self.withheld else self.request
 
 
 class Ended(Entry, frozen=True):

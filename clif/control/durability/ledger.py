@@ -13,7 +13,7 @@ from clif.control.records import ROUND_STAMPS, Records, row_of
 from clif.control.rounds import Round
 from clif.control.sources import DueRequest
 from clif.states import RequestState, RoundState
-from clif.types import AdapterVersion, Purpose
+from clif.types import AdapterVersion, Purpose, of_client
 
 PROGRESS_S = 1.0
 
@@ -58,7 +58,8 @@ class Ledger:
     def accepted(self, due: DueRequest) -> None:
         """Called before the request goes anywhere."""
         unix = self._journal.unix(due.arrival_s)
-        self.write(Accepted(request=due.request, arrival_unix=unix, at_s=due.at_s))
+        make = Accepted.of_client if of_client(due.request.id) else Accepted
+        self.write(make(request=due.request, arrival_unix=unix, at_s=due.at_s))
 
     def ended(self, record: RequestRecord) -> None:
         """Called before the row is written: an end that has a row is in the journal as well."""
@@ -114,7 +115,7 @@ class Ledger:
 
 
 def _record(accepted: Accepted, ended: Ended, arrival_s: float) -> RequestRecord:
-    record = RequestRecord(accepted.request, arrival_s, RequestState.FINISHED)
+    record = RequestRecord(accepted.shown, arrival_s, RequestState.FINISHED)
     return replace(
         record,
         replica=ended.replica,

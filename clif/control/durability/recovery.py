@@ -21,6 +21,7 @@ from clif.control.durability.journal import (
 )
 from clif.control.policy.phases import Phase
 from clif.data.load import ScheduledRequest
+from clif.types import first_id as first_id_of
 
 
 @dataclass
@@ -47,7 +48,8 @@ class Past:
 
     @property
     def next_id(self) -> int:
-        return max((*self.accepted, *self.ended), default=-1) + 1
+        """Id after those of the load; clients have other ranges."""
+        return max(_of_load((*self.accepted, *self.ended)), default=-1) + 1
 
 
 def add_up(lines: Iterable[Line]) -> Past:
@@ -151,7 +153,9 @@ def recover(
     print_ = fingerprint(load)
     over = past.done and relaunched and past.starts > 0
     continued = past.starts > 0 and (over or (not past.done and past.load == print_))
-    first_id = past.first_id if continued else max((past.next_id - 1, *recorded.requests, *recorded.offered)) + 1
+    first_id = (
+        past.first_id if continued else max((past.next_id - 1, *_of_load(recorded.requests | recorded.offered))) + 1
+    )
     shifted = [_shift(s, first_id) for s in load]
     stored = [r for r in past.stored.values() if r.round_id in committed]
     known = past.accepted.keys() | past.ended.keys() | recorded.requests
@@ -177,6 +181,10 @@ def recover(
         unrecorded_rounds=tuple(r for r in stored if r.round_id not in recorded.rounds),
         unrecorded_adapters=tuple(r for r in stored if r.version not in recorded.versions),
     )
+
+
+def _of_load(ids: Iterable[int]) -> list[int]:
+    return [i for i in ids if i < first_id_of(1)]
 
 
 def _shift(scheduled: ScheduledRequest, first_id: int) -> ScheduledRequest:

@@ -91,7 +91,7 @@ def next_phase(now: float, facts: Facts, config: Config) -> tuple[Phase | None, 
             raise ControlError(f"replicas {list(facts.missing)} did not report within {GATHER_S:g} s: see their logs")
     elif not facts.serving:
         raise ControlError("no replica that serves is left")
-    if now - facts.started_s > config.run.max_s:
+    if config.run.max_s is not None and now - facts.started_s > config.run.max_s:
         if phase in (Phase.GATHER, Phase.BASELINE):
             raise ControlError(f"run.max_s {config.run.max_s:g} passed before the load could start: raise it")
         return Phase.STOPPING, f"run.max_s {config.run.max_s:g} is over"

@@ -1,0 +1,66 @@
+"""What clients and operators may ask of the control server, by type of action, and which version answers a request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clif.config import Config
+from clif.control.dispatcher import Dispatcher
+from clif.control.federation import Federation
+from clif.control.fleet import Fleet
+from clif.control.frontend import Handlers
+from clif.control.ports import Ports
+from clif.control.reporter import Reporter
+from clif.control.run_state import RunState
+from clif.control.run_status import StatusReport
+from clif.types import Request
+from clif.wire.frontend import GetConfig, Refused
+
+
+class Clients:
+    """Connects the front end to the parts of the server. Built after them; does nothing without a front end."""
+
+    def __init__(
+        self,
+        config: Config,
+        ports: Ports,
+        state: RunState,
+        fleet: Fleet,
+        dispatcher: Dispatcher,
+        federation: Federation,
+        reporter: Reporter,
+    ) -> None:
+        self._config, self._federation = config, federation
+        self._frontend = ports.frontend
+        if self._frontend is not None:
+            status = StatusReport(config, fleet, dispatcher, federation, reporter)
+            self._frontend.attach(state, dispatcher, self.resolve, self.handlers(), status.body)
+
+    def handlers(self) -> Handlers:
+        return {GetConfig: lambda now, action: self.config_as_run()}
+
+    def resolve(self, model: str, request: Request) -> Request:
+        """The request, bound to the version that the model's name means. Raises Refused."""
+        if model != "clif":
+            raise Refused("not_found", f"there is no model {model}: GET /v1/models lists them", "model")
+        return request
+
+    def config_as_run(self) -> dict[str, Any]:
+        return self._config.model_dump(mode="json")
+
+    def take(self, now: float, payload: bytes) -> None:
+        """A message of the front end."""
+        if self._frontend is not None:
+            self._frontend.take(now, payload)
+
+    def step(self, now: float) -> None:
+        """At the end of each step of the server: what came together goes out, and the front end is kept running."""
+        if self._frontend is not None:
+            self._frontend.watch(now)
+            self._frontend.flush(now)
+
+    def close(self, now: float) -> None:
+        """The last answers go out, and the front end leaves."""
+        if self._frontend is not None:
+            self._frontend.flush(now)
+            self._frontend.close()

@@ -1,0 +1,85 @@
+"""The process of the HTTP front end: its listening socket, its start, and its start again after it died."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+from clif.config import HttpConfig
+from clif.control.policy.phases import ControlError
+from clif.distributed.addresses import in_url
+from clif.storage.files import write_atomic
+
+HTTP_ADDRESS_FILE = "http.address"
+BACKLOG = 4096
+BIND_S = 10.0
+"""A front end of the start before leaves within seconds of its control process; until then it holds the port."""
+MOST_STARTS, WITHIN_S = 10, 600.0
+LEAVES_S = 10.0
+
+
+def listen(config: HttpConfig) -> socket.socket:
+    """The socket that clients connect to. It outlives the front end's process. Raises ControlError."""
+    assert config.port is not None
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    deadline = time.monotonic() + BIND_S
+    while True:
+        try:
+            return socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise ControlError(
+                    f"cannot listen on {config.host} port {config.port} ({error.strerror}): set serve.http.port to a "
+                    "free one (0: any), and serve.http.host to an own address"
+                ) from error
+        time.sleep(0.2)
+
+
+class FrontendProcess:
+    """A FrontendChild: python -P -m clif.frontend, which inherits the socket."""
+
+    def __init__(self, run_dir: Path, listener: socket.socket) -> None:
+        self._run_dir, self._listener = run_dir, listener
+        self._process: subprocess.Popen[bytes] | None = None
+        self._starts: deque[float] = deque()
+        host, port = listener.getsockname()[:2]
+        self.url = f"http://{in_url(host)}:{port}"
+        write_atomic(run_dir / HTTP_ADDRESS_FILE, self.url.encode())
+
+    def step(self, now: float, next_id: int) -> str:
+        if self._process is not None and self._process.poll() is None:
+            return ""
+        ended = self._ending()
+        while self._starts and now - self._starts[0] > WITHIN_S:
+            self._starts.popleft()
+        if len(self._starts) >= MOST_STARTS:
+            raise ControlError(
+                f"the HTTP front end ended {MOST_STARTS} times in {WITHIN_S:g} s, the last time: {ended}"
+            )
+        self._starts.append(now)
+        command = [sys.executable, "-P", "-m", "clif.frontend", "--run-dir", str(self._run_dir)]
+        command += ["--fd", str(self._listener.fileno()), "--first-id", str(next_id)]
+        self._process = subprocess.Popen(command, pass_fds=[self._listener.fileno()])
+        return ended
+
+    def close(self) -> None:
+        """It was told to leave: wait for it, and end it if it does not."""
+        self._listener.close()
+        if self._process is None:
+            return
+        try:
+            self._process.wait(LEAVES_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _ending(self) -> str:
+        if self._process is None:
+            return ""
+        code = self._process.returncode
+        return f"killed by signal {-code}" if code < 0 else f"exit code {code}"

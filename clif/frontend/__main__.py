@@ -1,0 +1,85 @@
+"""The process of the HTTP front end: python -P -m clif.frontend --run-dir RUN --fd N. Started by the control process.
+
+It ends when the control process tells it to, or is gone. Signals are the control process's: it drains, while this one
+goes on to carry the last answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+
+from clif.config import Config
+from clif.frontend.app import Parts, make_app
+from clif.frontend.link import Link
+from clif.storage.files import keep_private
+from clif.tokenizer import ChatTokenizer
+
+CLOSE_S = 5
+"""Seconds that open connections have to end once the run is over."""
+
+
+class Server(uvicorn.Server):
+    """Without handlers of its own for signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -P -m clif.frontend", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--run-dir", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--fd", type=int, required=True, help="the listening socket, inherited")
+    parser.add_argument("--first-id", type=int, required=True, help="id of the first request")
+    return parser.parse_args(arguments)
+
+
+async def serve(arguments: argparse.Namespace) -> None:
+    run_dir: Path = arguments.run_dir
+    config = Config.model_validate_json((run_dir / "config.json").read_text())
+    link = Link(run_dir, arguments.first_id)
+    app = make_app(Parts(config, link, ChatTokenizer.load(run_dir / "tokenizer")))
+    settings = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=CLOSE_S,
+        server_header=False,
+        limit_concurrency=None,
+        lifespan="off",
+    )
+    server = Server(settings)
+    receiving = asyncio.create_task(link.receive())
+    serving = asyncio.create_task(server.serve([socket.socket(fileno=arguments.fd)]))
+    await link.start()
+    await asyncio.wait({receiving, serving}, return_when=asyncio.FIRST_COMPLETED)
+    server.should_exit = True
+    await serving
+    link.close()
+    if receiving.done():
+        receiving.result()
+
+
+def main() -> int:
+    arguments = parse()
+    keep_private()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    with asyncio.Runner(loop_factory=uvicorn.Config("", loop="auto").get_loop_factory()) as runner:
+        runner.run(serve(arguments))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

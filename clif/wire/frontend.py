@@ -1,0 +1,149 @@
+"""Every message between the control process and the HTTP front end. Free of torch.
+
+Both directions are tagged unions: the tag is the class name. They travel over the control port, under a key of the
+front end's own, so that no replica can speak for it, and it for no replica.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Union
+
+import msgspec
+
+from clif.types import Request, TokenEvent
+
+FRONTEND = -1
+"""Sender of the front end's messages, beside the numbers of the replicas."""
+Kind = Literal["invalid", "not_found", "conflict", "forbidden", "too_many", "not_ready", "failed"]
+"""Why something is refused: the front end makes status and type of its answer from it."""
+
+
+class FrontendMessage(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of all messages."""
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """Why something is refused. param: the argument that is to change, if it is one."""
+
+    kind: Kind
+    message: str
+    param: str | None = None
+
+
+class Refused(Exception):
+    """A command or a request that cannot be carried out. Its handler raises it, and the client gets the problem."""
+
+    def __init__(self, kind: Kind, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.problem = Problem(kind, message, param)
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+class Action(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of what an operator or a client asks of the control process beside answers."""
+
+
+class GetConfig(Action, frozen=True):
+    """The configuration as run."""
+
+
+Actions = Union[GetConfig]
+
+
+# --- front end to control --------------------------------------------------------------------------------------------
+
+
+class Started(FrontendMessage, frozen=True):
+    """First message of a front end: it can answer."""
+
+    pid: int
+
+
+class Ask(FrontendMessage, frozen=True):
+    """A request to answer. model: as the client named it. key: name of the client's key; empty: none was needed."""
+
+    request: Request
+    model: str
+    key: str = ""
+
+
+class Withdraw(FrontendMessage, frozen=True):
+    """The client no longer waits for this request. reason: why, for the tables."""
+
+    request_id: int
+    reason: str
+
+
+class Command(FrontendMessage, frozen=True):
+    """An action. id: of the front end's choice, for the reply. key: as in Ask."""
+
+    id: int
+    action: Actions
+    key: str = ""
+
+
+# --- control to front end --------------------------------------------------------------------------------------------
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """A request that was not accepted."""
+
+    request_id: int
+    problem: Problem
+
+
+class Answers(FrontendMessage, frozen=True):
+    """What one step of the control process has for its clients.
+
+    restarted: requests whose answer begins again, under another version; their events follow in the same message.
+    """
+
+    events: tuple[TokenEvent, ...] = ()
+    restarted: tuple[int, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+
+
+class Reply(FrontendMessage, frozen=True):
+    """The outcome of a command: JSON, or why it was refused."""
+
+    id: int
+    body: bytes = b"null"
+    problem: Problem | None = None
+
+
+class Status(FrontendMessage, frozen=True):
+    """The run as it is now. ready: requests are accepted; otherwise reason says why not.
+
+    body: JSON, see clif/control/run_status.py; what lists of models, metrics and the live page show.
+    """
+
+    ready: bool
+    reason: str
+    body: bytes
+
+
+class Leave(FrontendMessage, frozen=True):
+    """The run is over: end what is open, close the port, and leave."""
+
+
+FromFrontend = Union[Started, Ask, Withdraw, Command]
+ToFrontend = Union[Answers, Reply, Status, Leave]
+_FROM = msgspec.msgpack.Decoder(FromFrontend)
+_TO = msgspec.msgpack.Decoder(ToFrontend)
+
+
+def decode_from_frontend(payload: bytes) -> FromFrontend:
+    """Raises msgspec.DecodeError on anything else."""
+    return _FROM.decode(payload)
+
+
+def decode_to_frontend(payload: bytes) -> ToFrontend:
+    """Raises msgspec.DecodeError on anything else."""
+    return _TO.decode(payload)
+
+
+def as_json(value: Any) -> bytes:
+    """The body of a reply or a status."""
+    return msgspec.json.encode(value)
