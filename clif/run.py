@@ -23,7 +23,7 @@ from clif.distributed.launch_env import ALONE, RankEnv, discover
 from clif.distributed.layout import Layout, make_layout
 from clif.distributed.mpi import ask_mpi
 from clif.distributed.roles import check_roles, fewest_replicas
-from clif.errors import InputError
+from clif.errors import ConfigError, InputError
 from clif.exit_report import ReportedExit, last_words
 from clif.rank.dry_run import plan_lines
 from clif.rank.preflight import check_gpu, check_model, check_room, device_of, prove, room_of
@@ -67,8 +67,8 @@ def start(words: list[str], config: str | None, ranks: int | None, dry_run: bool
     count = ranks or settings.layout.ranks(fewest_replicas(settings))
     # Before any rank starts: every rank would meet the error, and torchrun would add a traceback.
     _check(settings, _make_layout(settings, count))
-    if count == 1:
-        be_rank(env, name, overrides, dry_run)
+    if count == 1 or settings.engine.emulated is not None:
+        be_rank(env, name, overrides, dry_run, count)
     _become_torchrun(count, ["--config", str(find_config(name)), *overrides])
 
 
@@ -77,7 +77,7 @@ def be_rank(
 ) -> NoReturn:
     """All work of one rank. Ends by typer.Exit with its exit code.
 
-    planned: ranks of a dry run without a launcher; by default those of the configuration.
+    planned: ranks of a dry run without a launcher, or of an emulated engine; by default those of the configuration.
     """
     level = logging.INFO if env.rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
@@ -125,11 +125,13 @@ def _become_torchrun(count: int, arguments: list[str]) -> NoReturn:
 
 
 def _layout(settings: Config, env: RankEnv, dry_run: bool, planned: int | None) -> Layout:
-    world = env.world_size
-    if dry_run and world == 1:
-        # Without a launcher, a dry run shows the ranks of the configuration.
+    world, emulated = env.world_size, settings.engine.emulated is not None
+    if emulated and world > 1:
+        raise ConfigError(f"engine.emulated is one process: start it without {env.launcher}, with clif run or serve")
+    if (dry_run or emulated) and world == 1:
+        # Without a launcher, a dry run shows the ranks of the configuration; one process emulates all of them.
         world = planned or settings.layout.ranks(fewest_replicas(settings))
-        if world > 1:
+        if world > 1 and dry_run:
             log.info("no launcher: planned for %d ranks", world)
     return _make_layout(settings, world)
 
@@ -158,6 +160,10 @@ def _print(settings: Config, layout: Layout, env: RankEnv) -> int:
 
 
 def _run(settings: Config, layout: Layout, env: RankEnv) -> int:
+    if settings.engine.emulated is not None:
+        from clif.emulated.start import run_emulated
+
+        return run_emulated(settings, layout)
     if env.local_rank == 0:
         check_room(settings, layout, env.local_world_size)
     # Otherwise every rank would draw its own progress bar over the run's status.

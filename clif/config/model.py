@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from clif.config.base import Positive, PositiveFloat, Section
+from clif.config.base import NotNegativeFloat, Positive, PositiveFloat, Section
 from clif.types import CoservingMode
 
 
@@ -105,6 +106,12 @@ class EngineConfig(Section):
     that cannot fit at all is an error at start."""
     eval_tokens: Positive = 256
     """[tokens] Tokens of one held-out forward."""
+    emulated: Literal["default"] | NotNegativeFloat | Path | None = None
+    """Answer without a model, to develop clients and to measure what is in front of the engine: one process without
+    torch and weights answers with a fixed text, up to `max_tokens`, and says so in all metrics. It takes the model's
+    tokenizer, adapters and rounds do not take part. A number: each step takes so many milliseconds, with 0 as few as
+    possible. `default`: 10 ms. A path: of a run or its `run.h5`, from whose table `ticks` the time of each step is
+    drawn, by its size."""
 
     @property
     def num_kv_tokens(self) -> int:
@@ -119,6 +126,15 @@ class EngineConfig(Section):
         if tokens == "auto" or (isinstance(tokens, int) and not isinstance(tokens, bool) and tokens > 0):
             return tokens
         raise ValueError(f"kv_tokens is {repr(tokens)[:60]}: it must be a whole number above 0, or auto")
+
+    @field_validator("emulated", mode="before")
+    @classmethod
+    def _known_times(cls, times: object) -> object:
+        """Raise one sentence instead of one for each type."""
+        number = isinstance(times, (int, float)) and not isinstance(times, bool) and 0 <= times <= 1e9
+        if times is None or number or isinstance(times, (str, Path)):
+            return times
+        raise ValueError(f"emulated is {repr(times)[:60]}: it must be default, milliseconds from 0, or a run's path")
 
     @model_validator(mode="after")
     def _blocks(self) -> EngineConfig:

@@ -118,6 +118,7 @@ RELEVANCE: dict[str, Needs] = {
     ),
     "engine.activation_mib": (TRAINS,),
     "engine.eval_tokens": (DATA,),
+    "engine.emulated": ALWAYS,
     "slo.ttft_ms": (REQUESTS,),
     "slo.tpot_ms": (REQUESTS,),
     "slo.deadline_ms": (REQUESTS,),

@@ -117,6 +117,7 @@ class Config(Section):
             raise ValueError(f"load.trace.path {self.load.trace.path} does not exist: correct it")
         self._check_mode()
         self._check_training()
+        self._check_emulated()
         if self.model.max_context > self.kv_tokens_bound:
             raise ValueError(
                 f"model.max_context {self.model.max_context} does not fit engine.kv_tokens {self.engine.kv_tokens}: "
@@ -150,6 +151,15 @@ class Config(Section):
                 f"train.micro_batch {train.micro_batch} exceeds train.max_micro_batch {train.max_micro_batch}: raise "
                 "the latter"
             )
+
+    def _check_emulated(self) -> None:
+        times = self.engine.emulated
+        if times is not None and self.train.enabled:
+            raise ValueError(
+                "engine.emulated computes nothing that could be trained: set train.enabled=false, or leave it out"
+            )
+        if isinstance(times, Path) and not is_there(times) and not is_there(times / "run.h5"):
+            raise ValueError(f"engine.emulated {times} is no run and no run.h5: correct it, or give default")
 
     @property
     def online(self) -> bool:

@@ -24,6 +24,22 @@ class KeyValues(Protocol):
     def check(self, keys: list[str], /) -> bool: ...
 
 
+class LocalStore:
+    """The store of a start that is one process."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+
+    def set(self, key: str, value: str, /) -> None:
+        self._values[key] = value.encode()
+
+    def get(self, key: str, /) -> bytes:
+        return self._values[key]
+
+    def check(self, keys: list[str], /) -> bool:
+        return all(key in self._values for key in keys)
+
+
 def agree_on_start(store: KeyValues, rank: int, world_size: int, timeout_s: float) -> str:
     """A name that all processes of this start share and no earlier one had. Collective over all ranks.
 

@@ -24,12 +24,14 @@ PACKAGES = ("torch", "transformers", "peft", "triton", "deepspeed", "mpi4py", "n
 def provenance(config: Config | None = None) -> dict[str, str | float]:
     """Attributes of a metrics file. Versions come from package metadata, so that nothing heavy is imported.
 
-    Unknown values are empty strings. The wall time of the start comes from the writer (start_unix).
+    Unknown values are empty strings. engine: emulated where no model computes anything, otherwise clif. The wall time
+    of the start comes from the writer (start_unix).
     """
     versions = {f"version.{name}": _version(name) for name in PACKAGES}
     return {
         "clif": clif.__version__,
         "config": config.model_dump_json() if config is not None else "",
+        "engine": "emulated" if config is not None and config.engine.emulated is not None else "clif",
         "python": platform.python_version(),
         **{key: value for key, value in versions.items() if value},
         "host": socket.gethostname(),

@@ -46,7 +46,8 @@ def summarize(run_h5: Path) -> dict[str, Any]:
     quality: exact_match_*_interval is the 95 % interval (Wilson) of the share, of exact_match_*_rows answers.
     states: seconds in each state from a replica's first transition to the end of the run, states_end_s.
     failures: of replicas, in order, with the reason and the seconds until it was rebuilt; null: it was not.
-    run: name is that of its folder; mode as configured last; started is the wall time of the first start (UTC).
+    run: name is that of its folder; mode as configured last; started is the wall time of the first start (UTC); engine
+    is emulated where no model has computed anything, otherwise clif.
     run.unclosed: files that their process has not closed, with the stamp of their last row in seconds.
     Raises CollectError when the file cannot be read.
     """
@@ -103,12 +104,13 @@ def _end(name: str, attributes: dict[str, Any], tables: dict[str, Rows]) -> floa
 
 
 def _identity(controls: dict[str, dict[str, Any]]) -> dict[str, str | None]:
-    """Mode and date, from the files of the control processes."""
+    """Mode, date and engine, from the files of the control processes."""
     starts = sorted((a for a in controls.values() if "start_unix" in a), key=lambda a: float(a["start_unix"]))
     if not starts:
-        return {"mode": None, "started": None}
+        return {"mode": None, "started": None, "engine": None}
     started = datetime.fromtimestamp(float(starts[0]["start_unix"]), UTC).isoformat(timespec="seconds")
-    return {"mode": _mode(str(starts[-1].get("config", ""))), "started": started}
+    engine = str(starts[-1].get("engine", "clif"))
+    return {"mode": _mode(str(starts[-1].get("config", ""))), "started": started, "engine": engine}
 
 
 def _mode(config: str) -> str | None:

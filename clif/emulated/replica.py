@@ -1,0 +1,190 @@
+"""A replica that answers with a fixed text, at times drawn from a measured run. Free of torch.
+
+The scheduler is the real one: batches, blocks of the KV cache, preemption, versions, limits and cancellations are those
+of a replica. Only the computation is replaced by waiting.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from clif.adapters.slots import SlotTable
+from clif.config import Config
+from clif.emulated.step_times import StepTimes
+from clif.engine.scheduler import Chunk, Scheduler
+from clif.engine.step_record import StepRecord
+from clif.replica.records import RankRecords
+from clif.tokenizer import ChatTokenizer
+from clif.types import Regime, TokenEvent
+from clif.wire import messages as m
+from clif.wire.channels import decode_down
+
+log = logging.getLogger(__name__)
+TEXT = (
+    "This answer is made up: the engine is emulated, so no model has read the question. It is the same text for each "
+    "request, as long as was asked for, and its tokens come at the times that a real engine would take. "
+)
+TIMINGS = 64
+"""Step times of one report: fits need no more of them."""
+Sent = Callable[[float, Sequence[TokenEvent]], None]
+
+
+def text_ids(tokenizer: ChatTokenizer) -> tuple[int, ...]:
+    """The tokens that every answer consists of, without those that would end it."""
+    return tuple(id for id in tokenizer.encode_answer(TEXT) if id not in tokenizer.eos_ids)
+
+
+class EmulatedReplica:
+    """One incarnation of a replica. send: to the control process. text: token ids of every answer, in a circle.
+
+    sent: called with the time and the events of each message of tokens, before it is sent; a benchmark listens there.
+    lost: why the control process wants it rebuilt; empty: it does not. steps: steps that were taken before.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        replica: int,
+        times: StepTimes,
+        tokenizer: ChatTokenizer,
+        records: RankRecords,
+        send: Callable[[m.Up], None],
+        sent: Sent = lambda now, events: None,
+        steps: int = 0,
+    ) -> None:
+        self.id, self.steps, self.stopping, self.exit_code, self.lost = replica, steps, False, 0, ""
+        engine = config.engine.model_copy(update={"kv_tokens": config.kv_tokens_bound})
+        self.scheduler = Scheduler(engine, SlotTable(config.adapter.serving_slots), tokenizer.eos_ids, tokenizer.decode)
+        self._text, self._times, self._records = text_ids(tokenizer), times, records
+        self._send, self._sent, self._report_s = send, sent, config.control.report_s
+        self._installs: list[m.Install] = []
+        self._reported, self._busy_s = time.monotonic(), 0.0
+        self._timings: list[tuple[float, float, float]] = []
+        self._orders: dict[type, Callable[[Any], None]] = {
+            m.Submit: self._submit,
+            m.Cancel: self._cancel,
+            m.Limits: lambda order: self.scheduler.limit_batch(order.max_batch),
+            m.Install: self._installs.append,
+            m.Rebuild: self._rebuild,
+            m.Stop: self._stop,
+        }
+
+    def wait_s(self) -> float:
+        """Seconds that the next step may wait for messages: 0 while there is work."""
+        return 0.0 if self.scheduler.running or self.scheduler.waiting else self._report_s / 2
+
+    def step(self, orders: Sequence[m.Down]) -> None:
+        """Handle messages, take one step of serving, report. What concerns training is ignored."""
+        for order in orders:
+            handle = self._orders.get(type(order))
+            if handle is not None:
+                handle(order)
+        self._promote()
+        chunks = self.scheduler.schedule()
+        if chunks:
+            self._serve(chunks)
+        now = time.monotonic()
+        if now - self._reported >= self._report_s:
+            self._report(now)
+        self._records.maybe_flush()
+
+    def _serve(self, chunks: list[Chunk]) -> None:
+        began = time.monotonic()
+        rows = sum(chunk.stop - chunk.start for chunk in chunks)
+        decode_rows = sum(chunk.is_decode for chunk in chunks)
+        seconds = self._times.step_s(decode_rows, rows - decode_rows)
+        if seconds:
+            time.sleep(seconds)
+        now = time.monotonic()
+        events = self.scheduler.settle(chunks, [self._next(chunk) for chunk in chunks if chunk.needs_sampling], now)
+        if events:
+            self._sent(now, events)
+            self._send(m.Tokens(replica=self.id, events=tuple(events)))
+        self._account(decode_rows, rows, max(now - began, 1e-6))
+
+    def _next(self, chunk: Chunk) -> int:
+        return self._text[(chunk.stop - len(chunk.sequence.request.prompt)) % len(self._text)]
+
+    def _account(self, decode_rows: int, rows: int, seconds: float) -> None:
+        self.steps += 1
+        self._busy_s += seconds
+        record = StepRecord()
+        record.note_serving(decode_rows, rows, Regime.ALONE, seconds)
+        self._records.engine_step(self.steps, record, self.scheduler)
+        if rows == decode_rows and len(self._timings) < TIMINGS:
+            self._timings.append((float(decode_rows), 0.0, seconds))
+
+    def _report(self, now: float) -> None:
+        report = m.Report(
+            replica=self.id,
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            kv_used=self.scheduler.pool.used_tokens,
+            busy=min(1.0, self._busy_s / (now - self._reported)),
+            version=self.scheduler.slots.active,
+            training_steps=0,
+            last_loss=None,
+            serve_timings=tuple(self._timings),
+        )
+        self._send(report)
+        self._reported, self._busy_s, self._timings = now, 0.0, []
+
+    def _submit(self, order: m.Submit) -> None:
+        refused = self.scheduler.add(order.request, time.monotonic(), order.output_ids, order.version)
+        if refused is not None:
+            self._send(m.Tokens(replica=self.id, events=(refused,)))
+
+    def _cancel(self, order: m.Cancel) -> None:
+        event = self.scheduler.cancel(order.request_id)
+        if event is not None:
+            self._send(m.Tokens(replica=self.id, events=(event,)))
+
+    def _promote(self) -> None:
+        """Make an installed version active once a slot is free, as a replica does. Its weights are not read."""
+        slots = self.scheduler.slots
+        while self._installs and (slot := slots.free_slot()) is not None:
+            order = self._installs.pop(0)
+            slots.promote(order.version, slot)
+            self._records.version(order.version, order.round_id, self.steps, slot)
+            self._send(m.Settled(replica=self.id, round_id=order.round_id, version=order.version, step=self.steps))
+
+    def _rebuild(self, order: m.Rebuild) -> None:
+        self.lost = order.reason
+
+    def _stop(self, order: m.Stop) -> None:
+        self.stopping, self.exit_code = True, order.code
+
+
+class EmulatedSupervisor:
+    """The present incarnation. build: makes it for (incarnation, steps so far). on_built: called with each of them."""
+
+    def __init__(
+        self, build: Callable[[int], EmulatedReplica], on_built: Callable[[EmulatedReplica, int], None]
+    ) -> None:
+        self._build, self._on_built = build, on_built
+        self.incarnation, self._welcome = 0, True
+        self.replica = build(0)
+        on_built(self.replica, 0)
+
+    def step(self, payloads: list[bytes] | None) -> None:
+        """One step of the replica; the next incarnation if the control process has declared this one lost."""
+        self.replica.step(self._of_this_incarnation([decode_down(payload) for payload in payloads or ()]))
+        if not self.replica.lost:
+            return
+        log.warning("emulated replica %d is rebuilt: %s", self.replica.id, self.replica.lost)
+        self.incarnation, self._welcome = self.incarnation + 1, False
+        self.replica = self._build(self.replica.steps)
+        self._on_built(self.replica, self.incarnation)
+
+    def _of_this_incarnation(self, orders: list[m.Down]) -> list[m.Down]:
+        """Without the messages that were sent to an earlier incarnation."""
+        if self._welcome:
+            return orders
+        for index, order in enumerate(orders):
+            if order == m.Welcome(incarnation=self.incarnation):
+                self._welcome = True
+                return orders[index + 1 :]
+        return [order for order in orders if isinstance(order, m.Stop)]
