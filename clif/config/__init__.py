@@ -1,5 +1,6 @@
 """The configuration: typed, frozen and strict, with the sentences that refuse it. Free of torch."""
 
+from clif.config.jobs import JobsConfig
 from clif.config.load import LoadConfig, MetricsConfig, QualityConfig, TraceConfig
 from clif.config.model import AdapterConfig, EngineConfig, ModelConfig
 from clif.config.run import DistConfig, LayoutConfig, RunConfig
@@ -18,6 +19,7 @@ __all__ = [
     "EngineConfig",
     "FederationConfig",
     "HttpConfig",
+    "JobsConfig",
     "LayoutConfig",
     "LoadConfig",
     "MetricsConfig",

@@ -61,6 +61,7 @@ TRACE_LENGTHS = Need("load.trace.lengths", among=("trace",))
 SAMPLES = Need("load.temperature", but=(0.0,))
 GPU = Need("model.device", but=("cpu",))
 CPU = Need("model.device", but=("cuda",))
+FEEDBACK = Need("jobs.allow_feedback", among=(True,))
 SEVERAL_RANKS = Either((Need("layout.tp_size", but=(1,)), Need("layout.replica_gpus", but=(None,))))
 
 Needs = tuple[Need | Either, ...]
@@ -117,7 +118,7 @@ RELEVANCE: dict[str, Needs] = {
         Need("layout.tp_size", among=(1,)),
     ),
     "engine.activation_mib": (TRAINS,),
-    "engine.eval_tokens": (DATA,),
+    "engine.eval_tokens": (Either((DATA, ONLINE)),),
     "engine.emulated": ALWAYS,
     "slo.ttft_ms": (REQUESTS,),
     "slo.tpot_ms": (REQUESTS,),
@@ -130,7 +131,7 @@ RELEVANCE: dict[str, Needs] = {
     "data.heldout_share": (DATA,),
     "data.heldout_rows": (DATA,),
     "data.shard": (TRAINS,),
-    "data.max_sample_tokens": (DATA,),
+    "data.max_sample_tokens": (Either((DATA, ONLINE)),),
     "train.enabled": ALWAYS,
     "train.lr": (TRAINS,),
     "train.weight_decay": (TRAINS,),
@@ -159,6 +160,28 @@ RELEVANCE: dict[str, Needs] = {
     "control.high_below": (TRAINS, REQUESTS, ADAPTS),
     "control.medium_below": (TRAINS, REQUESTS, ADAPTS),
     "control.reference_batch": (TRAINS, ADAPTS),
+    "jobs.max_jobs": (
+        TRAINS,
+        ONLINE,
+    ),
+    "jobs.max_rows": (
+        TRAINS,
+        ONLINE,
+    ),
+    "jobs.heldout_share": (
+        TRAINS,
+        ONLINE,
+    ),
+    "jobs.own_weight": (TRAINS, ONLINE, DATA),
+    "jobs.allow_feedback": (
+        TRAINS,
+        ONLINE,
+    ),
+    "jobs.feedback_rows": (TRAINS, ONLINE, FEEDBACK),
+    "jobs.feedback_wait_s": (TRAINS, ONLINE, FEEDBACK),
+    "jobs.feedback_epochs": (TRAINS, ONLINE, FEEDBACK),
+    "jobs.max_feedback": (TRAINS, ONLINE, FEEDBACK),
+    "jobs.feedback_quota": (TRAINS, ONLINE, FEEDBACK),
     "load.kind": ALWAYS,
     "load.rate_rps": (GENERATED,),
     "load.cv": (Need("load.kind", among=("gamma",)),),

@@ -21,6 +21,7 @@ from clif.config.base import (
     is_there,
 )
 from clif.config.given import Given, read_given
+from clif.config.jobs import JobsConfig
 from clif.config.load import LoadConfig, MetricsConfig, QualityConfig
 from clif.config.messages import sentences
 from clif.config.model import AdapterConfig, EngineConfig, ModelConfig
@@ -92,6 +93,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     federation: FederationConfig = FederationConfig()
     control: ControlConfig = ControlConfig()
+    jobs: JobsConfig = JobsConfig()
     load: LoadConfig = LoadConfig()
     quality: QualityConfig = QualityConfig()
     metrics: MetricsConfig = MetricsConfig()

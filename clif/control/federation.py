@@ -12,11 +12,11 @@ from clif.config import Config
 from clif.control.dispatcher import Dispatcher
 from clif.control.fleet import Fleet
 from clif.control.policy.replica_state import state_after_round
-from clif.control.policy.round_admission import History, given_up
+from clif.control.policy.round_admission import OWN_DATA, History, JobTerms, given_up
 from clif.control.round_groups import GroupNumbers
 from clif.control.rounds import Outgoing, Round
 from clif.states import ReplicaState, RoundState
-from clif.types import AdapterVersion, RoundPlan
+from clif.types import CLIF, AdapterVersion, RoundPlan
 from clif.wire.messages import Install, Published, RoundFailed, Settled, StepsDone, Voted
 
 log = logging.getLogger(__name__)
@@ -44,19 +44,48 @@ class RoundObserver(Protocol):
         ...
 
 
+class RoundObservers:
+    """Several observers as one, called in their order."""
+
+    def __init__(self, *observers: RoundObserver) -> None:
+        self._observers = observers
+
+    def on_round_began(self, plan: RoundPlan) -> None:
+        for observer in self._observers:
+            observer.on_round_began(plan)
+
+    def on_round_decided(self, current: Round) -> None:
+        for observer in self._observers:
+            observer.on_round_decided(current)
+
+    def on_storing(self, current: Round, version: AdapterVersion) -> None:
+        for observer in self._observers:
+            observer.on_storing(current, version)
+
+    def on_stored(self, version: AdapterVersion) -> None:
+        for observer in self._observers:
+            observer.on_stored(version)
+
+    def on_round_ended(self, ended: Round) -> None:
+        for observer in self._observers:
+            observer.on_round_ended(ended)
+
+
 class Federation:
-    """Owner of the round under way and of the history of rounds."""
+    """Owner of the round under way and of the history of rounds, by job."""
 
     def __init__(
         self, config: Config, fleet: Fleet, dispatcher: Dispatcher, store: AdapterStore, observer: RoundObserver
     ) -> None:
         self.store = store
         self.current: Round | None = None
-        self.history = History()
-        self.noise_scale: float | None = None
+        self._noise_scales: dict[str, float] = {}
+        self._job = OWN_DATA.job
         self._config = config
         self._fleet, self._dispatcher, self._observer = fleet, dispatcher, observer
-        self._last_version = 0
+        self._last_version = self._last_round = 0
+        self._active: dict[str, int] = {}
+        self._histories: dict[str, History] = {}
         self._groups = GroupNumbers(fleet.expected)
         self._installing: dict[int, int] = {}
 
@@ -70,6 +99,25 @@ class Federation:
         """The newest version that any replica may serve: the last that a round was decided for."""
         return max(self._last_version, self.current.version if self.current is not None else 0)
 
+    @property
+    def history(self) -> History:
+        """The rounds of the run's own data."""
+        return self.history_of(OWN_DATA)
+
+    def history_of(self, terms: JobTerms) -> History:
+        """The rounds of a job."""
+        known = self._histories.get(terms.job, History())
+        return replace(known, last_round=self._last_round, version=self._active.get(terms.adapter, 0))
+
+    def continue_job(self, job: str, history: History) -> None:
+        """Begin with what earlier starts did for a job."""
+        self._histories[job] = history
+
+    @property
+    def noise_scale(self) -> float | None:
+        """Of the gradients of the job that trains, or has trained last."""
+        return self._noise_scales.get(self._job)
+
     def awaits(self, message: Published) -> bool:
         """Whether these weights are to be stored."""
         return self.current is not None and self.current.awaits(message)
@@ -80,12 +128,12 @@ class Federation:
         last_round, last_version: the highest numbers that were given out; numbers are never reused. completed: rounds.
         """
         found = self.store.current()
-        self._last_version = last_version
-        self.history = replace(self.history, last_round=last_round, completed=completed)
+        self._last_version, self._last_round = last_version, last_round
+        self._histories[OWN_DATA.job] = History(completed=completed)
         if found is not None:
-            last_round = max(last_round, found.round_id)
-            self.history = replace(self.history, version=found.number, last_round=last_round)
+            self._active[CLIF] = found.number
             self._last_version = max(last_version, found.number)
+            self._last_round = max(last_round, found.round_id)
 
     def start(self, now: float, plan: RoundPlan, reason: str) -> None:
         """Begin a planned round: members become COMBINED first and get the plan afterwards."""
@@ -94,7 +142,7 @@ class Federation:
         self._observer.on_round_began(plan)
         group = self._groups.of(plan.member_set, plan.round_id)
         self.current = Round(plan, self._last_version + 1, now, self._config.federation, group)
-        self.history = replace(self.history, last_round=plan.round_id)
+        self._last_round, self._job = plan.round_id, plan.job
         for member in plan.members:
             self._fleet.set_state(now, member, ReplicaState.COMBINED, f"round {plan.round_id}: {reason}")
         self._send_all(self.current.begin())
@@ -136,7 +184,7 @@ class Federation:
         self._observer.on_storing(current, version)
         self.store.write(version, message.config_json, message.weights)
         self._last_version = version.number
-        self.history = replace(self.history, version=version.number)
+        self._active[current.plan.adapter] = version.number
         self._observer.on_stored(version)
         # A member that failed and came back is no longer a member.
         for replica in sorted(set(self._fleet.alive) - set(current.members)):
@@ -201,12 +249,16 @@ class Federation:
             self._groups.spoil(ended.plan.member_set)
         # A version number is never reused for other weights, even if no member could publish these.
         self._last_version = max(self._last_version, ended.version)
-        self.history = self.history.after(now, committed, ended.voted_s is not None)
-        ended.gave_up = given_up(self.history, self._config)
+        job = ended.plan.job
+        ended.history = self._histories.get(job, History()).after(now, committed, ended.voted_s is not None)
+        self._histories[job] = ended.history
+        if job == OWN_DATA.job:
+            ended.gave_up = given_up(ended.history, self._config)
         if ended.gave_up:
             log.warning("training is given up: %s, the last because: %s", ended.gave_up, ended.reason)
         scales = [r.noise_scale for r in ended.results.values() if r.noise_scale is not None]
-        self.noise_scale = sum(scales) / len(scales) if scales else self.noise_scale
+        if scales:
+            self._noise_scales[job] = sum(scales) / len(scales)
         self._observer.on_round_ended(ended)
         for member in ended.members:
             view = self._fleet.view_of(member)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from clif.config import FederationConfig
 from clif.control.policy.promotion import Promotion, decide_promotion
+from clif.control.policy.round_admission import History
 from clif.states import RoundState, advance
 from clif.types import RoundPlan, RoundResult, Vote
 from clif.wire.messages import Aggregate, BeginRound, Down, FinishSteps, Published, Settle
@@ -20,8 +21,8 @@ Outgoing = list[tuple[int, Down]]
 class Round:
     """A round under way. It is over when its state is COMMITTED or DISCARDED and no Settled is awaited.
 
-    Stamps (_s) are seconds of the caller's clock. The owner sets running_requests at the decision, and gave_up to the
-    reason why no further round is tried.
+    Stamps (_s) are seconds of the caller's clock. The owner sets running_requests at the decision, and at the end the
+    history with this round, and gave_up to the reason why no further round is tried.
 
     A decided commit stands: members that fail afterwards change only which member publishes.
     """
@@ -39,6 +40,7 @@ class Round:
         self.over_s: float | None = None
         self.running_requests = 0
         self.gave_up = ""
+        self.history: History | None = None
         self.results: dict[int, RoundResult] = {}
         self.votes: dict[int, Vote] = {}
         self.promotion: Promotion | None = None

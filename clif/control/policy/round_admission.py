@@ -12,7 +12,7 @@ from clif.config import Config
 from clif.control.policy.pressure import Pressure
 from clif.control.policy.view import ClusterView, ReplicaView
 from clif.states import ReplicaState
-from clif.types import RoundPlan
+from clif.types import CLIF, RoundPlan
 
 GIVE_UP_FACTOR = 2
 """Training is given up after this many times federation.rounds discarded rounds in a row (at least MIN_GIVE_UP)."""
@@ -24,8 +24,36 @@ LEAST_LR_SCALE = 1 / 64
 
 
 @dataclass(frozen=True)
+class JobTerms:
+    """What a job asks of its rounds; the defaults are those of the run's own data.
+
+    ready: replicas that hold its samples; None: all. shards: how many replicas have samples of it, once all of them are
+    there. samples_left: that are still to be trained on; None: no end. batch_size: samples of an optimizer step of a
+    member; 0: as configured. lr_scale: of train.lr, beside the history's.
+    """
+
+    job: str = ""
+    adapter: str = CLIF
+    ready: frozenset[int] | None = None
+    shards: int | None = None
+    samples_left: int | None = None
+    batch_size: int = 0
+    lr_scale: float = 1.0
+
+    def batches(self, config: Config) -> tuple[int, int]:
+        """(micro-batch, accumulation) of an optimizer step."""
+        if not self.batch_size:
+            return config.train.micro_batch, config.train.accumulation
+        micro_batch = min(config.train.micro_batch, self.batch_size)
+        return micro_batch, math.ceil(self.batch_size / micro_batch)
+
+
+OWN_DATA = JobTerms()
+
+
+@dataclass(frozen=True)
 class History:
-    """What came of the rounds so far. version: the active adapter version of the run.
+    """What came of a job's rounds so far. version: the active one of its adapter; last_round: of any job.
 
     lr_scale: what train.lr is multiplied by in the next round.
     """
@@ -60,48 +88,70 @@ class History:
 
 
 def plan_round(
-    now: float, view: ClusterView, pressure: Pressure, history: History, config: Config
+    now: float,
+    view: ClusterView,
+    pressure: Pressure,
+    history: History,
+    config: Config,
+    terms: JobTerms = OWN_DATA,
 ) -> tuple[RoundPlan | None, str]:
-    """Plan the next round, or say why there is none now. The caller ensures that no round is under way.
+    """Plan the next round of a job, or say why there is none now. The caller ensures that no round is under way.
 
     High pressure admits none, medium ceil(medium_share * idle), low all idle replicas; always at least
     federation.min_members or no round. Replicas that trained least go first, so that every replica's data
     count. The baselines of run.mode ignore the pressure: they admit all.
     """
-    over, reason = target_reached(history, config)
+    over, reason = (False, "") if terms.job else target_reached(history, config)
     if over:
         return None, reason
     adaptive = config.run.adaptive
     if adaptive and pressure is Pressure.HIGH:
         return None, "service pressure is high"
-    pause = config.control.hold_s * min(history.discarded_in_a_row, MAX_PAUSES)
+    pause = pause_s(history, config)
     if now - history.last_end_s < pause:
         return None, f"pausing {pause:.1f} s after {history.discarded_in_a_row} discarded rounds in a row"
+    if terms.ready is not None:
+        view = replace(view, replicas=tuple(r for r in view.replicas if r.replica in terms.ready))
     # A replica that does not serve the active version yet would train from another base.
-    idle = [r for r in view.in_state(ReplicaState.IDLE) if r.version == history.version]
+    idle = [r for r in view.in_state(ReplicaState.IDLE) if terms.adapter != CLIF or r.version == history.version]
     if not idle:
-        return None, "no replica is idle"
+        return None, "no replica is idle" if terms.ready is None else "no replica with samples of the job is idle"
     if _worth_waiting(now, view, idle, config):
         return None, "more replicas are about to become idle"
     some = adaptive and pressure is Pressure.MEDIUM
     admitted = max(1, math.ceil(config.control.medium_share * len(idle))) if some else len(idle)
-    if admitted < config.federation.min_members:
-        return None, f"{admitted} of {len(idle)} idle replicas admitted, {config.federation.min_members} needed"
+    needed = min(config.federation.min_members, terms.shards or config.federation.min_members)
+    if admitted < needed:
+        return None, f"{admitted} of {len(idle)} idle replicas admitted, {needed} needed"
     chosen = sorted(idle, key=lambda r: (r.rounds_joined, r.utilisation, r.replica))[:admitted]
     members = sorted(chosen, key=lambda r: r.replica)
+    micro_batch, accumulation = terms.batches(config)
     plan = RoundPlan(
         round_id=history.last_round + 1,
         members=tuple(r.replica for r in members),
         incarnations=tuple(r.incarnation for r in members),
-        local_steps=config.federation.local_steps,
-        micro_batch=config.train.micro_batch,
-        accumulation=config.train.accumulation,
+        local_steps=_local_steps(terms, len(members), micro_batch * accumulation, config),
+        micro_batch=micro_batch,
+        accumulation=accumulation,
         base_version=history.version,
-        lr_scale=history.lr_scale,
+        lr_scale=history.lr_scale * terms.lr_scale,
+        job=terms.job,
+        adapter=terms.adapter,
     )
     slower = "" if history.lr_scale == 1 else f", learning rate x {history.lr_scale:g} after discarded rounds"
     why = f"pressure is {pressure.value}" if adaptive else f"run.mode {config.run.mode} looks at no pressure"
     return plan, f"{why}: {admitted} of {len(idle)} idle replicas{slower}"
+
+
+def pause_s(history: History, config: Config) -> float:
+    """How long after its last round a job rests."""
+    return config.control.hold_s * min(history.discarded_in_a_row, MAX_PAUSES)
+
+
+def _local_steps(terms: JobTerms, members: int, batch: int, config: Config) -> int:
+    """federation.local_steps, or fewer if the job needs no more. batch: samples of a member's step."""
+    steps = config.federation.local_steps
+    return steps if terms.samples_left is None else max(1, min(steps, math.ceil(terms.samples_left / members / batch)))
 
 
 def target_reached(history: History, config: Config) -> tuple[bool, str]:

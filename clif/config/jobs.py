@@ -1,0 +1,36 @@
+"""Section of the configuration about training jobs and feedback that arrive while the run lasts. Free of torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from clif.config.base import NotNegativeFloat, Positive, Section
+
+Weight = Annotated[float, Field(ge=0.001, le=1000)]
+
+
+class JobsConfig(Section):
+    max_jobs: Annotated[int, Field(gt=0, le=10_000)] = 64
+    """[jobs] Jobs that have not ended, at most; their samples are in the memory of the replicas."""
+    max_rows: Positive = 100_000
+    """[rows] Longest file."""
+    heldout_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """[share] Of a job without a validation file: this share of its different prompts, one at least, is held out and
+    decides which of its versions are promoted."""
+    own_weight: Weight = 1.0
+    """Share of the rounds of `data.path` against that of a job, whose weight is 1 unless it says otherwise: rounds are
+    shared by trained tokens / weight."""
+    allow_feedback: bool = False
+    """Whether clients may send better answers, which become training samples of adapter `clif`."""
+    feedback_rows: Positive = 32
+    """[rows] So many rows of feedback become a job."""
+    feedback_wait_s: NotNegativeFloat = 60.0
+    """Fewer rows become a job once the first of them has waited for so long."""
+    feedback_epochs: Annotated[int, Field(gt=0, le=1000)] = 2
+    """[epochs] How often such a job trains on each row."""
+    max_feedback: Positive = 10_000
+    """[rows] Rows that wait for a job, at most; further ones are refused."""
+    feedback_quota: Positive = 1000
+    """[rows] Of each key in a day."""
