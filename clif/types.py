@@ -172,13 +172,17 @@ def of_client(request_id: int) -> bool:
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """A tokenised request. prompt holds token ids; id is unique within a run's folder, see first_id()."""
+    """A tokenised request. prompt holds token ids; id is unique within a run's folder, see first_id().
+
+    version: the adapter version that answers it; None: the active version of adapter `clif`.
+    """
 
     id: int
     prompt: tuple[int, ...]
     sampling: Sampling
     slo: Slo = Slo()
     purpose: Purpose = Purpose.USER
+    version: int | None = None
 
     @property
     def max_total_tokens(self) -> int:
@@ -302,11 +306,20 @@ CLIF = "clif"
 
 
 class AdapterVersion(msgspec.Struct, frozen=True, kw_only=True):
-    """A promoted adapter. Version 0 is the base model; numbers only grow; weights never change afterwards."""
+    """A promoted adapter. Version 0 is the base model; numbers only grow; weights never change afterwards.
+
+    round_id: the round that made it; 0: none did, it was loaded from a folder. adapter: the name of its line of
+    versions; parent: the version that its training began from, 0: the base. job: whose rounds trained it; empty: the
+    run's own data. created_unix: when it was stored, seconds of the wall clock; 0: not known.
+    """
 
     number: int
     round_id: int
     heldout_loss: float
+    adapter: str = CLIF
+    parent: int = 0
+    job: str = ""
+    created_unix: float = 0.0
 
 
 Members = tuple[tuple[int, ...], tuple[int, ...]]

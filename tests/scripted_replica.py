@@ -15,7 +15,7 @@ from clif.adapters.peft_files import PREFIX, describe
 from clif.simulate.channel import SimChannel
 from clif.simulate.virtual_time import VirtualTime
 from clif.tokenizer import ChatTokenizer
-from clif.types import FinishReason, HeldoutLoss, Request, RoundPlan, RoundResult, TokenEvent, Vote
+from clif.types import CLIF, FinishReason, HeldoutLoss, Request, RoundPlan, RoundResult, TokenEvent, Vote
 from clif.wire import messages as wire
 from clif.wire.channels import LeaderChannel, decode_down
 from clif.wire.keys import Keys
@@ -59,6 +59,8 @@ class ScriptedReplica:
         self.wakes = False
         self.incarnation = 0
         self.version = 0
+        self.loaded: set[int] = set()
+        self.wanted: set[int] = set()
         self.busy = 0.1
         self.gone = False
         self.serves: Callable[[], bool] = lambda: True
@@ -133,6 +135,7 @@ class ScriptedReplica:
             replica=self.replica, rank=self.replica, host="h", pid=1, max_batch=4, kv_tokens=8192,
             max_context=2048, vocabulary=8, adapter=describe(SHAPES),
             heldout_rows=1, dtype="float32", load_s=0.0, incarnation=self.incarnation, version=self.version,
+            versions=self.held,
         )  # fmt: skip
 
     def report(self) -> wire.Report:
@@ -160,7 +163,8 @@ class ScriptedReplica:
         me = self.replica
         if isinstance(message, wire.Submit):
             self.submitted += 1
-            version = self.version if message.version is None else message.version
+            pinned = message.request.version
+            version = pinned if pinned is not None else self.version if message.version is None else message.version
             self.running[message.request.id] = (message.request, version, len(message.output_ids))
         elif isinstance(message, wire.Cancel):
             self.running.pop(message.request_id, None)
@@ -181,9 +185,25 @@ class ScriptedReplica:
         elif isinstance(message, wire.Settle):
             self.settle(message)
         elif isinstance(message, wire.Install):
-            self.version = message.version
             self.installed.append(message.version)
+            active = message.activate and message.adapter == CLIF
+            if active:
+                self.version = message.version
+            elif not message.activate and message.version not in self.wanted:
+                return
+            else:
+                self.wanted |= {message.version}
+            self.loaded |= {message.version}
+            self.send(wire.Settled(replica=me, round_id=0, version=message.version, step=1))
+            self.tell_held()
+        elif isinstance(message, wire.Keep):
+            self.wanted = set(message.versions)
+            self.tell_held()
+        elif isinstance(message, wire.Activate):
+            assert message.version in (0, *self.held)
+            self.version = message.version
             self.send(wire.Settled(replica=me, round_id=0, version=self.version, step=1))
+            self.tell_held()
         elif isinstance(message, wire.Evaluate):
             loss = 1.0 if self.version else 20.0
             result = HeldoutLoss(replica=me, version=self.version, loss=loss, tokens=HELDOUT_TOKENS)
@@ -203,16 +223,29 @@ class ScriptedReplica:
         self.send(wire.StepsDone(result=done))
 
     def settle(self, message: wire.Settle) -> None:
-        if message.commit:
+        if message.commit and self.plan is not None and self.plan.adapter != CLIF:
+            self.wanted |= {message.version}
+            self.loaded |= {message.version}
+        elif message.commit:
             self.version = message.version
+            self.loaded |= {message.version}
         if message.publish:
             published = wire.Published(
                 replica=self.replica, version=message.version, round_id=message.round_id, config_json=ADAPTER_JSON,
                 weights=adapter_bytes(),
             )  # fmt: skip
             self.send(published)
-        settled = wire.Settled(replica=self.replica, round_id=message.round_id, version=self.version, step=1)
-        self.send(settled)
+        version = message.version if message.commit else self.version
+        self.send(wire.Settled(replica=self.replica, round_id=message.round_id, version=version, step=1))
+        self.tell_held()
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        return tuple(sorted(self.loaded & ({self.version} | self.wanted)))
+
+    def tell_held(self) -> None:
+        self.loaded = set(self.held)
+        self.send(wire.Held(replica=self.replica, versions=self.held))
 
 
 def drive(script: ScriptedReplica, clock: VirtualTime, channel: SimChannel) -> None:

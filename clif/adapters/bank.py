@@ -101,10 +101,7 @@ class AdapterBank:
 
     def shadow_state(self) -> State:
         """The shadow's factors by PEFT's names without its prefix, as views, float32."""
-        state = {}
-        for name, (a, b) in self.factors(self.shadow.data).items():
-            state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = a, b
-        return state
+        return self.state(self.shadow.data)
 
     def shapes(self) -> dict[str, torch.Size]:
         """Shapes of the whole adapter's factors by PEFT's names."""
@@ -183,6 +180,21 @@ class AdapterBank:
         for name, factor in self.shadow_state().items():
             factor.copy_(state[name])
         self.refresh()
+
+    def flat(self, state: State) -> torch.Tensor:
+        """This rank's part of an adapter as a vector [n] that is laid out like the shadow, in the host's memory."""
+        flat = torch.empty(self.shadow.shape)
+        for name, (a, b) in self.factors(flat).items():
+            a.copy_(state[f"{name}.lora_A.weight"])
+            b.copy_(state[f"{name}.lora_B.weight"])
+        return flat
+
+    def state(self, flat: torch.Tensor) -> State:
+        """Factors by PEFT's names without its prefix, as views of a vector that is laid out like the shadow."""
+        state = {}
+        for name, (a, b) in self.factors(flat).items():
+            state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = a, b
+        return state
 
     def load_shadow(self, flat: torch.Tensor) -> None:
         """Overwrite the shadow by a vector [n] of its own layout."""

@@ -37,6 +37,7 @@ class Claims:
             wire.Voted: lambda m: vote_objection(m.vote, federation.current, most_tokens),
             wire.Published: self._published,
             wire.Settled: self._settled,
+            wire.Held: lambda m: held_objection(m.versions, federation.newest, config),
             wire.Evaluated: lambda m: (
                 newest_objection(m.result.version, federation.newest) or judged_objection(m.result, most_tokens)
             ),
@@ -53,12 +54,13 @@ class Claims:
         """The objection to tokens or the end of a request. record: None if the replica does not hold it."""
         if record is None:
             return ""
-        return event_objection(event, record, self._fleet.hello_of(replica), self._fleet.version_of(replica))
+        return event_objection(event, record, self._fleet.hello_of(replica), self._fleet.newest_of(replica))
 
     def _hello(self, hello: wire.Hello) -> str:
         others = [other for other in self._fleet.hellos if other.replica != hello.replica]
         return (
             newest_objection(hello.version, self._federation.newest)
+            or held_objection(hello.versions, self._federation.newest, self._config)
             or size_objection(hello, self._config)
             or (model_objection(hello, others[0]) if others else "")
         )
@@ -84,6 +86,13 @@ def newest_objection(version: int, newest: int) -> str:
     return f"version {version} was never given, the newest is {newest}" if version > newest else ""
 
 
+def held_objection(versions: tuple[int, ...], newest: int, config: Config) -> str:
+    """A replica has a slot for each version that it holds."""
+    if len(versions) > config.adapter.serving_slots or len(set(versions)) < len(versions):
+        return f"it holds {len(versions)} versions in {config.adapter.serving_slots} slots"
+    return newest_objection(max(versions, default=0), newest)
+
+
 def size_objection(hello: wire.Hello, config: Config) -> str:
     """A replica has the configured sizes or smaller ones."""
     sizes = (
@@ -103,14 +112,16 @@ def model_objection(hello: wire.Hello, other: wire.Hello) -> str:
 
 
 def event_objection(event: TokenEvent, record: RequestRecord, hello: wire.Hello, serves: int) -> str:
-    """hello: the Hello of the replica that holds the request. serves: the newest version that it answers with."""
+    """hello: the Hello of the replica that holds the request. serves: the newest version that it answered with."""
     request, name = record.request, f"request {record.request.id}"
     begins = record.state is RequestState.DISPATCHED
     answered = len(event.tokens) + (0 if begins and event.version != record.version else len(record.tokens))
     if event.tokens:
         if max(event.tokens) >= hello.vocabulary:
             return f"{name}: token id {max(event.tokens)} of {hello.vocabulary}"
-        if event.version > serves:
+        if request.version is not None and event.version != request.version:
+            return f"{name}: tokens of version {event.version}, {request.version} was asked for"
+        if request.version is None and event.version > serves:
             return f"{name}: tokens of version {event.version}, it serves {serves}"
         if not begins and event.version != record.version:
             return f"{name}: version changed from {record.version} to {event.version} within the answer"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from clif.config import Config
@@ -50,6 +50,7 @@ class Fleet:
         # Known until a state changes: they are asked for in every step of the loop.
         self._alive: tuple[int, ...] | None = None
         self._serving: tuple[int, ...] | None = None
+        self._held_by_all: frozenset[int] | None = None
         self._spoken_s, self._heard_s = 0.0, 0.0
         self._routing, self._changed = RoutingView(count=replicas), set[int]()
 
@@ -92,8 +93,24 @@ class Fleet:
         return self._trackers[replica].hello
 
     def version_of(self, replica: int) -> int:
-        """The newest version that the replica answers with."""
+        """The version that the replica answers new requests with."""
         return self._trackers[replica].version
+
+    def newest_of(self, replica: int) -> int:
+        """The newest version that the replica ever answered with in this incarnation."""
+        return self._trackers[replica].newest_version
+
+    def versions_of(self, replica: int) -> frozenset[int]:
+        """Versions that requests may ask the replica for, besides the base."""
+        return self._trackers[replica].versions
+
+    @property
+    def held_by_all(self) -> frozenset[int]:
+        """Versions that every serving replica holds, besides the base."""
+        if self._held_by_all is None:
+            held = [self.versions_of(r) for r in self.serving]
+            self._held_by_all = frozenset.intersection(*held) if held else frozenset()
+        return self._held_by_all
 
     def is_alive(self, replica: int) -> bool:
         tracker = self._trackers.get(replica)
@@ -114,7 +131,7 @@ class Fleet:
             return self._return(now, former, hello)
         role = role_of(hello.replica, self.expected, self._config.run)
         self._trackers[hello.replica] = ReplicaTracker(now, hello, self._config, role)
-        self._alive = self._serving = None
+        self._alive = self._serving = self._held_by_all = None
         self._changed.add(hello.replica)
         self.on_message(now, hello.replica)
         who = f"rank {hello.rank}, process {hello.pid} on {hello.host}, {hello.dtype}, loaded in {hello.load_s:.1f} s"
@@ -145,14 +162,20 @@ class Fleet:
 
     def installed(self, replica: int, version: int) -> None:
         """The replica answers new requests with this version from now on."""
-        self._trackers[replica].version = version
+        self._trackers[replica].switched(version)
+
+    def holds(self, replica: int, versions: Iterable[int]) -> None:
+        """Requests may ask the replica for exactly these versions from now on, besides the base."""
+        self._trackers[replica].versions = frozenset(versions)
+        self._changed.add(replica)
+        self._held_by_all = None
 
     def set_state(self, now: float, replica: int, state: ReplicaState, reason: str) -> None:
         """Change a state. Raises IllegalTransition for what the table does not list."""
         tracker = self._trackers[replica]
         before, tracker.state = tracker.state, advance(tracker.state, state)
         if ReplicaState.FAILED in (before, state):
-            self._alive = self._serving = None
+            self._alive = self._serving = self._held_by_all = None
         tracker.state_since = now
         self._changed.add(replica)
         if state is ReplicaState.COMBINED:

@@ -72,6 +72,7 @@ class ControlServer:
             wire.RoundFailed: self.federation.on_failure,
             wire.Published: self.federation.on_published,
             wire.Settled: self.federation.on_settled,
+            wire.Held: lambda _, message: self.fleet.holds(message.replica, message.versions),
             wire.Evaluated: lambda _, message: self._ports.quality.on_evaluated(message.result),
             wire.Trouble: self._failures.on_trouble,
             wire.Signalled: self._ports.shutdown.on_signalled,

@@ -1,8 +1,9 @@
 """Iteration-level scheduling: which sequences take part in the next step, and what becomes of them. Free of torch.
 
 Invariants: a sequence reads one adapter version from its first admission to its end, also when it is preempted in
-between; running and waiting sequences together are always in order of arrival, and only the youngest running one is
-preempted. Hence the oldest sequence always progresses and none starves.
+between; that is the version which its request asks for, or no token is computed; running and waiting sequences together
+are always in order of arrival, and only the youngest running one is preempted. Hence the oldest sequence always
+progresses and none starves.
 
 Sources: Orca (Yu et al., OSDI 2022), for iteration-level scheduling; PagedAttention (Kwon et al., SOSP 2023), for
 preemption by recomputing.
@@ -27,9 +28,9 @@ class Sequence:
 
     num_computed_tokens: how many have their KV in the cache, or get it in a step that is under way.
     num_tokens_in_flight: tokens that such steps choose; num_steps_in_flight: steps under way that hold a chunk of it.
-    version: -1 until the first admission. blocks hold at least the computed tokens; both are empty while it waits.
-    arrived_s and last_s (time of the last token) are on the engine's clock. sampled_at: where its token is among those
-    of the last step in which it took one. max_total_tokens: the request's.
+    version: -1 until the first admission, unless it is given. admitted: it has been. blocks hold at least the computed
+    tokens; both are empty while it waits. arrived_s and last_s (time of the last token) are on the engine's clock.
+    sampled_at: where its token is among those of the last step in which it took one. max_total_tokens: the request's.
     """
 
     request: Request
@@ -44,6 +45,7 @@ class Sequence:
     num_steps_in_flight: int = 0
     sampled_at: int = -1
     ended: bool = False
+    admitted: bool = False
     max_total_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,7 +101,8 @@ class Scheduler:
     def add(
         self, request: Request, now: float, output_ids: Iterable[int] = (), version: int | None = None
     ) -> TokenEvent | None:
-        """Take a request in; returns the terminal event of one that the whole KV cache cannot hold.
+        """Take a request in; returns the terminal event of one that the whole KV cache cannot hold, or whose adapter
+        version cannot be read here.
 
         output_ids, version: what another replica has answered so far, and the adapter version that it read. The answer
         continues if that version can be read here as well; otherwise it starts over.
@@ -107,10 +110,18 @@ class Scheduler:
         if request.max_total_tokens > self.config.num_kv_tokens:
             detail = f"needs {request.max_total_tokens} tokens: engine.kv_tokens is {self.config.num_kv_tokens}"
             return TokenEvent(request_id=request.id, finish=FinishReason.REJECTED, detail=detail)
+        pinned = request.version
+        if pinned is not None and not self.slots.holds(pinned):
+            detail = f"adapter version {pinned} is not kept any more: ask for another one"
+            return TokenEvent(request_id=request.id, finish=FinishReason.FAILED, detail=detail)
         sequence = Sequence(request, now, list(request.prompt))
-        if version is not None and self.slots.holds(version):
+        if version is not None and self.slots.holds(version) and pinned in (None, version):
             sequence.tokens += output_ids
+            sequence.admitted = True
             self._read(sequence, version)
+        elif pinned is not None:
+            # From now on: it may wait for longer than the version is kept.
+            self._read(sequence, pinned)
         self.waiting.append(sequence)
         return None
 
@@ -193,16 +204,19 @@ class Scheduler:
 
     def _start(self, sequence: Sequence) -> bool:
         """Give a waiting sequence its version and the cached part of its tokens. False: there is no room."""
-        new = sequence.version < 0
+        free = sequence.version < 0
         if self._prefix_reuse:
-            sequence.blocks = self.pool.acquire_cached(self.slots.active if new else sequence.version, sequence.tokens)
+            version = self.slots.active if free else sequence.version
+            sequence.blocks = self.pool.acquire_cached(version, sequence.tokens)
         if sum(map(self._due, (*self.running, sequence))) > self.pool.available:
             self._free_blocks(sequence)
             return False
         sequence.num_computed_tokens = len(sequence.blocks) * self.pool.block_size
-        if new:
-            self.reused_tokens += sequence.num_computed_tokens
+        if free:
             self._read(sequence, self.slots.active)
+        if not sequence.admitted:
+            self.reused_tokens += sequence.num_computed_tokens
+            sequence.admitted = True
         return True
 
     def _read(self, sequence: Sequence, version: int) -> None:

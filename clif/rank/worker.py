@@ -185,4 +185,5 @@ def _hello(config: Config, topology: Topology, replica: Replica, base: Base, loa
         load_s=load_s,
         incarnation=incarnation,
         version=replica.engine.scheduler.slots.active,
+        versions=replica.engine.scheduler.slots.held,
     )

@@ -26,10 +26,11 @@ from clif.replica.replica import Replica
 from clif.tokenizer import ChatTokenizer
 from clif.training.checkpoint import CheckpointWriter, find_checkpoint
 from clif.training.heldout import Heldout
+from clif.training.masters import UNKNOWN, Masters
 from clif.training.member import Member
 from clif.training.train_runner import TrainRunner
 from clif.training.trainer import ShadowTrainer
-from clif.types import CoservingMode, TrainSample
+from clif.types import CLIF, CoservingMode, TrainSample
 from clif.wire.messages import Up
 
 log = logging.getLogger(__name__)
@@ -158,8 +159,9 @@ def _around_engine(
     bank, slots = base.bank, engine.scheduler.slots
     trainer = ShadowTrainer(runner, bank, data.train, config.train, config.run.seed)
     checkpoints = CheckpointWriter(run_dir / "checkpoints", topology.env.rank)
+    masters = Masters(bank, slots, partial(bank.reset, config.run.seed))
     if config.run.resume:
-        _resume(AdapterStore(run_dir), checkpoints, bank, slots, trainer)
+        _resume(AdapterStore(run_dir), checkpoints, bank, slots, masters, trainer)
 
     def on_version(version: int, round_id: int) -> None:
         records.version(version, round_id, replica.steps, slots.slot_of(version) or 0)
@@ -170,6 +172,7 @@ def _around_engine(
         gate=Heldout(runner, data.gate, config.engine.eval_tokens),
         report=Heldout(runner, data.report, config.engine.eval_tokens),
         slots=slots,
+        masters=masters,
         base_name=config.model.path,
         send=send,
         checkpoints=checkpoints,
@@ -184,25 +187,36 @@ def _around_engine(
 
 
 def _resume(
-    store: AdapterStore, checkpoints: CheckpointWriter, bank: AdapterBank, slots: SlotTable, trainer: ShadowTrainer
+    store: AdapterStore,
+    checkpoints: CheckpointWriter,
+    bank: AdapterBank,
+    slots: SlotTable,
+    masters: Masters,
+    trainer: ShadowTrainer,
 ) -> None:
-    """Continue from the last promoted version, with the last committed moments and sample cursor.
+    """Continue from the active version of adapter `clif`, with the last committed moments and sample cursor.
 
-    Raises AdapterError or ValueError if the files do not fit this run.
+    Other versions that are to be held come from the control process. Raises AdapterError or ValueError if the files do
+    not fit this run.
     """
-    current, slot = store.current(), slots.free_slot()
-    # The leader's version counts: the control process may store another one while the peers read.
-    (version,) = bank.tp_group.broadcast_ints([current.number if current else 0])
-    if not version or slot is None:
+    stored = store.read()
+    # The leader's versions count: the control process may store another one while the peers read.
+    last, active = bank.tp_group.broadcast_ints([stored.last, stored.active.get(CLIF, 0)])
+    slot = slots.free_slot()
+    if not last or slot is None:
         return
-    state = read_folder(bank, store.path(version))
-    bank.fill_slot(slot, state)
-    slots.promote(version, slot)
-    saved = find_checkpoint(checkpoints, store.rounds(version), bank.shadow.device)
+    state = read_folder(bank, store.path(active)) if active else None
+    if state is not None:
+        bank.fill_slot(slot, state)
+        slots.promote(active, slot)
+        masters.add(active, bank.flat(state))
+    saved = find_checkpoint(checkpoints, store.rounds(last), bank.shadow.device)
     if saved is not None and saved.trainer["shadow"].shape != bank.shadow.shape:
         # tp_size has changed: the adapter is sharded again, but the moments belong to shards that no longer exist.
         log.warning("the checkpoint is of other parts of the model: the optimizer begins with fresh moments")
     elif saved is not None:
         trainer.resume(saved.trainer, saved.cursor)
+        # Its shadow may be that of a version that is no longer active, or of one that came before the last.
+        masters.shadow = UNKNOWN
     # A replica that had not installed the last version yet keeps its own moments and takes the promoted shadow.
-    bank.set_shadow(state)
+    masters.begin_from(active)

@@ -70,6 +70,8 @@ class Replica:
             m.Aggregate: self._aggregate,
             m.Settle: self._settle,
             m.Install: lambda o: engine.jobs.append(Job("install", member.install(o))),
+            m.Keep: self._keep,
+            m.Activate: self._activate,
             m.Evaluate: lambda o: engine.jobs.append(Job("evaluate", member.evaluate())),
             m.Ping: lambda _: None,
             m.Rebuild: self._rebuild,
@@ -213,13 +215,19 @@ class Replica:
     def _settle(self, order: m.Settle) -> None:
         if order.round_id != self.member.round_id:
             # The first publisher was lost after this replica had settled: this replica sends the adapter instead.
-            if order.commit and order.publish and order.version == self.engine.scheduler.slots.active:
+            if order.commit and order.publish and self.member.can_publish(order.version):
                 self.member.publish(order)
         elif order.commit:
             self.member.settle(order)
         else:
             self._drop_round()
             self.member.discard()
+
+    def _keep(self, order: m.Keep) -> None:
+        self.member.keep(order.versions)
+
+    def _activate(self, order: m.Activate) -> None:
+        self.member.activate(order.version)
 
     def _drop_round(self) -> None:
         self.engine.jobs.drop(ROUND)

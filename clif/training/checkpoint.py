@@ -41,6 +41,8 @@ class Checkpoint:
 class CheckpointWriter:
     """Two files per rank: the kept and the prepared checkpoint. Each is replaced as a whole, in a thread of its own.
 
+    shadow [n]: that of the checkpoint that was written last, in the host's memory; nothing changes it.
+
     That thread waits while the disk is full. All methods but committed() raise the error of the write before, such as
     OSError or SafetensorError. prepare(), installed() and wait() wait for that write to end.
     """
@@ -52,6 +54,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._keep = False
+        self.shadow = torch.empty(0)
 
     def prepare(self, checkpoint: Checkpoint) -> None:
         """Write what will hold if the round is committed. It must be done() before the vote."""
@@ -97,14 +100,20 @@ class CheckpointWriter:
         """stream: where the checkpoint's tensors are computed."""
         try:
             with stream:
-                Room(path).repeat(partial(_replace, checkpoint, path))
+                tensors = _on_host(checkpoint)
+            self.shadow = tensors["shadow"]
+            Room(path).repeat(partial(_replace, checkpoint, tensors, path))
         except Exception as error:  # noqa: BLE001 - a thread cannot raise: wait() does, in the loop's thread
             self._error = error
 
 
-def _replace(checkpoint: Checkpoint, path: Path) -> None:
+def _on_host(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     tensors = {"shadow": checkpoint.trainer["shadow"]}
     tensors |= {f"moments.{k}": v for k, v in checkpoint.trainer["moments"].items()}
+    return {k: v.cpu().contiguous() for k, v in tensors.items()}
+
+
+def _replace(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], path: Path) -> None:
     metadata = {
         "version": str(checkpoint.version),
         "round_id": str(checkpoint.round_id),
@@ -112,7 +121,7 @@ def _replace(checkpoint: Checkpoint, path: Path) -> None:
         "cursor": json.dumps(checkpoint.cursor),
     }
     part = path.with_suffix(".part")
-    safetensors.torch.save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, part, metadata)
+    safetensors.torch.save_file(tensors, part, metadata)
     with part.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(part, path)

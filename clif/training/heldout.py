@@ -37,19 +37,19 @@ class Heldout:
         yield from until_done(self._runner.bank.shadow, self._runner.bank.tp_group)
         return sum(torch.stack(losses).tolist()) if losses else 0.0
 
-    def active_loss(self, slots: SlotTable) -> Slices[tuple[int, float]]:
-        """(version, summed loss) of the active version; computed once per version.
+    def loss_of(self, slots: SlotTable, version: int) -> Slices[float]:
+        """Summed loss of a version that can be read here; computed once per version.
 
         The version is held meanwhile, as by a request: no promotion changes its slot.
         """
-        if self._known is None or self._known[0] != slots.active:
-            version = slots.acquire()
+        if self._known is None or self._known[0] != version:
+            slots.acquire(version)
             try:
                 loss = yield from self.loss(slots.slot_of(version))
             finally:
                 slots.release(version)
             self._known = (version, loss)
-        return self._known
+        return self._known[1]
 
     def remember(self, version: int, loss: float) -> None:
         """The candidate whose loss this is became this version."""

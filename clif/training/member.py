@@ -1,7 +1,8 @@
 """A replica's part in a federated round, as one resumable job that reads from top to bottom.
 
 Invariants: a round leaves the shadow as the committed average, or as it was before the round; samples of a discarded
-round are released; no promotion overwrites a slot that a request reads.
+round are released; no promotion overwrites a slot that a request reads; each member begins from the base version of the
+plan, whatever its shadow was trained to before.
 
 Sources: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data" (2017), for
 FedAvg; Bonawitz et al., "Towards Federated Learning at Scale: System Design" (2019), for rounds with a deadline.
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from clif.adapters.bank import State
 from clif.adapters.peft_io import config_json, read_weights, write_weights
 from clif.adapters.slots import SlotTable
 from clif.distributed.collectives import Exchange, Group, RoundBroken, WeightedMean
@@ -25,10 +27,13 @@ from clif.engine.jobs import WAIT, Slice, SliceKind, Slices
 from clif.models.dual_linear import SHADOW
 from clif.training.checkpoint import Checkpoint, CheckpointWriter
 from clif.training.heldout import Heldout
+from clif.training.masters import Masters
 from clif.training.product_error import ErrorShare, deal, deviation_
 from clif.training.trainer import ShadowTrainer, StepCut, StepResult
-from clif.types import HeldoutLoss, RoundPlan, RoundResult, Vote
-from clif.wire.messages import Evaluated, Install, Published, Settle, Settled, StepsDone, Up, Voted
+from clif.types import CLIF, HeldoutLoss, RoundPlan, RoundResult, Vote
+from clif.wire.messages import Evaluated, Held, Install, Published, Settle, Settled, StepsDone, Up, Voted
+
+NO_ROUND = -1
 
 
 @dataclass
@@ -44,8 +49,8 @@ class RoundOrders:
 
 @dataclass
 class Member:
-    """Takes part in rounds. send: to the control process; on_step sees every optimizer step, on_version every promotion
-    (version, round).
+    """Takes part in rounds. send: to the control process; on_step sees every optimizer step, on_version every switch of
+    the active version (version, round; -1: none).
 
     gate: the held-out rows that candidates are judged by; report: those that quality is measured on. base_name: of the
     base model, for adapter_config.json. engine_step: the number of the engine's present step.
@@ -56,6 +61,7 @@ class Member:
     gate: Heldout
     report: Heldout
     slots: SlotTable
+    masters: Masters
     base_name: str
     send: Callable[[Up], None]
     checkpoints: CheckpointWriter
@@ -69,6 +75,10 @@ class Member:
     _buffer: torch.Tensor | None = None
     _averaging: bool = False
     _stepping: bool = False
+    _held: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._held = self.slots.held
 
     def take_part(self, orders: RoundOrders) -> Slices[None]:
         """One round: local steps, average, vote, promote. discard(), called from outside, ends it early."""
@@ -76,8 +86,9 @@ class Member:
         # All members, which have just got the plan, make the group while there are steps to do.
         self.topology.combined_group(plan.member_set, orders.group)
         yield WAIT
+        self.masters.begin_from(plan.base_version)
         self._snapshot = self.trainer.snapshot()
-        _, active_loss = yield from self.gate.active_loss(self.slots)
+        base_loss = yield from self.gate.loss_of(self.slots, plan.base_version)
         result = yield from self._local_steps(orders)
         self.send(StepsDone(result=result))
         while not orders.aggregate:
@@ -86,7 +97,7 @@ class Member:
         error = yield from self._average(orders, result)
         self._averaging = False
         candidate = yield from self.gate.loss(SHADOW)
-        vote = self._vote(plan, active_loss, candidate, error)
+        vote = self._vote(plan, base_loss, candidate, error)
         if vote.finite:
             # First on disk, then the vote: each member can continue from any committed round after a crash.
             self.checkpoints.prepare(self._checkpoint(plan.base_version, plan.round_id))
@@ -95,7 +106,7 @@ class Member:
         self.send(Voted(vote=vote))
         while orders.settle is None:
             yield WAIT
-        yield from self._promote(orders.settle, candidate)
+        yield from self._promote(orders.settle, plan.adapter, candidate)
         self.orders = self._snapshot = None
 
     def _local_steps(self, orders: RoundOrders) -> Slices[RoundResult]:
@@ -212,37 +223,72 @@ class Member:
             product2=product,
         )
 
-    def _promote(self, settle: Settle, candidate: float) -> Slices[None]:
-        yield from self._activate(settle.version, settle.round_id)
+    def _promote(self, settle: Settle, adapter: str, candidate: float) -> Slices[None]:
+        state = self.trainer.bank.shadow_state()
+        yield from self._take_in(settle.version, settle.round_id, state, adapter == CLIF)
+        self.masters.shadow = settle.version
+        self.masters.add(settle.version, self.checkpoints.shadow)
         self.gate.remember(settle.version, candidate)
         self.trainer.commit()
         self.checkpoints.committed()
-        self.on_version(settle.version, settle.round_id)
         if settle.publish:
             self.publish(settle)
 
+    def can_publish(self, version: int) -> bool:
+        """Whether the weights of a version are here."""
+        return version in self.masters
+
     def publish(self, settle: Settle) -> None:
-        """Send the promoted adapter, which the shadow equals until a new round begins."""
+        """Send a promoted adapter."""
         bank = self.trainer.bank
         published = Published(
             replica=self.topology.replica,
             version=settle.version,
             round_id=settle.round_id,
             config_json=config_json(bank, self.base_name),
-            weights=write_weights(bank.whole(bank.shadow.data)),
+            weights=write_weights(bank.whole(self.masters[settle.version].to(bank.shadow.device))),
         )
         self.send(published)
 
     def _checkpoint(self, version: int, round_id: int) -> Checkpoint:
         return Checkpoint(version, round_id, self.trainer.snapshot(), self.trainer.cursor_state(commit=True))
 
-    def _activate(self, version: int, round_id: int) -> Slices[None]:
-        """Copy the shadow into a slot without readers and make it active; running requests keep their version."""
-        while (slot := self.slots.free_slot()) is None:
-            yield WAIT
-        self.trainer.bank.fill_slot(slot, self.trainer.bank.shadow_state())
-        self.slots.promote(version, slot)
+    def _take_in(self, version: int, round_id: int, state: State, active: bool) -> Slices[None]:
+        """Copy a version into a slot without readers, and make it active if asked; running requests keep theirs."""
+        if not self.slots.holds(version):
+            while (slot := self.slots.free_slot()) is None:
+                yield WAIT
+            self.trainer.bank.fill_slot(slot, state)
+            self.slots.load(version, slot, keep=not active)
+        if active:
+            self._switch(version, round_id)
+        else:
+            self._settled(version, round_id)
+
+    def _switch(self, version: int, round_id: int) -> None:
+        self.slots.activate(version)
+        self.on_version(version, round_id)
+        self._settled(version, round_id)
+
+    def _settled(self, version: int, round_id: int) -> None:
         self.send(Settled(replica=self.topology.replica, round_id=round_id, version=version, step=self.engine_step()))
+        self._tell_held()
+
+    def _tell_held(self) -> None:
+        self.masters.prune()
+        if self.slots.held != self._held:
+            self._held = self.slots.held
+            self.send(Held(replica=self.topology.replica, versions=self._held))
+
+    def activate(self, version: int) -> None:
+        """Answer new requests with a version that is held, or with the base. Raises RuntimeError for another one."""
+        if version != self.slots.active:
+            self._switch(version, NO_ROUND)
+
+    def keep(self, versions: tuple[int, ...]) -> None:
+        """Keep exactly these versions besides the active one. What no request reads makes room at once."""
+        self.slots.keep(versions)
+        self._tell_held()
 
     def evaluate(self) -> Slices[None]:
         """Report the held-out loss of the active version.
@@ -250,8 +296,9 @@ class Member:
         Before the load it computes the gate's loss too: the first round needs it, and requests would wait for it then.
         """
         if self.trainer.cursor is not None and not self.gate.known:
-            yield from self.gate.active_loss(self.slots)
-        version, loss = yield from self.report.active_loss(self.slots)
+            yield from self.gate.loss_of(self.slots, self.slots.active)
+        version = self.slots.active
+        loss = yield from self.report.loss_of(self.slots, version)
         result = HeldoutLoss(replica=self.topology.replica, version=version, loss=loss, tokens=self.report.tokens)
         self.send(Evaluated(result=result))
 
@@ -273,12 +320,23 @@ class Member:
         )
 
     def install(self, message: Install) -> Slices[None]:
-        """Promote a version of other replicas; the shadow continues from it. Raises AdapterError if it does not fit."""
+        """Take in a version of other replicas. Raises AdapterError if it does not fit.
+
+        One that becomes active is what the shadow continues from.
+        """
         yield WAIT
-        self.trainer.bank.set_shadow(read_weights(self.trainer.bank, message.weights))
-        yield from self._activate(message.version, message.round_id)
-        self.on_version(message.version, message.round_id)
-        self.checkpoints.installed(self._checkpoint(message.version, message.round_id))
+        version, active = message.version, message.activate and message.adapter == CLIF
+        if not message.activate and version not in self.slots.wanted:
+            # A Keep that came since leaves it out.
+            return
+        flat = self.trainer.bank.flat(read_weights(self.trainer.bank, message.weights))
+        if active:
+            self.trainer.bank.load_shadow(flat)
+            self.masters.shadow = version
+        yield from self._take_in(version, message.round_id, self.trainer.bank.state(flat), active)
+        self.masters.add(version, flat)
+        if active:
+            self.checkpoints.installed(self._checkpoint(version, message.round_id))
 
 
 def sum_up(round_id: int, replica: int, steps: list[StepResult], seconds: float) -> RoundResult:

@@ -14,6 +14,7 @@ from typing import Union
 import msgspec
 
 from clif.types import (
+    CLIF,
     Amount,
     Count,
     HeldoutLoss,
@@ -94,11 +95,32 @@ class Settle(Message, frozen=True):
 
 
 class Install(Message, frozen=True):
-    """A promoted adapter for a replica that was not in the round. weights: safetensors bytes in PEFT naming."""
+    """An adapter version for a replica that does not hold it. weights: safetensors bytes in PEFT naming.
+
+    activate: a version of adapter `clif` becomes the active one. Otherwise it is kept, unless a Keep since leaves it
+    out.
+    """
 
     version: int
     weights: bytes
     round_id: int = -1
+    activate: bool = True
+    adapter: str = CLIF
+
+
+class Keep(Message, frozen=True):
+    """Exactly these versions are kept, besides the active one and those that requests still read.
+
+    One that is not held yet comes in an Install afterwards.
+    """
+
+    versions: tuple[int, ...]
+
+
+class Activate(Message, frozen=True):
+    """Answer new requests with this version, which is held here, or with 0, the base model: roll back."""
+
+    version: int
 
 
 class Evaluate(Message, frozen=True):
@@ -138,7 +160,7 @@ class Hello(Message, frozen=True):
 
     vocabulary: token ids are below it. adapter: the tensors of a promoted adapter, as describe() in
     clif/adapters/peft_files.py writes them. heldout_rows: rows on which it measures quality. incarnation: how often it
-    was rebuilt. version: of the adapter that answers new requests.
+    was rebuilt. version: of the adapter that answers new requests; versions: all that it holds, as in Held.
     """
 
     replica: Count
@@ -155,6 +177,7 @@ class Hello(Message, frozen=True):
     load_s: Seconds
     incarnation: Count = 0
     version: Count = 0
+    versions: tuple[Count, ...] = ()
 
 
 class Tokens(Message, frozen=True):
@@ -212,12 +235,21 @@ class Published(Message, frozen=True):
 
 
 class Settled(Message, frozen=True):
-    """The replica answers new requests with `version` from engine step `step` on."""
+    """The replica answers new requests with `version` from engine step `step` on, if it is of adapter `clif`; it holds
+    a version of another adapter from then on, for requests that ask for it."""
 
     replica: Count
     round_id: int
     version: Count
     step: Count
+
+
+class Held(Message, frozen=True):
+    """Versions that requests may ask the replica for, besides 0: the active one and the kept ones. Sent when they
+    change."""
+
+    replica: Count
+    versions: tuple[Count, ...]
 
 
 class Evaluated(Message, frozen=True):
@@ -259,6 +291,8 @@ Down = Union[
     Aggregate,
     Settle,
     Install,
+    Keep,
+    Activate,
     Evaluate,
     Ping,
     Rebuild,
@@ -266,7 +300,19 @@ Down = Union[
     Stop,
 ]
 Up = Union[
-    Hello, Tokens, Report, StepsDone, Voted, RoundFailed, Published, Settled, Evaluated, Trouble, Signalled, Goodbye
+    Hello,
+    Tokens,
+    Report,
+    StepsDone,
+    Voted,
+    RoundFailed,
+    Published,
+    Settled,
+    Held,
+    Evaluated,
+    Trouble,
+    Signalled,
+    Goodbye,
 ]
 
 

@@ -79,7 +79,9 @@ def test_wrong_uses_are_errors():
     with pytest.raises(RuntimeError, match="no reader to release"):
         table.release(0)
     table.promote(1, 0)
-    with pytest.raises(RuntimeError, match="not newer"):
+    with pytest.raises(RuntimeError, match="held already"):
         table.promote(1, 1)
+    with pytest.raises(RuntimeError, match="not held: it cannot become active"):
+        table.activate(7)
     with pytest.raises(RuntimeError, match="still read"):
         table.promote(2, 0)

@@ -41,6 +41,7 @@ DOWN = [
     m.Backlog(waiting=3, oldest=(Waiting(5, 0.25, 7, 9, Slo(ttft_s=2.0)),)),
     m.BeginRound(plan=PLAN, group=1), m.FinishSteps(round_id=1), m.Aggregate(round_id=1),
     m.Settle(round_id=1, commit=True, version=3, publish=True), m.Install(version=3, weights=b"\x00\xff"), m.Evaluate(),
+    m.Keep(versions=(3, 2)), m.Activate(version=2),
     m.Ping(), m.Rebuild(reason="r"), m.Welcome(incarnation=1), m.Stop(),
     m.Submit(request=REQUEST, output_ids=(4, 5), version=2),
 ]  # fmt: skip
@@ -52,7 +53,7 @@ UP = [
              serve_timings=((1.0, 0.0, 0.1),)),
     m.StepsDone(result=RESULT), m.Voted(vote=VOTE), m.RoundFailed(round_id=1, replica=0, error="e"),
     m.Published(replica=0, version=3, round_id=1, config_json="{}", weights=b"w"),
-    m.Settled(replica=0, round_id=1, version=3, step=9),
+    m.Settled(replica=0, round_id=1, version=3, step=9), m.Held(replica=0, versions=(3, 2)),
     m.Evaluated(result=HeldoutLoss(replica=0, version=0, loss=1.0, tokens=3)), m.Trouble(replica=0, error="e"),
     m.Goodbye(replica=0), m.Signalled(replica=0, signal="SIGTERM"),
 ]  # fmt: skip

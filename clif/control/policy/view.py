@@ -28,7 +28,8 @@ class ReplicaView:
     max_batch: outstanding requests it takes at present; batch_cap: the most it was built for.
     utilisation: share of its time that serving needs for its promise, smoothed, 0 to 1. slack_since / pressure_since:
     since when that is under idle_below / over serving_above without a break. rounds_joined: rounds it took part in.
-    missed_s: how long others have spoken since it was last heard.
+    missed_s: how long others have spoken since it was last heard. versions: those that a request may ask it for,
+    besides the base.
     """
 
     replica: int
@@ -46,6 +47,7 @@ class ReplicaView:
     utilisation: float = 1.0
     demand: float = 0.0
     version: int = 0
+    versions: frozenset[int] = frozenset()
     last_seen: float = 0.0
     missed_s: float = math.inf
     slack_since: float | None = None
@@ -112,7 +114,9 @@ class ReplicaTracker:
         self.last_seen = now
         self.spoken_before_s = 0.0
         """The fleet's count of seconds with messages, at this replica's last message."""
-        self.version = hello.version
+        self.version = self.newest_version = hello.version
+        """What it answers new requests with, and the newest that it ever did."""
+        self.versions = frozenset(hello.versions)
         self.rounds_joined = 0
         self.max_batch = hello.max_batch
         self.micro_batch = config.train.micro_batch
@@ -128,7 +132,7 @@ class ReplicaTracker:
     def observe(self, now: float, report: Report, outstanding: int) -> None:
         """Take a report; outstanding is the dispatcher's count, which runs ahead of the report."""
         self.report = report
-        self.version = max(self.version, report.version)
+        self.switched(report.version)
         self.serve.observe_all(report.serve_timings)
         self.train.observe_all(report.train_timings)
         self._demand.update(now, max(report.running + report.waiting, outstanding))
@@ -137,6 +141,10 @@ class ReplicaTracker:
         control = self._config.control
         self._slack_since = _since(self._slack_since, now, smooth < control.idle_below)
         self._pressure_since = _since(self._pressure_since, now, smooth > control.serving_above)
+
+    def switched(self, version: int) -> None:
+        """It answers new requests with this version."""
+        self.version, self.newest_version = version, max(self.newest_version, version)
 
     def rebuilt(self, now: float, hello: Hello) -> ReplicaTracker:
         """The tracker of the same replica once it was rebuilt, which is as fast as it was. Its state is not changed."""
@@ -170,6 +178,7 @@ class ReplicaTracker:
             utilisation=self._utilisation.value,
             demand=self._demand.value,
             version=self.version,
+            versions=self.versions,
             last_seen=self.last_seen,
             missed_s=spoken_s - self.spoken_before_s,
             slack_since=self._slack_since,
