@@ -64,7 +64,7 @@ sys.meta_path.insert(0, Forbid())
 TWO_RANKS = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 TORCH_FREE = [
     "clif.types", "clif.states", "clif.errors", "clif.latency", "clif.tokenizer", "clif.exit_report",
-    "clif.cli", "clif.run", "clif.prompts", "clif.text_stream", "clif.constraints",
+    "clif.cli", "clif.run", "clif.prompts", "clif.sampling_params", "clif.text_stream", "clif.constraints",
     "clif.config", "clif.storage", "clif.data", "clif.metrics", "clif.wire", "clif.jobs", "clif.control",
     "clif.simulate", "clif.frontend",
     "clif.distributed.layout", "clif.distributed.roles", "clif.distributed.launch_env", "clif.distributed.slurm",
