@@ -21,6 +21,16 @@ REQUIRES = [
     "typer>=0.15,<1",
     "rich>=13",
     "h5py>=3.12,<4",  # metrics
+    # The HTTP front end; imported only where serve.http.port is set, and by the clients' commands.
+    "fastapi>=0.115,<1",  # routes, and the OpenAPI document that tests and docs/api.md are made from
+    "uvicorn>=0.34,<1",  # serves them
+    "uvloop>=0.21; platform_system != 'Windows'",  # its event loop: twice as fast as asyncio's
+    "httptools>=0.6",  # its parser in C
+    "sse-starlette>=2.2,<4",  # streams that notice a client that left, or stopped to read
+    "python-multipart>=0.0.20",  # uploads
+    "prometheus-client>=0.21,<1",  # /metrics
+    "httpx>=0.27,<1",  # clif chat, loadtest, admin, status
+    "llguidance>=1.2,<2",  # answers that follow a JSON schema: masks of tokens, as vLLM and SGLang use them
     "psutil>=6",  # device samples of the host
     "nvidia-ml-py>=12.560",  # device samples of NVIDIA GPUs; module pynvml
     # Launchers for clusters; imported only where used (mpi4py raises RuntimeError where no MPI is installed).
@@ -40,6 +50,8 @@ DEV = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.7",  # `make test` in two lanes, one for each core
     "hypothesis>=6.100",
+    "openai>=2",  # the client that users have: what the server answers is read by it
+    "schemathesis>=4",  # requests made from the server's own OpenAPI document
     "ruff>=0.12",
     "mypy>=1.15",
     "types-PyYAML",

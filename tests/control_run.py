@@ -18,6 +18,7 @@ from clif.control.durability.journal import Journal, Line
 from clif.control.durability.ledger import Ledger
 from clif.control.durability.recovery import Recorded, add_up, recover
 from clif.control.durability.shutdown import ShutdownPolicy
+from clif.control.frontend import Frontend
 from clif.control.ports import Ports
 from clif.control.progress import Progress
 from clif.control.quality import QualityCheck
@@ -89,6 +90,7 @@ class Run:
         self.load = make_load(config, rows, tokenizer)
         run_dir.mkdir(exist_ok=True)
         store, records = AdapterStore(run_dir), Records(self.sink)
+        self.frontend: Frontend | None = None
         if self.files:
             self.journal = Journal(run_dir, self.clock)
             past, recorded = self.journal.past, read_recorded(run_dir)
@@ -97,6 +99,9 @@ class Run:
         else:
             past, recorded = self._left_in_memory()
         recovery = recover(add_up(past), self.load, len(self.starts) > 1, store.rounds(), recorded)
+        if config.online:
+            self.frontend = Frontend(self.channel, None, recovery.starts)
+            sources = [*sources, self.frontend]
         ports = Ports(
             channel=self.channel,
             sources=[TraceSource(recovery.load), *sources],
@@ -107,6 +112,7 @@ class Run:
             display=Progress("plain"),
             ledger=Ledger(self.journal, recovery),
             shutdown=shutdown,
+            frontend=self.frontend,
         )
         return ControlServer(config, ports, self.clock, leaders)
 

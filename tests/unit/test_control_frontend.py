@@ -1,0 +1,243 @@
+"""The control server and its clients, in virtual time: a front end that only sends and notes messages."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from control_run import Run, make_config
+
+from clif.control.policy.phases import ControlError
+from clif.types import CLIENTS, FinishReason, Request, Sampling, TokenEvent, first_id
+from clif.wire.frontend import (
+    FRONTEND,
+    Answers,
+    Ask,
+    Command,
+    GetConfig,
+    Leave,
+    Refusal,
+    Reply,
+    Started,
+    Status,
+    Withdraw,
+)
+
+BEGIN_S, ENDS_S = 1.0, 4.0
+"""All replicas are there by the first, and the run is drained at the second."""
+
+
+class Client:
+    """Asks, withdraws and commands at set times of a run, and keeps what comes back."""
+
+    def __init__(self, run: Run, start: int = 0) -> None:
+        self.run = run
+        self.line = run.channel.connect(FRONTEND, self._on_message)
+        self.next_id = first_id(CLIENTS + start)
+        self.events: dict[int, list[TokenEvent]] = {}
+        self.refused: list[Refusal] = []
+        self.replies: list[Reply] = []
+        self.status: list[Status] = []
+        self.left = False
+        self.at(0.0, lambda: self.line.send(Started(pid=7)))
+
+    def at(self, seconds: float, action: Callable[[], None]) -> None:
+        self.run.time.after(seconds, action)
+
+    def ask(self, seconds: float, model: str = "clif", prompt: tuple[int, ...] = (1, 2, 3), tokens: int = 4) -> int:
+        request = Request(id=self.next_id, prompt=prompt, sampling=Sampling(max_tokens=tokens))
+        self.next_id += 1
+        self.at(seconds, lambda: self.line.send(Ask(request=request, model=model)))
+        return request.id
+
+    def end_of(self, request_id: int) -> TokenEvent:
+        """The only end of a request."""
+        (end,) = [event for event in self.events.get(request_id, []) if event.finish is not None]
+        assert self.events[request_id][-1] is end, "nothing follows an end"
+        return end
+
+    def _on_message(self, message: Any) -> None:
+        match message:
+            case Answers():
+                for event in message.events:
+                    self.events.setdefault(event.request_id, []).append(event)
+                self.refused += message.refused
+            case Reply():
+                self.replies.append(message)
+            case Status():
+                self.status.append(message)
+            case Leave():
+                self.left = True
+
+
+def online(tmp_path: Path, **sections: dict[str, Any]) -> Run:
+    """A run that only serves clients, until it is drained after some seconds."""
+    sections = {
+        "serve": {"http": {"port": 0}},
+        "load": {"kind": "none", "max_tokens": 64},
+        "train": {"enabled": False},
+        "federation": {"rounds": None},
+        "quality": {"exact_match_rows": 0},
+        **sections,
+    }
+    config = make_config(tmp_path, **sections)
+    run = Run(config, signalled=lambda: "got SIGTERM" if run.time() >= 1000.0 + ENDS_S else "")
+    return run
+
+
+def test_promise_1_every_request_of_a_client_gets_exactly_one_end(tmp_path: Path) -> None:
+    run = online(tmp_path)
+    client = Client(run)
+    asked = [client.ask(BEGIN_S + 0.1 * i) for i in range(20)]
+    run.go()
+    assert {client.end_of(i).finish for i in asked} <= {FinishReason.STOP, FinishReason.LENGTH}
+    assert client.left, "the front end is told that the run is over"
+    run.assert_promise_1()
+    rows = {row["id"]: row for row in run.table("requests")}
+    assert {rows[i]["prompt_tokens"] for i in asked} == {3}
+
+
+def test_tokens_come_once_and_in_order(tmp_path: Path) -> None:
+    run = online(tmp_path)
+    client = Client(run)
+    asked = client.ask(BEGIN_S)
+    run.go()
+    rows = {row["id"]: row for row in run.table("requests")}
+    tokens = [token for event in client.events[asked] for token in event.tokens]
+    assert len(tokens) == rows[asked]["output_tokens"] > 0
+
+
+def test_requests_before_the_model_is_there_and_after_a_signal_are_refused_as_not_ready(tmp_path: Path) -> None:
+    run = online(tmp_path)
+    client = Client(run)
+    early, late = client.ask(0.0), client.ask(ENDS_S + 0.5)
+    # The drain lasts as long as one request is under way.
+    client.ask(ENDS_S - 0.1, tokens=60)
+    run.go()
+    refused = {r.request_id: r.problem for r in client.refused}
+    assert {early} <= set(refused) <= {early, late}
+    assert all(problem.kind == "not_ready" for problem in refused.values())
+    assert not {early, late} & {row["id"] for row in run.table("requests")}, "refused is not accepted"
+
+
+def test_a_client_that_leaves_frees_its_request_at_the_replica(tmp_path: Path) -> None:
+    run = online(tmp_path)
+    client = Client(run)
+    for leader in run.leaders:
+        leader.serves = lambda: False
+    asked = client.ask(BEGIN_S)
+    client.at(BEGIN_S + 0.5, lambda: client.line.send(Withdraw(request_id=asked, reason="the client left")))
+    run.go()
+    (row,) = run.table("requests")
+    assert (row["finish"], row["detail"]) == ("cancelled", "the client left")
+    assert row["finished_s"] - row["arrival_s"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_withdrawing_what_is_not_a_clients_request_changes_nothing(tmp_path: Path) -> None:
+    run = online(tmp_path, load={"kind": "constant", "rate_rps": 20.0, "duration_s": 0.6, "max_tokens": 8})
+    client = Client(run)
+    for request_id in range(12):
+        client.at(BEGIN_S, lambda i=request_id: client.line.send(Withdraw(request_id=i, reason="mine")))  # type: ignore[misc]
+    run.go()
+    assert {row["finish"] for row in run.table("requests")} == {"stop"}
+
+
+def test_an_unknown_model_is_refused_by_name(tmp_path: Path) -> None:
+    run = online(tmp_path)
+    client = Client(run)
+    asked = client.ask(BEGIN_S, model="gpt-4")
+    run.go()
+    (refusal,) = client.refused
+    assert refusal.request_id == asked
+    assert (refusal.problem.kind, refusal.problem.param) == (
+        "not_found",
+        "model",
+    ) and "gpt-4" in refusal.problem.message
+
+
+def test_an_id_is_never_used_twice(tmp_path: Path) -> None:
+    run = online(tmp_path)
+    client = Client(run)
+    client.ask(BEGIN_S)
+    client.next_id -= 1
+    client.ask(BEGIN_S + 1)
+    run.go()
+    assert [r.problem.kind for r in client.refused] == ["failed"] and len(run.table("requests")) == 1
+
+
+def test_the_journal_and_the_tables_hold_no_word_of_a_client(tmp_path: Path) -> None:
+    run = online(tmp_path)
+    client = Client(run)
+    client.ask(BEGIN_S, prompt=(111, 112, 113))
+    run.go()
+    lines = "\n".join(map(str, run.journal.lines))
+    assert "withheld=3" in lines and "111" not in lines and "112" not in lines
+    assert not (run.config.run_dir / "answers.jsonl").exists()
+
+
+class Boom(Exception):
+    """The control process dies."""
+
+
+def test_requests_of_a_control_process_that_died_end_as_failed_and_are_not_answered_again(tmp_path: Path) -> None:
+    run = online(tmp_path)
+    client = Client(run)
+    for leader in run.leaders:
+        leader.serves = lambda: False
+    asked = client.ask(BEGIN_S, prompt=(5, 6, 7, 8))
+
+    def die() -> None:
+        raise Boom
+
+    client.at(BEGIN_S + 0.5, die)
+    run.server._close_out = lambda reason: None  # type: ignore[method-assign]
+    with pytest.raises(Boom):
+        run.go()
+    again = Run(run.config, after=run, signalled=lambda: "got SIGTERM" if again.time() >= 1003.0 else "")
+    fresh = Client(again, start=1)
+    other = fresh.ask(BEGIN_S)
+    again.go()
+    rows = {row["id"]: row for row in again.table("requests")}
+    assert rows[asked]["finish"] == "failed" and "its connection ended" in rows[asked]["detail"]
+    assert rows[asked]["prompt_tokens"] == 4
+    assert fresh.end_of(other).finish is FinishReason.STOP, "ids of the new start are its own"
+
+
+def test_the_status_tells_when_requests_are_accepted(tmp_path: Path) -> None:
+    run = online(tmp_path)
+    client = Client(run)
+    run.go()
+    said = [(status.ready, status.reason) for status in client.status]
+    assert said[0] == (False, "the model is being loaded")
+    assert (True, "") in said and said[-1][0] is False
+
+
+def test_a_command_is_answered_and_one_that_fails_ends_nothing(tmp_path: Path) -> None:
+    run = online(tmp_path)
+    client = Client(run)
+    assert run.frontend is not None
+    client.at(BEGIN_S, lambda: client.line.send(Command(id=1, action=GetConfig())))
+    run.go()
+    (reply,) = client.replies
+    assert reply.id == 1 and b'"port":0' in reply.body and reply.problem is None
+
+
+def test_bytes_that_cannot_be_read_end_nothing(tmp_path: Path) -> None:
+    run = online(tmp_path)
+    client = Client(run)
+    client.at(BEGIN_S, lambda: client.line.send_bytes(b"\xc1"))
+    asked = client.ask(BEGIN_S + 0.1)
+    run.go()
+    assert client.end_of(asked).finish is FinishReason.STOP
+
+
+def test_an_end_by_an_error_ends_the_requests_of_clients_too(tmp_path: Path) -> None:
+    config = online(tmp_path).config
+    run = Run(config, stop_reason=lambda: "rank 0 died" if run.time() > 1002.0 else "", restarts_left=2)
+    client = Client(run)
+    for leader in run.leaders:
+        leader.serves = lambda: False
+    asked = client.ask(BEGIN_S)
+    with pytest.raises(ControlError, match="rank 0 died"):
+        run.go()
+    assert client.end_of(asked).finish is FinishReason.FAILED, "the next start cannot answer it: it is told"
