@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
 from starlette.responses import JSONResponse
 
 from clif import __version__
 from clif.config import Config
+from clif.frontend.errors import handle_errors
 from clif.frontend.link import Link
+from clif.frontend.strict import with_components
 from clif.tokenizer import ChatTokenizer
 
 
@@ -22,8 +26,23 @@ class Parts:
     tokenizer: ChatTokenizer
 
 
+class App(FastAPI):
+    """Without pages of documentation, which would load scripts from elsewhere: the document is at /openapi.json."""
+
+    def __init__(self) -> None:
+        super().__init__(title="CLIF", version=__version__, docs_url=None, redoc_url=None)
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            document = get_openapi(title=self.title, version=self.version, routes=self.routes)
+            self.openapi_schema = with_components(document)
+        return self.openapi_schema
+
+
 def make_app(parts: Parts) -> FastAPI:
-    app = FastAPI(title="CLIF", version=__version__, docs_url=None, redoc_url=None)
+    """Each group of routes is a function routes(parts) -> APIRouter of a module."""
+    app = App()
+    handle_errors(app)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
