@@ -14,7 +14,7 @@ from itertools import islice
 
 from clif.config import Config
 from clif.control.held import HeldRequests
-from clif.control.policy.routing import Reject, RoutingView, choose_replica
+from clif.control.policy.routing import Fail, PassOver, Reject, RoutingView, choose_replica
 from clif.states import RequestState, advance
 from clif.types import FinishReason, Purpose, Request, Slo, TokenEvent, Waiting, of_client
 from clif.wire.messages import Cancel, Down, Submit
@@ -156,26 +156,32 @@ class Dispatcher:
             self._queue.append(record)
 
     def dispatch(self, now: float, routing_view: Callable[[], RoutingView]) -> None:
-        """Hand out queued requests, first come first served, until the first one has to wait.
+        """Hand out queued requests, first come first served, until the first one has to wait for room.
 
         routing_view: all replicas as they are after the hand-over before.
         """
+        passed_over: list[RequestRecord] = []
         while self._queue:
             record = self._queue[0]
             route, reason = choose_replica(now, record.request, record.arrival_s, routing_view(), self._config)
             if route is None:
-                return
-            if isinstance(route, Reject):
+                break
+            if isinstance(route, PassOver):
+                passed_over.append(self._queue.popleft())
+                continue
+            if isinstance(route, Reject | Fail):
                 self._queue.popleft()
-                self._finish(now, record, FinishReason.REJECTED, reason)
+                finish = FinishReason.REJECTED if isinstance(route, Reject) else FinishReason.FAILED
+                self._finish(now, record, finish, reason)
                 continue
             order = Submit(request=record.request, output_ids=tuple(record.tokens), version=record.version)
             if not self._send(route.replica, order):
                 # send() marks the replica as unreachable; the request keeps its position.
-                return
+                break
             self._queue.popleft()
             self._hand_over(now, record, route.replica)
             self._hooks.dispatched(record, route.predicted_s, reason)
+        self._queue.extendleft(reversed(passed_over))
 
     def held_by(self, replica: int, request_id: int) -> RequestRecord | None:
         """The request, or None if the replica does not hold it."""

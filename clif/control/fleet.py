@@ -104,6 +104,14 @@ class Fleet:
         """Versions that requests may ask the replica for, besides the base."""
         return self._trackers[replica].versions
 
+    def held_by_any(self, version: int) -> bool:
+        """Whether a serving replica holds a version."""
+        return version in self.held_by_all or any(version in self.versions_of(r) for r in self.serving)
+
+    def expect(self, versions: Iterable[int]) -> None:
+        """All replicas are to hold these versions: a request for one of them waits until a replica does."""
+        self._routing.expected = frozenset(versions)
+
     @property
     def held_by_all(self) -> frozenset[int]:
         """Versions that every serving replica holds, besides the base."""

@@ -5,16 +5,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from clif.config import Config, config_from_tree
 from clif.control.policy.batch_sizes import choose_batches, objective
 from clif.control.policy.pressure import OutcomeWindow, Pressure, ServiceWindow, service_pressure
 from clif.control.policy.replica_state import next_state, state_after_round
 from clif.control.policy.round_admission import History, given_up, plan_round, target_reached
-from clif.control.policy.routing import Dispatch, Reject, RoutingView, choose_replica
+from clif.control.policy.routing import Dispatch, Fail, PassOver, Reject, RoutingView, choose_replica
 from clif.control.policy.view import ClusterView, ReplicaTracker, ReplicaView
 from clif.latency import Fit
 from clif.states import ReplicaState
@@ -318,9 +320,11 @@ def has_room(view: ReplicaView, asked: Request) -> bool:
 fits = st.builds(Fit, st.sampled_from([0.0, 0.1]), st.sampled_from([0.0, 0.3]), st.sampled_from([0.01, 0.2]))
 some_views = st.lists(
     st.builds(
-        lambda n, ran, k, state, fit: replica(0, outstanding=n, running=ran, reserved=k, state=state, serve=fit),
+        lambda n, ran, k, state, fit, held: replica(
+            0, outstanding=n, running=ran, reserved=k, state=state, serve=fit, versions=held
+        ),
         st.integers(0, 5), st.integers(0, 5), st.sampled_from([0, 900, 1490]), st.sampled_from(list(ReplicaState)),
-        fits,
+        fits, st.frozensets(st.integers(1, 3)),
     ),
     max_size=6,
 )  # fmt: skip
@@ -359,7 +363,26 @@ def test_a_routing_view_that_follows_changes_is_that_of_the_replicas_as_they_are
     for changed in changes.values():
         followed.update(changed)
     fresh = RoutingView((views | changes).values(), count=6)
-    assert all((column == vars(fresh)[name]).all() for name, column in vars(followed).items())
+    columns = {name: column for name, column in vars(followed).items() if isinstance(column, np.ndarray)}
+    assert len(columns) == 7 and all((column == vars(fresh)[name]).all() for name, column in columns.items())
+    assert all((followed.holding(v) == fresh.holding(v)).all() for v in (None, 0, 1, 2, 3))
+
+
+@settings(max_examples=100, deadline=None)
+@given(some_views, st.sampled_from([None, 0, 1, 2, 3]), st.booleans())
+def test_a_pinned_request_goes_to_replicas_that_hold_its_version_and_waits_for_it_only_while_it_is_to_come(
+    found: list[ReplicaView], version: int | None, to_come: bool
+) -> None:
+    view = RoutingView([replace(each, replica=i) for i, each in enumerate(found)])
+    view.expected = frozenset({version or 0} if to_come else ())
+    route, _ = choose_replica(100.0, structs.replace(request(), version=version), 100.0, view, make_config())
+    able = [i for i, each in enumerate(found) if each.serving and (not version or version in each.versions)]
+    if isinstance(route, Dispatch):
+        assert route.replica in able
+    elif view.serving.any() and not able:
+        assert route == (PassOver() if to_come else Fail())
+    else:
+        assert route is None
 
 
 # --- coordinator ---------------------------------------------------------------------------------

@@ -34,14 +34,25 @@ class Reject:
     predicted_s: float
 
 
-Route = Union[Dispatch, Reject]
+@dataclass(frozen=True)
+class Fail:
+    """End the request: no replica holds the version that it asks for, and none is to hold it."""
+
+
+@dataclass(frozen=True)
+class PassOver:
+    """Requests behind it need not wait for it: the version that it asks for is being loaded."""
+
+
+Route = Union[Dispatch, Reject, Fail, PassOver]
 
 
 class RoutingView:
     """What routing needs of all replicas, as columns [replicas]. Its owner alone calls update(), for what has changed.
 
     iteration_s: predicted seconds of an iteration with one request more; ahead: requests whose prefill is still to
-    come; reserved and room: tokens that requests may fill in the KV cache, and how many that may be.
+    come; reserved and room: tokens that requests may fill in the KV cache, and how many that may be. expected: versions
+    that all replicas are to hold.
     """
 
     def __init__(self, replicas: Iterable[ReplicaView] = (), count: int = 0) -> None:
@@ -51,6 +62,9 @@ class RoutingView:
         self.serving, self.has_slot = np.zeros(size, bool), np.zeros(size, bool)
         self.iteration_s, self.room = np.zeros(size), np.zeros(size)
         self.ahead, self.outstanding, self.reserved = (np.zeros(size, np.int64) for _ in range(3))
+        self.expected: frozenset[int] = frozenset()
+        self._versions: list[frozenset[int]] = [frozenset()] * size
+        self._holding: dict[int, np.ndarray] = {}
         for replica in known:
             self.update(replica)
 
@@ -65,6 +79,22 @@ class RoutingView:
         self.ahead[row] = max(0, replica.outstanding - replica.running)
         self.outstanding[row], self.reserved[row] = replica.outstanding, replica.reserved
         self.room[row] = OVERCOMMIT * replica.kv_tokens
+        if replica.versions is not self._versions[row]:
+            self._hold(row, replica.versions)
+
+    def _hold(self, row: int, versions: frozenset[int]) -> None:
+        for version in self._versions[row] - versions:
+            self._holding[version][row] = False
+        for version in versions - self._versions[row]:
+            self._holding.setdefault(version, np.zeros(self.serving.size, bool))[row] = True
+        self._versions[row] = versions
+        self._holding = {version: rows for version, rows in self._holding.items() if rows.any()}
+
+    def holding(self, version: int | None) -> np.ndarray:
+        """Serving replicas [replicas] that can answer with this version; None: with their active one."""
+        if not version:
+            return self.serving
+        return self.serving & self._holding.get(version, np.zeros(self.serving.size, bool))
 
     def with_room(self, tokens: int) -> np.ndarray:
         """Replicas [replicas] on which a request that may fill so many tokens can start at once, as far as is known.
@@ -90,15 +120,20 @@ def choose_replica(
     alive = int(np.count_nonzero(view.serving))
     if not alive:
         return None, "no replica that serves is alive"
+    able = view.holding(request.version)
+    if request.version and not able.any():
+        if request.version in view.expected:
+            return PassOver(), f"adapter version {request.version} is being loaded"
+        return Fail(), f"adapter version {request.version} is not kept any more: ask for another one"
     predicted = view.predict_s(request, config)
-    room = view.with_room(request.max_total_tokens)
+    room = view.with_room(request.max_total_tokens) & able
     ready = int(np.count_nonzero(room))
-    best = float(predicted[room if ready else view.serving].min())
+    best = float(predicted[room if ready else able].min())
     left = math.inf if request.slo.deadline_s is None else arrival_s + request.slo.deadline_s - now
     if best > left and config.slo.late == "reject":
         return Reject(best), f"needs {best:.2f} s but its deadline is in {left:.2f} s"
     if not ready:
-        return None, f"none of {alive} replicas has room"
+        return None, f"none of {np.count_nonzero(able)} replicas has room"
     equal = np.flatnonzero(room & (predicted == best))
     replica = int(equal[view.outstanding[equal].argmin()])
     if best <= left:

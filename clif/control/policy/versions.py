@@ -1,0 +1,46 @@
+"""Which adapter versions the replicas keep, besides those that requests still read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from clif.config import Config
+
+FOR_PROMOTION = 1
+"""Slots that nothing keeps: a promotion always finds one, once no request reads what was there."""
+FOR_READERS = 1
+"""Slots that old versions are not kept in by themselves: those that are given up may be read for a while."""
+
+
+@dataclass(frozen=True)
+class VersionsView:
+    """stored: numbers of all versions that can be kept, in order. active: of each adapter; pinned, canary: the
+    operator's; 0 is the base, which needs no slot."""
+
+    stored: tuple[int, ...] = ()
+    active: tuple[int, ...] = ()
+    pinned: tuple[int, ...] = ()
+    canary: int = 0
+
+
+def needed_versions(view: VersionsView) -> tuple[int, ...]:
+    """Versions that must be kept, the most important first."""
+    return tuple(v for v in dict.fromkeys((*view.active, view.canary, *view.pinned)) if v in view.stored)
+
+
+def most_needed(config: Config) -> int:
+    """How many versions can be kept because they must be."""
+    return config.adapter.serving_slots - FOR_PROMOTION
+
+
+def kept_versions(now: float, view: VersionsView, config: Config) -> tuple[tuple[int, ...], str]:
+    """The versions to keep, in order, with the reason: active ones, the canary, pinned ones, then the newest that fit.
+
+    A slot is left for the next promotion, and where it is up to us another one for versions that are still read.
+    """
+    needed = needed_versions(view)[: most_needed(config)]
+    free = max(0, most_needed(config) - FOR_READERS - len(needed))
+    newest = [v for v in reversed(view.stored) if v not in needed][:free]
+    slots = config.adapter.serving_slots
+    reason = f"{len(needed)} active, canary or pinned, the newest {len(newest)} besides, of {slots} slots"
+    return tuple(sorted((*needed, *newest))), reason

@@ -1,0 +1,243 @@
+"""The registry of adapter versions: which there are, which are active and kept, and which one a model's name means.
+
+Names: `base` is version 0. `clif` is the active version of adapter `clif`, or the canary for its share of the requests.
+`clif@v0007` is version 7 for as long as it is kept. Another adapter, say of a tenant's jobs, has names of its own:
+`support`, `support@v0012`.
+
+For the front end, each raising Refused (clif/wire/frontend.py) with a sentence for the client:
+  resolve(name, request_id) -> int | None   the version that answers the request; None: the replica's active one
+  models() -> rows                          what can be named now, each a ModelRow
+  listing() -> rows                         all versions, those that are only stored as well
+  canary                                    the operator's choice, or None
+What an operator changes is in clif/control/version_actions.py; how replicas follow in clif/control/version_updates.py.
+For jobs: active(adapter) is the base of the next round; check_name(name) and check_room(name) refuse a new adapter.
+
+Invariant: what is active, pinned and canary is on disk, in current.json, before any replica is told of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from msgspec.structs import replace
+
+from clif.adapters.store import AdapterStore, Canary, Stored
+from clif.config import Config
+from clif.control.fleet import Fleet
+from clif.control.policy.versions import VersionsView, kept_versions, most_needed, needed_versions
+from clif.types import CLIF, AdapterVersion
+from clif.wire.frontend import Refused
+
+BASE = "base"
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
+_PINNED = re.compile(r"(?P<adapter>.+)@v(?P<number>\d{1,9})")
+_GOLDEN, _WORD = 0x9E3779B97F4A7C15, 2**64
+
+
+def version_name(version: AdapterVersion | None) -> str:
+    """The name that means this version and no other; None: the base."""
+    return BASE if version is None else f"{version.adapter}@v{version.number:04d}"
+
+
+def in_canary(request_id: int, share: float) -> bool:
+    """Whether a request is among the share of all: by its id alone, and almost exactly the share of ids in a row.
+
+    Sources: multiplicative hashing by the golden ratio (Knuth, The Art of Computer Programming 3, 6.4).
+    """
+    return request_id * _GOLDEN % _WORD < share * _WORD
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """A name that a request may use. state: active, kept or stored; the last one cannot be asked for.
+
+    round: that made it, 0: none; created: seconds of the wall clock. everywhere: every serving replica holds it.
+    """
+
+    id: str
+    version: int
+    adapter: str
+    state: str
+    created: float
+    parent: int
+    round: int
+    heldout_loss: float | None
+    job: str
+    everywhere: bool
+
+
+class Versions:
+    """kept: what replicas are to keep, with the reason. revision: grows with every change of what is active or kept.
+
+    unix: a stamp of the server's clock as wall time.
+    """
+
+    def __init__(
+        self, config: Config, store: AdapterStore, fleet: Fleet, unix: Callable[[float], float] = lambda now: now
+    ) -> None:
+        self.store, self.unix = store, unix
+        self.kept: tuple[int, ...] = ()
+        self.reason = ""
+        self.revision = 0
+        self._config, self._fleet = config, fleet
+        self._stored = Stored()
+        self._known: Mapping[int, AdapterVersion] = {}
+        self._unreadable: set[int] = set()
+
+    def resume(self) -> None:
+        """Continue with what is on disk. Raises InputError if it is damaged."""
+        self._take(self.store.read())
+
+    # --- what there is -----------------------------------------------------------------------------------------------
+
+    @property
+    def last(self) -> int:
+        """The highest stored number."""
+        return self._stored.last
+
+    @property
+    def canary(self) -> Canary | None:
+        return self._stored.canary
+
+    @property
+    def pinned(self) -> tuple[int, ...]:
+        return self._stored.pinned
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of all adapters that have an active version."""
+        return tuple(self._stored.active)
+
+    def active(self, adapter: str = CLIF) -> int:
+        """The active version of an adapter; 0: the base."""
+        return self._stored.active.get(adapter, 0)
+
+    def get(self, number: int) -> AdapterVersion | None:
+        """A stored version; None: there is none, or it is the base."""
+        return self._known.get(number)
+
+    def knows(self, number: int) -> bool:
+        """Whether this is the base or a stored version."""
+        return number == 0 or number in self._known
+
+    # --- changes -----------------------------------------------------------------------------------------------------
+
+    def add(self, version: AdapterVersion, config_json: str, weights: bytes, active: bool = True) -> None:
+        """Store a version. active: it becomes that of its adapter. Raises OSError."""
+        self.store.write(version, config_json, weights, active)
+        self._take(self.store.read())
+
+    def choose(self, **chosen: Any) -> None:
+        """Store what the operator chose: fields of Stored. Raises OSError."""
+        stored = replace(self._stored, **chosen)
+        self.store.choose(stored)
+        self._take(stored)
+
+    def mark_unreadable(self, number: int) -> None:
+        """The files of a version cannot be read: it is not kept in this start."""
+        self._unreadable.add(number)
+        self._take(self._stored)
+
+    def view(self, **chosen: Any) -> VersionsView:
+        """What is to be kept, if the operator chose so."""
+        stored = replace(self._stored, **chosen)
+        # The adapter that answers by default comes first.
+        active = (stored.active.get(CLIF, 0), *stored.active.values())
+        numbers = tuple(v.number for v in stored.committed if v.number not in self._unreadable)
+        return VersionsView(numbers, active, stored.pinned, stored.canary.version if stored.canary else 0)
+
+    def check_fits(self, **chosen: Any) -> None:
+        """Raises Refused if the replicas have too few slots for what the operator would choose."""
+        needed, most = len(needed_versions(self.view(**chosen))), most_needed(self._config)
+        if needed > most:
+            slots = self._config.adapter.serving_slots
+            raise Refused(
+                "conflict",
+                f"that makes {needed} versions to keep, and {slots} slots keep {most}: unpin one, retire an adapter, "
+                "or raise adapter.serving_slots",
+            )
+
+    def check_name(self, adapter: str) -> None:
+        """Raises Refused for what cannot be the name of an adapter."""
+        if not _NAME.fullmatch(adapter) or adapter == BASE:
+            raise Refused(
+                "invalid",
+                f"{adapter[:80]!r} cannot name an adapter: use up to 63 of a-z, 0-9, '.', '_' and '-', and not 'base'",
+            )
+
+    def check_room(self, adapter: str) -> None:
+        """Raises Refused if there is no slot for the first version of an adapter."""
+        if not self.active(adapter):
+            number = self.last + 1
+            given = AdapterVersion(number=number, round_id=0, heldout_loss=0.0, adapter=adapter)
+            active = {**self._stored.active, adapter: number}
+            self.check_fits(committed=(*self._stored.committed, given), active=active)
+
+    # --- names -------------------------------------------------------------------------------------------------------
+
+    def resolve(self, name: str, request_id: int) -> int | None:
+        """The version that answers a request; None: the active one of adapter `clif`, at the replica's own step.
+
+        Raises Refused for a name that means nothing, or a version that is not kept.
+        """
+        if name == BASE:
+            return 0
+        if name == CLIF:
+            return self._canary_for(request_id)
+        found = _PINNED.fullmatch(name)
+        number = int(found["number"]) if found else self.active(name)
+        version = self.get(number)
+        if version is None or (found and found["adapter"] != version.adapter):
+            raise Refused("not_found", f"there is no model {name[:80]}: GET /v1/models lists them", "model")
+        if number not in self.kept:
+            raise Refused("not_found", f"{name} is not kept any more: GET /v1/models lists what is", "model")
+        if not self._fleet.held_by_any(number):
+            raise Refused("not_ready", f"{name} is being loaded: ask again", "model")
+        return number
+
+    def _canary_for(self, request_id: int) -> int | None:
+        canary = self.canary
+        if canary is None or not in_canary(request_id, canary.share):
+            return None
+        return canary.version if canary.version in self._fleet.held_by_all else None
+
+    def models(self) -> list[ModelRow]:
+        """The base, each adapter, and each version that is kept."""
+        names = [self._row(name, self.active(name)) for name in dict.fromkeys((CLIF, *self.adapters))]
+        kept = [self._row(version_name(self.get(number)), number) for number in reversed(self.kept)]
+        return [self._row(BASE, 0), *names, *kept]
+
+    def listing(self) -> list[ModelRow]:
+        """All versions, newest first."""
+        return [self._row(version_name(version), version.number) for version in reversed(self._stored.committed)]
+
+    def _row(self, name: str, number: int) -> ModelRow:
+        version = self.get(number)
+        active = number == self.active(version.adapter if version else CLIF)
+        return ModelRow(
+            id=name,
+            version=number,
+            adapter=version.adapter if version else "",
+            state="active" if active else "kept" if number in (0, *self.kept) else "stored",
+            created=version.created_unix if version else 0.0,
+            parent=version.parent if version else 0,
+            round=version.round_id if version else 0,
+            heldout_loss=_number(version.heldout_loss) if version else None,
+            job=version.job if version else "",
+            everywhere=number == 0 or number in self._fleet.held_by_all,
+        )
+
+    def _take(self, stored: Stored) -> None:
+        self._stored = stored
+        self._known = {version.number: version for version in stored.committed}
+        self.kept, self.reason = kept_versions(0.0, self.view(), self._config)
+        self._fleet.expect(self.kept)
+        self.revision += 1
+
+
+def _number(value: float) -> float | None:
+    """A loss that was measured; JSON has no NaN."""
+    return value if value == value else None
