@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clif import __version__
+from clif.clients import commands
 from clif.errors import InputError
 from clif.exit_report import sentence_of
 from clif.run import OVERRIDE_HELP, DryRun, LocalRank, start
@@ -124,6 +125,10 @@ def mend(run: RunDir) -> None:
         "What stood there is forgotten: a request whose acceptance it was is offered again or lost, one whose end it "
         "was may be answered a second time, a round that it committed has no row."
     )
+
+
+app.command()(commands.chat)
+app.command()(commands.loadtest)
 
 
 def main() -> None:

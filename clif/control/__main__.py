@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import resource
 import signal
 import sys
 import time
@@ -39,7 +38,7 @@ from clif.distributed.addresses import refuse_link_local
 from clif.exit_report import sentence_of
 from clif.metrics.sources import earlier_rows
 from clif.storage.disk_space import Room
-from clif.storage.files import keep_private, write_atomic
+from clif.storage.files import allow_connections, keep_private, write_atomic
 from clif.storage.folder_lock import FolderLock
 from clif.tokenizer import ChatTokenizer
 from clif.types import Purpose
@@ -145,15 +144,6 @@ def read_recorded(run_dir: Path) -> Recorded:
         frozenset(earlier_rows(run_dir, "rounds")["round_id"].tolist()),
         frozenset(earlier_rows(run_dir, "adapters")["version"].tolist()),
     )
-
-
-def allow_connections() -> None:
-    """Raise the limit of open files as far as the system allows: a connection holds one until it is refused.
-
-    Otherwise connections without a key could use up the files that the run itself needs.
-    """
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def open_channel(host: str, keys: Keys, replicas: int) -> ControlChannel:

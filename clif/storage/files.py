@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 OTHERS = 0o077
@@ -36,3 +37,12 @@ def write_synced(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def allow_connections() -> None:
+    """Raise the limit of open files as far as the system allows: a connection holds one.
+
+    In the control process, connections without a key could otherwise use up the files that the run itself needs.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

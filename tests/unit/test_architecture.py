@@ -43,11 +43,12 @@ MAY_IMPORT = {
     "clif.simulate": (*BASICS, "clif.metrics", "clif.wire", "clif.control"),
     "clif.rank": (*BASICS, "clif.metrics", "clif.wire", *MODEL),
     "clif.emulated": (*BASICS, "clif.metrics", "clif.wire", *MODEL, "clif.rank"),
+    "clif.clients": (*BASICS, "clif.data", "clif.metrics"),
     "clif.launch": (*BASICS, "clif.data", "clif.rank"),
 }
 """The order of the packages, lowest first. All of them may import the modules that lie directly in clif."""
 FLAT_MAY_IMPORT = {
-    "clif.cli": ("clif.data", "clif.metrics", "clif.control", "clif.storage"),
+    "clif.cli": ("clif.clients", "clif.data", "clif.metrics", "clif.control", "clif.storage"),
     "clif.run": ("clif.config", "clif.data", "clif.distributed", "clif.rank", "clif.emulated"),
     "clif.llm": ("clif.config", "clif.distributed", "clif.models", "clif.adapters", "clif.engine"),
 }
@@ -75,7 +76,7 @@ TORCH_FREE = [
     "clif.engine.scheduler", "clif.engine.cost_model", "clif.engine.blocks", "clif.engine.prefix", "clif.engine.jobs",
     "clif.engine.job_queue", "clif.engine.step_record", "clif.engine.coserving",
     "clif.replica.records", "clif.rank.dry_run", "clif.rank.preflight", "clif.rank.control_process",
-    "clif.rank.serve_loop", "clif.rank.signals", "clif.emulated",
+    "clif.rank.serve_loop", "clif.rank.signals", "clif.emulated", "clif.clients",
 ]  # fmt: skip
 
 

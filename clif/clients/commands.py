@@ -1,0 +1,90 @@
+"""The commands of the clients. What they need is imported when they run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clif.errors import InputError
+
+LOCAL = "http://127.0.0.1:8000"
+Url = Annotated[str, typer.Argument(metavar="[URL]", help="An OpenAI server; /v1 may be left out.")]
+Model = Annotated[str | None, typer.Option(help="Model; by default the server's first.")]
+Key = Annotated[str | None, typer.Option(help="API key; by default that of the variable CLIF_API_KEY.")]
+Seed = Annotated[int, typer.Option(min=0, help="Draws arrivals and prompts.")]
+
+
+def chat(
+    url: Url = LOCAL,
+    model: Model = None,
+    key: Key = None,
+    system: Annotated[str | None, typer.Option(help="Message of the system.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy.")] = None,
+) -> None:
+    """Talk to a model in the terminal, or answer the lines that are piped into it."""
+    from clif.clients.chat import Chat, Terminal
+    from clif.clients.endpoint import Endpoint
+
+    endpoint = Endpoint.of(url, key)
+    given = {"max_tokens": max_tokens, "temperature": temperature}
+    options = {name: value for name, value in given.items() if value is not None}
+    Terminal(Chat(endpoint, endpoint.choose_model(model), system, options)).run()
+
+
+def loadtest(
+    url: Url = LOCAL,
+    model: Model = None,
+    key: Key = None,
+    rate: Annotated[float | None, typer.Option(help="Requests a second, Poisson; by default 1.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Arrivals and lengths of a recorded trace instead.")] = None,
+    trace_format: Annotated[str, typer.Option(help="azure, burstgpt or mooncake.")] = "azure",
+    speed: Annotated[float, typer.Option(help="2 replays a trace twice as fast.")] = 1.0,
+    duration: Annotated[float | None, typer.Option(help="Length of the load, seconds; by default 60.")] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="Most requests.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSON lines of messages, prompt or instruction.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Words of a generated prompt.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, tokens.")] = 128,
+    ignore_eos: Annotated[bool, typer.Option(help="Answer to the full length; not every server can.")] = False,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Most requests open at a time.")] = None,
+    ttft_ms: Annotated[float | None, typer.Option(help="Promise for the first token.")] = None,
+    tpot_ms: Annotated[float | None, typer.Option(help="Promise for each further token, mean of an answer.")] = None,
+    timeout: Annotated[float, typer.Option(help="An answer without a byte for so long is given up, seconds.")] = 300.0,
+    seed: Seed = 0,
+    json_out: Annotated[Path | None, typer.Option("--json", help="File for all figures.")] = None,
+) -> None:
+    """Send an open load to a server: latencies count from the planned times; goodput and attainment of a promise."""
+    from clif.clients.endpoint import Endpoint
+    from clif.clients.load_figures import Promise, figures, print_figures
+    from clif.clients.load_plan import Workload, arrivals_config
+    from clif.clients.load_run import LoadTest, run_load_test
+    from clif.storage.files import allow_connections
+
+    if rate is not None and trace is not None:
+        raise InputError("--rate and --trace both give the arrivals: leave one of them out")
+    replay = None if trace is None else {"path": trace, "format": trace_format, "speed": speed, "lengths": "trace"}
+    arrivals = arrivals_config(rate, duration, requests, replay)
+    plan = Workload(arrivals, prompts, prompt_tokens, max_tokens, seed).plan()
+    endpoint = Endpoint.of(url, key)
+    chosen = endpoint.choose_model(model)
+    allow_connections()
+    options: dict[str, object] = {"ignore_eos": True} if ignore_eos else {}
+    test = LoadTest(endpoint, chosen, options, concurrency, timeout)
+    result = figures(run_load_test(test, plan), Promise(ttft_ms, tpot_ms))
+    print_figures(result)
+    if json_out is not None:
+        json_out.write_text(json.dumps(_with_provenance(result, endpoint.url, chosen, len(plan)), indent=2) + "\n")
+
+
+def _with_provenance(result: dict[str, object], url: str, model: str, planned: int) -> dict[str, object]:
+    """The figures, and what made them: versions, command and machine."""
+    import datetime
+
+    from clif.metrics.provenance import provenance
+
+    made = {name: value for name, value in provenance().items() if value != "" and name not in ("config", "engine")}
+    ended = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"url": url, "model": model, "planned": planned, "ended": ended, "provenance": made, "figures": result}
