@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clif import __version__
+from clif import __version__, cli_keys
 from clif.clients import commands
 from clif.errors import InputError
 from clif.exit_report import sentence_of
@@ -32,6 +32,7 @@ app = typer.Typer(
     help="CLIF: serve a model and fine-tune it.",
 )
 
+app.add_typer(cli_keys.app, name="keys")
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
 

@@ -26,7 +26,8 @@ from clif.distributed.roles import check_roles, fewest_replicas
 from clif.errors import ConfigError, InputError
 from clif.exit_report import ReportedExit, last_words
 from clif.rank.dry_run import plan_lines
-from clif.rank.preflight import check_gpu, check_model, check_room, device_of, prove, room_of
+from clif.rank.preflight import check_access, check_gpu, check_model, check_room, device_of, prove, room_of
+from clif.storage.api_keys import hash_variable
 
 log = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -57,6 +58,7 @@ def start(words: list[str], config: str | None, ranks: int | None, dry_run: bool
     can use; otherwise it ends as be_rank() does, or this process becomes torchrun.
     """
     name, overrides = _named(words, config)
+    hash_variable(os.environ)
     env = _discover(local_rank)
     launched = env.launcher != ALONE
     if launched and ranks is not None:
@@ -84,6 +86,7 @@ def be_rank(
     log.info("%s", env)
     try:
         with last_words(env.rank):
+            hash_variable(os.environ)
             settings = load_config(find_config(config), overrides)
             layout = _layout(settings, env, dry_run, planned)
             _check(settings, layout, inputs=env.rank == 0)
@@ -145,6 +148,7 @@ def _check(settings: Config, layout: Layout, inputs: bool = True) -> None:
     """Check the settings. inputs: also the input files, on one of all ranks."""
     check_roles(settings, layout)
     if inputs:
+        check_access(settings)
         check_inputs(settings, layout)
         check_model(settings, layout)
 

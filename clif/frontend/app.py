@@ -11,7 +11,9 @@ from starlette.responses import JSONResponse
 
 from clif import __version__
 from clif.config import Config
+from clif.frontend.auth import Access
 from clif.frontend.errors import handle_errors
+from clif.frontend.limits import Guard
 from clif.frontend.link import Link
 from clif.frontend.strict import with_components
 from clif.tokenizer import ChatTokenizer
@@ -43,6 +45,8 @@ def make_app(parts: Parts) -> FastAPI:
     """Each group of routes is a function routes(parts) -> APIRouter of a module."""
     app = App()
     handle_errors(app)
+    http = parts.config.serve.http
+    app.add_middleware(Guard, access=Access.configured(http), http=http)
 
     @app.get("/health")
     async def health() -> dict[str, str]:

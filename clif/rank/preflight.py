@@ -5,6 +5,7 @@ A dry run and a start make the same checks; a start makes those that need torch 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,14 @@ from clif.models.spec import FAMILIES, ModelSpec, spec_of
 from clif.models.targets import check_targets
 from clif.models.weights.files import check_gguf, check_weights, is_gguf, locate, read_model
 from clif.models.weights.gguf_header import read_header
+from clif.storage.api_keys import keys_at
+
+
+def check_access(config: Config) -> None:
+    """Raises InputError if clients' keys cannot be used, or are missing where other hosts reach the server."""
+    if config.online:
+        http = config.serve.http
+        keys_at(http.keys_file, os.environ, http.host, http.local)
 
 
 def check_model(config: Config, layout: Layout) -> Tree | None:

@@ -49,7 +49,8 @@ MAY_IMPORT = {
 """The order of the packages, lowest first. All of them may import the modules that lie directly in clif."""
 FLAT_MAY_IMPORT = {
     "clif.cli": ("clif.clients", "clif.data", "clif.metrics", "clif.control", "clif.storage"),
-    "clif.run": ("clif.config", "clif.data", "clif.distributed", "clif.rank", "clif.emulated"),
+    "clif.cli_keys": ("clif.storage",),
+    "clif.run": ("clif.config", "clif.data", "clif.distributed", "clif.rank", "clif.emulated", "clif.storage"),
     "clif.llm": ("clif.config", "clif.distributed", "clif.models", "clif.adapters", "clif.engine"),
 }
 """The modules directly in clif that import a package. No other does."""
@@ -65,7 +66,8 @@ sys.meta_path.insert(0, Forbid())
 TWO_RANKS = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 TORCH_FREE = [
     "clif.types", "clif.states", "clif.errors", "clif.latency", "clif.tokenizer", "clif.exit_report",
-    "clif.cli", "clif.run", "clif.prompts", "clif.sampling_params", "clif.text_stream", "clif.constraints",
+    "clif.cli", "clif.cli_keys", "clif.run",
+    "clif.prompts", "clif.sampling_params", "clif.text_stream", "clif.constraints",
     "clif.config", "clif.storage", "clif.data", "clif.metrics", "clif.wire", "clif.jobs", "clif.control",
     "clif.simulate", "clif.frontend",
     "clif.distributed.layout", "clif.distributed.roles", "clif.distributed.launch_env", "clif.distributed.slurm",
