@@ -108,8 +108,8 @@ class EngineConfig(Section):
     """[tokens] Tokens of one held-out forward."""
     emulated: Literal["default"] | NotNegativeFloat | Path | None = None
     """Answer without a model, to develop clients and to measure what is in front of the engine: one process without
-    torch and weights answers with a fixed text, up to `max_tokens`, and says so in all metrics. It takes the model's
-    tokenizer, adapters and rounds do not take part. A number: each step takes so many milliseconds, with 0 as few as
+    torch and weights answers with a fixed text, up to `max_tokens`, trains with made-up losses, and says so in all
+    metrics. It takes the model's tokenizer. A number: each step takes so many milliseconds, with 0 as few as
     possible. `default`: 10 ms. A path: of a run or its `run.h5`, from whose table `ticks` the time of each step is
     drawn, by its size."""
 

@@ -156,10 +156,6 @@ class Config(Section):
 
     def _check_emulated(self) -> None:
         times = self.engine.emulated
-        if times is not None and self.train.enabled:
-            raise ValueError(
-                "engine.emulated computes nothing that could be trained: set train.enabled=false, or leave it out"
-            )
         if isinstance(times, Path) and not is_there(times) and not is_there(times / "run.h5"):
             raise ValueError(f"engine.emulated {times} is no run and no run.h5: correct it, or give default")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from clif.adapters.slots import SlotTable
 from clif.config import Config
+from clif.emulated.member import STEP_S, EmulatedMember
 from clif.emulated.step_times import StepTimes
 from clif.engine.scheduler import Chunk, Scheduler
 from clif.engine.step_record import StepRecord
@@ -60,29 +61,34 @@ class EmulatedReplica:
         self.scheduler = Scheduler(engine, SlotTable(config.adapter.serving_slots), tokenizer.eos_ids, tokenizer.decode)
         self._text, self._times, self._records = text_ids(tokenizer), times, records
         self._send, self._sent, self._report_s = send, sent, config.control.report_s
-        self._installs: list[m.Install] = []
+        self.member = EmulatedMember(
+            config.adapter, replica, self.scheduler.slots, send, self._on_version, lambda: self.steps
+        )
         self._reported, self._busy_s = time.monotonic(), 0.0
         self._timings: list[tuple[float, float, float]] = []
         self._orders: dict[type, Callable[[Any], None]] = {
             m.Submit: self._submit,
             m.Cancel: self._cancel,
             m.Limits: lambda order: self.scheduler.limit_batch(order.max_batch),
-            m.Install: self._installs.append,
             m.Rebuild: self._rebuild,
             m.Stop: self._stop,
+            **self.member.orders,
         }
 
     def wait_s(self) -> float:
         """Seconds that the next step may wait for messages: 0 while there is work."""
-        return 0.0 if self.scheduler.running or self.scheduler.waiting else self._report_s / 2
+        if self.scheduler.running or self.scheduler.waiting:
+            return 0.0
+        return min(STEP_S, self._report_s / 2) if self.member.micro_batch else self._report_s / 2
 
     def step(self, orders: Sequence[m.Down]) -> None:
-        """Handle messages, take one step of serving, report. What concerns training is ignored."""
+        """Handle messages, take one step of serving, report. Messages for what is not emulated are ignored."""
+        self.member.step(time.monotonic())
         for order in orders:
             handle = self._orders.get(type(order))
             if handle is not None:
                 handle(order)
-        self._promote()
+        self.member.step(time.monotonic())
         chunks = self.scheduler.schedule()
         if chunks:
             self._serve(chunks)
@@ -115,9 +121,10 @@ class EmulatedReplica:
         record.note_serving(decode_rows, rows, Regime.ALONE, seconds)
         self._records.engine_step(self.steps, record, self.scheduler)
         if rows == decode_rows and len(self._timings) < TIMINGS:
-            self._timings.append((float(decode_rows), 0.0, seconds))
+            self._timings.append((float(decode_rows), float(self.member.micro_batch), seconds))
 
     def _report(self, now: float) -> None:
+        running = float(len(self.scheduler.running))
         report = m.Report(
             replica=self.id,
             running=len(self.scheduler.running),
@@ -125,12 +132,16 @@ class EmulatedReplica:
             kv_used=self.scheduler.pool.used_tokens,
             busy=min(1.0, self._busy_s / (now - self._reported)),
             version=self.scheduler.slots.active,
-            training_steps=0,
-            last_loss=None,
+            training_steps=self.member.training_steps,
+            last_loss=self.member.last_loss,
             serve_timings=tuple(self._timings),
+            train_timings=((float(self.member.micro_batch), running, STEP_S),) if self.member.micro_batch else (),
         )
         self._send(report)
         self._reported, self._busy_s, self._timings = now, 0.0, []
+
+    def _on_version(self, version: int, round_id: int) -> None:
+        self._records.version(version, round_id, self.steps, self.scheduler.slots.slot_of(version) or 0)
 
     def _submit(self, order: m.Submit) -> None:
         refused = self.scheduler.add(order.request, time.monotonic(), order.output_ids, order.version)
@@ -141,15 +152,6 @@ class EmulatedReplica:
         event = self.scheduler.cancel(order.request_id)
         if event is not None:
             self._send(m.Tokens(replica=self.id, events=(event,)))
-
-    def _promote(self) -> None:
-        """Make an installed version active once a slot is free, as a replica does. Its weights are not read."""
-        slots = self.scheduler.slots
-        while self._installs and (slot := slots.free_slot()) is not None:
-            order = self._installs.pop(0)
-            slots.promote(order.version, slot)
-            self._records.version(order.version, order.round_id, self.steps, slot)
-            self._send(m.Settled(replica=self.id, round_id=order.round_id, version=order.version, step=self.steps))
 
     def _rebuild(self, order: m.Rebuild) -> None:
         self.lost = order.reason

@@ -14,6 +14,7 @@ from clif.config import Config
 from clif.distributed.launch_env import RankEnv
 from clif.distributed.layout import Layout
 from clif.distributed.rendezvous import KeyValues, LocalStore
+from clif.emulated.member import shapes
 from clif.emulated.replica import EmulatedReplica, EmulatedSupervisor, Sent
 from clif.emulated.step_times import StepTimes, step_times
 from clif.emulated.tokenizer import read_tokenizer
@@ -134,10 +135,11 @@ def _hello(emulated: Emulated, replica: EmulatedReplica, rank: int, incarnation:
         kv_tokens=config.kv_tokens_bound,
         max_context=config.model.max_context,
         vocabulary=emulated.vocabulary,
-        adapter=describe({}),
-        heldout_rows=0,
+        adapter=describe(shapes(config.adapter)),
+        heldout_rows=int(config.train.enabled and config.data.path is not None),
         dtype="emulated",
         load_s=0.0,
         incarnation=incarnation,
         version=replica.scheduler.slots.active,
+        versions=replica.scheduler.slots.held,
     )

@@ -16,14 +16,16 @@ import transformers
 from control_run import make_config
 from scripted_replica import make_tokenizer
 
+from clif.adapters.peft_files import config_flaw, describe, weights_flaw
 from clif.config import Config, ConfigError, MetricsConfig
+from clif.emulated.member import shapes
 from clif.emulated.replica import EmulatedReplica, EmulatedSupervisor, text_ids
 from clif.emulated.step_times import FixedTimes, MeasuredTimes, step_times
 from clif.emulated.tokenizer import read_tokenizer
 from clif.metrics.schema import TABLES
 from clif.replica.records import RankRecords
 from clif.tokenizer import from_transformers
-from clif.types import FinishReason, Request, Sampling
+from clif.types import FinishReason, Request, RoundPlan, Sampling
 from clif.wire import messages as m
 
 REPO = Path(__file__).resolve().parents[2]
@@ -106,9 +108,54 @@ def test_an_installed_version_answers_new_requests(tmp_path):
     replica = line.build()
     replica.step([m.Install(version=3, weights=b"", round_id=2)])
     replica.step([m.Submit(request=request(1, 1))])
-    assert m.Settled(replica=0, round_id=2, version=3, step=0) in line.sent
+    assert line.sent[:2] == [m.Settled(replica=0, round_id=2, version=3, step=0), m.Held(replica=0, versions=(3,))]
     (answer,) = (message for message in line.sent if isinstance(message, m.Tokens))
     assert answer.events[0].version == 3
+
+
+def test_versions_are_kept_read_and_rolled_back_as_they_are_asked_for(tmp_path):
+    line = Line(tmp_path)
+    replica = line.build()
+    replica.step([m.Keep(versions=(1, 2)), m.Install(version=1, weights=b""), m.Install(version=2, weights=b"")])
+    assert replica.scheduler.slots.held == (1, 2)
+    replica.step([m.Activate(version=1), m.Keep(versions=()), m.Submit(request=request(1, 1))])
+    assert replica.scheduler.slots.held == (1,) and replica.scheduler.slots.active == 1
+
+
+def plan(round_id: int, base: int = 0) -> RoundPlan:
+    return RoundPlan(
+        round_id=round_id, members=(0,), incarnations=(0,), local_steps=10, micro_batch=4, accumulation=1,
+        base_version=base,
+    )  # fmt: skip
+
+
+def test_a_round_goes_through_and_each_version_is_better_than_the_one_before(tmp_path):
+    line = Line(tmp_path)
+    replica = line.build()
+    for number in (1, 2):
+        line.sent.clear()
+        replica.step([m.BeginRound(plan=plan(number, number - 1), group=0)])
+        replica.step([m.FinishSteps(round_id=number)])
+        replica.step([m.Aggregate(round_id=number)])
+        replica.step([m.Settle(round_id=number, commit=True, version=number, publish=True)])
+        done, voted, published, settled, held = (message for message in line.sent if not isinstance(message, m.Report))
+        assert 1 <= done.result.steps <= 10 and done.result.samples == 4 * done.result.steps
+        assert voted.vote.candidate_loss < voted.vote.active_loss
+        adapter = line.config.adapter
+        assert not config_flaw(published.config_json, adapter.r, adapter.lora_alpha)
+        assert not weights_flaw(published.weights, describe(shapes(adapter)))
+        assert (settled.version, held.versions) == (number, (number,))
+    line.sent.clear()
+    replica.step([m.Evaluate()])
+    assert line.sent[0].result.loss == voted.vote.candidate_loss
+
+
+def test_a_discarded_round_leaves_the_version_as_it_was(tmp_path):
+    line = Line(tmp_path)
+    replica = line.build()
+    replica.step([m.BeginRound(plan=plan(1), group=0), m.FinishSteps(round_id=1), m.Aggregate(round_id=1)])
+    replica.step([m.Settle(round_id=1, commit=False, version=0)])
+    assert replica.scheduler.slots.active == 0 and replica.member.micro_batch == 0
 
 
 def test_a_replica_that_was_declared_lost_forgets_its_requests_and_what_was_sent_before_its_welcome(tmp_path):
@@ -201,8 +248,6 @@ def test_what_is_emulated_survives_the_runs_config_json(tmp_path, given):
 
 
 def test_impossible_emulations_are_refused_with_what_to_change(tmp_path):
-    with pytest.raises(ConfigError, match=r"engine\.emulated computes nothing .*set train\.enabled=false"):
-        make_config(tmp_path, engine={"emulated": "default"})
     with pytest.raises(ConfigError, match=r"engine\.emulated nowhere is no run and no run\.h5: correct it"):
         emulated_config(tmp_path, emulated="nowhere")
     with pytest.raises(ConfigError, match=r"engine\.emulated is -1: it must be default, milliseconds from 0"):
@@ -216,9 +261,9 @@ def clif_run(tmp_path: Path, *overrides: str, **environ: str) -> subprocess.Comp
     """`clif run smoke` without torch."""
     (tmp_path / "sitecustomize.py").write_text(NO_TORCH)
     command = [sys.executable, "-P", "-m", "clif.cli", "run", "smoke", f"run.out_dir={tmp_path}", "run.status=plain"]
-    without = ["train.enabled=false", "federation=null", "quality=null", "load.rate_rps=200", "load.duration_s=0.5"]
+    brief = ["federation.rounds=1", "quality=null", "load.rate_rps=100", "load.duration_s=1.5", "control.hold_s=0.1"]
     return subprocess.run(
-        [*command, "engine.emulated=0", *without, *overrides], cwd=REPO, capture_output=True, text=True, timeout=60,
+        [*command, "engine.emulated=0", *brief, *overrides], cwd=REPO, capture_output=True, text=True, timeout=60,
         env={**os.environ, "PYTHONPATH": str(tmp_path), **environ},
     )  # fmt: skip
 
@@ -231,6 +276,7 @@ def test_a_run_needs_neither_torch_nor_weights_nor_a_launcher_and_says_that_it_w
     assert summary["run"]["sources"] == ["control", "rank-00000", "rank-00001"]
     requests = summary["requests"]
     assert requests["submitted"] == requests["finished"]["length"] > 50 and requests["unfinished"] == 0
+    assert summary["training"]["rounds_completed"] == 1
 
 
 def test_a_launcher_is_refused_with_the_command_that_does_it(tmp_path):
