@@ -21,6 +21,7 @@ import uvicorn
 from clif.config import Config
 from clif.frontend.app import Parts, make_app
 from clif.frontend.link import Link
+from clif.frontend.protocol import Connection, end_stalled
 from clif.storage.files import keep_private
 from clif.tokenizer import ChatTokenizer
 
@@ -51,6 +52,7 @@ async def serve(arguments: argparse.Namespace) -> None:
     app = make_app(Parts(config, link, ChatTokenizer.load(run_dir / "tokenizer")))
     settings = uvicorn.Config(
         app,
+        http=Connection,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=CLOSE_S,
@@ -61,10 +63,12 @@ async def serve(arguments: argparse.Namespace) -> None:
     server = Server(settings)
     receiving = asyncio.create_task(link.receive())
     serving = asyncio.create_task(server.serve([socket.socket(fileno=arguments.fd)]))
+    watching = asyncio.create_task(end_stalled(server.server_state.connections, config.serve.http.stall_s))
     await link.start()
     await asyncio.wait({receiving, serving}, return_when=asyncio.FIRST_COMPLETED)
     server.should_exit = True
     await serving
+    watching.cancel()
     link.close()
     if receiving.done():
         receiving.result()
