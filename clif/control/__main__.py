@@ -32,6 +32,7 @@ from clif.control.quality import QualityCheck
 from clif.control.records import Records
 from clif.control.server import ControlServer
 from clif.control.sources import TraceSource
+from clif.control.status_file import StatusFile
 from clif.data.heldout import read_data
 from clif.data.load import make_load
 from clif.distributed.addresses import refuse_link_local
@@ -121,6 +122,7 @@ def run(arguments: argparse.Namespace, progress: Progress, config: Config, watch
             ledger=Ledger(journal, recovery),
             shutdown=ShutdownPolicy(watcher.parent_died, watcher.signalled, arguments.restarts_left),
             frontend=frontend,
+            status_file=StatusFile(run_dir),
         )
         server = ControlServer(config, ports, time.monotonic, arguments.replicas)
         # The address comes last: a leader that finds it can connect at once.

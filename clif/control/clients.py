@@ -9,8 +9,8 @@ from clif.control.dispatcher import Dispatcher
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
 from clif.control.frontend import Handlers
+from clif.control.operator import Operator
 from clif.control.ports import Ports
-from clif.control.reporter import Reporter
 from clif.control.run_state import RunState
 from clif.control.run_status import StatusReport
 from clif.types import Request
@@ -28,16 +28,17 @@ class Clients:
         fleet: Fleet,
         dispatcher: Dispatcher,
         federation: Federation,
-        reporter: Reporter,
+        operator: Operator,
+        status: StatusReport,
     ) -> None:
         self._config, self._federation = config, federation
-        self._frontend = ports.frontend
+        self._operator, self._status = operator, status
+        self._frontend, self._status_file = ports.frontend, ports.status_file
         if self._frontend is not None:
-            status = StatusReport(config, fleet, dispatcher, federation, reporter)
             self._frontend.attach(state, dispatcher, self.resolve, self.handlers(), status.body)
 
     def handlers(self) -> Handlers:
-        return {GetConfig: lambda now, action: self.config_as_run()}
+        return {GetConfig: lambda now, action: self.config_as_run(), **self._operator.handlers()}
 
     def resolve(self, model: str, request: Request) -> Request:
         """The request, bound to the version that the model's name means. Raises Refused."""
@@ -55,12 +56,16 @@ class Clients:
 
     def step(self, now: float) -> None:
         """At the end of each step of the server: what came together goes out, and the front end is kept running."""
+        if self._status_file is not None and self._status_file.due(now):
+            self._status_file.write(now, self._status.body(now))
         if self._frontend is not None:
             self._frontend.watch(now)
             self._frontend.flush(now)
 
     def close(self, now: float) -> None:
         """The last answers go out, and the front end leaves."""
+        if self._status_file is not None:
+            self._status_file.close(now, self._status.body(now))
         if self._frontend is not None:
             self._frontend.flush(now)
             self._frontend.close()

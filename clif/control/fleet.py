@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from clif.config import Config
@@ -34,6 +36,15 @@ BREAK = 0.05
 """Part of control.lost_after_s: the most that a break between two messages, of any replicas, counts as silence."""
 
 
+@dataclass(frozen=True)
+class Tally:
+    """Sums over all replicas. kv_used, kv_tokens: tokens in the caches of those that are alive, and their room."""
+
+    states: Mapping[str, int]
+    kv_used: int = 0
+    kv_tokens: int = 0
+
+
 class Fleet:
     """Trackers by replica id. expected: how many replicas the run has. send: a message to one of them.
 
@@ -53,6 +64,7 @@ class Fleet:
         self._held_by_all: frozenset[int] | None = None
         self._spoken_s, self._heard_s = 0.0, 0.0
         self._routing, self._changed = RoutingView(count=replicas), set[int]()
+        self._drained: dict[int, str] = {}
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -205,7 +217,33 @@ class Fleet:
         self._changed |= {replica for replica, tracker in self._trackers.items() if tracker.refit()}
 
     def view_of(self, replica: int) -> ReplicaView:
-        return self._trackers[replica].view(*self._loads.load_of(replica), self._spoken_s)
+        drained = self._drained.get(replica, "")
+        return self._trackers[replica].view(*self._loads.load_of(replica), self._spoken_s, drained)
+
+    @property
+    def drained(self) -> Mapping[int, str]:
+        """Replicas that get no request and join no round, with the reasons. Those that are rebuilt stay drained."""
+        return self._drained
+
+    def drain(self, replica: int, reason: str) -> None:
+        """No request goes to the replica from now on, and it joins no round; what it has begun goes on."""
+        self._drained[replica] = reason
+        self._changed.add(replica)
+
+    def undrain(self, replica: int) -> None:
+        self._drained.pop(replica, None)
+        self._changed.add(replica)
+
+    def tally(self) -> Tally:
+        """Costs far less than the views of all replicas."""
+        states: Counter[str] = Counter()
+        used = room = 0
+        for tracker in self._trackers.values():
+            states[tracker.state.value] += 1
+            if tracker.state is not ReplicaState.FAILED:
+                used += tracker.report.kv_used if tracker.report else 0
+                room += tracker.hello.kv_tokens
+        return Tally(states, used, room)
 
     def routing_view(self) -> RoutingView:
         """What routing needs of all replicas at this moment. Costs what has changed since the last call."""

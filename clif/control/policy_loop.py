@@ -6,6 +6,7 @@ It carries out what the pure functions decide, in the order in which each depend
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from clif.config import Config
 from clif.control.dispatcher import Dispatcher
@@ -13,10 +14,11 @@ from clif.control.failures import FailureHandler
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
 from clif.control.policy.batch_sizes import Batches, choose_batches
-from clif.control.policy.pressure import OutcomeWindow, Pressure, ServiceWindow, service_pressure
+from clif.control.policy.pressure import Pressure, ServiceWindow, service_pressure
 from clif.control.policy.replica_state import ALL_SILENT, next_state
 from clif.control.policy.round_admission import plan_round
 from clif.control.policy.view import ClusterView
+from clif.control.recorder import Recorder
 from clif.control.records import Records
 from clif.states import ReplicaState
 
@@ -24,7 +26,10 @@ log = logging.getLogger(__name__)
 
 
 class PolicyLoop:
-    """Runs the decisions that take seconds to matter. outcomes: of requests that ended lately."""
+    """Runs the decisions that take seconds to matter.
+
+    window, pressure_reason: what the pressure was decided from last, and why. paused: why an operator wants no round.
+    """
 
     def __init__(
         self,
@@ -34,12 +39,13 @@ class PolicyLoop:
         federation: Federation,
         records: Records,
         failures: FailureHandler,
-        outcomes: OutcomeWindow,
+        recorder: Recorder,
     ) -> None:
         self.pressure = Pressure.LOW
-        self.round_reason = ""
+        self.pressure_reason, self.round_reason, self.paused = "", "", ""
+        self.window = ServiceWindow()
         self._config, self._fleet, self._dispatcher = config, fleet, dispatcher
-        self._federation, self._records, self._failures, self._outcomes = federation, records, failures, outcomes
+        self._federation, self._records, self._failures, self._recorder = federation, records, failures, recorder
         self._all_silent = False
         self._written: Pressure | None = None
 
@@ -47,7 +53,7 @@ class PolicyLoop:
         """One step. Returns a line about the round that it started; empty: none."""
         self._fleet.refit()
         self._update_states(now)
-        view = self._fleet.view(self._dispatcher.queued)
+        view = replace(self._fleet.view(self._dispatcher.queued), paused=self.paused)
         self._update_pressure(now, view)
         line = self._maybe_round(now, view) if rounds_may_start else ""
         self._coordinate(now)
@@ -76,13 +82,14 @@ class PolicyLoop:
         self._all_silent = silent
 
     def _update_pressure(self, now: float, view: ClusterView) -> None:
-        finished, met = self._outcomes.count(now)
+        finished, met = self._recorder.outcomes.count(now)
         capacity = sum(r.max_batch for r in view.serving)
         window = ServiceWindow(finished, met, self._dispatcher.oldest_wait_s(now), self._dispatcher.queued, capacity)
-        self.pressure, reason = service_pressure(now, window, self._config)
+        self.pressure, self.pressure_reason = service_pressure(now, window, self._config)
+        self.window = window
         if self.pressure is not self._written:
             self._written = self.pressure
-            self._records.pressure(self.pressure, window, reason)
+            self._recorder.on_pressure(self.pressure, window, self.pressure_reason)
 
     def _maybe_round(self, now: float, view: ClusterView) -> str:
         if self._federation.current is not None:

@@ -14,6 +14,7 @@ from clif.control.progress import Display
 from clif.control.quality import QualityCheck
 from clif.control.records import Records
 from clif.control.sources import Source
+from clif.control.status_file import StatusFile
 from clif.wire.channels import Channel
 
 
@@ -22,7 +23,7 @@ class Ports:
     """channel: to the replicas' leaders. sources: of requests. store: of promoted adapters. records: the tables.
 
     ledger: the journal, with what earlier starts left. shutdown: what may end the run early. frontend: of clients, one
-    of the sources as well.
+    of the sources as well. status_file: for those who see the run's folder.
     """
 
     channel: Channel
@@ -35,3 +36,4 @@ class Ports:
     ledger: Ledger
     shutdown: ShutdownPolicy
     frontend: Frontend | None = None
+    status_file: StatusFile | None = None

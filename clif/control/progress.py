@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TextIO
@@ -163,10 +163,6 @@ def choose_mode(
     if environment.get("CI"):
         return "off"
     return "live" if is_terminal else "plain"
-
-
-def count_states(states: Sequence[str]) -> dict[str, int]:
-    return dict(Counter(states))
 
 
 def _slack(reasons: Mapping[int, str]) -> str:

@@ -7,9 +7,10 @@ from clif.control.federation import Federation
 from clif.control.fleet import Fleet
 from clif.control.policy_loop import PolicyLoop
 from clif.control.ports import Ports
-from clif.control.progress import Snapshot, count_states
+from clif.control.progress import Snapshot
 from clif.control.recorder import Recorder
 from clif.control.run_state import RunState
+from clif.states import ReplicaState
 from clif.types import FinishReason, TrainingSlack
 from clif.wire.messages import Report
 
@@ -54,7 +55,7 @@ class Reporter:
             seconds=now - self._state.started_s,
             phase=self._state.phase.value,
             pressure=self._policy.pressure.value,
-            states=count_states([self._fleet.view_of(r).state.value for r in alive]),
+            states={state: n for state, n in self._fleet.tally().states.items() if state != ReplicaState.FAILED},
             running=self._dispatcher.running,
             queued=self._dispatcher.queued,
             load_left=sum(source.remaining for source in self._sources),

@@ -1,47 +1,83 @@
-"""The run as clients, metrics and the live page are shown it: one JSON object, made a few times a second."""
+"""The run as clients, metrics and the live page are shown it: one JSON object, made a few times a second.
+
+Its size is bounded: of replicas, rounds, versions and events it has the first or the latest, and sums over all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from clif import __version__
 from clif.config import Config
+from clif.control.activity import Activity
 from clif.control.dispatcher import Dispatcher
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
+from clif.control.policy.view import ReplicaView
+from clif.control.policy_loop import PolicyLoop
+from clif.control.progress import Snapshot
 from clif.control.reporter import Reporter
+from clif.types import AdapterVersion
+
+MOST_REPLICAS = 64
 
 
 class StatusReport:
-    """Reads every part and changes none."""
+    """Reads every part and changes none. wall: seconds since 1970."""
 
     def __init__(
-        self, config: Config, fleet: Fleet, dispatcher: Dispatcher, federation: Federation, reporter: Reporter
+        self,
+        config: Config,
+        fleet: Fleet,
+        dispatcher: Dispatcher,
+        federation: Federation,
+        policy: PolicyLoop,
+        reporter: Reporter,
+        activity: Activity,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self._config, self._fleet, self._dispatcher = config, fleet, dispatcher
-        self._federation, self._reporter = federation, reporter
+        self._federation, self._policy, self._reporter, self._activity = federation, policy, reporter, activity
+        self._wall = wall
 
     def body(self, now: float) -> dict[str, Any]:
+        unix, tally = round(self._wall(), 2), self._fleet.tally()
+        shown = self._reporter.snapshot(now)
         return {
             "version": __version__,
             "context": self._dispatcher.context_limit,
-            "run": self._run(now),
-            "replicas": self._replicas(),
+            "unix": unix,
+            "run": self._run(shown),
+            "promise": self._promise(),
+            "training": self._training(now, shown),
+            "states": dict(tally.states),
+            "kv": {"used": tally.kv_used, "tokens": tally.kv_tokens},
+            "replica_count": self._fleet.expected,
+            "replicas": self._replicas(shown),
             "models": self._models(),
+            "versions": [self._version(version) for version in self._activity.versions],
+            "rounds": [{"unix": round(unix - (now - at), 2), **row} for at, row in self._activity.rounds],
+            "totals": self._activity.totals.body(),
+            "events": self._activity.events.body(now, unix),
         }
 
-    def _run(self, now: float) -> dict[str, Any]:
-        shown = self._reporter.snapshot(now)
+    def _run(self, shown: Snapshot) -> dict[str, Any]:
         return {
+            "name": self._config.run.name,
+            "model": self._config.model.path,
             "seconds": round(shown.seconds, 1),
             "phase": shown.phase,
             "pressure": shown.pressure,
+            "pressure_reason": self._policy.pressure_reason,
             "running": shown.running,
             "queued": shown.queued,
             "outstanding": self._dispatcher.outstanding,
+            "load_left": shown.load_left,
             "finished": dict(shown.finished),
             "ttft_ms": in_ms(shown.ttft_s),
             "itl_ms": in_ms(shown.itl_s),
@@ -49,30 +85,87 @@ class StatusReport:
             "training_steps": shown.training_steps,
             "version": shown.version,
             "round": shown.round,
-            "slack": {str(replica): reason for replica, reason in shown.slack.items()},
         }
 
-    def _replicas(self) -> list[dict[str, Any]]:
-        views = (self._fleet.view_of(hello.replica) for hello in self._fleet.hellos)
-        return [
-            {
-                "replica": view.replica,
-                "state": view.state.value,
-                "version": view.version,
-                "running": view.running,
-                "max_batch": view.max_batch,
-                "utilisation": round(view.utilisation, 3),
-                "kv_used": view.kv_used,
-                "kv_tokens": view.kv_tokens,
+    def _promise(self) -> dict[str, Any]:
+        """Latencies that are promised, and how many of the latest requests got them."""
+        slo, window = self._config.slo, self._policy.window
+        return {
+            "ttft_ms": slo.ttft_ms,
+            "tpot_ms": slo.tpot_ms,
+            "finished": window.finished,
+            "met": window.met,
+            "window_s": self._config.control.window_s,
+            "oldest_wait_s": round(window.oldest_wait_s, 2),
+        }
+
+    def _training(self, now: float, shown: Snapshot) -> dict[str, Any]:
+        current = self._federation.current
+        body: dict[str, Any] = {
+            "enabled": self._config.train.enabled,
+            "paused": self._policy.paused,
+            "reason": self._policy.round_reason,
+            "steps": shown.training_steps,
+            "last_loss": shown.last_loss,
+            "round": None,
+        }
+        if current is not None:
+            plan = current.plan
+            body["round"] = {
+                "round_id": plan.round_id,
+                "state": current.state.value,
+                "members": len(plan.members),
+                "seconds": round(now - current.began_s, 1),
+                "job": plan.job,
+                "adapter": plan.adapter,
+                "base_version": plan.base_version,
             }
-            for view in views
-        ]
+        return body
+
+    def _replicas(self, shown: Snapshot) -> list[dict[str, Any]]:
+        """The first MOST_REPLICAS."""
+        known = (replica for replica in range(self._fleet.expected) if self._fleet.was_here(replica))
+        views = (self._fleet.view_of(replica) for replica in islice(known, MOST_REPLICAS))
+        return [_replica(view, shown.slack.get(view.replica, "")) for view in views]
+
+    def _version(self, version: AdapterVersion) -> dict[str, Any]:
+        return {
+            "version": version.number,
+            "round_id": version.round_id,
+            "heldout_loss": version.heldout_loss,
+            **self._answered(version.number),
+        }
+
+    def _answered(self, version: int) -> dict[str, int]:
+        answered = self._activity.totals.versions.get(version)
+        if answered is None:
+            return {"requests": 0, "tokens": 0, "slo_met": 0}
+        return {"requests": answered.requests, "tokens": answered.tokens, "slo_met": answered.slo_met}
 
     def _models(self) -> list[dict[str, Any]]:
         """What a request may name as its model."""
         return [{"id": "base", "version": 0}, {"id": "clif", "version": self._federation.history.version}]
 
 
+def _replica(view: ReplicaView, slack: str) -> dict[str, Any]:
+    return {
+        "replica": view.replica,
+        "state": view.state.value,
+        "drained": view.drained,
+        "version": view.version,
+        "running": view.running,
+        "outstanding": view.outstanding,
+        "max_batch": view.max_batch,
+        "utilisation": round(view.utilisation, 3),
+        "kv_used": view.kv_used,
+        "kv_tokens": view.kv_tokens,
+        "slack": slack,
+    }
+
+
 def in_ms(seconds: Sequence[float]) -> dict[str, float | None]:
     """Quantiles of latencies, milliseconds; None without any."""
-    return {f"p{q}": round(float(np.percentile(seconds, q)) * 1000, 1) if seconds else None for q in (50, 99)}
+    if not seconds:
+        return {"p50": None, "p99": None}
+    median, tail = np.percentile(seconds, (50, 99)) * 1000
+    return {"p50": round(float(median), 1), "p99": round(float(tail), 1)}

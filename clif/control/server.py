@@ -13,6 +13,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from clif.config import Config
+from clif.control.activity import Activity
 from clif.control.backlog_updates import BacklogUpdates
 from clif.control.claims import Claims
 from clif.control.clients import Clients
@@ -21,6 +22,7 @@ from clif.control.failures import FailureHandler
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
 from clif.control.inbox import Inbox, printable
+from clif.control.operator import Operator
 from clif.control.policy.phases import Phase
 from clif.control.policy_loop import PolicyLoop
 from clif.control.ports import Ports
@@ -28,6 +30,7 @@ from clif.control.recorder import Recorder
 from clif.control.reporter import Reporter
 from clif.control.run_phases import RunPhases
 from clif.control.run_state import RunState
+from clif.control.run_status import StatusReport
 from clif.types import FinishReason, of_client
 from clif.wire import messages as wire
 
@@ -43,20 +46,22 @@ class ControlServer:
         self._ports, self._clock = ports, clock
         self._ledger, past, now = ports.ledger, ports.ledger.recovery, clock()
         state = RunState(started_s=now - past.run_s, entered_s=now, opened_s=now)
-        recorder = Recorder(config, ports)
+        recorder = Recorder(config, ports, Activity(clock))
         self.dispatcher = Dispatcher(config, self._send, recorder.hooks)
-        self.fleet = Fleet(config, replicas, self._send, self.dispatcher.held, ports.records.transition)
+        self.fleet = Fleet(config, replicas, self._send, self.dispatcher.held, recorder.on_transition)
         self.federation = Federation(config, self.fleet, self.dispatcher, ports.store, recorder)
         if config.run.resume:
             self.federation.resume(past.last_round, past.last_version, past.completed)
         parts = self.fleet, self.dispatcher, self.federation
         self._failures = FailureHandler(config, state, *parts, ports.quality, ports.shutdown)
         self.phases = RunPhases(config, ports, state, *parts, self._failures)
-        self._policy = PolicyLoop(config, *parts, ports.records, self._failures, recorder.outcomes)
+        self._policy = PolicyLoop(config, *parts, ports.records, self._failures, recorder)
         self._reporter = Reporter(ports, state, *parts, self._policy, recorder)
         self._state, self._recorder = state, recorder
         self._claims = Claims(config, self.fleet, self.federation, ports.quality.most_tokens)
-        self._clients = Clients(config, ports, state, *parts, self._reporter)
+        operator = Operator(self.fleet, self._policy, ports.ledger, recorder.activity)
+        self.status = StatusReport(config, *parts, self._policy, self._reporter, recorder.activity)
+        self._clients = Clients(config, ports, state, *parts, operator, self.status)
         inbox_parts = state, self._claims, self.fleet, self._failures, self._handlers(), self._clients.take
         self._inbox = Inbox(ports.channel, clock, *inbox_parts)
         self._backlog_updates = BacklogUpdates(self.fleet, self.dispatcher, self.federation)

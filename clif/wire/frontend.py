@@ -6,14 +6,16 @@ front end's own, so that no replica can speak for it, and it for no replica.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 import msgspec
+from msgspec import Meta
 
-from clif.types import Request, TokenEvent
+from clif.types import Count, Request, TokenEvent
 
 FRONTEND = -1
 """Sender of the front end's messages, beside the numbers of the replicas."""
+LONGEST_REASON = 200
 Kind = Literal["invalid", "not_found", "conflict", "forbidden", "too_many", "not_ready", "failed"]
 """Why something is refused: the front end makes status and type of its answer from it."""
 
@@ -49,7 +51,30 @@ class GetConfig(Action, frozen=True):
     """The configuration as run."""
 
 
-Actions = Union[GetConfig]
+class PauseTraining(Action, frozen=True):
+    """No round begins until training is resumed. reason: as it is shown; empty: none is given."""
+
+    reason: Annotated[str, Meta(max_length=LONGEST_REASON)] = ""
+
+
+class ResumeTraining(Action, frozen=True):
+    """Rounds may begin again."""
+
+
+class DrainReplica(Action, frozen=True):
+    """The replica gets no new request and joins no round; what it has begun goes on. reason: as in PauseTraining."""
+
+    replica: Count
+    reason: Annotated[str, Meta(max_length=LONGEST_REASON)] = ""
+
+
+class UndrainReplica(Action, frozen=True):
+    """Requests and rounds may use the replica again."""
+
+    replica: Count
+
+
+Actions = Union[GetConfig, PauseTraining, ResumeTraining, DrainReplica, UndrainReplica]
 
 
 # --- front end to control --------------------------------------------------------------------------------------------

@@ -120,7 +120,31 @@ class RoundStored(Entry, frozen=True):
     row: dict[str, Any]
 
 
-Line = Union[Began, Entered, Accepted, Ended, Elapsed, RoundBegan, VersionGiven, RoundStored]
+class TrainingPaused(Entry, frozen=True):
+    """An operator wants no round to begin. reason: why; empty: rounds may begin again."""
+
+    reason: str
+
+
+class ReplicaDrained(Entry, frozen=True):
+    """An operator wants the replica to get no request and join no round. reason: why; empty: no longer."""
+
+    replica: int
+    reason: str
+
+
+Line = Union[
+    Began,
+    Entered,
+    Accepted,
+    Ended,
+    Elapsed,
+    RoundBegan,
+    VersionGiven,
+    RoundStored,
+    TrainingPaused,
+    ReplicaDrained,
+]
 _DECODER = msgspec.json.Decoder(Line)
 
 

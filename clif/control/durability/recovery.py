@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import msgspec
@@ -15,8 +15,10 @@ from clif.control.durability.journal import (
     Ended,
     Entered,
     Line,
+    ReplicaDrained,
     RoundBegan,
     RoundStored,
+    TrainingPaused,
     VersionGiven,
 )
 from clif.control.policy.phases import Phase
@@ -30,6 +32,7 @@ class Past:
 
     done, opened: whether the last run in this folder went through, and whether its load had begun. rounds: those that
     it committed, if their adapters became current. load_s, run_s: how long its load and the run itself took, seconds.
+    paused, drained: what an operator wants of training and of replicas, with the reasons.
     """
 
     starts: int = 0
@@ -45,6 +48,8 @@ class Past:
     accepted: dict[int, Accepted] = field(default_factory=dict)
     ended: dict[int, Ended] = field(default_factory=dict)
     stored: dict[int, RoundStored] = field(default_factory=dict)
+    paused: str = ""
+    drained: dict[int, str] = field(default_factory=dict)
 
     @property
     def next_id(self) -> int:
@@ -67,6 +72,7 @@ def _add(past: Past, line: Line) -> None:
             past.load, past.first_id, past.done = line.load, line.first_id, False
             if not line.continued:
                 past.opened, past.load_s, past.run_s, past.rounds = False, 0.0, 0.0, set()
+                past.paused, past.drained = "", {}
         case Entered():
             past.opened = past.opened or line.phase == Phase.OPEN.value
             past.done = line.phase == Phase.DONE.value
@@ -84,6 +90,11 @@ def _add(past: Past, line: Line) -> None:
         case RoundStored():
             past.rounds.add(line.round_id)
             past.stored.setdefault(line.round_id, line)
+        case TrainingPaused():
+            past.paused = line.reason
+        case ReplicaDrained():
+            past.drained.pop(line.replica, None)
+            past.drained |= {line.replica: line.reason} if line.reason else {}
 
 
 @dataclass(frozen=True)
@@ -107,7 +118,8 @@ class Recovery:
     first_id: id of the load's first request. load_s: how long it came already; run_s: how long the run took already.
     open: accepted requests without an end, to be answered from their first token. unrecorded: requests that ended but
     have no row in any table; rounds and adapters the same. lost: ids of requests that were submitted, of which the
-    journal does not know: it was damaged or deleted. over: nothing is left to do but to stop.
+    journal does not know: it was damaged or deleted. over: nothing is left to do but to stop. paused, drained: as in
+    Past.
     """
 
     load: tuple[ScheduledRequest, ...] = ()
@@ -127,6 +139,8 @@ class Recovery:
     unrecorded: tuple[tuple[Accepted, Ended], ...] = ()
     unrecorded_rounds: tuple[RoundStored, ...] = ()
     unrecorded_adapters: tuple[RoundStored, ...] = ()
+    paused: str = ""
+    drained: Mapping[int, str] = field(default_factory=dict)
 
 
 def fingerprint(load: Sequence[ScheduledRequest]) -> str:
@@ -180,6 +194,8 @@ def recover(
         ),
         unrecorded_rounds=tuple(r for r in stored if r.round_id not in recorded.rounds),
         unrecorded_adapters=tuple(r for r in stored if r.version not in recorded.versions),
+        paused=past.paused if continued else "",
+        drained=past.drained if continued else {},
     )
 
 

@@ -99,11 +99,14 @@ def plan_round(
 
     High pressure admits none, medium ceil(medium_share * idle), low all idle replicas; always at least
     federation.min_members or no round. Replicas that trained least go first, so that every replica's data
-    count. The baselines of run.mode ignore the pressure: they admit all.
+    count. The baselines of run.mode ignore the pressure: they admit all. Drained replicas are never admitted.
     """
     over, reason = (False, "") if terms.job else target_reached(history, config)
     if over:
         return None, reason
+    if view.paused:
+        return None, f"training is paused: {view.paused}"
+    view = replace(view, replicas=tuple(r for r in view.replicas if not r.drained))
     adaptive = config.run.adaptive
     if adaptive and pressure is Pressure.HIGH:
         return None, "service pressure is high"

@@ -29,7 +29,7 @@ class ReplicaView:
     utilisation: share of its time that serving needs for its promise, smoothed, 0 to 1. slack_since / pressure_since:
     since when that is under idle_below / over serving_above without a break. rounds_joined: rounds it took part in.
     missed_s: how long others have spoken since it was last heard. versions: those that a request may ask it for,
-    besides the base.
+    besides the base. drained: why an operator wants it to get no request and join no round; empty: it may.
     """
 
     replica: int
@@ -55,6 +55,7 @@ class ReplicaView:
     rounds_joined: int = 0
     incarnation: int = 0
     role: Role = BOTH
+    drained: str = ""
     serve: Fit = PRIOR_SERVE
     train: Fit = PRIOR_TRAIN
 
@@ -65,15 +66,19 @@ class ReplicaView:
     @property
     def serving(self) -> bool:
         """Whether requests may be sent to it."""
-        return self.alive and self.role.serves
+        return self.alive and self.role.serves and not self.drained
 
 
 @dataclass(frozen=True)
 class ClusterView:
-    """All replicas, by id, for what is decided once a control period; queued: requests that wait at the dispatcher."""
+    """All replicas, by id, for what is decided once a control period; queued: requests that wait at the dispatcher.
+
+    paused: why an operator wants no round to begin; empty: rounds may.
+    """
 
     replicas: tuple[ReplicaView, ...]
     queued: int = 0
+    paused: str = ""
 
     @property
     def alive(self) -> tuple[ReplicaView, ...]:
@@ -159,7 +164,7 @@ class ReplicaTracker:
         self.train.refit()
         return self.serve.refit() is not before
 
-    def view(self, outstanding: int, reserved: int, spoken_s: float = 0.0) -> ReplicaView:
+    def view(self, outstanding: int, reserved: int, spoken_s: float = 0.0, drained: str = "") -> ReplicaView:
         """spoken_s: time in which some replica spoke, until now."""
         report = self.report
         return ReplicaView(
@@ -186,6 +191,7 @@ class ReplicaTracker:
             rounds_joined=self.rounds_joined,
             incarnation=self.hello.incarnation,
             role=self.role,
+            drained=drained,
             serve=self.serve.fit,
             train=self.train.fit,
         )
