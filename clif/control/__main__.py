@@ -37,6 +37,7 @@ from clif.data.heldout import read_data
 from clif.data.load import make_load
 from clif.distributed.addresses import refuse_link_local
 from clif.exit_report import sentence_of
+from clif.jobs.store import JobStore
 from clif.metrics.sources import earlier_rows
 from clif.storage.disk_space import Room
 from clif.storage.files import allow_connections, keep_private, write_atomic
@@ -108,6 +109,7 @@ def run(arguments: argparse.Namespace, progress: Progress, config: Config, watch
     host = arguments.host or config.dist.control_host or "127.0.0.1"
     channel = open_channel(host, Keys.read(run_dir), arguments.replicas)
     frontend = open_frontend(config, run_dir, channel, recovery.starts)
+    jobs = open_jobs(config, run_dir)
     records = Records.in_file(run_dir, config, time.monotonic)
     answers = Answers(run_dir, config.metrics.answers, tokenizer.decode)
     try:
@@ -123,12 +125,14 @@ def run(arguments: argparse.Namespace, progress: Progress, config: Config, watch
             shutdown=ShutdownPolicy(watcher.parent_died, watcher.signalled, arguments.restarts_left),
             frontend=frontend,
             status_file=StatusFile(run_dir),
+            jobs=jobs,
         )
         server = ControlServer(config, ports, time.monotonic, arguments.replicas)
         # The address comes last: a leader that finds it can connect at once.
         write_atomic(run_dir / ADDRESS_FILE, channel.address.encode())
         server.run()
     finally:
+        jobs.close()
         records.close()
         answers.close()
         journal.close()
@@ -163,6 +167,12 @@ def open_frontend(config: Config, run_dir: Path, channel: ControlChannel, start:
     child = FrontendProcess(run_dir, listen(config.serve.http))
     log.info("clients: %s/v1, the live page: %s", child.url, child.url)
     return Frontend(channel, child, start)
+
+
+def open_jobs(config: Config, run_dir: Path) -> JobStore:
+    """RUN/jobs.db, if clients may create jobs or have done so before; otherwise nothing is kept on disk."""
+    lasting = config.train.enabled and (config.online or JobStore.exists(run_dir))
+    return JobStore(run_dir if lasting else None)
 
 
 def summarise(run_dir: Path) -> None:

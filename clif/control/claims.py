@@ -14,6 +14,7 @@ from clif.config import Config
 from clif.control.dispatcher import RequestRecord
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
+from clif.control.jobs import JobBoard
 from clif.control.rounds import Round
 from clif.states import RequestState, RoundState
 from clif.types import FinishReason, HeldoutLoss, RoundResult, TokenEvent, Vote
@@ -25,16 +26,16 @@ Check = Callable[[Any], str]
 class Claims:
     """The fleet knows which replicas there are, the federation which versions and rounds were given.
 
-    most_tokens: answer tokens that a replica can judge an adapter by, at most.
+    most_tokens: answer tokens of its own that a replica can judge an adapter by, at most; jobs: those of jobs.
     """
 
-    def __init__(self, config: Config, fleet: Fleet, federation: Federation, most_tokens: int) -> None:
-        self._config, self._fleet, self._federation = config, fleet, federation
+    def __init__(self, config: Config, fleet: Fleet, federation: Federation, most_tokens: int, jobs: JobBoard) -> None:
+        self._config, self._fleet, self._federation, self._jobs = config, fleet, federation, jobs
         self._checks: dict[type[wire.Message], Check] = {
             wire.Hello: self._hello,
             wire.Report: lambda m: newest_objection(m.version, federation.newest),
             wire.StepsDone: lambda m: steps_objection(m.result, federation.current, config),
-            wire.Voted: lambda m: vote_objection(m.vote, federation.current, most_tokens),
+            wire.Voted: lambda m: vote_objection(m.vote, federation.current, most_tokens + self._of_job()),
             wire.Published: self._published,
             wire.Settled: self._settled,
             wire.Held: lambda m: held_objection(m.versions, federation.newest, config),
@@ -55,6 +56,10 @@ class Claims:
         if record is None:
             return ""
         return event_objection(event, record, self._fleet.hello_of(replica), self._fleet.newest_of(replica))
+
+    def _of_job(self) -> int:
+        current = self._federation.current
+        return 0 if current is None else self._jobs.gate_tokens(current.plan.job)
 
     def _hello(self, hello: wire.Hello) -> str:
         others = [other for other in self._fleet.hellos if other.replica != hello.replica]

@@ -13,7 +13,8 @@ from clif.control.dispatcher import Dispatcher
 from clif.control.failures import FailureHandler
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
-from clif.control.policy.batch_sizes import Batches, choose_batches
+from clif.control.jobs import JobBoard
+from clif.control.policy.batch_sizes import Batches, choose_batches, of_plan
 from clif.control.policy.pressure import Pressure, ServiceWindow, service_pressure
 from clif.control.policy.replica_state import ALL_SILENT, next_state
 from clif.control.policy.round_admission import plan_round
@@ -40,13 +41,14 @@ class PolicyLoop:
         records: Records,
         failures: FailureHandler,
         recorder: Recorder,
+        jobs: JobBoard,
     ) -> None:
         self.pressure = Pressure.LOW
         self.pressure_reason, self.round_reason, self.paused = "", "", ""
         self.window = ServiceWindow()
         self._config, self._fleet, self._dispatcher = config, fleet, dispatcher
         self._federation, self._records, self._failures, self._recorder = federation, records, failures, recorder
-        self._all_silent = False
+        self._jobs, self._all_silent = jobs, False
         self._written: Pressure | None = None
 
     def step(self, now: float, rounds_may_start: bool) -> str:
@@ -55,6 +57,8 @@ class PolicyLoop:
         self._update_states(now)
         view = replace(self._fleet.view(self._dispatcher.queued), paused=self.paused)
         self._update_pressure(now, view)
+        self._jobs.decide(now)
+        self._give_up_round(now)
         line = self._maybe_round(now, view) if rounds_may_start else ""
         self._coordinate(now)
         return line
@@ -94,11 +98,24 @@ class PolicyLoop:
     def _maybe_round(self, now: float, view: ClusterView) -> str:
         if self._federation.current is not None:
             return ""
-        plan, self.round_reason = plan_round(now, view, self.pressure, self._federation.history, self._config)
-        if plan is None:
-            return ""
-        self._federation.start(now, plan, self.round_reason)
-        return f"round {plan.round_id}: replicas {list(plan.members)} train ({self.round_reason})"
+        for terms, why in self._jobs.candidates(now, self._federation.history):
+            if terms is None:
+                self.round_reason = why
+                break
+            history = self._federation.history_of(terms)
+            plan, reason = plan_round(now, view, self.pressure, history, self._config, terms)
+            self.round_reason = f"{why}; {reason}" if why else reason
+            if plan is not None:
+                self._federation.start(now, plan, self.round_reason)
+                return f"round {plan.round_id}: replicas {list(plan.members)} train ({self.round_reason})"
+        return ""
+
+    def _give_up_round(self, now: float) -> None:
+        """Of a job that has ended meanwhile."""
+        current = self._federation.current
+        objection = "" if current is None else self._jobs.objection(current.plan.job)
+        if objection:
+            self._federation.abandon(now, objection)
 
     def _coordinate(self, now: float) -> None:
         current = self._federation.current
@@ -108,6 +125,6 @@ class PolicyLoop:
             view = self._fleet.view_of(member)
             noise = self._federation.noise_scale
             batches, reason = choose_batches(now, view, len(current.members), noise, self._config)
-            wanted = batches or Batches(self._config.train.micro_batch, view.batch_cap)
+            wanted = of_plan(batches or Batches(current.plan.micro_batch, view.batch_cap), current.plan, self._config)
             if self._fleet.set_limits(member, wanted.max_batch, wanted.micro_batch):
                 self._records.batches(member, wanted, reason)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from clif.adapters.store import AdapterStore
 from clif.control.answers import Answers
@@ -15,6 +15,7 @@ from clif.control.quality import QualityCheck
 from clif.control.records import Records
 from clif.control.sources import Source
 from clif.control.status_file import StatusFile
+from clif.jobs.store import JobStore
 from clif.wire.channels import Channel
 
 
@@ -23,7 +24,8 @@ class Ports:
     """channel: to the replicas' leaders. sources: of requests. store: of promoted adapters. records: the tables.
 
     ledger: the journal, with what earlier starts left. shutdown: what may end the run early. frontend: of clients, one
-    of the sources as well. status_file: for those who see the run's folder.
+    of the sources as well. status_file: for those who see the run's folder. jobs: files, jobs and feedback; in memory
+    where none can come.
     """
 
     channel: Channel
@@ -37,3 +39,4 @@ class Ports:
     shutdown: ShutdownPolicy
     frontend: Frontend | None = None
     status_file: StatusFile | None = None
+    jobs: JobStore = field(default_factory=lambda: JobStore(None))

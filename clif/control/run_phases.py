@@ -11,6 +11,7 @@ from clif.control.durability.shutdown import DRAINED
 from clif.control.failures import FailureHandler
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
+from clif.control.jobs import JobBoard
 from clif.control.policy.phases import Facts, Phase, next_phase, rounds_may_start
 from clif.control.policy.round_admission import wants_rounds
 from clif.control.ports import Ports
@@ -32,10 +33,11 @@ class RunPhases:
         dispatcher: Dispatcher,
         federation: Federation,
         failures: FailureHandler,
+        jobs: JobBoard,
     ) -> None:
         self.state = state
         self._config, self._fleet, self._dispatcher = config, fleet, dispatcher
-        self._federation, self._failures = federation, failures
+        self._federation, self._failures, self._jobs = federation, failures, jobs
         self._sources, self._quality, self._records = ports.sources, ports.quality, ports.records
         self._ledger, self._shutdown, self._display = ports.ledger, ports.shutdown, ports.display
         self._goodbyes: set[int] = set()
@@ -66,7 +68,7 @@ class RunPhases:
             load_left=self.load_left,
             outstanding=self._dispatcher.outstanding,
             federating=self._federation.busy,
-            wants_rounds=wants_rounds(self._federation.history, self._config),
+            wants_rounds=self._jobs.wanted or wants_rounds(self._federation.history, self._config),
             awaiting_goodbye=tuple(r for r in expected if r not in self._goodbyes),
             drain_reason=self._shutdown.drain,
             opened=past.opened,

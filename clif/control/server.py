@@ -19,9 +19,10 @@ from clif.control.claims import Claims
 from clif.control.clients import Clients
 from clif.control.dispatcher import Dispatcher
 from clif.control.failures import FailureHandler
-from clif.control.federation import Federation
+from clif.control.federation import Federation, RoundObservers
 from clif.control.fleet import Fleet
 from clif.control.inbox import Inbox, printable
+from clif.control.jobs import JobBoard
 from clif.control.operator import Operator
 from clif.control.policy.phases import Phase
 from clif.control.policy_loop import PolicyLoop
@@ -49,16 +50,19 @@ class ControlServer:
         recorder = Recorder(config, ports, Activity(clock))
         self.dispatcher = Dispatcher(config, self._send, recorder.hooks)
         self.fleet = Fleet(config, replicas, self._send, self.dispatcher.held, recorder.on_transition)
-        self.federation = Federation(config, self.fleet, self.dispatcher, ports.store, recorder)
+        self.jobs = JobBoard(config, ports.jobs, self.fleet, ports.ledger.unix)
+        observers = RoundObservers(recorder, self.jobs)
+        self.federation = Federation(config, self.fleet, self.dispatcher, ports.store, observers)
+        self._resume_jobs()
         if config.run.resume:
             self.federation.resume(past.last_round, past.last_version, past.completed)
         parts = self.fleet, self.dispatcher, self.federation
         self._failures = FailureHandler(config, state, *parts, ports.quality, ports.shutdown)
-        self.phases = RunPhases(config, ports, state, *parts, self._failures)
-        self._policy = PolicyLoop(config, *parts, ports.records, self._failures, recorder)
+        self.phases = RunPhases(config, ports, state, *parts, self._failures, self.jobs)
+        self._policy = PolicyLoop(config, *parts, ports.records, self._failures, recorder, self.jobs)
         self._reporter = Reporter(ports, state, *parts, self._policy, recorder)
         self._state, self._recorder = state, recorder
-        self._claims = Claims(config, self.fleet, self.federation, ports.quality.most_tokens)
+        self._claims = Claims(config, self.fleet, self.federation, ports.quality.most_tokens, self.jobs)
         operator = Operator(self.fleet, self._policy, ports.ledger, recorder.activity)
         self.status = StatusReport(config, *parts, self._policy, self._reporter, recorder.activity)
         self._clients = Clients(config, ports, state, *parts, operator, self.status)
@@ -126,6 +130,7 @@ class ControlServer:
         self.federation.finish(self._clock(), "the run ended")
         if not self.drained:
             self._ledger.entered(Phase.DONE)
+        self.jobs.commit()
         self._clients.close(self._clock())
         self._ports.records.close()
 
@@ -140,6 +145,12 @@ class ControlServer:
             else:
                 self.dispatcher.submit(self._clock(), accepted.request, arrival_s)
 
+    def _resume_jobs(self) -> None:
+        past = self._ledger.recovery
+        self.jobs.begin(self._ports.store.committed(), {number: line.row for number, line in past.stored.items()})
+        for job, history in self.jobs.histories().items():
+            self.federation.continue_job(job, history)
+
     def step(self) -> None:
         """One step of the loop."""
         self._inbox.step(self._poll_timeout_s())
@@ -149,12 +160,15 @@ class ControlServer:
         if self.phase is not Phase.GATHER and not self.fleet.missing:
             self.dispatcher.dispatch(now, self.fleet.routing_view)
             self._backlog_updates.step(now)
+            self.jobs.step(now)
             self._maybe_decide(now)
         self._fail_unreachable(now)
         self._failures.step(now)
         self.phases.step(now)
         self._ledger.step(now, self.phases.load_s(now), now - self._state.started_s)
         self._ports.records.maybe_flush()
+        # What clients are told of has been made durable before.
+        self.jobs.commit()
         self._clients.step(now)
         self._reporter.step(now)
 
@@ -218,6 +232,7 @@ class ControlServer:
             if left:
                 log.warning("%d requests are left to the restart: %s", self.dispatcher.outstanding, reason)
             self.federation.finish(now, reason)
+            self.jobs.commit()
             for replica in self._failures.reachable:
                 self._ports.channel.send(replica, wire.Stop(code=1))
             self._clients.close(now)

@@ -47,6 +47,7 @@ class JobStore:
 
     def __init__(self, run_dir: Path | None) -> None:
         """run_dir: None keeps all of it in memory."""
+        self.run_dir = run_dir
         self._db = open_store(None if run_dir is None else run_dir / STORE_FILE)
         rows = self._db.execute("SELECT body FROM jobs ORDER BY number")
         jobs = (msgspec.msgpack.decode(body, type=Job) for (body,) in rows)
@@ -110,6 +111,10 @@ class JobStore:
     def list_jobs(self, after: str | None = None, limit: int = PAGE) -> tuple[Job, ...]:
         """As list_files(); without the standing job."""
         return self._list("jobs", after, limit, Job)
+
+    def jobs(self) -> frozenset[str]:
+        """Ids of all jobs, the standing one included."""
+        return frozenset(id for (id,) in self._db.execute("SELECT id FROM jobs"))
 
     @property
     def live(self) -> tuple[Job, ...]:

@@ -26,6 +26,7 @@ from clif.replica.replica import Replica
 from clif.tokenizer import ChatTokenizer
 from clif.training.checkpoint import CheckpointWriter, find_checkpoint
 from clif.training.heldout import Heldout
+from clif.training.job_switch import JobState, JobSwitch
 from clif.training.masters import UNKNOWN, Masters
 from clif.training.member import Member
 from clif.training.train_runner import TrainRunner
@@ -34,6 +35,7 @@ from clif.types import CLIF, CoservingMode, TrainSample
 from clif.wire.messages import Up
 
 log = logging.getLogger(__name__)
+STAND_IN_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def choose_by_trial(
 
     samples: a few of them are trained on, without an optimizer step.
     """
-    chosen = samples[: config.train.micro_batch]
+    chosen = samples[: config.train.micro_batch] or _stand_ins(config)
     measured = measure(
         partial(trial_engine, engine, config),
         Work(
@@ -141,6 +143,13 @@ def choose_by_trial(
         # Their memory is free for others.
         runner.graphs = None
     log.info("co-serving: %s (measured: %s)", mode, figures)
+
+
+def _stand_ins(config: Config) -> list[TrainSample]:
+    """Samples to measure with where jobs bring theirs later."""
+    length = min(STAND_IN_TOKENS, config.data.max_sample_tokens, config.model.max_context)
+    sample = TrainSample(id=0, ids=(0,) * length, target_start=length // 2)
+    return [sample] * config.train.micro_batch
 
 
 def _around_engine(
@@ -163,26 +172,29 @@ def _around_engine(
     if config.run.resume:
         _resume(AdapterStore(run_dir), checkpoints, bank, slots, masters, trainer)
 
+    own = JobState(Heldout(runner, data.gate, config.engine.eval_tokens), checkpoints)
+    folder, tokens = run_dir / "checkpoints", config.engine.eval_tokens
+    job_switch = JobSwitch(trainer, own, data.gate, folder, topology.env.rank, tokens)
+
     def on_version(version: int, round_id: int) -> None:
         records.version(version, round_id, replica.steps, slots.slot_of(version) or 0)
 
     member = Member(
         topology=topology,
         trainer=trainer,
-        gate=Heldout(runner, data.gate, config.engine.eval_tokens),
         report=Heldout(runner, data.report, config.engine.eval_tokens),
         slots=slots,
         masters=masters,
         base_name=config.model.path,
         send=send,
-        checkpoints=checkpoints,
+        job_switch=job_switch,
         # One per replica: all of its ranks take the same steps.
         on_step=records.train_step if topology.is_leader else lambda *_: None,
         on_version=on_version,
         engine_step=lambda: replica.steps,
         micro_batch=config.train.micro_batch,
     )
-    replica = Replica(config, topology.replica, engine, member, records, send, checkpoints.wait, steps)
+    replica = Replica(config, topology.replica, engine, member, records, send, job_switch.wait, steps)
     return replica
 
 

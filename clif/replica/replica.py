@@ -66,6 +66,8 @@ class Replica:
             # It was taken in before the plan, which depends on it.
             m.Backlog: lambda _: None,
             m.BeginRound: self._begin_round,
+            m.JobData: lambda o: member.job_switch.take(o),
+            m.JobOver: lambda o: member.job_switch.drop(o.job),
             m.FinishSteps: self._finish_steps,
             m.Aggregate: self._aggregate,
             m.Settle: self._settle,

@@ -47,9 +47,11 @@ class CheckpointWriter:
     OSError or SafetensorError. prepare(), installed() and wait() wait for that write to end.
     """
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self.path = folder / f"rank-{rank:05d}.safetensors"
-        self.prepared = folder / f"rank-{rank:05d}.prepared.safetensors"
+    def __init__(self, folder: Path, rank: int, job: str = "") -> None:
+        """job: whose training it is; empty: that of the run's own data."""
+        name = f"rank-{rank:05d}" + (f".{job}" if job else "")
+        self.path = folder / f"{name}.safetensors"
+        self.prepared = folder / f"{name}.prepared.safetensors"
         folder.mkdir(parents=True, exist_ok=True)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -74,6 +76,12 @@ class CheckpointWriter:
         self.wait()
         self._keep = False
         self._start(checkpoint, self.path)
+
+    def remove(self) -> None:
+        """Wait for what is being written, and delete both files: nothing continues from them."""
+        self.wait()
+        for path in (self.path, self.prepared):
+            path.unlink(missing_ok=True)
 
     def done(self) -> bool:
         """Whether nothing is being written. Raises the error of the last write."""

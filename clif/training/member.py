@@ -25,8 +25,9 @@ from clif.distributed.collectives import Exchange, Group, RoundBroken, WeightedM
 from clif.distributed.topology import Topology
 from clif.engine.jobs import WAIT, Slice, SliceKind, Slices
 from clif.models.dual_linear import SHADOW
-from clif.training.checkpoint import Checkpoint, CheckpointWriter
+from clif.training.checkpoint import Checkpoint
 from clif.training.heldout import Heldout
+from clif.training.job_switch import OWN, JobState, JobSwitch
 from clif.training.masters import Masters
 from clif.training.product_error import ErrorShare, deal, deviation_
 from clif.training.trainer import ShadowTrainer, StepCut, StepResult
@@ -52,19 +53,18 @@ class Member:
     """Takes part in rounds. send: to the control process; on_step sees every optimizer step, on_version every switch of
     the active version (version, round; -1: none).
 
-    gate: the held-out rows that candidates are judged by; report: those that quality is measured on. base_name: of the
+    report: the held-out rows that quality is measured on; those that judge candidates are a job's. base_name: of the
     base model, for adapter_config.json. engine_step: the number of the engine's present step.
     """
 
     topology: Topology
     trainer: ShadowTrainer
-    gate: Heldout
     report: Heldout
     slots: SlotTable
     masters: Masters
     base_name: str
     send: Callable[[Up], None]
-    checkpoints: CheckpointWriter
+    job_switch: JobSwitch
     on_step: Callable[[RoundPlan, StepResult], None]
     on_version: Callable[[int, int], None]
     engine_step: Callable[[], int]
@@ -86,9 +86,10 @@ class Member:
         # All members, which have just got the plan, make the group while there are steps to do.
         self.topology.combined_group(plan.member_set, orders.group)
         yield WAIT
+        job = self.job_switch.switch(plan.job)
         self.masters.begin_from(plan.base_version)
         self._snapshot = self.trainer.snapshot()
-        base_loss = yield from self.gate.loss_of(self.slots, plan.base_version)
+        base_loss = yield from job.gate.loss_of(self.slots, plan.base_version)
         result = yield from self._local_steps(orders)
         self.send(StepsDone(result=result))
         while not orders.aggregate:
@@ -96,17 +97,17 @@ class Member:
         self._averaging = True
         error = yield from self._average(orders, result)
         self._averaging = False
-        candidate = yield from self.gate.loss(SHADOW)
-        vote = self._vote(plan, base_loss, candidate, error)
+        candidate = yield from job.gate.loss(SHADOW)
+        vote = self._vote(plan, job.gate.tokens, base_loss, candidate, error)
         if vote.finite:
             # First on disk, then the vote: each member can continue from any committed round after a crash.
-            self.checkpoints.prepare(self._checkpoint(plan.base_version, plan.round_id))
-        while not self._all(self.checkpoints.done()):
+            job.checkpoints.prepare(self._checkpoint(plan.base_version, plan.round_id))
+        while not self._all(job.checkpoints.done()):
             yield WAIT
         self.send(Voted(vote=vote))
         while orders.settle is None:
             yield WAIT
-        yield from self._promote(orders.settle, plan.adapter, candidate)
+        yield from self._promote(orders.settle, plan.adapter, job, candidate)
         self.orders = self._snapshot = None
 
     def _local_steps(self, orders: RoundOrders) -> Slices[RoundResult]:
@@ -210,7 +211,9 @@ class Member:
         """Whether `flag` is true on all ranks of this replica. Collective."""
         return self.topology.tp_group.all_true(flag)
 
-    def _vote(self, plan: RoundPlan, active: float, candidate: float, error: tuple[float, float] | None) -> Vote:
+    def _vote(
+        self, plan: RoundPlan, tokens: int, active: float, candidate: float, error: tuple[float, float] | None
+    ) -> Vote:
         apart, product = error or (None, None)
         return Vote(
             round_id=plan.round_id,
@@ -218,19 +221,19 @@ class Member:
             finite=self._all(bool(self.trainer.bank.shadow.isfinite().all())) and math.isfinite(candidate),
             candidate_loss=candidate,
             active_loss=active,
-            tokens=self.gate.tokens,
+            tokens=tokens,
             error2=apart,
             product2=product,
         )
 
-    def _promote(self, settle: Settle, adapter: str, candidate: float) -> Slices[None]:
+    def _promote(self, settle: Settle, adapter: str, job: JobState, candidate: float) -> Slices[None]:
         state = self.trainer.bank.shadow_state()
         yield from self._take_in(settle.version, settle.round_id, state, adapter == CLIF)
         self.masters.shadow = settle.version
-        self.masters.add(settle.version, self.checkpoints.shadow)
-        self.gate.remember(settle.version, candidate)
+        self.masters.add(settle.version, job.checkpoints.shadow)
+        job.gate.remember(settle.version, candidate)
         self.trainer.commit()
-        self.checkpoints.committed()
+        job.checkpoints.committed()
         if settle.publish:
             self.publish(settle)
 
@@ -295,8 +298,9 @@ class Member:
 
         Before the load it computes the gate's loss too: the first round needs it, and requests would wait for it then.
         """
-        if self.trainer.cursor is not None and not self.gate.known:
-            yield from self.gate.loss_of(self.slots, self.slots.active)
+        gate = self.job_switch.own.gate
+        if gate.num_rows and not gate.known:
+            yield from gate.loss_of(self.slots, self.slots.active)
         version = self.slots.active
         loss = yield from self.report.loss_of(self.slots, version)
         result = HeldoutLoss(replica=self.topology.replica, version=version, loss=loss, tokens=self.report.tokens)
@@ -335,8 +339,9 @@ class Member:
             self.masters.shadow = version
         yield from self._take_in(version, message.round_id, self.trainer.bank.state(flat), active)
         self.masters.add(version, flat)
-        if active:
-            self.checkpoints.installed(self._checkpoint(version, message.round_id))
+        if active and self.job_switch.current == OWN:
+            # Otherwise the moments are another job's; those on disk are of the last round of the run's own data.
+            self.job_switch.own.checkpoints.installed(self._checkpoint(version, message.round_id))
 
 
 def sum_up(round_id: int, replica: int, steps: list[StepResult], seconds: float) -> RoundResult:

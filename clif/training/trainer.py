@@ -17,7 +17,7 @@ from clif.config import TrainConfig
 from clif.data.cursor import SampleCursor, fingerprint
 from clif.engine.jobs import Slice, SliceKind, Slices
 from clif.training.device_work import until_done
-from clif.training.noise_scale import NoiseWatch
+from clif.training.noise_scale import NoiseScale, NoiseWatch
 from clif.training.train_runner import TrainRunner
 from clif.types import TrainSample
 
@@ -40,32 +40,63 @@ class StepResult:
     noise_scale: float | None
 
 
+@dataclass
+class JobTraining:
+    """What the training of a job needs, beside the shadow. moments: those of AdamW [n], none before the first step."""
+
+    samples: list[TrainSample]
+    cursor: SampleCursor | None
+    noise: NoiseScale
+    moments: dict[str, torch.Tensor]
+    steps: int = 0
+
+
 class StepCut(Exception):
     """Raised in a step between two slices: its time is up. Its samples come first again."""
 
 
 class ShadowTrainer:
-    """Trains the bank's shadow on this replica's samples."""
+    """Trains the bank's shadow on samples of this replica: of one job at a time."""
 
     def __init__(
         self, runner: TrainRunner, bank: AdapterBank, samples: list[TrainSample], config: TrainConfig, seed: int = 0
     ) -> None:
-        """Raises ValueError when training is enabled and there is no sample."""
-        self.runner, self.bank, self.samples, self.config = runner, bank, samples, config
-        self.cursor = SampleCursor(len(samples), seed, fingerprint(samples)) if config.enabled else None
-        self.steps = 0
+        """samples: of the run's own data; without any, jobs bring theirs."""
+        self.runner, self.bank, self.config = runner, bank, config
+        own = self.fresh(samples, seed)
+        self.samples, self.cursor, self.steps = own.samples, own.cursor, own.steps
         self.noise = NoiseWatch(bank)
         self._claimed: list[int] = []
         self._optimizer = torch.optim.AdamW(
             [bank.shadow], lr=config.lr, weight_decay=config.weight_decay, foreach=False, fused=True
         )
 
+    def fresh(self, samples: list[TrainSample], seed: int) -> JobTraining:
+        """The training of a job that has not begun."""
+        trains = self.config.enabled and bool(samples)
+        cursor = SampleCursor(len(samples), seed, fingerprint(samples)) if trains else None
+        return JobTraining(samples, cursor, NoiseScale(), {})
+
+    def park(self) -> JobTraining:
+        """The training of the present job, for take_up(); its moments move to the host's memory. Between rounds."""
+        assert not self._claimed, "a round is under way"
+        self.noise.forget()
+        moments = {name: value.cpu() for name, value in (self._optimizer.state.get(self.bank.shadow) or {}).items()}
+        return JobTraining(self.samples, self.cursor, self.noise.scale, moments, self.steps)
+
+    def take_up(self, training: JobTraining) -> None:
+        """Go on with another job, which was parked or is fresh. The shadow stays as it is."""
+        self.samples, self.cursor, self.steps = training.samples, training.cursor, training.steps
+        self.noise.scale = training.noise
+        device = self.bank.shadow.device
+        self._optimizer.state[self.bank.shadow] = {name: m.to(device) for name, m in training.moments.items()}
+
     def step(self, micro_batch: int, accumulation: int, lr_scale: float = 1.0) -> Slices[StepResult]:
         """One optimizer step over micro_batch x accumulation samples; the loss is the mean over all target tokens.
 
         lr_scale: what the learning rate is multiplied by. StepCut, raised between two slices, abandons the step.
         """
-        assert self.cursor is not None, "train.enabled is false: no round may begin"
+        assert self.cursor is not None, "there is no sample to train on: no round may begin"
         claimed = self.cursor.claim(micro_batch * accumulation)
         self._claimed += claimed
         try:

@@ -26,6 +26,7 @@ from clif.types import (
     Size,
     TokenEvent,
     TrainingSlack,
+    TrainSample,
     Vote,
     Waiting,
 )
@@ -73,6 +74,29 @@ class BeginRound(Message, frozen=True):
 
     plan: RoundPlan
     group: int
+
+
+class JobData(Message, frozen=True):
+    """Samples of a training job for this replica, a piece of them: to train on, and of the held-out rows.
+
+    The last piece completes them and says with which seed they are drawn. own_gate: the replica's own held-out rows
+    judge candidates of the job as well. rounds: of the job that were committed, of one of which there may be a
+    checkpoint.
+    """
+
+    job: str
+    train: tuple[TrainSample, ...] = ()
+    gate: tuple[TrainSample, ...] = ()
+    seed: int = 0
+    own_gate: bool = False
+    rounds: tuple[int, ...] = ()
+    complete: bool = False
+
+
+class JobOver(Message, frozen=True):
+    """No further round of this job comes: its samples and its training state are not needed any more."""
+
+    job: str
 
 
 class FinishSteps(Message, frozen=True):
@@ -287,6 +311,8 @@ Down = Union[
     Limits,
     Backlog,
     BeginRound,
+    JobData,
+    JobOver,
     FinishSteps,
     Aggregate,
     Settle,

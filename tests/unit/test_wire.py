@@ -19,6 +19,7 @@ from clif.types import (
     Sampling,
     Slo,
     TokenEvent,
+    TrainSample,
     Vote,
     Waiting,
 )
@@ -36,12 +37,14 @@ PLAN = RoundPlan(
 RESULT = RoundResult(round_id=1, replica=0, samples=8, tokens=90, targets=90, steps=2, loss=1.5, finite=True)
 VOTE = Vote(round_id=1, replica=0, finite=True, candidate_loss=1.0, active_loss=2.0, tokens=5)
 EVENT = TokenEvent(request_id=4, tokens=(7,), version=2, finish=FinishReason.STOP, text="x")
+SAMPLE = TrainSample(id=1, ids=(1, 2, 3), target_start=2)
 DOWN = [
     m.Submit(request=REQUEST), m.Cancel(request_id=4), m.Limits(max_batch=4, micro_batch=2),
     m.Backlog(waiting=3, oldest=(Waiting(5, 0.25, 7, 9, Slo(ttft_s=2.0)),)),
     m.BeginRound(plan=PLAN, group=1), m.FinishSteps(round_id=1), m.Aggregate(round_id=1),
     m.Settle(round_id=1, commit=True, version=3, publish=True), m.Install(version=3, weights=b"\x00\xff"), m.Evaluate(),
-    m.Keep(versions=(3, 2)), m.Activate(version=2),
+    m.JobData(job="j", train=(SAMPLE,), gate=(SAMPLE,), seed=1, own_gate=True, rounds=(4,), complete=True),
+    m.JobOver(job="j"), m.Keep(versions=(3, 2)), m.Activate(version=2),
     m.Ping(), m.Rebuild(reason="r"), m.Welcome(incarnation=1), m.Stop(),
     m.Submit(request=REQUEST, output_ids=(4, 5), version=2),
 ]  # fmt: skip

@@ -55,6 +55,10 @@ class Ledger:
     def write(self, line: Line) -> None:
         self._journal.write(line)
 
+    def unix(self, now: float) -> float:
+        """A stamp of the server's clock as wall time."""
+        return self._journal.unix(now)
+
     def accepted(self, due: DueRequest) -> None:
         """Called before the request goes anywhere."""
         unix = self._journal.unix(due.arrival_s)

@@ -117,9 +117,9 @@ class Recovery:
     load: what is still to come, with ids that no request of this folder had; fingerprint: what it is made from.
     first_id: id of the load's first request. load_s: how long it came already; run_s: how long the run took already.
     open: accepted requests without an end, to be answered from their first token. unrecorded: requests that ended but
-    have no row in any table; rounds and adapters the same. lost: ids of requests that were submitted, of which the
-    journal does not know: it was damaged or deleted. over: nothing is left to do but to stop. paused, drained: as in
-    Past.
+    have no row in any table; rounds and adapters the same. stored: all rounds whose adapters are stored. lost: ids of
+    requests that were submitted, of which the journal does not know: it was damaged or deleted. over: nothing is left
+    to do but to stop. paused, drained: as in Past.
     """
 
     load: tuple[ScheduledRequest, ...] = ()
@@ -139,6 +139,7 @@ class Recovery:
     unrecorded: tuple[tuple[Accepted, Ended], ...] = ()
     unrecorded_rounds: tuple[RoundStored, ...] = ()
     unrecorded_adapters: tuple[RoundStored, ...] = ()
+    stored: Mapping[int, RoundStored] = field(default_factory=dict)
     paused: str = ""
     drained: Mapping[int, str] = field(default_factory=dict)
 
@@ -193,6 +194,7 @@ def recover(
             (past.accepted[i], e) for i, e in past.ended.items() if i in past.accepted and i not in recorded.requests
         ),
         unrecorded_rounds=tuple(r for r in stored if r.round_id not in recorded.rounds),
+        stored={r.round_id: r for r in stored},
         unrecorded_adapters=tuple(r for r in stored if r.version not in recorded.versions),
         paused=past.paused if continued else "",
         drained=past.drained if continued else {},

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from clif.config import Config
 from clif.control.policy.view import ReplicaView, token_budget_s
 from clif.latency import Fit
 from clif.states import ReplicaState
+from clif.types import RoundPlan
 
 MIN_CONFIDENCE = 0.5
 """Below this the latency models know too little, and the configured sizes stay."""
@@ -55,6 +56,12 @@ def choose_batches(
     max_batch = max(x2 for x2 in range(demand, replica.batch_cap + 1) if _fits(replica.serve, x2, micro_batch, budget))
     batches = Batches(micro_batch, max_batch, rates[micro_batch])
     return batches, f"{batches.rate:.2f} effective samples/s beside {demand} requests"
+
+
+def of_plan(batches: Batches, plan: RoundPlan, config: Config) -> Batches:
+    """The sizes within those of a job that has chosen its own: its steps may become smaller, not larger."""
+    configured = (plan.micro_batch, plan.accumulation) == (config.train.micro_batch, config.train.accumulation)
+    return batches if configured else replace(batches, micro_batch=min(batches.micro_batch, plan.micro_batch))
 
 
 def objective(x1: int, x2: int, train: Fit, members: int, noise_scale: float | None, config: Config) -> float:
