@@ -77,12 +77,14 @@ class Follower:
 
     def __init__(self, matcher: Any, vocab_size: int) -> None:
         self._matcher, self._words = matcher, -(-vocab_size // 32)
-        self._dead_end = ""
+        self._dead_end = False
 
     @property
     def error(self) -> str:
-        """Why no token may follow; empty if one may."""
-        return self._dead_end or str(self._matcher.get_error()).partition("\n")[0]
+        """Why no token may follow; empty if one may. It quotes nothing of the answer: it is logged."""
+        if self._dead_end or self._matcher.is_error():
+            return "no token of the vocabulary continues an answer that its constraint allows: change the schema"
+        return ""
 
     def advance(self, tokens: Sequence[int]) -> None:
         """These tokens follow, except for the end token: nothing follows that."""
@@ -94,9 +96,9 @@ class Follower:
         The end token may where the answer is complete, and only there.
         """
         mask = b"" if self._matcher.is_error() else bytes(self._matcher.compute_bitmask())
-        if not any(mask) and not self._matcher.is_error():
-            self._dead_end = "no token of the vocabulary continues an answer that the schema allows"
-        return mask.ljust(4 * self._words, b"\0")
+        # A parser that has given up allows the end token, too.
+        self._dead_end = not any(mask) or (self._matcher.is_stopped() and not self._matcher.is_accepting())
+        return (b"" if self._dead_end else mask).ljust(4 * self._words, b"\0")
 
 
 def _grammar(schema: str) -> str:

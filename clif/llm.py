@@ -16,7 +16,7 @@ import gc
 import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,7 +35,7 @@ from clif.models.weights.files import locate, read_model
 from clif.models.weights.loading import load_model
 from clif.prompts import Prompt, as_list, one_for_each, prompt_ids
 from clif.text_stream import TextStream
-from clif.types import FinishReason, Request, Sampling, TokenEvent
+from clif.types import FinishReason, Request, Sampling, TokenEvent, TokenLogprob
 
 Adapter = str | Path | None
 Section = Mapping[str, Any]
@@ -48,7 +48,8 @@ RANK = 16
 class Completion:
     """An answer. adapter_version: 0 is the base model; each export of an adapter that is loaded gets a new one.
 
-    token_ids: including the end token, if there is one. detail: the reason if finish_reason is failed.
+    token_ids: including the end token, if there is one. detail: the reason if finish_reason is failed. logprobs: one
+    for each token, if Sampling.logprobs asks for them.
     """
 
     text: str
@@ -56,11 +57,12 @@ class Completion:
     finish_reason: FinishReason
     adapter_version: int
     detail: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
 class StreamEvent:
-    """New tokens of an answer. index: of the prompt; finish_reason: set in its last event only.
+    """New tokens of an answer, with their log-probabilities. index: of the prompt; finish_reason: in the last event.
 
     text: whole characters, without a possible beginning of a stop string. It may be empty.
     """
@@ -71,6 +73,7 @@ class StreamEvent:
     adapter_version: int
     finish_reason: FinishReason | None = None
     detail: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class LLM:
@@ -167,6 +170,7 @@ class LLM:
         for index, (one, params, folder) in enumerate(zip(ids, wanted, chosen, strict=True)):
             self._check_room(index, len(one), params.max_tokens)
             request = Request(id=next(self._ids), prompt=tuple(one), sampling=params)
+            self._opened().scheduler.guide_of(request)
             answers.append(_Answer(index, request, folder, TextStream(self.tokenizer, params.stop)))
         return answers
 
@@ -229,17 +233,20 @@ class _Answer:
     folder: Path | None
     text: TextStream
     version: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: FinishReason | None = None
     detail: str = ""
 
     def take(self, event: TokenEvent) -> StreamEvent:
         new = self.text.take(event)
+        self.logprobs += event.logprobs
         self.finish, self.detail = event.finish, event.detail
-        return StreamEvent(self.index, new, event.tokens, self.version, event.finish, event.detail)
+        return StreamEvent(self.index, new, event.tokens, self.version, event.finish, event.detail, event.logprobs)
 
     def completion(self) -> Completion:
         assert self.finish is not None
-        return Completion(self.text.sent, tuple(self.text.ids), self.finish, self.version, self.detail)
+        ids, logprobs = tuple(self.text.ids), tuple(self.logprobs)
+        return Completion(self.text.sent, ids, self.finish, self.version, self.detail, logprobs)
 
 
 def _config(path: str, adapters: Mapping[str, Path], model: Section, adapter: Section, engine: Section) -> Config:

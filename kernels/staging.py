@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -58,9 +59,18 @@ class Staged:
 
 
 def send_ints(
-    values: Sequence[int] | npt.NDArray[np.int64], device: torch.device, dtype: torch.dtype = torch.int64
+    values: Sequence[int] | npt.NDArray[np.integer[Any]], device: torch.device, dtype: torch.dtype = torch.int64
 ) -> torch.Tensor:
     """A new tensor [values] on the device, for what has no fixed size; the host does not wait for its journey."""
+    return _send(values, device, dtype)
+
+
+def send_floats(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    """The same in float32."""
+    return _send(values, device, torch.float32)
+
+
+def _send(values: Any, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     # Pinned memory that is on its way is not given out again: torch's allocator of it sees to that.

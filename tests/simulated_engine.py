@@ -26,7 +26,7 @@ from clif.engine.scheduler import Chunk, Scheduler
 from clif.engine.training_half import TrainingHalf
 from clif.simulate.channel import SimChannel
 from clif.simulate.virtual_time import VirtualTime
-from clif.types import Request, Sampling, Slo
+from clif.types import Request, Sampling, Slo, TokenLogprob
 from clif.wire import messages as wire
 
 STEP_S, ROW_S, LAYER_S, LAYERS = 0.012, 0.0005, 0.003, 24
@@ -54,11 +54,15 @@ class Computed:
     def read(self) -> list[int]:
         return self.tokens
 
+    def logprobs(self) -> dict[int, TokenLogprob]:
+        return {}
+
 
 @dataclass
 class TimedBatch:
     chunks: list[Chunk]
     captured: None = None
+    late: bool = False
 
 
 @dataclass

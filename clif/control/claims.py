@@ -134,6 +134,9 @@ def event_objection(event: TokenEvent, record: RequestRecord, hello: wire.Hello,
             return f"{name}: {answered} tokens, {request.sampling.max_tokens} were asked for"
     if event.text is not None and not request.sampling.stop:
         return f"{name}: a text of its own, though no stop string was given"
+    flaw = logprobs_objection(event, request.sampling.logprobs, hello.vocabulary)
+    if flaw:
+        return f"{name}: {flaw}"
     impossible = {
         FinishReason.STOP: not answered,
         FinishReason.LENGTH: answered < request.sampling.max_tokens,
@@ -142,6 +145,18 @@ def event_objection(event: TokenEvent, record: RequestRecord, hello: wire.Hello,
     }
     if event.finish is not None and impossible.get(event.finish, False):
         return f"{name}: it ends as {event.finish.value} after {answered} tokens, which cannot be"
+    return ""
+
+
+def logprobs_objection(event: TokenEvent, asked: int | None, vocabulary: int) -> str:
+    """asked: alternatives of each token; None: no log-probabilities. Their bounds are those of the message."""
+    if asked is None:
+        return f"{len(event.logprobs)} log-probabilities, none were asked for" if event.logprobs else ""
+    if tuple(one.token for one in event.logprobs) != event.tokens:
+        return f"log-probabilities of {len(event.logprobs)} tokens that are not its {len(event.tokens)}"
+    # Fewer than were asked for, if the model has no more tokens.
+    if any(len(one.top) > asked or any(token >= vocabulary for token, _ in one.top) for one in event.logprobs):
+        return f"log-probabilities of others than {asked} alternatives of {vocabulary} token ids"
     return ""
 
 

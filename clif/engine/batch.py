@@ -8,7 +8,8 @@ be filled and launched while the one before it still runs.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -20,8 +21,9 @@ from clif.engine.attention import DecodeGroup, PagedLayout, make_decode_group
 from clif.engine.blocks import cache_slots
 from clif.engine.capture import Captured
 from clif.engine.draws import Draws, DrawTable
+from clif.engine.logprobs import Reporting
 from clif.engine.prompt_rows import PaddedPrompts, PromptChunk, PromptRows, VarlenPrompts
-from clif.engine.scheduler import Chunk
+from clif.engine.scheduler import Chunk, Sequence
 from clif.kernels.dual_lora_reference import Segment
 from clif.kernels.dual_lora_table import RowTables
 from clif.kernels.paged_decode_table import DecodeRow, DecodeTables
@@ -42,10 +44,12 @@ class Batch:
 
     ids, positions [rows]. sources [rows]: which of the last step's tokens is a row's id, KNOWN where `ids` has it; None
     where all ids are known. ends [chunks that sample]: the rows whose logits choose a token, None for all of them;
-    draws: of those that are not greedy, None if all are. captured: computes it, with padding behind these rows.
+    draws: of those that are not simply greedy, None if all are; reporting: of those that report log-probabilities.
+    late: some tokens can be chosen only when those of the step before are known. captured: computes it, with padding
+    behind these rows.
     """
 
-    chunks: Sequence[Chunk]
+    chunks: Seq[Chunk]
     ids: torch.Tensor
     positions: torch.Tensor
     sources: torch.Tensor | None
@@ -53,6 +57,8 @@ class Batch:
     rows: LoraRows
     layout: PagedLayout
     draws: Draws | None = None
+    reporting: Reporting | None = None
+    late: bool = False
     captured: Captured[Any] | None = None
 
 
@@ -80,7 +86,7 @@ class BatchBuilder:
         self._row_tables = RowTables(device)
         self._draws = DrawTable(config.max_batch, vocab_size, device)
 
-    def fill(self, chunks: Sequence[Chunk], paged: bool) -> Batch:
+    def fill(self, chunks: Seq[Chunk], paged: bool) -> Batch:
         """The batch of these chunks, which lie sorted by adapter slot. paged: its decode rows are for the kernel."""
         rows, ends, late = self._fill_rows(chunks)
         segments = segments_of(chunks)
@@ -102,9 +108,11 @@ class BatchBuilder:
         # After the rows, which need the index of each sequence among the tokens of the step before.
         for i, chunk in enumerate(sampling):
             chunk.sequence.sampled_at = i
-        return replace(batch, draws=self._draws.fill(sampling))
+        draws = self._draws.fill(sampling)
+        late = draws is not None and any(_waits(sampling[row].sequence) for _, row in draws.guided)
+        return replace(batch, draws=draws, reporting=self._draws.reporting, late=late)
 
-    def _fill_rows(self, chunks: Sequence[Chunk]) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    def _fill_rows(self, chunks: Seq[Chunk]) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """[FIELDS, rows] and ends on the device, and whether an id is not known yet."""
         fields: tuple[list[int], ...] = tuple([] for _ in range(FIELDS))
         ids, positions, slots, sources = fields
@@ -128,7 +136,7 @@ class BatchBuilder:
         rows = words[:after].view(FIELDS, self._capacity)[:, :n]
         return rows, words[after : after + len(ends)], any(source != KNOWN for source in sources)
 
-    def _layout(self, chunks: Sequence[Chunk], slot_mapping: torch.Tensor, paged: bool) -> PagedLayout:
+    def _layout(self, chunks: Seq[Chunk], slot_mapping: torch.Tensor, paged: bool) -> PagedLayout:
         decoding: list[DecodeRow] = []
         prompts: list[PromptChunk] = []
         row = 0
@@ -147,12 +155,12 @@ class BatchBuilder:
             self._prompt_rows(prompts, row) if prompts else None,
         )
 
-    def _prompt_rows(self, chunks: Sequence[PromptChunk], count: int) -> PromptRows:
+    def _prompt_rows(self, chunks: Seq[PromptChunk], count: int) -> PromptRows:
         if self._varlen is None:
             return PaddedPrompts.of(chunks, self._block_size, self._device)
         return VarlenPrompts.of(chunks, count, self._block_size, self._device, self._varlen)
 
-    def _groups(self, decoding: Sequence[DecodeRow]) -> Iterator[DecodeGroup]:
+    def _groups(self, decoding: Seq[DecodeRow]) -> Iterator[DecodeGroup]:
         """Without the kernel: rows whose contexts are of like length share a product."""
         by_size: dict[int, list[DecodeRow]] = defaultdict(list)
         for sequence in decoding:
@@ -160,7 +168,12 @@ class BatchBuilder:
         return (make_decode_group(members, self._block_size, self._dtype, self._device) for members in by_size.values())
 
 
-def segments_of(chunks: Sequence[Chunk]) -> tuple[Segment, ...]:
+def _waits(sequence: Sequence) -> bool:
+    """Its guide depends on a token of the step before, which is not known yet; this step's own is in flight as well."""
+    return sequence.guide is not None and sequence.guide.follows and sequence.num_tokens_in_flight > 1
+
+
+def segments_of(chunks: Seq[Chunk]) -> tuple[Segment, ...]:
     """Rows of each adapter slot; chunks come sorted by slot, those of the base first."""
     segments, row = [], 0
     for slot, members in groupby(chunks, lambda chunk: chunk.sequence.slot):

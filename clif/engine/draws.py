@@ -1,4 +1,4 @@
-"""What a step's draws need besides logits: parameters and a random number for each row that is not greedy.
+"""What a step's choices need besides logits: parameters and a random number for each row that is not simply greedy.
 
 The random number of a draw is a function of the request's seed and of how many tokens were drawn before it, and of
 nothing else. So no generator has a state to keep: it is known before the tokens in front of it are, and another replica
@@ -14,19 +14,23 @@ from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from math import ceil
 from typing import Any
 
 import numpy as np
 import torch
 
+from clif.engine.logprobs import Reporting
 from clif.engine.scheduler import Chunk
 from clif.kernels.staging import Staged
 from clif.types import Request, Sampling
 
-INTS, FLOATS = 2, 3
-"""Numbers of a row: its index and top_k; temperature, top_p and its random number."""
-ONLY_TOP_K, BOTH, ONLY_TOP_P, NEITHER = range(4)
-"""Filters of a row, in the order of the rows: those of either filter lie together."""
+ONE = 2.0**42
+"""The weight of the likeliest token of a row. Those of 2^20 tokens can be added up in an int64."""
+INTS, FLOATS = 3, 3
+"""Numbers of a row: its index, top_k and the least weight by min_p; temperature, top_p and its random number."""
+ONLY_TOP_K, BOTH, ONLY_TOP_P, NEITHER, GREEDY = range(5)
+"""Filters of a row, in the order of the rows: those of either filter lie together, and greedy ones at the end."""
 LIMITS = torch.finfo(torch.float32)
 
 
@@ -42,43 +46,55 @@ def uniform(request: Request, position: int) -> float:
 
 @dataclass(frozen=True)
 class Draws:
-    """The rows of a step whose token is drawn, on the device. Valid until the next fill.
+    """The rows of a step whose token is drawn, or is the likeliest after changes, on the device. Valid until the next
+    fill.
 
-    rows: their indices among all rows that choose a token; temperature, uniform: float64. All are [drawing]. top_k
-    int64 and top_p float64 belong to the slices with_top_k and with_top_p of them; largest_k: the maximum of top_k.
+    rows: their indices among all rows that choose a token, the greedy ones last. temperature and uniform, float64, and
+    least_weight, int64, are [drawn rows]. top_k int64 and top_p float64 belong to the slices with_top_k and with_top_p
+    of them; largest_k: the maximum of top_k; with_min_p: whether a least weight is above 0. guided: positions in rows
+    whose logits are changed, each with its index; on the host.
     """
 
     rows: torch.Tensor
     temperature: torch.Tensor
     uniform: torch.Tensor
+    least_weight: torch.Tensor
     top_k: torch.Tensor
     top_p: torch.Tensor
     with_top_k: slice
     with_top_p: slice
     largest_k: int
+    with_min_p: bool
+    guided: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """The requests of a step that draw, which are mostly those of the step before.
+    """The requests of a step that draw or are guided, which are mostly those of the step before.
 
-    rows, and the columns of ints [INTS, drawing] and floats [FLOATS - 1, drawing]: in the order of draws.rows.
+    rows, and the columns of ints [INTS, rows] and floats [FLOATS - 1, rows]: in the order of draws.rows. drawn: how
+    many of them are drawn.
     """
 
     rows: Sequence[int]
     ints: Any
     floats: Any
+    drawn: int
     draws: Draws
 
 
 class DrawTable:
-    """Fills the draws of a step by one copy to the device, if any row draws. capacity: rows, at most."""
+    """Fills the draws of a step by one copy to the device, if any row draws or is guided. capacity: rows, at most.
+
+    reporting: the rows of the last fill that report log-probabilities.
+    """
 
     def __init__(self, capacity: int, vocab_size: int, device: torch.device) -> None:
-        self._capacity, self._vocab_size = capacity, vocab_size
+        self._capacity, self._vocab_size, self._device = capacity, vocab_size, device
         self._staged = Staged.zeros((INTS + FLOATS) * capacity, torch.int64, device)
         self._requests: list[Request] = []
         self._drawing: Drawing | None = None
+        self.reporting: Reporting | None = None
 
     def fill(self, chunks: Sequence[Chunk]) -> Draws | None:
         """The draws of these chunks, all of which choose a token, in the order of their logits. None: all are greedy.
@@ -88,6 +104,7 @@ class DrawTable:
         requests = [chunk.sequence.request for chunk in chunks]
         if requests != self._requests:
             self._requests, self._drawing = requests, self._choose(requests)
+            self.reporting = Reporting.of(requests, self._device)
         drawing = self._drawing
         if drawing is None:
             return None
@@ -96,31 +113,47 @@ class DrawTable:
         floats = words[INTS:, :n].view(torch.float64).numpy()
         floats[:-1] = drawing.floats
         # What lies before a chunk's end is prompt, or was drawn.
-        floats[-1] = [uniform(requests[row], chunks[row].stop - len(requests[row].prompt)) for row in drawing.rows]
+        drawn = drawing.rows[: drawing.drawn]
+        floats[-1, : len(drawn)] = [uniform(requests[r], chunks[r].stop - len(requests[r].prompt)) for r in drawn]
         self._staged.send()
         return drawing.draws
 
     def _choose(self, requests: Sequence[Request]) -> Drawing | None:
-        numbers = sorted(self._numbers(row, r.sampling) for row, r in enumerate(requests) if r.sampling.temperature)
-        if not numbers:
+        asked = [(row, r.sampling) for row, r in enumerate(requests) if r.sampling.temperature or r.sampling.guided]
+        if not asked:
             return None
-        uses, *columns = zip(*numbers, strict=True)
-        with_top_k, only_k, no_p = bisect(uses, BOTH), bisect(uses, ONLY_TOP_K), uses.count(NEITHER)
-        slices = slice(0, with_top_k), slice(only_k, len(uses) - no_p)
-        draws = self._draws(len(uses), *slices, max(columns[1][:with_top_k], default=0))
-        return Drawing(columns[0], np.array(columns[:INTS]), np.array(columns[INTS:]), draws)
+        uses, *columns = zip(*sorted(self._numbers(row, sampling) for row, sampling in asked), strict=True)
+        ints, floats = np.array(columns[:INTS]), np.array(columns[INTS:])
+        guided = tuple((at, row) for at, row in enumerate(columns[0]) if requests[row].sampling.guided)
+        return Drawing(columns[0], ints, floats, bisect(uses, NEITHER), self._draws(uses, ints, guided))
 
-    def _numbers(self, row: int, asked: Sampling) -> tuple[int, int, int, float, float]:
+    def _numbers(self, row: int, asked: Sampling) -> tuple[int, int, int, int, float, float]:
         """Which filters a row uses, and its integers and floats, except for the random number."""
         top_k = min(asked.top_k, self._vocab_size)
         by_k, by_p = 0 < top_k < self._vocab_size, asked.top_p < 1
         use = (BOTH if by_p else ONLY_TOP_K) if by_k else ONLY_TOP_P if by_p else NEITHER
+        use = use if asked.temperature else GREEDY
         # In float32 a temperature of 1e-300 would be 0, and one of 1e300 infinite.
-        return use, row, top_k, min(max(asked.temperature, LIMITS.tiny), LIMITS.max), asked.top_p
+        temperature = min(max(asked.temperature, LIMITS.tiny), LIMITS.max)
+        return use, row, top_k, ceil(asked.min_p * ONE), temperature, asked.top_p
 
-    def _draws(self, n: int, with_top_k: slice, with_top_p: slice, largest_k: int) -> Draws:
+    def _draws(self, uses: Sequence[int], ints: Any, guided: Sequence[tuple[int, int]]) -> Draws:
+        """Views of the numbers on the device; uses: the filters of each row, sorted."""
         words = self._staged.words.view(-1, self._capacity)
-        (rows, top_k), (temperature, top_p, uniforms) = words[:INTS, :n], words[INTS:, :n].view(torch.float64)
+        n, drawn, with_top_k = len(uses), bisect(uses, NEITHER), slice(0, bisect(uses, BOTH))
+        with_top_p = slice(bisect(uses, ONLY_TOP_K), bisect(uses, ONLY_TOP_P))
+        rows, (top_k, least_weight) = words[0, :n], words[1:INTS, :drawn]
+        temperature, top_p, uniforms = words[INTS:, :drawn].view(torch.float64)
         return Draws(
-            rows, temperature, uniforms, top_k[with_top_k], top_p[with_top_p], with_top_k, with_top_p, largest_k
+            rows,
+            temperature,
+            uniforms,
+            least_weight,
+            top_k[with_top_k],
+            top_p[with_top_p],
+            with_top_k,
+            with_top_p,
+            int(ints[1, with_top_k].max(initial=0)),
+            bool(ints[2, :drawn].any()),
+            guided,
         )

@@ -24,6 +24,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from clif.config import Config, EngineConfig
 from clif.distributed.collectives import TpGroup
 from clif.engine.batch import Batch
@@ -39,7 +41,7 @@ from clif.engine.step_plan import NO_TRAINING, StepPlan
 from clif.engine.step_record import StepRecord
 from clif.engine.streams import OneStream, Streams
 from clif.engine.training_half import TrainingHalf
-from clif.types import Regime, Request, TokenEvent
+from clif.types import Regime, Request, TokenEvent, TokenLogprob
 
 if TYPE_CHECKING:
     from clif.models.weights.loading import LoadedModel
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Launched:
     """A step under way. fused: the training forward that it took along; start: on the engine's clock; captured: it is
-    the replay of a graph."""
+    the replay of a graph; late: the batch, if its tokens are chosen once the step before is settled."""
 
     chunks: list[Chunk]
     tokens: SampledTokens
@@ -56,6 +58,7 @@ class Launched:
     regime: Regime
     start: float
     captured: bool
+    late: Batch | None
 
 
 @dataclass
@@ -166,18 +169,23 @@ class Engine:
         """Launch this step, then settle the one before: the device computes while the host does everything else.
 
         Its rows take their ids from the step before on the device. What it computes for a sequence that turns out to
-        have ended is thrown away when it is settled, and only then are blocks and versions released.
+        have ended is thrown away when it is settled, and only then are blocks and versions released. Where its tokens
+        depend on those of the step before, they are chosen after that is settled: the device computes all else before.
         """
         chunks = self.scheduler.schedule()
         before, self._launched = self._launched, self._launch(chunks, plan) if chunks else None
-        return self._settle(before) if before else []
+        events = self._settle(before) if before else []
+        if self._launched is not None and self._launched.late is not None:
+            self.runner.choose(self._launched.late, self._launched.tokens)
+        return events
 
     def _launch(self, chunks: list[Chunk], plan: StepPlan) -> Launched:
         fused, start = self.training_half.fused(plan), self.clock()
         batch = self.runner.fill(chunks, fused is not None)
         tokens, fused = self._forward(batch, fused)
         regime = Regime.FUSED if fused else Regime.CONCURRENT if self.jobs.under_way else Regime.ALONE
-        return Launched(chunks, tokens, fused, regime, start, batch.captured is not None)
+        late = batch if batch.late else None
+        return Launched(chunks, tokens, fused, regime, start, batch.captured is not None, late)
 
     def _forward(self, batch: Batch, fused: Slice | None) -> tuple[SampledTokens, Slice | None]:
         """The step's tokens, and the training forward that it really took along."""
@@ -202,7 +210,9 @@ class Engine:
         # Between launch and settle there may be other work, of the host or of the device: that of the step is measured.
         own = self.overlap or self.asynchronous
         self._note(step, step.tokens.seconds() if own else now - step.start)
-        return self.scheduler.settle(step.chunks, tokens, now)
+        events = self.scheduler.settle(step.chunks, tokens, now)
+        logprobs = step.tokens.logprobs()
+        return [_with_logprobs(event, logprobs) for event in events] if logprobs else events
 
     def _note(self, step: Launched, seconds: float) -> None:
         rows = context = decodes = 0
@@ -216,3 +226,9 @@ class Engine:
             self.record.note_fused(step.fused.kind, seconds, alone_s)
             rows += step.fused.tokens
         self.cost_model.observe_step(rows, context, seconds, step.regime, step.captured)
+
+
+def _with_logprobs(event: TokenEvent, logprobs: dict[int, TokenLogprob]) -> TokenEvent:
+    """logprobs: of a step, by request id."""
+    found = logprobs.get(event.request_id)
+    return replace(event, logprobs=(found,)) if event.tokens and found else event

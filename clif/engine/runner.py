@@ -12,9 +12,11 @@ from clif.config import EngineConfig
 from clif.engine.attention import KVCache, PagedRows
 from clif.engine.batch import Batch, BatchBuilder
 from clif.engine.capture import Recorder
+from clif.engine.changes import changes_of
 from clif.engine.decode_buffers import DecodeBuffers
 from clif.engine.graphs import DecodeGraphs, decode_sizes
 from clif.engine.jobs import FusedPass
+from clif.engine.logprobs import logprobs_of
 from clif.engine.sampling import SampledTokens, draw_
 from clif.engine.scheduler import Chunk
 from clif.kernels.kv_types import cache_dtype
@@ -54,6 +56,8 @@ class ModelRunner:
         self._batches = BatchBuilder(config, stack.vocab_size, device, dtype, stack.varlen)
         # Of the last step, in the order in which its chunks sample: the next one may need them before the host knows.
         self._last_tokens = torch.zeros(config.max_batch, dtype=torch.int64, device=device)
+        # Logits and greedy tokens of a batch that is late.
+        self._late: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def capture(self, recorder: Recorder, max_context: int) -> DecodeGraphs:
         """Capture the steps in which all rows continue an answer, of contexts up to this length."""
@@ -80,7 +84,7 @@ class ModelRunner:
         """Compute one step and choose its tokens, one for each chunk that samples. Collective over the peers.
 
         Does not wait for the device: ids that the step before chose are taken from there. fused: a training forward
-        whose remaining layers are computed in the same products.
+        whose remaining layers are computed in the same products. A batch that is late has no tokens yet: see choose().
         """
         sampled = SampledTokens(self.device)
         if batch.captured is not None:
@@ -88,10 +92,30 @@ class ModelRunner:
             logits, tokens = batch.captured.result
         else:
             logits, tokens = self.compute(batch, fused)
-        if batch.draws is not None:
-            self._keep(draw_(self.stack.head, tokens, logits, batch.draws))
-        sampled.send(tokens[: len(batch.chunks)])
+        if batch.late:
+            self._late = logits, tokens
+        else:
+            self._choose(batch, sampled, logits, tokens)
         return sampled
+
+    @torch.no_grad()
+    def choose(self, batch: Batch, sampled: SampledTokens) -> None:
+        """Choose the tokens of a late batch, the last one of forward(), once the step before has been settled.
+        Collective over the peers.
+        """
+        assert self._late is not None
+        (logits, tokens), self._late = self._late, None
+        self._choose(batch, sampled, logits, tokens)
+
+    def _choose(self, batch: Batch, sampled: SampledTokens, logits: torch.Tensor, tokens: torch.Tensor) -> None:
+        if batch.draws is not None:
+            sampling = [chunk for chunk in batch.chunks if chunk.needs_sampling]
+            changes = changes_of(sampling, batch.draws.guided, self.device) if batch.draws.guided else None
+            self._keep(draw_(self.stack.head, tokens, logits, batch.draws, changes))
+        reported = None
+        if batch.reporting is not None:
+            reported = logprobs_of(self.stack.head, logits, tokens, batch.reporting)
+        sampled.send(tokens[: len(batch.chunks)], reported)
 
     @torch.no_grad()
     def compute(self, batch: Batch, fused: FusedPass | None = None) -> tuple[torch.Tensor, torch.Tensor]:

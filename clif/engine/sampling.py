@@ -1,4 +1,4 @@
-"""Choosing the next token of each sequence from its logits."""
+"""Choosing the next token of each sequence from its logits. See clif.types.Sampling for the order of its steps."""
 
 from __future__ import annotations
 
@@ -6,24 +6,36 @@ import time
 
 import torch
 
-from clif.engine.draws import Draws
-from clif.models.head import Head
-from clif.types import NO_TOKEN
+from clif.engine.changes import Changes
+from clif.engine.draws import ONE, Draws
+from clif.engine.logprobs import Logprobs
+from clif.models.head import Head, or_none, top
+from clif.types import NO_TOKEN, TokenLogprob
 
-ONE = 2.0**42
-"""The weight of the likeliest token of a row. Those of 2^20 tokens can be added up in an int64."""
 
+def draw_(
+    head: Head, tokens: torch.Tensor, logits: torch.Tensor, draws: Draws, changes: Changes | None = None
+) -> torch.Tensor:
+    """Overwrite greedy tokens [rows] where `draws` says so. Collective.
 
-def draw_(head: Head, tokens: torch.Tensor, logits: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """Overwrite greedy tokens [rows] by drawn ones where `draws` says so. Collective.
-
-    logits: [rows, this rank's columns]. Returns the tokens, NO_TOKEN where the logits are not finite.
-    All peers get whole rows of those that draw, and the leader's draws count. The number of launches does not depend
-    on the number of rows, and nothing waits for the device. The shapes do depend on it: no captured graph holds this,
-    but what a graph left may be read and overwritten here.
+    logits: [rows, this rank's columns], which are read only. Returns the tokens, NO_TOKEN where the logits are not
+    finite. All peers get whole rows of those that draw, and the leader's choices count. The number of launches does not
+    depend on the number of rows, and nothing waits for the device. The shapes do depend on it: no captured graph holds
+    this, but what a graph left may be read here, and its tokens overwritten.
     """
-    drawn = sample(head.whole(logits.index_select(0, draws.rows)), draws)
-    return head.tp_group.broadcast_(tokens.index_copy_(0, draws.rows, drawn))
+    whole = head.whole(logits.index_select(0, draws.rows))
+    if changes is not None:
+        whole = changes.apply(whole)
+    return head.tp_group.broadcast_(tokens.index_copy_(0, draws.rows, choose(whole, draws)))
+
+
+def choose(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """A token id, or NO_TOKEN, for each row [rows, vocabulary] of the draws: drawn ones, then the likeliest ones."""
+    drawn = len(draws.temperature)
+    if drawn == len(logits):
+        return sample(logits, draws)
+    likeliest = or_none(*top(logits[drawn:]))
+    return torch.cat((sample(logits[:drawn], draws), likeliest)) if drawn else likeliest
 
 
 def sample(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
@@ -44,10 +56,10 @@ def sample(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
 def weigh(logits: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights [drawing, vocabulary], in proportion to the probabilities; and which rows [drawing] are not finite.
 
-    After temperature, top_k and top_p, in the order of transformers. They are whole numbers: sums of these are exact
-    in any order, so that neither rows beside nor a device's way to add up change what is drawn. The likeliest token
-    has ONE, so that no row is without weight; one of less than 2^-42 of its probability has none. Rows that are not
-    finite have some weights, too: NaN allows no draw.
+    After temperature, top_k, top_p and min_p, in the order of transformers. They are whole numbers: sums of these are
+    exact in any order, so that neither rows beside nor a device's way to add up change what is drawn. The likeliest
+    token has ONE, so that no row is without weight; one of less than 2^-42 of its probability has none. Rows that are
+    not finite have some weights, too: NaN allows no draw.
     """
     logits = logits.float()
     largest = logits.amax(1, keepdim=True)
@@ -64,6 +76,9 @@ def weigh(logits: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tenso
     if len(draws.top_p):
         rows = draws.with_top_p
         weights[rows].masked_fill_(_outside_top_p(scaled[rows], weights[rows], draws), 0)
+    if draws.with_min_p:
+        # The likeliest token has passed all filters.
+        weights.masked_fill_(weights < draws.least_weight[:, None], 0)
     return weights, broken[:, 0]
 
 
@@ -87,21 +102,24 @@ def _outside_top_p(scaled: torch.Tensor, weights: torch.Tensor, draws: Draws) ->
 
 
 class SampledTokens:
-    """The tokens of one step, on the device and on their way to the host; and how long it computed.
+    """The tokens of one step, on the device and on their way to the host, with what is reported of them; and how long
+    it computed.
 
     Made when the step begins. Neither the host nor other work on the device delays what is read here.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._host = torch.empty(0, dtype=torch.int64)
+        self._logprobs: Logprobs | None = None
         self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         if device.type == "cuda":
             self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             self._events[0].record(torch.cuda.current_stream(device))
         self._start_s, self._seconds = time.perf_counter(), 0.0
 
-    def send(self, tokens: torch.Tensor) -> None:
-        """The step ends: tokens [sequences that sample] follow it to the host."""
+    def send(self, tokens: torch.Tensor, logprobs: Logprobs | None = None) -> None:
+        """The step ends: tokens [sequences that sample] and logprobs follow it to the host."""
+        self._logprobs = None if logprobs is None else logprobs.to_host()
         if self._events is None:
             # A copy: the step's own tensor may be that of the next one as well.
             self._host, self._seconds = tokens.clone(), time.perf_counter() - self._start_s
@@ -115,6 +133,10 @@ class SampledTokens:
         if self._events is not None:
             self._events[1].synchronize()
         return [int(token) for token in self._host.tolist()]
+
+    def logprobs(self) -> dict[int, TokenLogprob]:
+        """Of the requests that ask for them, by id, once the tokens have been read."""
+        return {} if self._logprobs is None else self._logprobs.by_request(self._host.tolist())
 
     def seconds(self) -> float:
         """How long the device took, once the tokens have been read."""

@@ -19,6 +19,8 @@ from typing import NamedTuple
 from clif.adapters.slots import SlotTable
 from clif.config import EngineConfig
 from clif.engine.blocks import BlockPool
+from clif.engine.guide import Guide
+from clif.errors import InputError
 from clif.types import NO_TOKEN, FinishReason, Request, TokenEvent
 
 
@@ -30,7 +32,8 @@ class Sequence:
     num_tokens_in_flight: tokens that such steps choose; num_steps_in_flight: steps under way that hold a chunk of it.
     version: -1 until the first admission, unless it is given. admitted: it has been. blocks hold at least the computed
     tokens; both are empty while it waits. arrived_s and last_s (time of the last token) are on the engine's clock.
-    sampled_at: where its token is among those of the last step in which it took one. max_total_tokens: the request's.
+    sampled_at: where its token is among those of the last step in which it took one. guide: changes the logits of its
+    tokens. max_total_tokens: the request's.
     """
 
     request: Request
@@ -46,6 +49,7 @@ class Sequence:
     sampled_at: int = -1
     ended: bool = False
     admitted: bool = False
+    guide: Guide | None = None
     max_total_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -84,13 +88,19 @@ class Scheduler:
     """Waiting and running sequences of one replica, both oldest first.
 
     preemptions: how often a running sequence lost its blocks; its tokens are computed again, none is sent twice.
-    reused_tokens: prompt tokens that were found in the cache when their request was first admitted.
+    reused_tokens: prompt tokens that were found in the cache when their request was first admitted. guide_of: makes the
+    guide of a request, and raises InputError for one that cannot be enforced.
     """
 
     def __init__(
-        self, config: EngineConfig, slots: SlotTable, eos_ids: tuple[int, ...], decode: Callable[[list[int]], str]
+        self,
+        config: EngineConfig,
+        slots: SlotTable,
+        eos_ids: tuple[int, ...],
+        decode: Callable[[list[int]], str],
+        guide_of: Callable[[Request], Guide | None] = lambda request: None,
     ) -> None:
-        self.config, self.slots = config, slots
+        self.config, self.slots, self.guide_of = config, slots, guide_of
         self.max_batch = config.max_batch
         self.pool = BlockPool(config.num_kv_tokens, config.block_size)
         self.waiting: deque[Sequence] = deque()
@@ -101,8 +111,8 @@ class Scheduler:
     def add(
         self, request: Request, now: float, output_ids: Iterable[int] = (), version: int | None = None
     ) -> TokenEvent | None:
-        """Take a request in; returns the terminal event of one that the whole KV cache cannot hold, or whose adapter
-        version cannot be read here.
+        """Take a request in; returns the terminal event of one that the whole KV cache cannot hold, whose adapter
+        version cannot be read here, or whose guide cannot be made.
 
         output_ids, version: what another replica has answered so far, and the adapter version that it read. The answer
         continues if that version can be read here as well; otherwise it starts over.
@@ -114,7 +124,11 @@ class Scheduler:
         if pinned is not None and not self.slots.holds(pinned):
             detail = f"adapter version {pinned} is not kept any more: ask for another one"
             return TokenEvent(request_id=request.id, finish=FinishReason.FAILED, detail=detail)
-        sequence = Sequence(request, now, list(request.prompt))
+        try:
+            guide = self.guide_of(request)
+        except InputError as error:
+            return TokenEvent(request_id=request.id, finish=FinishReason.FAILED, detail=str(error))
+        sequence = Sequence(request, now, list(request.prompt), guide=guide)
         if version is not None and self.slots.holds(version) and pinned in (None, version):
             sequence.tokens += output_ids
             sequence.admitted = True
@@ -279,7 +293,8 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, token: int, now: float) -> TokenEvent:
         if token == NO_TOKEN:
-            detail = f"the logits are not finite under adapter version {sequence.version}"
+            why = "" if sequence.guide is None else sequence.guide.error
+            detail = why or f"the logits are not finite under adapter version {sequence.version}"
             return self._end(sequence, (), FinishReason.FAILED, detail)
         sequence.tokens.append(token)
         sequence.last_s = now

@@ -30,7 +30,17 @@ from clif.control.dispatcher import RequestRecord
 from clif.control.inbox import LONGEST_TEXT, printable
 from clif.control.rounds import Round
 from clif.states import RequestState
-from clif.types import FinishReason, HeldoutLoss, Request, RoundPlan, RoundResult, Sampling, TokenEvent, Vote
+from clif.types import (
+    FinishReason,
+    HeldoutLoss,
+    Request,
+    RoundPlan,
+    RoundResult,
+    Sampling,
+    TokenEvent,
+    TokenLogprob,
+    Vote,
+)
 from clif.wire.messages import Hello, Published
 
 PLAN = RoundPlan(
@@ -49,9 +59,11 @@ def changed(message: Any, **fields: Any) -> Any:
 # --- answers -------------------------------------------------------------------------------------
 
 
-def held(answered: int = 2, version: int | None = 1, state: RequestState = RequestState.RUNNING) -> RequestRecord:
+def held(
+    answered: int = 2, version: int | None = 1, state: RequestState = RequestState.RUNNING, logprobs: int | None = None
+) -> RequestRecord:
     """A request for 4 tokens, of which some have come."""
-    request = Request(id=5, prompt=(1, 2), sampling=Sampling(max_tokens=4))
+    request = Request(id=5, prompt=(1, 2), sampling=Sampling(max_tokens=4, logprobs=logprobs))
     return RequestRecord(request, 0.0, state, tokens=[7] * answered, version=version)
 
 
@@ -90,6 +102,26 @@ def test_what_a_replica_can_say_of_a_request_is_taken(event: TokenEvent) -> None
 )
 def test_promise_2_what_no_answer_of_one_version_can_hold_is_objected_to(event: TokenEvent, objection: str) -> None:
     assert objection in event_objection(event, held(), HELLO, serves=1)
+
+
+def report(token: int, *top: int) -> TokenLogprob:
+    return TokenLogprob(token, -1.5, tuple((other, -0.5) for other in top))
+
+
+def test_log_probabilities_are_those_of_the_tokens_and_come_where_they_are_asked_for() -> None:
+    asked, fine = held(logprobs=2), (report(8, 99, 8), report(9, 0))
+    assert event_objection(said(8, 9, logprobs=fine), asked, HELLO, serves=1) == ""
+    assert event_objection(said(finish=FinishReason.FAILED), asked, HELLO, serves=1) == ""
+    for event, objection in (
+        (said(8, 9, logprobs=fine[:1]), "log-probabilities of 1 tokens that are not its 2"),
+        (said(8, 9), "log-probabilities of 0 tokens that are not its 2"),
+        (said(9, 8, logprobs=fine), "that are not its 2"),
+        (said(8, logprobs=(report(8, 100),)), "2 alternatives of 100 token ids"),
+        (said(8, logprobs=(report(8, 1, 2, 3),)), "2 alternatives of 100 token ids"),
+    ):
+        assert objection in event_objection(event, asked, HELLO, serves=1)
+    unasked = event_objection(said(8, logprobs=(report(8),)), held(), HELLO, serves=1)
+    assert "1 log-probabilities, none were asked for" in unasked
 
 
 def test_an_answer_that_another_replica_began_goes_on_or_begins_anew() -> None:

@@ -18,6 +18,7 @@ from scenarios import DRAWN, PROMPTS, RECORDED, SCENARIOS, outcome, recorded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clif.engine.scheduler import Chunk
+from clif.types import TokenLogprob
 
 MODELS = ("random", "stories")
 
@@ -43,7 +44,7 @@ def test_answers_are_those_of_the_engine_before(model: tuple[str, str], name: st
 class Counted:
     """Stands in for a runner by the two names that the engine uses: each answer counts up from its last token."""
 
-    captured = None
+    captured, late = None, False
 
     def fill(self, chunks: list[Chunk], fused: bool) -> Counted:
         self.tokens = [10 + chunk.stop for chunk in chunks if chunk.needs_sampling]
@@ -54,6 +55,9 @@ class Counted:
 
     def read(self) -> list[int]:
         return self.tokens
+
+    def logprobs(self) -> dict[int, TokenLogprob]:
+        return {}
 
 
 def test_an_engine_needs_of_its_runner_fill_and_forward_and_nothing_else(tiny_config: Path) -> None:
@@ -77,10 +81,11 @@ class NoWait(TorchDispatchMode):
 
 
 def test_neither_fill_nor_forward_waits_for_the_device(tiny_config: Path) -> None:
-    """Greedy and drawn tokens, prompts and answers, ids that only the device knows."""
+    """Greedy and drawn tokens, prompts and answers, ids that only the device knows, biases and log-probabilities."""
     rig = make_rig(f"random:{tiny_config}", engine={"overlap": True})
     for i, prompt in enumerate(PROMPTS):
-        drawn = {**DRAWN, "seed": i} if i % 2 else {}
+        drawn: dict[str, Any] = {**DRAWN, "seed": i, "min_p": 0.01} if i % 2 else {}
+        drawn |= {"logprobs": i} if i > 3 else {"logit_bias": ((i, 2.0),)} if i > 1 else {}
         rig.engine.scheduler.add(request(i, prompt, max_tokens=9, ignore_eos=True, **drawn), 0.0)
     under_way = None
     while rig.engine.scheduler.running or rig.engine.scheduler.waiting:

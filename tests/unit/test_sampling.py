@@ -13,15 +13,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from clif.distributed.collectives import TpGroup
 from clif.engine.draws import Draws, DrawTable, uniform
 from clif.engine.sampling import draw_, sample, weigh
 from clif.models.head import or_none, top
-from clif.types import NO_TOKEN, Request, Sampling
+from clif.types import NO_TOKEN, Constraint, Request, Sampling
 
 FILTERS: list[dict[str, Any]] = [{}, {"top_k": 20}, {"top_p": 0.8}, {"top_k": 30, "top_p": 0.9}, {"top_k": 1}]
+FILTERS += [{"min_p": 0.05}]
 
 
 def random_logits(rows: int = 1, vocabulary: int = 300) -> torch.Tensor:
@@ -76,6 +83,32 @@ def test_probabilities_equal_transformers(temperature, top_k, top_p):
         assert torch.allclose(probabilities(row, params), want, atol=1e-6)
 
 
+@pytest.mark.parametrize("min_p", [0.0, 0.02, 0.3, 1.0])
+@pytest.mark.parametrize("others", FILTERS[:5])
+def test_min_p_comes_last_and_is_that_of_transformers_and_of_numbers_in_float64(min_p, others):
+    for row in random_logits(5):
+        params = Sampling(temperature=1.3, min_p=min_p, **others)
+        steps = [TemperatureLogitsWarper(1.3), *([TopKLogitsWarper(params.top_k)] if params.top_k else [])]
+        steps += [TopPLogitsWarper(params.top_p)] if params.top_p < 1 else []
+        steps += [MinPLogitsWarper(min_p)] if min_p else []
+        found = probabilities(row, params)
+        assert torch.allclose(found, LogitsProcessorList(steps)(None, row[None].clone())[0].softmax(-1), atol=1e-6)
+        assert torch.allclose(found.double(), by_hand(row.double(), params), atol=1e-9)
+
+
+def by_hand(logits: torch.Tensor, params: Sampling) -> torch.Tensor:
+    """One filter after the other, token by token."""
+    kept = {i: math.exp((float(logit) - float(logits.max())) / params.temperature) for i, logit in enumerate(logits)}
+    kept = dict(sorted(kept.items(), key=lambda item: -item[1])[: params.top_k or None])
+    below, total = 0.0, sum(kept.values())
+    for token, share in [*kept.items()]:
+        if below >= params.top_p * total:
+            del kept[token]
+        below += share
+    kept = {token: share for token, share in kept.items() if share >= params.min_p * max(kept.values())}
+    return torch.tensor([kept.get(i, 0.0) / sum(kept.values()) for i in range(len(logits))], dtype=torch.float64)
+
+
 def test_tokens_as_likely_as_the_k_th_stay_and_of_those_at_the_line_of_top_p_the_first():
     logits = torch.tensor([1.0, 2.0, 1.0, 1.0, -5.0])
     assert probabilities(logits, Sampling(temperature=1.0, top_k=2)).gt(0).tolist() == [True] * 4 + [False]
@@ -122,13 +155,15 @@ MIXED = [
     Sampling(temperature=1.3, top_k=17, seed=3),
     Sampling(temperature=1.0, top_k=50, top_p=0.5, seed=4),
     Sampling(temperature=900.0, top_p=0.99, seed=5),
+    Sampling(temperature=1.0, min_p=0.1, seed=6),
+    Sampling(temperature=2.0, top_k=40, min_p=0.05, seed=7),
 ]
 
 
 @pytest.mark.parametrize("vocabulary", [7, 301, 33_001])
 def test_a_row_gets_the_same_token_and_the_same_weights_in_any_batch(vocabulary):
     """Bit for bit, wherever its numbers lie in memory: alone, first, last, beside other filters."""
-    logits = random_logits(6, vocabulary)
+    logits = random_logits(len(MIXED), vocabulary)
     for position in range(4):
         together = drawn(logits, *MIXED, position=position)
         assert drawn(logits.flip(0), *MIXED[::-1], position=position) == together[::-1]
@@ -146,7 +181,7 @@ def test_a_table_that_is_filled_step_after_step_holds_what_a_new_one_would():
     requests = asked(*MIXED)
     table = DrawTable(len(requests), 301, torch.device("cpu"))
     for position, rows in enumerate(
-        [(0, 1, 2, 3), (0, 1, 2, 3), (1, 2, 3), (3, 2, 1), (0,), (5, 4, 1, 0), (5, 4, 1, 0)]
+        [(0, 1, 2, 3), (0, 1, 2, 3), (1, 2, 3), (3, 2, 1), (0,), (5, 4, 1, 0), (5, 4, 1, 0), (6, 0, 7)]
     ):
         step = [requests[row] for row in rows]
         found = table.fill(chunks_of(step, position))
@@ -209,6 +244,7 @@ def test_the_least_and_the_largest_random_number_draw_a_token_that_is_possible(p
     assert sample(logits, batch).tolist() == possible
 
 
+ASKS_NO_MORE: dict[str, Any] = {"min_p": 0.0, "seed": 1, "max_tokens": 1, "guided": False, "logprobs": None}
 EXTREME = [1e-300, 1e-38, 1e-8, 1.0, 1e30, 1e300]
 
 
@@ -223,7 +259,7 @@ def test_no_request_makes_probabilities_that_cannot_be_drawn_from(numbers, kind,
     """Were it not so, one request would end every replica in turn."""
     logits = torch.from_numpy(numbers).to(kind)
     # Not by its constructor, which refuses most of this: what is drawn from must not depend on who was asked before.
-    params = SimpleNamespace(temperature=temperature, top_p=top_p, top_k=top_k, seed=1, max_tokens=1)
+    params = SimpleNamespace(temperature=temperature, top_p=top_p, top_k=top_k, **ASKS_NO_MORE)
     for token, row in zip(drawn(logits, *[params] * len(logits)), logits, strict=True):
         largest = row.float().max()
         assert (token == NO_TOKEN) == (not largest.isfinite())
@@ -235,7 +271,7 @@ def test_no_request_makes_probabilities_that_cannot_be_drawn_from(numbers, kind,
 @pytest.mark.parametrize("params", [{"temperature": 1e-300}, {"temperature": 1.0, "top_p": 1e-300}])
 def test_a_temperature_or_top_p_of_almost_nothing_is_greedy(params):
     logits = torch.tensor([0.0, 9.0, 8.9, float("-inf")])
-    params = SimpleNamespace(**{"top_p": 1.0, "top_k": 0, "seed": 1, "max_tokens": 1, **params})
+    params = SimpleNamespace(**{"top_p": 1.0, "top_k": 0, **ASKS_NO_MORE, **params})
     assert probabilities(logits, params).tolist() == [0, 1, 0, 0]
 
 
@@ -253,11 +289,28 @@ def test_a_temperature_or_top_p_of_almost_nothing_is_greedy(params):
         {"top_k": -1},
         {"seed": -1},
         {"seed": 2**63},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"min_p": float("nan")},
+        {"frequency_penalty": 2.1},
+        {"presence_penalty": float("nan")},
+        {"logprobs": -1},
+        {"logprobs": 21},
+        {"logit_bias": {5: 1.0}},
+        {"logit_bias": ((5, 101.0),)},
+        {"logit_bias": ((5, float("nan")),)},
+        {"logit_bias": ((5, 1.0), (5, 2.0))},
+        {"logit_bias": tuple((i, 1.0) for i in range(1025))},
     ],
 )
 def test_wrong_parameters_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Sampling(**wrong)
+
+
+def test_a_constraint_and_ignore_eos_exclude_each_other():
+    with pytest.raises(ValueError, match="give one of them"):
+        Sampling(constraint=Constraint("json_object"), ignore_eos=True)
 
 
 def test_a_seed_reproduces_the_draws_and_the_id_stands_in_for_a_seed():

@@ -10,6 +10,8 @@ import psutil
 import pytest
 
 from clif.types import (
+    LEAST_LOGPROB,
+    Constraint,
     FinishReason,
     HeldoutLoss,
     Purpose,
@@ -19,6 +21,7 @@ from clif.types import (
     Sampling,
     Slo,
     TokenEvent,
+    TokenLogprob,
     TrainSample,
     Vote,
     Waiting,
@@ -28,15 +31,20 @@ from clif.wire.channels import ControlChannel, LeaderChannel, decode_down, decod
 from clif.wire.keys import Keys
 
 KEYS = Keys(b"k" * 32)
+ASKED = {
+    "min_p": 0.1, "presence_penalty": 1.0, "logit_bias": ((5, -2.0),), "logprobs": 2,
+    "constraint": Constraint("json_schema", "{}"),
+}  # fmt: skip
 REQUEST = Request(
-    id=4, prompt=(1, 2), sampling=Sampling(stop=("a",), seed=3), slo=Slo(ttft_s=1.0), purpose=Purpose.PROBE
+    id=4, prompt=(1, 2), sampling=Sampling(stop=("a",), seed=3, **ASKED), slo=Slo(ttft_s=1.0), purpose=Purpose.PROBE
 )
 PLAN = RoundPlan(
     round_id=1, members=(0, 2), incarnations=(0, 1), local_steps=3, micro_batch=4, accumulation=1, base_version=0
 )
 RESULT = RoundResult(round_id=1, replica=0, samples=8, tokens=90, targets=90, steps=2, loss=1.5, finite=True)
 VOTE = Vote(round_id=1, replica=0, finite=True, candidate_loss=1.0, active_loss=2.0, tokens=5)
-EVENT = TokenEvent(request_id=4, tokens=(7,), version=2, finish=FinishReason.STOP, text="x")
+LOGPROBS = (TokenLogprob(7, -0.5, ((7, -0.5), (8, LEAST_LOGPROB))),)
+EVENT = TokenEvent(request_id=4, tokens=(7,), version=2, finish=FinishReason.STOP, text="x", logprobs=LOGPROBS)
 SAMPLE = TrainSample(id=1, ids=(1, 2, 3), target_start=2)
 DOWN = [
     m.Submit(request=REQUEST), m.Cancel(request_id=4), m.Limits(max_batch=4, micro_batch=2),
