@@ -47,7 +47,7 @@ def read_rows(path: Path) -> list[Row]:
     rows: list[Row] = []
     for number, line in read_lines(path, DataError):
         try:
-            rows.append(_row(len(rows), json_object(line)))
+            rows.append(make_row(len(rows), json_object(line)))
         except InputError as error:
             raise DataError(f"{path}, line {number}: {plain(error)}") from error
     if not rows:
@@ -150,7 +150,8 @@ def check_some_fit(rows: Sequence[Row], what: str, tokenizer: ChatTokenizer, max
         raise DataError(f"none of the {len(rows)} {what} can be used; that which comes closest, {closest}")
 
 
-def _row(number: int, value: dict[str, Any]) -> Row:
+def make_row(number: int, value: dict[str, Any]) -> Row:
+    """The row that an object of one of the accepted kinds is. Raises DataError, without the position."""
     kinds = [read for keys, read in _KINDS.items() if value.keys() >= set(keys)]
     if len(kinds) != 1:
         found = ", ".join(value) or "none"

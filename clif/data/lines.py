@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clif.errors import InputError
+from clif.errors import InputError, plain
 
 # Alternatives: an escaped backslash, a complete pair, and a lone surrogate. Only the last one is a group.
 _HALF = re.compile(r"\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)")
@@ -29,10 +29,15 @@ def read_lines(path: Path, error: type[ValueError]) -> Iterator[tuple[int, str]]
         raise error(f"{path} cannot be read ({cause.strerror}): name a file that can") from cause
 
 
-def json_object(line: str) -> dict[str, Any]:
-    """The JSON object on a line. All of its text can be encoded. Raises InputError, without the position."""
+def json_object(line: str, unique: bool = False) -> dict[str, Any]:
+    """The JSON object on a line. All of its text can be encoded. Raises InputError, without the position.
+
+    unique: refuse an object that names a key twice, of which Python's parser keeps the last.
+    """
     try:
-        value = json.loads(line)
+        value = json.loads(line, object_pairs_hook=_unique if unique else None)
+    except InputError:
+        raise
     except json.JSONDecodeError as error:
         raise InputError(f"not valid JSON ({error.msg} at column {error.colno}): write one object a line") from error
     except RecursionError as error:
@@ -45,3 +50,12 @@ def json_object(line: str) -> dict[str, Any]:
     if half := next((match[1] for match in _HALF.finditer(line) if match[1]), None):
         raise InputError(f"{half} is half of a character (a lone surrogate) and no text: remove it or add its half")
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f'the key "{plain(twice, 40)}" stands twice in an object: remove one')
+    return found

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import msgspec
 
 from clif.errors import InputError
-from clif.storage.files import write_atomic
 from clif.types import TrainSample
 
 FILES = "files"
@@ -24,13 +25,20 @@ def samples_path(run_dir: Path, file: str) -> Path:
     return run_dir / FILES / f"{file}.samples"
 
 
-def write_samples(path: Path, samples: Sequence[TrainSample]) -> None:
-    """Replace a file of samples as a whole. Raises OSError."""
-    content = bytearray()
-    for start in range(0, len(samples), PIECE):
-        body = msgspec.msgpack.encode(samples[start : start + PIECE])
-        content += _LENGTH.pack(len(body)) + body
-    write_atomic(path, bytes(content))
+def write_samples(path: Path, samples: Iterable[TrainSample]) -> None:
+    """Replace a file of samples as a whole, a piece in memory at a time. Raises OSError, and what `samples` raises."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            rest = iter(samples)
+            while piece := list(islice(rest, PIECE)):
+                body = msgspec.msgpack.encode(piece)
+                file.write(_LENGTH.pack(len(body)) + body)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def pieces(path: Path) -> Iterator[list[TrainSample]]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union
 import msgspec
 from msgspec import Meta
 
-from clif.types import Count, Request, TokenEvent
+from clif.types import Count, Request, TokenEvent, TrainSample
 
 FRONTEND = -1
 """Sender of the front end's messages, beside the numbers of the replicas."""
@@ -74,7 +74,113 @@ class UndrainReplica(Action, frozen=True):
     replica: Count
 
 
-Actions = Union[GetConfig, PauseTraining, ResumeTraining, DrainReplica, UndrainReplica]
+class OfClient(Action, frozen=True):
+    """An action about what clients create. sees: a user's key is shown only what it has created; None: an admin."""
+
+    sees: str | None = None
+
+
+class RegisterFile(OfClient, frozen=True):
+    """A file whose rows and samples lie in RUN/files. The fields are those of JobFile in clif/jobs/model.py."""
+
+    id: str
+    filename: str
+    bytes: int
+    rows: int
+    tokens: int
+    longest: int
+    owner: str = ""
+
+
+class GetFile(OfClient, frozen=True):
+    id: str
+
+
+class ListFiles(OfClient, frozen=True):
+    """The newest first. after: id of the last one of the page before."""
+
+    limit: int
+    after: str | None = None
+
+
+class DeleteFile(OfClient, frozen=True):
+    id: str
+
+
+class CreateJob(OfClient, frozen=True):
+    """A training job. model: where it begins. The other fields are those of Job and Hyperparameters."""
+
+    model: str
+    training_file: str
+    validation_file: str = ""
+    suffix: str = ""
+    n_epochs: int = 3
+    batch_size: int = 0
+    learning_rate_multiplier: float = 1.0
+    seed: int = 0
+    max_rounds: int | None = None
+    weight: float = 1.0
+    priority: int = 0
+    metadata: dict[str, str] = {}
+    owner: str = ""
+
+
+class GetJob(OfClient, frozen=True):
+    id: str
+
+
+class ListJobs(OfClient, frozen=True):
+    """As ListFiles."""
+
+    limit: int
+    after: str | None = None
+
+
+class ChangeJob(OfClient, frozen=True):
+    id: str
+    change: Literal["cancel", "pause", "resume"]
+
+
+class ListJobEvents(OfClient, frozen=True):
+    """Of the job `id`; as ListFiles."""
+
+    id: str
+    limit: int
+    after: str | None = None
+
+
+class ListCheckpoints(OfClient, frozen=True):
+    """Committed rounds of the job `id`; as ListFiles. after: number of a version."""
+
+    id: str
+    limit: int
+    after: int | None = None
+
+
+class GiveFeedback(Action, frozen=True):
+    """A better answer. The fields are those of FeedbackRow in clif/jobs/model.py."""
+
+    digest: str
+    sample: TrainSample
+    source: str = ""
+    owner: str = ""
+
+
+OfOperators = Union[GetConfig, PauseTraining, ResumeTraining, DrainReplica, UndrainReplica]
+OfClients = Union[
+    RegisterFile,
+    GetFile,
+    ListFiles,
+    DeleteFile,
+    CreateJob,
+    GetJob,
+    ListJobs,
+    ChangeJob,
+    ListJobEvents,
+    ListCheckpoints,
+    GiveFeedback,
+]
+Actions = Union[OfOperators, OfClients]
 
 
 # --- front end to control --------------------------------------------------------------------------------------------
