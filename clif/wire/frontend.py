@@ -80,7 +80,7 @@ class OfClient(Action, frozen=True):
     sees: str | None = None
 
 
-class RegisterFile(OfClient, frozen=True):
+class RegisterFile(OfClient, frozen=True, kw_only=True):
     """A file whose rows and samples lie in RUN/files. The fields are those of JobFile in clif/jobs/model.py."""
 
     id: str
@@ -92,22 +92,22 @@ class RegisterFile(OfClient, frozen=True):
     owner: str = ""
 
 
-class GetFile(OfClient, frozen=True):
+class GetFile(OfClient, frozen=True, kw_only=True):
     id: str
 
 
-class ListFiles(OfClient, frozen=True):
+class ListFiles(OfClient, frozen=True, kw_only=True):
     """The newest first. after: id of the last one of the page before."""
 
     limit: int
     after: str | None = None
 
 
-class DeleteFile(OfClient, frozen=True):
+class DeleteFile(OfClient, frozen=True, kw_only=True):
     id: str
 
 
-class CreateJob(OfClient, frozen=True):
+class CreateJob(OfClient, frozen=True, kw_only=True):
     """A training job. model: where it begins. The other fields are those of Job and Hyperparameters."""
 
     model: str
@@ -125,23 +125,23 @@ class CreateJob(OfClient, frozen=True):
     owner: str = ""
 
 
-class GetJob(OfClient, frozen=True):
+class GetJob(OfClient, frozen=True, kw_only=True):
     id: str
 
 
-class ListJobs(OfClient, frozen=True):
+class ListJobs(OfClient, frozen=True, kw_only=True):
     """As ListFiles."""
 
     limit: int
     after: str | None = None
 
 
-class ChangeJob(OfClient, frozen=True):
+class ChangeJob(OfClient, frozen=True, kw_only=True):
     id: str
     change: Literal["cancel", "pause", "resume"]
 
 
-class ListJobEvents(OfClient, frozen=True):
+class ListJobEvents(OfClient, frozen=True, kw_only=True):
     """Of the job `id`; as ListFiles."""
 
     id: str
@@ -149,7 +149,7 @@ class ListJobEvents(OfClient, frozen=True):
     after: str | None = None
 
 
-class ListCheckpoints(OfClient, frozen=True):
+class ListCheckpoints(OfClient, frozen=True, kw_only=True):
     """Committed rounds of the job `id`; as ListFiles. after: number of a version."""
 
     id: str
