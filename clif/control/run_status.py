@@ -51,6 +51,7 @@ class StatusReport:
         return {
             "version": __version__,
             "context": self._dispatcher.context_limit,
+            "vocabulary": min((hello.vocabulary for hello in self._fleet.hellos), default=0),
             "unix": unix,
             "run": self._run(shown),
             "promise": self._promise(),

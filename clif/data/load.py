@@ -41,7 +41,7 @@ def make_load(config: Config, rows: Sequence[Row], tokenizer: ChatTokenizer) -> 
     No request is dropped here: the dispatcher rejects those that exceed model.max_context, with a reason.
     Raises LoadError, TraceError or DataError.
     """
-    load, seed, slo = config.load, config.run.seed, _slo(config.slo)
+    load, seed, slo = config.load, config.run.seed, slo_of(config.slo)
     arrivals = read_arrivals(load, seed)
     if not arrivals:
         return []
@@ -153,6 +153,6 @@ def _fixed_length(sampling: Sampling, length: int) -> Sampling:
     return msgspec.structs.replace(sampling, max_tokens=length, ignore_eos=True)
 
 
-def _slo(slo: SloConfig) -> Slo:
+def slo_of(slo: SloConfig) -> Slo:
     deadline_s = None if slo.deadline_ms is None else slo.deadline_ms / 1000
     return Slo(ttft_s=slo.ttft_ms / 1000, tpot_s=slo.tpot_ms / 1000, deadline_s=deadline_s)

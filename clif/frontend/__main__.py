@@ -19,14 +19,16 @@ from pathlib import Path
 import uvicorn
 
 from clif.config import Config
-from clif.frontend.app import Parts, make_app
+from clif.frontend.app import make_app
 from clif.frontend.link import Link
 from clif.frontend.protocol import Connection, end_stalled
+from clif.frontend.route_parts import Parts
 from clif.storage.files import keep_private
 from clif.tokenizer import ChatTokenizer
 
 CLOSE_S = 5
 """Seconds that open connections have to end once the run is over."""
+KEEP_ALIVE_S = 75
 
 
 class Server(uvicorn.Server):
@@ -53,8 +55,12 @@ async def serve(arguments: argparse.Namespace) -> None:
     settings = uvicorn.Config(
         app,
         http=Connection,
-        log_level="warning",
+        ws="none",
+        # Below it are reports on what clients send.
+        log_level="error",
         access_log=False,
+        # Longer than clients keep a connection without use: otherwise it could end while a request is under way.
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=CLOSE_S,
         server_header=False,
         limit_concurrency=None,
@@ -64,7 +70,7 @@ async def serve(arguments: argparse.Namespace) -> None:
     receiving = asyncio.create_task(link.receive())
     serving = asyncio.create_task(server.serve([socket.socket(fileno=arguments.fd)]))
     watching = asyncio.create_task(end_stalled(server.server_state.connections, config.serve.http.stall_s))
-    await link.start()
+    link.start()
     await asyncio.wait({receiving, serving}, return_when=asyncio.FIRST_COMPLETED)
     server.should_exit = True
     await serving

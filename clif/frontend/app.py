@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
@@ -10,22 +9,12 @@ from fastapi.openapi.utils import get_openapi
 from starlette.responses import JSONResponse
 
 from clif import __version__
-from clif.config import Config
+from clif.frontend import chat
 from clif.frontend.auth import Access
 from clif.frontend.errors import handle_errors
 from clif.frontend.limits import Guard
-from clif.frontend.link import Link
+from clif.frontend.route_parts import Parts
 from clif.frontend.strict import with_components
-from clif.tokenizer import ChatTokenizer
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What routes work with."""
-
-    config: Config
-    link: Link
-    tokenizer: ChatTokenizer
 
 
 class App(FastAPI):
@@ -47,6 +36,9 @@ def make_app(parts: Parts) -> FastAPI:
     handle_errors(app)
     http = parts.config.serve.http
     app.add_middleware(Guard, access=Access.configured(http), http=http)
+
+    for group in (chat,):
+        app.include_router(group.routes(parts))
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -10,13 +12,16 @@ from starlette.requests import Request
 
 from clif.frontend.errors import ApiError, invalid
 
+SHOWN = 32
+"""Errors of a body that are looked at: it may hold any number."""
 REFERENCE = "#/components/schemas/{model}"
 
 
 class Strict(BaseModel):
     """Base of all bodies. An unknown name is refused, and so is a value of another type: "1" is no number.
 
-    NOT_OFFERED: names of OpenAI's protocol that are refused with a reason.
+    NOT_OFFERED: names of OpenAI's protocol that are refused, or of which few values are taken, with the reason. Those
+    of parts are written as messages[].name.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
@@ -40,27 +45,44 @@ def parse(model: type[Body], body: bytes) -> Body:
         return model.model_validate_json(body or b"{}")
     except ValidationError as error:
         # The values are the client's own: the sentence leaves them out.
-        first = error.errors(include_url=False, include_input=False, include_context=True)[0]
-        raise _refusal(model, first) from None
+        raise refusal(model, body, error.errors(include_url=False, include_input=False)[:SHOWN]) from None
 
 
-def _refusal(model: type[Strict], error: Any) -> ApiError:
-    name = path_of(error["loc"])
-    match error["type"]:
-        case "json_invalid":
-            return invalid(f"the body is no valid JSON ({error['ctx']['error']})")
-        case "extra_forbidden" if name in model.NOT_OFFERED:
-            return invalid(f"{name} is not offered: {model.NOT_OFFERED[name]}", name, "unsupported_parameter")
-        case "extra_forbidden":
-            return invalid(f"unknown parameter: {name}", name, "unknown_parameter")
+def refusal(model: type[Strict], body: bytes, errors: Sequence[Any]) -> ApiError:
+    """The error that lies deepest, as that tells most of a value that may be of several types."""
+    if errors[0]["type"] == "json_invalid":
+        return invalid(f"the body is no valid JSON ({errors[0]['ctx']['error']})")
+    given = json.loads(body or b"{}")
+    paths = [path_of(within(given, error)) for error in errors]
+    name = max(paths, key=lambda path: path.count(".") + path.count("["))
+    found = [error for error, path in zip(errors, paths, strict=True) if path == name]
+    said = " or ".join(dict.fromkeys(error["msg"] for error in found))
+    reason = model.NOT_OFFERED.get(re.sub(r"\[\d+\]", "[]", name))
+    match found[0]["type"]:
         case "missing":
             return invalid(f"{name} is missing", name, "missing_required_parameter")
+        case _ if reason is not None:
+            return invalid(f"{name} is not offered: {reason}", name, "unsupported_parameter")
+        case "extra_forbidden":
+            return invalid(f"unknown parameter: {name}", name, "unknown_parameter")
         case "value_error":
-            return invalid(str(error["ctx"]["error"]), name or None, "invalid_value")
-    return invalid(f"{name or 'the body'}: {error['msg']}", name or None, "invalid_value")
+            said = str(found[0]["ctx"]["error"])
+    return invalid(f"{name or 'the body'}: {said}", name or None, "invalid_value")
 
 
-def path_of(location: tuple[int | str, ...]) -> str:
+def within(value: Any, error: Any) -> tuple[int | str, ...]:
+    """The path of an error in a body, without the names of the types that were tried there."""
+    path: list[int | str] = []
+    *before, last = error["loc"] or ("",)
+    for part in (*before, last):
+        inside = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
+        if inside:
+            value = value[part]
+            path.append(part)
+    return (*path, last) if error["type"] == "missing" else tuple(path)
+
+
+def path_of(location: Sequence[int | str]) -> str:
     """As a client would write it: messages[0].content."""
     name = ""
     for part in location:

@@ -1,0 +1,102 @@
+"""What comes back for the requests of one call, as the task of that call awaits it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from clif.types import TokenEvent
+
+
+class ClientLeft(Exception):
+    """The connection of a call is gone: there is nothing to send any more."""
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """The answer to a request begins again: what came before it does not count."""
+
+    request_id: int
+
+
+Item = TokenEvent | Restarted
+
+
+class Stream:
+    """The events of the requests of one call, in order. Each request ends with an event that has a finish reason.
+
+    open: the requests that have not ended. An error instead of events comes at once, and for all of them.
+    """
+
+    def __init__(self, ids: Iterable[int]) -> None:
+        self.ids = tuple(ids)
+        self.open = set(self.ids)
+        self._items: list[Item] = []
+        self._error: Exception | None = None
+        self._wake = asyncio.Event()
+        self._whole = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether an error has come, after which there are no events."""
+        return self._error is not None
+
+    def put(self, event: TokenEvent) -> None:
+        self._items.append(event)
+        if event.finish is not None:
+            self.open.discard(event.request_id)
+        if not self._whole or not self.open:
+            self._wake.set()
+
+    def restart(self, request_id: int) -> None:
+        """Events that are not read yet are gone; for those that are, the reader is told."""
+        self._items = [item for item in self._items if getattr(item, "request_id", None) != request_id]
+        self._items.append(Restarted(request_id))
+
+    def stop(self, error: Exception) -> None:
+        """End all that has not ended. The first error counts."""
+        self._error = self._error or error
+        self._wake.set()
+
+    async def batch(self) -> list[Item]:
+        """The events that have come since the last call, one at least. Raises the error of stop()."""
+        while not self._items:
+            await self._next()
+        self._raise()
+        items, self._items = self._items, []
+        return items
+
+    async def whole(self) -> list[Item]:
+        """All events, once every request has ended: the task sleeps until then. Raises the error of stop()."""
+        self._whole = True
+        while self.open:
+            await self._next()
+        self._raise()
+        return self._items
+
+    async def _next(self) -> None:
+        self._raise()
+        self._wake.clear()
+        await self._wake.wait()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+class Rate:
+    """How often something happens, from the last times that it did."""
+
+    def __init__(self, kept: int = 64) -> None:
+        self._times: deque[float] = deque(maxlen=kept)
+
+    def note(self, now: float) -> None:
+        self._times.append(now)
+
+    def per_s(self, now: float) -> float:
+        """0 before the second time."""
+        if len(self._times) < 2:
+            return 0.0
+        return (len(self._times) - 1) / max(now - self._times[0], 1e-3)
