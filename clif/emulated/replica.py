@@ -19,7 +19,7 @@ from clif.engine.scheduler import Chunk, Scheduler
 from clif.engine.step_record import StepRecord
 from clif.replica.records import RankRecords
 from clif.tokenizer import ChatTokenizer
-from clif.types import Regime, TokenEvent
+from clif.types import Regime, Request, TokenEvent
 from clif.wire import messages as m
 from clif.wire.channels import decode_down
 
@@ -30,7 +30,16 @@ TEXT = (
 )
 TIMINGS = 64
 """Step times of one report: fits need no more of them."""
-Sent = Callable[[float, Sequence[TokenEvent]], None]
+
+
+class Watch:
+    """What a benchmark is told of all replicas of a process, with stamps of time.monotonic. Nothing by default."""
+
+    def submitted(self, now: float, request: Request) -> None:
+        """A request has come."""
+
+    def sent(self, now: float, events: Sequence[TokenEvent]) -> None:
+        """The events of a step are about to be sent."""
 
 
 def text_ids(tokenizer: ChatTokenizer) -> tuple[int, ...]:
@@ -41,7 +50,6 @@ def text_ids(tokenizer: ChatTokenizer) -> tuple[int, ...]:
 class EmulatedReplica:
     """One incarnation of a replica. send: to the control process. text: token ids of every answer, in a circle.
 
-    sent: called with the time and the events of each message of tokens, before it is sent; a benchmark listens there.
     lost: why the control process wants it rebuilt; empty: it does not. steps: steps that were taken before.
     """
 
@@ -53,14 +61,14 @@ class EmulatedReplica:
         tokenizer: ChatTokenizer,
         records: RankRecords,
         send: Callable[[m.Up], None],
-        sent: Sent = lambda now, events: None,
+        watch: Watch | None = None,
         steps: int = 0,
     ) -> None:
         self.id, self.steps, self.stopping, self.exit_code, self.lost = replica, steps, False, 0, ""
         engine = config.engine.model_copy(update={"kv_tokens": config.kv_tokens_bound})
         self.scheduler = Scheduler(engine, SlotTable(config.adapter.serving_slots), tokenizer.eos_ids, tokenizer.decode)
         self._text, self._times, self._records = text_ids(tokenizer), times, records
-        self._send, self._sent, self._report_s = send, sent, config.control.report_s
+        self._send, self._watch, self._report_s = send, watch or Watch(), config.control.report_s
         self.member = EmulatedMember(
             config.adapter, replica, self.scheduler.slots, send, self._on_version, lambda: self.steps
         )
@@ -107,7 +115,7 @@ class EmulatedReplica:
         now = time.monotonic()
         events = self.scheduler.settle(chunks, [self._next(chunk) for chunk in chunks if chunk.needs_sampling], now)
         if events:
-            self._sent(now, events)
+            self._watch.sent(now, events)
             self._send(m.Tokens(replica=self.id, events=tuple(events)))
         self._account(decode_rows, rows, max(now - began, 1e-6))
 
@@ -144,7 +152,9 @@ class EmulatedReplica:
         self._records.version(version, round_id, self.steps, self.scheduler.slots.slot_of(version) or 0)
 
     def _submit(self, order: m.Submit) -> None:
-        refused = self.scheduler.add(order.request, time.monotonic(), order.output_ids, order.version)
+        now = time.monotonic()
+        self._watch.submitted(now, order.request)
+        refused = self.scheduler.add(order.request, now, order.output_ids, order.version)
         if refused is not None:
             self._send(m.Tokens(replica=self.id, events=(refused,)))
 

@@ -15,7 +15,7 @@ from clif.distributed.launch_env import RankEnv
 from clif.distributed.layout import Layout
 from clif.distributed.rendezvous import KeyValues, LocalStore
 from clif.emulated.member import shapes
-from clif.emulated.replica import EmulatedReplica, EmulatedSupervisor, Sent
+from clif.emulated.replica import EmulatedReplica, EmulatedSupervisor, Watch
 from clif.emulated.step_times import StepTimes, step_times
 from clif.emulated.tokenizer import read_tokenizer
 from clif.exit_report import last_words
@@ -48,20 +48,20 @@ class Topology:
 
 @dataclass(frozen=True)
 class Emulated:
-    """What all replicas of the process share. vocabulary: token ids are below it. sent: see EmulatedReplica."""
+    """What all replicas of the process share. vocabulary: token ids are below it. watch: of a benchmark."""
 
     config: Config
     run_dir: Path
     times: StepTimes
     tokenizer: ChatTokenizer
-    sent: Sent
+    watch: Watch | None
 
     @property
     def vocabulary(self) -> int:
         return int(self.tokenizer.tokenizer.get_vocab_size(with_added_tokens=True))
 
 
-def run_emulated(config: Config, layout: Layout, sent: Sent = lambda now, events: None) -> int:
+def run_emulated(config: Config, layout: Layout, watch: Watch | None = None) -> int:
     """All of a run but the control process, which it starts; returns the exit code.
 
     Raises InputError before any work, and ReportedExit once an error is shown.
@@ -82,7 +82,7 @@ def run_emulated(config: Config, layout: Layout, sent: Sent = lambda now, events
         with control_process(config, topology, folder, tokenizer, 0, signals) as control:
             assert control is not None, "this process holds the folder's lock"
             with last_words():
-                _serve_all(Emulated(config, folder.path, times, tokenizer, sent), topology, control, signals)
+                _serve_all(Emulated(config, folder.path, times, tokenizer, watch), topology, control, signals)
             return control.wait()
     finally:
         folder.leave()
@@ -108,7 +108,7 @@ def _serve(emulated: Emulated, topology: Topology, control: Control, signals: Si
 
     def build(steps: int) -> EmulatedReplica:
         parts = emulated.times, emulated.tokenizer, records
-        return EmulatedReplica(config, replica, *parts, channel.send, emulated.sent, steps)
+        return EmulatedReplica(config, replica, *parts, channel.send, emulated.watch, steps)
 
     def say_hello(built: EmulatedReplica, incarnation: int) -> None:
         channel.send(_hello(emulated, built, rank, incarnation))
