@@ -27,6 +27,7 @@ from clif.control.server import ControlServer
 from clif.control.sources import Source, TraceSource
 from clif.data.instruct import read_rows
 from clif.data.load import make_load
+from clif.jobs.store import JobStore
 from clif.metrics.writer import next_path
 from clif.simulate.channel import SimChannel
 from clif.simulate.memory import MemoryLog, MemorySink
@@ -57,8 +58,9 @@ class Run:
     """A server with its scripted replicas.
 
     sockets: over ZeroMQ, in real time, with files. files: a journal and HDF5 in the run's folder, as a restart needs.
-    silent: by replica, after how many requests it hangs. sources: of requests, beside the configured load. The other
-    options are those of ShutdownPolicy. after: the start before this one in the same folder, by the launcher.
+    silent: by replica, after how many requests it hangs. sources: of requests, beside the configured load. jobs: files
+    lie in the run's folder; the records of jobs, too, if files is true. The other options are those of ShutdownPolicy.
+    after: the start before this one in the same folder, by the launcher.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Run:
         after: "Run | None" = None,
         silent: dict[int, int] | None = None,
         sources: Sequence[Source] = (),
+        jobs: bool = False,
         **shutdown: Any,
     ) -> None:
         self.config, self.sockets, self.files = config, sockets, files or sockets
@@ -81,6 +84,9 @@ class Run:
         self.journal: Any = MemoryLog()
         self.sink = MemorySink(self.clock)
         self.leaders = [ScriptedReplica(i, silent_after=(silent or {}).get(i)) for i in range(leaders)]
+        config.run_dir.mkdir(exist_ok=True)
+        self.jobs = JobStore(config.run_dir if jobs and files else None)
+        self.jobs.run_dir = config.run_dir
         self.server = self._server(leaders, sources, ShutdownPolicy(**shutdown))
 
     def _server(self, leaders: int, sources: Sequence[Source], shutdown: ShutdownPolicy) -> ControlServer:
@@ -112,6 +118,7 @@ class Run:
             display=Progress("plain"),
             ledger=Ledger(self.journal, recovery),
             shutdown=shutdown,
+            jobs=self.jobs,
             frontend=self.frontend,
         )
         return ControlServer(config, ports, self.clock, leaders)
