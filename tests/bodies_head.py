@@ -15,7 +15,7 @@ from clif.models.causal import CausalSequences
 from clif.models.dual_linear import LoraRows
 from clif.models.head import Head
 from clif.models.loss import head_loss
-from clif.types import Request, Sampling
+from clif.types import Constraint, Request, Sampling
 
 VOCABULARY = 301
 """No number of ranks divides it."""
@@ -97,6 +97,34 @@ def losses(topology: Topology, tied: bool) -> dict[str, Any]:
     assert nothing is None and torch.equal(alone, loss), "an evaluation sees the loss of a training step"
     broken, _ = head_loss(head, normed.index_fill(0, targets[:1], float("nan")), targets)
     return {"loss": float(loss), "gradient": gradient.cpu(), "broken": float(broken), "held": head.base.shape[0]}
+
+
+def guided(topology: Topology, model: str, overlap: bool) -> dict[int, Any]:
+    """Tokens, ends and log-probabilities of answers with all that a request may ask for, beside plain ones."""
+    rig = shared_rig(topology, model, overlap=overlap)
+    asked: list[dict[str, Any]] = [
+        {"constraint": Constraint("json_object"), "temperature": 2.0, "seed": 1, "logprobs": 2},
+        {},
+        {"presence_penalty": 1.0, "logit_bias": ((150, 4.0), (299, 3.0)), "logprobs": 0},
+        {"temperature": 1.0, "min_p": 0.05, "seed": 2, "logprobs": 3},
+        {"constraint": Constraint("json_schema", '{"$ref": "#"}')},
+    ]
+    requests = [request(i, [3 + i, 9], max_tokens=12, **kind) for i, kind in enumerate(asked)]
+    events: dict[int, list[Any]] = {one.id: [] for one in requests}
+    for one in requests:
+        rig.engine.scheduler.add(one, 0.0)
+    while rig.engine.serving:
+        for event in shared_step(rig):
+            events[event.request_id].append(event)
+    return {
+        i: {
+            "tokens": [token for event in found for token in event.tokens],
+            "end": found[-1].finish,
+            "top": [[token for token, _ in report.top] for event in found for report in event.logprobs],
+            "logprobs": torch.tensor([report.logprob for event in found for report in event.logprobs]),
+        }
+        for i, found in events.items()
+    }
 
 
 @torch.no_grad()

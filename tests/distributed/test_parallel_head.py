@@ -47,6 +47,20 @@ def test_a_row_that_nobody_can_draw_from_gives_no_token_on_any_rank():
     assert run_ranks(3, bodies_head.draw_from_nan, layout={"tp_size": 3}) == [expected] * 3
 
 
+def test_ranks_agree_on_constraints_biases_and_log_probabilities_and_on_what_cannot_go_on(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**TINY, "num_hidden_layers": 1}))
+    model = f"random:{tmp_path / 'config.json'}"
+    (alone,) = run_ranks(1, bodies_head.guided, model, False)
+    assert alone[4]["end"] == "failed" and not alone[4]["tokens"]
+    assert all(len(alone[i]["top"]) == (len(alone[i]["tokens"]) if i in (0, 2, 3) else 0) for i in alone)
+    first, second = run_ranks(2, bodies_head.guided, model, True, layout={"tp_size": 2})
+    for i, expected in alone.items():
+        assert torch.equal(first[i]["logprobs"], second[i]["logprobs"])
+        for found in (first[i], second[i]):
+            assert torch.allclose(found.pop("logprobs"), expected["logprobs"], atol=1e-4)
+            assert found == {name: value for name, value in expected.items() if name != "logprobs"}
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_loss_and_gradient_of_a_shared_head_are_those_of_one_rank(tied):
     (alone,) = run_ranks(1, bodies_head.losses, tied)
