@@ -1,7 +1,8 @@
 """A replica that answers with a fixed text, at times drawn from a measured run. Free of torch.
 
 The scheduler is the real one: batches, blocks of the KV cache, preemption, versions, limits and cancellations are those
-of a replica. Only the computation is replaced by waiting.
+of a replica. Only the computation is replaced by waiting. Of what a request asks of its tokens, max_tokens and stop
+strings count; log-probabilities are made up.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from clif.adapters.slots import SlotTable
 from clif.config import Config
 from clif.emulated.member import STEP_S, EmulatedMember
@@ -19,7 +22,7 @@ from clif.engine.scheduler import Chunk, Scheduler
 from clif.engine.step_record import StepRecord
 from clif.replica.records import RankRecords
 from clif.tokenizer import ChatTokenizer
-from clif.types import Regime, Request, TokenEvent
+from clif.types import Regime, Request, TokenEvent, TokenLogprob
 from clif.wire import messages as m
 from clif.wire.channels import decode_down
 
@@ -113,7 +116,9 @@ class EmulatedReplica:
         if seconds:
             time.sleep(seconds)
         now = time.monotonic()
+        asked = {chunk.sequence.request.id: chunk.sequence.request.sampling.logprobs for chunk in chunks}
         events = self.scheduler.settle(chunks, [self._next(chunk) for chunk in chunks if chunk.needs_sampling], now)
+        events = [_with_logprobs(event, asked[event.request_id]) for event in events]
         if events:
             self._watch.sent(now, events)
             self._send(m.Tokens(replica=self.id, events=tuple(events)))
@@ -168,6 +173,13 @@ class EmulatedReplica:
 
     def _stop(self, order: m.Stop) -> None:
         self.stopping, self.exit_code = True, order.code
+
+
+def _with_logprobs(event: TokenEvent, asked: int | None) -> TokenEvent:
+    """Every token is certain, which leaves nothing for others."""
+    if asked is None or not event.tokens:
+        return event
+    return replace(event, logprobs=tuple(TokenLogprob(t, 0.0, ((t, 0.0),)[:asked]) for t in event.tokens))
 
 
 class EmulatedSupervisor:

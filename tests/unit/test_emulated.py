@@ -25,7 +25,7 @@ from clif.emulated.tokenizer import read_tokenizer
 from clif.metrics.schema import TABLES
 from clif.replica.records import RankRecords
 from clif.tokenizer import from_transformers
-from clif.types import FinishReason, Request, RoundPlan, Sampling
+from clif.types import FinishReason, Request, RoundPlan, Sampling, TokenLogprob
 from clif.wire import messages as m
 
 REPO = Path(__file__).resolve().parents[2]
@@ -76,6 +76,19 @@ def test_every_answer_is_the_text_as_long_as_was_asked_for(tmp_path):
     assert line.answer_to(2) == [*text, *text[:3]]
     assert line.ends() == {1: FinishReason.LENGTH, 2: FinishReason.LENGTH}
     assert replica.scheduler.pool.used_tokens == 0
+
+
+def test_log_probabilities_are_made_up_where_they_are_asked_for(tmp_path):
+    line = Line(tmp_path)
+    replica = line.build()
+    asked = Request(id=1, prompt=(2,), sampling=Sampling(max_tokens=3, logprobs=1))
+    replica.step([m.Submit(request=asked), m.Submit(request=request(2))])
+    while replica.wait_s() == 0:
+        replica.step(())
+    events = [e for message in line.sent if isinstance(message, m.Tokens) for e in message.events]
+    reports = [report for event in events if event.request_id == 1 for report in event.logprobs]
+    assert reports == [TokenLogprob(token, 0.0, ((token, 0.0),)) for token in line.answer_to(1)]
+    assert not any(event.logprobs for event in events if event.request_id == 2)
 
 
 def test_the_events_of_a_step_are_one_message(tmp_path):
