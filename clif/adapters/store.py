@@ -118,6 +118,10 @@ class AdapterStore:
         made = (known for known in self.committed() if known.round_id != NO_ROUND)
         return frozenset(known.round_id for known in made if last is None or known.number <= last)
 
+    def loaded(self) -> tuple[AdapterVersion, ...]:
+        """Stored versions that no round made. Raises InputError as read() does."""
+        return tuple(known for known in self.committed() if known.round_id == NO_ROUND)
+
     def current(self) -> AdapterVersion | None:
         """The active version of adapter `clif`, or None for the base. Raises InputError as read() does."""
         stored = self.read()

@@ -37,7 +37,9 @@ class AdapterConfig(Section):
     """As in peft: `all-linear` (all but the output head), a regular expression on full names, or a list of name
     endings, each of which matches a layer."""
     serving_slots: Annotated[int, Field(ge=2, le=1024)] = 3
-    """[versions] Versions that can answer at the same time: one active, the others retiring. At least 2."""
+    """[versions] Versions that can answer at the same time: the active one of each adapter, those that an operator
+    keeps, retiring ones, and with more than 3 slots the newest ones. One slot stays free for the next promotion. At
+    least 2."""
 
     @field_validator("target_modules", mode="before")
     @classmethod

@@ -96,7 +96,7 @@ RELEVANCE: dict[str, Needs] = {
     "adapter.r": ALWAYS,
     "adapter.lora_alpha": ALWAYS,
     "adapter.target_modules": ALWAYS,
-    "adapter.serving_slots": (TRAINS,),
+    "adapter.serving_slots": (Either((TRAINS, ONLINE)),),
     "engine.max_batch": (SERVES,),
     "engine.kv_tokens": ALWAYS,
     "engine.kv_dtype": ALWAYS,

@@ -99,7 +99,9 @@ def run(arguments: argparse.Namespace, progress: Progress, config: Config, watch
     store = AdapterStore(run_dir, room)
     journal = Journal(run_dir, lock=lock, room=room)
     store.sweep()
-    recovery = recover(add_up(journal.past), load, arguments.restarted, store.rounds(), read_recorded(run_dir))
+    recovery = recover(
+        add_up(journal.past), load, arguments.restarted, store.rounds(), read_recorded(run_dir), store.loaded()
+    )
     if recovery.lost:
         log.warning(
             "%d requests of before are lost: they were submitted, but %s does not name them. They count as unfinished",

@@ -16,21 +16,32 @@ from clif.control.federation import Federation
 from clif.control.fleet import Fleet
 from clif.control.jobs import JobBoard
 from clif.control.rounds import Round
+from clif.control.versions import Versions
 from clif.states import RequestState, RoundState
-from clif.types import FinishReason, HeldoutLoss, RoundResult, TokenEvent, Vote
+from clif.types import CLIF, FinishReason, HeldoutLoss, RoundResult, TokenEvent, Vote
 from clif.wire import messages as wire
 
 Check = Callable[[Any], str]
 
 
 class Claims:
-    """The fleet knows which replicas there are, the federation which versions and rounds were given.
+    """The fleet knows which replicas there are, the federation which versions and rounds were given, and the versions
+    which of them an operator went back to.
 
     most_tokens: answer tokens of its own that a replica can judge an adapter by, at most; jobs: those of jobs.
     """
 
-    def __init__(self, config: Config, fleet: Fleet, federation: Federation, most_tokens: int, jobs: JobBoard) -> None:
+    def __init__(
+        self,
+        config: Config,
+        fleet: Fleet,
+        federation: Federation,
+        versions: Versions,
+        most_tokens: int,
+        jobs: JobBoard,
+    ) -> None:
         self._config, self._fleet, self._federation, self._jobs = config, fleet, federation, jobs
+        self._versions = versions
         self._checks: dict[type[wire.Message], Check] = {
             wire.Hello: self._hello,
             wire.Report: lambda m: newest_objection(m.version, federation.newest),
@@ -82,7 +93,8 @@ class Claims:
 
     def _settled(self, message: wire.Settled) -> str:
         serves = self._fleet.version_of(message.replica)
-        if message.version < serves:
+        forward = message.version >= serves or self._federation.adapter_of(message.version) != CLIF
+        if not forward and message.version not in self._versions.returned_to:
             return f"it settles version {message.version} and served {serves} before"
         return newest_objection(message.version, self._federation.newest)
 

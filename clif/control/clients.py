@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from clif.config import Config
 from clif.control.dispatcher import Dispatcher
 from clif.control.federation import Federation
@@ -13,8 +15,9 @@ from clif.control.operator import Operator
 from clif.control.ports import Ports
 from clif.control.run_state import RunState
 from clif.control.run_status import StatusReport
+from clif.control.versions import Versions
 from clif.types import Request
-from clif.wire.frontend import GetConfig, Refused
+from clif.wire.frontend import GetConfig
 
 
 class Clients:
@@ -28,10 +31,11 @@ class Clients:
         fleet: Fleet,
         dispatcher: Dispatcher,
         federation: Federation,
+        versions: Versions,
         operator: Operator,
         status: StatusReport,
     ) -> None:
-        self._config, self._federation = config, federation
+        self._config, self._versions = config, versions
         self._operator, self._status = operator, status
         self._frontend, self._status_file = ports.frontend, ports.status_file
         if self._frontend is not None:
@@ -42,9 +46,7 @@ class Clients:
 
     def resolve(self, model: str, request: Request) -> Request:
         """The request, bound to the version that the model's name means. Raises Refused."""
-        if model != "clif":
-            raise Refused("not_found", f"there is no model {model}: GET /v1/models lists them", "model")
-        return request
+        return msgspec.structs.replace(request, version=self._versions.resolve(model, request.id))
 
     def config_as_run(self) -> dict[str, Any]:
         return self._config.model_dump(mode="json")

@@ -131,7 +131,6 @@ class FailureHandler:
             return
         if self._due.pop(hello.replica, None) is not None:
             log.info("replica %d is back, incarnation %d", hello.replica, hello.incarnation)
-            self._federation.on_return(hello.replica, hello.version)
         # An earlier Stop may have been dropped with the incarnation that failed.
         if self._state.phase is Phase.STOPPING:
             self._fleet.send(hello.replica, Stop())

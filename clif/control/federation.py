@@ -7,7 +7,6 @@ import math
 from dataclasses import replace
 from typing import Protocol
 
-from clif.adapters.store import AdapterStore
 from clif.config import Config
 from clif.control.dispatcher import Dispatcher
 from clif.control.fleet import Fleet
@@ -15,6 +14,7 @@ from clif.control.policy.replica_state import state_after_round
 from clif.control.policy.round_admission import OWN_DATA, History, JobTerms, given_up
 from clif.control.round_groups import GroupNumbers
 from clif.control.rounds import Outgoing, Round
+from clif.control.versions import Versions
 from clif.states import ReplicaState, RoundState
 from clif.types import CLIF, AdapterVersion, RoundPlan
 from clif.wire.messages import Install, Published, RoundFailed, Settled, StepsDone, Voted
@@ -75,16 +75,14 @@ class Federation:
     """Owner of the round under way and of the history of rounds, by job."""
 
     def __init__(
-        self, config: Config, fleet: Fleet, dispatcher: Dispatcher, store: AdapterStore, observer: RoundObserver
+        self, config: Config, fleet: Fleet, dispatcher: Dispatcher, versions: Versions, observer: RoundObserver
     ) -> None:
-        self.store = store
         self.current: Round | None = None
         self._noise_scales: dict[str, float] = {}
         self._job = OWN_DATA.job
         self._config = config
-        self._fleet, self._dispatcher, self._observer = fleet, dispatcher, observer
-        self._last_version = self._last_round = 0
-        self._active: dict[str, int] = {}
+        self._fleet, self._dispatcher, self._versions, self._observer = fleet, dispatcher, versions, observer
+        self._last_version = self._last_round = self._reserved = 0
         self._histories: dict[str, History] = {}
         self._groups = GroupNumbers(fleet.expected)
         self._installing: dict[int, int] = {}
@@ -107,7 +105,7 @@ class Federation:
     def history_of(self, terms: JobTerms) -> History:
         """The rounds of a job."""
         known = self._histories.get(terms.job, History())
-        return replace(known, last_round=self._last_round, version=self._active.get(terms.adapter, 0))
+        return replace(known, last_round=self._last_round, version=self._versions.active(terms.adapter))
 
     def continue_job(self, job: str, history: History) -> None:
         """Begin with what earlier starts did for a job."""
@@ -127,13 +125,11 @@ class Federation:
 
         last_round, last_version: the highest numbers that were given out; numbers are never reused. completed: rounds.
         """
-        found = self.store.current()
-        self._last_version, self._last_round = last_version, last_round
+        self._versions.resume()
         self._histories[OWN_DATA.job] = History(completed=completed)
-        if found is not None:
-            self._active[CLIF] = found.number
-            self._last_version = max(last_version, found.number)
-            self._last_round = max(last_round, found.round_id)
+        found = self._versions.get(self._versions.last)
+        self._last_version = max(last_version, self._versions.last)
+        self._last_round = max(last_round, found.round_id if found else 0)
 
     def start(self, now: float, plan: RoundPlan, reason: str) -> None:
         """Begin a planned round: members become COMBINED first and get the plan afterwards."""
@@ -141,7 +137,8 @@ class Federation:
             raise RuntimeError(f"round {self.current.plan.round_id} is still under way")
         self._observer.on_round_began(plan)
         group = self._groups.of(plan.member_set, plan.round_id)
-        self.current = Round(plan, self._last_version + 1, now, self._config.federation, group)
+        self._reserved = self._last_version + 1
+        self.current = Round(plan, self._reserved, now, self._config.federation, group)
         self._last_round, self._job = plan.round_id, plan.job
         for member in plan.members:
             self._fleet.set_state(now, member, ReplicaState.COMBINED, f"round {plan.round_id}: {reason}")
@@ -165,8 +162,9 @@ class Federation:
             self._step(now, self.current.failed(now, message.replica, message.error))
 
     def on_settled(self, now: float, message: Settled) -> None:
-        """A member, or a replica that installed a version, serves it now."""
-        self._fleet.installed(message.replica, message.version)
+        """A member, or a replica that installed a version or was told to go back to one, serves it now."""
+        if self.adapter_of(message.version) == CLIF:
+            self._fleet.installed(message.replica, message.version)
         if message.version >= self._installing.get(message.replica, math.inf):
             del self._installing[message.replica]
         if self.current is not None and message.round_id == self.current.plan.round_id:
@@ -180,24 +178,42 @@ class Federation:
             log.debug("version %d was published again: ignored", message.version)
             return
         loss = current.promotion.candidate_loss if current.promotion else math.nan
-        version = AdapterVersion(number=message.version, round_id=message.round_id, heldout_loss=loss)
+        version = AdapterVersion(
+            number=message.version,
+            round_id=message.round_id,
+            heldout_loss=loss,
+            adapter=current.plan.adapter,
+            parent=current.plan.base_version,
+            job=current.plan.job,
+            created_unix=self._versions.unix(now),
+        )
         self._observer.on_storing(current, version)
-        self.store.write(version, message.config_json, message.weights)
-        self._last_version = version.number
-        self._active[current.plan.adapter] = version.number
+        self._versions.add(version, message.config_json, message.weights)
+        self._last_version = max(self._last_version, version.number)
         self._observer.on_stored(version)
-        # A member that failed and came back is no longer a member.
-        for replica in sorted(set(self._fleet.alive) - set(current.members)):
-            self._install(replica, version, message.weights)
+        # A member that failed and came back is no longer a member. Versions of other adapters come with what is kept.
+        for replica in sorted(set(self._fleet.alive) - set(current.members)) if version.adapter == CLIF else ():
+            self.install(replica, version, message.weights)
         self._step(now, [])
 
-    def on_return(self, replica: int, version: int) -> None:
-        """A rebuilt replica serves this version: send it the version that was stored meanwhile, if any."""
-        stored = self.store.current()
-        if stored is not None and stored.number > version:
-            self._install(replica, stored, self.store.weights(stored.number))
+    def take_number(self) -> int:
+        """A number for a version that no round makes; it is that of no other version, nor of the round under way."""
+        self._last_version = max(self._last_version, self._reserved) + 1
+        return self._last_version
 
-    def _install(self, replica: int, version: AdapterVersion, weights: bytes) -> None:
+    def adapter_of(self, version: int) -> str:
+        """The adapter that a version belongs to; one that is not known is the default adapter's."""
+        if self.current is not None and version == self.current.version and not self._versions.knows(version):
+            return self.current.plan.adapter
+        known = self._versions.get(version)
+        return CLIF if known is None else known.adapter
+
+    def installing(self, replica: int) -> int | None:
+        """The version that the replica has been sent to be its active one, and does not serve yet."""
+        return self._installing.get(replica)
+
+    def install(self, replica: int, version: AdapterVersion, weights: bytes) -> None:
+        """Send a version of adapter `clif` that becomes the replica's active one."""
         self._installing[replica] = version.number
         self._fleet.send(replica, Install(version=version.number, weights=weights, round_id=version.round_id))
 

@@ -115,7 +115,15 @@ class Records:
         self._sink.row("pressure", level=pressure.value, attainment=attainment, backlog=window.queued, reason=reason)
 
     def adapter(self, version: AdapterVersion) -> None:
-        self._sink.row("adapters", version=version.number, round_id=version.round_id, heldout_loss=version.heldout_loss)
+        self._sink.row(
+            "adapters",
+            version=version.number,
+            round_id=version.round_id,
+            heldout_loss=version.heldout_loss,
+            adapter=version.adapter,
+            parent=version.parent,
+            job=version.job,
+        )
 
     def batches(self, replica: int, batches: Batches, reason: str) -> None:
         self._sink.row(

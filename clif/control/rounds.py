@@ -60,6 +60,11 @@ class Round:
         return self.state in (RoundState.SETTLING, RoundState.COMMITTED, RoundState.DISCARDED)
 
     @property
+    def promotes(self) -> bool:
+        """Whether its version is decided and becomes active, or is about to."""
+        return self.state is RoundState.SETTLING
+
+    @property
     def over(self) -> bool:
         return self.state in (RoundState.COMMITTED, RoundState.DISCARDED) and not self._awaited
 

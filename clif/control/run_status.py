@@ -22,6 +22,7 @@ from clif.control.policy.view import ReplicaView
 from clif.control.policy_loop import PolicyLoop
 from clif.control.progress import Snapshot
 from clif.control.reporter import Reporter
+from clif.control.versions import Versions
 from clif.types import AdapterVersion
 
 MOST_REPLICAS = 64
@@ -37,13 +38,14 @@ class StatusReport:
         dispatcher: Dispatcher,
         federation: Federation,
         policy: PolicyLoop,
+        versions: Versions,
         reporter: Reporter,
         activity: Activity,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._config, self._fleet, self._dispatcher = config, fleet, dispatcher
         self._federation, self._policy, self._reporter, self._activity = federation, policy, reporter, activity
-        self._wall = wall
+        self._versions, self._wall = versions, wall
 
     def body(self, now: float) -> dict[str, Any]:
         unix, tally = round(self._wall(), 2), self._fleet.tally()
@@ -60,7 +62,7 @@ class StatusReport:
             "kv": {"used": tally.kv_used, "tokens": tally.kv_tokens},
             "replica_count": self._fleet.expected,
             "replicas": self._replicas(shown),
-            "models": self._models(),
+            "models": self._versions.models(),
             "versions": [self._version(version) for version in self._activity.versions],
             "rounds": [{"unix": round(unix - (now - at), 2), **row} for at, row in self._activity.rounds],
             "totals": self._activity.totals.body(),
@@ -142,10 +144,6 @@ class StatusReport:
         if answered is None:
             return {"requests": 0, "tokens": 0, "slo_met": 0}
         return {"requests": answered.requests, "tokens": answered.tokens, "slo_met": answered.slo_met}
-
-    def _models(self) -> list[dict[str, Any]]:
-        """What a request may name as its model."""
-        return [{"id": "base", "version": 0}, {"id": "clif", "version": self._federation.history.version}]
 
 
 def _replica(view: ReplicaView, slack: str) -> dict[str, Any]:

@@ -32,6 +32,9 @@ from clif.control.reporter import Reporter
 from clif.control.run_phases import RunPhases
 from clif.control.run_state import RunState
 from clif.control.run_status import StatusReport
+from clif.control.version_actions import VersionActions
+from clif.control.version_updates import VersionUpdates
+from clif.control.versions import Versions
 from clif.types import FinishReason, of_client
 from clif.wire import messages as wire
 
@@ -52,7 +55,8 @@ class ControlServer:
         self.fleet = Fleet(config, replicas, self._send, self.dispatcher.held, recorder.on_transition)
         self.jobs = JobBoard(config, ports.jobs, self.fleet, ports.ledger.unix)
         observers = RoundObservers(recorder, self.jobs)
-        self.federation = Federation(config, self.fleet, self.dispatcher, ports.store, observers)
+        self.versions = Versions(config, ports.store, self.fleet, ports.ledger.unix)
+        self.federation = Federation(config, self.fleet, self.dispatcher, self.versions, observers)
         self._resume_jobs()
         if config.run.resume:
             self.federation.resume(past.last_round, past.last_version, past.completed)
@@ -62,10 +66,13 @@ class ControlServer:
         self._policy = PolicyLoop(config, *parts, ports.records, self._failures, recorder, self.jobs)
         self._reporter = Reporter(ports, state, *parts, self._policy, recorder)
         self._state, self._recorder = state, recorder
-        self._claims = Claims(config, self.fleet, self.federation, ports.quality.most_tokens, self.jobs)
+        most_tokens = ports.quality.most_tokens
+        self._claims = Claims(config, self.fleet, self.federation, self.versions, most_tokens, self.jobs)
+        self._version_updates = VersionUpdates(self.fleet, self.federation, self.versions)
+        self.version_actions = VersionActions(config, self.fleet, self.federation, self.versions, observers)
         operator = Operator(self.fleet, self._policy, ports.ledger, recorder.activity)
-        self.status = StatusReport(config, *parts, self._policy, self._reporter, recorder.activity)
-        self._clients = Clients(config, ports, state, *parts, operator, self.status)
+        self.status = StatusReport(config, *parts, self._policy, self.versions, self._reporter, recorder.activity)
+        self._clients = Clients(config, ports, state, *parts, self.versions, operator, self.status)
         inbox_parts = state, self._claims, self.fleet, self._failures, self._handlers(), self._clients.take
         self._inbox = Inbox(ports.channel, clock, *inbox_parts)
         self._backlog_updates = BacklogUpdates(self.fleet, self.dispatcher, self.federation)
@@ -80,8 +87,8 @@ class ControlServer:
             wire.Voted: self.federation.on_vote,
             wire.RoundFailed: self.federation.on_failure,
             wire.Published: self.federation.on_published,
-            wire.Settled: self.federation.on_settled,
-            wire.Held: lambda _, message: self.fleet.holds(message.replica, message.versions),
+            wire.Settled: self._on_settled,
+            wire.Held: self._on_held,
             wire.Evaluated: lambda _, message: self._ports.quality.on_evaluated(message.result),
             wire.Trouble: self._failures.on_trouble,
             wire.Signalled: self._ports.shutdown.on_signalled,
@@ -157,6 +164,7 @@ class ControlServer:
         now = self._clock()
         self._submit_due(now)
         self.federation.advance(now)
+        self._version_updates.step()
         if self.phase is not Phase.GATHER and not self.fleet.missing:
             self.dispatcher.dispatch(now, self.fleet.routing_view)
             self._backlog_updates.step(now)
@@ -207,6 +215,14 @@ class ControlServer:
                 self._failures.mark_broken(now, message.replica, objection)
                 return
             self.dispatcher.on_event(now, message.replica, replace(event, detail=printable(event.detail)))
+
+    def _on_settled(self, now: float, message: wire.Settled) -> None:
+        self.federation.on_settled(now, message)
+        self._version_updates.correct(message.replica)
+
+    def _on_held(self, now: float, message: wire.Held) -> None:
+        self.fleet.holds(message.replica, message.versions)
+        self._version_updates.correct(message.replica)
 
     def _on_report(self, now: float, message: wire.Report) -> None:
         self.fleet.report(now, message)

@@ -27,7 +27,7 @@ from msgspec.structs import replace
 from clif.adapters.store import AdapterStore, Canary, Stored
 from clif.config import Config
 from clif.control.fleet import Fleet
-from clif.control.policy.versions import VersionsView, kept_versions, most_needed, needed_versions
+from clif.control.policy.versions import FOR_READERS, VersionsView, kept_versions, most_needed, needed_versions
 from clif.types import CLIF, AdapterVersion
 from clif.wire.frontend import Refused
 
@@ -72,7 +72,8 @@ class ModelRow:
 class Versions:
     """kept: what replicas are to keep, with the reason. revision: grows with every change of what is active or kept.
 
-    unix: a stamp of the server's clock as wall time.
+    unix: a stamp of the server's clock as wall time. returned_to: versions that an operator made active, in this start
+    or before it.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Versions:
         self.kept: tuple[int, ...] = ()
         self.reason = ""
         self.revision = 0
+        self.returned_to: set[int] = set()
         self._config, self._fleet = config, fleet
         self._stored = Stored()
         self._known: Mapping[int, AdapterVersion] = {}
@@ -90,6 +92,7 @@ class Versions:
     def resume(self) -> None:
         """Continue with what is on disk. Raises InputError if it is damaged."""
         self._take(self.store.read())
+        self.returned_to.add(self.active())
 
     # --- what there is -----------------------------------------------------------------------------------------------
 
@@ -111,9 +114,19 @@ class Versions:
         """Names of all adapters that have an active version."""
         return tuple(self._stored.active)
 
+    @property
+    def all_active(self) -> dict[str, int]:
+        """The active version of each adapter that has one, or was rolled back to 0."""
+        return dict(self._stored.active)
+
     def active(self, adapter: str = CLIF) -> int:
         """The active version of an adapter; 0: the base."""
         return self._stored.active.get(adapter, 0)
+
+    @property
+    def keeps_newest(self) -> bool:
+        """Whether there are slots for versions that need not be kept."""
+        return most_needed(self._config) > FOR_READERS + 1
 
     def get(self, number: int) -> AdapterVersion | None:
         """A stored version; None: there is none, or it is the base."""
@@ -135,6 +148,7 @@ class Versions:
         stored = replace(self._stored, **chosen)
         self.store.choose(stored)
         self._take(stored)
+        self.returned_to |= set(chosen.get("active", {}).values())
 
     def mark_unreadable(self, number: int) -> None:
         """The files of a version cannot be read: it is not kept in this start."""
@@ -213,6 +227,10 @@ class Versions:
     def listing(self) -> list[ModelRow]:
         """All versions, newest first."""
         return [self._row(version_name(version), version.number) for version in reversed(self._stored.committed)]
+
+    def row(self, number: int) -> ModelRow:
+        """A version as it is listed."""
+        return self._row(version_name(self.get(number)), number)
 
     def _row(self, name: str, number: int) -> ModelRow:
         version = self.get(number)

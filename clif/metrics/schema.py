@@ -23,7 +23,7 @@ Kind = Literal["f8", "i8", "i1", "bool", "text"]
 REQUIRED: Any = object()
 """Default of a column that every row must give."""
 
-STATE, SHORT, REASON, MEMBERS = 16, 32, 240, 4096
+STATE, SHORT, NAME, REASON, MEMBERS = 16, 32, 64, 240, 4096
 CHUNK_BYTES = 32768
 
 
@@ -200,10 +200,13 @@ _CONTROL = (
     ),
     _table(
         "adapters",
-        "Adapter versions, at promotion.",
+        "Adapter versions, when they are stored.",
         _i("version", "", "adapter version"),
-        _i("round_id", "", "the round that made it"),
+        _i("round_id", "", "the round that made it; 0: none, it was loaded from a folder"),
         _f("heldout_loss", "nat/token", "its held-out loss", NAN),
+        _s("adapter", "name of the adapter that it belongs to", NAME, default="clif"),
+        _i("parent", "", "the version that its training began from; 0: the base model", 0),
+        _s("job", "the job whose rounds trained it; empty: the run's own data", NAME, default=""),
     ),
     _table(
         "batches",

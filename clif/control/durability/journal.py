@@ -30,7 +30,7 @@ from clif.storage.disk_space import Room, is_full
 from clif.storage.files import write_atomic
 from clif.storage.folder_lock import FolderLock
 from clif.storage.run_folder import begin
-from clif.types import FinishReason, Request, Sampling
+from clif.types import CLIF, FinishReason, Request, Sampling
 
 JOURNAL_FILE = "journal.jsonl"
 SYNC_S = 0.5
@@ -118,6 +118,9 @@ class RoundStored(Entry, frozen=True):
     version: int
     heldout_loss: float
     row: dict[str, Any]
+    adapter: str = CLIF
+    parent: int = 0
+    job: str = ""
 
 
 class TrainingPaused(Entry, frozen=True):

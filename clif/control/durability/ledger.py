@@ -91,7 +91,13 @@ class Ledger:
         row["ended_s"] = row["aggregated_s"]
         row |= {name: row[name] and self._journal.unix(row[name]) for name in ROUND_STAMPS}
         line = RoundStored(
-            round_id=version.round_id, version=version.number, heldout_loss=version.heldout_loss, row=row
+            round_id=version.round_id,
+            version=version.number,
+            heldout_loss=version.heldout_loss,
+            row=row,
+            adapter=version.adapter,
+            parent=version.parent,
+            job=version.job,
         )
         self.write(line)
 
@@ -114,8 +120,17 @@ class Ledger:
             stamps = {k: stored.row[k] and self._journal.stamp(stored.row[k]) for k in ROUND_STAMPS}
             records.round_row({**stored.row, **stamps})
         for stored in self.recovery.unrecorded_adapters:
-            loss = stored.heldout_loss
-            records.adapter(AdapterVersion(number=stored.version, round_id=stored.round_id, heldout_loss=loss))
+            version = AdapterVersion(
+                number=stored.version,
+                round_id=stored.round_id,
+                heldout_loss=stored.heldout_loss,
+                adapter=stored.adapter,
+                parent=stored.parent,
+                job=stored.job,
+            )
+            records.adapter(version)
+        for version in self.recovery.unrecorded_loaded:
+            records.adapter(version)
 
 
 def _record(accepted: Accepted, ended: Ended, arrival_s: float) -> RequestRecord:

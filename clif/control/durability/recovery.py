@@ -23,6 +23,7 @@ from clif.control.durability.journal import (
 )
 from clif.control.policy.phases import Phase
 from clif.data.load import ScheduledRequest
+from clif.types import AdapterVersion
 from clif.types import first_id as first_id_of
 
 
@@ -117,9 +118,9 @@ class Recovery:
     load: what is still to come, with ids that no request of this folder had; fingerprint: what it is made from.
     first_id: id of the load's first request. load_s: how long it came already; run_s: how long the run took already.
     open: accepted requests without an end, to be answered from their first token. unrecorded: requests that ended but
-    have no row in any table; rounds and adapters the same. stored: all rounds whose adapters are stored. lost: ids of
-    requests that were submitted, of which the journal does not know: it was damaged or deleted. over: nothing is left
-    to do but to stop. paused, drained: as in Past.
+    have no row in any table; rounds, their adapters and loaded ones the same. stored: all rounds whose adapters are
+    stored. lost: ids of requests that were submitted, of which the journal does not know: it was damaged or deleted.
+    over: nothing is left to do but to stop. paused, drained: as in Past.
     """
 
     load: tuple[ScheduledRequest, ...] = ()
@@ -139,6 +140,7 @@ class Recovery:
     unrecorded: tuple[tuple[Accepted, Ended], ...] = ()
     unrecorded_rounds: tuple[RoundStored, ...] = ()
     unrecorded_adapters: tuple[RoundStored, ...] = ()
+    unrecorded_loaded: tuple[AdapterVersion, ...] = ()
     stored: Mapping[int, RoundStored] = field(default_factory=dict)
     paused: str = ""
     drained: Mapping[int, str] = field(default_factory=dict)
@@ -158,12 +160,14 @@ def recover(
     relaunched: bool,
     committed: Set[int],
     recorded: Recorded,
+    loaded: Iterable[AdapterVersion] = (),
 ) -> Recovery:
     """What is left of a run.
 
     A run that did not go through is continued if its load is still the same: the load goes on where it was, and what
     was offered is not offered again. Otherwise the load begins, with new ids. relaunched: by the launcher and not by a
-    person, who may want another run in this folder. committed: rounds whose adapters are stored.
+    person, who may want another run in this folder. committed: rounds whose adapters are stored. loaded: stored
+    versions that no round made.
     """
     print_ = fingerprint(load)
     over = past.done and relaunched and past.starts > 0
@@ -196,6 +200,7 @@ def recover(
         unrecorded_rounds=tuple(r for r in stored if r.round_id not in recorded.rounds),
         stored={r.round_id: r for r in stored},
         unrecorded_adapters=tuple(r for r in stored if r.version not in recorded.versions),
+        unrecorded_loaded=tuple(v for v in loaded if v.number not in recorded.versions),
         paused=past.paused if continued else "",
         drained=past.drained if continued else {},
     )

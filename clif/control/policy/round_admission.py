@@ -115,8 +115,7 @@ def plan_round(
         return None, f"pausing {pause:.1f} s after {history.discarded_in_a_row} discarded rounds in a row"
     if terms.ready is not None:
         view = replace(view, replicas=tuple(r for r in view.replicas if r.replica in terms.ready))
-    # A replica that does not serve the active version yet would train from another base.
-    idle = [r for r in view.in_state(ReplicaState.IDLE) if terms.adapter != CLIF or r.version == history.version]
+    idle = [r for r in view.in_state(ReplicaState.IDLE) if _has_base(r, history.version, terms)]
     if not idle:
         return None, "no replica is idle" if terms.ready is None else "no replica with samples of the job is idle"
     if _worth_waiting(now, view, idle, config):
@@ -144,6 +143,11 @@ def plan_round(
     slower = "" if history.lr_scale == 1 else f", learning rate x {history.lr_scale:g} after discarded rounds"
     why = f"pressure is {pressure.value}" if adaptive else f"run.mode {config.run.mode} looks at no pressure"
     return plan, f"{why}: {admitted} of {len(idle)} idle replicas{slower}"
+
+
+def _has_base(replica: ReplicaView, base: int, terms: JobTerms) -> bool:
+    """Whether the replica can begin from the active version of the job's adapter. That of `clif` it serves, too."""
+    return replica.version == base if terms.adapter == CLIF else base == 0 or base in replica.versions
 
 
 def pause_s(history: History, config: Config) -> float:
