@@ -203,6 +203,11 @@ CLIF = "clif"
 """The adapter that answers requests which name no other one, and that the run's own data train."""
 
 
+def pinned_name(adapter: str, number: int) -> str:
+    """What a request names to be answered by this version of an adapter, and by no other."""
+    return f"{adapter}@v{number:04d}"
+
+
 class AdapterVersion(msgspec.Struct, frozen=True, kw_only=True):
     """A promoted adapter. Version 0 is the base model; numbers only grow; weights never change afterwards.
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from clif.config.base import NotNegativeFloat, Positive, Section
+from clif.config.base import NotNegativeFloat, Positive, PositiveFloat, Section
 
 Weight = Annotated[float, Field(ge=0.001, le=1000)]
 
@@ -14,6 +14,8 @@ Weight = Annotated[float, Field(ge=0.001, le=1000)]
 class JobsConfig(Section):
     max_jobs: Annotated[int, Field(gt=0, le=10_000)] = 64
     """[jobs] Jobs that have not ended, at most; their samples are in the memory of the replicas."""
+    max_files: Positive = 1000
+    """[files] Uploaded files that are kept, at most, of all clients."""
     max_rows: Positive = 100_000
     """[rows] Longest file."""
     heldout_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -34,3 +36,7 @@ class JobsConfig(Section):
     """[rows] Rows that wait for a job, at most; further ones are refused."""
     feedback_quota: Positive = 1000
     """[rows] Of each key in a day."""
+    feedback_answers: Positive = 1000
+    """[answers] The last so many answers are kept in memory, so that feedback can name one by its id."""
+    feedback_ttl_s: PositiveFloat = 3600.0
+    """An answer is kept for so long."""

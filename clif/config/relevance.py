@@ -164,10 +164,8 @@ RELEVANCE: dict[str, Needs] = {
         TRAINS,
         ONLINE,
     ),
-    "jobs.max_rows": (
-        TRAINS,
-        ONLINE,
-    ),
+    "jobs.max_files": (TRAINS, ONLINE),
+    "jobs.max_rows": (TRAINS, ONLINE),
     "jobs.heldout_share": (
         TRAINS,
         ONLINE,
@@ -182,6 +180,8 @@ RELEVANCE: dict[str, Needs] = {
     "jobs.feedback_epochs": (TRAINS, ONLINE, FEEDBACK),
     "jobs.max_feedback": (TRAINS, ONLINE, FEEDBACK),
     "jobs.feedback_quota": (TRAINS, ONLINE, FEEDBACK),
+    "jobs.feedback_answers": (TRAINS, ONLINE, FEEDBACK),
+    "jobs.feedback_ttl_s": (TRAINS, ONLINE, FEEDBACK),
     "load.kind": ALWAYS,
     "load.rate_rps": (GENERATED,),
     "load.cv": (Need("load.kind", among=("gamma",)),),

@@ -24,7 +24,7 @@ from clif.control.durability.ledger import Ledger
 from clif.control.durability.recovery import Recorded, add_up, recover
 from clif.control.durability.shutdown import DRAINED, ShutdownPolicy
 from clif.control.frontend import Frontend
-from clif.control.frontend_process import FrontendProcess, former_port, listen
+from clif.control.frontend_process import FrontendProcess, listen
 from clif.control.policy.phases import ControlError
 from clif.control.ports import Ports
 from clif.control.progress import Progress, ProgressHandler
@@ -37,6 +37,7 @@ from clif.data.heldout import read_data
 from clif.data.load import make_load
 from clif.distributed.addresses import refuse_link_local
 from clif.exit_report import sentence_of
+from clif.jobs.samples import sweep_files
 from clif.jobs.store import JobStore
 from clif.metrics.sources import earlier_rows
 from clif.storage.disk_space import Room
@@ -110,7 +111,7 @@ def run(arguments: argparse.Namespace, progress: Progress, config: Config, watch
         )
     host = arguments.host or config.dist.control_host or "127.0.0.1"
     channel = open_channel(host, Keys.read(run_dir), arguments.replicas)
-    frontend = open_frontend(config, run_dir, channel, recovery.starts, arguments.restarted)
+    frontend = open_frontend(config, run_dir, channel, recovery.starts)
     jobs = open_jobs(config, run_dir)
     records = Records.in_file(run_dir, config, time.monotonic)
     answers = Answers(run_dir, config.metrics.answers, tokenizer.decode)
@@ -162,13 +163,11 @@ def open_channel(host: str, keys: Keys, replicas: int) -> ControlChannel:
         raise ControlError(f"cannot listen on {host} ({error}): set dist.control_host to an own address") from error
 
 
-def open_frontend(
-    config: Config, run_dir: Path, channel: ControlChannel, start: int, restarted: bool
-) -> Frontend | None:
+def open_frontend(config: Config, run_dir: Path, channel: ControlChannel, start: int) -> Frontend | None:
     """The port for clients, if there is to be one. Its process starts with the server's first step."""
     if not config.online:
         return None
-    child = FrontendProcess(run_dir, listen(config.serve.http, former_port(run_dir) if restarted else 0))
+    child = FrontendProcess(run_dir, listen(config.serve.http))
     log.info("clients: %s/v1, the live page: %s", child.url, child.url)
     return Frontend(channel, child, start)
 
@@ -176,7 +175,9 @@ def open_frontend(
 def open_jobs(config: Config, run_dir: Path) -> JobStore:
     """RUN/jobs.db, if clients may create jobs or have done so before; otherwise nothing is kept on disk."""
     lasting = config.train.enabled and (config.online or JobStore.exists(run_dir))
-    return JobStore(run_dir if lasting else None)
+    store = JobStore(run_dir if lasting else None)
+    sweep_files(run_dir, store.files())
+    return store
 
 
 def summarise(run_dir: Path) -> None:

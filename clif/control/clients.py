@@ -11,6 +11,7 @@ from clif.control.dispatcher import Dispatcher
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
 from clif.control.frontend import Handlers
+from clif.control.job_actions import JobActions
 from clif.control.operator import Operator
 from clif.control.ports import Ports
 from clif.control.run_state import RunState
@@ -33,16 +34,18 @@ class Clients:
         federation: Federation,
         versions: Versions,
         operator: Operator,
+        jobs: JobActions,
         status: StatusReport,
     ) -> None:
         self._config, self._versions = config, versions
-        self._operator, self._status = operator, status
+        self._operator, self._jobs, self._status = operator, jobs, status
         self._frontend, self._status_file = ports.frontend, ports.status_file
         if self._frontend is not None:
             self._frontend.attach(state, dispatcher, self.resolve, self.handlers(), status.body)
 
     def handlers(self) -> Handlers:
-        return {GetConfig: lambda now, action: self.config_as_run(), **self._operator.handlers()}
+        own: Handlers = {GetConfig: lambda now, action: self.config_as_run()}
+        return {**own, **self._operator.handlers(), **self._jobs.handlers()}
 
     def resolve(self, model: str, request: Request) -> Request:
         """The request, bound to the version that the model's name means. Raises Refused."""

@@ -22,6 +22,7 @@ from clif.control.failures import FailureHandler
 from clif.control.federation import Federation, RoundObservers
 from clif.control.fleet import Fleet
 from clif.control.inbox import Inbox, printable
+from clif.control.job_actions import JobActions
 from clif.control.jobs import JobBoard
 from clif.control.operator import Operator
 from clif.control.policy.phases import Phase
@@ -72,7 +73,8 @@ class ControlServer:
         self.version_actions = VersionActions(config, self.fleet, self.federation, self.versions, observers)
         operator = Operator(self.fleet, self._policy, ports.ledger, recorder.activity)
         self.status = StatusReport(config, *parts, self._policy, self.versions, self._reporter, recorder.activity)
-        self._clients = Clients(config, ports, state, *parts, self.versions, operator, self.status)
+        clients_jobs = JobActions(self.jobs, ports.ledger.unix, self.versions.active, config.jobs.max_files)
+        self._clients = Clients(config, ports, state, *parts, self.versions, operator, clients_jobs, self.status)
         inbox_parts = state, self._claims, self.fleet, self._failures, self._handlers(), self._clients.take
         self._inbox = Inbox(ports.channel, clock, *inbox_parts)
         self._backlog_updates = BacklogUpdates(self.fleet, self.dispatcher, self.federation)

@@ -9,7 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from starlette.responses import JSONResponse
 
 from clif import __version__
-from clif.frontend import chat
+from clif.frontend import chat, files, jobs
 from clif.frontend.auth import Access
 from clif.frontend.errors import handle_errors
 from clif.frontend.limits import Guard
@@ -37,7 +37,7 @@ def make_app(parts: Parts) -> FastAPI:
     http = parts.config.serve.http
     app.add_middleware(Guard, access=Access.configured(http), http=http)
 
-    for group in (chat,):
+    for group in (chat, files, jobs):
         app.include_router(group.routes(parts))
 
     @app.get("/health")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -23,6 +23,17 @@ _LENGTH = struct.Struct("<Q")
 
 def samples_path(run_dir: Path, file: str) -> Path:
     return run_dir / FILES / f"{file}.samples"
+
+
+def rows_path(run_dir: Path, file: str) -> Path:
+    return run_dir / FILES / f"{file}.jsonl"
+
+
+def sweep_files(run_dir: Path, known: Container[str]) -> None:
+    """Remove what lies in RUN/files and belongs to no file that is known. Raises OSError."""
+    for path in (run_dir / FILES).glob("*"):
+        if path.name.partition(".")[0] not in known:
+            path.unlink()
 
 
 def write_samples(path: Path, samples: Iterable[TrainSample]) -> None:
