@@ -238,7 +238,10 @@ def gate_and_report(topology: Topology, model: str, data: str, run_dir: str) -> 
     driver.wait_for(m.StepsDone)
     driver.step(m.Aggregate(round_id=1))
     vote = driver.wait_for(m.Voted).vote
-    parts = {name: finish_slices(part.loss(None)) for name, part in (("gate", member.gate), ("report", member.report))}
+    parts = {
+        name: finish_slices(part.loss(None))
+        for name, part in (("gate", member.job_switch.own.gate), ("report", member.report))
+    }
     return {"vote": vote.active_loss, "reported": evaluated.loss, **parts}
 
 
