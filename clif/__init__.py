@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clif.llm import LLM, Completion, StreamEvent
-    from clif.types import Sampling
+    from clif.types import Constraint, Sampling, TokenLogprob
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Completion", "Sampling", "StreamEvent", "__version__"]
+__all__ = ["LLM", "Completion", "Constraint", "Sampling", "StreamEvent", "TokenLogprob", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     """The library's names, imported at first use: the command line works without torch."""
-    if name == "Sampling":
-        from clif.types import Sampling
+    if name in ("Constraint", "Sampling", "TokenLogprob"):
+        from clif import types
 
-        return Sampling
+        return getattr(types, name)
     if name in ("LLM", "Completion", "StreamEvent"):
         from clif import llm
 

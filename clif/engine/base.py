@@ -10,6 +10,7 @@ import torch
 from clif.adapters.bank import AdapterBank, inject
 from clif.config import Config, EngineConfig
 from clif.distributed.collectives import TpGroup
+from clif.engine.guide import Guides
 from clif.engine.runner import ModelRunner
 from clif.kernels.kv_types import cache_dtype
 from clif.models.backends import choose_captured_kernels, choose_decode, choose_kernels, choose_ops, choose_varlen
@@ -28,7 +29,7 @@ SAME = 1e-3
 class Base:
     """A model taken apart, its adapters, and how it is run.
 
-    probe_logits: logits [vocabulary] after the probe, when the model was loaded.
+    probe_logits: logits [vocabulary] after the probe, when the model was loaded. guides: of its vocabulary.
     """
 
     stack: CausalStack
@@ -36,6 +37,7 @@ class Base:
     loaded: LoadedModel
     paged: PagedDecode | None
     probe_logits: torch.Tensor
+    guides: Guides
 
     def runner(self, config: EngineConfig) -> ModelRunner:
         """A runner with its own KV cache."""
@@ -80,7 +82,10 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
         if expected is not None and not shared:
             compare(stack, expected)
     paged = choose_decode(config.engine.decode_kernel, loaded.device, loaded.dtype, kv_dtype)
-    return Base(stack, bank, loaded, paged, _probe(stack, loaded))
+    guides = Guides(loaded.tokenizer, stack.vocab_size)
+    if config.online:
+        guides.prepare()
+    return Base(stack, bank, loaded, paged, _probe(stack, loaded), guides)
 
 
 @torch.no_grad()

@@ -20,7 +20,6 @@ from clif.engine.coserving.strategy import Strategy
 from clif.engine.coserving.time_slice import TimeSlice
 from clif.engine.cost_model import CostModel
 from clif.engine.engine import Engine
-from clif.engine.guide import Guides
 from clif.engine.job_queue import JobQueue, SliceThread
 from clif.engine.kv_size import resolve_kv_tokens
 from clif.engine.runner import ModelRunner
@@ -74,7 +73,7 @@ def build_engine(config: Config, base: Base, tp_group: TpGroup | None = None) ->
         runner.train_recorder = choose_train_recorder(config.engine, device, tp_group.size, varlen, fuses)
     engine = Engine(
         runner,
-        Scheduler(config.engine, slots, tokenizer.eos_ids, tokenizer.decode, Guides(tokenizer, base.stack.vocab_size)),
+        Scheduler(config.engine, slots, tokenizer.eos_ids, tokenizer.decode, base.guides),
         TrainingHalf(make_strategy(coserving, config)),
         tp_group,
         overlap=device.type == "cuda" if config.engine.overlap == "auto" else config.engine.overlap,

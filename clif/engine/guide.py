@@ -58,6 +58,10 @@ class Guides:
     def __init__(self, tokenizer: ChatTokenizer, vocab_size: int) -> None:
         self._vocab_size, self._grammars = vocab_size, Grammars(tokenizer, vocab_size)
 
+    def prepare(self) -> None:
+        """Do what would hold up the first constrained answer."""
+        self._grammars.prepare()
+
     def __call__(self, request: Request) -> Guide | None:
         """None if it asks for nothing of this. Raises InputError for what cannot be enforced."""
         sampling = request.sampling

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -132,7 +133,18 @@ def test_impossible_constraints_are_refused(kind, schema, why):
         Constraint(kind, schema)
 
 
+def test_a_vocabulary_that_was_read_ahead_is_not_read_again_and_without_the_library_it_is_logged(monkeypatch, caplog):
+    grammars, none = of_bytes(), of_bytes()
+    grammars.prepare()
+    read = grammars._tokens
+    grammars.follow(Constraint("json_object"))
+    assert grammars._tokens is read and not caplog.records
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    none.prepare()
+    assert "no structured output" in caplog.text and "pip install llguidance" in caplog.text
+
+
 def test_without_the_library_a_constraint_is_refused_with_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
+    monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(InputError, match="pip install llguidance"):
         check_schema("{}")

@@ -15,10 +15,10 @@ import torch
 import transformers
 from helpers import answer, make_rig, request, stack_logits
 
-from clif import LLM, Sampling
+from clif import LLM, Constraint, Sampling
 from clif.engine.changes import Changes
 from clif.errors import InputError
-from clif.types import LEAST_LOGPROB, Constraint, FinishReason, Request, TokenEvent
+from clif.types import LEAST_LOGPROB, FinishReason, Request, TokenEvent
 
 ROW = {
     "type": "object",
