@@ -44,7 +44,7 @@ PARTS = ("added", "held", "short", "freed")
 LUA = """
 wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
-wrk.body = '{"model":"base","messages":[{"role":"user","content":"hello"}],"max_tokens":8,"ignore_eos":true}'
+wrk.body = '{"model":"clif","messages":[{"role":"user","content":"hello"}],"max_tokens":8,"ignore_eos":true}'
 """
 
 

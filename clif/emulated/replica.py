@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from msgspec.structs import replace
@@ -31,6 +32,8 @@ TEXT = (
     "This answer is made up: the engine is emulated, so no model has read the question. It is the same text for each "
     "request, as long as was asked for, and its tokens come at the times that a real engine would take. "
 )
+POLLS_S = 0.0015
+"""A step that ends within this time is waited for by sleeping: sockets are polled by the millisecond."""
 TIMINGS = 64
 """Step times of one report: fits need no more of them."""
 
@@ -48,6 +51,17 @@ class Watch:
 def text_ids(tokenizer: ChatTokenizer) -> tuple[int, ...]:
     """The tokens that every answer consists of, without those that would end it."""
     return tuple(id for id in tokenizer.encode_answer(TEXT) if id not in tokenizer.eos_ids)
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A step under way. rows: of all chunks."""
+
+    chunks: list[Chunk]
+    decode_rows: int
+    rows: int
+    began_s: float
+    due_s: float
 
 
 class EmulatedReplica:
@@ -75,6 +89,7 @@ class EmulatedReplica:
         self.member = EmulatedMember(
             config.adapter, replica, self.scheduler.slots, send, self._on_version, lambda: self.steps
         )
+        self._flight: _Flight | None = None
         self._reported, self._busy_s = time.monotonic(), 0.0
         self._timings: list[tuple[float, float, float]] = []
         self._orders: dict[type, Callable[[Any], None]] = {
@@ -87,42 +102,64 @@ class EmulatedReplica:
         }
 
     def wait_s(self) -> float:
-        """Seconds that the next step may wait for messages: 0 while there is work."""
+        """Seconds that the next call of step() may wait for messages: 0 while there is work."""
+        now, most = time.monotonic(), self._report_s / 2
+        if self._flight is not None:
+            return max(0.0, min(self._flight.due_s - now, most))
         if self.scheduler.running or self.scheduler.waiting:
             return 0.0
-        return min(STEP_S, self._report_s / 2) if self.member.micro_batch else self._report_s / 2
+        return min(STEP_S, most) if self.member.micro_batch else most
 
     def step(self, orders: Sequence[m.Down]) -> None:
-        """Handle messages, take one step of serving, report. Messages for what is not emulated are ignored."""
+        """Handle messages, settle a step of serving that is over and begin the next one, report.
+
+        Messages that come during a step are taken in at once. Those for what is not emulated are ignored.
+        """
         self.member.step(time.monotonic())
         for order in orders:
             handle = self._orders.get(type(order))
             if handle is not None:
                 handle(order)
         self.member.step(time.monotonic())
-        chunks = self.scheduler.schedule()
-        if chunks:
-            self._serve(chunks)
+        if self._flight is None:
+            self._begin()
+        elif self._flight.due_s - time.monotonic() < POLLS_S:
+            self._settle(self._flight)
+            self._begin()
         now = time.monotonic()
         if now - self._reported >= self._report_s:
             self._report(now)
         self._records.maybe_flush()
 
-    def _serve(self, chunks: list[Chunk]) -> None:
-        began = time.monotonic()
+    def _begin(self) -> None:
+        """Begin a step, if there is something to do; one that takes no time is over at once."""
+        self._flight, chunks = None, self.scheduler.schedule()
+        if not chunks:
+            return
         rows = sum(chunk.stop - chunk.start for chunk in chunks)
         decode_rows = sum(chunk.is_decode for chunk in chunks)
-        seconds = self._times.step_s(decode_rows, rows - decode_rows)
+        seconds, now = self._times.step_s(decode_rows, rows - decode_rows), time.monotonic()
+        flight = _Flight(chunks, decode_rows, rows, now, now + seconds)
         if seconds:
-            time.sleep(seconds)
-        now = time.monotonic()
-        asked = {chunk.sequence.request.id: chunk.sequence.request.sampling.logprobs for chunk in chunks}
-        events = self.scheduler.settle(chunks, [self._next(chunk) for chunk in chunks if chunk.needs_sampling], now)
-        events = [_with_logprobs(event, asked[event.request_id]) for event in events]
+            self._flight = flight
+        else:
+            self._settle(flight)
+
+    def _settle(self, flight: _Flight) -> None:
+        if flight.due_s > flight.began_s:
+            time.sleep(max(0.0, flight.due_s - time.monotonic()))
+        now, chunks = time.monotonic(), flight.chunks
+        tokens = [self._next(chunk) for chunk in chunks if chunk.needs_sampling]
+        events = self.scheduler.settle(chunks, tokens, now)
+        asked = {
+            r.id: r.sampling.logprobs for r in (c.sequence.request for c in chunks) if r.sampling.logprobs is not None
+        }
+        if asked:
+            events = [_with_logprobs(event, asked.get(event.request_id)) for event in events]
         if events:
             self._watch.sent(now, events)
             self._send(m.Tokens(replica=self.id, events=tuple(events)))
-        self._account(decode_rows, rows, max(now - began, 1e-6))
+        self._account(flight.decode_rows, flight.rows, max(now - flight.began_s, 1e-6))
 
     def _next(self, chunk: Chunk) -> int:
         return self._text[(chunk.stop - len(chunk.sequence.request.prompt)) % len(self._text)]
