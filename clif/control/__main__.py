@@ -24,7 +24,7 @@ from clif.control.durability.ledger import Ledger
 from clif.control.durability.recovery import Recorded, add_up, recover
 from clif.control.durability.shutdown import DRAINED, ShutdownPolicy
 from clif.control.frontend import Frontend
-from clif.control.frontend_process import FrontendProcess, listen
+from clif.control.frontend_process import FrontendProcess, former_port, listen
 from clif.control.policy.phases import ControlError
 from clif.control.ports import Ports
 from clif.control.progress import Progress, ProgressHandler
@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace, progress: Progress, config: Config, watch
         )
     host = arguments.host or config.dist.control_host or "127.0.0.1"
     channel = open_channel(host, Keys.read(run_dir), arguments.replicas)
-    frontend = open_frontend(config, run_dir, channel, recovery.starts)
+    frontend = open_frontend(config, run_dir, channel, recovery.starts, arguments.restarted)
     jobs = open_jobs(config, run_dir)
     records = Records.in_file(run_dir, config, time.monotonic)
     answers = Answers(run_dir, config.metrics.answers, tokenizer.decode)
@@ -163,11 +163,13 @@ def open_channel(host: str, keys: Keys, replicas: int) -> ControlChannel:
         raise ControlError(f"cannot listen on {host} ({error}): set dist.control_host to an own address") from error
 
 
-def open_frontend(config: Config, run_dir: Path, channel: ControlChannel, start: int) -> Frontend | None:
+def open_frontend(
+    config: Config, run_dir: Path, channel: ControlChannel, start: int, restarted: bool
+) -> Frontend | None:
     """The port for clients, if there is to be one. Its process starts with the server's first step."""
     if not config.online:
         return None
-    child = FrontendProcess(run_dir, listen(config.serve.http))
+    child = FrontendProcess(run_dir, listen(config.serve.http, former_port(run_dir) if restarted else 0))
     log.info("clients: %s/v1, the live page: %s", child.url, child.url)
     return Frontend(channel, child, start)
 

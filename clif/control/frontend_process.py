@@ -23,18 +23,30 @@ MOST_STARTS, WITHIN_S = 10, 600.0
 LEAVES_S = 10.0
 
 
-def listen(config: HttpConfig) -> socket.socket:
-    """The socket that clients connect to. It outlives the front end's process. Raises ControlError."""
+def former_port(run_dir: Path) -> int:
+    """The port of an earlier start in this folder, which clients know; 0: there is none."""
+    try:
+        return int((run_dir / HTTP_ADDRESS_FILE).read_text().rsplit(":", 1)[1])
+    except (OSError, ValueError, LookupError):
+        return 0
+
+
+def listen(config: HttpConfig, former: int = 0) -> socket.socket:
+    """The socket that clients connect to. It outlives the front end's process. Raises ControlError.
+
+    former: the port of the start before, which a free one (serve.http.port 0) is to be again after a restart.
+    """
     assert config.port is not None
+    port = config.port or former
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     deadline = time.monotonic() + BIND_S
     while True:
         try:
-            return socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
+            return socket.create_server((config.host, port), family=family, backlog=BACKLOG)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
                 raise ControlError(
-                    f"cannot listen on {config.host} port {config.port} ({error.strerror}): set serve.http.port to a "
+                    f"cannot listen on {config.host} port {port} ({error.strerror}): set serve.http.port to a "
                     "free one (0: any), and serve.http.host to an own address"
                 ) from error
         time.sleep(0.2)
