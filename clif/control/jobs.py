@@ -6,7 +6,6 @@ Everything lasting is in the store, RUN/jobs.db, and becomes durable at the end 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from msgspec.structs import replace
@@ -18,6 +17,7 @@ from clif.control.policy.promotion import pooled_losses
 from clif.control.policy.round_admission import OWN_DATA, History, JobTerms, pause_s, target_reached
 from clif.control.records import train_loss
 from clif.control.rounds import Round
+from clif.control.versions import Versions
 from clif.errors import InputError
 from clif.jobs.model import (
     STANDING,
@@ -36,10 +36,7 @@ from clif.states import RoundState
 from clif.types import CLIF, AdapterVersion, RoundPlan
 
 log = logging.getLogger(__name__)
-SUFFIX = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
-TAKEN = frozenset({CLIF, "base"})
 DAY_S = 86_400.0
-History_of = Callable[[JobTerms], History]
 
 
 class JobBoard:
@@ -48,8 +45,10 @@ class JobBoard:
     It is one of the federation's observers.
     """
 
-    def __init__(self, config: Config, store: JobStore, fleet: Fleet, unix: Callable[[float], float]) -> None:
-        self.store = store
+    def __init__(
+        self, config: Config, store: JobStore, fleet: Fleet, versions: Versions, unix: Callable[[float], float]
+    ) -> None:
+        self.store, self._versions = store, versions
         self._config, self._unix = config, unix
         self._intake = JobIntake(config, store, fleet)
         self._last_end_s: dict[str, float] = {}
@@ -63,15 +62,13 @@ class JobBoard:
     def create(self, now: float, job: Job) -> Job:
         """Take in a job; its id is new_id("ftjob"). Its adapter follows from the suffix: `clif` without one.
 
-        Raises InputError for a suffix that is no name, UnknownId for a file that is not there, LimitReached.
+        Raises InputError, UnknownId for a file that is not there, LimitReached, and Refused for a suffix that is no
+        name of an adapter, or of one for which the replicas have no slot.
         """
         if not self._config.train.enabled:
             raise InputError("this run does not train (train.enabled is false): no job can run")
-        if job.suffix and (not SUFFIX.fullmatch(job.suffix) or job.suffix in TAKEN):
-            raise InputError(
-                f'the suffix "{job.suffix}" names the adapter: use up to 40 small letters, digits, - and _, and not '
-                f"{' or '.join(sorted(TAKEN))}"
-            )
+        if job.suffix:
+            self._check_adapter(job.suffix)
         if len(self._jobs) >= self._config.jobs.max_jobs:
             raise LimitReached(
                 f"{self._config.jobs.max_jobs} jobs have not ended, as many as jobs.max_jobs allows: wait or cancel one"
@@ -109,7 +106,7 @@ class JobBoard:
 
     # --- rounds --------------------------------------------------------------------------------------
 
-    def begin(self, committed: Iterable[AdapterVersion], rows: Mapping[int, Mapping[str, object]]) -> None:
+    def begin(self, now: float, committed: Iterable[AdapterVersion], rows: Mapping[int, Mapping[str, object]]) -> None:
         """Count the committed rounds that a killed process had no time to note, each once.
 
         rows: by round, what the journal says of it.
@@ -120,12 +117,12 @@ class JobBoard:
                 row = rows.get(version.round_id, {})
                 samples, tokens = (int(str(row.get(name, 0))) for name in ("samples", "tokens"))
                 done = JobRound(
-                    round_id=version.round_id, job=version.job, ended_s=self._unix(self._now), committed=True,
+                    round_id=version.round_id, job=version.job, ended_s=self._unix(now), committed=True,
                     version=version.number, samples=samples, tokens=tokens, judged=True,
                     candidate_loss=version.heldout_loss, reason="it was committed before the control process ended",
                 )  # fmt: skip
                 job = self.store.get_job(version.job)
-                self._count(self._now, done, History(lr_scale=job.lr_scale).after(self._now, True, True))
+                self._count(now, done, History(lr_scale=job.lr_scale).after(now, True, True))
 
     def histories(self) -> dict[str, History]:
         """What earlier starts did for the jobs that go on."""
@@ -229,6 +226,12 @@ class JobBoard:
         self._count(self._now, _what_it_did(ended, self._unix(self._now)), ended.history)
 
     # --- all of them ---------------------------------------------------------------------------------
+
+    def _check_adapter(self, name: str) -> None:
+        self._versions.check_name(name)
+        if name == CLIF:
+            raise InputError(f'the suffix "{CLIF}" is the name of the run\'s own adapter: leave the suffix out')
+        self._versions.check_room(*(job.adapter for job in self._jobs), name)
 
     def _take_in_own(self, weight: float) -> None:
         known = next((job for job in self.store.live if job.id == STANDING), None)

@@ -54,9 +54,9 @@ class ControlServer:
         recorder = Recorder(config, ports, Activity(clock))
         self.dispatcher = Dispatcher(config, self._send, recorder.hooks)
         self.fleet = Fleet(config, replicas, self._send, self.dispatcher.held, recorder.on_transition)
-        self.jobs = JobBoard(config, ports.jobs, self.fleet, ports.ledger.unix)
-        observers = RoundObservers(recorder, self.jobs)
         self.versions = Versions(config, ports.store, self.fleet, ports.ledger.unix)
+        self.jobs = JobBoard(config, ports.jobs, self.fleet, self.versions, ports.ledger.unix)
+        observers = RoundObservers(recorder, self.jobs)
         self.federation = Federation(config, self.fleet, self.dispatcher, self.versions, observers)
         self._resume_jobs()
         if config.run.resume:
@@ -156,7 +156,8 @@ class ControlServer:
 
     def _resume_jobs(self) -> None:
         past = self._ledger.recovery
-        self.jobs.begin(self._ports.store.committed(), {number: line.row for number, line in past.stored.items()})
+        rows = {number: line.row for number, line in past.stored.items()}
+        self.jobs.begin(self._clock(), self._ports.store.committed(), rows)
         for job, history in self.jobs.histories().items():
             self.federation.continue_job(job, history)
 

@@ -182,13 +182,16 @@ class Versions:
                 f"{adapter[:80]!r} cannot name an adapter: use up to 63 of a-z, 0-9, '.', '_' and '-', and not 'base'",
             )
 
-    def check_room(self, adapter: str) -> None:
-        """Raises Refused if there is no slot for the first version of an adapter."""
-        if not self.active(adapter):
-            number = self.last + 1
-            given = AdapterVersion(number=number, round_id=0, heldout_loss=0.0, adapter=adapter)
-            active = {**self._stored.active, adapter: number}
-            self.check_fits(committed=(*self._stored.committed, given), active=active)
+    def check_room(self, *adapters: str) -> None:
+        """Raises Refused if there are no slots for the first versions of all these adapters."""
+        new = [adapter for adapter in dict.fromkeys(adapters) if not self.active(adapter)]
+        given = [
+            AdapterVersion(number=self.last + i, round_id=0, heldout_loss=0.0, adapter=adapter)
+            for i, adapter in enumerate(new, 1)
+        ]
+        if given:
+            active = {**self._stored.active, **{version.adapter: version.number for version in given}}
+            self.check_fits(committed=(*self._stored.committed, *given), active=active)
 
     # --- names -------------------------------------------------------------------------------------------------------
 

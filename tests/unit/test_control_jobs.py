@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from control_run import Run, make_config
 
+from clif.errors import InputError
 from clif.jobs.model import (
     STANDING,
     Conflict,
@@ -16,13 +17,16 @@ from clif.jobs.model import (
     Hyperparameters,
     Job,
     JobFile,
+    JobRound,
     JobStatus,
     LimitReached,
     UnknownId,
 )
 from clif.jobs.samples import samples_path, write_samples
+from clif.jobs.store import JobStore
 from clif.types import TrainSample
 from clif.wire import messages as wire
+from clif.wire.frontend import Refused
 
 ROUND_SAMPLES = 16
 """Samples of a round of two scripted replicas."""
@@ -267,3 +271,72 @@ def test_a_rebuilt_replica_gets_the_samples_again_before_it_trains(tmp_path: Pat
     run.time.after(1.0, lambda: leader.rebuild("RuntimeError: out of memory"))
     run.go()
     assert got == [0, 1] and {plan.incarnations for plan in run.leaders[0].plans} >= {(0, 0), (0, 1)}
+
+
+def test_a_job_with_a_suffix_trains_an_adapter_of_that_name_and_clif_goes_its_own_way(tmp_path: Path) -> None:
+    run = Run(settings(tmp_path, adapter={"serving_slots": 6}), jobs=True)
+    add_file(run)
+    add_job(run, "job", suffix="support", epochs=2)
+    run.go()
+    stored = {v.number: v for v in run.server.versions.store.committed()}
+    support = [v for v in stored.values() if v.adapter == "support"]
+    assert [v.parent for v in support] == [0, *(v.number for v in support[:-1])], "each from the one before"
+    assert {v.job for v in support} == {"job"} and status(run, "job") is JobStatus.SUCCEEDED
+    assert run.jobs.get_job("job").version == support[-1].number == run.server.versions.active("support")
+    assert stored[run.server.versions.active()].adapter == "clif"
+    bases = [plan.base_version for plan in run.leaders[0].plans if not plan.job]
+    assert all(not base or stored[base].adapter == "clif" for base in bases)
+
+
+def test_a_suffix_that_is_no_name_or_has_no_slot_is_refused(tmp_path: Path) -> None:
+    run = Run(settings(tmp_path, adapter={"serving_slots": 3}), jobs=True)
+    add_file(run)
+    for suffix, why in (("No!", "cannot name an adapter"), ("clif", "leave the suffix out"), ("base", "not 'base'")):
+        with pytest.raises((InputError, Refused), match=why):
+            run.server.jobs.create(0.0, Job(id=suffix, created_s=0.0, training_file="file-a", suffix=suffix))
+    run.server.jobs.create(0.0, Job(id="a", created_s=0.0, training_file="file-a", suffix="one"))
+    run.server.jobs.create(0.0, Job(id="b", created_s=0.0, training_file="file-a", suffix="one"))
+    run.server.jobs.create(0.0, Job(id="c", created_s=0.0, training_file="file-a", suffix="two"))
+    with pytest.raises(Refused, match=r"raise adapter\.serving_slots"):
+        run.server.jobs.create(0.0, Job(id="d", created_s=0.0, training_file="file-a", suffix="three"))
+
+
+class Killed(BaseException):
+    """The control process is gone."""
+
+
+def kill_at_first_record(run: Run, after_write: bool) -> None:
+    """When the first round of a job is noted: before that, or before the note is durable."""
+    record = run.jobs.record_round
+
+    def die(done: JobRound) -> bool:
+        if done.job:
+            after_write and record(done)
+            run.jobs.commit = lambda: False  # type: ignore[method-assign]
+            raise Killed
+        return record(done)
+
+    run.jobs.record_round = die  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("after_write", [False, True])
+def test_a_kill_between_the_commit_of_a_round_and_its_note_counts_its_samples_once(
+    tmp_path: Path, after_write: bool
+) -> None:
+    config = settings(tmp_path, run={"resume": True})
+    first = Run(config, files=True, jobs=True)
+    add_file(first)
+    add_job(first, "job", epochs=1)
+    kill_at_first_record(first, after_write)
+    with pytest.raises(Killed):
+        first.go()
+    first.jobs._db.close()
+    second = Run(config, files=True, jobs=True, after=first)
+    assert second.jobs.get_job("job").counted == ROUND_SAMPLES, "the journal says what the round did"
+    second.go()
+    job, rounds = second.jobs.get_job("job"), second.jobs.checkpoints("job")
+    assert job.status is JobStatus.SUCCEEDED and job.counted == ROUND_SAMPLES * len(rounds) == 80
+    assert [r.round_id for r in rounds] == [v.round_id for v in second.server.versions.store.committed() if v.job]
+    assert "before the control process ended" in rounds[0].reason and "before" not in rounds[1].reason
+    third = JobStore(config.run_dir)
+    assert third.get_job("job") == job, "all of it is durable"
