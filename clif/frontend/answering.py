@@ -39,6 +39,7 @@ EVENTS = [
     # A proxy (nginx) passes events on at once.
     (b"x-accel-buffering", b"no"),
 ]
+DONE = b"data: [DONE]\n\n"
 JSON = (b"content-type", b"application/json")
 VERSION_HEADER = b"x-clif-version"
 

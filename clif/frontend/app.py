@@ -6,10 +6,9 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from starlette.responses import JSONResponse
 
 from clif import __version__
-from clif.frontend import chat, files, jobs
+from clif.frontend import chat, completions, files, jobs, models, responses
 from clif.frontend.auth import Access
 from clif.frontend.errors import handle_errors
 from clif.frontend.limits import Guard
@@ -37,18 +36,7 @@ def make_app(parts: Parts) -> FastAPI:
     http = parts.config.serve.http
     app.add_middleware(Guard, access=Access.configured(http), http=http)
 
-    for group in (chat, files, jobs):
+    for group in (chat, completions, files, jobs, models, responses):
         app.include_router(group.routes(parts))
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        """The front end answers."""
-        return {"status": "ok"}
-
-    @app.get("/ready")
-    async def ready() -> JSONResponse:
-        """Whether requests are accepted."""
-        now = parts.link.readiness
-        return JSONResponse({"ready": now.ready, "reason": now.reason}, 200 if now.ready else 503)
 
     return app

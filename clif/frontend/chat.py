@@ -12,7 +12,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from clif.data.load import slo_of
-from clif.frontend.answering import Answer, Serving, events, fingerprint, model_name, usage
+from clif.frontend.answering import DONE, Answer, Serving, events, fingerprint, model_name, usage
 from clif.frontend.asking import Asked, answer_tokens, check_count, check_ready, make_requests, tokenised
 from clif.frontend.auth import caller_of
 from clif.frontend.choices import Choices, Piece
@@ -25,7 +25,6 @@ from clif.tokenizer import ChatTokenizer, Message
 
 AS_ROLE = {"developer": "system"}
 """Roles that templates know under another name."""
-DONE = b"data: [DONE]\n\n"
 
 
 class TextPart(Strict):

@@ -28,7 +28,7 @@ def _shown(tokenizer: ChatTokenizer, token: int, logprob: float) -> dict[str, An
 
 
 def plain_logprobs(tokenizer: ChatTokenizer, tokens: Iterable[TokenLogprob], offset: int) -> dict[str, Any]:
-    """Of plain completions. offset: characters of the text before these tokens.
+    """Of plain completions. offset: characters of the text before these tokens; end, those after them, is besides.
 
     A token whose text another one of the likeliest has, too, is shown once, with the greater value.
     """
@@ -44,4 +44,4 @@ def plain_logprobs(tokenizer: ChatTokenizer, tokens: Iterable[TokenLogprob], off
             name = token_text(tokenizer, other)[0]
             likeliest[name] = max(logprob, likeliest.get(name, logprob))
         top.append(likeliest)
-    return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets}
+    return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": top, "text_offset": offsets, "end": offset}

@@ -107,7 +107,7 @@ class SamplingBody(Strict):
         return make_sampling(
             max_tokens=max_tokens,
             temperature=DEFAULT_TEMPERATURE if self.temperature is None else self.temperature,
-            top_k=max(self.top_k, 0) if self.top_k is not None and self.top_k >= -1 else (self.top_k or 0),
+            top_k=0 if self.top_k in (None, -1) else self.top_k,
             seed=self.seed,
             stop=self.stops,
             logit_bias=biases(self.logit_bias or {}, vocabulary),
@@ -144,7 +144,7 @@ def constraint(wanted: TextFormat | ObjectFormat | SchemaFormat | None) -> Const
     return schema_constraint(wanted.json_schema.schema_)
 
 
-def schema_constraint(schema: dict[str, Any] | None) -> Constraint:
+def schema_constraint(schema: dict[str, Any] | None, param: str = "response_format") -> Constraint:
     """Without a schema any JSON object will do. Raises ApiError for one that cannot be enforced."""
     if schema is None:
         return Constraint("json_object")
@@ -153,5 +153,5 @@ def schema_constraint(schema: dict[str, Any] | None) -> Constraint:
         wanted = Constraint("json_schema", text)
         check_schema(text)
     except (ValueError, InputError) as error:
-        raise ApiError(400, str(error), "response_format", "invalid_schema") from None
+        raise ApiError(400, str(error), param, "invalid_schema") from None
     return wanted
