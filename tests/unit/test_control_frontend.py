@@ -1,4 +1,4 @@
-"""The control server and its clients, in virtual time: a front end that only sends and notes messages."""
+"""The control server and its clients in virtual time, with a front end that only notes messages: promises 1 and 10."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Training jobs through the control server, with scripted replicas in virtual time."""
+"""Training jobs through the control server, with scripted replicas in virtual time: promise 10, also across a kill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys of clients: what is kept of them, who gets in, and what each may use up."""
+"""Keys of clients: what is kept of them, who gets in (promise 9), and what each may use up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store of files, jobs, events, rounds and feedback."""
+"""The store of files, jobs, events, rounds and feedback: each is kept exactly once (promise 10)."""
 
 import sqlite3
 
