@@ -211,14 +211,15 @@ def pinned_name(adapter: str, number: int) -> str:
 class AdapterVersion(msgspec.Struct, frozen=True, kw_only=True):
     """A promoted adapter. Version 0 is the base model; numbers only grow; weights never change afterwards.
 
-    round_id: the round that made it; 0: none did, it was loaded from a folder. adapter: the name of its line of
+    round_id: the round that made it; 0: none did, it was loaded from a folder. heldout_loss: nats per answer token, on
+    the rows that judged it; None: not measured. adapter: the name of its line of
     versions; parent: the version that its training began from, 0: the base. job: whose rounds trained it; empty: the
     run's own data. created_unix: when it was stored, seconds of the wall clock; 0: not known.
     """
 
     number: int
     round_id: int
-    heldout_loss: float
+    heldout_loss: float | None
     adapter: str = CLIF
     parent: int = 0
     job: str = ""

@@ -4,7 +4,7 @@ import json
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
 import numpy as np
@@ -47,6 +47,8 @@ class ScriptedReplica:
     Its driver gives it `send` and calls start(), take() for each message, and step(now) every STEP_S until it is over.
     silent_after, fails_after: after so many requests it hangs (and wakes up 1.5 s later if it `wakes`), or meets an
     error and is rebuilt in fails_for_s. gone: it has done so. serves: whether it answers at present.
+    holds_after: rounds after so many are not trained. slow_installs_s: how long it takes to take in a version that does
+    not become active. lies: it answers with its active version whatever is asked for.
     """
 
     def __init__(self, replica: int, silent_after: int | None = None) -> None:
@@ -61,6 +63,11 @@ class ScriptedReplica:
         self.version = 0
         self.loaded: set[int] = set()
         self.wanted: set[int] = set()
+        self.most_held = 0
+        self.orders: Counter[str] = Counter()
+        self.holds_after: int | None = None
+        self.slow_installs_s = 0.0
+        self.lies = False
         self.busy = 0.1
         self.gone = False
         self.serves: Callable[[], bool] = lambda: True
@@ -76,6 +83,7 @@ class ScriptedReplica:
         self.over = False
         self.exit_code: int | None = None
         self._waiting: deque[wire.Down] = deque()
+        self._installs: deque[tuple[float, wire.Install]] = deque()
         self._asleep_until, self._reported, self._now = 0.0, 0.0, 0.0
         self._returning, self._welcome = False, True
 
@@ -96,11 +104,13 @@ class ScriptedReplica:
         while self._waiting and self._awake():
             self._read(self._waiting.popleft())
         if self._awake() and self._welcome:
+            self._install()
             self._act()
 
     def rebuild(self, error: str) -> None:
         self.send(wire.Trouble(replica=self.replica, error=error, returning=True))
         self.incarnation, self.running, self.plan = self.incarnation + 1, {}, None
+        self.loaded, self.wanted = {self.version} - {0}, set()
         self._asleep_until, self._returning = self._now + self.fails_for_s, True
 
     def _awake(self) -> bool:
@@ -161,17 +171,20 @@ class ScriptedReplica:
 
     def obey(self, message: wire.Down) -> None:
         me = self.replica
+        self.orders[type(message).__name__] += 1
         if isinstance(message, wire.Submit):
             self.submitted += 1
             pinned = message.request.version
             version = pinned if pinned is not None else self.version if message.version is None else message.version
+            version = self.version if self.lies else version
             self.running[message.request.id] = (message.request, version, len(message.output_ids))
         elif isinstance(message, wire.Cancel):
             self.running.pop(message.request_id, None)
         elif isinstance(message, wire.BeginRound):
             self.plan = message.plan
             self.plans.append(message.plan)
-            if not self.trains_until_told:
+            held_up = self.holds_after is not None and len(self.plans) > self.holds_after
+            if not self.trains_until_told and not held_up:
                 self.steps_done(message.plan.round_id)
         elif isinstance(message, wire.FinishSteps):
             self.steps_done(message.round_id)
@@ -185,17 +198,9 @@ class ScriptedReplica:
         elif isinstance(message, wire.Settle):
             self.settle(message)
         elif isinstance(message, wire.Install):
-            self.installed.append(message.version)
-            active = message.activate and message.adapter == CLIF
-            if active:
-                self.version = message.version
-            elif not message.activate and message.version not in self.wanted:
-                return
-            else:
-                self.wanted |= {message.version}
-            self.loaded |= {message.version}
-            self.send(wire.Settled(replica=me, round_id=0, version=message.version, step=1))
-            self.tell_held()
+            slow = 0.0 if message.activate else self.slow_installs_s
+            self._installs.append((self._now + slow, message))
+            self._install()
         elif isinstance(message, wire.Keep):
             self.wanted = set(message.versions)
             self.tell_held()
@@ -243,8 +248,28 @@ class ScriptedReplica:
     def held(self) -> tuple[int, ...]:
         return tuple(sorted(self.loaded & ({self.version} | self.wanted)))
 
+    def _install(self) -> None:
+        while self._installs and self._installs[0][0] <= self._now:
+            message = self._installs.popleft()[1]
+            if message.activate:
+                self.version = message.version
+            elif message.version not in self.wanted:
+                continue
+            self.installed.append(message.version)
+            self.loaded |= {message.version}
+            if message.activate:
+                self.send(wire.Settled(replica=self.replica, round_id=0, version=message.version, step=1))
+            self.tell_held()
+
+    def go_on(self) -> None:
+        """Rounds are trained from now on, the one under way as well."""
+        self.holds_after = None
+        if self.plan is not None:
+            self.steps_done(self.plan.round_id)
+
     def tell_held(self) -> None:
         self.loaded = set(self.held)
+        self.most_held = max(self.most_held, len(self.loaded))
         self.send(wire.Held(replica=self.replica, versions=self.held))
 
 

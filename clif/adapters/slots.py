@@ -68,17 +68,17 @@ class SlotTable:
 
     def promote(self, version: int, slot: int) -> None:
         """Make `version`, whose weights are in the free `slot`, active; the former one retires unless it is kept."""
-        self._put(version, slot)
+        self.load(version, slot)
         self.activate(version)
 
-    def load(self, version: int, slot: int, keep: bool = True) -> None:
-        """Hold `version`, whose weights are in the free `slot`. The active one stays.
-
-        keep: until keep() leaves it out; otherwise activate() follows at once.
-        """
-        self._put(version, slot)
-        if keep:
-            self.wanted |= {version}
+    def load(self, version: int, slot: int) -> None:
+        """Hold `version`, whose weights are in the free `slot`, if it is wanted; otherwise activate() or keep() follows
+        at once. The active one stays."""
+        if version in self._versions:
+            raise RuntimeError(f"adapter version {version} is held already")
+        if slot in {entry.slot for entry in self._versions.values()}:
+            raise RuntimeError(f"slot {slot} is still read: it cannot take version {version}")
+        self._versions[version] = _Version(slot)
 
     def activate(self, version: int) -> None:
         """Make a version that can be read here active, the base included; the former one retires unless it is kept."""
@@ -102,13 +102,6 @@ class SlotTable:
 
     def _stays(self, version: int) -> bool:
         return version == self.active or version in self.wanted
-
-    def _put(self, version: int, slot: int) -> None:
-        if version in self._versions:
-            raise RuntimeError(f"adapter version {version} is held already")
-        if slot in {entry.slot for entry in self._versions.values()}:
-            raise RuntimeError(f"slot {slot} is still read: it cannot take version {version}")
-        self._versions[version] = _Version(slot)
 
     def _collect(self, version: int) -> None:
         if not self._stays(version) and self._versions[version].readers == 0:

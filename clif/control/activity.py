@@ -43,7 +43,8 @@ class Activity:
 
     def version(self, version: AdapterVersion) -> None:
         self.versions.append(version)
-        text = f"version {version.number} is stored, held-out loss {version.heldout_loss:.4f}"
+        loss = "" if version.heldout_loss is None else f", held-out loss {version.heldout_loss:.4f}"
+        text = f"version {version.number} is stored{loss}"
         self.note("version", text, version=version.number)
 
     def round_began(self, plan: RoundPlan) -> None:

@@ -177,7 +177,7 @@ class Federation:
         if current is None or not current.publication(now, message):
             log.debug("version %d was published again: ignored", message.version)
             return
-        loss = current.promotion.candidate_loss if current.promotion else math.nan
+        loss = current.promotion.candidate_loss if current.promotion else None
         version = AdapterVersion(
             number=message.version,
             round_id=message.round_id,

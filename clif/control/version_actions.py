@@ -6,7 +6,6 @@ Every method raises Refused with a sentence that says what to change, and OSErro
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 from pathlib import Path
@@ -121,7 +120,7 @@ class VersionActions:
         except InputError as error:
             raise Refused("invalid", str(error), "path") from error
         version = AdapterVersion(
-            number=number, round_id=0, heldout_loss=math.nan, adapter=adapter, created_unix=self._versions.unix(now)
+            number=number, round_id=0, heldout_loss=None, adapter=adapter, created_unix=self._versions.unix(now)
         )
         self._versions.add(version, config_json, weights, active=first)
         self._observer.on_stored(version)

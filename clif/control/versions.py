@@ -186,7 +186,7 @@ class Versions:
         """Raises Refused if there are no slots for the first versions of all these adapters."""
         new = [adapter for adapter in dict.fromkeys(adapters) if not self.active(adapter)]
         given = [
-            AdapterVersion(number=self.last + i, round_id=0, heldout_loss=0.0, adapter=adapter)
+            AdapterVersion(number=self.last + i, round_id=0, heldout_loss=None, adapter=adapter)
             for i, adapter in enumerate(new, 1)
         ]
         if given:
@@ -246,7 +246,7 @@ class Versions:
             created=version.created_unix if version else 0.0,
             parent=version.parent if version else 0,
             round=version.round_id if version else 0,
-            heldout_loss=_number(version.heldout_loss) if version else None,
+            heldout_loss=version.heldout_loss if version else None,
             job=version.job if version else "",
             everywhere=number == 0 or number in self._fleet.held_by_all,
         )
@@ -257,8 +257,3 @@ class Versions:
         self.kept, self.reason = kept_versions(0.0, self.view(), self._config)
         self._fleet.expect(self.kept)
         self.revision += 1
-
-
-def _number(value: float) -> float | None:
-    """A loss that was measured; JSON has no NaN."""
-    return value if value == value else None

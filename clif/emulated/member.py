@@ -56,11 +56,12 @@ class _Round:
 
 @dataclass(frozen=True)
 class _Version:
-    """A version that waits for a slot."""
+    """A version that waits for a slot. active: it becomes the active one; promoted: by a round of this replica."""
 
     number: int
     round_id: int
     active: bool
+    promoted: bool = False
 
 
 class EmulatedMember:
@@ -163,7 +164,7 @@ class EmulatedMember:
         if current is not None:
             plan = current.plan
             self._steps[order.version] = self._steps.get(plan.base_version, 0) + (current.steps or 0)
-            self._waiting.append(_Version(order.version, order.round_id, plan.adapter == CLIF))
+            self._waiting.append(_Version(order.version, order.round_id, plan.adapter == CLIF, promoted=True))
         if order.publish:
             self._send(self._published(order))
 
@@ -190,11 +191,16 @@ class EmulatedMember:
             slot = self._slots.free_slot()
             if slot is None:
                 return False
-            self._slots.load(version.number, slot, keep=not version.active)
+            self._slots.load(version.number, slot)
         if version.active:
             self._slots.activate(version.number)
             self._on_version(version.number, version.round_id)
-        self._settled(version.number, version.round_id)
+        elif version.promoted:
+            self._slots.keep({*self._slots.wanted, version.number})
+        if version.active or version.promoted:
+            self._settled(version.number, version.round_id)
+        else:
+            self._tell_held()
         return True
 
     def _settled(self, version: int, round_id: int) -> None:

@@ -227,10 +227,14 @@ class Member:
         )
 
     def _promote(self, settle: Settle, adapter: str, job: JobState, candidate: float) -> Slices[None]:
-        state = self.trainer.bank.shadow_state()
-        yield from self._take_in(settle.version, settle.round_id, state, adapter == CLIF)
+        slot = yield from self._slot_for(settle.version)
+        self._put(settle.version, slot, self.trainer.bank.shadow_state(), job.checkpoints.shadow)
         self.masters.shadow = settle.version
-        self.masters.add(settle.version, job.checkpoints.shadow)
+        if adapter == CLIF:
+            self._switch(settle.version, settle.round_id)
+        else:
+            self.slots.keep({*self.slots.wanted, settle.version})
+            self._settled(settle.version, settle.round_id)
         job.gate.remember(settle.version, candidate)
         self.trainer.commit()
         job.checkpoints.committed()
@@ -256,17 +260,20 @@ class Member:
     def _checkpoint(self, version: int, round_id: int) -> Checkpoint:
         return Checkpoint(version, round_id, self.trainer.snapshot(), self.trainer.cursor_state(commit=True))
 
-    def _take_in(self, version: int, round_id: int, state: State, active: bool) -> Slices[None]:
-        """Copy a version into a slot without readers, and make it active if asked; running requests keep theirs."""
-        if not self.slots.holds(version):
-            while (slot := self.slots.free_slot()) is None:
-                yield WAIT
+    def _slot_for(self, version: int) -> Slices[int | None]:
+        """A slot without readers, once there is one: running requests keep theirs. None: the version has one."""
+        while not self.slots.holds(version):
+            slot = self.slots.free_slot()
+            if slot is not None:
+                return slot
+            yield WAIT
+        return None
+
+    def _put(self, version: int, slot: int | None, state: State, master: torch.Tensor) -> None:
+        if slot is not None:
             self.trainer.bank.fill_slot(slot, state)
-            self.slots.load(version, slot, keep=not active)
-        if active:
-            self._switch(version, round_id)
-        else:
-            self._settled(version, round_id)
+            self.slots.load(version, slot)
+        self.masters.add(version, master)
 
     def _switch(self, version: int, round_id: int) -> None:
         self.slots.activate(version)
@@ -337,8 +344,14 @@ class Member:
         if active:
             self.trainer.bank.load_shadow(flat)
             self.masters.shadow = version
-        yield from self._take_in(version, message.round_id, self.trainer.bank.state(flat), active)
-        self.masters.add(version, flat)
+        slot = yield from self._slot_for(version)
+        if not active and version not in self.slots.wanted:
+            return
+        self._put(version, slot, self.trainer.bank.state(flat), flat)
+        if active:
+            self._switch(version, message.round_id)
+        else:
+            self._tell_held()
         if active and self.job_switch.current == OWN:
             # Otherwise the moments are another job's; those on disk are of the last round of the run's own data.
             self.job_switch.own.checkpoints.installed(self._checkpoint(version, message.round_id))

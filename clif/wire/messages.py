@@ -259,8 +259,8 @@ class Published(Message, frozen=True):
 
 
 class Settled(Message, frozen=True):
-    """The replica answers new requests with `version` from engine step `step` on, if it is of adapter `clif`; it holds
-    a version of another adapter from then on, for requests that ask for it."""
+    """The replica answers new requests with `version` from engine step `step` on. One that a round made for another
+    adapter than `clif` it holds from then on, for requests that ask for it."""
 
     replica: Count
     round_id: int

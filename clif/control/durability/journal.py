@@ -116,7 +116,7 @@ class RoundStored(Entry, frozen=True):
 
     round_id: int
     version: int
-    heldout_loss: float
+    heldout_loss: float | None
     row: dict[str, Any]
     adapter: str = CLIF
     parent: int = 0
