@@ -22,12 +22,11 @@ ROUND_COLUMNS = (
 
 
 class Activity:
-    """clock: the server's. rounds: the latest that ended. versions: the latest that were stored."""
+    """clock: the server's. rounds: the latest that ended."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.totals, self.events = Totals(), Events()
         self.rounds: deque[tuple[float, dict[str, Any]]] = deque(maxlen=LATEST)
-        self.versions: deque[AdapterVersion] = deque(maxlen=LATEST)
         self._clock = clock
 
     def note(self, kind: str, text: str, **fields: Any) -> None:
@@ -42,7 +41,6 @@ class Activity:
         self.note("pressure", f"pressure {pressure.value}: {reason}", level=pressure.value)
 
     def version(self, version: AdapterVersion) -> None:
-        self.versions.append(version)
         loss = "" if version.heldout_loss is None else f", held-out loss {version.heldout_loss:.4f}"
         text = f"version {version.number} is stored{loss}"
         self.note("version", text, version=version.number)

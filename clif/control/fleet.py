@@ -38,9 +38,12 @@ BREAK = 0.05
 
 @dataclass(frozen=True)
 class Tally:
-    """Sums over all replicas. kv_used, kv_tokens: tokens in the caches of those that are alive, and their room."""
+    """Sums over all replicas. Of those that are alive, as they said last: running: requests in their batches; kv_used,
+    kv_tokens: tokens in their caches, and the room.
+    """
 
     states: Mapping[str, int]
+    running: int = 0
     kv_used: int = 0
     kv_tokens: int = 0
 
@@ -237,13 +240,15 @@ class Fleet:
     def tally(self) -> Tally:
         """Costs far less than the views of all replicas."""
         states: Counter[str] = Counter()
-        used = room = 0
+        running = used = room = 0
         for tracker in self._trackers.values():
             states[tracker.state.value] += 1
             if tracker.state is not ReplicaState.FAILED:
-                used += tracker.report.kv_used if tracker.report else 0
+                if tracker.report is not None:
+                    running += tracker.report.running
+                    used += tracker.report.kv_used
                 room += tracker.hello.kv_tokens
-        return Tally(states, used, room)
+        return Tally(states, running, used, room)
 
     def routing_view(self) -> RoutingView:
         """What routing needs of all replicas at this moment. Costs what has changed since the last call."""

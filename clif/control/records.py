@@ -183,7 +183,6 @@ def row_of(ended: Round) -> dict[str, Any]:
         "running_requests": ended.running_requests,
         "reason": ended.reason,
         "gave_up": ended.gave_up,
-        "job": ended.plan.job,
     }
 
 

@@ -5,7 +5,9 @@ Its size is bounded: of replicas, rounds, versions and events it has the first o
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
@@ -18,14 +20,16 @@ from clif.control.activity import Activity
 from clif.control.dispatcher import Dispatcher
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
+from clif.control.jobs import JobBoard
 from clif.control.policy.view import ReplicaView
 from clif.control.policy_loop import PolicyLoop
 from clif.control.progress import Snapshot
 from clif.control.reporter import Reporter
-from clif.control.versions import Versions
-from clif.types import AdapterVersion
+from clif.control.versions import ModelRow, Versions
+from clif.jobs.model import STANDING, Job, JobEvent
 
-MOST_REPLICAS = 64
+MOST_REPLICAS, MOST_JOBS, MOST_VERSIONS = 64, 16, 32
+JOBS_S = 1.0
 
 
 class StatusReport:
@@ -41,11 +45,14 @@ class StatusReport:
         versions: Versions,
         reporter: Reporter,
         activity: Activity,
+        jobs: JobBoard,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._config, self._fleet, self._dispatcher = config, fleet, dispatcher
         self._federation, self._policy, self._reporter, self._activity = federation, policy, reporter, activity
-        self._versions, self._wall = versions, wall
+        self._versions, self._wall, self._jobs = versions, wall, jobs
+        self._jobs_body: dict[str, Any] = {}
+        self._next_jobs_s = -math.inf
 
     def body(self, now: float) -> dict[str, Any]:
         unix, tally = round(self._wall(), 2), self._fleet.tally()
@@ -55,16 +62,20 @@ class StatusReport:
             "context": self._dispatcher.context_limit,
             "vocabulary": min((hello.vocabulary for hello in self._fleet.hellos), default=0),
             "unix": unix,
-            "run": self._run(shown),
+            "run": {**self._run(shown), "in_batches": tally.running},
             "promise": self._promise(),
             "training": self._training(now, shown),
             "states": dict(tally.states),
             "kv": {"used": tally.kv_used, "tokens": tally.kv_tokens},
             "replica_count": self._fleet.expected,
+            "drained_count": len(self._fleet.drained),
             "replicas": self._replicas(shown),
             "models": self._versions.models(),
-            "versions": [self._version(version) for version in self._activity.versions],
+            "canary": self._versions.canary,
+            "pinned": self._versions.pinned,
+            "versions": self._listed(),
             "rounds": [{"unix": round(unix - (now - at), 2), **row} for at, row in self._activity.rounds],
+            "jobs": self._of_jobs(now),
             "totals": self._activity.totals.body(),
             "events": self._activity.events.body(now, unix),
         }
@@ -131,19 +142,26 @@ class StatusReport:
         views = (self._fleet.view_of(replica) for replica in islice(known, MOST_REPLICAS))
         return [_replica(view, shown.slack.get(view.replica, "")) for view in views]
 
-    def _version(self, version: AdapterVersion) -> dict[str, Any]:
-        return {
-            "version": version.number,
-            "round_id": version.round_id,
-            "heldout_loss": version.heldout_loss,
-            **self._answered(version.number),
-        }
+    def _listed(self) -> list[dict[str, Any]]:
+        """The newest versions, and the base at last."""
+        rows = [*self._versions.listing(MOST_VERSIONS), self._versions.row(0)]
+        return [_version(row) | self._answered(row.version) for row in rows]
 
     def _answered(self, version: int) -> dict[str, int]:
         answered = self._activity.totals.versions.get(version)
         if answered is None:
             return {"requests": 0, "tokens": 0, "slo_met": 0}
         return {"requests": answered.requests, "tokens": answered.tokens, "slo_met": answered.slo_met}
+
+    def _of_jobs(self, now: float) -> dict[str, Any]:
+        """The newest jobs with their last events, once a second: it is read from the store."""
+        if now >= self._next_jobs_s:
+            self._next_jobs_s = now + JOBS_S
+            store = self._jobs.store
+            live = Counter(job.status.value for job in store.live if job.id != STANDING)
+            rows = [_job(job, store.events(job.id, limit=1)) for job in store.list_jobs(limit=MOST_JOBS)]
+            self._jobs_body = {"live": dict(live), "rows": rows, "feedback_waiting": store.feedback_waiting()}
+        return self._jobs_body
 
 
 def _replica(view: ReplicaView, slack: str) -> dict[str, Any]:
@@ -159,6 +177,39 @@ def _replica(view: ReplicaView, slack: str) -> dict[str, Any]:
         "kv_used": view.kv_used,
         "kv_tokens": view.kv_tokens,
         "slack": slack,
+    }
+
+
+def _version(row: ModelRow) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "version": row.version,
+        "adapter": row.adapter,
+        "state": row.state,
+        "parent": row.parent,
+        "round_id": row.round,
+        "job": row.job,
+        "heldout_loss": row.heldout_loss,
+    }
+
+
+def _job(job: Job, events: Sequence[JobEvent]) -> dict[str, Any]:
+    return {
+        "id": job.id,
+        "created_s": job.created_s,
+        "adapter": job.adapter,
+        "status": job.status.value,
+        "feedback": job.from_feedback,
+        "priority": job.priority,
+        "weight": job.weight,
+        "counted": job.counted,
+        "wanted": job.wanted,
+        "completed": job.completed,
+        "discarded": job.discarded,
+        "trained_tokens": job.trained_tokens,
+        "version": job.version,
+        "error": job.error,
+        "event": events[0].message if events else "",
     }
 
 

@@ -72,7 +72,9 @@ class ControlServer:
         self._version_updates = VersionUpdates(self.fleet, self.federation, self.versions)
         self.version_actions = VersionActions(config, self.fleet, self.federation, self.versions, observers)
         operator = Operator(self.fleet, self._policy, ports.ledger, recorder.activity)
-        self.status = StatusReport(config, *parts, self._policy, self.versions, self._reporter, recorder.activity)
+        self.status = StatusReport(
+            config, *parts, self._policy, self.versions, self._reporter, recorder.activity, self.jobs
+        )
         clients_jobs = JobActions(self.jobs, ports.ledger.unix, self.versions.active, config.jobs.max_files)
         self._clients = Clients(config, ports, state, *parts, self.versions, operator, clients_jobs, self.status)
         inbox_parts = state, self._claims, self.fleet, self._failures, self._handlers(), self._clients.take

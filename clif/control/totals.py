@@ -61,8 +61,9 @@ class Answered:
 class Totals:
     """Counts over the users' requests and the rounds of this start.
 
-    prompt_tokens: of requests that got a first token. generated_tokens: as they come, also those of an answer that
-    began again. trained_tokens, trained_samples: of rounds that ended, of all members. versions: by number, the latest.
+    prompt_tokens and latencies, but queue_s: of requests that got a first token. generated_tokens: as they come, also
+    those of an answer that began again. trained_tokens, trained_samples: of rounds that ended, of all members.
+    versions: by number, the latest.
     """
 
     requests: Counter[FinishReason] = field(default_factory=Counter)
@@ -87,12 +88,11 @@ class Totals:
         assert record.finish is not None
         self.requests[record.finish] += 1
         self.slo_met += record.slo_met
-        if record.e2e_s is not None:
-            self.e2e_s.add(record.e2e_s)
         if record.dispatched_s is not None:
             self.queue_s.add(max(0.0, record.dispatched_s - record.arrival_s))
-        if record.ttft_s is None:
+        if record.ttft_s is None or record.e2e_s is None:
             return
+        self.e2e_s.add(record.e2e_s)
         self.prompt_tokens += len(record.request.prompt)
         self.ttft_s.add(record.ttft_s)
         self.itl_s.add_all(record.gaps_s)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from msgspec.structs import replace
@@ -227,9 +228,10 @@ class Versions:
         kept = [self._row(version_name(self.get(number)), number) for number in reversed(self.kept)]
         return [self._row(BASE, 0), *names, *kept]
 
-    def listing(self) -> list[ModelRow]:
-        """All versions, newest first."""
-        return [self._row(version_name(version), version.number) for version in reversed(self._stored.committed)]
+    def listing(self, most: int | None = None) -> list[ModelRow]:
+        """All versions, or so many, newest first."""
+        newest = islice(reversed(self._stored.committed), most)
+        return [self._row(version_name(version), version.number) for version in newest]
 
     def row(self, number: int) -> ModelRow:
         """A version as it is listed."""

@@ -51,9 +51,9 @@ async def serve(arguments: argparse.Namespace) -> None:
     run_dir: Path = arguments.run_dir
     config = Config.model_validate_json((run_dir / "config.json").read_text())
     link = Link(run_dir, arguments.first_id)
-    app = make_app(Parts(config, link, ChatTokenizer.load(run_dir / "tokenizer")))
+    parts = Parts(config, link, ChatTokenizer.load(run_dir / "tokenizer"))
     settings = uvicorn.Config(
-        app,
+        make_app(parts),
         http=Connection,
         ws="none",
         # Below it are reports on what clients send.
@@ -70,11 +70,13 @@ async def serve(arguments: argparse.Namespace) -> None:
     receiving = asyncio.create_task(link.receive())
     serving = asyncio.create_task(server.serve([socket.socket(fileno=arguments.fd)]))
     watching = asyncio.create_task(end_stalled(server.server_state.connections, config.serve.http.stall_s))
+    following = asyncio.create_task(parts.history.follow(link))
     link.start()
     await asyncio.wait({receiving, serving}, return_when=asyncio.FIRST_COMPLETED)
     server.should_exit = True
     await serving
     watching.cancel()
+    following.cancel()
     link.close()
     if receiving.done():
         receiving.result()

@@ -12,6 +12,7 @@ from clif.frontend import chat, completions, files, jobs, models, responses
 from clif.frontend.auth import Access
 from clif.frontend.errors import handle_errors
 from clif.frontend.limits import Guard
+from clif.frontend.operation import add_operation
 from clif.frontend.route_parts import Parts
 from clif.frontend.strict import with_components
 
@@ -35,6 +36,7 @@ def make_app(parts: Parts) -> FastAPI:
     handle_errors(app)
     http = parts.config.serve.http
     app.add_middleware(Guard, access=Access.configured(http), http=http)
+    add_operation(app, parts)
 
     for group in (chat, completions, files, jobs, models, responses):
         app.include_router(group.routes(parts))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from clif.config import Config
+from clif.frontend.history import History
 from clif.frontend.link import Link
 from clif.tokenizer import ChatTokenizer
 
 
 @dataclass(frozen=True)
 class Parts:
-    """link: to the control process."""
+    """link: to the control process. history: of its status; a task of the process fills it."""
 
     config: Config
     link: Link
     tokenizer: ChatTokenizer
+    history: History = field(default_factory=History)

@@ -40,7 +40,8 @@ def open_store(path: Path | None) -> sqlite3.Connection:
     Transactions begin and end by statements. Raises InputError for a file that cannot be used.
     """
     try:
-        connection = sqlite3.connect(path or ":memory:", isolation_level=None)
+        # One thread at a time uses it, though it need not be the one that opens it.
+        connection = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
         if path is not None:
             path.chmod(0o600)
         connection.execute("PRAGMA journal_mode = DELETE")

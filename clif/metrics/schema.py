@@ -181,7 +181,6 @@ _CONTROL = (
         _i("running_requests", "", "requests that ran at the moment of promotion", 0),
         _s("reason", "why it was committed or discarded"),
         _s("gave_up", "why no further round was tried after this one; empty: further ones could be", default=""),
-        _s("job", "the job whose samples were trained on; empty: the run's own data", NAME, default=""),
     ),
     _table(
         "load",

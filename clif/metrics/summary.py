@@ -203,8 +203,7 @@ def _training(rounds: Rows, steps: Rows) -> dict[str, Any]:
 
 def _gave_up(rounds: Rows) -> str | None:
     """Why training was given up, in the last start that had rounds, since each start tries again."""
-    own = rounds[rounds["job"] == b""]
-    last = own["gave_up"][-1].decode() if len(own) else ""
+    last = rounds["gave_up"][-1].decode() if len(rounds) else ""
     return last or None
 
 

@@ -112,8 +112,8 @@ def test_a_request_with_a_row_is_not_answered_again_even_if_the_host_lost_its_li
     assert not found.open and not found.load
 
 
-def stored(round_id: int, version: int, job: str = "") -> RoundStored:
-    return RoundStored(round_id=round_id, version=version, heldout_loss=1.0, row={}, job=job)
+def stored(round_id: int, version: int) -> RoundStored:
+    return RoundStored(round_id=round_id, version=version, heldout_loss=1.0, row={})
 
 
 def test_rounds_count_once_and_only_if_their_adapter_became_current():
@@ -129,11 +129,6 @@ def test_rounds_count_once_and_only_if_their_adapter_became_current():
     assert [r.round_id for r in found.unrecorded_rounds] == [2] and not found.unrecorded_adapters
     anew = recovered([*lines, Entered(phase="done")], load, relaunched=False, committed=frozenset({1, 2}))
     assert anew.completed == 0 and (anew.last_round, anew.last_version) == (4, 3), "numbers are never given twice"
-
-
-def test_rounds_of_jobs_are_none_of_those_that_federation_rounds_asks_for():
-    lines = [began(load_of(1)), stored(1, 1, "ftjob-a"), stored(2, 2)]
-    assert recovered(lines, load_of(1), committed=frozenset({1, 2})).completed == 1
 
 
 def test_after_a_deleted_journal_no_id_is_given_again_and_what_was_lost_is_known():

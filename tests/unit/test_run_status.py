@@ -71,7 +71,8 @@ def test_the_counts_are_those_of_the_tables(tmp_path: Path) -> None:
     (ended,) = run.table("rounds")
     assert totals["rounds"] == {"committed": 1, "discarded": 0}
     assert (totals["trained_tokens"], totals["trained_samples"]) == (ended["tokens"], ended["samples"])
-    (version,) = body["versions"]
+    version, base = body["versions"]
+    assert base["id"] == "base" and base["requests"] + version["requests"] == len(rows)
     assert version["version"] == 1 and version["heldout_loss"] == pytest.approx(ended["heldout_candidate"])
     assert version["requests"] == sum(row["version"] == 1 for row in rows)
 
@@ -125,7 +126,9 @@ def test_a_value_on_a_bound_belongs_to_its_bucket() -> None:
 def test_counts_of_versions_are_bounded_and_the_base_stays() -> None:
     totals, request = Totals(), Request(id=1, prompt=(1,), sampling=Sampling(max_tokens=2))
     for version in range(2 * VERSIONS_COUNTED):
-        totals.request(RequestRecord(request, 0.0, version=version, token_times=[1.0], finish=FinishReason.STOP))
+        totals.request(
+            RequestRecord(request, 0.0, version=version, token_times=[1.0], finished_s=1.0, finish=FinishReason.STOP)
+        )
     assert len(totals.versions) == VERSIONS_COUNTED
     assert min(totals.versions) == 0 and max(totals.versions) == 2 * VERSIONS_COUNTED - 1
 

@@ -31,9 +31,9 @@ from clif.types import first_id as first_id_of
 class Past:
     """The sum of the journal. accepted, ended: by request id; a second line for the same id does not count.
 
-    done, opened: whether the last run in this folder went through, and whether its load had begun. rounds: those of its
-    own data that it committed, if their adapters became current. load_s, run_s: how long its load and the run itself
-    took, seconds. paused, drained: what an operator wants of training and of replicas, with the reasons.
+    done, opened: whether the last run in this folder went through, and whether its load had begun. rounds: those that
+    it committed, if their adapters became current. load_s, run_s: how long its load and the run itself took, seconds.
+    paused, drained: what an operator wants of training and of replicas, with the reasons.
     """
 
     starts: int = 0
@@ -89,8 +89,7 @@ def _add(past: Past, line: Line) -> None:
         case VersionGiven():
             past.last_version = max(past.last_version, line.version)
         case RoundStored():
-            if not line.job:
-                past.rounds.add(line.round_id)
+            past.rounds.add(line.round_id)
             past.stored.setdefault(line.round_id, line)
         case TrainingPaused():
             past.paused = line.reason

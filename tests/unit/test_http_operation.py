@@ -1,0 +1,192 @@
+"""/metrics, /admin and the history, over HTTP."""
+
+import asyncio
+import json
+import re
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from http_run import HttpRun, eventually, http_config
+from prometheus_client.parser import text_string_to_metric_families
+
+from clif.frontend.history import AGES, COLUMNS, History
+
+REPO = Path(__file__).resolve().parents[2]
+ASK = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[HttpRun, dict[str, Any]]:
+    """A run that has ended, and what its routes said last."""
+    run, said = HttpRun(http_config(tmp_path_factory.mktemp("operation")), replicas=2), {}
+    with run:
+        client = run.client()
+        for tokens in (1, 5, 64):
+            client.chat.completions.create(model="clif", messages=ASK, max_tokens=tokens)
+        with client.chat.completions.create(model="clif", messages=ASK, stream=True) as stream:
+            next(iter(stream))
+        assert run.post("/v1/chat/completions", {"model": "clif"}).status_code == 400
+        assert run.get("/v1/nothing").status_code == 404
+        eventually(lambda: run.get("/admin/status").json()["status"]["totals"]["requests"]["cancelled"] == 1)
+        eventually(lambda: len(run.get("/admin/history").json()["rows"]) >= 2)
+        for path in ("metrics", "admin/status", "admin/history", "admin/config"):
+            said[path] = run.get(f"/{path}")
+        said["paused"] = run.post("/admin/training/pause", {"reason": "a test"}).json()
+        said["drained"] = run.post("/admin/replicas/1/drain", {}).json()
+        eventually(lambda: run.get("/admin/status").json()["status"]["drained_count"] == 1)
+        said["refused"] = run.post("/admin/replicas/0/drain", {})
+        said["resumed"] = httpx.post(f"{run.url}/admin/training/resume").json()
+        said["undrained"] = httpx.post(f"{run.url}/admin/replicas/1/undrain").json()
+        with httpx.stream("GET", f"{run.url}/admin/live") as live:
+            lines = live.iter_lines()
+            said["live"] = [json.loads(line[6:]) for line in (next(lines) for _ in range(8)) if line[:6] == "data: "]
+    return run, said
+
+
+def families(said: dict[str, Any]) -> dict[str, Any]:
+    return {family.name: family for family in text_string_to_metric_families(said["metrics"].text)}
+
+
+def value(said: dict[str, Any], name: str, **labels: str) -> float:
+    """Of the one sample with these labels."""
+    samples = [s for family in families(said).values() for s in family.samples if s.name == name]
+    (found,) = [s for s in samples if labels.items() <= s.labels.items()]
+    return float(found.value)
+
+
+def test_metrics_are_the_counts_of_the_tables(ended: tuple[HttpRun, dict[str, Any]]) -> None:
+    run, said = ended
+    rows = run.rows("requests")
+    for finish, n in Counter(row["finish"] for row in rows).items():
+        assert value(said, "clif:requests_total", finish=finish) == n
+    success = {"stop": "stop", "length": "length", "cancelled": "abort"}
+    for finish, name in success.items():
+        counted = value(said, "vllm:request_success_total", finished_reason=name, model_name="clif")
+        assert counted == sum(row["finish"] == finish for row in rows)
+    assert value(said, "vllm:prompt_tokens_total") == sum(row["prompt_tokens"] for row in rows)
+    assert value(said, "vllm:generation_tokens_total") == sum(row["output_tokens"] for row in rows)
+    answered = [row for row in rows if row["output_tokens"]]
+    for name, column in (("time_to_first_token", "ttft_s"), ("e2e_request_latency", "e2e_s")):
+        assert value(said, f"vllm:{name}_seconds_count") == len(answered)
+        assert value(said, f"vllm:{name}_seconds_sum") == pytest.approx(sum(r[column] for r in answered), abs=1e-4)
+    assert value(said, "vllm:inter_token_latency_seconds_count") == len(run.rows("gaps"))
+    assert value(said, "clif:version_requests_total", version="base") == len(answered)
+    assert value(said, "clif:requests_slo_met_total") == sum(row["slo_met"] for row in rows)
+
+
+def test_histograms_are_cumulative_and_end_in_their_count(ended: tuple[HttpRun, dict[str, Any]]) -> None:
+    found = [family for family in families(ended[1]).values() if family.type == "histogram"]
+    assert len(found) == 4
+    for family in found:
+        buckets = [s.value for s in family.samples if s.name.endswith("_bucket")]
+        (total,) = [s.value for s in family.samples if s.name.endswith("_count")]
+        assert buckets == sorted(buckets) and buckets[-1] == total
+
+
+def test_answers_are_counted_by_route_and_status(ended: tuple[HttpRun, dict[str, Any]]) -> None:
+    _, said = ended
+    assert value(said, "clif:http_responses_total", route="/v1/chat/completions", code="200") == 4
+    assert value(said, "clif:http_responses_total", route="/v1/chat/completions", code="400") == 1
+    assert value(said, "clif:http_responses_total", route="other", code="404") == 1
+
+
+def test_every_metric_of_the_dashboard_exists(ended: tuple[HttpRun, dict[str, Any]]) -> None:
+    _, said = ended
+    names = {s.name for family in families(said).values() for s in family.samples}
+    # These are there once a round has run.
+    names |= {"clif:training_loss", "clif:version_heldout_loss"}
+    dashboard = json.loads((REPO / "configs/grafana/clif.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    queries += [v["query"]["query"] for v in dashboard["templating"]["list"] if isinstance(v["query"], dict)]
+    asked = {name for query in queries for name in re.findall(r"\b(?:vllm|clif):\w+", query)}
+    assert len(asked) > 20 and asked <= names, asked - names
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+def test_the_status_and_the_configuration_are_shown(ended: tuple[HttpRun, dict[str, Any]]) -> None:
+    run, said = ended
+    status = said["admin/status"].json()
+    assert status["ready"] and status["status"]["states"].keys() <= {"serving", "idle"}
+    assert status["status"]["promise"]["ttft_ms"] == run.config.slo.ttft_ms
+    assert said["admin/config"].json() == run.config.model_dump(mode="json")
+
+
+def test_the_history_has_a_row_for_each_second_and_every_event(ended: tuple[HttpRun, dict[str, Any]]) -> None:
+    _, said = ended
+    history = said["admin/history"].json()
+    rows = [dict(zip(history["columns"], row, strict=True)) for row in history["rows"]]
+    assert [row["unix"] for row in rows] == sorted(row["unix"] for row in rows)
+    assert {row["replicas"] for row in rows} <= {"ss", "si", "is", "ii"}
+    assert [event["number"] for event in history["events"]] == list(range(1, len(history["events"]) + 1))
+
+
+def test_the_live_stream_sends_the_status_with_a_row(ended: tuple[HttpRun, dict[str, Any]]) -> None:
+    message = ended[1]["live"][0]
+    assert len(message["row"]) == len(COLUMNS) and message["status"]["run"]["phase"] == "open"
+    assert "ttft_s" not in message["status"]["totals"], "what no page shows is not sent"
+
+
+def test_an_operators_actions_are_answered_with_what_is_so_now(ended: tuple[HttpRun, dict[str, Any]]) -> None:
+    _, said = ended
+    assert said["paused"] == {"paused": True, "reason": "a test"} and not said["resumed"]["paused"]
+    assert said["drained"]["drained"] == "an operator asked for it" and said["undrained"]["drained"] == ""
+    assert said["refused"].status_code == 409 and "the last one" in said["refused"].json()["error"]["message"]
+
+
+def status_at(unix: float, events: tuple[int, ...] = ()) -> dict[str, Any]:
+    latency = {"p50": 5.0, "p99": 9.0}
+    run = {"outstanding": 3, "in_batches": 2, "ttft_ms": latency, "itl_ms": latency, "pressure": "low"}
+    return {
+        "unix": unix,
+        "run": {**run, "training_steps": 0, "last_loss": None, "version": 0},
+        "promise": {"met": 1, "finished": 1},
+        "totals": {"requests": {"stop": 1}, "generated_tokens": 5},
+        "states": {"idle": 1},
+        "replicas": [{"state": "idle"}],
+        "events": [{"number": n} for n in events],
+    }
+
+
+def filled(seconds: int) -> History:
+    history = History()
+
+    async def fill() -> None:
+        for second in range(seconds):
+            await history.add(status_at(float(second)), True)
+
+    asyncio.run(fill())
+    return history
+
+
+def test_a_day_is_kept_in_a_bounded_number_of_rows_and_the_old_ones_are_further_apart() -> None:
+    history = History()
+    for second in range(100_000):
+        history._append([float(second)], 0)
+    day = history.body()["rows"]
+    times = [row[0] for row in day]
+    assert times == sorted(set(times)) and len(times) <= sum(count for _, count in AGES)
+    apart = [b - a for a, b in pairwise(times)]
+    assert apart[-500:] == [1.0] * 500 and max(apart) <= 60.0
+    assert times[-1] - times[0] >= 24 * 3600 - 120
+
+
+def test_latencies_are_shown_only_where_requests_ended() -> None:
+    rows = filled(3).body()["rows"]
+    at = COLUMNS.index("ttft_p50_ms")
+    assert [row[at] for row in rows] == [5.0, None, None]
+
+
+def test_events_are_taken_once_each() -> None:
+    history = History()
+
+    async def fill() -> None:
+        await history.add(status_at(1.0, (1, 2)), True)
+        await history.add(status_at(2.0, (2, 3)), True)
+
+    asyncio.run(fill())
+    assert [event["number"] for event in history.body()["events"]] == [1, 2, 3]
+    assert [event["number"] for event in json.loads(history.message)["events"]] == [3]
