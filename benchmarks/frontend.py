@@ -13,6 +13,7 @@ import datetime
 import itertools
 import os
 import platform
+import random
 import re
 import shlex
 import statistics
@@ -38,6 +39,7 @@ from clif.metrics.provenance import cpu_model, git_commit
 from clif.storage.files import allow_connections
 
 STREAMS, ANSWER_TOKENS = 64, 100
+PAUSE_S = 0.05
 PACKAGES = ("fastapi", "uvicorn", "uvloop", "httptools", "sse-starlette", "msgspec", "pyzmq", "tokenizers")
 EMULATED = ("train.enabled=false", "model.max_context=512")
 PARTS = ("added", "held", "short", "freed")
@@ -86,6 +88,8 @@ async def window(url: str, numbers: Iterable[int], seconds: float) -> list[Excha
         while time.monotonic() < end:
             number = next(counter)
             found.append(await connection.ask(Exchange(number), chat_request(url, number, ANSWER_TOKENS)))
+            # A question that follows at once would always come while the tokens of the other streams do.
+            await asyncio.sleep(random.uniform(0, PAUSE_S))
 
     counter = iter(numbers)
     await asyncio.gather(*(work(i, c) for i, c in enumerate(connections)))

@@ -195,7 +195,8 @@ class Link:
         for request_id in answers.restarted:
             if stream := self._streams.get(request_id):
                 stream.restart(request_id)
-        for event in answers.events:
+        # First tokens first: they are waited for most, and the newest requests come last in a batch.
+        for event in sorted(answers.events, key=lambda event: event.request_id not in self._waiting):
             if stream := self._streams.get(event.request_id):
                 self._note(now, event)
                 stream.put(event)
