@@ -4,6 +4,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from msgspec.structs import replace
 from scripted_replica import KEYS
@@ -49,11 +50,11 @@ class TextReplica(EmulatedReplica):
 
     serves: Callable[[], bool] = staticmethod(lambda: True)
 
-    def _serve(self, chunks: list[Chunk]) -> None:
-        by_id = {chunk.sequence.request.id: chunk.sequence.request for chunk in chunks}
+    def _settle(self, flight: Any) -> None:
+        by_id = {chunk.sequence.request.id: chunk.sequence.request for chunk in flight.chunks}
         send, self._send = self._send, lambda message: send(with_logprobs(message, by_id))
         try:
-            super()._serve(chunks)
+            super()._settle(flight)
         finally:
             self._send = send
 
