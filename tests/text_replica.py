@@ -2,7 +2,6 @@
 
 import functools
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ from clif.types import Request, TokenEvent, TokenLogprob
 from clif.wire import messages as wire
 from clif.wire.channels import LeaderChannel
 
-STEP_S = 0.001
+STEP_S, POLL_S = 0.001, 0.005
 LIKELIEST, NEXT = -0.25, -1.5
 TEXT = "Ünï çödé 🙂 texts are cut into bytes, and every byte is a token. "
 
@@ -45,7 +44,7 @@ def answer_to(request: Request) -> str:
 class TextReplica(EmulatedReplica):
     """Its scheduler is the real one, so that ends, stop strings, cancellations and blocks are, too.
 
-    serves: whether it takes steps at present.
+    serves: whether it begins steps at present.
     """
 
     serves: Callable[[], bool] = staticmethod(lambda: True)
@@ -58,9 +57,11 @@ class TextReplica(EmulatedReplica):
         finally:
             self._send = send
 
-    def step(self, orders: list[wire.Down]) -> None:  # type: ignore[override]
-        if self.serves() or orders:
-            super().step(orders)
+    def _begin(self) -> None:
+        if self.serves():
+            super()._begin()
+        else:
+            self._flight = None
 
     def _next(self, chunk: Chunk) -> int:
         request = chunk.sequence.request
@@ -107,12 +108,15 @@ class TextReplicaThread(threading.Thread):
 
         supervisor = EmulatedSupervisor(build, lambda built, incarnation: channel.send(self._hello(built, incarnation)))
         while not supervisor.replica.stopping and not self.end.is_set():
-            supervisor.step(channel.receive(min(supervisor.replica.wait_s(), 0.005)))
-            if self.replica is not None and not self.replica.serves():
-                time.sleep(STEP_S)
+            supervisor.step(channel.receive(self._wait_s(supervisor)))
         channel.send(wire.Goodbye(replica=self._number))
         records.close()
         channel.close()
+
+    def _wait_s(self, supervisor: EmulatedSupervisor) -> float:
+        """It looks whether it may serve again, and whether the test is over."""
+        assert self.replica is not None
+        return min(supervisor.replica.wait_s(), POLL_S) if self.replica.serves() else POLL_S
 
     def _hello(self, built: EmulatedReplica, incarnation: int) -> wire.Hello:
         config, slots = self._config, built.scheduler.slots
