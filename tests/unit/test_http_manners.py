@@ -39,7 +39,7 @@ def test_a_client_that_leaves_cancels_its_requests_and_frees_their_blocks(tmp_pa
         chunks.close()
         eventually(lambda: free(run), 5.0)
         run.hold()
-        with pytest.raises(httpx.ReadTimeout):
+        with pytest.raises(httpx.ReadTimeout, match="timed out"):
             httpx.post(f"{run.url}/v1/chat/completions", json={**RAW_LONG, "n": 2}, timeout=0.3)
         eventually(lambda: run.dispatcher.outstanding == 0, 5.0)
         run.release()
@@ -92,7 +92,7 @@ def test_a_drain_lets_running_streams_finish_and_takes_no_new_request(tmp_path):
     finish = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
     assert finish[-1] == "length"
     run.stop()
-    with pytest.raises(httpx.ConnectError):
+    with pytest.raises(httpx.ConnectError, match="refused"):
         run.get("/health")
 
 
@@ -103,7 +103,7 @@ def test_a_new_front_end_answers_on_the_same_port_and_the_requests_of_the_one_th
         old = run.frontend_pid
         os.kill(old, signal.SIGKILL)
         for answer in asked:
-            with pytest.raises(openai.APIConnectionError):
+            with pytest.raises(openai.APIConnectionError, match="Connection"):
                 answer.result()
         eventually(lambda: run.dispatcher.outstanding == 0)
         run.release()
