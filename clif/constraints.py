@@ -27,7 +27,7 @@ WHITESPACE = r"(\r?\n)?[ \t]{0,40}"
 """Between two symbols: a line break and an indentation. Without a bound, small models write spaces until the end."""
 OPTIONS = {"whitespace_pattern": WHITESPACE, "whitespace_flexible": True, "lenient": False}
 """These hold whatever a schema says under x-guidance: what cannot be enforced is an error."""
-KEPT = 64
+KEPT = 16
 """Grammars that are kept for later requests with the same schema."""
 
 
@@ -120,8 +120,8 @@ def _grammar(schema: str) -> str:
 
 
 def _limits(library: Any) -> Any:
-    """The library's bounds of what a schema may cost. Errors do not quote the answer: they are logged."""
-    return library.LLParserLimits(verbose_errors=False)
+    """Bounds of what a schema may cost: a state is up to 2 kB. Errors do not quote the answer: they are logged."""
+    return library.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 
 
 def _library() -> Any:
