@@ -8,11 +8,7 @@ import msgspec
 
 from clif.config import Config
 from clif.control.dispatcher import Dispatcher
-from clif.control.federation import Federation
-from clif.control.fleet import Fleet
 from clif.control.frontend import Handlers
-from clif.control.job_actions import JobActions
-from clif.control.operator import Operator
 from clif.control.ports import Ports
 from clif.control.run_state import RunState
 from clif.control.run_status import StatusReport
@@ -22,30 +18,26 @@ from clif.wire.frontend import GetConfig
 
 
 class Clients:
-    """Connects the front end to the parts of the server. Built after them; does nothing without a front end."""
+    """Connects the front end to the parts of the server. Built after them; does nothing without a front end.
+
+    handlers: of all actions but GetConfig.
+    """
 
     def __init__(
         self,
         config: Config,
         ports: Ports,
         state: RunState,
-        fleet: Fleet,
         dispatcher: Dispatcher,
-        federation: Federation,
         versions: Versions,
-        operator: Operator,
-        jobs: JobActions,
+        handlers: Handlers,
         status: StatusReport,
     ) -> None:
-        self._config, self._versions = config, versions
-        self._operator, self._jobs, self._status = operator, jobs, status
+        self._config, self._versions, self._status = config, versions, status
         self._frontend, self._status_file = ports.frontend, ports.status_file
-        if self._frontend is not None:
-            self._frontend.attach(state, dispatcher, self.resolve, self.handlers(), status.body)
-
-    def handlers(self) -> Handlers:
         own: Handlers = {GetConfig: lambda now, action: self.config_as_run()}
-        return {**own, **self._operator.handlers(), **self._jobs.handlers()}
+        if self._frontend is not None:
+            self._frontend.attach(state, dispatcher, self.resolve, {**own, **handlers}, status.body)
 
     def resolve(self, model: str, request: Request) -> Request:
         """The request, bound to the version that the model's name means. Raises Refused."""

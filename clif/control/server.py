@@ -34,6 +34,7 @@ from clif.control.run_phases import RunPhases
 from clif.control.run_state import RunState
 from clif.control.run_status import StatusReport
 from clif.control.version_actions import VersionActions
+from clif.control.version_handlers import VersionHandlers
 from clif.control.version_updates import VersionUpdates
 from clif.control.versions import Versions
 from clif.types import FinishReason, of_client
@@ -72,11 +73,13 @@ class ControlServer:
         self._version_updates = VersionUpdates(self.fleet, self.federation, self.versions)
         self.version_actions = VersionActions(config, self.fleet, self.federation, self.versions, observers)
         operator = Operator(self.fleet, self._policy, ports.ledger, recorder.activity)
+        version_handlers = VersionHandlers(self.versions, self.version_actions, recorder.activity)
         self.status = StatusReport(
             config, *parts, self._policy, self.versions, self._reporter, recorder.activity, self.jobs
         )
         clients_jobs = JobActions(self.jobs, ports.ledger.unix, self.versions.active, config.jobs.max_files)
-        self._clients = Clients(config, ports, state, *parts, self.versions, operator, clients_jobs, self.status)
+        handlers = {**operator.handlers(), **version_handlers.handlers(), **clients_jobs.handlers()}
+        self._clients = Clients(config, ports, state, self.dispatcher, self.versions, handlers, self.status)
         inbox_parts = state, self._claims, self.fleet, self._failures, self._handlers(), self._clients.take
         self._inbox = Inbox(ports.channel, clock, *inbox_parts)
         self._backlog_updates = BacklogUpdates(self.fleet, self.dispatcher, self.federation)

@@ -19,14 +19,25 @@ from clif.frontend.errors import ApiError
 from clif.frontend.history import History
 from clif.frontend.link import Link
 from clif.frontend.strict import Strict, documented, read_body
+from clif.types import CLIF
 from clif.wire.frontend import (
+    LONGEST_PATH,
     LONGEST_REASON,
     Actions,
+    ClearCanary,
     DrainReplica,
+    ExportVersion,
     GetConfig,
+    ListVersions,
+    LoadAdapter,
     PauseTraining,
+    PinVersion,
     ResumeTraining,
+    RetireAdapter,
+    RollBack,
+    SetCanary,
     UndrainReplica,
+    UnpinVersion,
 )
 
 MOST_LIVE = 64
@@ -40,6 +51,30 @@ class Why(Strict):
     reason: Annotated[str, Field(max_length=LONGEST_REASON, description="Shown wherever it has an effect.")] = ""
 
 
+Version = Annotated[int, Path(ge=0, le=2**31 - 1, description="Number of the version.")]
+Adapter = Annotated[str, Field(min_length=1, max_length=64, description="Name of the adapter.")]
+Folder = Annotated[str, Field(min_length=1, max_length=LONGEST_PATH, description="Below serve.adapter_root.")]
+
+
+class Active(Strict):
+    adapter: Adapter = CLIF
+    version: Annotated[int, Field(ge=0, le=2**31 - 1, description="0: the adapter answers as the base.")]
+
+
+class Canary(Strict):
+    version: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    share: Annotated[float, Field(gt=0, le=1, description="Of the requests to clif.")]
+
+
+class Load(Strict):
+    path: Folder
+    adapter: Adapter = CLIF
+
+
+class Export(Strict):
+    path: Folder
+
+
 WITH_REASON = documented(Why)
 
 
@@ -48,6 +83,7 @@ def routes(link: Link, history: History, stall_s: float) -> APIRouter:
     router = APIRouter(prefix="/admin", tags=["operation"])
     _watching(router, link, history, stall_s)
     _steering(router, link)
+    _of_versions(router, link)
     return router
 
 
@@ -113,3 +149,54 @@ def _steering(router: APIRouter, link: Link) -> None:
     async def undrain(request: Request, replica: Replica) -> Response:
         """Requests and rounds may use the replica again."""
         return await _do(link, request, UndrainReplica(replica=replica))
+
+
+def _of_versions(router: APIRouter, link: Link) -> None:
+    @router.get("/versions")
+    async def versions(request: Request) -> Response:
+        """All adapter versions, newest first, which are active, pinned and kept, and the canary."""
+        return await _do(link, request, ListVersions())
+
+    @router.post("/versions/active", openapi_extra=documented(Active))
+    async def activate(request: Request) -> Response:
+        """Make a stored version the active one of its adapter: roll back, or forward again."""
+        body = await read_body(request, Active)
+        return await _do(link, request, RollBack(version=body.version, adapter=body.adapter))
+
+    @router.put("/versions/canary", openapi_extra=documented(Canary))
+    async def set_canary(request: Request) -> Response:
+        """Let a version answer a share of the requests to clif."""
+        body = await read_body(request, Canary)
+        return await _do(link, request, SetCanary(version=body.version, share=body.share))
+
+    @router.delete("/versions/canary")
+    async def clear_canary(request: Request) -> Response:
+        """Let the active version answer all requests to clif."""
+        return await _do(link, request, ClearCanary())
+
+    @router.post("/versions/{version}/pin")
+    async def pin(request: Request, version: Version) -> Response:
+        """Keep a version until it is unpinned."""
+        return await _do(link, request, PinVersion(version=version))
+
+    @router.post("/versions/{version}/unpin")
+    async def unpin(request: Request, version: Version) -> Response:
+        """Keep it only while it is active, the canary, or among the newest."""
+        return await _do(link, request, UnpinVersion(version=version))
+
+    @router.post("/versions/{version}/export", openapi_extra=documented(Export))
+    async def export(request: Request, version: Version) -> Response:
+        """Copy a version to a new folder on the server's host, in PEFT's format."""
+        body = await read_body(request, Export)
+        return await _do(link, request, ExportVersion(version=version, path=body.path))
+
+    @router.post("/adapters", openapi_extra=documented(Load))
+    async def load(request: Request) -> Response:
+        """Make a version from a PEFT folder on the server's host. The first one of a new adapter answers at once."""
+        body = await read_body(request, Load)
+        return await _do(link, request, LoadAdapter(path=body.path, adapter=body.adapter))
+
+    @router.delete("/adapters/{adapter}")
+    async def retire(request: Request, adapter: Annotated[str, Path(min_length=1, max_length=64)]) -> Response:
+        """Give up an adapter and its name; its versions stay stored."""
+        return await _do(link, request, RetireAdapter(adapter=adapter))

@@ -11,11 +11,13 @@ from typing import Annotated, Any, Literal, Union
 import msgspec
 from msgspec import Meta
 
-from clif.types import Count, Request, TokenEvent, TrainSample
+from clif.types import CLIF, Count, Request, Share, TokenEvent, TrainSample
 
 FRONTEND = -1
 """Sender of the front end's messages, beside the numbers of the replicas."""
-LONGEST_REASON = 200
+LONGEST_REASON, LONGEST_PATH = 200, 1024
+Name = Annotated[str, Meta(min_length=1, max_length=64)]
+FolderPath = Annotated[str, Meta(min_length=1, max_length=LONGEST_PATH)]
 Kind = Literal["invalid", "not_found", "conflict", "forbidden", "too_many", "not_ready", "failed"]
 """Why something is refused: the front end makes status and type of its answer from it."""
 
@@ -72,6 +74,58 @@ class UndrainReplica(Action, frozen=True):
     """Requests and rounds may use the replica again."""
 
     replica: Count
+
+
+class ListVersions(Action, frozen=True):
+    """All adapter versions, and what the operator chose."""
+
+
+class RollBack(Action, frozen=True):
+    """Make a stored version the active one of its adapter; 0: `adapter` answers as the base."""
+
+    version: Count
+    adapter: Name = CLIF
+
+
+class RetireAdapter(Action, frozen=True):
+    """Give up an adapter and its name."""
+
+    adapter: Name
+
+
+class SetCanary(Action, frozen=True):
+    """Let a version answer this share of the requests to `clif`."""
+
+    version: Count
+    share: Share
+
+
+class ClearCanary(Action, frozen=True):
+    """Let the active version answer all of them."""
+
+
+class PinVersion(Action, frozen=True):
+    """Keep a version."""
+
+    version: Count
+
+
+class UnpinVersion(Action, frozen=True):
+    version: Count
+
+
+class LoadAdapter(Action, frozen=True):
+    """Make a version of `adapter` from a PEFT folder. path: below serve.adapter_root."""
+
+    path: FolderPath
+    adapter: Name = CLIF
+
+
+class ExportVersion(Action, frozen=True):
+    """Copy a version to a new folder. path: as in LoadAdapter."""
+
+    version: Count
+    path: FolderPath
 
 
 class OfClient(Action, frozen=True):
@@ -166,7 +220,22 @@ class GiveFeedback(Action, frozen=True):
     owner: str = ""
 
 
-OfOperators = Union[GetConfig, PauseTraining, ResumeTraining, DrainReplica, UndrainReplica]
+OfOperators = Union[
+    GetConfig,
+    PauseTraining,
+    ResumeTraining,
+    DrainReplica,
+    UndrainReplica,
+    ListVersions,
+    RollBack,
+    RetireAdapter,
+    SetCanary,
+    ClearCanary,
+    PinVersion,
+    UnpinVersion,
+    LoadAdapter,
+    ExportVersion,
+]
 OfClients = Union[
     RegisterFile,
     GetFile,

@@ -41,6 +41,20 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[HttpRun, dict[str, 
         said["refused"] = run.post("/admin/replicas/0/drain", {})
         said["resumed"] = httpx.post(f"{run.url}/admin/training/resume").json()
         said["undrained"] = httpx.post(f"{run.url}/admin/replicas/1/undrain").json()
+        said["versions"] = run.get("/admin/versions").json()
+        said["not versions"] = [
+            run.post("/admin/versions/active", {"version": 9}),
+            httpx.put(f"{run.url}/admin/versions/canary", json={"version": 9, "share": 0.5}),
+            httpx.put(f"{run.url}/admin/versions/canary", json={"version": 9, "share": 2}),
+            run.post("/admin/versions/9/pin", {}),
+            run.post("/admin/versions/9/unpin", {}),
+            run.post("/admin/versions/9/export", {"path": "x"}),
+            run.post("/admin/adapters", {"path": "x"}),
+            httpx.delete(f"{run.url}/admin/adapters/support"),
+            run.post("/admin/versions/active", {"version": 0, "folder": "x"}),
+        ]
+        said["base"] = run.post("/admin/versions/active", {"version": 0}).json()
+        said["no canary"] = httpx.delete(f"{run.url}/admin/versions/canary").json()
         with httpx.stream("GET", f"{run.url}/admin/live") as live:
             lines = live.iter_lines()
             said["live"] = [json.loads(line[6:]) for line in (next(lines) for _ in range(8)) if line[:6] == "data: "]
@@ -135,6 +149,15 @@ def test_an_operators_actions_are_answered_with_what_is_so_now(ended: tuple[Http
     assert said["paused"] == {"paused": True, "reason": "a test"} and not said["resumed"]["paused"]
     assert said["drained"]["drained"] == "an operator asked for it" and said["undrained"]["drained"] == ""
     assert said["refused"].status_code == 409 and "the last one" in said["refused"].json()["error"]["message"]
+
+
+def test_actions_on_versions_reach_them_and_what_is_wrong_is_named(ended: tuple[HttpRun, dict[str, Any]]) -> None:
+    _, said = ended
+    assert said["versions"]["versions"] == [] and said["versions"]["canary"] is None
+    assert [answer.status_code for answer in said["not versions"]] == [404, 404, 400, 404, 404, 404, 403, 400, 400]
+    assert "unknown parameter: folder" in said["not versions"][-1].text
+    assert "serve.adapter_root" in said["not versions"][6].text
+    assert said["base"]["id"] == "base" and said["no canary"]["canary"] is None
 
 
 def status_at(unix: float, events: tuple[int, ...] = ()) -> dict[str, Any]:

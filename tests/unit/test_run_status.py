@@ -27,8 +27,11 @@ from clif.types import FinishReason, Request, Sampling
 from clif.wire.frontend import (
     Command,
     DrainReplica,
+    ListVersions,
     PauseTraining,
     ResumeTraining,
+    RollBack,
+    SetCanary,
     UndrainReplica,
     as_json,
     decode_from_frontend,
@@ -242,6 +245,26 @@ def test_what_an_operator_asked_for_outlives_a_restart_and_ends_with_the_run(tmp
     lines = [*again.journal.lines, Began(load="another", first_id=0, continued=False)]
     past = add_up(lines)
     assert (past.paused, past.drained) == ("", {}), "another run in the folder is a new one"
+
+
+def test_a_version_is_rolled_back_and_made_active_again_and_both_are_events(tmp_path: Path) -> None:
+    run = online(tmp_path, **TRAINS)
+    client = watched(run)
+    act(client, 3.0, RollBack(version=0))
+    client.at(3.2, lambda: seen.append(status_of(run)["run"]["version"]))
+    act(client, 3.3, RollBack(version=1))
+    act(client, 3.4, SetCanary(version=1, share=0.5))
+    act(client, 3.5, ListVersions())
+    seen: list[int] = []
+    run.go()
+    assert seen == [0] and status_of(run)["run"]["version"] == 1
+    assert [reply.problem.kind if reply.problem else "" for reply in client.replies] == ["", "", "conflict", ""]
+    assert json.loads(client.replies[-1].body)["active"] == {"clif": 1}
+    texts = [event["text"] for event in status_of(run)["events"] if event["kind"] == "operator"]
+    assert texts == [
+        "base was made the active version of adapter clif",
+        "clif@v0001 was made the active version of adapter clif",
+    ]
 
 
 def test_an_action_outside_of_its_bounds_is_not_read() -> None:
