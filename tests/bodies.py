@@ -102,7 +102,7 @@ class Driver:
 
     replica: Replica
 
-    def __init__(self, topology: Topology, model: str, data: str, run_dir: str, **sections: Any) -> None:
+    def __init__(self, topology: Topology, model: str, data: str | None, run_dir: str, **sections: Any) -> None:
         tree = {
             "model": {"path": model, "dtype": "float32", "max_context": 200, "device": topology.device.type},
             "engine": {"kv_tokens": 1024, "max_batch": 8},

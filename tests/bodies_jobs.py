@@ -8,7 +8,7 @@ import torch
 from bodies import Driver, serve_alone
 
 from clif.distributed.topology import Topology
-from clif.types import CLIF, RoundPlan
+from clif.types import CLIF, RoundPlan, TrainSample
 from clif.wire import messages as m
 
 ADAPTERS = {"": CLIF, "on-clif": CLIF, "a": "one", "b": "two"}
@@ -18,8 +18,8 @@ OPTIONS = {"adapter": {"serving_slots": 5}, "train": {"lr": 0.02, "micro_batch":
 class Jobs:
     """A replica that trains jobs, of different samples, in any order. base: the active version of each adapter."""
 
-    def __init__(self, topology: Topology, model: str, data: str, run_dir: str) -> None:
-        self.driver = Driver(topology, model, data, run_dir, **OPTIONS)
+    def __init__(self, topology: Topology, model: str, data: str | None, run_dir: str, **sections: Any) -> None:
+        self.driver = Driver(topology, model, data, run_dir, **OPTIONS, **sections)
         self.base: dict[str, int] = {}
         self.rounds: dict[str, list[int]] = {}
         self.losses: dict[str, list[float]] = {}
@@ -129,6 +129,17 @@ def samples_that_are_not_there(topology: Topology, model: str, data: str, run_di
     jobs.driver.step(m.Settle(round_id=1, commit=False, version=0))
     jobs.last = 1
     return {"error": failed.error, "vote": jobs.round("b").vote}
+
+
+def without_own_data(topology: Topology, model: str, run_dir: str) -> dict[str, Any]:
+    """A replica to which clients bring all data."""
+    jobs = Jobs(topology, model, None, run_dir, serve={"http": {"port": 0}})
+    samples = tuple(TrainSample(id=i, ids=(i + 3, 5, 7, i + 4), target_start=2) for i in range(8))
+    jobs.driver.step(m.Evaluate())
+    jobs.driver.wait_for(m.Evaluated)
+    jobs.driver.step(m.JobData(job="on-clif", train=samples, gate=samples[:2], own_gate=True, complete=True))
+    votes = [jobs.round("on-clif").vote for _ in range(2)]
+    return {"votes": votes, "active": jobs.driver.replica.member.slots.active}
 
 
 def equal(left: Any, right: Any) -> bool:

@@ -61,3 +61,9 @@ def test_a_job_goes_on_from_its_last_committed_round_after_a_restart(model, data
 def test_a_round_without_its_samples_breaks_and_the_next_one_goes_through(model, data, tmp_path):
     (found,) = run_ranks(1, bodies_jobs.samples_that_are_not_there, model, data, str(tmp_path))
     assert found["error"] == "the samples of job a are not here" and found["vote"].finite
+
+
+def test_a_replica_without_data_of_its_own_trains_what_clients_bring(model, tmp_path):
+    (found,) = run_ranks(1, bodies_jobs.without_own_data, model, str(tmp_path))
+    assert found["active"] == 2 and found["votes"][0].tokens == 4
+    assert found["votes"][1].active_loss == pytest.approx(found["votes"][0].candidate_loss)
