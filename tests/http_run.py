@@ -52,7 +52,11 @@ class HttpRun:
     def __init__(self, config: Config, replicas: int = 1) -> None:
         self.config = config
         self._over = threading.Event()
-        self.run = Run(config, replicas, sockets=True, signalled=lambda: "got SIGTERM" if self._over.is_set() else "")
+        self._thread = ThreadPoolExecutor(1, "control")
+        # The store of jobs belongs to the thread that opens it.
+        self.run = self._thread.submit(
+            lambda: Run(config, replicas, sockets=True, signalled=lambda: "got SIGTERM" if self._over.is_set() else "")
+        ).result()
         run_dir = config.run_dir
         KEYS.write(run_dir)
         write_atomic(run_dir / ADDRESS_FILE, self.run.channel.address.encode())
@@ -63,7 +67,6 @@ class HttpRun:
         self.run.frontend._child = self.frontend
         self.url = self.frontend.url
         self.replicas = [TextReplicaThread(config, number, self.run.channel.address) for number in range(replicas)]
-        self._thread = ThreadPoolExecutor(1, "control")
         self._control: Future[None] | None = None
 
     @property

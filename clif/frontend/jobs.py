@@ -60,7 +60,7 @@ class JobBody(Strict):
     training_file: Annotated[str, Field(min_length=1, max_length=64)]
     validation_file: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     """Decides which versions are promoted. Otherwise a part of the training file does."""
-    suffix: Annotated[str, Field(min_length=1, max_length=40)] | None = None
+    suffix: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")] | None = None
     """Name of an adapter of its own."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     hyperparameters: HyperparametersBody | None = None
