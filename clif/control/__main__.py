@@ -178,7 +178,8 @@ def open_jobs(config: Config, run_dir: Path) -> JobStore:
     """RUN/jobs.db, if clients may create jobs or have done so before; otherwise nothing is kept on disk."""
     lasting = config.train.enabled and (config.online or JobStore.exists(run_dir))
     store = JobStore(run_dir if lasting else None)
-    sweep_files(run_dir, store.files())
+    if lasting:
+        sweep_files(run_dir, store.files())
     return store
 
 

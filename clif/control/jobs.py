@@ -95,8 +95,8 @@ class JobBoard:
         """(rows that are kept, rows that are known already). Raises InputError, and LimitReached for a full store or a
         key that has used up its quota; rows before that are kept."""
         jobs, kept, known = self._config.jobs, 0, 0
-        if not jobs.allow_feedback:
-            raise InputError("this run takes no feedback: it needs jobs.allow_feedback=true")
+        if not self._takes_feedback:
+            raise InputError("this run takes no feedback: it needs jobs.allow_feedback=true and train.enabled=true")
         for row in rows:
             if self.store.feedback_of(row.owner, self._unix(now) - DAY_S) >= jobs.feedback_quota:
                 raise LimitReached(f"a key may send {jobs.feedback_quota} rows of feedback in a day: go on tomorrow")
@@ -183,7 +183,7 @@ class JobBoard:
 
     def decide(self, now: float) -> None:
         """Once per control period: feedback becomes a job, and what is done ends."""
-        if self._config.jobs.allow_feedback:
+        if self._takes_feedback:
             self._batch_feedback(now)
         for job in self._jobs:
             status, reason = job_done(job)
@@ -232,6 +232,10 @@ class JobBoard:
         if name == CLIF:
             raise InputError(f'the suffix "{CLIF}" is the name of the run\'s own adapter: leave the suffix out')
         self._versions.check_room(*(job.adapter for job in self._jobs), name)
+
+    @property
+    def _takes_feedback(self) -> bool:
+        return self._config.jobs.allow_feedback and self._config.train.enabled
 
     def _take_in_own(self, weight: float) -> None:
         known = next((job for job in self.store.live if job.id == STANDING), None)
@@ -307,8 +311,8 @@ class JobBoard:
         )
 
     def _batch_feedback(self, now: float) -> None:
-        jobs, waiting = self._config.jobs, self.store.feedback_waiting()
-        if not waiting or any(job.from_feedback for job in self._jobs):
+        jobs, waiting, live = self._config.jobs, self.store.feedback_waiting(), self._jobs
+        if not waiting or len(live) >= jobs.max_jobs or any(job.from_feedback for job in live):
             return
         oldest = self.store.oldest_feedback_s()
         due = oldest is not None and self._unix(now) - oldest >= jobs.feedback_wait_s

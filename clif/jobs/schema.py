@@ -26,6 +26,7 @@ MIGRATIONS = (
         source TEXT NOT NULL, job TEXT NOT NULL DEFAULT '', sample BLOB
     );
     CREATE INDEX feedback_of_job ON feedback (job, number);
+    CREATE INDEX feedback_of_owner ON feedback (owner, created_s);
     """,
 )
 """The statements that lead from each version of the tables to the next; user_version counts those that were applied.

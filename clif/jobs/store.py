@@ -6,6 +6,7 @@ loop, before it sends any reply. Reads see what was written before.
 
 from __future__ import annotations
 
+import errno
 import secrets
 import sqlite3
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ def new_id(kind: str) -> str:
 
 
 class JobStore:
-    """The one writer of RUN/jobs.db. Raises InputError for a damaged file, sqlite3.Error when a write fails.
+    """The one writer of RUN/jobs.db. Raises InputError for a damaged file, OSError when a write fails.
 
     All jobs that have not ended, and the standing one, are held in memory too: policies read them a few times a second.
     """
@@ -62,7 +63,7 @@ class JobStore:
         """Make durable what was written since the last call. Returns whether there was anything."""
         if not self._db.in_transaction:
             return False
-        self._db.execute("COMMIT")
+        self._execute("COMMIT")
         return True
 
     def close(self) -> None:
@@ -204,8 +205,16 @@ class JobStore:
     def _write(self, statement: str, values: Sequence[object]) -> int:
         """Within the transaction of this step. Returns how many rows have changed."""
         if not self._db.in_transaction:
-            self._db.execute("BEGIN IMMEDIATE")
-        return self._db.execute(statement, values).rowcount
+            self._execute("BEGIN IMMEDIATE")
+        return self._execute(statement, values).rowcount
+
+    def _execute(self, statement: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
+        """A statement that writes. Where the disk refuses it the process ends, and the next one has the last commit."""
+        try:
+            return self._db.execute(statement, values)
+        except sqlite3.OperationalError as error:
+            number = errno.ENOSPC if error.sqlite_errorcode == sqlite3.SQLITE_FULL else errno.EIO
+            raise OSError(number, str(error), str(self.run_dir and self.run_dir / STORE_FILE)) from error
 
     def _one(self, query: str, *values: object) -> int:
         return self._db.execute(query, values).fetchone()[0]

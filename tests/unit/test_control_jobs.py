@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from control_run import Run, make_config
 
+from clif.control.__main__ import open_jobs
 from clif.errors import InputError
 from clif.jobs.model import (
     STANDING,
@@ -340,3 +341,15 @@ def test_a_kill_between_the_commit_of_a_round_and_its_note_counts_its_samples_on
     assert "before the control process ended" in rounds[0].reason and "before" not in rounds[1].reason
     third = JobStore(config.run_dir)
     assert third.get_job("job") == job, "all of it is durable"
+
+
+def test_a_run_that_does_not_train_leaves_the_files_of_jobs_where_they_are(tmp_path: Path) -> None:
+    run = Run(settings(tmp_path), files=True, jobs=True)
+    add_file(run)
+    run.jobs.close()
+    orphan = samples_path(run.config.run_dir, "file-z")
+    orphan.touch()
+    for trains in (False, True):
+        config = settings(tmp_path, train={"enabled": trains})
+        open_jobs(config, run.config.run_dir).close()
+        assert samples_path(run.config.run_dir, "file-a").exists() and orphan.exists() is not trains

@@ -1,5 +1,6 @@
 """The store of files, jobs, events, rounds and feedback: each is kept exactly once (promise 10)."""
 
+import errno
 import sqlite3
 
 import msgspec
@@ -153,3 +154,16 @@ def test_a_damaged_file_of_samples_is_a_sentence(tmp_path):
     for name in ("f.samples", "none"):
         with pytest.raises(InputError, match=r"cannot be read .* upload the file again"):
             list(pieces(tmp_path / name))
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_what_was_committed_stays(tmp_path):
+    store = JobStore(tmp_path)
+    store.create_job(job("a"))
+    store.commit()
+    pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+    store._db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(OSError, match="disk is full") as error:
+        store.create_job(job("b", metadata={"text": "x" * 10_000}))
+    assert error.value.errno == errno.ENOSPC
+    del store
+    assert [j.id for j in JobStore(tmp_path).live] == ["a"]
