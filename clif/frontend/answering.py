@@ -178,6 +178,13 @@ def usage(choices: Choices, names: tuple[str, str] = ("prompt_tokens", "completi
     return {names[0]: prompt, names[1]: answer, "total_tokens": prompt + answer}
 
 
+def usage_field(choices: Choices, included: bool, so_far: bool) -> dict[str, Any]:
+    """What an event of a stream says of usage: nothing, that its end will, or what it was so far."""
+    if not included:
+        return {}
+    return {"usage": usage(choices) if so_far else None}
+
+
 def events(data: Iterable[bytes]) -> bytes:
     """Server-sent events without names, of encoded JSON."""
     return b"".join(b"data: " + one + b"\n\n" for one in data)

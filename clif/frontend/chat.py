@@ -12,7 +12,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from clif.data.load import slo_of
-from clif.frontend.answering import DONE, Answer, Serving, events, fingerprint, model_name, usage
+from clif.frontend.answering import DONE, Answer, Serving, events, fingerprint, model_name, usage, usage_field
 from clif.frontend.asking import Asked, answer_tokens, check_count, check_ready, make_requests, tokenised
 from clif.frontend.auth import caller_of
 from clif.frontend.choices import Choices, Piece
@@ -145,6 +145,7 @@ class ChatForm:
     def __init__(self, body: ChatBody, asked: Asked, tokenizer: ChatTokenizer) -> None:
         self._asked, self._tokenizer = asked, tokenizer
         self._include_usage, self._with_logprobs = body.include_usage, bool(body.logprobs)
+        self._usage_so_far = body.usage_so_far
         self._id, self._created = f"chatcmpl-{asked.requests[0].id:x}", int(time.time())
         self._head, self._opened = b"", set[int]()
 
@@ -165,7 +166,8 @@ class ChatForm:
         if not self._head:
             # All events begin alike.
             self._head = msgspec.json.encode(self._top(choices, "chat.completion.chunk"))[:-1] + b","
-        return events(self._chunk(choice) for piece in pieces for choice in self._deltas(piece))
+        so_far = usage_field(choices, self._include_usage, self._usage_so_far)
+        return events(self._chunk(choice, so_far) for piece in pieces for choice in self._deltas(piece))
 
     def end(self, choices: Choices) -> bytes:
         if not self._include_usage:
@@ -198,6 +200,5 @@ class ChatForm:
         if piece.finish:
             yield {"index": index, "delta": {}, "logprobs": None, "finish_reason": piece.finish}
 
-    def _chunk(self, choice: dict[str, Any]) -> bytes:
-        usage = {"usage": None} if self._include_usage else {}
-        return self._head + msgspec.json.encode({"choices": [choice], **usage})[1:]
+    def _chunk(self, choice: dict[str, Any], so_far: dict[str, Any]) -> bytes:
+        return self._head + msgspec.json.encode({"choices": [choice], **so_far})[1:]

@@ -11,7 +11,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from clif.data.load import slo_of
-from clif.frontend.answering import DONE, Answer, Serving, events, fingerprint, model_name, usage
+from clif.frontend.answering import DONE, Answer, Serving, events, fingerprint, model_name, usage, usage_field
 from clif.frontend.asking import Asked, answer_tokens, check_count, check_ids, check_ready, make_requests, tokenised
 from clif.frontend.auth import caller_of
 from clif.frontend.choices import Choice, Choices, Piece
@@ -101,6 +101,7 @@ class CompletionForm:
     def __init__(self, body: CompletionBody, asked: Asked, tokenizer: ChatTokenizer) -> None:
         self._asked, self._tokenizer = asked, tokenizer
         self._include_usage, self._with_logprobs = body.include_usage, body.logprobs is not None
+        self._usage_so_far = body.usage_so_far
         self._before = [_text(tokenizer, prompt) for prompt in body.prompts] if body.echo else []
         self._id, self._created = f"cmpl-{asked.requests[0].id:x}", int(time.time())
         self._head, self._opened = b"", set[int]()
@@ -117,8 +118,11 @@ class CompletionForm:
         if not self._head:
             # All events begin alike.
             self._head = msgspec.json.encode(self._top(choices))[:-1] + b","
+        so_far = usage_field(choices, self._include_usage, self._usage_so_far)
         return events(
-            self._chunk(piece) for piece in pieces if piece.text or piece.finish or piece.logprobs or self._new(piece)
+            self._chunk(piece, so_far)
+            for piece in pieces
+            if piece.text or piece.finish or piece.logprobs or self._new(piece)
         )
 
     def end(self, choices: Choices) -> bytes:
@@ -145,13 +149,12 @@ class CompletionForm:
     def _echoed(self, choice: Choice) -> str:
         return self._before[choice.index // self._asked.each] if self._before else ""
 
-    def _chunk(self, piece: Piece) -> bytes:
+    def _chunk(self, piece: Piece, so_far: dict[str, Any]) -> bytes:
         choice = piece.choice
         text = self._echoed(choice) + piece.text if self._new(piece) else piece.text
         self._opened.add(choice.index)
-        usage = {"usage": None} if self._include_usage else {}
         shown = self._choice(choice, text, piece.logprobs, piece.finish)
-        return self._head + msgspec.json.encode({"choices": [shown], **usage})[1:]
+        return self._head + msgspec.json.encode({"choices": [shown], **so_far})[1:]
 
     def _choice(
         self, choice: Choice, text: str, logprobs: list[TokenLogprob] | tuple[TokenLogprob, ...], finish: str | None

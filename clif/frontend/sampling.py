@@ -23,6 +23,8 @@ Nothing = Annotated[list[Any], Field(max_length=0)]
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """With include_usage: each event has the usage so far, as vLLM's clients ask for it."""
     include_obfuscation: Literal[False] | None = None
 
 
@@ -92,6 +94,10 @@ class SamplingBody(Strict):
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def usage_so_far(self) -> bool:
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     def sampling(self, max_tokens: int, logprobs: int | None, vocabulary: int) -> Sampling:
         """Raises ApiError for values that no answer can follow."""

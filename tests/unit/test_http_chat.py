@@ -62,6 +62,14 @@ def test_a_stream_has_the_same_text_as_an_answer_in_one(chat):
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+def test_each_event_has_the_usage_so_far_where_it_is_asked_for(chat):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(chat.create(model="clif", messages=ASK, stream=True, stream_options=options))
+    counted = [chunk.usage.completion_tokens for chunk in chunks]
+    assert counted == sorted(counted) and counted[0] < counted[-1]
+    assert all(chunk.usage.prompt_tokens == len(PROMPT) for chunk in chunks)
+
+
 def test_a_text_is_streamed_in_whole_characters(chat):
     pieces = [c.choices[0].delta.content for c in chat.create(model="clif", messages=ASK, stream=True) if c.choices]
     assert len([piece for piece in pieces if piece]) > len(TEXT) / 2, "it comes as it grows"
