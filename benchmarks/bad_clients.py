@@ -26,11 +26,11 @@ GARBAGE = (
 )  # fmt: skip
 BODIES = (
     b"{", b"null", b"[]", b"\xff\xfe{}", b'{"model": 3}', b"[" * 5000, b'{"messages": "\\ud83d"}', b"{}" * 1000, b"",
-    b'{"model": "base", "messages": []}', b'{"model": "no-such-model", "messages": [{"role": "user", "content": "a"}]}',
-    b'{"model": "base", "messages": [{"role": "user", "content": "a"}], "max_tokens": 999999999}',
-    b'{"model": "base", "messages": [{"role": "user", "content": "a"}], "temperature": NaN}',
-    b'{"model": "base", "messages": [{"role": "user", "content": "a"}], "no_such_field": 1}',
-    b'{"model": "base", "messages": [{"role": "user", "content": "a"}], "n": 100000}',
+    b'{"model": "clif", "messages": []}', b'{"model": "no-such-model", "messages": [{"role": "user", "content": "a"}]}',
+    b'{"model": "clif", "messages": [{"role": "user", "content": "a"}], "max_tokens": 999999999}',
+    b'{"model": "clif", "messages": [{"role": "user", "content": "a"}], "temperature": NaN}',
+    b'{"model": "clif", "messages": [{"role": "user", "content": "a"}], "no_such_field": 1}',
+    b'{"model": "clif", "messages": [{"role": "user", "content": "a"}], "n": 100000}',
 )  # fmt: skip
 PATHS = (
     "/v1/chat/completions",
@@ -142,7 +142,7 @@ class Crowd:
 
     def _chat(self, tokens: int, stream: bool) -> bytes:
         body: dict[str, Any] = {
-            "model": "base", "messages": [{"role": "user", "content": f"question {self.rng.random()}"}],
+            "model": "clif", "messages": [{"role": "user", "content": f"question {self.rng.random()}"}],
             "max_tokens": tokens, "ignore_eos": True, "stream": stream,
         }  # fmt: skip
         if stream:

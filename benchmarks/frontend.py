@@ -70,6 +70,8 @@ class Added:
     tokens_per_s: float
     ttft: float
     ttft99: float
+    there: float
+    back: float
     tpot: float
     delay: float
     delay99: float
@@ -118,7 +120,7 @@ def measure_added(folder: Path, step_ms: float, repeats: int, seconds: float) ->
 
 
 def compare(repeat: Repeat, engine: dict[str, dict[int, Any]]) -> Added:
-    ttft, tpot, delay, own = [], [], [], []
+    ttft, there, back, tpot, delay, own = [], [], [], [], [], []
     for exchange in repeat.exchanges:
         assert exchange.status == 200 and not exchange.error, (exchange.status, exchange.error, exchange.pieces[:2])
         sent = engine["sent"][exchange.number]
@@ -127,13 +129,16 @@ def compare(repeat: Repeat, engine: dict[str, dict[int, Any]]) -> Added:
         stamps = list(token_stamps(events))
         assert len(stamps) == ANSWER_TOKENS, f"{len(stamps)} tokens came of request {exchange.number}"
         submitted = engine["submitted"][exchange.number]
-        ttft.append((stamps[0] - exchange.sent_s) - (sent[0] - submitted))
+        there.append(submitted - exchange.sent_s)
+        back.append(stamps[0] - sent[0])
+        ttft.append(there[-1] + back[-1])
         tpot.append(((stamps[-1] - stamps[0]) - (sent[-1] - sent[0])) / (ANSWER_TOKENS - 1))
         own.append((sent[-1] - sent[0]) / (ANSWER_TOKENS - 1))
         delay += [at - left for at, left in zip(stamps, sent, strict=True)]
     tokens = ANSWER_TOKENS * len(repeat.exchanges)
-    values = np.median(ttft), np.percentile(ttft, 99), np.median(tpot), np.median(delay), np.percentile(delay, 99)
-    return Added(len(repeat.exchanges), tokens / repeat.seconds, *(1000 * float(v) for v in (*values, np.median(own))))
+    first = np.median(ttft), np.percentile(ttft, 99), np.median(there), np.median(back)
+    later = np.median(tpot), np.median(delay), np.percentile(delay, 99), np.median(own)
+    return Added(len(repeat.exchanges), tokens / repeat.seconds, *(1000 * float(v) for v in (*first, *later)))
 
 
 def token_stamps(events: Sequence[tuple[float, Any]]) -> Iterable[float]:
@@ -152,12 +157,15 @@ def added_lines(folder: Path, steps: Sequence[float], repeats: int, seconds: flo
         "greatest. Delay: from the engine's sending of a token to its arrival at the client. Milliseconds."
     )
     yield ""
-    yield "| step | tokens/s | TTFT added | its p99 | TPOT added | delay of a token | its p99 | engine's TPOT |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield (
+        "| step | tokens/s | TTFT added | its p99 | to the engine | first token back | TPOT added | delay of a token | "
+        "its p99 | engine's TPOT |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     costs = []
     for step in steps:
         found, taken = measure_added(folder / f"added-{step:g}", step, repeats, seconds)
-        names = ("tokens_per_s", "ttft", "ttft99", "tpot", "delay", "delay99", "engine_tpot")
+        names = tuple(Added.__dataclass_fields__)[1:]
         yield f"| {step:g} | " + " | ".join(spread([getattr(a, name) for a in found]) for name in names) + " |"
         costs.append((step, {name: spread([r.cpu_ms[name] for r in taken]) for name in taken[0].cpu_ms}))
     yield ""
@@ -307,4 +315,6 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

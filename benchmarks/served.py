@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -22,10 +23,13 @@ TINY = "random:configs/models/tiny-llama.json"
 class Served:
     """`clif serve` on a free port until the block ends. log: of all its processes.
 
-    stamps: file for the stamps of an emulated engine (stamped_engine.py); None: the command as it is.
+    stamps: file for the stamps of an emulated engine (stamped_engine.py); None: the command as it is. keys: of clients,
+    as CLIF_API_KEYS has them; empty: none is needed.
     """
 
-    def __init__(self, folder: Path, *overrides: str, model: str = TINY, stamps: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, *overrides: str, model: str = TINY, stamps: Path | None = None, keys: str = ""
+    ) -> None:
         self.run_dir, self.log = folder / "run", folder / "log.txt"
         words = [f"run.out_dir={folder}", "run.name=run", "run.status=off", *overrides]
         if stamps is None:
@@ -33,13 +37,15 @@ class Served:
         else:
             script = str(REPO / "benchmarks" / "stamped_engine.py")
             self.command = [sys.executable, script, str(stamps), f"model.path={model}", "serve.http.port=0", *words]
-        self.url = ""
+        self.url, self._environment = "", {**os.environ, "CLIF_API_KEYS": keys}
         self._file: IO[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Served:
         self._file = self.log.open("wb")
-        self._process = subprocess.Popen(self.command, cwd=REPO, stdout=self._file, stderr=self._file)
+        self._process = subprocess.Popen(
+            self.command, cwd=REPO, stdout=self._file, stderr=self._file, env=self._environment
+        )
         deadline = time.monotonic() + STARTS_S
         while not self._ready():
             if self._process.poll() is not None or time.monotonic() > deadline:

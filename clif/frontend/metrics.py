@@ -9,6 +9,7 @@ Sources: names and meanings in vLLM's documentation, "Production Metrics".
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -82,12 +83,21 @@ class StatusCollector(Collector):
     def _frontend(self) -> Iterator[Metric]:
         yield gauge("clif:ready", "1 if requests are accepted.", int(self._link.readiness.ready))
         yield gauge("clif:http_requests_running", "Requests of HTTP clients that are open.", self._link.open_requests)
+        yield gauge("clif:http_tasks", "Tasks of the front end: as many as before once no client is there.", tasks())
         family = CounterMetricFamily(
             "clif:http_responses", "Answers of this front end, by status.", labels=["route", "code"]
         )
         for (route, code), count in sorted(self._responses.items()):
             family.add_metric([route, str(code)], count)
         yield family
+
+
+def tasks() -> int:
+    """Tasks of the event loop that runs here; 0 where none does."""
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:
+        return 0
 
 
 def serving(status: dict[str, Any]) -> Iterator[Metric]:
