@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from helpers import request
 
 from clif.adapters.slots import SlotTable
@@ -64,6 +65,42 @@ def test_rows_of_one_adapter_lie_together_base_first():
         step(scheduler)
     scheduler.running.reverse()
     assert [c.sequence.slot for c in scheduler.schedule()] == [None, 0, 0, 1]
+
+
+def pinned(id, version, prompt=(3, 4), **sampling):
+    return msgspec.structs.replace(request(id, list(prompt), **sampling), version=version)
+
+
+def test_a_pinned_request_reads_its_version_whatever_is_active_and_keeps_it_while_it_waits():
+    scheduler = make(max_batch=1)
+    scheduler.slots.keep((1, 2))
+    for version in (1, 2):
+        scheduler.slots.promote(version, version - 1)
+    for i, version in enumerate((1, 0, None)):
+        assert scheduler.add(pinned(i, version, max_tokens=2), 0.0) is None
+    scheduler.slots.keep(())
+    assert scheduler.slots.retiring == (1, 0), "both are read by requests that wait"
+    found = {}
+    while scheduler.sequences:
+        found |= {e.request_id: e.version for e in step(scheduler)[1]}
+    assert found == {0: 1, 1: 0, 2: 2} and scheduler.slots.retiring == ()
+
+
+def test_a_pinned_request_whose_version_is_not_held_fails_with_a_sentence():
+    scheduler = make()
+    event = scheduler.add(pinned(0, 7), 0.0)
+    assert event.finish is FinishReason.FAILED and not scheduler.sequences
+    assert event.detail == "adapter version 7 is not kept any more: ask for another one"
+
+
+def test_a_pinned_request_of_a_lost_replica_goes_on_only_under_its_own_version():
+    scheduler = make(max_batch=2)
+    scheduler.slots.keep((1,))
+    for version in (1, 2):
+        scheduler.slots.promote(version, version - 1)
+    scheduler.add(pinned(0, 1), 0.0, output_ids=(5, 6), version=1)
+    scheduler.add(pinned(1, 1), 0.0, output_ids=(5, 6), version=2)
+    assert [(s.version, s.output_ids) for s in scheduler.sequences] == [(1, [5, 6]), (1, [])]
 
 
 def test_batch_bound_may_change_while_requests_run():

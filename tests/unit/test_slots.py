@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import settings
+from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from clif.adapters.slots import SlotTable
 
-SLOTS = 2
+SLOTS = 3
 
 
 class Slots(RuleBasedStateMachine):
@@ -17,6 +18,7 @@ class Slots(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.table, self.contents, self.readers, self.newest = SlotTable(SLOTS), {}, [], 0
+        self.active, self.wanted = 0, set()
 
     @rule()
     def start(self):
@@ -49,14 +51,47 @@ class Slots(RuleBasedStateMachine):
 
     @rule()
     def promote(self):
+        slot = self.free_slot()
+        if slot is not None:
+            self.newest += 1
+            self.contents[slot] = self.active = self.newest
+            self.table.promote(self.newest, slot)
+
+    def free_slot(self):
         slot = self.table.free_slot()
         if slot is None:
-            held = {slot for _, slot in self.readers} | {self.table.slot_of(self.table.active)}
-            assert set(range(SLOTS)) <= held, "a promotion waits only while every slot is read or active"
-            return
-        self.newest += 1
-        self.contents[slot] = self.newest
-        self.table.promote(self.newest, slot)
+            held = {self.table.slot_of(v) for v in (self.active, *(v for v, _ in self.readers), *self.table.held)}
+            assert set(range(SLOTS)) <= held, "a promotion waits only while every slot is read, kept or active"
+        return slot
+
+    @rule()
+    def load(self):
+        """A version that is kept and answers those who ask for it."""
+        slot = self.free_slot()
+        if slot is not None:
+            self.newest += 1
+            self.wanted.add(self.newest)
+            self.table.keep(self.wanted)
+            self.contents[slot] = self.newest
+            self.table.load(self.newest, slot)
+
+    @rule(versions=st.frozensets(st.integers(1, 8)))
+    def keep(self, versions):
+        self.wanted = set(versions)
+        self.table.keep(versions)
+
+    @rule(data=st.data())
+    def activate(self, data):
+        """Back, or forth, to a version that is held."""
+        self.active = data.draw(st.sampled_from([0, *self.table.held]))
+        self.table.activate(self.active)
+
+    @precondition(lambda self: self.table.held)
+    @rule(data=st.data())
+    def start_pinned(self, data):
+        version = data.draw(st.sampled_from(self.table.held))
+        assert self.table.acquire(version) == version
+        self.readers.append((version, self.table.slot_of(version)))
 
     @invariant()
     def readers_keep_their_weights(self):
@@ -66,8 +101,14 @@ class Slots(RuleBasedStateMachine):
 
     @invariant()
     def only_read_versions_retire(self):
-        assert set(self.table.retiring) == {v for v, _ in self.readers if v != self.table.active}
-        assert self.table.active == self.newest
+        assert self.table.active == self.active
+        stays = {self.active, *self.wanted}
+        assert set(self.table.retiring) == {v for v, _ in self.readers if v not in stays}
+
+    @invariant()
+    def what_is_held_is_active_or_kept(self):
+        assert set(self.table.held) <= {self.active, *self.wanted}
+        assert self.active in (0, *self.table.held)
 
 
 TestSlots = Slots.TestCase
