@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clif import __version__, cli_keys
-from clif.clients import commands
+from clif.clients import admin, commands
 from clif.errors import InputError
 from clif.exit_report import sentence_of
 from clif.run import OVERRIDE_HELP, DryRun, LocalRank, start
@@ -130,6 +130,8 @@ def mend(run: RunDir) -> None:
 
 app.command()(commands.chat)
 app.command()(commands.loadtest)
+app.command()(admin.status)
+app.add_typer(admin.app, name="admin")
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from clif.control.quality import QualityCheck
 from clif.control.records import Records
 from clif.control.server import ControlServer
 from clif.control.sources import Source, TraceSource
+from clif.control.status_file import StatusFile
 from clif.data.instruct import read_rows
 from clif.data.load import make_load
 from clif.jobs.store import JobStore
@@ -120,6 +121,7 @@ class Run:
             shutdown=shutdown,
             jobs=self.jobs,
             frontend=self.frontend,
+            status_file=StatusFile(run_dir) if self.files else None,
         )
         return ControlServer(config, ports, self.clock, leaders)
 

@@ -14,8 +14,8 @@ from clif.config import HttpConfig
 from clif.control.policy.phases import ControlError
 from clif.distributed.addresses import in_url
 from clif.storage.files import write_atomic
+from clif.storage.run_folder import HTTP_ADDRESS_FILE
 
-HTTP_ADDRESS_FILE = "http.address"
 BACKLOG = 4096
 BIND_S = 10.0
 """A front end of the start before leaves within seconds of its control process; until then it holds the port."""

@@ -12,8 +12,9 @@ from typing import Any
 
 import msgspec
 
+from clif.storage.run_folder import STATUS_FILE
+
 log = logging.getLogger(__name__)
-STATUS_FILE = "status.json"
 EVERY_S = 1.0
 
 

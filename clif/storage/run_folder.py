@@ -17,6 +17,9 @@ from clif.storage.folder_lock import WAIT_S, FolderLock
 log = logging.getLogger(__name__)
 RUN_DIR = "clif/run_dir"
 CONFIG_FILE = "config.json"
+STATUS_FILE = "status.json"
+HTTP_ADDRESS_FILE = "http.address"
+"""Both are there for other processes: the run as it is, and where its server is."""
 UNUSED_FILE = "unused"
 """Marks a folder from its creation until a run begins in it."""
 PRIVATE = 0o700

@@ -12,11 +12,25 @@ import httpx
 import pytest
 from http_run import HttpRun, eventually, http_config
 from prometheus_client.parser import text_string_to_metric_families
+from typer.testing import CliRunner, Result
 
+from clif.cli import app
+from clif.clients.operation import Server, status_of
+from clif.errors import InputError
 from clif.frontend.history import AGES, COLUMNS, History
 
 REPO = Path(__file__).resolve().parents[2]
 ASK = [{"role": "user", "content": "Hello"}]
+
+
+COMMANDS = """status URL, status RUN, status URL --json, admin RUN states, admin URL rounds, admin URL events --json,
+admin URL jobs, admin URL config, admin URL pause --reason demo, admin URL resume --json, admin URL drain 1,
+admin URL undrain 1, admin --json URL versions, admin URL versions, admin URL activate 0, admin URL canary,
+admin URL canary 7 0.5, admin URL drain 9, admin URL load folder --adapter support""".replace("\n", " ").split(", ")
+
+
+def command(words: str) -> Result:
+    return CliRunner().invoke(app, words.split(), env={"COLUMNS": "200"})
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +69,9 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[HttpRun, dict[str, 
         ]
         said["base"] = run.post("/admin/versions/active", {"version": 0}).json()
         said["no canary"] = httpx.delete(f"{run.url}/admin/versions/canary").json()
+        said["cli"] = {
+            words: command(words.replace("RUN", str(run.config.run_dir)).replace("URL", run.url)) for words in COMMANDS
+        }
         with httpx.stream("GET", f"{run.url}/admin/live") as live:
             lines = live.iter_lines()
             said["live"] = [json.loads(line[6:]) for line in (next(lines) for _ in range(8)) if line[:6] == "data: "]
@@ -158,6 +175,70 @@ def test_actions_on_versions_reach_them_and_what_is_wrong_is_named(ended: tuple[
     assert "unknown parameter: folder" in said["not versions"][-1].text
     assert "serve.adapter_root" in said["not versions"][6].text
     assert said["base"]["id"] == "base" and said["no canary"]["canary"] is None
+
+
+def printed(ended: tuple[HttpRun, dict[str, Any]], words: str) -> str:
+    result: Result = ended[1]["cli"][words]
+    assert result.exit_code == 0, (words, result.output, result.exception)
+    return str(result.output)
+
+
+def test_the_commands_show_the_run(ended: tuple[HttpRun, dict[str, Any]]) -> None:
+    for words in ("status URL", "status RUN"):
+        assert "phase" in printed(ended, words) and "promise 60000 ms" in printed(ended, words)
+    assert json.loads(printed(ended, "status URL --json"))["run"]["phase"] == "open"
+    assert "| 1       |" in printed(ended, "admin RUN states")
+    assert json.loads(printed(ended, "admin URL config"))["serve"]["http"]["port"] == 0
+    assert json.loads(printed(ended, "admin URL events --json"))["events"]
+    assert json.loads(printed(ended, "admin --json URL versions"))["versions"] == []
+    assert printed(ended, "admin URL rounds") == printed(ended, "admin URL jobs") == "", "there is none yet"
+
+
+def test_the_commands_steer_it(ended: tuple[HttpRun, dict[str, Any]]) -> None:
+    assert "demo" in printed(ended, "admin URL pause --reason demo")
+    assert json.loads(printed(ended, "admin URL resume --json")) == {"paused": False, "reason": ""}
+    assert "an operator asked for it" in printed(ended, "admin URL drain 1")
+    assert "an operator" not in printed(ended, "admin URL undrain 1")
+    assert "base" in printed(ended, "admin URL activate 0")
+    assert "| canary | - " in printed(ended, "admin URL canary")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("admin URL drain 9", "there is no replica 9: their numbers are 0 to 1 (HTTP 404)"),
+        ("admin URL canary 7 0.5", "there is no stored version 7 (HTTP 404)"),
+        ("admin URL load folder --adapter support", "serve.adapter_root is not set"),
+    ],
+)
+def test_what_is_refused_is_one_sentence(ended: tuple[HttpRun, dict[str, Any]], words: str, sentence: str) -> None:
+    error = ended[1]["cli"][words].exception
+    assert isinstance(error, InputError) and sentence in str(error)
+
+
+def test_a_folder_says_how_old_its_status_is_and_whether_the_run_is_over(tmp_path: Path) -> None:
+    body = {"written_unix": 1000.0, "run": {"phase": "open"}}
+    (tmp_path / "status.json").write_text(json.dumps(body))
+    assert status_of(str(tmp_path), wall=lambda: 1002.0).note == ""
+    assert status_of(str(tmp_path), wall=lambda: 1180.0).note.startswith("written 3 min ago: the control process has")
+    (tmp_path / "status.json").write_text(json.dumps({**body, "run": {"phase": "done"}}))
+    (tmp_path / "summary.json").write_text("{}")
+    assert status_of(str(tmp_path), wall=lambda: 1003.0).note == "the run is over, since 3 s"
+
+
+def test_what_is_no_run_and_no_server_is_named(tmp_path: Path) -> None:
+    for target, sentence in (
+        (str(tmp_path / "nothing"), "is no folder of a run, and no URL"),
+        (str(tmp_path), "name the folder of a run that has begun"),
+        ("http://127.0.0.1:9", "does not answer"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            status_of(target)
+    (tmp_path / "status.json").write_text("{")
+    with pytest.raises(InputError, match="is damaged"):
+        status_of(str(tmp_path))
+    with pytest.raises(InputError, match=r"serve\.http\.port"):
+        Server.of(str(tmp_path))
 
 
 def status_at(unix: float, events: tuple[int, ...] = ()) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from clif.control.policy.pressure import Pressure
 from clif.control.policy.round_admission import History, plan_round
 from clif.control.policy.routing import RoutingView
 from clif.control.policy.view import ClusterView, ReplicaView
-from clif.control.status_file import STATUS_FILE, StatusFile
+from clif.control.status_file import StatusFile
 from clif.control.totals import VERSIONS_COUNTED, Histogram, Totals
 from clif.states import ReplicaState
+from clif.storage.run_folder import STATUS_FILE
 from clif.types import FinishReason, Request, Sampling
 from clif.wire.frontend import (
     Command,
