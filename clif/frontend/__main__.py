@@ -22,6 +22,7 @@ from clif.config import Config
 from clif.frontend.app import make_app
 from clif.frontend.link import Link
 from clif.frontend.protocol import Connection, end_stalled
+from clif.frontend.recent_answers import RecentAnswers
 from clif.frontend.route_parts import Parts
 from clif.storage.files import keep_private
 from clif.tokenizer import ChatTokenizer
@@ -51,7 +52,7 @@ async def serve(arguments: argparse.Namespace) -> None:
     run_dir: Path = arguments.run_dir
     config = Config.model_validate_json((run_dir / "config.json").read_text())
     link = Link(run_dir, arguments.first_id)
-    parts = Parts(config, link, ChatTokenizer.load(run_dir / "tokenizer"))
+    parts = Parts(config, link, ChatTokenizer.load(run_dir / "tokenizer"), recent=RecentAnswers.configured(config.jobs))
     settings = uvicorn.Config(
         make_app(parts),
         http=Connection,

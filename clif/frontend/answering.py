@@ -26,6 +26,7 @@ from clif.frontend.auth import caller_of
 from clif.frontend.choices import Choices, Piece
 from clif.frontend.errors import ApiError, of_problem
 from clif.frontend.link import Link
+from clif.frontend.recent_answers import RecentAnswers
 from clif.frontend.streams import ClientLeft, Item, Stream
 from clif.tokenizer import ChatTokenizer
 from clif.wire.frontend import Refused
@@ -65,6 +66,7 @@ class Serving:
     http: HttpConfig
     link: Link
     tokenizer: ChatTokenizer
+    recent: RecentAnswers | None = None
 
 
 class Answer(Response):
@@ -75,6 +77,7 @@ class Answer(Response):
         self._http, self._link = serving.http, serving.link
         self._asked, self._form, self._streams = asked, form, streams
         self._choices = Choices(asked, serving.tokenizer)
+        self._recent = serving.recent
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -100,6 +103,8 @@ class Answer(Response):
             watching.cancel()
             self._link.withdraw(stream, reason)
             caller.charge_answer(self._choices.answer_tokens)
+            if self._recent is not None:
+                self._recent.remember(self._choices, self._asked.key)
 
     async def _whole(self, stream: Stream, send: Send) -> None:
         self._choices.take(await stream.whole())

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from clif import __version__
-from clif.frontend import chat, completions, files, jobs, models, responses
+from clif.frontend import chat, completions, feedback, files, jobs, models, responses
 from clif.frontend.auth import Access
 from clif.frontend.errors import handle_errors
 from clif.frontend.limits import Guard
@@ -38,7 +38,7 @@ def make_app(parts: Parts) -> FastAPI:
     app.add_middleware(Guard, access=Access.configured(http), http=http)
     add_operation(app, parts)
 
-    for group in (chat, completions, files, jobs, models, responses):
+    for group in (chat, completions, feedback, files, jobs, models, responses):
         app.include_router(group.routes(parts))
 
     return app

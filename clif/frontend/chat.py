@@ -111,7 +111,7 @@ class ChatBody(SamplingBody):
 
 def routes(parts: Parts) -> APIRouter:
     router = APIRouter()
-    serving = Serving(parts.config.serve.http, parts.link, parts.tokenizer)
+    serving = Serving(parts.config.serve.http, parts.link, parts.tokenizer, parts.recent)
 
     @router.post("/v1/chat/completions", openapi_extra=documented(ChatBody), tags=["serving"])
     async def chat_completions(request: Request) -> Response:

@@ -60,7 +60,7 @@ class CompletionBody(SamplingBody):
 
 def routes(parts: Parts) -> APIRouter:
     router = APIRouter()
-    serving = Serving(parts.config.serve.http, parts.link, parts.tokenizer)
+    serving = Serving(parts.config.serve.http, parts.link, parts.tokenizer, parts.recent)
 
     @router.post("/v1/completions", openapi_extra=documented(CompletionBody), tags=["serving"])
     async def completions(request: Request) -> Response:

@@ -29,7 +29,7 @@ COMPLETED, INCOMPLETE, IN_PROGRESS = "completed", "incomplete", "in_progress"
 
 def routes(parts: Parts) -> APIRouter:
     router = APIRouter()
-    serving = Serving(parts.config.serve.http, parts.link, parts.tokenizer)
+    serving = Serving(parts.config.serve.http, parts.link, parts.tokenizer, parts.recent)
 
     @router.post("/v1/responses", openapi_extra=documented(ResponsesBody), tags=["serving"])
     async def responses(request: Request) -> Response:

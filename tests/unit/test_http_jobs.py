@@ -118,6 +118,7 @@ def run(tmp_path_factory):
         "train": {"enabled": True, "lr": 0.01},
         "federation": {"rounds": None, "local_steps": 2, "min_members": 1},
         "data": {"path": None},
+        "run": {"drain_s": 0.5},
         "jobs": {"max_files": 4, "max_rows": 50, "own_weight": 0.001},
         "serve": {"http": {"port": 0, "keys_file": str(keys), "max_file_mib": 1}},
     }
