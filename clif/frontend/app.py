@@ -36,9 +36,8 @@ def make_app(parts: Parts) -> FastAPI:
     handle_errors(app)
     http = parts.config.serve.http
     app.add_middleware(Guard, access=Access.configured(http), http=http)
-    add_operation(app, parts)
-
     for group in (chat, completions, feedback, files, jobs, models, responses):
         app.include_router(group.routes(parts))
-
+    # Routes are tried in this order: those that clients call most come first.
+    add_operation(app, parts)
     return app
