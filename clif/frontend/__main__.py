@@ -89,6 +89,8 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # It warns of every malformed upload, whose client is told.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     with asyncio.Runner(loop_factory=uvicorn.Config("", loop="auto").get_loop_factory()) as runner:
         runner.run(serve(arguments))
     return 0

@@ -12,6 +12,7 @@ from clif.frontend import chat, completions, feedback, files, jobs, models, resp
 from clif.frontend.auth import Access
 from clif.frontend.errors import handle_errors
 from clif.frontend.limits import Guard
+from clif.frontend.openapi import complete
 from clif.frontend.operation import add_operation
 from clif.frontend.route_parts import Parts
 from clif.frontend.strict import with_components
@@ -26,7 +27,7 @@ class App(FastAPI):
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
             document = get_openapi(title=self.title, version=self.version, routes=self.routes)
-            self.openapi_schema = with_components(document)
+            self.openapi_schema = complete(with_components(document))
         return self.openapi_schema
 
 

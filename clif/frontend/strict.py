@@ -75,7 +75,7 @@ def within(value: Any, error: Any) -> tuple[int | str, ...]:
     path: list[int | str] = []
     *before, last = error["loc"] or ("",)
     for part in (*before, last):
-        inside = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
+        inside = part in (value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ())
         if inside:
             value = value[part]
             path.append(part)
