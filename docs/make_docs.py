@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
+from api_tables import bodies_tables, errors_table, routes_table
 from kernel_limits import limits_table, spread_table
 
 from clif.config import Config
@@ -25,7 +26,7 @@ from clif.config.relevance import ALWAYS, RELEVANCE
 from clif.metrics.schema import CONTROL_TABLES, RANK_TABLES, REQUIRED, TABLES, Column
 
 DOCS = Path(__file__).resolve().parent
-PAGES = ("configuration.md", "metrics.md", "kernels.md")
+PAGES = ("api.md", "configuration.md", "metrics.md", "kernels.md")
 MARK = re.compile(r"^\{\{ (\w+)(?: ([\w.]+))? \}\}$", re.MULTILINE)
 UNITS = {"_s": "s", "_ms": "ms", "_mib": "MiB", "_rps": "requests/s"}
 """Units that a field's name tells."""
@@ -81,6 +82,9 @@ MAKERS: dict[str, Callable[[str], Iterator[str]]] = {
     "tables": metrics_tables,
     "limits": limits_table,
     "spread": spread_table,
+    "routes": routes_table,
+    "bodies": bodies_tables,
+    "errors": errors_table,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Generic, Literal, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from clif.jobs.model import Job, JobEvent, JobFile, JobRound, JobStatus
 from clif.types import CLIF, pinned_name
@@ -13,6 +13,7 @@ BASE = "base"
 
 
 class Listed(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
     id: str
 
 
