@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from clif.tokenizer import FALLBACK, ChatTokenizer
 from clif.types import TokenEvent
@@ -76,6 +76,30 @@ class TextStream:
         """It is one byte, which decoders join with its neighbours (byte fallback), or it is special and left out."""
         name = self._tokenizer.tokenizer.id_to_token(token)
         return name is None or token in self._tokenizer.special_ids or FALLBACK.fullmatch(name) is not None
+
+
+def cut_at_stop(decode: Callable[[list[int]], str], ids: list[int], stop: Sequence[str]) -> str | None:
+    """The text of these tokens before the first stop string; None without one. Without the last token there was none.
+
+    Decodes the end alone where that says enough: an answer of thousands of tokens gets one token after the other.
+    """
+    longest = max(map(len, stop))
+    if len(ids) > 4 * longest + WINDOW and not _may_end(decode, ids[-4 * longest - WINDOW :], stop, longest):
+        return None
+    text = decode(ids)
+    cuts = [at for at in (text.find(one) for one in stop) if at >= 0]
+    return text[: min(cuts)] if cuts else None
+
+
+def _may_end(decode: Callable[[list[int]], str], tail: list[int], stop: Sequence[str], longest: int) -> bool:
+    """Whether a stop string may end with the last token: there is one, or the tail does not say.
+
+    It does not if it begins within a character, or if too little text lies before the tokens of the last character,
+    of which three bytes may be there.
+    """
+    text = decode(tail)
+    broken = UNFINISHED in text[:-3] or any(UNFINISHED in one for one in stop)
+    return broken or len(decode(tail[:-CUT])) <= longest or any(one in text for one in stop)
 
 
 def token_text(tokenizer: ChatTokenizer, token: int) -> tuple[str, bytes]:

@@ -21,6 +21,7 @@ from clif.config import EngineConfig
 from clif.engine.blocks import BlockPool
 from clif.engine.guide import Guide
 from clif.errors import InputError
+from clif.text_stream import cut_at_stop
 from clif.types import NO_TOKEN, FinishReason, Request, TokenEvent
 
 
@@ -302,10 +303,9 @@ class Scheduler:
         if token in self._eos_ids and not sampling.ignore_eos:
             return self._end(sequence, (token,), FinishReason.STOP)
         if sampling.stop:
-            text = self._decode(sequence.output_ids)
-            cuts = [at for at in (text.find(stop) for stop in sampling.stop) if at >= 0]
-            if cuts:
-                return self._end(sequence, (token,), FinishReason.STOP, text=text[: min(cuts)])
+            text = cut_at_stop(self._decode, sequence.output_ids, sampling.stop)
+            if text is not None:
+                return self._end(sequence, (token,), FinishReason.STOP, text=text)
         if len(sequence.tokens) >= sequence.max_total_tokens:
             return self._end(sequence, (token,), FinishReason.LENGTH)
         return TokenEvent(request_id=sequence.request.id, tokens=(token,), version=sequence.version)

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from clif.models.bytes_tokenizer import byte_tokenizer
-from clif.text_stream import TextStream, token_text
+from clif.text_stream import TextStream, cut_at_stop, token_text
 from clif.tokenizer import ChatTokenizer
 from clif.types import FinishReason, TokenEvent
 
@@ -113,6 +113,40 @@ def test_what_may_begin_a_stop_string_waits_and_the_last_event_has_the_rest(size
     stream = TextStream(tokenizer, ("END",))
     assert stream.add(ids[:10]) == "one two "
     assert stream.end() == "EN", "it was none"
+
+
+@everywhere
+def test_a_stop_string_is_found_with_the_token_that_completes_it_as_in_the_whole_text(make):
+    """Of all places at which it may lie, within characters and runs of bytes, too."""
+    tokenizer, found = make(), 0
+    for seed in range(150):
+        rng = random.Random(seed)
+        ids = random_ids(tokenizer, seed)
+        if seed % 2:
+            ids = tokenizer.tokenizer.encode(rng.choice(TEXTS[:2]) * 4, add_special_tokens=False).ids
+        whole = tokenizer.decode(ids)
+        at, size = rng.randrange(len(whole)), rng.choice([1, 2, 3, 7])
+        stop = (whole[at : at + size], "never there")
+        for end in range(1, len(ids) + 1):
+            text = tokenizer.decode(ids[:end])
+            expected = text[: text.find(stop[0])] if stop[0] in text else None
+            assert cut_at_stop(tokenizer.decode, ids[:end], stop) == expected, (seed, end, stop)
+            if expected is not None:
+                found += 1
+                break
+    assert found > 100
+
+
+def test_the_end_of_a_long_answer_is_all_that_is_decoded_of_it():
+    tokenizer, lengths = byte_tokenizer(300), list[int]()
+
+    def decode(ids: list[int]) -> str:
+        lengths.append(len(ids))
+        return tokenizer.decode(ids)
+
+    ids = tokenizer.encode_text("once upon a time " * 100)
+    assert cut_at_stop(decode, ids, ("END",)) is None and max(lengths) < 40
+    assert cut_at_stop(decode, [*ids, *tokenizer.encode_text("END")], ("END",)) == "once upon a time " * 100
 
 
 @everywhere
