@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -24,6 +25,7 @@ from clif.frontend.link import Link
 from clif.frontend.protocol import Connection, end_stalled
 from clif.frontend.recent_answers import RecentAnswers
 from clif.frontend.route_parts import Parts
+from clif.jobs.samples import FILES
 from clif.storage.files import keep_private
 from clif.tokenizer import ChatTokenizer
 
@@ -46,6 +48,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fd", type=int, required=True, help="the listening socket, inherited")
     parser.add_argument("--first-id", type=int, required=True, help="id of the first request")
     return parser.parse_args(arguments)
+
+
+def keep_uploads(run_dir: Path) -> None:
+    """Uploads lie where there is room for them from their first byte on: /tmp is memory on some systems."""
+    folder = run_dir / FILES
+    folder.mkdir(mode=0o700, exist_ok=True)
+    os.environ["TMPDIR"] = str(folder)
 
 
 async def serve(arguments: argparse.Namespace) -> None:
@@ -86,6 +95,7 @@ async def serve(arguments: argparse.Namespace) -> None:
 def main() -> int:
     arguments = parse()
     keep_private()
+    keep_uploads(arguments.run_dir)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

@@ -1,4 +1,4 @@
-"""Uploaded files on their way into RUN/files: copied, read row by row, and tokenised, in a thread of low priority.
+"""Uploaded files on their way into RUN/files: copied, read row by row, and tokenised, in a thread.
 
 A file is there once the control process has registered it; what lies in the folder and is not registered is removed
 when the run starts again.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ from clif.jobs.store import new_id
 from clif.tokenizer import ChatTokenizer
 
 T = TypeVar("T")
-NICE = 10
 COPY_BYTES = 2**20
 
 
@@ -39,12 +37,15 @@ class Stored:
 
 
 class FileStore:
-    """One file after the other: reading many at the same time would take the time of answers."""
+    """One file after the other: reading many at the same time would take the time of answers.
+
+    The thread has the usual priority: one of a lower priority would be set aside while it has Python's lock.
+    """
 
     def __init__(self, config: Config, tokenizer: ChatTokenizer) -> None:
         self._config, self._tokenizer = config, tokenizer
         self._run_dir = config.run_dir
-        self._thread = ThreadPoolExecutor(1, "files", initializer=be_patient)
+        self._thread = ThreadPoolExecutor(1, "files")
 
     async def take(self, source: BinaryIO) -> Stored:
         """Keep a file and its samples. Raises InputError for rows that cannot be used, and OSError."""
@@ -81,8 +82,3 @@ class FileStore:
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-
-
-def be_patient() -> None:
-    """This thread gets the processor when no other thread wants it. Linux counts niceness by thread."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
