@@ -73,6 +73,7 @@ async def serve(arguments: argparse.Namespace) -> None:
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=CLOSE_S,
         server_header=False,
+        proxy_headers=False,
         limit_concurrency=None,
         lifespan="off",
     )

@@ -27,12 +27,13 @@ from clif.frontend.choices import Choices, Piece
 from clif.frontend.errors import ApiError, of_problem
 from clif.frontend.link import Link
 from clif.frontend.recent_answers import RecentAnswers
-from clif.frontend.streams import ClientLeft, Item, Stream
+from clif.frontend.streams import ClientLeft, Stream, joined
 from clif.tokenizer import ChatTokenizer
 from clif.wire.frontend import Refused
 
-KEEP_ALIVE_S = 15.0
-"""A stream without an event for longer gets a comment: proxies end connections on which nothing is sent for 30 s."""
+KEEP_ALIVE_S = 10.0
+"""A stream without an event for up to twice as long gets a comment: proxies end connections on which nothing is sent
+for 30 s."""
 KEEP_ALIVE = b": keep-alive\n\n"
 EVENTS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -107,13 +108,20 @@ class Answer(Response):
                 self._recent.remember(self._choices, self._asked.key)
 
     async def _whole(self, stream: Stream, send: Send) -> None:
-        self._choices.take(await stream.whole())
+        self._choices.take(joined(await stream.whole()))
         body = self._form.whole(self._choices)
         headers = [JSON, (b"content-length", str(len(body)).encode()), self._version]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
     async def _stream(self, stream: Stream, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+
+        def nudge() -> None:
+            self._nudges = loop.call_later(KEEP_ALIVE_S, nudge)
+            stream.nudge()
+
+        self._nudges = loop.call_later(KEEP_ALIVE_S, nudge)
         try:
             while not self._choices.ended:
                 await self._send_batch(stream, send)
@@ -122,24 +130,20 @@ class Answer(Response):
             await self._fail(send, of_problem(refused.problem))
         except ApiError as error:
             await self._fail(send, error)
+        finally:
+            self._nudges.cancel()
 
     async def _send_batch(self, stream: Stream, send: Send) -> None:
-        items = await self._next(stream, send)
+        items = await stream.batch()
+        if not items:
+            await self._send(send, KEEP_ALIVE)
+            return
         pieces = self._choices.take(items)
         chunk = self._form.events(self._choices, pieces)
         if chunk:
             for piece in pieces:
                 piece.choice.shown = True
             await self._send(send, chunk)
-
-    async def _next(self, stream: Stream, send: Send) -> list[Item]:
-        """The next events. What keeps the connection alive is sent meanwhile."""
-        while True:
-            try:
-                async with asyncio.timeout(KEEP_ALIVE_S):
-                    return await stream.batch()
-            except TimeoutError:
-                await self._send(send, KEEP_ALIVE)
 
     async def _send(self, send: Send, body: bytes, more: bool = True) -> None:
         """Wait while the client reads slowly. The connection of one that does not read is ended elsewhere."""

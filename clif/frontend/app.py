@@ -6,10 +6,12 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 
 from clif import __version__
 from clif.frontend import chat, completions, feedback, files, jobs, models, responses
 from clif.frontend.auth import Access
+from clif.frontend.direct import Direct
 from clif.frontend.errors import handle_errors
 from clif.frontend.limits import Guard
 from clif.frontend.openapi import complete
@@ -36,9 +38,10 @@ def make_app(parts: Parts) -> FastAPI:
     app = App()
     handle_errors(app)
     http = parts.config.serve.http
+    serving = [group.routes(parts) for group in (chat, completions, responses)]
+    app.add_middleware(Direct, routes=[r for router in serving for r in router.routes if isinstance(r, APIRoute)])
     app.add_middleware(Guard, access=Access.configured(http), http=http)
-    for group in (chat, completions, feedback, files, jobs, models, responses):
-        app.include_router(group.routes(parts))
-    # Routes are tried in this order: those that clients call most come first.
+    for router in (*serving, *(group.routes(parts) for group in (feedback, files, jobs, models))):
+        app.include_router(router)
     add_operation(app, parts)
     return app

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from clif.types import TokenEvent
 
 
@@ -36,7 +38,8 @@ class Stream:
         self._items: list[Item] = []
         self._error: Exception | None = None
         self._wake = asyncio.Event()
-        self._whole = False
+        self._whole = self._nudged = False
+        self._quiet = True
 
     @property
     def stopped(self) -> bool:
@@ -45,6 +48,7 @@ class Stream:
 
     def put(self, event: TokenEvent) -> None:
         self._items.append(event)
+        self._quiet = False
         if event.finish is not None:
             self.open.discard(event.request_id)
         if not self._whole or not self.open:
@@ -60,11 +64,22 @@ class Stream:
         self._error = self._error or error
         self._wake.set()
 
+    def nudge(self) -> None:
+        """Wake the reader if no event has come since the last call."""
+        if self._quiet:
+            self._nudged = True
+            self._wake.set()
+        self._quiet = True
+
     async def batch(self) -> list[Item]:
-        """The events that have come since the last call, one at least. Raises the error of stop()."""
-        while not self._items:
+        """The events that have come since the last call, one at least; none after nudge().
+
+        Raises the error of stop().
+        """
+        while not (self._items or self._nudged):
             await self._next()
         self._raise()
+        self._nudged = False
         items, self._items = self._items, []
         return items
 
@@ -84,6 +99,30 @@ class Stream:
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
+
+
+def joined(items: Iterable[Item]) -> list[Item]:
+    """The events of whole answers with one for each, which is decoded at once."""
+    events: dict[int, list[TokenEvent]] = {}
+    for item in items:
+        if isinstance(item, Restarted):
+            events.pop(item.request_id, None)
+        else:
+            events.setdefault(item.request_id, []).append(item)
+    return [_join(found) for found in events.values()]
+
+
+def _join(events: list[TokenEvent]) -> TokenEvent:
+    if len(events) == 1:
+        return events[0]
+    # The last one may hold no tokens, and its version is then none.
+    version = next((event.version for event in events if event.tokens), events[-1].version)
+    return replace(
+        events[-1],
+        version=version,
+        tokens=tuple(token for event in events for token in event.tokens),
+        logprobs=tuple(logprob for event in events for logprob in event.logprobs),
+    )
 
 
 class Rate:
