@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import bodies
 import pytest
 import torch
@@ -12,7 +14,7 @@ from clif.config import TrainConfig
 from clif.engine.jobs import Job
 from clif.engine.sampling import sample
 from clif.training.trainer import ShadowTrainer
-from clif.types import TrainSample
+from clif.types import Constraint, TrainSample
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
 GPUS = torch.cuda.device_count()
@@ -90,6 +92,54 @@ def test_a_step_is_launched_without_a_wait_for_the_gpu(model):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(sampled.read()) == 4 and sampled.seconds() > 0
+
+
+GUIDED = [
+    {"logit_bias": ((7, 3.0), (8, -100.0)), "logprobs": 2},
+    {},
+    {"temperature": 0.9, "min_p": 0.05, "logprobs": 0},
+    {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+]
+
+
+def test_biases_penalties_and_log_probabilities_are_those_of_the_cpu_in_either_order_of_steps(model):
+    found, values = [], []
+    for device, overlap in (("cpu", False), ("cuda", False), ("cuda", True)):
+        rig = make_rig(model, engine={"overlap": overlap}, device=device)
+        requests = [request(i, [3 + i, 9], max_tokens=20, ignore_eos=True, seed=i, **GUIDED[i % 4]) for i in range(8)]
+        events = rig.run(requests, arrive={i: i for i in range(8)})
+        found.append([answer(events[i]) for i in range(8)])
+        values.append([report.logprob for i in range(8) for event in events[i] for report in event.logprobs])
+    assert found[0] == found[1] == found[2]
+    assert values[0] == pytest.approx(values[1], abs=1e-3) and len(values[0]) == 80
+
+
+def test_answers_that_must_be_json_are_json_on_the_gpu(model):
+    pytest.importorskip("llguidance", reason="structured output: pip install llguidance")
+    schema = Constraint("json_schema", '{"enum": [{"a": 1}, [2, 3], "yes"]}')
+    for overlap in (False, True):
+        rig = make_rig(model, engine={"overlap": overlap}, device="cuda")
+        asked = {"constraint": schema, "temperature": 2.0, "max_tokens": 60}
+        # No white space, which a random model would write for long.
+        none = tuple((i, -100.0) for i in (188, 197, 198, 201, 220))
+        events = rig.run([request(i, [3 + i], seed=i, logit_bias=none, **asked) for i in range(6)])
+        texts = [rig.loaded.tokenizer.decode(answer(events[i])) for i in range(6)]
+        assert all(json.loads(text) in ({"a": 1}, [2, 3], "yes") for text in texts)
+
+
+def test_a_step_with_biases_and_log_probabilities_is_launched_without_a_wait_for_the_gpu(model):
+    rig = make_rig(model, engine={"overlap": True}, device="cuda")
+    for i in range(4):
+        rig.engine.scheduler.add(request(i, [3 + i, 9], max_tokens=30, ignore_eos=True, **GUIDED[i % 3]), 0.0)
+    for _ in range(3):
+        rig.engine.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = rig.runner.fill(rig.engine.scheduler.schedule())
+        sampled = rig.runner.forward(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not batch.late and len(sampled.read()) == 4 and len(sampled.logprobs()) == 3
 
 
 def test_gradients_on_the_gpu_are_those_of_the_cpu(model):
