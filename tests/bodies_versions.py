@@ -7,9 +7,11 @@ from typing import Any
 import msgspec
 import torch
 from bodies import Driver
+from bodies_supervisor import Alive, fail
 from helpers import answer, random_state, request
 
 from clif.adapters.peft_io import write_weights
+from clif.adapters.store import AdapterStore
 from clif.distributed.topology import Topology
 from clif.wire import messages as m
 
@@ -116,3 +118,25 @@ def second_publisher(topology: Topology, model: str, data: str, run_dir: str) ->
     bank.set_shadow(random_state(bank, 5))
     driver.step(m.Settle(round_id=1, commit=True, version=1, publish=True))
     return driver.wait_for(m.Published).weights == promoted
+
+
+def rebuilt_after_going_back(topology: Topology, model: str, data: str, run_dir: str, version: int) -> dict[str, Any]:
+    """Two rounds are committed, an operator goes back, and the replica is built anew from what is on disk."""
+    alive = Alive(topology, model, data, run_dir)
+    masters = {0: alive.replica.member.trainer.bank.shadow.detach().clone()}
+    for number in (1, 2):
+        alive.commit(number, version=number)
+        masters[number] = alive.replica.member.masters[number].clone()
+    trainer, store = alive.replica.member.trainer, AdapterStore(alive.folder)
+    before = (trainer.steps, trainer.cursor_state()["committed"])
+    store.choose(msgspec.structs.replace(store.read(), active={"clif": version}))
+    alive.replica.engine.runner.forward = fail  # type: ignore[method-assign]
+    alive.step(ask(alive, 2, None))
+    alive.step(m.Welcome(incarnation=1))
+    trainer, slots = alive.replica.member.trainer, alive.replica.engine.scheduler.slots
+    return {
+        "built": alive.built,
+        "active": slots.active,
+        "shadow": torch.equal(trainer.bank.shadow.detach(), masters[version]),
+        "same": (trainer.steps, trainer.cursor_state()["committed"]) == before,
+    }

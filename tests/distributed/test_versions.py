@@ -36,6 +36,13 @@ def test_every_member_begins_from_the_base_of_the_plan_bit_for_bit(paths):
     assert not torch.equal(first["masters"][1], first["masters"][2])
 
 
+@pytest.mark.parametrize("version", [1, 0])
+def test_a_rebuilt_replica_serves_what_an_operator_went_back_to_and_counts_all_samples(paths, version):
+    (found,) = run_ranks(1, bodies_versions.rebuilt_after_going_back, *paths, version)
+    assert found["built"] == [0, 1] and found["active"] == version
+    assert found["shadow"] and found["same"], "weights of before, moments and samples of the last round"
+
+
 def test_a_round_from_a_version_that_is_not_held_fails_and_serving_goes_on(paths):
     error, finish = run_ranks(1, bodies_versions.round_from_a_version_that_is_not_held, *paths)[0]
     assert error == "adapter version 7, which the round begins from, is not held here" and finish == "length"

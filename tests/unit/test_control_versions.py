@@ -1,4 +1,7 @@
-"""Versions in a whole run, in virtual time: names, canary, rolling back, other adapters, lost replicas and kills."""
+"""Versions in a whole run, in virtual time: names, canary, rolling back, other adapters, lost replicas and kills.
+
+Promise 2 for requests that name their version, and promise 6 for what an operator chose.
+"""
 
 from __future__ import annotations
 

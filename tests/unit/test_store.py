@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 import clif.adapters.store
-from clif.adapters.store import AdapterStore
+from clif.adapters.store import AdapterStore, Canary
 from clif.control.durability.journal import Line, RoundBegan, RoundStored, VersionGiven
 from clif.control.durability.recovery import Recorded, add_up, recover
 from clif.errors import InputError
@@ -81,6 +83,46 @@ def test_a_damaged_current_file_is_named_with_what_can_be_done(tmp_path, text):
     (store.folder / "current.json").write_text(text)
     with pytest.raises(InputError, match=r"current\.json is damaged .*Restore it, or start a new run"):
         store.rounds()
+
+
+def test_a_file_of_before_there_were_several_adapters_is_read_and_its_last_version_is_active(tmp_path):
+    store = AdapterStore(tmp_path)
+    store.folder.mkdir()
+    committed = [{"number": n, "round_id": n, "heldout_loss": 1.0} for n in (1, 2)]
+    (store.folder / "current.json").write_text(json.dumps({"version": 2, "committed": committed}))
+    assert store.current() == version(2, 2) and store.rounds() == {1, 2}
+    stored = store.read()
+    assert (stored.active, stored.pinned, stored.canary) == ({"clif": 2}, (), None)
+
+
+def test_a_version_that_was_loaded_meanwhile_stays_when_a_round_of_a_lower_number_is_stored(tmp_path):
+    store = AdapterStore(tmp_path)
+    write(store, 1, round_id=1)
+    loaded = AdapterVersion(number=3, round_id=0, heldout_loss=None, adapter="support")
+    store.write(loaded, "{}", b"weights")
+    write(store, 2, round_id=2)
+    assert [known.number for known in store.committed()] == [1, 2, 3] and store.loaded() == (loaded,)
+    assert store.read().active == {"clif": 2, "support": 3} and store.rounds() == {1, 2}
+
+
+@pytest.mark.parametrize("moment", ["write_atomic", "replace"])
+def test_a_rollback_survives_a_kill(tmp_path, moment):
+    """It is there as a whole, or not at all; the versions are there in any case."""
+    store = AdapterStore(tmp_path)
+    for number in (1, 2):
+        write(store, number, round_id=number)
+    chosen = structs.replace(store.read(), active={"clif": 1}, pinned=(2,), canary=Canary(2, 0.1))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        owner = clif.adapters.store if moment == "write_atomic" else clif.adapters.store.os
+        patch.setattr(owner, moment, lambda *_: (_ for _ in ()).throw(Killed))
+        store.choose(chosen)
+    assert AdapterStore(tmp_path).current() == version(2, 2)
+    store.choose(chosen)
+    again = AdapterStore(tmp_path)
+    again.sweep()
+    assert again.read() == chosen and again.current() == version(1, 1)
+    write(again, 3, round_id=3)
+    assert again.read() == structs.replace(chosen, committed=again.committed(), active={"clif": 3})
 
 
 @dataclass
