@@ -122,6 +122,10 @@ class Dispatcher:
         """Requests that have their first token and not yet their last."""
         return self._states[RequestState.RUNNING]
 
+    def versions_waited_for(self) -> set[int]:
+        """Versions that queued requests ask for, besides the base."""
+        return {record.request.version for record in self._queue if record.request.version}
+
     def oldest_wait_s(self, now: float) -> float:
         """Age of the oldest user request without a first token; 0 if there is none."""
         waiting = (

@@ -56,6 +56,7 @@ class ControlServer:
         self.dispatcher = Dispatcher(config, self._send, recorder.hooks)
         self.fleet = Fleet(config, replicas, self._send, self.dispatcher.held, recorder.on_transition)
         self.versions = Versions(config, ports.store, self.fleet, ports.ledger.unix)
+        self.versions.waiting = self.dispatcher.versions_waited_for
         self.jobs = JobBoard(config, ports.jobs, self.fleet, self.versions, ports.ledger.unix)
         observers = RoundObservers(recorder, self.jobs)
         self.federation = Federation(config, self.fleet, self.dispatcher, self.versions, observers)
@@ -172,6 +173,7 @@ class ControlServer:
         now = self._clock()
         self._submit_due(now)
         self.federation.advance(now)
+        self.versions.step(now)
         self._version_updates.step()
         if self.phase is not Phase.GATHER and not self.fleet.missing:
             self.dispatcher.dispatch(now, self.fleet.routing_view)

@@ -17,8 +17,9 @@ Invariant: what is active, pinned and canary is on disk, in current.json, before
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -33,6 +34,7 @@ from clif.types import CLIF, AdapterVersion
 from clif.wire.frontend import Refused
 
 BASE = "base"
+LINGER_S = 1.0
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 _PINNED = re.compile(r"(?P<adapter>.+)@v(?P<number>\d{1,9})")
 _GOLDEN, _WORD = 0x9E3779B97F4A7C15, 2**64
@@ -85,6 +87,10 @@ class Versions:
         self.reason = ""
         self.revision = 0
         self.returned_to: set[int] = set()
+        self.waiting: Callable[[], Iterable[int]] = lambda: ()
+        """Versions that accepted requests wait for, of which no replica knows yet."""
+        self._linger = False
+        self._next_s = 0.0
         self._config, self._fleet = config, fleet
         self._stored = Stored()
         self._known: Mapping[int, AdapterVersion] = {}
@@ -256,6 +262,21 @@ class Versions:
     def _take(self, stored: Stored) -> None:
         self._stored = stored
         self._known = {version.number: version for version in stored.committed}
-        self.kept, self.reason = kept_versions(0.0, self.view(), self._config)
-        self._fleet.expect(self.kept)
+        self._keep(0.0)
         self.revision += 1
+
+    def step(self, now: float) -> None:
+        """Give up what was kept for requests alone that wait no longer; looked at once a second."""
+        if self._linger and now >= self._next_s:
+            self._next_s = now + LINGER_S
+            before = self.kept
+            self._keep(now)
+            self.revision += self.kept != before
+
+    def _keep(self, now: float) -> None:
+        view = self.view()
+        needed, _ = kept_versions(now, view, self._config)
+        waiting = tuple(set(self.waiting()) - set(needed))
+        self.kept, self.reason = kept_versions(now, dataclasses.replace(view, waiting=waiting), self._config)
+        self._linger = bool(waiting)
+        self._fleet.expect(self.kept)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import safetensors.numpy
 from control_client import Client, online
 from control_run import Run
@@ -191,6 +190,25 @@ def test_a_pinned_request_waits_for_a_replica_that_is_being_rebuilt_and_holds_up
     assert server.versions.kept == (1, 2, 3)
 
 
+def test_a_request_that_was_accepted_gets_its_version_though_it_waits_longer_than_it_would_be_kept(
+    tmp_path: Path,
+) -> None:
+    """With as few slots as this the version is kept for it alone, and given up afterwards."""
+    run = training(tmp_path, slots=4)
+    client, server = Client(run), run.server
+    for leader in run.leaders:
+        leader.holds_after = 2
+        client.at(TRAINED_S - 0.05, lambda leader=leader: setattr(leader, "serves", lambda: False))  # type: ignore[misc]
+        client.at(TRAINED_S + 0.1, leader.go_on)
+        client.at(TRAINED_S + 0.4, lambda leader=leader: setattr(leader, "serves", lambda: True))  # type: ignore[misc]
+    asked = [client.ask(TRAINED_S, "clif@v0001") for _ in range(12)]
+    kept = act(client, TRAINED_S + 0.35, lambda: (server.versions.active(), server.versions.kept))
+    run.go()
+    assert kept == [(3, (1, 3))] or kept == [(3, (1, 2, 3))]
+    assert [client.end_of(i).version for i in asked] == [1] * 12
+    assert server.versions.kept == (2, 3)
+
+
 def test_a_pinned_request_whose_version_is_given_up_ends_as_failed_with_a_sentence(tmp_path: Path) -> None:
     run = training(tmp_path)
     client, server = Client(run), run.server
@@ -257,36 +275,34 @@ def test_a_promotion_of_another_adapter_leaves_clif_alone(tmp_path: Path) -> Non
     assert all(leader.held == (1, 2, 3) for leader in run.leaders)
 
 
-@pytest.mark.parametrize(
-    ("action", "kind", "sentence"),
-    [
-        (lambda a, now: a.roll_back(now, 9), "not_found", "there is no stored version 9"),
-        (lambda a, now: a.set_canary(3, 0.5), "conflict", "clif@v0003 is the active version already"),
-        (lambda a, now: a.set_canary(1, 0.0), "invalid", "share is 0.0: it must be above 0"),
-        (lambda a, now: a.set_canary(1, float("nan")), "invalid", "share is nan: it must be above 0"),
-        (lambda a, now: [a.pin(1), a.pin(2)], "conflict", "makes 3 versions to keep, and 3 slots keep 2"),
-        (lambda a, now: a.retire(now, "clif"), "invalid", "it answers by default: roll it back to 0"),
-        (lambda a, now: a.retire(now, "support"), "invalid", "there is none of this name"),
-        (lambda a, now: a.load_folder(now, "../outside", "x"), "forbidden", "outside is no folder below serve.adapter"),
-        (lambda a, now: a.load_folder(now, "link", "x"), "forbidden", "link is no folder below serve.adapter_root"),
-        (
-            lambda a, now: a.load_folder(now, "links", "x"),
-            "forbidden",
-            "adapter_model.safetensors of links lies outside",
-        ),
-        (lambda a, now: a.load_folder(now, "none", "x"), "invalid", "none cannot be found below serve.adapter_root"),
-        (lambda a, now: a.load_folder(now, "sales", "Not OK"), "invalid", "'Not OK' cannot name an adapter"),
-        (lambda a, now: a.load_folder(now, "sales", "base"), "invalid", "'base' cannot name an adapter"),
-        (lambda a, now: a.load_folder(now, "empty", "x"), "invalid", "empty is not a PEFT adapter folder"),
-        (lambda a, now: a.export(9, "out"), "not_found", "there is no stored version 9"),
-        (lambda a, now: a.export(1, "../out"), "forbidden", "is no folder below serve.adapter_root"),
-        (lambda a, now: a.export(1, "sales"), "conflict", "sales is there already"),
-        (lambda a, now: a.export(1, "link"), "conflict", "link is there already"),
-    ],
-)
-def test_what_cannot_be_done_with_versions_is_refused_with_a_sentence(
-    tmp_path: Path, action: Callable[[Any, float], Any], kind: str, sentence: str
-) -> None:
+REFUSED: list[tuple[Callable[[Any, float], Any], str, str]] = [
+    (lambda a, now: a.roll_back(now, 9), "not_found", "there is no stored version 9"),
+    (lambda a, now: a.set_canary(3, 0.5), "conflict", "clif@v0003 is the active version already"),
+    (lambda a, now: a.set_canary(1, 0.0), "invalid", "share is 0.0: it must be above 0"),
+    (lambda a, now: a.set_canary(1, float("nan")), "invalid", "share is nan: it must be above 0"),
+    (lambda a, now: a.retire(now, "clif"), "invalid", "it answers by default: roll it back to 0"),
+    (lambda a, now: a.retire(now, "support"), "invalid", "there is none of this name"),
+    (lambda a, now: a.load_folder(now, "../outside", "x"), "forbidden", "outside is no folder below serve.adapter"),
+    (lambda a, now: a.load_folder(now, "link", "x"), "forbidden", "link is no folder below serve.adapter_root"),
+    (
+        lambda a, now: a.load_folder(now, "links", "x"),
+        "forbidden",
+        "adapter_model.safetensors of links lies outside",
+    ),
+    (lambda a, now: a.load_folder(now, "none", "x"), "invalid", "none cannot be found below serve.adapter_root"),
+    (lambda a, now: a.load_folder(now, "sales", "Not OK"), "invalid", "'Not OK' cannot name an adapter"),
+    (lambda a, now: a.load_folder(now, "sales", "base"), "invalid", "'base' cannot name an adapter"),
+    (lambda a, now: a.load_folder(now, "empty", "x"), "invalid", "empty is not a PEFT adapter folder"),
+    (lambda a, now: a.export(9, "out"), "not_found", "there is no stored version 9"),
+    (lambda a, now: a.export(1, "../out"), "forbidden", "is no folder below serve.adapter_root"),
+    (lambda a, now: a.export(1, "sales"), "conflict", "sales is there already"),
+    (lambda a, now: a.export(1, "link"), "conflict", "link is there already"),
+    (lambda a, now: [a.pin(1), a.pin(2)], "conflict", "makes 3 versions to keep, and 3 slots keep 2"),
+]
+"""The last one is refused in its second part."""
+
+
+def test_what_cannot_be_done_with_versions_is_refused_with_a_sentence_and_changes_nothing(tmp_path: Path) -> None:
     run = training(tmp_path, slots=3)
     root, outside = tmp_path / "root", tmp_path / "outside"
     folder(root, "sales")
@@ -297,10 +313,15 @@ def test_what_cannot_be_done_with_versions_is_refused_with_a_sentence(
     (root / "links" / WEIGHTS_FILE).symlink_to(outside / WEIGHTS_FILE)
     (root / "empty").mkdir()
     client, server = Client(run), run.server
-    found = act(client, TRAINED_S, lambda: action(server.version_actions, run.time()))
-    before = act(client, TRAINED_S - 0.01, lambda: server.versions.active())
+    actions, store = server.version_actions, AdapterStore(run.config.run_dir)
+    before = act(client, TRAINED_S - 0.01, store.read)
+    found = [act(client, TRAINED_S, lambda action=action: action(actions, run.time())) for action, _, _ in REFUSED]
+    after = act(client, TRAINED_S + 0.01, store.read)
     run.go()
-    assert (found[0].kind, server.versions.active()) == (kind, before[0]) and sentence in found[0].message
+    for (problem,), (_, kind, sentence) in zip(found, REFUSED, strict=True):
+        assert problem.kind == kind and sentence in problem.message
+    assert after == [replace(before[0], pinned=(1,))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["outside", "root", "rows.jsonl", "run"]
 
 
 def test_without_a_root_no_folder_is_read_or_written(tmp_path: Path) -> None:

@@ -25,10 +25,12 @@ numbers = st.integers(0, 12)
 @settings(max_examples=300, deadline=None)
 @given(
     st.frozensets(st.integers(1, 12)), st.lists(numbers, max_size=4), st.lists(numbers, max_size=4), numbers,
-    st.integers(2, 10),
+    st.integers(2, 10), st.lists(numbers, max_size=4),
 )  # fmt: skip
-def test_a_promotion_always_finds_a_slot_and_what_must_be_kept_comes_first(stored, active, pinned, canary, slots):
-    view = VersionsView(tuple(sorted(stored)), tuple(active), tuple(pinned), canary)
+def test_a_promotion_always_finds_a_slot_and_what_must_be_kept_comes_first(
+    stored, active, pinned, canary, slots, waiting
+):
+    view = VersionsView(tuple(sorted(stored)), tuple(active), tuple(pinned), canary, tuple(waiting))
     kept, reason = kept_versions(0.0, view, make_config(slots))
     assert list(kept) == sorted(set(kept)) and set(kept) <= stored and reason
     assert len(kept) <= slots - 1
@@ -37,9 +39,12 @@ def test_a_promotion_always_finds_a_slot_and_what_must_be_kept_comes_first(store
         assert needed <= set(kept)
     elif active and active[0] in stored:
         assert active[0] in kept, "the version that answers by default goes last"
-    besides = set(kept) - needed
-    assert len(kept) <= max(len(needed), slots - 2), "one more slot is left if it is up to us"
-    assert not besides or min(besides) > max(stored - set(kept), default=0), "the newest"
+    waited = {v for v in waiting if v in stored}
+    if len(needed | waited) <= slots - 1:
+        assert waited <= set(kept)
+    besides = set(kept) - needed - waited
+    assert len(kept) <= max(len(needed | waited), slots - 2), "one more slot is left if it is up to us"
+    assert not besides or min(besides) > max(stored - set(kept) - waited, default=0), "the newest"
 
 
 def test_with_the_default_slots_only_the_active_version_is_kept():

@@ -15,12 +15,13 @@ FOR_READERS = 1
 @dataclass(frozen=True)
 class VersionsView:
     """stored: numbers of all versions that can be kept, in order. active: of each adapter; pinned, canary: the
-    operator's; 0 is the base, which needs no slot."""
+    operator's; 0 is the base, which needs no slot. waiting: those that accepted requests wait for."""
 
     stored: tuple[int, ...] = ()
     active: tuple[int, ...] = ()
     pinned: tuple[int, ...] = ()
     canary: int = 0
+    waiting: tuple[int, ...] = ()
 
 
 def needed_versions(view: VersionsView) -> tuple[int, ...]:
@@ -34,13 +35,16 @@ def most_needed(config: Config) -> int:
 
 
 def kept_versions(now: float, view: VersionsView, config: Config) -> tuple[tuple[int, ...], str]:
-    """The versions to keep, in order, with the reason: active ones, the canary, pinned ones, then the newest that fit.
+    """The versions to keep, in order, with the reason: active ones, the canary, pinned ones, those that requests wait
+    for, then the newest that fit.
 
     A slot is left for the next promotion, and where it is up to us another one for versions that are still read.
     """
-    needed = needed_versions(view)[: most_needed(config)]
-    free = max(0, most_needed(config) - FOR_READERS - len(needed))
-    newest = [v for v in reversed(view.stored) if v not in needed][:free]
-    slots = config.adapter.serving_slots
-    reason = f"{len(needed)} active, canary or pinned, the newest {len(newest)} besides, of {slots} slots"
-    return tuple(sorted((*needed, *newest))), reason
+    most, slots = most_needed(config), config.adapter.serving_slots
+    needed = needed_versions(view)[:most]
+    waiting = [v for v in dict.fromkeys(view.waiting) if v in view.stored and v not in needed][: most - len(needed)]
+    free = max(0, most - FOR_READERS - len(needed) - len(waiting))
+    newest = [v for v in reversed(view.stored) if v not in (*needed, *waiting)][:free]
+    waited = f"{len(waiting)} that requests wait for, " if waiting else ""
+    reason = f"{len(needed)} active, canary or pinned, {waited}the newest {len(newest)} besides, of {slots} slots"
+    return tuple(sorted((*needed, *waiting, *newest))), reason
