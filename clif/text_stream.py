@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Sequence
 
 from clif.tokenizer import FALLBACK, ChatTokenizer
@@ -28,6 +29,8 @@ class TextStream:
         # shown: characters of the window's text that have left it; held: those that wait for a stop string.
         self._window: list[int] = []
         self._shown, self._held = 0, ""
+        # Where text is nothing but bytes, each is decoded once.
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.byte_level else None
 
     def add(self, ids: Sequence[int]) -> str:
         """The text that these tokens complete; it may be empty."""
@@ -55,6 +58,8 @@ class TextStream:
         return self.end(event.text)
 
     def _step(self, token: int) -> str:
+        if self._bytes is not None:
+            return self._bytes.decode(self._tokenizer.piece(token))
         self._window.append(token)
         if self._waits(token):
             return ""

@@ -120,6 +120,24 @@ class ChatTokenizer:
         return str(name.replace(_SPACE, " ") if _SPACE in self._decoder else name).encode()
 
     @cached_property
+    def byte_level(self) -> bool:
+        """Whether decode() joins the bytes of tokens and does nothing else: then text can be made from piece()."""
+        return bool(self._decoder) and json.loads(self._decoder).get("type") == "ByteLevel"
+
+    def piece(self, token: int) -> bytes:
+        """What decode() joins: for a byte-level tokenizer the bytes of a token; none of a special one."""
+        found = self._pieces.get(token)
+        if found is None:
+            name = self.tokenizer.id_to_token(token)
+            left_out = name is None or token in self.special_ids
+            found = self._pieces[token] = b"" if left_out else _bytes_of(str(name))
+        return found
+
+    @cached_property
+    def _pieces(self) -> dict[int, bytes]:
+        return {}
+
+    @cached_property
     def special_ids(self) -> frozenset[int]:
         """The tokens that decode() leaves out."""
         return frozenset(i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special)
@@ -175,6 +193,14 @@ def _byte_symbols() -> dict[str, int]:
 
 
 _BYTES, _SPACE = _byte_symbols(), "\u2581"
+
+
+def _bytes_of(name: str) -> bytes:
+    """Of a token of a byte-level tokenizer; one with other symbols stands for itself."""
+    known = all(symbol in _BYTES for symbol in name)
+    return bytes(_BYTES[symbol] for symbol in name) if known else name.encode()
+
+
 # Errors of Jinja, and of Python for an expression in a template: "a" + none, a range that is too long.
 _OF_TEMPLATES = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
