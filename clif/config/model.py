@@ -38,8 +38,8 @@ class AdapterConfig(Section):
     endings, each of which matches a layer."""
     serving_slots: Annotated[int, Field(ge=2, le=1024)] = 3
     """[versions] Versions that can answer at the same time: the active one of each adapter, those that an operator
-    keeps, retiring ones, and with more than 3 slots the newest ones. One slot stays free for the next promotion. At
-    least 2."""
+    keeps, retiring ones, and with more than 3 slots the newest ones. One slot stays free for the next promotion. Each
+    version lies in the host's memory once more, in float32. At least 2."""
 
     @field_validator("target_modules", mode="before")
     @classmethod

@@ -121,6 +121,12 @@ LIES: dict[str, tuple[Lie, str]] = {
     "serving a version that there is not": (
         lambda _: wire.Settled(replica=1, round_id=0, version=3, step=1), "version 3 was never given",
     ),
+    "holding a version that there is not": (
+        lambda _: wire.Held(replica=1, versions=(5,)), "version 5 was never given, the newest is 0",
+    ),
+    "holding more versions than it has slots": (
+        lambda _: wire.Held(replica=1, versions=(0, 0, 0, 0)), "it holds 4 versions in 3 slots",
+    ),
     "steps of a round that never began": (
         lambda _: wire.StepsDone(result=RoundResult(
             round_id=3, replica=1, samples=1, tokens=1, targets=1, steps=1, loss=1.0, finite=True)),
