@@ -97,7 +97,7 @@ def make_replica(folder: Path, requests: int, graphs: bool, overlap: bool, train
     if trains:
         engine.jobs.append(Job("training", training()))
     records, encoder = RankRecords(folder, 0, config.metrics, {}), msgspec.msgpack.Encoder()
-    member: Any = SimpleNamespace(micro_batch=1, trainer=SimpleNamespace(steps=0))
+    member: Any = SimpleNamespace(micro_batch=1, job_switch=SimpleNamespace(steps=0))
     return Replica(config, 0, engine, member, records, encoder.encode)
 
 

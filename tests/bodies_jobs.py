@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from bodies import Driver, serve_alone
+from helpers import finish
 
 from clif.distributed.topology import Topology
 from clif.types import CLIF, RoundPlan, TrainSample
@@ -57,7 +58,7 @@ class Jobs:
     def state(self, job: str) -> dict[str, Any]:
         """All that the next round of a job begins with."""
         member = self.driver.replica.member
-        member.job_switch.switch(job)
+        finish(member.job_switch.switch(job))
         member.masters.begin_from(self.base.get(ADAPTERS[job], 0))
         return {**member.trainer.snapshot(), "cursor": member.trainer.cursor_state(), "losses": self.losses.get(job)}
 
@@ -109,7 +110,7 @@ def resumed_job(topology: Topology, model: str, data: str, run_dir: str) -> dict
     jobs.driver.start()
     jobs.bring("a", rounds=tuple(jobs.rounds["a"]))
     trainer = jobs.driver.replica.member.trainer
-    jobs.driver.replica.member.job_switch.switch("a")
+    finish(jobs.driver.replica.member.job_switch.switch("a"))
     after = {**trainer.snapshot(), "cursor": trainer.cursor_state()}
     jobs.driver.step(m.JobOver(job="a"))
     left = sorted(path.name for path in (jobs.driver.folder / "checkpoints").glob("*"))
@@ -139,7 +140,11 @@ def without_own_data(topology: Topology, model: str, run_dir: str) -> dict[str, 
     jobs.driver.wait_for(m.Evaluated)
     jobs.driver.step(m.JobData(job="on-clif", train=samples, gate=samples[:2], own_gate=True, complete=True))
     votes = [jobs.round("on-clif").vote for _ in range(2)]
-    return {"votes": votes, "active": jobs.driver.replica.member.slots.active}
+    switch = jobs.driver.replica.member.job_switch
+    steps = [switch.steps]
+    jobs.driver.step(m.JobOver(job="on-clif"))
+    finish(switch.switch(""))
+    return {"votes": votes, "active": jobs.driver.replica.member.slots.active, "steps": [*steps, switch.steps]}
 
 
 def equal(left: Any, right: Any) -> bool:

@@ -13,9 +13,8 @@ from msgspec.structs import replace
 from clif.config import Config
 from clif.control.fleet import Fleet
 from clif.control.job_intake import JobIntake
-from clif.control.policy.promotion import pooled_losses
+from clif.control.job_rounds import as_stored, counted, event_of, history_of, what_it_did
 from clif.control.policy.round_admission import OWN_DATA, History, JobTerms, pause_s, target_reached
-from clif.control.records import train_loss
 from clif.control.rounds import Round
 from clif.control.versions import Versions
 from clif.errors import InputError
@@ -32,7 +31,6 @@ from clif.jobs.model import (
 )
 from clif.jobs.policy import JobView, choose_job, job_done, joins_at, named
 from clif.jobs.store import JobStore, new_id
-from clif.states import RoundState
 from clif.types import CLIF, AdapterVersion, RoundPlan
 
 log = logging.getLogger(__name__)
@@ -114,27 +112,13 @@ class JobBoard:
         known, jobs = self.store.known_rounds(), self.store.jobs()
         for version in committed:
             if version.job in jobs and version.job != STANDING and version.round_id not in known:
-                row = rows.get(version.round_id, {})
-                samples, tokens = (int(str(row.get(name, 0))) for name in ("samples", "tokens"))
-                done = JobRound(
-                    round_id=version.round_id, job=version.job, ended_s=self._unix(now), committed=True,
-                    version=version.number, samples=samples, tokens=tokens, judged=True,
-                    candidate_loss=version.heldout_loss, reason="it was committed before the control process ended",
-                )  # fmt: skip
+                done = as_stored(version, rows.get(version.round_id, {}), self._unix(now))
                 job = self.store.get_job(version.job)
                 self._count(now, done, History(lr_scale=job.lr_scale).after(now, True, True))
 
     def histories(self) -> dict[str, History]:
         """What earlier starts did for the jobs that go on."""
-        return {
-            job.id: History(
-                completed=job.completed,
-                discarded=job.discarded,
-                discarded_in_a_row=job.discarded_in_a_row,
-                lr_scale=job.lr_scale,
-            )
-            for job in self._jobs
-        }
+        return {job.id: history_of(job) for job in self._jobs}
 
     @property
     def wanted(self) -> bool:
@@ -223,7 +207,7 @@ class JobBoard:
             return
         self._last_end_s[ended.plan.job] = ended.over_s or self._now
         assert ended.history is not None
-        self._count(self._now, _what_it_did(ended, self._unix(self._now)), ended.history)
+        self._count(self._now, what_it_did(ended, self._unix(self._now)), ended.history)
 
     # --- all of them ---------------------------------------------------------------------------------
 
@@ -262,26 +246,12 @@ class JobBoard:
         if not self.store.record_round(done):
             return
         job = self.store.get_job(done.job)
-        job = replace(
-            job,
-            counted=job.counted + done.samples * done.committed,
-            trained_tokens=job.trained_tokens + done.tokens,
-            served=job.served + done.tokens / job.weight,
-            completed=job.completed + done.committed,
-            discarded=job.discarded + (not done.committed),
-            discarded_in_a_row=history.discarded_in_a_row,
-            lr_scale=history.lr_scale,
-            version=done.version or job.version,
-        )
+        job = counted(job, done, history)
         self.store.put_job(job)
         if done.job == STANDING:
             return
-        became = f"is committed as version {done.version}" if done.committed else "is discarded"
-        data = {
-            "round": done.round_id, "version": done.version, "samples": done.samples, "tokens": done.tokens,
-            "train_loss": done.train_loss, "valid_loss": done.candidate_loss, "counted": job.counted,
-        }  # fmt: skip
-        self._event(now, job.id, f"round {done.round_id} {became}: {done.reason}", type="round", data=data)
+        message, data = event_of(job, done)
+        self._event(now, job.id, message, type="round", data=data)
 
     def _view(self, job: Job) -> JobView:
         history = History(discarded_in_a_row=job.discarded_in_a_row)
@@ -342,25 +312,3 @@ class JobBoard:
             id=new_id("ftevent"), created_s=self._unix(now), message=message, type=type, data=dict(data or {})
         )
         self.store.add_event(job, event)
-
-
-def _what_it_did(ended: Round, unix: float) -> JobRound:
-    results = list(ended.results.values())
-    candidate, active = pooled_losses(list(ended.votes.values()))
-    committed = ended.state is RoundState.COMMITTED
-    return JobRound(
-        round_id=ended.plan.round_id,
-        job=ended.plan.job,
-        ended_s=unix,
-        committed=committed,
-        version=ended.version if committed else 0,
-        samples=sum(r.samples for r in results),
-        tokens=sum(r.tokens for r in results),
-        steps=sum(r.steps for r in results),
-        train_loss=train_loss(results),
-        candidate_loss=candidate,
-        active_loss=active,
-        judged=ended.voted_s is not None,
-        reason=ended.reason,
-        lr_scale=ended.plan.lr_scale,
-    )

@@ -18,12 +18,25 @@ from clif.errors import InputError
 from clif.types import TrainSample
 
 
+class Fingerprint:
+    """A digest that is equal for equal samples in the same order, of samples that come in pieces."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, samples: Iterable[TrainSample]) -> None:
+        for sample in samples:
+            self._digest.update(msgspec.msgpack.encode(sample))
+
+    def __str__(self) -> str:
+        return self._digest.hexdigest()[:16]
+
+
 def fingerprint(samples: Iterable[TrainSample]) -> str:
-    """A digest that is equal for equal samples in the same order."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(msgspec.msgpack.encode(sample))
-    return digest.hexdigest()[:16]
+    """The same of all samples at once."""
+    found = Fingerprint()
+    found.add(samples)
+    return str(found)
 
 
 class SampleCursor:

@@ -180,7 +180,7 @@ class Replica:
                 kv_used=scheduler.pool.used_tokens,
                 busy=min(1.0, self._busy_s / (now - self._reported)),
                 version=scheduler.slots.active,
-                training_steps=self.member.trainer.steps,
+                training_steps=self.member.job_switch.steps,
                 last_loss=last.loss if last else None,
                 serve_timings=tuple(self._serve_timings),
                 train_timings=tuple(self._train_timings),

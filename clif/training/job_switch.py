@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from clif.config import ConfigError
+from clif.data.cursor import Fingerprint
 from clif.distributed.collectives import RoundBroken
+from clif.engine.jobs import Slices
 from clif.errors import InputError
 from clif.training.checkpoint import CheckpointWriter, find_checkpoint
 from clif.training.heldout import Heldout
@@ -42,6 +44,7 @@ class _Arriving:
 
     train: list[TrainSample] = field(default_factory=list)
     gate: list[TrainSample] = field(default_factory=list)
+    data: Fingerprint = field(default_factory=Fingerprint)
 
 
 class JobSwitch:
@@ -62,6 +65,13 @@ class JobSwitch:
         self._folder, self._rank, self._max_tokens = folder, rank, max_tokens
         self._states: dict[str, JobState] = {OWN: own}
         self._arriving: dict[str, _Arriving] = {}
+        self._steps_of_dropped = 0
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of all jobs."""
+        waiting = sum(state.parked.steps for state in self._states.values() if state.parked is not None)
+        return self._trainer.steps + waiting + self._steps_of_dropped
 
     def take(self, message: JobData) -> None:
         """Samples of a job have come. A job that is known keeps what it has."""
@@ -69,14 +79,15 @@ class JobSwitch:
             return
         pieces = self._arriving.setdefault(message.job, _Arriving())
         pieces.train += message.train
+        pieces.data.add(message.train)
         pieces.gate += message.gate
         if not message.complete:
             return
         del self._arriving[message.job]
         gate = [*pieces.gate, *(self._own_gate if message.own_gate else ())]
-        self._states[message.job] = self._begin(message, pieces.train, gate)
+        self._states[message.job] = self._begin(message, pieces, gate)
 
-    def switch(self, job: str) -> JobState:
+    def switch(self, job: str) -> Slices[JobState]:
         """The trainer goes on with a job. Raises RoundBroken, on all ranks, if its samples are not here or too long."""
         state = self._states.get(job)
         if state is None:
@@ -85,10 +96,11 @@ class JobSwitch:
             return state
         assert state.parked is not None
         self._check(self._trainer.runner, state.parked.samples)
-        parked = self._trainer.park()
+        former = yield from self._trainer.exchange(state.parked)
         if self.current in self._states:
-            self._states[self.current].parked = parked
-        self._trainer.take_up(state.parked)
+            self._states[self.current].parked = former
+        else:
+            self._steps_of_dropped += former.steps
         self.current, state.parked = job, None
         return state
 
@@ -98,16 +110,17 @@ class JobSwitch:
         state = self._states.pop(job, None)
         if state is not None:
             state.checkpoints.remove()
+            self._steps_of_dropped += state.parked.steps if state.parked is not None else 0
 
     def wait(self) -> None:
         """Wait until no checkpoint is being written. Raises the error of a write."""
         for state in self._states.values():
             state.checkpoints.wait()
 
-    def _begin(self, message: JobData, train: list[TrainSample], gate: list[TrainSample]) -> JobState:
+    def _begin(self, message: JobData, pieces: _Arriving, gate: list[TrainSample]) -> JobState:
         checkpoints = CheckpointWriter(self._folder, self._rank, message.job)
         state = JobState(Heldout(self._trainer.runner, gate, self._max_tokens), checkpoints)
-        state.parked = self._trainer.fresh(train, message.seed)
+        state.parked = self._trainer.fresh(pieces.train, message.seed, str(pieces.data))
         self._resume(state.parked, checkpoints, frozenset(message.rounds), message.job)
         return state
 

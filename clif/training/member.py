@@ -86,7 +86,7 @@ class Member:
         # All members, which have just got the plan, make the group while there are steps to do.
         self.topology.combined_group(plan.member_set, orders.group)
         yield WAIT
-        job = self.job_switch.switch(plan.job)
+        job = yield from self.job_switch.switch(plan.job)
         self.masters.begin_from(plan.base_version)
         self._snapshot = self.trainer.snapshot()
         base_loss = yield from job.gate.loss_of(self.slots, plan.base_version)

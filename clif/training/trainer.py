@@ -15,7 +15,7 @@ import torch
 from clif.adapters.bank import AdapterBank
 from clif.config import TrainConfig
 from clif.data.cursor import SampleCursor, fingerprint
-from clif.engine.jobs import Slice, SliceKind, Slices
+from clif.engine.jobs import WAIT, Slice, SliceKind, Slices
 from clif.training.device_work import until_done
 from clif.training.noise_scale import NoiseScale, NoiseWatch
 from clif.training.train_runner import TrainRunner
@@ -63,7 +63,7 @@ class ShadowTrainer:
     ) -> None:
         """samples: of the run's own data; without any, jobs bring theirs."""
         self.runner, self.bank, self.config = runner, bank, config
-        own = self.fresh(samples, seed)
+        own = self.fresh(samples, seed, fingerprint(samples))
         self.samples, self.cursor, self.steps = own.samples, own.cursor, own.steps
         self.noise = NoiseWatch(bank)
         self._claimed: list[int] = []
@@ -71,25 +71,26 @@ class ShadowTrainer:
             [bank.shadow], lr=config.lr, weight_decay=config.weight_decay, foreach=False, fused=True
         )
 
-    def fresh(self, samples: list[TrainSample], seed: int) -> JobTraining:
-        """The training of a job that has not begun."""
+    def fresh(self, samples: list[TrainSample], seed: int, data: str) -> JobTraining:
+        """The training of a job that has not begun. data: fingerprint of the samples."""
         trains = self.config.enabled and bool(samples)
-        cursor = SampleCursor(len(samples), seed, fingerprint(samples)) if trains else None
+        cursor = SampleCursor(len(samples), seed, data) if trains else None
         return JobTraining(samples, cursor, NoiseScale(), {})
 
-    def park(self) -> JobTraining:
-        """The training of the present job, for take_up(); its moments move to the host's memory. Between rounds."""
-        assert not self._claimed, "a round is under way"
-        self.noise.forget()
-        moments = {name: value.cpu() for name, value in (self._optimizer.state.get(self.bank.shadow) or {}).items()}
-        return JobTraining(self.samples, self.cursor, self.noise.scale, moments, self.steps)
+    def exchange(self, training: JobTraining) -> Slices[JobTraining]:
+        """Go on with another job; returns the training of the present one. Between rounds; the shadow stays as it is.
 
-    def take_up(self, training: JobTraining) -> None:
-        """Go on with another job, which was parked or is fresh. The shadow stays as it is."""
+        What waits has its moments in the host's memory. They move one at a time; nothing changes before all have moved.
+        """
+        assert not self._claimed, "a round is under way"
+        state, device = self._optimizer.state.get(self.bank.shadow) or {}, self.bank.shadow.device
+        parked = yield from _moved(state, torch.device("cpu"))
+        moments = yield from _moved(training.moments, device)
+        self.noise.forget()
+        former = JobTraining(self.samples, self.cursor, self.noise.scale, parked, self.steps)
         self.samples, self.cursor, self.steps = training.samples, training.cursor, training.steps
-        self.noise.scale = training.noise
-        device = self.bank.shadow.device
-        self._optimizer.state[self.bank.shadow] = {name: m.to(device) for name, m in training.moments.items()}
+        self.noise.scale, self._optimizer.state[self.bank.shadow] = training.noise, moments
+        return former
 
     def step(self, micro_batch: int, accumulation: int, lr_scale: float = 1.0) -> Slices[StepResult]:
         """One optimizer step over micro_batch x accumulation samples; the loss is the mean over all target tokens.
@@ -211,3 +212,12 @@ class ShadowTrainer:
         self._optimizer.state[self.bank.shadow] = {name: value.clone() for name, value in snapshot["moments"].items()}
         self.steps = snapshot["steps"]
         self.noise.forget()
+
+
+def _moved(moments: dict[str, torch.Tensor], device: torch.device) -> Slices[dict[str, torch.Tensor]]:
+    """The moments on a device, a slice for each: a copy to the host waits for the device."""
+    moved = {}
+    for name, value in moments.items():
+        moved[name] = value.to(device)
+        yield WAIT
+    return moved

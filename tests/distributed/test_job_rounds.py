@@ -65,5 +65,5 @@ def test_a_round_without_its_samples_breaks_and_the_next_one_goes_through(model,
 
 def test_a_replica_without_data_of_its_own_trains_what_clients_bring(model, tmp_path):
     (found,) = run_ranks(1, bodies_jobs.without_own_data, model, str(tmp_path))
-    assert found["active"] == 2 and found["votes"][0].tokens == 4
+    assert found["active"] == 2 and found["votes"][0].tokens == 4 and found["steps"] == [6, 6]
     assert found["votes"][1].active_loss == pytest.approx(found["votes"][0].candidate_loss)
