@@ -49,7 +49,6 @@ SETTINGS = (
     "engine.max_batch=8",
     "adapter.lora_alpha=16",
     "federation.local_steps=12",
-    "run.status=off",
 )
 WAIT_S = 300.0
 
