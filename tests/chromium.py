@@ -80,14 +80,20 @@ class Page:
 
     def __init__(self, chromium: Chromium, url: str, width: int = 1200, height: int = 900, dark: bool = False) -> None:
         self._chromium = chromium
-        target = chromium.send("Target.createTarget", url="about:blank")["targetId"]
-        self._session = chromium.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._target = chromium.send("Target.createTarget", url="about:blank")["targetId"]
+        self._session = chromium.send("Target.attachToTarget", targetId=self._target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
+        # Otherwise a tab is hidden while another one is in front.
+        self.send("Emulation.setFocusEmulationEnabled", enabled=True)
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         media = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce"}
         self.send("Emulation.setEmulatedMedia", features=[{"name": k, "value": v} for k, v in media.items()])
         self.send("Page.navigate", url=url)
+
+    def close(self) -> None:
+        """A tab that is open keeps a connection, and a browser has six of them to a server."""
+        self._chromium.send("Target.closeTarget", targetId=self._target)
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
         return self._chromium.send(method, self._session, **parameters)
@@ -113,8 +119,9 @@ class Page:
 
     def press(self, key: str) -> None:
         for kind in ("keyDown", "keyUp"):
-            code = KEYS[key]
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+            # What a form takes for its submission is the text of the key.
+            text = {"text": "\r"} if key == "Enter" and kind == "keyDown" else {}
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key], **text)
 
     def type(self, text: str) -> None:
         self.send("Input.insertText", text=text)

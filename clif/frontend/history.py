@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -39,14 +40,23 @@ class History:
         self._last_event = 0
         self._ended = -1
         self._woken = asyncio.Condition()
+        self._closed = False
 
     async def follow(self, link: Link) -> None:
-        """Take the status once a second, until the control process is gone."""
+        """Take the status once a second, until the control process is gone. Then all readers of messages end."""
         while not link.over.is_set():
             status = msgspec.json.decode(link.readiness.body)
             if "run" in status:
                 await self.add(status, link.readiness.ready)
-            await asyncio.sleep(EVERY_S)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(link.over.wait(), EVERY_S)
+        await self.close()
+
+    async def close(self) -> None:
+        """No further row comes."""
+        self._closed = True
+        async with self._woken:
+            self._woken.notify_all()
 
     async def add(self, status: dict[str, Any], ready: bool) -> None:
         """A status becomes a row, and wakes those that wait for the next message."""
@@ -61,7 +71,7 @@ class History:
 
     async def messages(self) -> AsyncIterator[str]:
         """Each message as it comes, the present one first. One that the reader is too slow for is left out."""
-        while True:
+        while not self._closed:
             if self.message:
                 yield self.message
             async with self._woken:
