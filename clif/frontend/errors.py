@@ -83,7 +83,7 @@ class ApiError(Exception):
         if self.retry_after_s is not None:
             return {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
         # Clients come again by themselves after a conflict and after 5xx.
-        return {"x-should-retry": "false"} if self.status in (409, 500) else {}
+        return {"x-should-retry": "false"} if self.status in (409, 500, 504) else {}
 
     def response(self) -> Response:
         return Response(self.body, self.status, self.headers, "application/json")

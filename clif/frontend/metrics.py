@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 from starlette.responses import Response
 
 from clif.frontend.link import Link
+from clif.frontend.request_ids import RequestIds
 from clif.types import CLIF
 
 SUCCESS = {"stop": "stop", "length": "length", "cancelled": "abort"}
@@ -40,10 +41,10 @@ OTHER = "other"
 
 
 class Responses:
-    """ASGI middleware that counts answers by route and status; of paths without a route as one."""
+    """ASGI middleware that counts answers by route and status; of paths without a route as one. Each gets its id."""
 
     def __init__(self, app: Any, counts: Counter[tuple[str, int]]) -> None:
-        self._app, self._counts = app, counts
+        self._app, self._counts, self._ids = app, counts, RequestIds()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -54,6 +55,7 @@ class Responses:
             if message["type"] == "http.response.start":
                 route = getattr(scope.get("route"), "path", OTHER)
                 self._counts[route, message["status"]] += 1
+                message = {**message, "headers": [*message.get("headers", ()), self._ids.header(scope)]}
             await send(message)
 
         await self._app(scope, receive, counting)

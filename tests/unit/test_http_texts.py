@@ -1,5 +1,6 @@
 """/v1/completions, /v1/responses, /v1/models and the tokenizer's routes, as the openai client sees them."""
 
+import httpx
 import openai
 import pytest
 from http_run import HttpRun, http_run
@@ -175,6 +176,16 @@ def test_health_readiness_and_version_are_told(run: HttpRun):
     assert run.get("/health").json() == {"status": "ok"}
     assert run.get("/ready").json() == {"ready": True, "reason": ""}
     assert set(run.get("/version").json()) == {"version"}
+
+
+def test_every_answer_has_an_id_which_is_the_clients_if_it_gives_one(run: HttpRun):
+    ids = [run.get("/version").headers["x-request-id"], run.get("/none").headers["x-request-id"]]
+    assert len({*ids}) == 2 and all(i.startswith("req-") for i in ids)
+    given = {"x-request-id": "mine-1"}
+    asked = {"model": "clif", "prompt": "Hello", "max_tokens": 2}
+    answer = httpx.post(f"{run.url}/v1/completions", json=asked, headers=given, timeout=20)
+    assert answer.status_code == 200 and answer.headers["x-request-id"] == "mine-1"
+    assert run.client().completions.create(**asked)._request_id.startswith("req-")
 
 
 def test_the_document_names_every_route_and_resolves(run: HttpRun):
