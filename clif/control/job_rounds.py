@@ -66,6 +66,7 @@ def counted(job: Job, done: JobRound, history: History) -> Job:
         discarded=job.discarded + (not done.committed),
         discarded_in_a_row=history.discarded_in_a_row,
         lr_scale=history.lr_scale,
+        discard_reason=job.discard_reason if done.committed else done.reason,
         version=done.version or job.version,
     )
 

@@ -101,7 +101,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     status changes by advance_job() alone. counted: samples of committed rounds, each round once. trained_tokens: of all
     its rounds. served: tokens / weight, by which rounds are shared. completed, discarded, discarded_in_a_row, lr_scale:
-    its rounds. base_version: the version that it began from; version: its last committed one, 0 for none.
+    its rounds; discard_reason: of the last one that was discarded. base_version: the version that it began from;
+    version: its last committed one, 0 for none.
     """
 
     id: str
@@ -124,6 +125,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     discarded: int = 0
     discarded_in_a_row: int = 0
     lr_scale: float = 1.0
+    discard_reason: str = ""
     base_version: int = 0
     version: int = 0
     started_s: float | None = None

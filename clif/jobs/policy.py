@@ -68,7 +68,7 @@ def job_done(job: Job) -> tuple[JobStatus | None, str]:
         return JobStatus.SUCCEEDED, f"{job.completed} rounds are committed, as many as were asked for"
     if job.discarded_in_a_row < GIVE_UP:
         return None, f"{job.counted} of {job.wanted} samples"
-    why = f"{job.discarded_in_a_row} rounds in a row were discarded"
+    why = f"{job.discarded_in_a_row} rounds in a row were discarded, the last because: {job.discard_reason}"
     if job.version:
-        return JobStatus.SUCCEEDED, f"{why}: version {job.version} is the best one"
-    return JobStatus.FAILED, f"{why}: its data do not make the adapter better"
+        return JobStatus.SUCCEEDED, f"version {job.version} is the best one: {why}"
+    return JobStatus.FAILED, why
