@@ -138,6 +138,14 @@ def test_every_metric_of_the_dashboard_exists(ended: tuple[HttpRun, dict[str, An
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
 
 
+def test_the_documented_metrics_are_those_that_there_are(ended: tuple[HttpRun, dict[str, Any]]) -> None:
+    there = {s.name for family in families(ended[1]).values() for s in family.samples}
+    there |= {"clif:training_loss", "clif:version_heldout_loss"}
+    there = {re.sub(r"_(bucket|count|sum)$", "", name) for name in there}
+    documented = set(re.findall(r"`((?:vllm|clif):\w+)`", (REPO / "docs/operations.md").read_text()))
+    assert documented == there
+
+
 def test_the_status_and_the_configuration_are_shown(ended: tuple[HttpRun, dict[str, Any]]) -> None:
     run, said = ended
     status = said["admin/status"].json()
