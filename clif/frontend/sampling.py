@@ -14,6 +14,8 @@ from clif.frontend.strict import Strict
 from clif.types import Constraint, Sampling
 
 MOST_STOPS, LONGEST_STOP = 16, 256
+LONGEST_ID = 10
+"""Digits of a token id."""
 DEFAULT_TEMPERATURE = 1.0
 """OpenAI's."""
 StopString = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
@@ -135,7 +137,7 @@ def make_sampling(**given: Any) -> Sampling:
 def biases(given: dict[str, float], vocabulary: int) -> tuple[tuple[int, float], ...]:
     """Raises ApiError for what is no token id."""
     for name in given:
-        if not (name.isascii() and name.isdigit()) or int(name[:12]) >= vocabulary:
+        if not (name.isascii() and name.isdigit() and len(name) <= LONGEST_ID) or int(name) >= vocabulary:
             raise invalid(f"logit_bias: {name[:20]!r} is no token id, 0 to {vocabulary - 1}", "logit_bias")
     return tuple((int(name), value) for name, value in given.items())
 

@@ -145,6 +145,7 @@ def test_what_clients_send_by_default_has_no_effect_and_is_taken(chat):
         ({"stop": ["a"] * 17}, "stop", "at most 16"),
         ({"logit_bias": {"700": 1}}, "logit_bias", "0 to 256"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "is no token id"),
+        ({"logit_bias": {"0" * 5000: 1}}, "logit_bias", "is no token id"),
         ({"logit_bias": {"1": 101}}, "logit_bias", "-100 to 100"),
         ({"top_logprobs": 2}, "top_logprobs", "belongs to logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "logprobs", "from 0 to 20"),

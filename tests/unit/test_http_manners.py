@@ -72,6 +72,16 @@ def test_an_answer_that_takes_too_long_is_cancelled(tmp_path):
         run.hold()
         with pytest.raises(openai.APIError, match=r"within 0\.5 s"):
             list(chunks)
+        run.release()
+        asked = {"max_output_tokens": 400, "extra_body": {"ignore_eos": True}}
+        events = iter(run.client().responses.create(model="clif", input="Hello", stream=True, **asked))
+        assert next(events).type == "response.created"
+        run.hold()
+        seen = []
+        with pytest.raises(openai.APIError, match=r"within 0\.5 s"):
+            for event in events:
+                seen.append(event.type)
+        assert seen[-1] == "response.failed"
         with pytest.raises(openai.InternalServerError, match=r"within 0\.5 s") as error:
             run.client().chat.completions.create(**ASK)
         assert error.value.status_code == 504
