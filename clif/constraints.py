@@ -23,8 +23,8 @@ from clif.types import Constraint
 
 log = logging.getLogger(__name__)
 ANY_OBJECT = '{"type": "object"}'
-WHITESPACE = r"(\r?\n)?[ \t]{0,40}"
-"""Between two symbols: a line break and an indentation. Without a bound, small models write spaces until the end."""
+WHITESPACE = r"([ \t]?|\r?\n[ \t]{0,40})"
+"""Between two symbols: a space, or a line break with an indentation. Without bounds, small models write no more."""
 OPTIONS = {"whitespace_pattern": WHITESPACE, "whitespace_flexible": True, "lenient": False}
 """These hold whatever a schema says under x-guidance: what cannot be enforced is an error."""
 KEPT = 16

@@ -74,6 +74,20 @@ def test_the_end_is_allowed_where_the_answer_is_complete_and_only_there():
     assert allowed(follower, 300) == [end]
 
 
+def test_white_space_is_a_space_or_a_line_break_with_an_indentation():
+    grammars = of_bytes()
+    encode = grammars._tokenizer.encode_text
+    for text, fine in (
+        ('{"a": 1, "b":[2]}', True),
+        ('{\n  "a": [\n    1\n  ]\n}', True),
+        ('{  "a"', False),
+        ("{\n\n", False),
+    ):
+        follower = grammars.follow(Constraint("json_object"))
+        follower.advance(encode(text))
+        assert (follower.error == "") is fine, text
+
+
 def test_answers_with_one_schema_follow_it_independently_and_a_text_at_once_is_as_its_tokens():
     grammars = of_bytes()
     first, second = (grammars.follow(Constraint("json_object")) for _ in range(2))
