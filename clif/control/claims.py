@@ -149,13 +149,16 @@ def event_objection(event: TokenEvent, record: RequestRecord, hello: wire.Hello,
     flaw = logprobs_objection(event, request.sampling.logprobs, hello.vocabulary)
     if flaw:
         return f"{name}: {flaw}"
+    # Most events are no ends: each token of each answer passes here.
+    if event.finish is None:
+        return ""
     impossible = {
         FinishReason.STOP: not answered,
         FinishReason.LENGTH: answered < request.sampling.max_tokens,
         FinishReason.CANCELLED: True,
         FinishReason.REJECTED: request.max_total_tokens <= hello.kv_tokens,
     }
-    if event.finish is not None and impossible.get(event.finish, False):
+    if impossible.get(event.finish, False):
         return f"{name}: it ends as {event.finish.value} after {answered} tokens, which cannot be"
     return ""
 

@@ -224,7 +224,8 @@ class ControlServer:
             if objection:
                 self._failures.mark_broken(now, message.replica, objection)
                 return
-            self.dispatcher.on_event(now, message.replica, replace(event, detail=printable(event.detail)))
+            shown = replace(event, detail=printable(event.detail)) if event.detail else event
+            self.dispatcher.on_event(now, message.replica, shown)
 
     def _on_settled(self, now: float, message: wire.Settled) -> None:
         self.federation.on_settled(now, message)

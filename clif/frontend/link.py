@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from clif.frontend.streams import Rate, Stream
+from clif.frontend.streams import Rate, Stream, first_tokens_first
 from clif.types import FinishReason, Request, TokenEvent
 from clif.wire.channels import PART_BYTES
 from clif.wire.frontend import (
@@ -195,8 +195,7 @@ class Link:
         for request_id in answers.restarted:
             if stream := self._streams.get(request_id):
                 stream.restart(request_id)
-        # First tokens first: they are waited for most, and the newest requests come last in a batch.
-        for event in sorted(answers.events, key=lambda event: event.request_id not in self._waiting):
+        for event in first_tokens_first(answers.events, self._waiting):
             if stream := self._streams.get(event.request_id):
                 self._note(now, event)
                 stream.put(event)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -123,6 +123,14 @@ def _join(events: list[TokenEvent]) -> TokenEvent:
         tokens=tuple(token for event in events for token in event.tokens),
         logprobs=tuple(logprob for event in events for logprob in event.logprobs),
     )
+
+
+def first_tokens_first(events: Iterable[TokenEvent], waiting: Container[int]) -> list[TokenEvent]:
+    """Events of requests without a token before all others, otherwise in their order.
+
+    A client waits most for its first token, and the newest requests come last in a batch. waiting: their ids.
+    """
+    return sorted(events, key=lambda event: event.request_id not in waiting)
 
 
 class Rate:
