@@ -379,6 +379,8 @@ def test_the_process_runs_to_the_end_with_exit_code_0_and_a_summary(tmp_path: Pa
     assert process.returncode == 0, errors
     summary = json.loads((config.run_dir / "summary.json").read_text())
     assert summary["requests"]["submitted"] == 12 and summary["training"]["rounds_completed"] == 1
+    status = json.loads((config.run_dir / "status.json").read_text())
+    assert status["run"]["phase"] == "done" and status["totals"]["requests"]["stop"] == 12
     leader.join(10)
 
 

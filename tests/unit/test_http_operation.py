@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import re
+import signal
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +23,13 @@ from clif.frontend.history import AGES, COLUMNS, History
 
 REPO = Path(__file__).resolve().parents[2]
 ASK = [{"role": "user", "content": "Hello"}]
+
+
+def _ready(run: HttpRun) -> bool:
+    try:
+        return run.get("/ready").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 COMMANDS = """status URL, status RUN, status URL --json, admin RUN states, admin URL rounds, admin URL events --json,
@@ -49,6 +58,10 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[HttpRun, dict[str, 
         eventually(lambda: len(run.get("/admin/history").json()["rows"]) >= 2)
         for path in ("metrics", "admin/status", "admin/history", "admin/config"):
             said[path] = run.get(f"/{path}")
+        os.kill(run.frontend_pid, signal.SIGKILL)
+        eventually(lambda: _ready(run))
+        eventually(lambda: "clif:run_seconds" in run.get("/metrics").text)
+        said["again"] = run.get("/metrics")
         said["paused"] = run.post("/admin/training/pause", {"reason": "a test"}).json()
         said["drained"] = run.post("/admin/replicas/1/drain", {}).json()
         eventually(lambda: run.get("/admin/status").json()["status"]["drained_count"] == 1)
@@ -78,8 +91,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[HttpRun, dict[str, 
     return run, said
 
 
-def families(said: dict[str, Any]) -> dict[str, Any]:
-    return {family.name: family for family in text_string_to_metric_families(said["metrics"].text)}
+def families(said: dict[str, Any], which: str = "metrics") -> dict[str, Any]:
+    return {family.name: family for family in text_string_to_metric_families(said[which].text)}
 
 
 def value(said: dict[str, Any], name: str, **labels: str) -> float:
@@ -116,6 +129,14 @@ def test_histograms_are_cumulative_and_end_in_their_count(ended: tuple[HttpRun, 
         buckets = [s.value for s in family.samples if s.name.endswith("_bucket")]
         (total,) = [s.value for s in family.samples if s.name.endswith("_count")]
         assert buckets == sorted(buckets) and buckets[-1] == total
+
+
+def test_counts_go_on_when_the_front_end_is_started_again(ended: tuple[HttpRun, dict[str, Any]]) -> None:
+    before, after = (families(ended[1], which) for which in ("metrics", "again"))
+    for name in before.keys() - {"clif:http_responses"}:
+        if before[name].type in ("counter", "histogram"):
+            assert before[name].samples == after[name].samples, name
+    assert before["vllm:generation_tokens"].samples[0].value > 0
 
 
 def test_answers_are_counted_by_route_and_status(ended: tuple[HttpRun, dict[str, Any]]) -> None:
