@@ -96,7 +96,10 @@ def check_count(choices: int, prompts: int, http: HttpConfig) -> None:
 def make_requests(
     link: Link, prompts: Sequence[tuple[tuple[int, ...], Sampling]], choices: int, slo: Slo
 ) -> tuple[Request, ...]:
-    """`choices` requests for each prompt. Each choice has a seed of its own where one is given."""
+    """`choices` requests for each prompt. Each choice has a seed of its own where one is given.
+
+    Nothing may be awaited from here to Link.ask(): the control process takes ids in their order alone.
+    """
     return tuple(
         Request(id=link.next_id(), prompt=prompt, sampling=of_choice(sampling, index), slo=slo)
         for prompt, sampling in prompts

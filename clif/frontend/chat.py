@@ -19,7 +19,7 @@ from clif.frontend.choices import Choices, Piece
 from clif.frontend.errors import ApiError, invalid
 from clif.frontend.logprobs import chat_logprobs
 from clif.frontend.route_parts import Parts
-from clif.frontend.sampling import Nothing, SamplingBody, Whole
+from clif.frontend.sampling import Nothing, SamplingBody, Whole, check_enforceable
 from clif.frontend.strict import Strict, documented, read_body
 from clif.tokenizer import ChatTokenizer, Message
 
@@ -135,6 +135,7 @@ async def prepare(parts: Parts, call: Request, body: ChatBody) -> Asked:
     names = "messages", "max_completion_tokens" if body.max_tokens is None else "max_tokens"
     most = answer_tokens(len(ids), body.longest, link.run, http, caller.max_tokens, names)
     sampling = body.sampling(most, body.reported, link.run.vocabulary)
+    await check_enforceable(sampling, "response_format")
     requests = make_requests(link, [(ids, sampling)], body.choices, slo_of(parts.config.slo))
     return Asked(requests, body.model, caller.name, body.choices)
 

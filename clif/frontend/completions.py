@@ -18,7 +18,7 @@ from clif.frontend.choices import Choice, Choices, Piece
 from clif.frontend.errors import ApiError, invalid
 from clif.frontend.logprobs import plain_logprobs
 from clif.frontend.route_parts import Parts
-from clif.frontend.sampling import SamplingBody, Whole
+from clif.frontend.sampling import SamplingBody, Whole, check_enforceable
 from clif.frontend.strict import documented, read_body
 from clif.tokenizer import ChatTokenizer
 from clif.types import TokenLogprob
@@ -85,6 +85,7 @@ async def prepare(parts: Parts, call: Request, body: CompletionBody) -> Asked:
         ids = await _ids(parts, prompt, link.run.vocabulary)
         most = answer_tokens(len(ids), body.max_tokens, link.run, http, caller.max_tokens, ("prompt", "max_tokens"))
         ready.append((ids, body.sampling(most, body.logprobs, link.run.vocabulary)))
+    await check_enforceable(ready[0][1], "response_format")
     requests = make_requests(link, ready, body.choices, slo_of(parts.config.slo))
     return Asked(requests, body.model, caller.name, body.choices)
 

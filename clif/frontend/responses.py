@@ -19,6 +19,7 @@ from clif.frontend.errors import ApiError
 from clif.frontend.logprobs import chat_logprobs
 from clif.frontend.responses_body import ResponsesBody
 from clif.frontend.route_parts import Parts
+from clif.frontend.sampling import check_enforceable
 from clif.frontend.strict import documented, read_body
 from clif.tokenizer import ChatTokenizer
 from clif.types import TokenLogprob
@@ -51,7 +52,9 @@ async def prepare(parts: Parts, call: Request, body: ResponsesBody) -> Asked:
     ids = await tokenised(lambda: parts.tokenizer.encode_chat(messages), characters, "input")
     names = "input", "max_output_tokens"
     most = answer_tokens(len(ids), body.max_output_tokens, link.run, http, caller.max_tokens, names)
-    requests = make_requests(link, [(ids, body.sampling(most))], 1, slo_of(parts.config.slo))
+    sampling = body.sampling(most)
+    await check_enforceable(sampling, "text.format.schema")
+    requests = make_requests(link, [(ids, sampling)], 1, slo_of(parts.config.slo))
     return Asked(requests, body.model, caller.name)
 
 

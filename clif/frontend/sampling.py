@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -143,7 +144,7 @@ def biases(given: dict[str, float], vocabulary: int) -> tuple[tuple[int, float],
 
 
 def constraint(wanted: TextFormat | ObjectFormat | SchemaFormat | None) -> Constraint | None:
-    """Raises ApiError for a schema that cannot be enforced."""
+    """Raises ApiError for a schema that is too long."""
     match wanted:
         case None | TextFormat():
             return None
@@ -153,13 +154,23 @@ def constraint(wanted: TextFormat | ObjectFormat | SchemaFormat | None) -> Const
 
 
 def schema_constraint(schema: dict[str, Any] | None, param: str = "response_format") -> Constraint:
-    """Without a schema any JSON object will do. Raises ApiError for one that cannot be enforced."""
+    """Without a schema any JSON object will do. Raises ApiError for one that is too long."""
     if schema is None:
         return Constraint("json_object")
-    text = msgspec.json.encode(schema).decode()
     try:
-        wanted = Constraint("json_schema", text)
-        check_schema(text)
-    except (ValueError, InputError) as error:
+        return Constraint("json_schema", msgspec.json.encode(schema).decode())
+    except ValueError as error:
         raise ApiError(400, str(error), param, "invalid_schema") from None
-    return wanted
+
+
+async def check_enforceable(sampling: Sampling, param: str) -> None:
+    """Raises ApiError for a schema that cannot be enforced.
+
+    A long one takes half a second: it is read in a thread, so that streams go on.
+    """
+    if sampling.constraint is None or not sampling.constraint.schema:
+        return
+    try:
+        await asyncio.to_thread(check_schema, sampling.constraint.schema)
+    except InputError as error:
+        raise ApiError(400, str(error), param, "invalid_schema") from None
