@@ -147,6 +147,9 @@ class VersionActions:
         version = self._versions.get(number)
         if version is None:
             raise Refused("not_found", f"there is no stored version {number}", "version")
+        folder = self._versions.store.path(number)
+        if not (folder / WEIGHTS_FILE).is_file():
+            raise Refused("conflict", f"the weights of {version_name(version)} are gone: restore {folder}", "version")
         return version
 
     def _row(self, number: int) -> ModelRow:

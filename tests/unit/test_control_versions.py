@@ -324,6 +324,18 @@ def test_what_cannot_be_done_with_versions_is_refused_with_a_sentence_and_change
     assert sorted(path.name for path in tmp_path.iterdir()) == ["outside", "root", "rows.jsonl", "run"]
 
 
+def test_a_version_whose_files_are_gone_cannot_be_chosen_and_costs_no_other(tmp_path: Path) -> None:
+    run = training(tmp_path, rounds=5, slots=4)
+    client, server = Client(run), run.server
+    store = AdapterStore(run.config.run_dir)
+    client.at(3.0, (store.path(1) / WEIGHTS_FILE).unlink)
+    found = act(client, 3.1, lambda: server.version_actions.roll_back(run.time(), 1))
+    asked = client.ask(3.3)
+    run.go()
+    assert found[0].kind == "conflict" and "the weights of clif@v0001 are gone: restore " in found[0].message
+    assert client.end_of(asked).version == 5
+
+
 def test_without_a_root_no_folder_is_read_or_written(tmp_path: Path) -> None:
     run = training(tmp_path, serve={"http": {"port": 0}})
     client, actions = Client(run), run.server.version_actions
