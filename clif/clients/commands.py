@@ -12,7 +12,7 @@ from clif.errors import InputError
 
 LOCAL = "http://127.0.0.1:8000"
 Url = Annotated[str, typer.Argument(metavar="URL", help="An OpenAI server; /v1 may be left out.")]
-Model = Annotated[str | None, typer.Option(help="Model; by default the server's first.")]
+Model = Annotated[str | None, typer.Option(help="Model; by default clif, or the server's first.")]
 Key = Annotated[str | None, typer.Option(help="API key; by default that of the variable CLIF_API_KEY.")]
 Seed = Annotated[int, typer.Option(min=0, help="Draws arrivals and prompts.")]
 

@@ -10,6 +10,7 @@ import httpx
 import msgspec
 
 from clif.errors import InputError, plain
+from clif.types import CLIF
 
 KEY_VARIABLE = "CLIF_API_KEY"
 CONNECT_S = 10.0
@@ -53,13 +54,16 @@ class Endpoint:
             raise InputError(f"{self.url}/models gives no list of models: it is no OpenAI server") from error
 
     def choose_model(self, wanted: str | None) -> str:
-        """The model by this name, by default the server's first. Raises InputError, with the names that there are."""
+        """The model by this name, by default the active adapter of CLIF, otherwise the server's first.
+
+        Raises InputError where there is none.
+        """
         if wanted is not None:
             return wanted
         models = self.models()
         if not models:
             raise InputError(f"{self.url} has no model: give --model")
-        return models[0]
+        return CLIF if CLIF in models else models[0]
 
 
 def said(error: Exception) -> str:

@@ -76,8 +76,9 @@ def routes(parts: Parts) -> APIRouter:
 
     @router.get("/version")
     async def version() -> dict[str, str]:
-        """Of the server."""
-        return {"version": __version__}
+        """Of the server; engine: emulated where no model computes the answers."""
+        emulated = parts.config.engine.emulated is not None
+        return {"version": __version__, "engine": "emulated" if emulated else "clif"}
 
     return router
 

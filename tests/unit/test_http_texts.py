@@ -175,7 +175,7 @@ def test_texts_and_conversations_are_tokenised_as_requests_are(run: HttpRun):
 def test_health_readiness_and_version_are_told(run: HttpRun):
     assert run.get("/health").json() == {"status": "ok"}
     assert run.get("/ready").json() == {"ready": True, "reason": ""}
-    assert set(run.get("/version").json()) == {"version"}
+    assert set(run.get("/version").json()) == {"version", "engine"}
 
 
 def test_every_answer_has_an_id_which_is_the_clients_if_it_gives_one(run: HttpRun):
