@@ -84,6 +84,8 @@ class StatusCollector(Collector):
 
     def _frontend(self) -> Iterator[Metric]:
         yield gauge("clif:ready", "1 if requests are accepted.", int(self._link.readiness.ready))
+        waiting = self._link.waiting_requests
+        yield gauge("clif:http_requests_waiting", "Those of them without a first token.", waiting)
         yield gauge("clif:http_requests_running", "Requests of HTTP clients that are open.", self._link.open_requests)
         yield gauge("clif:http_tasks", "Tasks of the front end: as many as before once no client is there.", tasks())
         family = CounterMetricFamily(

@@ -119,6 +119,14 @@ def test_arrow_keys_read_a_chart_and_its_table_says_the_same(page: Page) -> None
     assert page.evaluate("document.querySelector('#load thead').innerText.includes('waiting')")
 
 
+def test_where_streams_do_not_come_through_it_polls(opened: Callable[..., Page], run: HttpRun) -> None:
+    page = opened("about:blank")
+    page.send("Network.setBlockedURLs", urls=["*/admin/live*"])
+    page.send("Page.navigate", url=run.url)
+    page.wait_for("document.querySelector('#connection').textContent == 'live, by polling'")
+    page.wait_for("document.querySelectorAll('.tile').length == 8 && data.rows.length > 0")
+
+
 def test_colours_follow_the_system_and_the_button(opened: Callable[..., Page], run: HttpRun) -> None:
     ground = "getComputedStyle(document.body).backgroundColor"
     dark, light = opened(run.url, dark=True), opened(run.url)
