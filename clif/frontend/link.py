@@ -108,9 +108,10 @@ class Link:
         """Send requests, whose ids are of next_id(). The caller calls withdraw() when it needs the stream no longer."""
         stream = Stream(request.id for request in requests)
         for request in requests:
+            # First: one that cannot be sent would be counted as open for ever.
+            self._send(Ask(request=request, model=model, key=key))
             self._streams[request.id] = stream
             self._waiting.add(request.id)
-            self._send(Ask(request=request, model=model, key=key))
         if self.over.is_set():
             stream.stop(Refused("not_ready", GONE))
         return stream
