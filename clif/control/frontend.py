@@ -75,6 +75,8 @@ class Frontend:
         self._restarted: list[int] = []
         self._refused: list[Refusal] = []
         self._replies: list[Reply] = []
+        self._begun = False
+        """Whether the present process has said that it can answer."""
         self._told: tuple[bool, str] | None = None
         self._body = b""
         self._next_status_s = -math.inf
@@ -116,7 +118,10 @@ class Frontend:
         match message:
             case Started():
                 log.info("the HTTP front end is process %d", message.pid)
-                self._told = None
+                self._begun, self._told = True, None
+            case _ if not self._begun:
+                # Of one that has ended: the next one uses the same numbers for requests and commands.
+                return
             case Ask():
                 self._ask(now, message)
             case Withdraw():
@@ -190,9 +195,11 @@ class Frontend:
         ended = self._child.step(now, self._next_id) if self._child is not None else ""
         if ended:
             log.warning("the HTTP front end ended (%s): its requests are cancelled, and it starts again", ended)
+            self._begun = False
             self._came.clear()
             self._dispatcher.cancel_clients(now, f"the HTTP front end ended: {ended}")
-            self._events.clear()
+            for unsent in (self._events, self._restarted, self._refused, self._replies):
+                unsent.clear()
 
     def flush(self, now: float) -> None:
         """Send what has come together. The caller has made durable what the replies report."""

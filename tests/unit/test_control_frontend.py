@@ -8,7 +8,7 @@ from control_run import Run
 
 from clif.control.policy.phases import ControlError
 from clif.types import FinishReason
-from clif.wire.frontend import Command, GetConfig, Withdraw
+from clif.wire.frontend import Command, GetConfig, Started, Withdraw
 
 
 def test_promise_1_every_request_of_a_client_gets_exactly_one_end(tmp_path: Path) -> None:
@@ -99,6 +99,39 @@ def test_the_journal_and_the_tables_hold_no_word_of_a_client(tmp_path: Path) -> 
     lines = "\n".join(map(str, run.journal.lines))
     assert "withheld=3" in lines and "111" not in lines and "112" not in lines
     assert not (run.config.run_dir / "answers.jsonl").exists()
+
+
+class Dies:
+    """A FrontendChild that ends once, at a time of the run."""
+
+    def __init__(self, run: Run, seconds: float) -> None:
+        self.run, self.at_s, self.next_id = run, 1000.0 + seconds, 0
+
+    def step(self, now: float, next_id: int) -> str:
+        if self.next_id or now < self.at_s:
+            return ""
+        self.next_id = next_id
+        return "killed by signal 9"
+
+    def close(self) -> None:
+        return
+
+
+def test_what_a_front_end_sent_before_it_died_is_not_taken_for_the_next_ones(tmp_path: Path) -> None:
+    run = online(tmp_path)
+    assert run.frontend is not None
+    child = run.frontend._child = Dies(run, BEGIN_S)
+    client = Client(run)
+    # Its last messages are read after its end.
+    late = client.ask(BEGIN_S + 0.1)
+    client.at(BEGIN_S + 0.1, lambda: client.line.send(Command(id=0, action=GetConfig())))
+    client.at(BEGIN_S + 0.2, lambda: client.line.send(Started(pid=8)))
+    client.next_id = late
+    asked = client.ask(BEGIN_S + 0.3)
+    run.go()
+    assert child.next_id == late == asked, "the next one goes on with the ids that are not used"
+    assert client.end_of(asked).finish is FinishReason.STOP and not client.refused
+    assert client.replies == [] and len(run.table("requests")) == 1
 
 
 class Boom(Exception):
