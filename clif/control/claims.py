@@ -40,13 +40,13 @@ class Claims:
         most_tokens: int,
         jobs: JobBoard,
     ) -> None:
-        self._config, self._fleet, self._federation, self._jobs = config, fleet, federation, jobs
+        self._config, self._fleet, self._federation = config, fleet, federation
         self._versions = versions
         self._checks: dict[type[wire.Message], Check] = {
             wire.Hello: self._hello,
             wire.Report: lambda m: newest_objection(m.version, federation.newest),
             wire.StepsDone: lambda m: steps_objection(m.result, federation.current, config),
-            wire.Voted: lambda m: vote_objection(m.vote, federation.current, most_tokens + self._of_job()),
+            wire.Voted: lambda m: vote_objection(m.vote, federation.current, most_tokens + jobs.gate_tokens),
             wire.Published: self._published,
             wire.Settled: self._settled,
             wire.Held: lambda m: held_objection(m.versions, federation.newest, config),
@@ -67,10 +67,6 @@ class Claims:
         if record is None:
             return ""
         return event_objection(event, record, self._fleet.hello_of(replica), self._fleet.newest_of(replica))
-
-    def _of_job(self) -> int:
-        current = self._federation.current
-        return 0 if current is None else self._jobs.gate_tokens(current.plan.job)
 
     def _hello(self, hello: wire.Hello) -> str:
         others = [other for other in self._fleet.hellos if other.replica != hello.replica]

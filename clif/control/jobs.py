@@ -40,7 +40,8 @@ DAY_S = 86_400.0
 class JobBoard:
     """Owner of the store. now: seconds of the server's clock; unix: a stamp of it as wall time.
 
-    It is one of the federation's observers.
+    gate_tokens: answer tokens by which replicas judge the candidate of the last round that began, beside their own
+    rows. Its job may end before they vote. The board is one of the federation's observers.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class JobBoard:
         self.store, self._versions = store, versions
         self._config, self._unix = config, unix
         self._intake = JobIntake(config, store, fleet)
+        self.gate_tokens = 0
         self._last_end_s: dict[str, float] = {}
         self._now, self._own_over = 0.0, False
         self._own = config.train.enabled and config.data.path is not None
@@ -125,10 +127,6 @@ class JobBoard:
         """Whether a job waits for rounds, besides the run's own data."""
         return any(job.status is not JobStatus.PAUSED for job in self._jobs)
 
-    def gate_tokens(self, job: str) -> int:
-        """Answer tokens by which the replicas judge a job's candidates, beside their own rows."""
-        return self._intake.gate_tokens(job)
-
     def objection(self, job: str) -> str:
         """Why a round of this job is to be given up; empty: it is not."""
         return "" if job == STANDING or any(job == live.id for live in self._jobs) else "its job has ended"
@@ -181,6 +179,7 @@ class JobBoard:
     # --- the federation's observer -------------------------------------------------------------------
 
     def on_round_began(self, plan: RoundPlan) -> None:
+        self.gate_tokens = self._intake.gate_tokens(plan.job)
         if plan.job == STANDING:
             return
         job = self.store.get_job(plan.job)

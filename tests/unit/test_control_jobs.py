@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scripted_replica
 from control_run import Run, make_config
 
 from clif.control.__main__ import open_jobs
@@ -162,6 +163,28 @@ def test_a_cancelled_job_loses_its_round_and_never_trains_again(tmp_path: Path) 
     assert row["state"] == "discarded" and not run.jobs.get_job("job").counted
     with pytest.raises(Conflict, match="the job is cancelled: it cannot become paused"):
         run.server.jobs.pause(0.0, "job")
+
+
+def test_replicas_that_judge_a_job_as_it_is_cancelled_are_not_taken_for_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(settings(tmp_path, linger_s=2.0), jobs=True)
+    add_file(run, samples=8000)
+    add_job(run, "job", priority=1)
+    for leader in run.leaders:
+
+        def obey(message: wire.Down, leader: Any = leader, obey: Any = leader.obey) -> None:
+            if isinstance(message, wire.Aggregate):
+                # The job has more held-out rows than the run, and a client cancels it before the votes are there.
+                monkeypatch.setattr(scripted_replica, "HELDOUT_TOKENS", 2000 if leader.plan.job else 10)
+                if leader.plan.job and not run.jobs.get_job("job").ended:
+                    run.server.jobs.cancel(run.time(), "job")
+            obey(message)
+
+        leader.obey = obey
+    run.go()
+    assert run.server._ports.quality.most_tokens < 2000 and status(run, "job") is JobStatus.CANCELLED
+    assert of_jobs(run)["job"] == 1 and not [row for row in run.table("transitions") if row["to_state"] == "failed"]
 
 
 def test_a_job_whose_candidates_are_never_better_fails_and_the_others_go_on(tmp_path: Path) -> None:
