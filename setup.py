@@ -30,7 +30,7 @@ REQUIRES = [
     "python-multipart>=0.0.20",  # uploads
     "prometheus-client>=0.21,<1",  # /metrics
     "httpx>=0.27,<1",  # clif chat, loadtest, admin, status
-    "llguidance>=1.2,<2",  # answers that follow a JSON schema: masks of tokens, as vLLM and SGLang use them
+    "llguidance>=1.9,<2",  # answers that follow a JSON schema: masks of tokens; one wheel, without torch
     "psutil>=6",  # device samples of the host
     "nvidia-ml-py>=12.560",  # device samples of NVIDIA GPUs; module pynvml
     # Launchers for clusters; imported only where used (mpi4py raises RuntimeError where no MPI is installed).
