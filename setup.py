@@ -26,7 +26,7 @@ REQUIRES = [
     "uvicorn>=0.34,<1",  # serves them
     "uvloop>=0.21; platform_system != 'Windows'",  # its event loop: twice as fast as asyncio's
     "httptools>=0.6",  # its parser in C
-    "sse-starlette>=2.2,<4",  # streams that notice a client that left, or stopped to read
+    "sse-starlette>=2.2,<4",  # the live page's stream of events
     "python-multipart>=0.0.20",  # uploads
     "prometheus-client>=0.21,<1",  # /metrics
     "httpx>=0.27,<1",  # clif chat, loadtest, admin, status
