@@ -73,7 +73,8 @@ setup(
     package_dir={"clif": "clif", **AT_THE_TOP},
     package_data={
         "clif.kernels": ["tuned/*.json"],
-        "clif.configs": ["*.yaml", "*.example", "models/*.json", "data/*.jsonl"],
+        "clif.frontend": ["page.html"],
+        "clif.configs": ["*.yaml", "*.example", "models/*.json", "data/*.jsonl", "grafana/*.json"],
     },
     install_requires=REQUIRES,
     extras_require={"dev": DEV, "bench": BENCH},
