@@ -26,7 +26,7 @@ class Exchange:
 
     @property
     def status(self) -> int:
-        head = b"".join(piece for _, piece in self.pieces[:2])[:20]
+        head = b"".join(piece for _, piece in self.pieces[:20])[:20]
         return int(head.split(b" ")[1]) if head.startswith(b"HTTP/1.1 ") else 0
 
     def events(self) -> list[tuple[float, Any]]:
