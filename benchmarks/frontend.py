@@ -31,6 +31,7 @@ import checkout  # noqa: F401
 import msgspec
 import numpy as np
 import typer
+import uvloop
 from freed_blocks import measure_freed
 from lean_client import Connection, Exchange, chat_request, connect, has_text
 from served import Served
@@ -106,10 +107,10 @@ def measure_added(folder: Path, step_ms: float, repeats: int, seconds: float) ->
     sizes = [f"engine.max_batch={2 * STREAMS}", "engine.kv_tokens=131072", f"engine.emulated={step_ms}"]
     numbers, taken = itertools.count(1), []
     with Served(folder, *EMULATED, *sizes, stamps=stamps) as server:
-        asyncio.run(window(server.url, numbers, 2.0))
+        uvloop.run(window(server.url, numbers, 2.0))
         for _ in range(repeats):
             before, began, own = server.cpu_s(), time.monotonic(), time.process_time()
-            exchanges = asyncio.run(window(server.url, numbers, seconds))
+            exchanges = uvloop.run(window(server.url, numbers, seconds))
             took, after = time.monotonic() - began, server.cpu_s()
             count = ANSWER_TOKENS * len(exchanges)
             cpu = {name: 1000 * (after[name] - before[name]) / count for name in sorted(after)}
@@ -221,7 +222,7 @@ def held_lines(folder: Path, streams: int) -> Iterable[str]:
     sizes = [f"engine.max_batch={streams}", f"engine.kv_tokens={streams * 128}", f"engine.emulated={step_ms}"]
     room = [f"serve.http.max_waiting={streams}", f"serve.http.max_running={streams}"]
     with Served(folder, *EMULATED, *sizes, *room) as server:
-        exchanges, most = asyncio.run(hold(server.url, streams, per_s, tokens))
+        exchanges, most = uvloop.run(hold(server.url, streams, per_s, tokens))
         memory = {name: process.memory_info().rss / 2**20 for name, process in server.processes.items()}
     wrong = [e for e in exchanges if e.error or e.status != 200 or len(e.token_stamps()) != tokens]
     yield f"## Streams held open: {streams}"
