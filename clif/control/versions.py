@@ -211,6 +211,9 @@ class Versions:
             return 0
         if name == CLIF:
             return self._canary_for(request_id)
+        if self._stored.active.get(name) == 0:
+            # It was rolled back to the base.
+            return 0
         found = _PINNED.fullmatch(name)
         number = int(found["number"]) if found else self.active(name)
         version = self.get(number)

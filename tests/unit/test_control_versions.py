@@ -254,6 +254,17 @@ def test_a_loaded_folder_of_another_adapter_answers_by_its_name_and_leaves_clif_
     assert AdapterStore(run.config.run_dir).weights(4) == adapter_bytes()
 
 
+def test_another_adapter_that_was_rolled_back_to_the_base_answers_as_the_base(tmp_path: Path) -> None:
+    run = training(tmp_path)
+    client, actions = Client(run), run.server.version_actions
+    folder(tmp_path / "root", "sales")
+    act(client, TRAINED_S, lambda: actions.load_folder(run.time(), "sales", "support"))
+    act(client, TRAINED_S + 0.2, lambda: actions.roll_back(run.time(), 0, "support"))
+    asked = {name: client.ask(TRAINED_S + 0.4, name) for name in ("support", "clif")}
+    run.go()
+    assert not client.refused and [client.end_of(i).version for i in asked.values()] == [0, 3]
+
+
 def test_a_promotion_of_another_adapter_leaves_clif_alone(tmp_path: Path) -> None:
     """The version of a round for a job's adapter: its members and all others hold it, and none answers with it."""
     run = training(tmp_path, rounds=2)
