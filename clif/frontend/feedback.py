@@ -61,6 +61,7 @@ def routes(parts: Parts) -> APIRouter:
         body = await read_body(request, FeedbackBody)
         if not (jobs.allow_feedback and parts.config.train.enabled):
             raise ApiError(403, "this run takes no feedback: it needs jobs.allow_feedback=true", code="no_feedback")
+        caller.check_model(CLIF)
         check_kind(body)
         answer = None if body.response_id is None else found(parts.recent, body, caller)
         take(caller.use.feedback, 1, f"rows of feedback of the key {caller.name} in an hour")

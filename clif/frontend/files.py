@@ -19,7 +19,7 @@ from clif.frontend.limits import FORM_BYTES
 from clif.frontend.listing import USUAL, After, Reply, check_query, not_training, only, sees
 from clif.frontend.route_parts import Parts
 from clif.jobs.model import JobFile
-from clif.wire.frontend import DeleteFile, GetFile, ListFiles, RegisterFile
+from clif.wire.frontend import DeleteFile, GetFile, ListFiles, Refused, RegisterFile
 
 PURPOSE = "fine-tune"
 LONGEST_NAME = 255
@@ -65,8 +65,13 @@ def routes(parts: Parts) -> APIRouter:
             longest=stored.longest,
             owner=caller.name,
         )
-        # Where this is refused or lost, the run's next start removes what is kept of the file.
-        reply = await link.command(action, caller.name)
+        try:
+            reply = await link.command(action, caller.name)
+        except Refused as refused:
+            # Where the reply is lost, the file may be registered: otherwise the run's next start removes it.
+            if refused.problem.kind != "not_ready":
+                await store.remove(stored.id)
+            raise
         return file_object(msgspec.json.decode(reply, type=JobFile))
 
     @router.get("")

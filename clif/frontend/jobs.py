@@ -98,6 +98,7 @@ def routes(parts: Parts) -> APIRouter:
         if not parts.config.train.enabled:
             raise not_training()
         check_admin(caller, body)
+        caller.check_model(body.suffix or body.model)
         return job_object(await _job(link, create_action(body, caller), caller))
 
     @router.get("")

@@ -19,7 +19,8 @@ from clif.jobs.samples import pieces, samples_path, sweep_files, write_samples
 from clif.models.bytes_tokenizer import byte_tokenizer
 from clif.storage.api_keys import ApiKey, hash_of, line_of, new_key
 
-ME, YOU, BOSS = new_key(), new_key(), new_key()
+ME, YOU, BOSS, NARROW = new_key(), new_key(), new_key(), new_key()
+"""The last one may use the model `mine` alone."""
 ROLES = {ME: ("me", "user"), YOU: ("you", "user"), BOSS: ("boss", "admin")}
 
 
@@ -111,8 +112,9 @@ def test_what_no_file_claims_is_removed(tmp_path):
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("jobs")
     keys = folder / "keys.jsonl"
-    lines = (line_of(ApiKey(name=name, sha256=hash_of(key), role=role)) for key, (name, role) in ROLES.items())
-    keys.write_text("\n".join(lines))
+    made = [ApiKey(name=name, sha256=hash_of(key), role=role) for key, (name, role) in ROLES.items()]
+    made.append(ApiKey(name="narrow", sha256=hash_of(NARROW), models=("mine",)))
+    keys.write_text("\n".join(map(line_of, made)))
     keys.chmod(0o600)
     sections: dict[str, dict[str, Any]] = {
         "train": {"enabled": True, "lr": 0.01},
@@ -188,6 +190,8 @@ def test_no_more_files_are_kept_than_may(run: HttpRun):
     files = [upload(run, name=f"{number}.jsonl") for number in range(4)]
     error = refused(lambda: upload(run), openai.RateLimitError)
     assert "4 files are kept, as many as jobs.max_files allows" in error["message"]
+    kept = {path.name.partition(".")[0] for path in (run.config.run_dir / "files").iterdir()}
+    assert kept == set(files), "nothing lies there of the file that was refused"
     page = client(run).files.list(limit=3)
     assert [f.id for f in page.data] == files[:0:-1] and page.has_more
     assert [f.id for f in page] == files[::-1], "the client asks for the next part by itself"
@@ -275,6 +279,17 @@ def test_only_an_admin_takes_rounds_from_other_jobs(run: HttpRun, file: str):
     made = call(run, "POST", "/v1/fine_tuning/jobs", BOSS, json=body)
     assert made.status_code == 200 and made.json()["priority"] == 9
     assert client(run, BOSS).fine_tuning.jobs.cancel(made.json()["id"]).status == "cancelled"
+
+
+def test_a_key_of_some_models_trains_no_other(run: HttpRun):
+    id = upload(run, key=NARROW)
+    jobs = client(run, NARROW).fine_tuning.jobs
+    for asked in ({"model": "clif"}, {"model": "base", "suffix": "other"}):
+        error = refused(lambda asked=asked: jobs.create(training_file=id, **asked), openai.PermissionDeniedError)
+        assert error["code"] == "model_not_allowed"
+    asked = {"training_file": id, "model": "base", "suffix": "mine"}
+    # There may be no slot for one more adapter.
+    assert call(run, "POST", "/v1/fine_tuning/jobs", NARROW, json=asked).status_code in (200, 409)
 
 
 def test_unknown_ids_and_parameters_are_refused(run: HttpRun):
