@@ -20,7 +20,7 @@ from clif.frontend.errors import ApiError, invalid
 from clif.frontend.logprobs import chat_logprobs
 from clif.frontend.route_parts import Parts
 from clif.frontend.sampling import Nothing, SamplingBody, Whole, check_enforceable
-from clif.frontend.strict import Strict, documented, read_body
+from clif.frontend.strict import Many, Strict, documented, read_body
 from clif.tokenizer import ChatTokenizer, Message
 
 AS_ROLE = {"developer": "system"}
@@ -34,7 +34,7 @@ class TextPart(Strict):
 
 class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Many[TextPart]
     refusal: None = None
     tool_calls: Nothing | None = None
     function_call: None = None
@@ -52,7 +52,7 @@ class ChatMessage(Strict):
 
 
 class ChatBody(SamplingBody):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Many[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
     """As max_tokens."""
     logprobs: bool | None = None

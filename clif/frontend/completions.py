@@ -19,7 +19,7 @@ from clif.frontend.errors import ApiError, invalid
 from clif.frontend.logprobs import plain_logprobs
 from clif.frontend.route_parts import Parts
 from clif.frontend.sampling import SamplingBody, Whole, check_enforceable
-from clif.frontend.strict import documented, read_body
+from clif.frontend.strict import Many, documented, read_body
 from clif.tokenizer import ChatTokenizer
 from clif.types import TokenLogprob
 
@@ -27,7 +27,7 @@ Prompts = list[str] | list[tuple[int, ...]]
 
 
 class CompletionBody(SamplingBody):
-    prompt: str | list[str] | list[Whole] | list[list[Whole]]
+    prompt: str | Many[str] | Many[Whole] | Many[Many[Whole]]
     """A text, token ids, or several of either."""
     logprobs: Annotated[Whole, Field(ge=0)] | None = None
     echo: bool | None = None

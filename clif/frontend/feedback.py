@@ -17,7 +17,7 @@ from clif.frontend.errors import ApiError, invalid
 from clif.frontend.listing import check_query
 from clif.frontend.recent_answers import RecentAnswers, Remembered
 from clif.frontend.route_parts import Parts
-from clif.frontend.strict import Strict, documented, read_body
+from clif.frontend.strict import Many, Strict, documented, read_body
 from clif.jobs.screening import objection
 from clif.tokenizer import ChatTokenizer
 from clif.types import CLIF, TrainSample
@@ -34,7 +34,7 @@ class FeedbackBody(Strict):
     """Id of an answer of this server, as long as it is kept (jobs.feedback_answers, jobs.feedback_ttl_s)."""
     choice: Annotated[int, Field(ge=0, le=1023)] = 0
     """Which of its choices is meant."""
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Annotated[Many[ChatMessage], Field(min_length=1)] | None = None
     answer: Annotated[str, Field(max_length=LONGEST_ANSWER)] | None = None
     rating: Literal["up", "down"] | None = None
     """up makes the answer that was given a sample. down is counted, and trains nothing."""

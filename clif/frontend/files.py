@@ -16,6 +16,7 @@ from clif.frontend.errors import ApiError, invalid
 from clif.frontend.file_store import FileStore
 from clif.frontend.job_objects import FileDeleted, FileObject, Page, file_object
 from clif.frontend.limits import FORM_BYTES
+from clif.frontend.link import Link
 from clif.frontend.listing import USUAL, After, Reply, check_query, not_training, only, sees
 from clif.frontend.route_parts import Parts
 from clif.jobs.model import JobFile
@@ -65,13 +66,7 @@ def routes(parts: Parts) -> APIRouter:
             longest=stored.longest,
             owner=caller.name,
         )
-        try:
-            reply = await link.command(action, caller.name)
-        except Refused as refused:
-            # Where the reply is lost, the file may be registered: otherwise the run's next start removes it.
-            if refused.problem.kind != "not_ready":
-                await store.remove(stored.id)
-            raise
+        reply = await register(link, store, action)
         return file_object(msgspec.json.decode(reply, type=JobFile))
 
     @router.get("")
@@ -119,6 +114,16 @@ def routes(parts: Parts) -> APIRouter:
         return FileDeleted(id=file_id)
 
     return router
+
+
+async def register(link: Link, store: FileStore, action: RegisterFile) -> bytes:
+    """Raises Refused; then nothing is kept of the file, unless the reply is lost: the file may be registered."""
+    try:
+        return await link.command(action, action.owner)
+    except Refused as refused:
+        if refused.problem.kind != "not_ready":
+            await store.remove(action.id)
+        raise
 
 
 def the_file(form: FormData) -> UploadFile:

@@ -14,7 +14,7 @@ from clif.frontend.chat import ChatMessage
 from clif.frontend.errors import ApiError, invalid
 from clif.frontend.route_parts import Parts
 from clif.frontend.sampling import Whole
-from clif.frontend.strict import Strict, documented, read_body
+from clif.frontend.strict import Many, Strict, documented, read_body
 
 OWNER = "clif"
 
@@ -24,12 +24,12 @@ class TokenizeBody(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Annotated[Many[ChatMessage], Field(min_length=1)] | None = None
 
 
 class DetokenizeBody(Strict):
     model: str | None = None
-    tokens: list[Whole]
+    tokens: Many[Whole]
 
 
 def routes(parts: Parts) -> APIRouter:

@@ -31,7 +31,7 @@ REASONS = {
     405: "The route has other methods.",
     408: "No byte of the body came for serve.http.stall_s.",
     409: "It does not fit the present state.",
-    413: "The body is too long: serve.http.max_body_mib, for files serve.http.max_file_mib.",
+    413: "The body is too long: serve.http.max_body_mib, for files serve.http.max_file_mib; or JSON of too many parts.",
     415: "The body must be JSON.",
     429: "A quota of the key, or a bound of the section jobs; Retry-After says when to come again.",
     500: "The server failed; its log says more.",

@@ -18,7 +18,7 @@ from clif.frontend.sampling import (
     make_sampling,
     schema_constraint,
 )
-from clif.frontend.strict import Strict
+from clif.frontend.strict import Many, Strict
 from clif.tokenizer import Message
 from clif.types import Constraint, Sampling
 
@@ -38,7 +38,7 @@ class InputText(Strict):
 class InputMessage(Strict):
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[InputText]
+    content: str | Many[InputText]
     id: str | None = None
     status: str | None = None
     phase: str | None = None
@@ -66,13 +66,13 @@ class ResponsesBody(Strict):
     """Stateless: names that would need a state are taken with their harmless values alone."""
 
     model: Annotated[str, Field(max_length=256)]
-    input: str | Annotated[list[InputMessage], Field(min_length=1)]
+    input: str | Annotated[Many[InputMessage], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Annotated[Whole, Field(ge=1)] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_logprobs: Annotated[Whole, Field(ge=0)] | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: Many[Literal["message.output_text.logprobs"]] | None = None
     top_k: Whole | None = None
     min_p: float | None = None
     seed: Whole | None = None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 
 from clif.frontend.errors import ApiError, invalid
@@ -15,6 +15,14 @@ from clif.frontend.errors import ApiError, invalid
 SHOWN = 32
 """Errors of a body that are looked at: it may hold any number."""
 REFERENCE = "#/components/schemas/{model}"
+LARGE = 2**16
+MOST_MEMBERS, MOST_ENTRIES = 2**14, 2**18
+"""Bodies of more bytes than LARGE have no more names and no more values: no other client's token waits while one is
+read. A byte of text is no matter; a million of objects takes seconds."""
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+T = TypeVar("T")
+Many = Annotated[list[T], Field(fail_fast=True)]
+"""A list whose first mistake is looked at alone."""
 
 
 class Strict(BaseModel):
@@ -48,11 +56,25 @@ async def read_body(request: Request, model: type[Body]) -> Body:
 
 def parse(model: type[Body], body: bytes) -> Body:
     """Raises ApiError, which names the first thing that is wrong."""
+    check_parts(body)
     try:
         return model.model_validate_json(body or b"{}")
     except ValidationError as error:
         # The values are the client's own: the sentence leaves them out.
         raise refusal(model, body, error.errors(include_url=False, include_input=False)[:SHOWN]) from None
+
+
+def check_parts(body: bytes) -> None:
+    """Raises ApiError for a body that would take long to read."""
+    if len(body) <= LARGE:
+        return
+    # To leave out millions of strings would take long, too.
+    many = body.count(b'"') - body.count(b'\\"') > MOST_ENTRIES
+    outside = b"" if many else _STRING.sub(b"", body)
+    if many or outside.count(b":") > MOST_MEMBERS or outside.count(b",") > MOST_ENTRIES:
+        raise ApiError(
+            413, f"more than {MOST_MEMBERS} names or {MOST_ENTRIES} values: send less at once", code="body_too_long"
+        )
 
 
 def refusal(model: type[Strict], body: bytes, errors: Sequence[Any]) -> ApiError:

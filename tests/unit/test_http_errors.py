@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request
 
 from clif.errors import InputError
 from clif.frontend.errors import ApiError, handle_errors, of_problem
-from clif.frontend.strict import Strict, parse, path_of, read_body
+from clif.frontend.strict import LARGE, MOST_ENTRIES, MOST_MEMBERS, Many, Strict, check_parts, parse, path_of, read_body
 from clif.wire.frontend import Problem, Refused
 
 
@@ -21,6 +21,34 @@ class Outer(Strict):
     inner: list[Inner]
     share: float = 0.5
     NOT_OFFERED: ClassVar = {"tools": "the model calls none"}
+
+
+class Listed(Strict):
+    many: Many[Inner]
+
+
+def test_the_first_mistake_of_a_list_is_looked_at_alone():
+    with pytest.raises(ValueError, match="1 validation error"):
+        Listed.model_validate_json('{"many": [{}, {}, {}]}')
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "[" + ",".join(["0"] * (MOST_ENTRIES + 2)) + "]",
+        "[" + ",".join(['{"a":0}'] * (MOST_MEMBERS + 1)) + "]",
+        '["' + '","'.join(["a"] * MOST_ENTRIES) + '"]',
+        '"\\"' * MOST_ENTRIES * 2,
+    ],
+)
+def test_a_body_of_so_many_parts_that_all_clients_would_wait_is_refused(body):
+    with pytest.raises(ApiError, match="send less at once") as refused:
+        parse(Outer, body.encode())
+    assert refused.value.status == 413
+
+
+def test_a_long_text_may_hold_any_signs():
+    check_parts(b'{"text": "' + rb"\"a\": {1, 2},\n" * LARGE + b'"}')
 
 
 @pytest.mark.parametrize(
