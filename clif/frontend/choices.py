@@ -115,6 +115,6 @@ def failure(event: TokenEvent) -> ApiError:
     """Of an answer that did not come to its end."""
     if event.finish is FinishReason.REJECTED:
         return ApiError(400, event.detail or "no replica can answer this request", code="rejected")
-    if event.finish is FinishReason.CANCELLED or event.detail == GONE:
+    if event.finish is FinishReason.CANCELLED or event.detail.startswith(GONE):
         return ApiError(503, f"the server stopped this answer: {event.detail}", code="cancelled", retry_after_s=5.0)
     return ApiError(500, f"the answer failed: {event.detail}", code="failed")
