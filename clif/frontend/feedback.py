@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from typing import Annotated, Literal
 
@@ -71,7 +72,8 @@ def routes(parts: Parts) -> APIRouter:
             return FeedbackObject(
                 kept=False, reason="it is counted; without a better answer it trains nothing", waiting=None
             )
-        sample = make_sample(body, answer, parts.config, parts.tokenizer)
+        # In a thread: other clients need not wait while a long one is read.
+        sample = await asyncio.to_thread(make_sample, body, answer, parts.config, parts.tokenizer)
         action = GiveFeedback(digest=digest(sample), sample=sample, source=body.response_id or "", owner=caller.name)
         done = msgspec.json.decode(await link.command(action, caller.name))
         reason = "" if done["kept"] else "it is known already"
