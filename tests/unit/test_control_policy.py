@@ -382,7 +382,8 @@ def test_a_pinned_request_goes_to_replicas_that_hold_its_version_and_waits_for_i
     elif view.serving.any() and not able:
         assert route == (PassOver() if to_come else Fail())
     else:
-        assert route is None
+        # Others may have room for what waits behind it.
+        assert route == (PassOver() if 0 < len(able) < view.serving.sum() else None)
 
 
 # --- coordinator ---------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Fail:
 
 @dataclass(frozen=True)
 class PassOver:
-    """Requests behind it need not wait for it: the version that it asks for is being loaded."""
+    """Requests behind it need not wait for it: not every replica has loaded the version that it asks for."""
 
 
 Route = Union[Dispatch, Reject, Fail, PassOver]
@@ -133,7 +133,8 @@ def choose_replica(
     if best > left and config.slo.late == "reject":
         return Reject(best), f"needs {best:.2f} s but its deadline is in {left:.2f} s"
     if not ready:
-        return None, f"none of {np.count_nonzero(able)} replicas has room"
+        holders = int(np.count_nonzero(able))
+        return PassOver() if holders < alive else None, f"none of {holders} replicas has room"
     equal = np.flatnonzero(room & (predicted == best))
     replica = int(equal[view.outstanding[equal].argmin()])
     if best <= left:
