@@ -59,6 +59,11 @@ class Clients:
             self._frontend.watch(now)
             self._frontend.flush(now)
 
+    def drop_replies(self) -> None:
+        """What they report is lost."""
+        if self._frontend is not None:
+            self._frontend.drop_replies()
+
     def close(self, now: float) -> None:
         """The last answers go out, and the front end leaves."""
         if self._status_file is not None:

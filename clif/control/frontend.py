@@ -17,6 +17,7 @@ from clif.control.dispatcher import Dispatcher, RequestRecord
 from clif.control.policy.phases import Phase
 from clif.control.run_state import RunState
 from clif.control.sources import DueRequest
+from clif.jobs.store import StoreFailed
 from clif.types import CLIENTS, ID_SPACE, Request, TokenEvent, first_id, of_client
 from clif.wire.channels import Channel
 from clif.wire.frontend import (
@@ -155,6 +156,9 @@ class Frontend:
             return Reply(id=command.id, body=as_json(self._handlers[type(command.action)](now, command.action)))
         except Refused as refused:
             return Reply(id=command.id, problem=refused.problem)
+        except StoreFailed:
+            # Other replies of this step would report what is lost with it.
+            raise
         except Exception as error:
             # An operator's command must not end the run.
             log.exception("%s failed", type(command.action).__name__)
@@ -224,6 +228,10 @@ class Frontend:
             ready, reason = self.readiness
             if self._channel.send(FRONTEND, Status(ready=ready, reason=reason, body=body)):
                 self._told, self._body = self.readiness, body
+
+    def drop_replies(self) -> None:
+        """What they report is lost; the front end tells its clients that the server is gone."""
+        self._replies.clear()
 
     def close(self) -> None:
         """The run is over."""

@@ -37,6 +37,7 @@ from clif.control.version_actions import VersionActions
 from clif.control.version_handlers import VersionHandlers
 from clif.control.version_updates import VersionUpdates
 from clif.control.versions import Versions
+from clif.jobs.store import StoreFailed
 from clif.types import FinishReason, of_client
 from clif.wire import messages as wire
 
@@ -140,6 +141,8 @@ class ControlServer:
                 self._ports.shutdown.check(self.phase)
                 self.step()
         except BaseException as error:
+            if isinstance(error, StoreFailed):
+                self._clients.drop_replies()
             self._close_out(str(error) or type(error).__name__)
             raise
         self.federation.finish(self._clock(), "the run ended")

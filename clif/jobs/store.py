@@ -35,13 +35,17 @@ PAGE = 20
 """Records of a list, where no limit is given."""
 
 
+class StoreFailed(OSError):
+    """A write to RUN/jobs.db failed: what was written since the last commit is lost, and the process must end."""
+
+
 def new_id(kind: str) -> str:
     """An id that nothing has yet, as "file-1f2e..."."""
     return f"{kind}-{secrets.token_hex(12)}"
 
 
 class JobStore:
-    """The one writer of RUN/jobs.db. Raises InputError for a damaged file, OSError when a write fails.
+    """The one writer of RUN/jobs.db. Raises InputError for a damaged file, StoreFailed when a write fails.
 
     All jobs that have not ended, and the standing one, are held in memory too: policies read them a few times a second.
     """
@@ -214,7 +218,9 @@ class JobStore:
             return self._db.execute(statement, values)
         except sqlite3.OperationalError as error:
             number = errno.ENOSPC if error.sqlite_errorcode == sqlite3.SQLITE_FULL else errno.EIO
-            raise OSError(number, str(error), str(self.run_dir and self.run_dir / STORE_FILE)) from error
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise StoreFailed(number, str(error), str(self.run_dir and self.run_dir / STORE_FILE)) from error
 
     def _one(self, query: str, *values: object) -> int:
         return self._db.execute(query, values).fetchone()[0]

@@ -7,8 +7,9 @@ from control_client import BEGIN_S, ENDS_S, Client, online
 from control_run import Run
 
 from clif.control.policy.phases import ControlError
-from clif.types import FinishReason
-from clif.wire.frontend import Command, GetConfig, Started, Withdraw
+from clif.jobs.store import StoreFailed
+from clif.types import FinishReason, TrainSample
+from clif.wire.frontend import Command, GetConfig, GiveFeedback, Started, Withdraw
 
 
 def test_promise_1_every_request_of_a_client_gets_exactly_one_end(tmp_path: Path) -> None:
@@ -179,6 +180,27 @@ def test_a_command_is_answered_and_one_that_fails_ends_nothing(tmp_path: Path) -
     run.go()
     (reply,) = client.replies
     assert reply.id == 1 and b'"port":0' in reply.body and reply.problem is None
+
+
+def test_a_full_disk_under_the_store_of_jobs_ends_the_run_before_any_reply_of_that_step(tmp_path: Path) -> None:
+    sections = {"train": {"enabled": True}, "jobs": {"allow_feedback": True}}
+    run = Run(online(tmp_path, **sections).config, jobs=True, signalled=lambda: "")
+    client = Client(run)
+
+    def give(number: int, length: int) -> None:
+        sample = TrainSample(id=0, ids=(1,) * length, target_start=1)
+        client.line.send(Command(id=number, action=GiveFeedback(digest=str(number), sample=sample)))
+
+    def fill() -> None:
+        db = run.jobs._db
+        db.execute(f"PRAGMA max_page_count = {db.execute('PRAGMA page_count').fetchone()[0] + 1}")
+        give(1, 2)
+        give(2, 100_000)
+
+    client.at(BEGIN_S, fill)
+    with pytest.raises(StoreFailed, match="full"):
+        run.go()
+    assert client.replies == [] and run.jobs.feedback_waiting() == 0
 
 
 def test_bytes_that_cannot_be_read_end_nothing(tmp_path: Path) -> None:
