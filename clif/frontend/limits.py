@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from clif.config import HttpConfig
@@ -25,6 +26,8 @@ FORM_BYTES = 2**16
 """Of an upload beside the file."""
 COME_AGAIN_S = 1.0
 """When one of the key's requests may have ended."""
+MOST_BODIES = 64
+"""As many bytes as so many of the longest bodies have are held at a time, of all clients."""
 
 
 class Guard:
@@ -32,6 +35,7 @@ class Guard:
 
     def __init__(self, app: App, access: Access, http: HttpConfig) -> None:
         self._app, self._access, self._http = app, access, http
+        self._held = Held(MOST_BODIES * http.max_body_mib * MIB)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -44,9 +48,13 @@ class Guard:
             await refuse(error, scope, receive, send)
             return
         scope[SCOPE] = caller
-        body = Body(receive, most_bytes(scope, self._http), self._http.stall_s)
+        held = Held(self._http.max_file_mib * MIB + FORM_BYTES) if uploads(scope) else self._held
+        body = Body(receive, most_bytes(scope, self._http), self._http.stall_s, held)
         with caller.use.one_running() if scope["method"] == "POST" else nullcontext():
-            await self._app(scope, body.receive, with_quota(send, caller))
+            try:
+                await self._app(scope, body.receive, body.releasing(with_quota(send, caller)))
+            finally:
+                body.release()
 
 
 def admit(caller: Caller, scope: Scope) -> None:
@@ -66,18 +74,34 @@ async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) ->
     await response(scope, receive, send)
 
 
+def uploads(scope: Scope) -> bool:
+    """Whether the body is a file, which goes to the disk."""
+    return bool(scope["path"] == FILES and scope["method"] == "POST")
+
+
 def most_bytes(scope: Scope, http: HttpConfig) -> int:
     """Of this request's body."""
-    if scope["path"] == FILES and scope["method"] == "POST":
+    if uploads(scope):
         return http.max_file_mib * MIB + FORM_BYTES
     return http.max_body_mib * MIB
 
 
-class Body:
-    """Receives the body of one request. Raises ApiError when it is too long, or when no byte comes for stall_s."""
+@dataclass
+class Held:
+    """Bytes of bodies that are held; most: that may be."""
 
-    def __init__(self, receive: Receive, most: int, stall_s: float) -> None:
-        self._receive, self._most, self._stall_s = receive, most, stall_s
+    most: int
+    now: int = 0
+
+
+class Body:
+    """Receives the body of one request. Raises ApiError when it is too long, when no byte comes for stall_s, or when
+    too much is held of all bodies.
+    """
+
+    def __init__(self, receive: Receive, most: int, stall_s: float, held: Held) -> None:
+        self._receive, self._most, self._stall_s, self._held = receive, most, stall_s, held
+        self._holds = 0
         self._bytes = 0
         self._whole = False
 
@@ -99,7 +123,31 @@ class Body:
         if self._bytes > self._most:
             self._whole = True
             raise ApiError(413, f"the body exceeds {self._most / MIB:g} MiB", code="body_too_long")
+        self._hold(len(message.get("body", b"")))
         return message
+
+    def _hold(self, size: int) -> None:
+        self._holds += size
+        self._held.now += size
+        if self._held.now > self._held.most:
+            self._whole = True
+            reason = "too many long requests come at the same time"
+            raise ApiError(503, reason, code="overloaded", retry_after_s=COME_AGAIN_S)
+
+    def release(self) -> None:
+        """The body is not in memory any more."""
+        self._held.now -= self._holds
+        self._holds = 0
+
+    def releasing(self, send: Send) -> Send:
+        """Release it once the answer begins: a stream may last for long."""
+
+        async def sending(message: Message) -> None:
+            if self._holds:
+                self.release()
+            await send(message)
+
+        return sending
 
 
 def with_quota(send: Send, caller: Caller) -> Send:

@@ -20,6 +20,7 @@ from clif.cli import app as cli
 from clif.config import config_from_tree
 from clif.config.serve import HttpConfig
 from clif.errors import InputError
+from clif.frontend import limits
 from clif.frontend.auth import Access, caller_of
 from clif.frontend.errors import ApiError, handle_errors
 from clif.frontend.limits import Guard
@@ -64,6 +65,7 @@ class Site:
         return JSONResponse({"name": caller_of(request).name, "bytes": len(await request.body())})
 
     async def slow(self, request: Request) -> Response:
+        await request.body()
         self.began.set()
         await self.go_on.wait()
         return Response()
@@ -321,6 +323,23 @@ def test_a_body_is_counted_as_it_comes_and_not_as_its_header_says():
 
     status, body = post(site, receive)
     assert (status, parts) == (413, 3) and b"the body exceeds 1 MiB" in body
+
+
+def test_bodies_of_all_clients_together_are_bounded_and_given_back(monkeypatch):
+    monkeypatch.setattr(limits, "MOST_BODIES", 2)
+    site = Site(http=HttpConfig(max_body_mib=1))
+
+    async def all_of() -> tuple[list[int], int]:
+        async with site.client(secret=None) as client:
+            slow = [asyncio.create_task(client.post("/v1/slow", content=b"x" * 2**20)) for _ in range(2)]
+            while site.app._held.now < 2 * 2**20:
+                await asyncio.sleep(0)
+            refused = await client.post("/v1/models", content=b"x" * 2**20)
+            site.go_on.set()
+            statuses = [refused.status_code, *[(await task).status_code for task in slow]]
+            return [*statuses, (await client.post("/v1/models", content=b"x" * 2**20)).status_code], site.app._held.now
+
+    assert asyncio.run(all_of()) == ([503, 200, 200, 200], 0)
 
 
 def test_a_body_that_stops_coming_is_given_up():
