@@ -19,7 +19,8 @@ LONGEST_ID = 10
 """Digits of a token id."""
 DEFAULT_TEMPERATURE = 1.0
 """OpenAI's."""
-StopString = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+StopString = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP, pattern="^[^\ufffd]*$")]
+"""Without U+FFFD, the sign for bytes that are no text: a search for it decodes the whole answer at each token."""
 Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 

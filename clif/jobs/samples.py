@@ -60,7 +60,9 @@ def pieces(path: Path) -> Iterator[list[TrainSample]]:
                 body = file.read(*_LENGTH.unpack(head))
                 yield msgspec.msgpack.decode(body, type=list[TrainSample])
     except (OSError, struct.error, msgspec.DecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): upload the file again") from error
+        # The client of the job reads it: no folder of the server belongs in it.
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path.name} cannot be read ({why}): upload the file again") from error
 
 
 def prompt_digest(sample: TrainSample, seed: int) -> int:

@@ -143,6 +143,7 @@ def test_what_clients_send_by_default_has_no_effect_and_is_taken(chat):
         ({"stop": ""}, "stop", "at least 1 character"),
         ({"stop": 5}, "stop", "valid string or"),
         ({"stop": ["a"] * 17}, "stop", "at most 16"),
+        ({"stop": "\ufffd"}, "stop", "match pattern"),
         ({"logit_bias": {"700": 1}}, "logit_bias", "0 to 256"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "is no token id"),
         ({"logit_bias": {"0" * 5000: 1}}, "logit_bias", "is no token id"),
