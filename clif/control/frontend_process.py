@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
+import math
 import socket
 import subprocess
 import sys
 import time
-from collections import deque
 from pathlib import Path
 
 from clif.config import HttpConfig
@@ -19,7 +19,9 @@ from clif.storage.run_folder import HTTP_ADDRESS_FILE
 BACKLOG = 4096
 BIND_S = 10.0
 """A front end of the start before leaves within seconds of its control process; until then it holds the port."""
-MOST_STARTS, WITHIN_S = 10, 600.0
+MOST_STARTS, SHORT_S = 10, 10.0
+"""A front end that ends so often in a row, each time within so many seconds, cannot run here."""
+WAIT_S, MOST_WAIT_S = 0.5, 30.0
 LEAVES_S = 10.0
 
 
@@ -52,31 +54,41 @@ def listen(config: HttpConfig, former: int = 0) -> socket.socket:
         time.sleep(0.2)
 
 
+def start_again(short_lives: int, ended: str) -> float:
+    """Seconds until the next start, after so many short lives in a row. Raises ControlError when it is hopeless.
+
+    What ends it may come from clients, so that a long life ends the count: the run goes on.
+    """
+    if short_lives >= MOST_STARTS:
+        raise ControlError(f"the HTTP front end ended {MOST_STARTS} times right after its start, the last one: {ended}")
+    return min(MOST_WAIT_S, WAIT_S * 2 ** (short_lives - 1)) if short_lives > 1 else 0.0
+
+
 class FrontendProcess:
     """A FrontendChild: python -P -m clif.frontend, which inherits the socket."""
 
     def __init__(self, run_dir: Path, listener: socket.socket) -> None:
         self._run_dir, self._listener = run_dir, listener
         self._process: subprocess.Popen[bytes] | None = None
-        self._starts: deque[float] = deque()
+        self._started_s = self._next_s = -math.inf
+        self._short_lives = 0
         host, port = listener.getsockname()[:2]
         self.url = f"http://{in_url(host)}:{port}"
         write_atomic(run_dir / HTTP_ADDRESS_FILE, self.url.encode())
 
     def step(self, now: float, next_id: int) -> str:
-        if self._process is not None and self._process.poll() is None:
-            return ""
-        ended = self._ending()
-        while self._starts and now - self._starts[0] > WITHIN_S:
-            self._starts.popleft()
-        if len(self._starts) >= MOST_STARTS:
-            raise ControlError(
-                f"the HTTP front end ended {MOST_STARTS} times in {WITHIN_S:g} s, the last time: {ended}"
-            )
-        self._starts.append(now)
-        command = [sys.executable, "-P", "-m", "clif.frontend", "--run-dir", str(self._run_dir)]
-        command += ["--fd", str(self._listener.fileno()), "--first-id", str(next_id)]
-        self._process = subprocess.Popen(command, pass_fds=[self._listener.fileno()])
+        ended = ""
+        if self._process is not None:
+            if self._process.poll() is None:
+                return ""
+            ended, self._process = _ending(self._process.returncode), None
+            self._short_lives = self._short_lives + 1 if now - self._started_s < SHORT_S else 0
+            self._next_s = now + start_again(self._short_lives, ended)
+        if now >= self._next_s:
+            self._started_s = now
+            command = [sys.executable, "-P", "-m", "clif.frontend", "--run-dir", str(self._run_dir)]
+            command += ["--fd", str(self._listener.fileno()), "--first-id", str(next_id)]
+            self._process = subprocess.Popen(command, pass_fds=[self._listener.fileno()])
         return ended
 
     def close(self) -> None:
@@ -90,8 +102,6 @@ class FrontendProcess:
             self._process.kill()
             self._process.wait()
 
-    def _ending(self) -> str:
-        if self._process is None:
-            return ""
-        code = self._process.returncode
-        return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+def _ending(code: int) -> str:
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"

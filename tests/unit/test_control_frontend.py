@@ -6,6 +6,7 @@ import pytest
 from control_client import BEGIN_S, ENDS_S, Client, online
 from control_run import Run
 
+from clif.control.frontend_process import start_again
 from clif.control.policy.phases import ControlError
 from clif.jobs.store import StoreFailed
 from clif.types import FinishReason, TrainSample
@@ -222,3 +223,10 @@ def test_an_end_by_an_error_ends_the_requests_of_clients_too(tmp_path: Path) -> 
     with pytest.raises(ControlError, match="rank 0 died"):
         run.go()
     assert client.end_of(asked).finish is FinishReason.FAILED, "the next start cannot answer it: it is told"
+
+
+def test_a_front_end_that_ends_again_and_again_starts_later_each_time_and_one_that_never_lasts_ends_the_run() -> None:
+    waits = [start_again(lives, "exit code 1") for lives in range(10)]
+    assert waits[:2] == [0.0, 0.0] and waits == sorted(waits) and waits[-1] == 30.0
+    with pytest.raises(ControlError, match="right after its start, the last one: killed by signal 9"):
+        start_again(10, "killed by signal 9")

@@ -140,7 +140,12 @@ def test_keys_of_the_environment_are_hashed_before_any_child_gets_them():
     assert from_variable(environ["CLIF_API_KEYS"]) == (key(), key(BOSS, "boss", role="admin"))
 
 
-@pytest.mark.parametrize("value", [SECRET, "me:short", f"a b:{SECRET}", f"me:{SECRET}:root", "me:sha256=00"])
+@pytest.mark.parametrize(
+    "value",
+    [SECRET, "me:short", f"a b:{SECRET}", f"me:{SECRET}:root", "me:sha256=00"],
+    # The lanes of a run must agree on names, and each has keys of its own.
+    ids=["no name", "short", "bad name", "bad role", "short hash"],
+)
 def test_a_variable_without_keys_is_refused_without_showing_it(value):
     with pytest.raises(InputError, match="entry 1 of CLIF_API_KEYS is no key") as caught:
         from_variable(value)

@@ -30,7 +30,7 @@ ASK = [{"role": "user", "content": "Hello"}]
         ("a\x00b", None, "control characters"),
         ("a\u0378", None, "control characters"),
         ("ha " * 200, None, "repeats itself"),
-        ("the key is " + new_key(), None, "a key or an access token"),
+        pytest.param("the key is " + new_key(), None, "a key or an access token", id="key"),
         ("-----BEGIN RSA PRIVATE KEY-----", None, "a key or an access token"),
         ("AKIA" + "A" * 16, None, "a key or an access token"),
     ],
