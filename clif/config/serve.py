@@ -23,7 +23,8 @@ class HttpConfig(Section):
     max_waiting: Positive = 256
     """[requests] Requests without a first token, of all clients. More are answered with 503 and `Retry-After`."""
     max_running: Positive = 4096
-    """[requests] Requests that have not ended, of all clients. More are answered with 503 and `Retry-After`."""
+    """[requests] Requests that have not ended, of all clients. More are answered with 503 and `Retry-After`. As many
+    connections may be open, and 512 for other purposes, if the limit of open files is twice that."""
     max_body_mib: Annotated[int, Field(gt=0, le=4096)] = 8
     """Longest body of a request, except an uploaded file."""
     max_file_mib: Annotated[int, Field(gt=0, le=65536)] = 512

@@ -22,7 +22,7 @@ import uvicorn
 from clif.config import Config
 from clif.frontend.app import make_app
 from clif.frontend.link import Link
-from clif.frontend.protocol import Connection, end_stalled
+from clif.frontend.protocol import Connection, end_stalled, most_connections
 from clif.frontend.recent_answers import RecentAnswers
 from clif.frontend.route_parts import Parts
 from clif.jobs.samples import FILES
@@ -62,9 +62,13 @@ async def serve(arguments: argparse.Namespace) -> None:
     config = Config.model_validate_json((run_dir / "config.json").read_text())
     link = Link(run_dir, arguments.first_id)
     parts = Parts(config, link, ChatTokenizer.load(run_dir / "tokenizer"), recent=RecentAnswers.configured(config.jobs))
+
+    class Limited(Connection):
+        most = most_connections(config.serve.http.max_running)
+
     settings = uvicorn.Config(
         make_app(parts),
-        http=Connection,
+        http=Limited,
         ws="none",
         # Below it are reports on what clients send.
         log_level="error",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import pytest
 import uvicorn
 
-from clif.frontend.protocol import HEAD_BYTES, Connection, end_stalled
+from clif.frontend import protocol
+from clif.frontend.protocol import HEAD_BYTES, Connection, end_stalled, most_connections
 
 STALL_S = 0.2
 
@@ -17,6 +20,12 @@ STALL_S = 0.2
 async def app(scope: Any, receive: Any, send: Any) -> None:
     """/flood: more than a client's system takes for it; otherwise the length of the body."""
     body, more = b"", True
+    if scope["path"] == "/refused":
+        await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+        return
+    if scope["path"] == "/never":
+        await asyncio.Event().wait()
     while more:
         message = await receive()
         body, more = body + message.get("body", b""), message.get("more_body", False)
@@ -27,11 +36,13 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": str(len(body)).encode()})
 
 
-def against_server(client: Callable[[int, set[Any]], Awaitable[Any]]) -> Any:
+def against_server(client: Callable[[int, set[Any]], Awaitable[Any]], keep_alive_s: int | float = 5) -> Any:
     """client is called with the port and the open connections."""
 
     async def run() -> Any:
-        server = uvicorn.Server(uvicorn.Config(app, port=0, http=Connection, lifespan="off", log_level="critical"))
+        settings = uvicorn.Config(app, port=0, http=Connection, lifespan="off", log_level="critical")
+        settings.timeout_keep_alive = keep_alive_s  # type: ignore[assignment]
+        server = uvicorn.Server(settings)
         serving = asyncio.create_task(server.serve())
         while not server.started:
             await asyncio.sleep(0.005)
@@ -112,3 +123,60 @@ def test_a_client_that_takes_nothing_of_its_answer_is_disconnected_and_nothing_o
 
     # This test, its client, the server, the watch: the request's task is gone.
     assert against_server(client) <= 4
+
+
+async def drip(port: int, head: bytes, part: bytes) -> bytes:
+    """What a client reads that sends a byte again and again, until it is disconnected."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(head)
+    answer = await reader.readuntil(b"\r\n\r\n")
+    while not reader.at_eof():
+        writer.write(part)
+        await asyncio.sleep(0.01)
+    writer.close()
+    return answer
+
+
+def test_who_goes_on_sending_after_its_answer_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "LINGER_S", 0.1)
+    head = b"POST /refused HTTP/1.1\r\nhost: a\r\ncontent-length: 100000\r\n\r\n"
+    answer = against_server(lambda port, connections: drip(port, head, b"x"))
+    assert answer.startswith(b"HTTP/1.1 413")
+
+
+def test_bytes_that_begin_no_request_do_not_keep_a_connection() -> None:
+    head = b"POST /refused HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n"
+    answer = against_server(lambda port, connections: drip(port, head, b"\r\n"), keep_alive_s=0.1)
+    assert answer.startswith(b"HTTP/1.1 413")
+
+
+def test_beyond_the_most_connections_the_longest_idle_one_gives_way_and_then_the_new_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Connection, "most", 2)
+    busy = b"GET /never HTTP/1.1\r\nhost: a\r\n\r\n"
+
+    async def client(port: int, connections: set[Any]) -> tuple[bytes, bytes, int]:
+        opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        opened[1][1].write(busy)
+        opened.append(await asyncio.open_connection("127.0.0.1", port))
+        opened[2][1].write(busy)
+        gave_way = await opened[0][0].read()
+        while any(connection.idle for connection in connections):
+            await asyncio.sleep(0.01)
+        fourth, _ = await asyncio.open_connection("127.0.0.1", port)
+        return gave_way, await fourth.read(), len(connections)
+
+    gave_way, answer, left = against_server(client)
+    assert gave_way == b"" and refused(answer)[0] == 503 and left == 2
+
+
+def test_connections_are_as_many_as_requests_may_run_and_at_most_half_of_the_descriptors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raised: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: raised.append(limits))
+    for (soft, hard), most in (((1024, 1024), 512), ((1024, 10**6), 4608), ((10**6, 10**6), 4608), ((-1, -1), 4608)):
+        monkeypatch.setattr(resource, "getrlimit", lambda kind, limits=(soft, hard): limits)
+        assert most_connections(4096) == most
+    assert raised == [(1024, 1024), (9216, 10**6)]
