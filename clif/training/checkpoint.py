@@ -8,6 +8,7 @@ round: the prepared one if it belongs to that round, otherwise the one that was 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Set
@@ -22,7 +23,9 @@ import torch
 
 from clif.engine.streams import Context, same_stream
 from clif.errors import InputError
-from clif.storage.disk_space import Room
+from clif.storage.disk_space import Room, is_full
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class CheckpointWriter:
 
     shadow [n]: that of the checkpoint that was written last, in the host's memory; nothing changes it.
 
-    That thread waits while the disk is full. All methods but committed() raise the error of the write before, such as
-    OSError or SafetensorError. prepare(), installed() and wait() wait for that write to end.
+    That thread waits while the disk is full. All methods but committed() and remove() raise the error of the write
+    before, such as OSError or SafetensorError. prepare(), installed() and wait() wait for that write to end.
     """
 
     def __init__(self, folder: Path, rank: int, job: str = "") -> None:
@@ -56,12 +59,16 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._keep = False
+        self._removed = False
         self.shadow = torch.empty(0)
 
     def prepare(self, checkpoint: Checkpoint) -> None:
-        """Write what will hold if the round is committed. It must be done() before the vote."""
+        """Write what will hold if the round is committed. It must be done() before the vote.
+
+        After remove() it only sets the shadow: a round that is under way still ends.
+        """
         self.wait()
-        if self._keep:
+        if self._keep and not self._removed:
             # Its round is committed. It does not move earlier: until a round begins, its adapter may not be on disk.
             os.replace(self.prepared, self.path)
         self._keep = False
@@ -78,10 +85,13 @@ class CheckpointWriter:
         self._start(checkpoint, self.path)
 
     def remove(self) -> None:
-        """Wait for what is being written, and delete both files: nothing continues from them."""
-        self.wait()
-        for path in (self.path, self.prepared):
-            path.unlink(missing_ok=True)
+        """Delete both files: nothing continues from them. Waits for no write; one that waits for room is given up."""
+        self._removed = True
+        if self._thread is None or not self._thread.is_alive():
+            self._delete()
+            return
+        self._thread = threading.Thread(target=self._delete_after, args=(self._thread,), name="checkpoint")
+        self._thread.start()
 
     def done(self) -> bool:
         """Whether nothing is being written. Raises the error of the last write."""
@@ -110,9 +120,30 @@ class CheckpointWriter:
             with stream:
                 tensors = _on_host(checkpoint)
             self.shadow = tensors["shadow"]
-            Room(path).repeat(partial(_replace, checkpoint, tensors, path))
+            if not self._removed:
+                Room(path, give_up=self._over).repeat(partial(_replace, checkpoint, tensors, path))
         except Exception as error:  # noqa: BLE001 - a thread cannot raise: wait() does, in the loop's thread
             self._error = error
+
+    def _over(self) -> str:
+        return "nothing continues from it" if self._removed else ""
+
+    def _delete_after(self, writing: threading.Thread) -> None:
+        writing.join()
+        if self._error is not None and is_full(self._error):
+            # It was given up, which a round that is under way need not know.
+            log.info("a checkpoint that is needed no longer was not written: %s", self._error)
+            self._error = None
+        try:
+            self._delete()
+        except OSError as error:
+            log.warning("a checkpoint that is needed no longer is not deleted: %s", error)
+
+    def _delete(self) -> None:
+        for path in (self.path, self.prepared):
+            path.unlink(missing_ok=True)
+            # Of a write that failed.
+            _part(path).unlink(missing_ok=True)
 
 
 def _on_host(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -128,11 +159,16 @@ def _replace(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], path: Pat
         "steps": str(checkpoint.trainer["steps"]),
         "cursor": json.dumps(checkpoint.cursor),
     }
-    part = path.with_suffix(".part")
+    part = _part(path)
     safetensors.torch.save_file(tensors, part, metadata)
     with part.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(part, path)
+
+
+def _part(path: Path) -> Path:
+    """Where a file is written before it takes its place."""
+    return path.with_suffix(".part")
 
 
 def load_checkpoint(path: Path, device: torch.device) -> Checkpoint:

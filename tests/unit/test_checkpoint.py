@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -204,3 +206,29 @@ def test_a_disk_that_is_full_for_a_moment_delays_a_checkpoint(tmp_path, monkeypa
     writer.prepare(checkpoint(1))
     writer.wait()
     assert_whole(load_checkpoint(writer.prepared, CPU))
+
+
+def test_a_job_that_is_over_leaves_no_checkpoint_and_its_removal_does_not_wait_for_a_full_disk(tmp_path, monkeypatch):
+    full, refused = errno.ENOSPC, threading.Event()
+
+    def no_room(tensors, path, metadata):
+        path.write_bytes(b"half")
+        refused.set()
+        raise OSError(full, "no space left on device")
+
+    writer = CheckpointWriter(tmp_path, 0, "a")
+    writer.prepare(checkpoint(1))
+    writer.wait()
+    writer.committed()
+    with monkeypatch.context() as disk:
+        disk.setattr(safetensors.torch, "save_file", no_room)
+        writer.prepare(checkpoint(2))
+        assert refused.wait(20)
+        writer.remove()
+        assert not writer.done(), "it does not wait"
+        writer.wait()
+    assert not list(tmp_path.iterdir())
+    # A round of the job that was averaging goes on.
+    writer.prepare(checkpoint(3))
+    writer.wait()
+    assert not list(tmp_path.iterdir()) and torch.equal(writer.shadow, checkpoint(3).trainer["shadow"])
