@@ -34,6 +34,8 @@ class Clients:
         status: StatusReport,
     ) -> None:
         self._config, self._versions, self._status = config, versions, status
+        self._dispatcher = dispatcher
+        versions.waiting = self.versions_waited_for
         self._frontend, self._status_file = ports.frontend, ports.status_file
         own: Handlers = {GetConfig: lambda now, action: self.config_as_run()}
         if self._frontend is not None:
@@ -42,6 +44,11 @@ class Clients:
     def resolve(self, model: str, request: Request) -> Request:
         """The request, bound to the version that the model's name means. Raises Refused."""
         return msgspec.structs.replace(request, version=self._versions.resolve(model, request.id))
+
+    def versions_waited_for(self) -> set[int]:
+        """By accepted requests, also those that are not submitted yet, of which no replica knows."""
+        came = self._frontend.versions_waited_for() if self._frontend is not None else set()
+        return came | set(self._dispatcher.versions_waited_for())
 
     def config_as_run(self) -> dict[str, Any]:
         return self._config.model_dump(mode="json")

@@ -164,6 +164,10 @@ class Frontend:
             log.exception("%s failed", type(command.action).__name__)
             return Reply(id=command.id, problem=Problem("failed", f"{type(error).__name__}: {error}"))
 
+    def versions_waited_for(self) -> set[int]:
+        """By requests that came and are not submitted yet."""
+        return {due.request.version for due in self._came if due.request.version}
+
     # --- hooks of the dispatcher -----------------------------------------------------------------------------------
 
     def on_restarted(self, record: RequestRecord) -> None:

@@ -57,7 +57,6 @@ class ControlServer:
         self.dispatcher = Dispatcher(config, self._send, recorder.hooks)
         self.fleet = Fleet(config, replicas, self._send, self.dispatcher.held, recorder.on_transition)
         self.versions = Versions(config, ports.store, self.fleet, ports.ledger.unix)
-        self.versions.waiting = self.dispatcher.versions_waited_for
         self.jobs = JobBoard(config, ports.jobs, self.fleet, self.versions, ports.ledger.unix)
         observers = RoundObservers(recorder, self.jobs)
         self.federation = Federation(config, self.fleet, self.dispatcher, self.versions, observers)

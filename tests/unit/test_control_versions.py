@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import safetensors.numpy
 from control_client import Client, online
@@ -20,8 +21,8 @@ from scripted_replica import ADAPTER_JSON, SHAPES, adapter_bytes
 from clif.adapters.peft_files import PREFIX
 from clif.adapters.store import CONFIG_FILE, WEIGHTS_FILE, AdapterStore
 from clif.control.versions import Versions
-from clif.types import FinishReason
-from clif.wire.frontend import Refused
+from clif.types import AdapterVersion, FinishReason, Request, Sampling
+from clif.wire.frontend import Ask, Refused
 
 TRAINED_S = 2.4
 """By then three rounds are committed."""
@@ -207,6 +208,26 @@ def test_a_request_that_was_accepted_gets_its_version_though_it_waits_longer_tha
     assert kept == [(3, (1, 3))] or kept == [(3, (1, 2, 3))]
     assert [client.end_of(i).version for i in asked] == [1] * 12
     assert server.versions.kept == (2, 3)
+
+
+def test_a_request_that_came_just_before_a_promotion_gets_its_version(tmp_path: Path) -> None:
+    """Both are read in one step: the promotion would give the version up, and the request is not submitted yet."""
+    run = training(tmp_path, slots=4)
+    client, versions, frontend = Client(run), run.server.versions, run.frontend
+    assert frontend is not None
+    add, kept = versions.add, []
+    request = Request(id=client.next_id, prompt=(1, 2, 3), sampling=Sampling(max_tokens=4))
+
+    def promote(version: AdapterVersion, *files: Any, **chosen: Any) -> None:
+        if version.number == 3:
+            frontend.take(run.time(), msgspec.msgpack.encode(Ask(request=request, model="clif@v0001")))
+        add(version, *files, **chosen)
+        kept.append(versions.kept)
+
+    versions.add = promote  # type: ignore[method-assign]
+    run.go()
+    assert kept == [(1,), (1, 2), (1, 3)]
+    assert client.end_of(request.id).version == 1 and versions.kept == (2, 3)
 
 
 def test_a_pinned_request_whose_version_is_given_up_ends_as_failed_with_a_sentence(tmp_path: Path) -> None:
