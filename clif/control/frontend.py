@@ -21,6 +21,7 @@ from clif.jobs.store import StoreFailed
 from clif.types import CLIENTS, ID_SPACE, Request, TokenEvent, first_id, of_client
 from clif.wire.channels import Channel
 from clif.wire.frontend import (
+    BEAT_S,
     FRONTEND,
     Answers,
     Ask,
@@ -39,6 +40,8 @@ from clif.wire.frontend import (
 
 log = logging.getLogger(__name__)
 STATUS_S = 0.25
+SILENT_S = 30.0
+"""A front end that says nothing for longer is ended: what is sent to it would fill this process's memory."""
 Handlers = Mapping[type, Callable[[float, Any], Any]]
 """By type of action; called as (now, action); what it returns is the reply, and Refused is a reply as well."""
 
@@ -51,6 +54,10 @@ class FrontendChild(Protocol):
 
         next_id: the first id that it may give to a request.
         """
+        ...
+
+    def kill(self, reason: str) -> None:
+        """End the process at once; step() then returns the reason."""
         ...
 
     def close(self) -> None: ...
@@ -78,6 +85,8 @@ class Frontend:
         self._replies: list[Reply] = []
         self._begun = False
         """Whether the present process has said that it can answer."""
+        self._silent_s, self._watched_s = 0.0, math.inf
+        """How long it has said nothing while this process looked; when it looked last."""
         self._told: tuple[bool, str] | None = None
         self._body = b""
         self._next_status_s = -math.inf
@@ -116,6 +125,7 @@ class Frontend:
         except msgspec.DecodeError as error:
             log.error("a message of the front end cannot be read: %s", error)
             return
+        self._silent_s = 0.0
         match message:
             case Started():
                 log.info("the HTTP front end is process %d", message.pid)
@@ -200,7 +210,11 @@ class Frontend:
 
     def watch(self, now: float) -> None:
         """Keep the front end's process running. The requests of one that ended are cancelled. Raises ControlError."""
-        ended = self._child.step(now, self._next_id) if self._child is not None else ""
+        if self._child is None:
+            return
+        if self._is_silent(now):
+            self._child.kill(f"it said nothing for {SILENT_S:g} s")
+        ended = self._child.step(now, self._next_id)
         if ended:
             log.warning("the HTTP front end ended (%s): its requests are cancelled, and it starts again", ended)
             self._begun = False
@@ -208,6 +222,15 @@ class Frontend:
             self._dispatcher.cancel_clients(now, f"the HTTP front end ended: {ended}")
             for unsent in (self._events, self._restarted, self._refused, self._replies):
                 unsent.clear()
+
+    def _is_silent(self, now: float) -> bool:
+        """Whether it is to be ended. A break in which this process did not run either says nothing about it."""
+        passed, self._watched_s = min(max(0.0, now - self._watched_s), BEAT_S), now
+        self._silent_s = self._silent_s + passed if self._begun else 0.0
+        silent = self._silent_s > SILENT_S
+        if silent:
+            self._silent_s = 0.0
+        return silent
 
     def flush(self, now: float) -> None:
         """Send what has come together. The caller has made durable what the replies report."""

@@ -72,6 +72,7 @@ class FrontendProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._started_s = self._next_s = -math.inf
         self._short_lives = 0
+        self._killed = ""
         host, port = listener.getsockname()[:2]
         self.url = f"http://{in_url(host)}:{port}"
         write_atomic(run_dir / HTTP_ADDRESS_FILE, self.url.encode())
@@ -81,7 +82,8 @@ class FrontendProcess:
         if self._process is not None:
             if self._process.poll() is None:
                 return ""
-            ended, self._process = _ending(self._process.returncode), None
+            ended, self._killed = self._killed or _ending(self._process.returncode), ""
+            self._process = None
             self._short_lives = self._short_lives + 1 if now - self._started_s < SHORT_S else 0
             self._next_s = now + start_again(self._short_lives, ended)
         if now >= self._next_s:
@@ -90,6 +92,11 @@ class FrontendProcess:
             command += ["--fd", str(self._listener.fileno()), "--first-id", str(next_id)]
             self._process = subprocess.Popen(command, pass_fds=[self._listener.fileno()])
         return ended
+
+    def kill(self, reason: str) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._killed = reason
 
     def close(self) -> None:
         """It was told to leave: wait for it, and end it if it does not."""

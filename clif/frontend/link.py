@@ -21,9 +21,11 @@ from clif.frontend.streams import Rate, Stream, first_tokens_first
 from clif.types import FinishReason, Request, TokenEvent
 from clif.wire.channels import PART_BYTES
 from clif.wire.frontend import (
+    BEAT_S,
     Actions,
     Answers,
     Ask,
+    Beat,
     Command,
     FromFrontend,
     Leave,
@@ -38,7 +40,6 @@ from clif.wire.frontend import (
 from clif.wire.keys import ADDRESS_FILE, Keys
 
 GONE = "the control process ended"
-WATCH_S = 1.0
 AT_ONCE = 64
 """Messages that are taken before clients get their turn."""
 
@@ -140,10 +141,12 @@ class Link:
         parent = os.getppid()
         while not self.over.is_set():
             try:
-                await asyncio.wait_for(self.over.wait(), WATCH_S)
+                await asyncio.wait_for(self.over.wait(), BEAT_S)
             except TimeoutError:
                 if os.getppid() != parent:
                     self._end()
+                else:
+                    self._send(Beat())
         if self._failure is not None:
             raise self._failure
 

@@ -15,6 +15,8 @@ from clif.types import CLIF, Count, Request, Share, TokenEvent, TrainSample
 
 FRONTEND = -1
 """Sender of the front end's messages, beside the numbers of the replicas."""
+BEAT_S = 1.0
+"""Between two signs of life of the front end."""
 LONGEST_REASON, LONGEST_PATH = 200, 1024
 Name = Annotated[str, Meta(min_length=1, max_length=64)]
 FolderPath = Annotated[str, Meta(min_length=1, max_length=LONGEST_PATH)]
@@ -261,6 +263,10 @@ class Started(FrontendMessage, frozen=True):
     pid: int
 
 
+class Beat(FrontendMessage, frozen=True):
+    """The front end runs; sent every BEAT_S."""
+
+
 class Ask(FrontendMessage, frozen=True):
     """A request to answer. model: as the client named it. key: name of the client's key; empty: none was needed."""
 
@@ -328,7 +334,7 @@ class Leave(FrontendMessage, frozen=True):
     """The run is over: end what is open, close the port, and leave."""
 
 
-FromFrontend = Union[Started, Ask, Withdraw, Command]
+FromFrontend = Union[Started, Beat, Ask, Withdraw, Command]
 ToFrontend = Union[Answers, Reply, Status, Leave]
 _FROM = msgspec.msgpack.Decoder(FromFrontend)
 _TO = msgspec.msgpack.Decoder(ToFrontend)

@@ -2,15 +2,17 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from control_client import BEGIN_S, ENDS_S, Client, online
 from control_run import Run
 
+from clif.control.frontend import SILENT_S
 from clif.control.frontend_process import start_again
 from clif.control.policy.phases import ControlError
 from clif.jobs.store import StoreFailed
 from clif.types import FinishReason, TrainSample
-from clif.wire.frontend import Command, GetConfig, GiveFeedback, Started, Withdraw
+from clif.wire.frontend import Beat, Command, GetConfig, GiveFeedback, Started, Withdraw
 
 
 def test_promise_1_every_request_of_a_client_gets_exactly_one_end(tmp_path: Path) -> None:
@@ -115,6 +117,9 @@ class Dies:
         self.next_id = next_id
         return "killed by signal 9"
 
+    def kill(self, reason: str) -> None:
+        raise AssertionError(reason)
+
     def close(self) -> None:
         return
 
@@ -134,6 +139,53 @@ def test_what_a_front_end_sent_before_it_died_is_not_taken_for_the_next_ones(tmp
     assert child.next_id == late == asked, "the next one goes on with the ids that are not used"
     assert client.end_of(asked).finish is FinishReason.STOP and not client.refused
     assert client.replies == [] and len(run.table("requests")) == 1
+
+
+class Killed:
+    """A FrontendChild that ends when it is killed."""
+
+    def __init__(self) -> None:
+        self.ended, self.reasons = "", list[str]()
+
+    def step(self, now: float, next_id: int) -> str:
+        ended, self.ended = self.ended, ""
+        return ended
+
+    def kill(self, reason: str) -> None:
+        self.ended = reason
+        self.reasons.append(reason)
+
+    def close(self) -> None:
+        return
+
+
+def test_a_front_end_that_is_stopped_is_killed_and_its_requests_are_cancelled(tmp_path: Path) -> None:
+    run = Run(online(tmp_path).config, signalled=lambda: "got SIGTERM" if run.time() >= 1045.0 else "")
+    assert run.frontend is not None
+    child = run.frontend._child = Killed()
+    for leader in run.leaders:
+        leader.serves = lambda: False
+    client = Client(run)
+    for seconds in range(1, 10):
+        client.at(seconds, lambda: client.line.send(Beat()))
+    client.ask(BEGIN_S)
+    run.go()
+    (row,) = run.table("requests")
+    assert row["finish"] == "cancelled" and "said nothing" in row["detail"] and len(child.reasons) == 1
+    assert row["finished_s"] - row["arrival_s"] == pytest.approx(9 - BEGIN_S + SILENT_S, abs=0.5)
+
+
+def test_a_front_end_is_not_killed_for_a_break_in_which_the_control_process_did_not_run(tmp_path: Path) -> None:
+    frontend = online(tmp_path).frontend
+    assert frontend is not None
+    child = frontend._child = Killed()
+    encode = msgspec.msgpack.encode
+    frontend.take(0.0, encode(Started(pid=7)))
+    for now in (0.0, 1.0, 500.0):
+        frontend.watch(now)
+    frontend.take(501.0, encode(Beat()))
+    frontend.watch(501.0)
+    assert not child.reasons
 
 
 class Boom(Exception):
