@@ -16,6 +16,17 @@ class JobsConfig(Section):
     """[jobs] Jobs that have not ended, at most; their samples are in the memory of the replicas."""
     max_files: Positive = 1000
     """[files] Uploaded files that are kept, at most, of all clients."""
+    max_jobs_per_key: Positive = 8
+    """[jobs] Of these, at most so many of one key. This and what follows of a key does not bind admins."""
+    max_files_per_key: Positive = 100
+    """[files] Files of one key that are kept, at most."""
+    max_adapters_per_key: Positive = 1
+    """[adapters] Adapters of their own that jobs of one key may have, at most: each takes one of
+    `adapter.serving_slots`."""
+    max_files_gib: PositiveFloat = 64.0
+    """[GiB] All files that are kept, as uploaded, at most. Their tokens lie beside them and take about as much."""
+    min_free_gib: NotNegativeFloat = 1.0
+    """[GiB] What uploads leave free on the disk of the run's folder: others write there that cannot wait for room."""
     max_rows: Positive = 100_000
     """[rows] Longest file."""
     heldout_share: Annotated[float, Field(gt=0, lt=1)] = 0.1

@@ -165,6 +165,11 @@ RELEVANCE: dict[str, Needs] = {
         ONLINE,
     ),
     "jobs.max_files": (TRAINS, ONLINE),
+    "jobs.max_jobs_per_key": (TRAINS, ONLINE),
+    "jobs.max_files_per_key": (TRAINS, ONLINE),
+    "jobs.max_adapters_per_key": (TRAINS, ONLINE),
+    "jobs.max_files_gib": (TRAINS, ONLINE),
+    "jobs.min_free_gib": (TRAINS, ONLINE),
     "jobs.max_rows": (TRAINS, ONLINE),
     "jobs.heldout_share": (
         TRAINS,

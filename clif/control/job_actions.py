@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from msgspec.structs import replace
 
 from clif.control.frontend import Handlers
+from clif.control.job_shares import JobShares
 from clif.control.jobs import JobBoard
 from clif.errors import InputError
 from clif.jobs.model import (
@@ -57,13 +58,14 @@ R = TypeVar("R", JobFile, Job)
 
 
 class JobActions:
-    """unix: a stamp of the server's clock as wall time. active: the active version of an adapter, 0 for none."""
+    """unix: a stamp of the server's clock as wall time."""
 
     def __init__(
-        self, board: JobBoard, unix: Callable[[float], float], active: Callable[[str], int], max_files: int
+        self, board: JobBoard, unix: Callable[[float], float], active: Callable[[str], int], shares: JobShares
     ) -> None:
+        """active: the active version of an adapter, 0 for none."""
         self._board, self._store, self._unix, self._active = board, board.store, unix, active
-        self._max_files = max_files
+        self._shares = shares
 
     def handlers(self) -> Handlers:
         found: dict[type, Callable[[float, Any], Any]] = {
@@ -82,8 +84,7 @@ class JobActions:
         return {kind: refusing(handler) for kind, handler in found.items()}
 
     def register_file(self, now: float, action: RegisterFile) -> JobFile:
-        if len(self._store.files()) >= self._max_files:
-            raise LimitReached(f"{self._max_files} files are kept, as many as jobs.max_files allows: delete one")
+        self._shares.check_file(action)
         file = JobFile(
             id=action.id,
             filename=action.filename,
@@ -110,9 +111,11 @@ class JobActions:
                     self._file(file, action.sees)
                 except UnknownId as error:
                     raise Refused("invalid", str(error), name) from error
+        self._shares.check_job(action)
         problem = cannot_begin(action.model, action.suffix, self._active(action.suffix or CLIF))
         if problem:
             raise Refused("invalid", problem, "model")
+        self._shares.check_adapter(action)
         wanted = Hyperparameters(
             n_epochs=action.n_epochs,
             batch_size=action.batch_size,

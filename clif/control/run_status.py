@@ -20,6 +20,7 @@ from clif.control.activity import Activity
 from clif.control.dispatcher import Dispatcher
 from clif.control.federation import Federation
 from clif.control.fleet import Fleet
+from clif.control.job_shares import owner_of_job
 from clif.control.jobs import JobBoard
 from clif.control.policy.view import ReplicaView
 from clif.control.policy_loop import PolicyLoop
@@ -51,6 +52,7 @@ class StatusReport:
         self._config, self._fleet, self._dispatcher = config, fleet, dispatcher
         self._federation, self._policy, self._reporter, self._activity = federation, policy, reporter, activity
         self._versions, self._wall, self._jobs = versions, wall, jobs
+        self._owners: dict[str, str] = {}
         self._jobs_body: dict[str, Any] = {}
         self._next_jobs_s = -math.inf
 
@@ -70,7 +72,7 @@ class StatusReport:
             "replica_count": self._fleet.expected,
             "drained_count": len(self._fleet.drained),
             "replicas": self._replicas(shown),
-            "models": self._versions.models(),
+            "models": [vars(row) | {"owner": self._owner(row.job)} for row in self._versions.models()],
             "canary": self._versions.canary,
             "pinned": self._versions.pinned,
             "versions": self._listed(),
@@ -141,6 +143,12 @@ class StatusReport:
         known = (replica for replica in range(self._fleet.expected) if self._fleet.was_here(replica))
         views = (self._fleet.view_of(replica) for replica in islice(known, MOST_REPLICAS))
         return [_replica(view, shown.slack.get(view.replica, "")) for view in views]
+
+    def _owner(self, job: str) -> str:
+        """Of a job's id: the front end tells it to that key alone. It never changes, and is read from the store."""
+        if job not in self._owners:
+            self._owners[job] = owner_of_job(self._jobs.store, job)
+        return self._owners[job]
 
     def _listed(self) -> list[dict[str, Any]]:
         """The newest versions, and the base at last."""

@@ -23,6 +23,7 @@ from clif.control.federation import Federation, RoundObservers
 from clif.control.fleet import Fleet
 from clif.control.inbox import Inbox, printable
 from clif.control.job_actions import JobActions
+from clif.control.job_shares import JobShares
 from clif.control.jobs import JobBoard
 from clif.control.operator import Operator
 from clif.control.policy.phases import Phase
@@ -78,7 +79,8 @@ class ControlServer:
         self.status = StatusReport(
             config, *parts, self._policy, self.versions, self._reporter, recorder.activity, self.jobs
         )
-        clients_jobs = JobActions(self.jobs, ports.ledger.unix, self.versions.active, config.jobs.max_files)
+        shares = JobShares(config.jobs, ports.jobs, self.versions)
+        clients_jobs = JobActions(self.jobs, ports.ledger.unix, self.versions.active, shares)
         handlers = {**operator.handlers(), **version_handlers.handlers(), **clients_jobs.handlers()}
         self._clients = Clients(config, ports, state, self.dispatcher, self.versions, handlers, self.status)
         inbox_parts = state, self._claims, self.fleet, self._failures, self._handlers(), self._clients.take

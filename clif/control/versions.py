@@ -139,6 +139,10 @@ class Versions:
         """A stored version; None: there is none, or it is the base."""
         return self._known.get(number)
 
+    def first_of(self, adapter: str) -> AdapterVersion | None:
+        """The oldest stored version of an adapter."""
+        return next((version for version in self._stored.committed if version.adapter == adapter), None)
+
     def knows(self, number: int) -> bool:
         """Whether this is the base or a stored version."""
         return number == 0 or number in self._known

@@ -34,6 +34,7 @@ TYPES = {
     500: "server_error",
     503: "overloaded_error",
     504: "timeout_error",
+    507: "server_error",
 }
 """Type of an error by its status."""
 STATUS: Mapping[Kind, int] = {
@@ -83,7 +84,7 @@ class ApiError(Exception):
         if self.retry_after_s is not None:
             return {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
         # Clients come again by themselves after a conflict and after 5xx.
-        return {"x-should-retry": "false"} if self.status in (409, 500, 504) else {}
+        return {"x-should-retry": "false"} if self.status in (409, 500, 504, 507) else {}
 
     def response(self) -> Response:
         return Response(self.body, self.status, self.headers, "application/json")

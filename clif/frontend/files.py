@@ -20,6 +20,7 @@ from clif.frontend.link import Link
 from clif.frontend.listing import USUAL, After, Reply, check_query, not_training, only, sees
 from clif.frontend.route_parts import Parts
 from clif.jobs.model import JobFile
+from clif.storage.disk_space import is_full
 from clif.wire.frontend import DeleteFile, GetFile, ListFiles, Refused, RegisterFile
 
 PURPOSE = "fine-tune"
@@ -48,6 +49,7 @@ def routes(parts: Parts) -> APIRouter:
         caller = check_query(request)
         if not parts.config.train.enabled:
             raise not_training()
+        await check_room(store, request)
         async with request.form(max_files=1, max_fields=len(FIELDS), max_part_size=FORM_BYTES) as form:
             upload = the_file(form)
             try:
@@ -55,7 +57,7 @@ def routes(parts: Parts) -> APIRouter:
             except ValueError as error:
                 raise invalid(str(error), "file", "invalid_file") from error
             except OSError as error:
-                raise ApiError(500, f"the file cannot be kept ({error.strerror})", "file") from error
+                raise not_kept(error) from error
             name = file_name(upload.filename)
         action = RegisterFile(
             id=stored.id,
@@ -65,6 +67,7 @@ def routes(parts: Parts) -> APIRouter:
             tokens=stored.tokens,
             longest=stored.longest,
             owner=caller.name,
+            sees=sees(caller),
         )
         reply = await register(link, store, action)
         return file_object(msgspec.json.decode(reply, type=JobFile))
@@ -114,6 +117,23 @@ def routes(parts: Parts) -> APIRouter:
         return FileDeleted(id=file_id)
 
     return router
+
+
+async def check_room(store: FileStore, request: Request) -> None:
+    """Raises ApiError before the body of an upload comes, which would lie on a disk too."""
+    length = request.headers.get("content-length", "")
+    try:
+        await store.check_room(int(length) if length.isdecimal() else 0)
+    except OSError as error:
+        raise not_kept(error) from error
+
+
+def not_kept(error: OSError) -> ApiError:
+    """The disk of the server does not take a file."""
+    if is_full(error):
+        message = "the server has no room for this file (jobs.min_free_gib): delete files that are not needed any more"
+        return ApiError(507, message, "file", "no_room")
+    return ApiError(500, f"the file cannot be kept ({error.strerror})", "file")
 
 
 async def register(link: Link, store: FileStore, action: RegisterFile) -> bytes:

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 
 from clif import __version__
 from clif.frontend.asking import check_ids, tokenised
+from clif.frontend.auth import Caller, caller_of
 from clif.frontend.chat import ChatMessage
 from clif.frontend.errors import ApiError, invalid
 from clif.frontend.route_parts import Parts
@@ -36,18 +37,19 @@ def routes(parts: Parts) -> APIRouter:
     router = APIRouter(tags=["models"])
 
     @router.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models(request: Request) -> dict[str, Any]:
         """What a request may name as its model. Old versions stay for as long as replicas keep them."""
-        return {"object": "list", "data": [shown(row) for row in parts.link.run.models]}
+        caller = caller_of(request)
+        return {"object": "list", "data": [shown(row, caller) for row in parts.link.run.models]}
 
     @router.get("/v1/models/{model:path}")
-    async def model(model: str) -> dict[str, Any]:
+    async def model(request: Request, model: str) -> dict[str, Any]:
         """One model."""
         found = next((row for row in parts.link.run.models if row["id"] == model), None)
         if found is None:
             message = f"there is no model {model}: GET /v1/models lists them"
             raise ApiError(404, message, "model", "model_not_found")
-        return shown(found)
+        return shown(found, caller_of(request))
 
     @router.post("/tokenize", openapi_extra=documented(TokenizeBody))
     async def tokenize(request: Request) -> dict[str, Any]:
@@ -83,9 +85,12 @@ def routes(parts: Parts) -> APIRouter:
     return router
 
 
-def shown(row: dict[str, Any]) -> dict[str, Any]:
-    """A model in OpenAI's form; what the control server says of it comes besides."""
-    return {**row, "object": "model", "created": int(row.get("created", 0)), "owned_by": OWNER}
+def shown(row: dict[str, Any], caller: Caller) -> dict[str, Any]:
+    """A model in OpenAI's form, with what the control server says of it. Its job is for its owner and for admins."""
+    fields = {name: value for name, value in row.items() if name != "owner"}
+    if not caller.may_see(row["owner"]):
+        fields["job"] = ""
+    return {**fields, "object": "model", "created": int(row.get("created", 0)), "owned_by": OWNER}
 
 
 async def _tokenise(parts: Parts, body: TokenizeBody) -> tuple[int, ...]:

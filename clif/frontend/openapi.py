@@ -37,6 +37,7 @@ REASONS = {
     500: "The server failed; its log says more.",
     503: "No request is accepted now, or too many wait; Retry-After says when to come again.",
     504: "No whole answer came within serve.http.timeout_s.",
+    507: "The disk has no room for the file: fewer than jobs.min_free_gib would be left.",
 }
 ALWAYS = (401, 403, 429, 500, 503)
 WITH_BODY = (400, 408, 413, 415)
@@ -124,6 +125,8 @@ def errors_of(path: str, method: str, operation: dict[str, Any]) -> list[int]:
         found |= {404}
     if method != "get" and (path.startswith(("/v1/files", "/v1/fine_tuning", ADMIN))):
         found |= {404, 409}
+    if path == "/v1/files" and method == "post":
+        found |= {507}
     if path in STREAMED:
         found |= {409, 504}
     return sorted(found)
