@@ -71,7 +71,7 @@ class NoModel:
 
     def forward(self, batch: Batch, fused: object = None) -> SimpleNamespace:
         tokens = [1000] * sum(chunk.needs_sampling for chunk in batch.chunks)
-        return SimpleNamespace(read=lambda: tokens, seconds=lambda: 0.003)
+        return SimpleNamespace(read=lambda: tokens, seconds=lambda: 0.003, logprobs=dict)
 
 
 def training() -> Slices[None]:
