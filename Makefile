@@ -17,7 +17,7 @@ help:  ## This list
 
 # Modules instead of scripts (python -m ...): a package of the machine's own Python has no script in .venv.
 # The torch of PYTHON is used, also that of an active environment; TORCH=cpu gives .venv its own torch in any case.
-$(READY): setup.py pyproject.toml .ci/make_venv.py
+$(READY): setup.py pyproject.toml .ci/make_venv.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 	$(PYTHON) .ci/make_venv.py $(VENV) $(if $(filter cpu,$(TORCH)),--cpu-torch)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $(READY)

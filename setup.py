@@ -1,6 +1,10 @@
 """Packaging of CLIF. Tool settings are in pyproject.toml; what is needed, and why, is here."""
 
-from setuptools import find_packages, setup
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
 
 REQUIRES = [
     # Runs the model. Any recent torch is accepted: a machine with GPUs keeps the one it has.
@@ -59,6 +63,26 @@ DEV = [
     "pre-commit>=4",
 ]
 
+CPU_KERNELS = Extension(
+    "clif.kernels.cpu._clif_cpu",
+    sorted(str(path) for path in Path("kernels/cpu").glob("*.cpp")),
+    depends=sorted(str(path) for path in Path("kernels/cpu").glob("*.h")),
+    # No -march: each file names the instructions that it needs, and what the machine has is asked when it runs. Not
+    # linked with OpenMP: torch's own threads serve, which are loaded before.
+    extra_compile_args=[
+        "-std=c++17",
+        "-O3",
+        "-fopenmp",
+        "-fvisibility=hidden",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+    ],
+    language="c++",
+    # Without a compiler CLIF installs all the same: torch's operators serve.
+    optional=True,
+)
+HAS_CPU_KERNELS = sys.platform == "linux" and platform.machine() == "x86_64"
+
 AT_THE_TOP = {"clif.kernels": "kernels", "clif.launch": "launch", "clif.configs": "configs"}
 
 setup(
@@ -69,13 +93,14 @@ setup(
     python_requires=">=3.11",
     # kernels/, launch/ and configs/ stand at the top for the reader, and are installed inside clif: a top-level package
     # "kernels" on sys.path would be taken for Hugging Face's by transformers.
-    packages=[*find_packages(include=["clif", "clif.*"]), *AT_THE_TOP, "clif.kernels.testing"],
+    packages=[*find_packages(include=["clif", "clif.*"]), *AT_THE_TOP, "clif.kernels.testing", "clif.kernels.cpu"],
     package_dir={"clif": "clif", **AT_THE_TOP},
     package_data={
         "clif.kernels": ["tuned/*.json"],
         "clif.frontend": ["page.html"],
         "clif.configs": ["*.yaml", "*.example", "models/*.json", "data/*.jsonl", "grafana/*.json"],
     },
+    ext_modules=[CPU_KERNELS] if HAS_CPU_KERNELS else [],
     install_requires=REQUIRES,
     extras_require={"dev": DEV, "bench": BENCH},
     entry_points={"console_scripts": ["clif = clif.cli:main"]},

@@ -74,6 +74,10 @@ class EngineConfig(Section):
     """Prompts that begin alike share the full KV blocks of their beginning, within one adapter version."""
     prepack_weights: bool = True
     """On a CPU in bfloat16: keep a second copy of the weights, laid out for the matrix kernels, for serving."""
+    cpu_kernels: Literal["auto", "off"] = "auto"
+    """On a CPU: `auto` computes with the C++ kernels that are built when CLIF is installed, where the CPU has AVX512
+    with bfloat16; products and whole serving steps in bfloat16, attention and norms in float32 too. `off`: torch's
+    operators, as on any other CPU."""
     lora_kernel: Literal["auto", "torch", "triton"] = "auto"
     """Products of the layers with adapters. `triton`: kernels, on a GPU (a CPU only in Triton's interpreter), in the
     form that is fastest for a shape: one launch for all rows, or two that add to torch's base product. `auto`: `triton`

@@ -103,6 +103,7 @@ RELEVANCE: dict[str, Needs] = {
     "engine.block_size": (SERVES,),
     "engine.prefix_reuse": (SERVES,),
     "engine.prepack_weights": (CPU, Need("model.dtype", among=("auto", "bfloat16"))),
+    "engine.cpu_kernels": (CPU,),
     "engine.lora_kernel": ALWAYS,
     "engine.decode_kernel": (SERVES,),
     "engine.max_prefill_tokens": (SERVES,),

@@ -1,0 +1,123 @@
+"""Loads the C++ kernels for CPUs and declares their functions: see clif_cpu.h for what each computes."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import Structure, c_float, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+
+NONE, AVX512, AMX = 0, 1, 2
+"""Levels: neither; AVX512 with bfloat16; AMX besides."""
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class Linear(Structure):
+    """clif_linear. Pointers are addresses of tensors, whose owner keeps them alive."""
+
+    _fields_ = [
+        ("in_", c_int64),
+        ("out", c_int64),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("rank", c_int64),
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("a_stride", c_int64),
+        ("b_stride", c_int64),
+    ]
+
+
+class Heads(Structure):
+    """clif_heads."""
+
+    _fields_ = [
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("q_eps", c_float),
+        ("k_eps", c_float),
+    ]
+
+
+class StepRows(Structure):
+    """clif_rows."""
+
+    _fields_ = [
+        ("rows", c_int64),
+        ("sequence", c_void_p),
+        ("context", c_void_p),
+        ("blocks", c_void_p),
+        ("max_blocks", c_int64),
+        ("block_size", c_int64),
+    ]
+
+
+class Layer(Structure):
+    """clif_layer."""
+
+    _fields_ = [
+        ("qkv", Linear),
+        ("attention_out", Linear),
+        ("gate_up", Linear),
+        ("down", Linear),
+        ("norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("eps", c_float),
+        ("mlp_eps", c_float),
+        ("heads", Heads),
+        ("scale", c_float),
+        ("cache", c_void_p),
+    ]
+
+
+class Step(Structure):
+    """clif_step."""
+
+    _fields_ = [
+        ("rows", StepRows),
+        ("positions", c_void_p),
+        ("slots", c_void_p),
+        ("adapters", c_void_p),
+        ("angles", c_void_p),
+        ("cache_slots", c_int64),
+    ]
+
+
+SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+    "clif_level": (c_int, []),
+}
+"""Result and arguments of each function."""
+
+
+class Absent(Exception):
+    """The kernels cannot be used here; the message says why."""
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The library. Raises Absent where it was not built or does not load."""
+    # torch comes first: its OpenMP threads are the library's as well, which has none of its own.
+    built = sorted(Path(__file__).parent.glob("_clif_cpu*.so"))
+    if not built:
+        raise Absent("they were not built when CLIF was installed: install a C++ compiler, then CLIF again")
+    try:
+        library = ctypes.CDLL(str(built[0]))
+    except OSError as error:
+        raise Absent(f"{built[0].name} does not load ({error})") from error
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def level() -> int:
+    """What this machine allows. Raises Absent where the kernels cannot be used."""
+    found: int = load().clif_level()
+    if found == NONE:
+        raise Absent("this CPU has no AVX512 with bfloat16")
+    return found
