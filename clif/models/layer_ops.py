@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from clif.kernels.elementwise_reference import SwiGLU, rotate, rotate_heads, write_rows
+from clif.kernels.elementwise_reference import SwiGLU, rms_norm, rotate, rotate_heads, write_rows
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 BEYOND = 256
@@ -36,10 +36,14 @@ class CacheRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding of rows: cos and sin [rows, 1, head_dim], sin negative in its first half."""
+    """Rotary embedding of rows: cos and sin [rows, 1, head_dim], sin negative in its first half.
+
+    both [rows, 2, head_dim]: the tensor of which these are views; None: they lie apart.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
+    both: torch.Tensor | None = None
 
     def turn(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate x [rows, heads, head_dim]: x cos + rotate_half(x) sin."""
@@ -141,14 +145,15 @@ class AngleTable:
     """
 
     def __init__(self, angles: TorchAngles, max_context: int) -> None:
+        """table [positions, 2, head_dim]: cosines and sines of each."""
         positions = torch.arange(max_context, device=angles.like.device)
         rope = angles(positions)
         table = torch.cat((rope.cos, rope.sin), 1)
-        self._table = torch.cat((table, table[-1:].expand(BEYOND, -1, -1)))
+        self.table = torch.cat((table, table[-1:].expand(BEYOND, -1, -1)))
 
     def __call__(self, positions: torch.Tensor) -> Rope:
-        chosen = self._table.index_select(0, positions)
-        return Rope(chosen[:, :1], chosen[:, 1:])
+        chosen = self.table.index_select(0, positions)
+        return Rope(chosen[:, :1], chosen[:, 1:], chosen)
 
 
 @dataclass(frozen=True)
@@ -197,3 +202,18 @@ def is_silu(activation: Activation) -> bool:
     """Whether an activation computes x / (1 + exp(-x))."""
     probe = torch.linspace(-4, 4, 64)
     return torch.equal(activation(probe), nn.functional.silu(probe))
+
+
+@torch.no_grad()
+def as_rms_norm(module: Any) -> tuple[torch.Tensor, float] | None:
+    """Weight [n] and epsilon of a module that computes rms_norm; None for any other, whatever its name is."""
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not isinstance(eps, float):
+        return None
+    probe = torch.linspace(-3, 5, 2 * len(weight), device=weight.device).to(weight.dtype).view(2, -1)
+    # The second row is so small that epsilon shows.
+    probe[1] *= eps**0.5
+    found, expected = module(probe), rms_norm(probe, weight, eps)
+    near = 4 * torch.finfo(weight.dtype).eps
+    same = found.dtype == expected.dtype and torch.allclose(found.float(), expected.float(), rtol=near, atol=near)
+    return (weight.detach(), eps) if same else None

@@ -37,6 +37,7 @@ from clif.models.layer_ops import (
     TorchGate,
     TorchNorm,
     TorchRotary,
+    as_rms_norm,
     is_silu,
 )
 
@@ -68,21 +69,6 @@ class TritonOps:
 
     def gate(self, activation: Activation) -> Activation:
         return triton_gate if is_silu(activation) else TorchGate(activation)
-
-
-@torch.no_grad()
-def as_rms_norm(module: Any) -> tuple[torch.Tensor, float] | None:
-    """Weight [n] and epsilon of a module that computes rms_norm; None for any other, whatever its name is."""
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not isinstance(eps, float):
-        return None
-    probe = torch.linspace(-3, 5, 2 * len(weight), device=weight.device).to(weight.dtype).view(2, -1)
-    # The second row is so small that epsilon shows.
-    probe[1] *= eps**0.5
-    found, expected = module(probe), rms_norm(probe, weight, eps)
-    near = 4 * torch.finfo(weight.dtype).eps
-    same = found.dtype == expected.dtype and torch.allclose(found.float(), expected.float(), rtol=near, atol=near)
-    return (weight.detach(), eps) if same else None
 
 
 @dataclass(frozen=True, eq=False)

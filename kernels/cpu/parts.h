@@ -44,6 +44,16 @@ inline float widen(uint16_t x) {
 }
 inline float widen(float x) { return x; }
 
+// To the nearest bfloat16, ties to even; a NaN stays one.
+inline uint16_t narrow(float x) {
+    union {
+        float value;
+        uint32_t bits;
+    } u = {x};
+    if (x != x) return static_cast<uint16_t>(u.bits >> 16 | 0x40);
+    return static_cast<uint16_t>((u.bits + 0x7fff + (u.bits >> 16 & 1)) >> 16);
+}
+
 // linear.cpp. The low part must be complete (a barrier) before the rest begins; low: rows of padded_rank numbers.
 // Only needed where rank > 0 and slots are given.
 inline int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
