@@ -139,6 +139,11 @@ def answer(events: list[TokenEvent]) -> list[int]:
     return [token for event in events for token in event.tokens]
 
 
+def cache_slots(blocks: list[int], block_size: int, start: int, stop: int) -> list[int]:
+    """Cache slots of a sequence's tokens [start, stop)."""
+    return [blocks[i // block_size] * block_size + i % block_size for i in range(start, stop)]
+
+
 def chunks_of(requests: list[Request], position: int) -> list[Chunk]:
     """Those of a step in which each request gets its answer's token at this position."""
     stops = [len(r.prompt) + position for r in requests]

@@ -16,6 +16,7 @@ from clif.engine.prompt_rows import PromptRows
 from clif.kernels.kv_types import as_cached, read_slots
 from clif.kernels.paged_decode_table import DecodeRow, DecodeTable
 from clif.kernels.staging import send_ints
+from clif.kernels.step_table import StepTable
 from clif.models.layer_ops import CacheRows
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ class PagedLayout:
     """Which cache slots the rows of a step write [rows] and read.
 
     Decode rows are one launch of the paged kernel over `table`, or without it one batched product for each of `groups`;
-    prompts None: the step has no rows of a prompt.
+    prompts None: the step has no rows of a prompt. step: all rows of a step, where attention on a CPU reads them in the
+    cache; then there is nothing of the others.
     """
 
     count: int
@@ -62,6 +64,7 @@ class PagedLayout:
     table: DecodeTable | None
     groups: Seq[DecodeGroup]
     prompts: PromptRows | None
+    step: StepTable | None = None
 
 
 class PagedRows:

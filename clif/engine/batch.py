@@ -18,24 +18,24 @@ import torch
 
 from clif.config import EngineConfig
 from clif.engine.attention import DecodeGroup, PagedLayout, make_decode_group
-from clif.engine.blocks import cache_slots
 from clif.engine.capture import Captured
 from clif.engine.draws import Draws, DrawTable
 from clif.engine.logprobs import Reporting
 from clif.engine.prompt_rows import PaddedPrompts, PromptChunk, PromptRows, VarlenPrompts
 from clif.engine.scheduler import Chunk, Sequence
+from clif.engine.step_rows import KNOWN as KNOWN
+from clif.engine.step_rows import StepRows
 from clif.kernels.dual_lora_reference import Segment
 from clif.kernels.dual_lora_table import RowTables
 from clif.kernels.paged_decode_table import DecodeRow, DecodeTables
 from clif.kernels.staging import Staged
+from clif.kernels.step_table import StepTable
 from clif.models.causal import bucket
 from clif.models.dual_linear import LoraRows
 from clif.models.varlen import Varlen
 
 FIELDS = 4
 """Integers of a row: token id, position, cache slot, and the index of its id among the last step's tokens."""
-KNOWN = -1
-"""The id of a row is known on the host."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class BatchBuilder:
     """Fills batches for one device.
 
     dtype: of the scores that attention computes without the paged kernel. varlen: what attends in prompts; None: padded
-    products.
+    products. step_tables: attention of all rows reads the step's table, on a CPU; nothing else is made of them.
     """
 
     def __init__(
@@ -76,11 +76,13 @@ class BatchBuilder:
         device: torch.device,
         dtype: torch.dtype,
         varlen: Varlen | None = None,
+        step_tables: bool = False,
     ) -> None:
         self._block_size, self._device = config.block_size, device
-        self._dtype, self._varlen = dtype, varlen
+        self._dtype, self._varlen, self._step_tables = dtype, varlen, step_tables
         # A row for each answer, and the prompts of a step.
         self._capacity = config.max_batch + config.max_prefill_tokens
+        self._rows = StepRows(self._capacity, config.max_batch, config.block_size)
         self._staged = Staged.zeros(FIELDS * self._capacity + config.max_batch, torch.int64, device)
         self._tables = DecodeTables(config.block_size, device)
         self._row_tables = RowTables(device)
@@ -88,17 +90,18 @@ class BatchBuilder:
 
     def fill(self, chunks: Seq[Chunk], paged: bool) -> Batch:
         """The batch of these chunks, which lie sorted by adapter slot. paged: its decode rows are for the kernel."""
-        rows, ends, late = self._fill_rows(chunks)
-        segments = segments_of(chunks)
-        self._row_tables.refill(segments, rows.shape[1])
+        table = self._rows.fill(chunks)
+        rows, ends = self._send_rows(table.rows)
+        segments = segments_of(chunks) if table.adapted else ()
+        self._row_tables.refill(segments, table.rows)
         batch = Batch(
             chunks,
             rows[0],
             rows[1],
-            rows[3] if late else None,
+            rows[3] if self._rows.late else None,
             ends,
-            LoraRows(rows.shape[1], segments, tables=self._row_tables),
-            self._layout(chunks, rows[2], paged),
+            LoraRows(table.rows, segments, tables=self._row_tables),
+            self._layout(chunks, rows[2], paged, table),
         )
         return self.with_draws(batch)
 
@@ -112,31 +115,23 @@ class BatchBuilder:
         late = draws is not None and any(_waits(sampling[row].sequence) for _, row in draws.guided)
         return replace(batch, draws=draws, reporting=self._draws.reporting, late=late)
 
-    def _fill_rows(self, chunks: Seq[Chunk]) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """[FIELDS, rows] and ends on the device, and whether an id is not known yet."""
-        fields: tuple[list[int], ...] = tuple([] for _ in range(FIELDS))
-        ids, positions, slots, sources = fields
-        ends = []
-        for chunk in chunks:
-            sequence = chunk.sequence
-            known = sequence.tokens[chunk.start : chunk.stop]
-            late = chunk.stop - chunk.start - len(known)
-            ids += known + [0] * late
-            sources += [KNOWN] * len(known) + [sequence.sampled_at] * late
-            positions += range(chunk.start, chunk.stop)
-            slots += cache_slots(sequence.blocks, self._block_size, chunk.start, chunk.stop)
-            if chunk.needs_sampling:
-                ends.append(len(ids) - 1)
-        host, n, after = self._staged.write().numpy(), len(ids), FIELDS * self._capacity
-        for i, values in enumerate(fields):
-            host[i * self._capacity : i * self._capacity + n] = values
-        host[after : after + len(ends)] = ends
+    def _send_rows(self, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[FIELDS, rows], and ends where not all rows sample, on the device."""
+        rows, host, after = self._rows, self._staged.write().numpy(), FIELDS * self._capacity
+        fields, some = host[:after].reshape(FIELDS, self._capacity), rows.sampling < n
+        fields[0, :n], fields[1, :n], fields[2, :n] = rows.ids[:n], rows.positions[:n], rows.cache_slots[:n]
+        if rows.late:
+            fields[3, :n] = rows.sources[:n]
+        if some:
+            host[after : after + rows.sampling] = rows.ends[: rows.sampling]
         self._staged.send()
         words = self._staged.words
-        rows = words[:after].view(FIELDS, self._capacity)[:, :n]
-        return rows, words[after : after + len(ends)], any(source != KNOWN for source in sources)
+        sent = words[:after].view(FIELDS, self._capacity)[:, :n]
+        return sent, words[after : after + rows.sampling] if some else None
 
-    def _layout(self, chunks: Seq[Chunk], slot_mapping: torch.Tensor, paged: bool) -> PagedLayout:
+    def _layout(self, chunks: Seq[Chunk], slot_mapping: torch.Tensor, paged: bool, table: StepTable) -> PagedLayout:
+        if self._step_tables:
+            return PagedLayout(table.rows, slot_mapping, None, (), None, table)
         decoding: list[DecodeRow] = []
         prompts: list[PromptChunk] = []
         row = 0

@@ -82,8 +82,3 @@ class BlockPool:
         self._table.forget(block)
         self._ref_counts[block] = 1
         return block
-
-
-def cache_slots(blocks: list[int], block_size: int, start: int, stop: int) -> list[int]:
-    """Cache slots of a sequence's tokens [start, stop)."""
-    return [blocks[i // block_size] * block_size + i % block_size for i in range(start, stop)]

@@ -22,10 +22,10 @@ CONFIG = EngineConfig(kv_tokens=160, block_size=4, max_batch=3, max_prefill_toke
 class Steps:
     """A scheduler and its batches; the model answers 7, 8, 9 and so on to each row that samples."""
 
-    def __init__(self) -> None:
+    def __init__(self, step_tables: bool = False) -> None:
         self.slots = SlotTable(2)
         self.scheduler = Scheduler(CONFIG, self.slots, (), lambda ids: "")
-        self.builder = BatchBuilder(CONFIG, 100, CPU, torch.float32)
+        self.builder = BatchBuilder(CONFIG, 100, CPU, torch.float32, step_tables=step_tables)
         self.filled: list[Batch] = []
 
     def launch(self, paged: bool = False) -> Batch:
@@ -34,11 +34,11 @@ class Steps:
 
     def settle(self) -> None:
         batch = self.filled.pop(0)
-        self.scheduler.settle(list(batch.chunks), list(range(7, 7 + len(batch.ends))), 0.0)
+        self.scheduler.settle(list(batch.chunks), list(range(7, 7 + sum(c.needs_sampling for c in batch.chunks))), 0.0)
 
 
 def addresses(batch: Batch) -> list[int]:
-    return [t.data_ptr() for t in (batch.ids, batch.positions, batch.layout.slot_mapping, batch.ends)]
+    return [t.data_ptr() for t in (batch.ids, batch.positions, batch.layout.slot_mapping)]
 
 
 def test_rows_lie_chunk_behind_chunk_and_the_last_of_each_complete_chunk_samples() -> None:
@@ -83,6 +83,27 @@ def test_every_step_fills_the_same_buffers() -> None:
         tables.add(id(batch.layout.table))
         assert batch.layout.table.lengths[0] == batch.positions[0] + 1
     assert len(tables) == 1
+
+
+def test_where_attention_reads_the_table_of_a_step_nothing_else_is_made_of_its_rows() -> None:
+    steps = Steps(step_tables=True)
+    steps.scheduler.add(request(0, [11, 12, 13], max_tokens=30), 0.0)
+    steps.launch()
+    steps.settle()
+    steps.scheduler.add(request(1, [21, 22], max_tokens=30), 0.0)
+    batch = steps.launch()
+    layout = batch.layout
+    assert layout.step is not None and (layout.table, layout.groups, layout.prompts) == (None, (), None)
+    assert layout.step.rows == 3 and layout.step.context[:3].tolist() == [4, 1, 2]
+    assert torch.equal(layout.slot_mapping, layout.step.cache_slots[:3])
+
+
+def test_rows_that_all_sample_are_not_named() -> None:
+    steps = Steps()
+    steps.scheduler.add(request(0, [11, 12, 13], max_tokens=30), 0.0)
+    assert steps.launch().ends.tolist() == [2]
+    steps.settle()
+    assert steps.launch().ends is None
 
 
 def test_adapter_rows_are_cut_into_tiles_once_for_each_height_and_refilled_from_then_on() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clif.engine.blocks import BlockPool, cache_slots
+from clif.engine.blocks import BlockPool
 
 
 def filled(pool: BlockPool, version: int, tokens: list[int]) -> list[int]:
@@ -125,7 +125,3 @@ def test_the_second_of_two_equal_sequences_can_go_on_to_be_shared():
     pool.allocate(second, 16)
     pool.register(0, [1] * 16, second, 8, 16)
     assert pool.acquire_cached(0, [1] * 17) == [first[0], second[1]]
-
-
-def test_places_follow_the_block_table():
-    assert cache_slots([7, 2], 4, 2, 6) == [30, 31, 8, 9]

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 
-from helpers import answer, request
+from helpers import answer, cache_slots, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clif.adapters.slots import SlotTable
 from clif.config import EngineConfig
-from clif.engine.blocks import cache_slots
 from clif.engine.scheduler import Chunk, Scheduler, Sequence
 from clif.types import FinishReason, Request, TokenEvent
 
