@@ -76,6 +76,11 @@ CPU_KERNELS = Extension(
         "-fvisibility=hidden",
         "-fno-math-errno",
         "-fno-trapping-math",
+        # A product and a sum become one operation only where the source says so: no result depends on the compiler.
+        "-ffp-contract=off",
+        # GCC warns of its own headers of intrinsics.
+        "-Wno-uninitialized",
+        "-Wno-maybe-uninitialized",
     ],
     language="c++",
     # Without a compiler CLIF installs all the same: torch's operators serve.

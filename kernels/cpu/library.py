@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import Structure, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -90,6 +90,16 @@ class Step(Structure):
 
 SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "clif_level": (c_int, []),
+    "clif_rms_norm": (
+        None,
+        [c_int, c_void_p, c_void_p, c_void_p, c_float, c_void_p, c_void_p, c_int64, c_int64, c_int],
+    ),
+    "clif_rotate": (
+        None,
+        [c_int, POINTER(Heads), c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int],
+    ),
+    "clif_swiglu": (None, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int]),
+    "clif_argmax": (None, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int]),
 }
 """Result and arguments of each function."""
 

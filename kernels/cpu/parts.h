@@ -35,6 +35,16 @@ void on_threads(int threads, Part part) {
     part(omp_get_thread_num(), omp_get_num_threads());
 }
 
+// Call call(T()) with the type T that `type` names.
+template <class Call>
+void of_type(int type, Call call) {
+    if (type == CLIF_BFLOAT16) {
+        call(uint16_t());
+    } else {
+        call(float());
+    }
+}
+
 inline float widen(uint16_t x) {
     union {
         uint32_t bits;

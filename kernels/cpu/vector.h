@@ -1,0 +1,67 @@
+// Vectors of 16 numbers, which are float32 in registers and float32 or bfloat16 in memory.
+//
+// What follows this include is compiled for AVX512: it may run at level CLIF_AVX512 and above alone.
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")
+
+namespace clif {
+
+constexpr int64_t LANES = 16;
+
+// The lanes that n numbers take, all of them from 16 numbers on.
+inline __mmask16 first_lanes(int64_t n) { return n >= LANES ? 0xffff : static_cast<__mmask16>((1u << n) - 1); }
+
+// Memory outside the mask is not read, and its lanes are zero.
+inline __m512 load(const float *from, __mmask16 mask = 0xffff) { return _mm512_maskz_loadu_ps(mask, from); }
+inline __m512 load(const uint16_t *from, __mmask16 mask = 0xffff) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+// Rounded to the nearest, ties to even; subnormal bfloat16 numbers become zero.
+inline void store(float *to, __m512 x, __mmask16 mask = 0xffff) { _mm512_mask_storeu_ps(to, mask, x); }
+inline void store(uint16_t *to, __m512 x, __mmask16 mask = 0xffff) {
+    _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+// x as a number of type T would hold it.
+template <class T>
+inline __m512 rounded(__m512 x);
+template <>
+inline __m512 rounded<float>(__m512 x) {
+    return x;
+}
+template <>
+inline __m512 rounded<uint16_t>(__m512 x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
+}
+
+inline __m512 splat(float x) { return _mm512_set1_ps(x); }
+
+// e^x to 2 units in the last place, infinities and NaN included. Source: expf of the Cephes library (Moshier).
+inline __m512 exp(__m512 x) {
+    // Beyond these the result is infinite or zero. A NaN passes: the second argument is taken for it.
+    x = _mm512_max_ps(splat(-104.0f), _mm512_min_ps(splat(89.0f), x));
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, splat(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+    __m512 r = _mm512_fnmadd_ps(n, splat(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, splat(-2.12194440e-4f), r);
+    __m512 p = splat(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, splat(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, splat(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, splat(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, splat(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, splat(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, splat(1.0f)));
+    return _mm512_scalef_ps(p, n);
+}
+
+// x / (1 + e^-x).
+inline __m512 silu(__m512 x) {
+    const __m512 below = _mm512_sub_ps(_mm512_setzero_ps(), x);
+    return _mm512_div_ps(x, _mm512_add_ps(splat(1.0f), exp(below)));
+}
+
+}  // namespace clif
