@@ -90,6 +90,12 @@ class Step(Structure):
 
 SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "clif_level": (c_int, []),
+    "clif_packed_size": (c_int64, [c_int64, c_int64]),
+    "clif_pack": (None, [c_void_p, c_int64, c_int64, c_int64, c_float, c_void_p]),
+    "clif_linear_forward": (
+        None,
+        [POINTER(Linear), c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_int],
+    ),
     "clif_rms_norm": (
         None,
         [c_int, c_void_p, c_void_p, c_void_p, c_float, c_void_p, c_void_p, c_int64, c_int64, c_int],

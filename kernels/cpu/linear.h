@@ -1,0 +1,231 @@
+// Products of rows with packed matrices, written once for both levels. A kernel class computes sums of one block of
+// rows and outputs; what is here decides which blocks, in which order, and whose adapter.
+#pragma once
+#include "parts.h"
+
+namespace clif {
+
+constexpr int64_t PANEL = 16;          // outputs that lie together in a packed matrix
+constexpr int64_t DEPTH = 32;          // inputs that lie together
+constexpr int64_t TILE = PANEL * DEPTH;  // numbers of a packed piece: 1 KiB
+constexpr int64_t ROWS = 32;           // rows of a block
+constexpr int64_t OUTS = 2 * PANEL;    // outputs of a block
+constexpr int NO_SLOT = -1;
+
+// One stretch of the inputs of a block: `tiles` times DEPTH numbers of each row, and the two panels that they meet.
+struct Segment {
+    const uint16_t *x;
+    int64_t x_stride;
+    const uint16_t *panels;
+    int64_t panel_stride;
+    int64_t tiles;
+};
+
+// A packed matrix: the two panels of outputs from `out` on, from the tile `tile` of the inputs on.
+struct Packed {
+    const uint16_t *numbers;
+    int64_t in;
+
+    int64_t panel_stride() const { return (in + DEPTH - 1) / DEPTH * TILE; }
+    const uint16_t *at(int64_t out, int64_t tile) const {
+        return numbers + out / PANEL * panel_stride() + tile * TILE;
+    }
+};
+
+// Rows of a block whose inputs can be read in whole tiles. A row may end where its memory ends, so that the last inputs
+// of each row are copied, with zeros behind them.
+class Inputs {
+   public:
+    Inputs(const uint16_t *x, int64_t stride, int64_t in, int64_t rows)
+        : x_(x), stride_(stride), tiles_(in / DEPTH), rest_(in % DEPTH) {
+        if (rest_ == 0) return;
+        const __mmask32 some = (1u << rest_) - 1;
+        for (int64_t row = 0; row < rows; row++)
+            _mm512_store_si512(tail_ + row * DEPTH, _mm512_maskz_loadu_epi16(some, x + row * stride + tiles_ * DEPTH));
+    }
+
+    // The segments of a product with outputs `out` of a matrix. Returns how many.
+    int segments(const Packed &matrix, int64_t out, Segment *segments) const {
+        int count = 0;
+        if (tiles_) segments[count++] = {x_, stride_, matrix.at(out, 0), matrix.panel_stride(), tiles_};
+        if (rest_) segments[count++] = {tail_, DEPTH, matrix.at(out, tiles_), matrix.panel_stride(), 1};
+        return count;
+    }
+
+   private:
+    alignas(64) uint16_t tail_[ROWS * DEPTH];
+    const uint16_t *x_;
+    int64_t stride_, tiles_, rest_;
+};
+
+// The adapters of a block's rows: one set of rows for each slot that occurs.
+class Slots {
+   public:
+    // slots null: no row has any.
+    Slots(const int32_t *slots, int64_t rows) : slots_(slots), left_(rows == ROWS ? ~0u : (1u << rows) - 1) {
+        all_ = left_;
+        if (!slots) left_ = 0;
+        for (int64_t row = 0; slots && row < rows; row++)
+            if (slots[row] < 0) left_ &= ~(1u << row);
+    }
+
+    // The next slot and its rows, as bits; false behind the last.
+    bool next(int *slot, uint32_t *rows) {
+        if (!left_) return false;
+        *slot = slots_[__builtin_ctz(left_)];
+        *rows = 0;
+        for (uint32_t rest = left_; rest; rest &= rest - 1)
+            if (slots_[__builtin_ctz(rest)] == *slot) *rows |= rest & -rest;
+        left_ &= ~*rows;
+        return true;
+    }
+
+    uint32_t all() const { return all_; }
+
+   private:
+    const int32_t *slots_;
+    uint32_t left_, all_;
+};
+
+// Sums of a block, rows OUTS apart, as both kernels leave them.
+struct Sums {
+    alignas(64) float numbers[ROWS * OUTS];
+
+    void take(const Sums &other, uint32_t rows) {
+        for (; rows; rows &= rows - 1) {
+            const int row = __builtin_ctz(rows);
+            float *to = numbers + row * OUTS;
+            _mm512_store_ps(to, _mm512_load_ps(other.numbers + row * OUTS));
+            _mm512_store_ps(to + PANEL, _mm512_load_ps(other.numbers + row * OUTS + PANEL));
+        }
+    }
+
+    // Round `outs` numbers of some rows, with a bias or null, and write them to y; zeros up to `width`.
+    void round_to(uint16_t *y, int64_t y_stride, const uint16_t *bias, uint32_t rows, int64_t outs, int64_t width) const {
+        const __mmask32 some = outs < OUTS ? (1u << outs) - 1 : ~0u, written = width < OUTS ? (1u << width) - 1 : ~0u;
+        __m512 low = _mm512_setzero_ps(), high = low;
+        if (bias) {
+            const __m512i both = _mm512_maskz_loadu_epi16(some, bias);
+            low = widened(_mm512_castsi512_si256(both)), high = widened(_mm512_extracti64x4_epi64(both, 1));
+        }
+        for (; rows; rows &= rows - 1) {
+            const int row = __builtin_ctz(rows);
+            const float *from = numbers + row * OUTS;
+            __m512 a = _mm512_load_ps(from), b = _mm512_load_ps(from + PANEL);
+            if (bias) a = _mm512_add_ps(a, low), b = _mm512_add_ps(b, high);
+            const __m512i rounded = _mm512_maskz_mov_epi16(some, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+            _mm512_mask_storeu_epi16(y + row * y_stride, written, rounded);
+        }
+    }
+
+   private:
+    static __m512 widened(__m256i x) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+    }
+};
+
+// What one thread computes: a rectangle of the result. Reading a panel from memory costs about as much as multiplying it
+// with STREAM blocks of rows, so that rows are divided only where there are many.
+struct Rectangle {
+    Range rows, outs;
+};
+
+inline Rectangle rectangle(int64_t rows, int64_t row_unit, int64_t outs, int thread, int threads) {
+    constexpr int64_t STREAM = 4;
+    const int64_t blocks = (rows + row_unit - 1) / row_unit, panels = (outs + OUTS - 1) / OUTS;
+    int best = 1;
+    int64_t least = INT64_MAX;
+    for (int parts = 1; parts <= threads; parts++) {
+        if (threads % parts) continue;
+        const int64_t across = threads / parts;
+        const int64_t cost = ((panels + across - 1) / across) * ((blocks + parts - 1) / parts + STREAM);
+        if (cost < least) least = cost, best = parts;
+    }
+    const int across = threads / best;
+    return {share(rows, thread / across, best, row_unit), share(outs, thread % across, across, OUTS)};
+}
+
+// low = x A_s^T for one block of rows and outputs.
+template <class Kernel>
+void low_block(Kernel &kernel, const clif_linear &linear, const Inputs &x, Slots slots, int64_t out, uint16_t *low,
+               int64_t rows) {
+    const int64_t left = linear.rank - out;
+    int slot;
+    for (uint32_t members; slots.next(&slot, &members);) {
+        Sums sums;
+        Segment segments[2];
+        const int count = x.segments({linear.a + slot * linear.a_stride, linear.in}, out, segments);
+        kernel.sum(segments, count, nullptr, sums.numbers, rows);
+        sums.round_to(low + out, padded(linear.rank), nullptr, members, left, OUTS);
+    }
+}
+
+template <class Kernel>
+void low_part(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots, uint16_t *low,
+              int64_t rows, int thread, int threads) {
+    const Rectangle mine = rectangle(rows, PANEL, linear.rank, thread, threads);
+    Kernel kernel;
+    for (int64_t row = mine.rows.begin; row < mine.rows.end; row += ROWS) {
+        const int64_t some = mine.rows.end - row < ROWS ? mine.rows.end - row : ROWS;
+        const Inputs inputs(x + row * x_stride, x_stride, linear.in, some);
+        const Slots members(slots + row, some);
+        for (int64_t out = mine.outs.begin; out < mine.outs.end; out += OUTS)
+            low_block(kernel, linear, inputs, members, out, low + row * padded(linear.rank), some);
+    }
+}
+
+// y for one block of rows and outputs. The adapter's product goes on where the weight's ends, in the same sums. Rows of
+// several slots have products of their own: a zero times a foreign factor that is not finite would not be zero.
+template <class Kernel>
+void rest_block(Kernel &kernel, const clif_linear &linear, const Inputs &x, Slots slots, const uint16_t *low,
+                int64_t out, uint16_t *y, int64_t y_stride, int64_t rows) {
+    Sums sums;
+    Segment segments[3];
+    int count = x.segments({linear.weight, linear.in}, out, segments);
+    const int64_t rank = padded(linear.rank);
+    const auto adapter = [&](int slot) -> Segment {
+        const Packed b{linear.b + slot * linear.b_stride, linear.rank};
+        return {low, rank, b.at(out, 0), b.panel_stride(), rank / DEPTH};
+    };
+    int slot = NO_SLOT;
+    uint32_t members = 0;
+    const bool any = slots.next(&slot, &members), one = any && members == slots.all();
+    if (one) segments[count++] = adapter(slot);
+    kernel.sum(segments, count, nullptr, sums.numbers, rows);
+    for (bool more = any && !one; more; more = slots.next(&slot, &members)) {
+        Sums with;
+        const Segment factor = adapter(slot);
+        kernel.sum(&factor, 1, sums.numbers, with.numbers, rows);
+        sums.take(with, members);
+    }
+    const int64_t left = linear.out - out;
+    sums.round_to(y + out, y_stride, linear.bias ? linear.bias + out : nullptr, slots.all(), left, left);
+}
+
+template <class Kernel>
+void rest_part(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots, const uint16_t *low,
+               uint16_t *y, int64_t y_stride, int64_t rows, int thread, int threads) {
+    constexpr int64_t CACHED = 1 << 19;  // numbers of x that stay in the second cache while the panels pass by
+    const Rectangle mine = rectangle(rows, ROWS, linear.out, thread, threads);
+    const int64_t fit = CACHED / linear.in / ROWS * ROWS, chunk = fit < ROWS ? ROWS : fit;
+    if (linear.rank == 0) slots = nullptr;
+    Kernel kernel;
+    for (int64_t begin = mine.rows.begin; begin < mine.rows.end; begin += chunk) {
+        const int64_t end = begin + chunk < mine.rows.end ? begin + chunk : mine.rows.end;
+        for (int64_t out = mine.outs.begin; out < mine.outs.end; out += OUTS)
+            for (int64_t row = begin; row < end; row += ROWS) {
+                const int64_t some = end - row < ROWS ? end - row : ROWS;
+                const Inputs inputs(x + row * x_stride, x_stride, linear.in, some);
+                rest_block(kernel, linear, inputs, Slots(slots ? slots + row : nullptr, some),
+                           slots ? low + row * padded(linear.rank) : nullptr, out, y + row * y_stride, y_stride, some);
+            }
+    }
+}
+
+// linear_amx.cpp
+void low_by_amx(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots, uint16_t *low,
+                int64_t rows, int thread, int threads);
+void rest_by_amx(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
+                 const uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int thread, int threads);
+
+}  // namespace clif
