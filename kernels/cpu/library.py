@@ -106,6 +106,10 @@ SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     ),
     "clif_swiglu": (None, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int]),
     "clif_argmax": (None, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int]),
+    "clif_attention": (
+        None,
+        [c_int, POINTER(Heads), c_void_p, c_int64, c_void_p, c_int64, POINTER(StepRows), c_float, c_void_p, c_int],
+    ),
 }
 """Result and arguments of each function."""
 

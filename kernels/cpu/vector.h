@@ -58,6 +58,28 @@ inline __m512 exp(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
+// 2^x for x from -126 to 128, below which it is 2^-126. To 2 units in the last place for float32, and for what is rounded
+// to bfloat16 afterwards to 3e-6. 2^0 is 1.
+template <class T>
+inline __m512 exp2(__m512 x) {
+    // A NaN passes: the second argument is taken for it.
+    x = _mm512_max_ps(splat(-126.0f), x);
+    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT), r = _mm512_sub_ps(x, n);
+    __m512 p;
+    if constexpr (sizeof(T) == sizeof(uint16_t)) {
+        p = _mm512_fmadd_ps(splat(0.00958285294f), r, splat(0.0559064262f));
+        p = _mm512_fmadd_ps(p, r, splat(0.240240991f));
+        p = _mm512_fmadd_ps(p, r, splat(0.693124175f));
+    } else {
+        p = _mm512_fmadd_ps(splat(0.00015353362f), r, splat(0.0013398875f));
+        p = _mm512_fmadd_ps(p, r, splat(0.00961843692f));
+        p = _mm512_fmadd_ps(p, r, splat(0.0555033237f));
+        p = _mm512_fmadd_ps(p, r, splat(0.240226477f));
+        p = _mm512_fmadd_ps(p, r, splat(0.693147182f));
+    }
+    return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, splat(1.0f)), n);
+}
+
 // x / (1 + e^-x).
 inline __m512 silu(__m512 x) {
     const __m512 below = _mm512_sub_ps(_mm512_setzero_ps(), x);

@@ -1,0 +1,200 @@
+"""Attention over the paged cache by the C++ kernels: exact within what the type's roundings allow, and of equal bits
+however rows are put together."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from clif.kernels.cpu import host
+from clif.kernels.cpu.library import Absent, level
+
+try:
+    level()
+except Absent as absent:
+    pytest.skip(f"no C++ kernels: {absent}", allow_module_level=True)
+
+TYPES = [torch.float32, torch.bfloat16]
+SHAPES = [(9, 3, 64), (2, 2, 8), (8, 1, 16), (4, 4, 128), (8, 2, 80), (32, 4, 64), (3, 1, 256), (200, 1, 8)]
+"""Query heads, KV heads, numbers of a head."""
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Numbers of torch's threads, which the kernels take."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """Rows of some sequences: query [rows, heads, d], a piece of the merged projection, and the cache they read.
+
+    spans: of each sequence, the contexts of its first and last row. The cache is NaN wherever no row may read.
+    """
+
+    shape: host.HeadShape
+    spans: list[tuple[int, int]]
+    query: torch.Tensor
+    cache: torch.Tensor
+    table: host.StepTable
+
+    @property
+    def scale(self) -> float:
+        return self.shape.head_dim**-0.5
+
+    def by_kernels(self) -> torch.Tensor:
+        return host.attention(self.query, self.shape, self.cache, self.table, self.scale)
+
+    def row(self, row: int) -> Step:
+        """The same row alone, and its sequence."""
+        table = self.table
+        at = int(table.sequence[row])
+        alone = host.StepTable(
+            torch.zeros(1, dtype=torch.int32),
+            table.context[row : row + 1].clone(),
+            table.blocks[at : at + 1].clone(),
+            table.block_size,
+        )
+        return replace(self, query=self.query[row : row + 1], table=alone)
+
+    def slots(self, sequence: int, count: int) -> torch.Tensor:
+        at = torch.arange(count)
+        size = self.table.block_size
+        return self.table.blocks[sequence].long()[at // size] * size + at % size
+
+    def exact(self) -> torch.Tensor:
+        """In float64, row by row."""
+        group, out = self.shape.heads // self.shape.kv_heads, []
+        for row, (sequence, context) in enumerate(zip(self.table.sequence, self.table.context, strict=True)):
+            seen = self.cache[:, self.slots(int(sequence), int(context))].double()
+            k, v = (t.repeat_interleave(group, 0) for t in seen.chunk(2))
+            scores = torch.einsum("hd,htd->ht", self.query[row].double(), k) * self.scale
+            out.append(torch.einsum("ht,htd->hd", scores.softmax(-1), v).flatten())
+        return torch.stack(out)
+
+
+def drawn(
+    heads: int,
+    kv_heads: int,
+    d: int,
+    spans: list[tuple[int, int]],
+    dtype: torch.dtype,
+    block_size: int = 16,
+    seed: int = 0,
+) -> Step:
+    """A step with its blocks all over the cache, in which NaN lies behind every context."""
+    rng = torch.Generator().manual_seed(seed)
+    needed = [-(-last // block_size) for _, last in spans]
+    free = torch.randperm(2 * sum(needed) + 1, generator=rng).int()
+    blocks = torch.full((len(spans), max(needed)), 2**30, dtype=torch.int32)
+    for at, count in enumerate(needed):
+        blocks[at, :count], free = free[:count], free[count:]
+    sequence = [at for at, (first, last) in enumerate(spans) for _ in range(first, last + 1)]
+    context = [seen for first, last in spans for seen in range(first, last + 1)]
+    table = host.StepTable(
+        torch.tensor(sequence, dtype=torch.int32), torch.tensor(context, dtype=torch.int32), blocks, block_size
+    )
+    qkv = 2 * torch.randn(len(context), heads + 2 * kv_heads, d, generator=rng)
+    cache = torch.full((2 * kv_heads, (2 * sum(needed) + 1) * block_size, d), torch.nan)
+    step = Step(host.HeadShape(heads, kv_heads, d), spans, qkv.to(dtype)[:, :heads], cache.to(dtype), table)
+    for at, (_, last) in enumerate(spans):
+        step.cache[:, step.slots(at, last)] = torch.randn(2 * kv_heads, last, d, generator=rng).to(dtype)
+    return step
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    assert found.isfinite().all()
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), SHAPES)
+@pytest.mark.parametrize("block_size", [8, 16])
+def test_each_row_attends_to_its_context(
+    heads: int, kv_heads: int, d: int, block_size: int, dtype: torch.dtype
+) -> None:
+    spans = [(1, 1), (300, 300), (1, 33), (17, 17), (120, 140), (128, 128), (129, 129), (1, 2), (250, 257)]
+    step = drawn(heads, kv_heads, d, spans, dtype, block_size)
+    allowed = 1e-6 if dtype is torch.float32 else 4e-3
+    assert error(step.by_kernels(), step.exact()) < allowed
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("seed", range(8))
+def test_steps_of_any_composition_are_attended_to(seed: int, dtype: torch.dtype) -> None:
+    rng = random.Random(seed)
+    heads, kv_heads, d = rng.choice(SHAPES)
+    lasts = [rng.randint(1, 300) for _ in range(rng.randint(1, 8))]
+    spans = [(rng.randint(max(1, last - 69), last) if rng.random() < 0.5 else last, last) for last in lasts]
+    step = drawn(heads, kv_heads, d, spans, dtype, rng.choice([1, 5, 8, 16, 32]), seed)
+    assert error(step.by_kernels(), step.exact()) < (1e-6 if dtype is torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), SHAPES[:5])
+def test_a_row_has_equal_bits_alone_in_a_prompt_and_on_any_threads(
+    heads: int, kv_heads: int, d: int, dtype: torch.dtype, threads: int
+) -> None:
+    step = drawn(heads, kv_heads, d, [(1, 70), (290, 290), (100, 199), (64, 64)], dtype)
+    together = step.by_kernels()
+    torch.set_num_threads(1)
+    for row in range(len(together)):
+        assert torch.equal(step.row(row).by_kernels()[0], together[row])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_nan_of_one_sequence_reaches_no_other(dtype: torch.dtype) -> None:
+    spans = [(40, 40), (30, 60), (1, 20), (77, 77)]
+    step = drawn(9, 3, 64, spans, dtype)
+    clean = step.by_kernels()
+    step.cache[:, step.slots(1, 60)] = torch.nan
+    found = step.by_kernels()
+    bad = step.table.sequence == 1
+    assert torch.equal(found[~bad], clean[~bad])
+    assert found[bad].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_nan_in_the_last_token_is_seen_by_its_row(dtype: torch.dtype) -> None:
+    for place in (0, 1):
+        step = drawn(4, 2, 16, [(130, 130)], dtype)
+        step.cache[2 * place : 2 * place + 2, step.slots(0, 130)[-1]] = torch.nan
+        assert step.by_kernels().isnan().all()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_scores_of_any_size_do_not_overflow(dtype: torch.dtype) -> None:
+    """One token has nearly all the weight; the largest score comes early, late, and below -1e4."""
+    step = drawn(2, 2, 64, [(300, 300)], dtype)
+    for at in (0, 131, 299):
+        cache = step.cache.clone()
+        slots = step.slots(0, 300)
+        cache[:2, slots] *= 0.01
+        cache[:2, slots[at]] = step.query[0] * 40
+        cache[0] -= step.query[0, 0] * 400
+        found = replace(step, cache=cache)
+        assert error(found.by_kernels(), found.exact()) < (1e-4 if dtype is torch.float32 else 8e-3)
+
+
+def test_bfloat16_is_as_exact_as_torchs_attention() -> None:
+    step = drawn(8, 8, 64, [(1, 300)], torch.bfloat16)
+    seen = step.cache[:, step.slots(0, 300)].unsqueeze(0)
+    query = step.query.transpose(0, 1).unsqueeze(0)
+    torchs = torch.nn.functional.scaled_dot_product_attention(query, *seen.chunk(2, 1), is_causal=True)
+    exact = step.exact()
+    assert error(step.by_kernels(), exact) < 1.1 * error(torchs[0].transpose(0, 1).flatten(1), exact)
+
+
+def test_any_scale_counts() -> None:
+    step = drawn(3, 1, 24, [(50, 50)], torch.float32)
+    found = host.attention(step.query, step.shape, step.cache, step.table, 0.5)
+    wider = replace(step, query=step.query * 0.5 * math.sqrt(24))
+    assert error(found, wider.exact()) < 1e-6
