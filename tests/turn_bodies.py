@@ -6,13 +6,15 @@ import os
 import time
 from pathlib import Path
 
-from turns import Ready
+from turns import Ready, Turn
 
 
 def recording(log: str, name: str) -> Ready:
     """Writes who it is at each turn; its result is (process, number, threads of OpenMP, cores)."""
 
-    def turn(number: int):
+    def turn(turn: Turn):
+        number = turn.repeat
+
         def run() -> tuple[int, int, str, list[int]]:
             with Path(log).open("a") as file:
                 file.write(f"{name}{number} ")
@@ -27,16 +29,16 @@ def breaking() -> Ready:
     def run() -> None:
         raise ValueError("out of luck\nand more")
 
-    return Ready("", lambda number: run)
+    return Ready("", lambda turn: run)
 
 
 def greedy() -> Ready:
     """Wants 4 GiB."""
-    return Ready("", lambda number: lambda: len(bytearray(4 << 30)))
+    return Ready("", lambda turn: lambda: len(bytearray(4 << 30)))
 
 
 def dying() -> Ready:
-    return Ready("", lambda number: lambda: os._exit(3))
+    return Ready("", lambda turn: lambda: os._exit(3))
 
 
 def hanging() -> Ready:

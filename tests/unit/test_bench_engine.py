@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import turn_bodies
 from contenders import Work, clif_serving, clif_training, peft_training, static_batch
-from turns import Contender, Limits, Ready, race, table
+from turns import Contender, Limits, Outcome, OwnContender, Ready, Turn, race, settings_lines, table
 
 REPO = Path(__file__).resolve().parents[2]
 CORE = min(os.sched_getaffinity(0))
@@ -17,7 +17,9 @@ LIMITS = Limits((CORE,), 2 << 30, 120.0)
 
 
 def contenders(**bodies: tuple[Any, ...]) -> list[Contender]:
-    return [Contender(name, getattr(turn_bodies, name.split("_")[0]), arguments) for name, arguments in bodies.items()]
+    return [
+        OwnContender(name, getattr(turn_bodies, name.split("_")[0]), arguments) for name, arguments in bodies.items()
+    ]
 
 
 def test_contenders_take_turns_forwards_and_backwards_in_processes_of_their_own(tmp_path):
@@ -28,9 +30,10 @@ def test_contenders_take_turns_forwards_and_backwards_in_processes_of_their_own(
     assert Path(log).read_text().split() == ["a0", "b0", "b1", "a1", "a2", "b2"]
     assert dict(os.environ) == before
     for one in found:
-        assert not one.failed and len(one.seconds) == 2 and one.peak_mib > 1
-        assert [result[1:] for result in one.results] == [(1, "1", [CORE]), (2, "1", [CORE])], "the warm-up is left out"
-    processes = [{result[0] for result in one.results} for one in found]
+        assert not one.failed and len(one.seconds()) == 2 and one.peak_mib > 1
+        results = [outcome.result for outcome in one.outcomes.values()]
+        assert [result[1:] for result in results] == [(1, "1", [CORE]), (2, "1", [CORE])], "the warm-up is left out"
+    processes = [{outcome.result[0] for outcome in one.outcomes.values()} for one in found]
     assert len(processes[0] | processes[1]) == 2 and os.getpid() not in processes[0] | processes[1]
 
 
@@ -56,13 +59,14 @@ def test_a_contender_that_hangs_is_ended():
 
 
 def test_the_table_has_ratios_of_each_repeat_with_their_spread():
-    ours, theirs = Contender("ours", turn_bodies.breaking, ()), Contender("theirs", turn_bodies.breaking, ())
-    ours.seconds, theirs.seconds, ours.settings = [1.0, 2.0, 4.0], [2.0, 2.0, 4.4], "none"
-    ours.results = theirs.results = [7]
+    ours, theirs = (OwnContender(name, turn_bodies.breaking, ()) for name in ("ours", "theirs"))
+    ours.settings = "none"
+    for one, seconds in ((ours, (1.0, 2.0, 4.0)), (theirs, (2.0, 2.0, 4.4))):
+        one.outcomes = {Turn(number): Outcome(s, 7) for number, s in enumerate(seconds, 1)}
     lines = table("Race", 100, [ours, theirs], lambda a, b: f"{a} and {b}")
     assert "| ours | 50 (25 to 100) | 1.00 (1.00 to 1.00) | 7 and 7 | 0 |" in lines
     assert "| theirs | 50 (23 to 50) | 1.10 (1.00 to 2.00) | 7 and 7 | 0 |" in lines
-    assert "* ours: none" in lines
+    assert settings_lines([ours, theirs]) == ["* ours: none", ""]
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +76,17 @@ def work(tiny_config) -> Work:
 
 
 def test_every_repeat_has_new_prompts_and_samples_and_all_contenders_have_the_same(work):
-    repeats = [work.prompts(n, 300) for n in range(4)]
+    repeats = [work.prompts(Turn(n, (3,)), 300) for n in range(4)]
     beginnings = {tuple(ids[:8]) for prompts in repeats for ids in prompts}
     assert len(beginnings) == 4 * work.requests, "half a block in common could be reused"
-    assert work.prompts(2, 300) == repeats[2]
+    assert work.prompts(Turn(2, (3,)), 300) == repeats[2]
     assert {len(ids) for prompts in repeats for ids in prompts} == {work.prompt}
-    samples = [[s.ids for step in work.training(n, 300) for s in step] for n in range(4)]
+    samples = [[s.ids for step in work.training(Turn(n), 300) for s in step] for n in range(4)]
     assert len({ids for found in samples for ids in found}) == 4 * work.steps * work.samples
 
 
-def turns_of(ready: Ready, repeats: int = 2) -> list[Any]:
-    return [ready.turn(number)() for number in range(repeats)]
+def turns_of(ready: Ready, repeats: int = 2, rows: tuple[int, ...] = (3,)) -> list[Any]:
+    return [ready.turn(Turn(number, rows))() for number in range(repeats)]
 
 
 def test_clif_computes_every_prompt_as_its_rival_does(work):
@@ -91,12 +95,12 @@ def test_clif_computes_every_prompt_as_its_rival_does(work):
 
 def test_prompts_that_come_again_are_found_out(work, monkeypatch):
     """With prefix reuse on, the default, a repeat of the same prompts would compute a part of them only."""
-    same = work.prompts(0, 300)
-    monkeypatch.setattr(Work, "prompts", lambda self, repeat, vocab: same)
+    same = work.prompts(Turn(0, (3,)), 300)
+    monkeypatch.setattr(Work, "prompts", lambda self, turn, vocab: same)
     ready = clif_serving(work)
-    ready.turn(0)()
+    ready.turn(Turn(0, (3,)))()
     with pytest.raises(AssertionError, match="CLIF left out prompt tokens that the others compute"):
-        ready.turn(1)()
+        ready.turn(Turn(1, (3,)))()
 
 
 def test_clif_and_peft_learn_from_the_same_samples(work):
