@@ -1,6 +1,7 @@
 // Products of attention, and the layouts that they read: tiles of 16 columns, whose rows are dwords of one float32 or two
 // bfloat16 numbers that are multiplied and summed together.
 #pragma once
+#include "parts.h"
 #include "vector.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c,amx-tile,amx-bf16")
@@ -104,6 +105,7 @@ struct alignas(64) TileShapes {
 inline void shape_tiles(int64_t rows) {
     TileShapes shapes;
     for (int i = 0; i < 8; ++i) shapes.rows[i] = static_cast<uint8_t>(i < 5 ? rows : TILE);
+    publish(&shapes);
     _tile_loadconfig(&shapes);
 }
 
@@ -155,6 +157,9 @@ inline void multiply_four(Left<uint16_t> a, Right b, Sums c, int64_t dwords) {
 
 // By AMX, whose tiles have the shapes of size.rows.
 inline void multiply_amx(Left<uint16_t> a, Right b, Sums c, Size size) {
+    publish(a.at);
+    publish(b.at);
+    publish(c.at);
     int64_t tile = 0;
     for (; tile + 4 <= size.tiles; tile += 4, b.at += 4 * b.tile, c.at += 4 * TILE) multiply_four(a, b, c, size.dwords);
     for (; tile < size.tiles; ++tile, b.at += b.tile, c.at += TILE) multiply_one(a, b, c, size.dwords);

@@ -22,6 +22,7 @@ class Amx {
     // sums = start (or zero) + the segments' products, in order.
     void sum(const Segment *segments, int count, const float *start, float *sums, int64_t rows) {
         configure(rows);
+        publish(start);
         if (rows > PANEL)
             both_halves(segments, count, start, sums);
         else
@@ -40,6 +41,7 @@ class Amx {
         c.rows[0] = c.rows[1] = c.rows[4] = upper;
         c.rows[2] = c.rows[3] = c.rows[5] = lower;
         c.rows[6] = c.rows[7] = PANEL;
+        publish(&c);
         _tile_loadconfig(&c);
     }
 

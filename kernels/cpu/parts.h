@@ -13,6 +13,10 @@ namespace clif {
 #define CLIF_TARGET_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c"
 #define CLIF_TARGET_AMX CLIF_TARGET_AVX512 ",amx-tile,amx-bf16"
 
+// What was written is in memory before what follows. Tile instructions read memory, of which GCC's headers say nothing:
+// the compiler would move stores behind them, or leave them out.
+inline void publish(const void *written) { __asm__ volatile("" ::"r"(written) : "memory"); }
+
 struct Range {
     int64_t begin, end;
 };
