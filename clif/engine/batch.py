@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,7 +28,6 @@ from clif.kernels.dual_lora_reference import Segment
 from clif.kernels.dual_lora_table import RowTables
 from clif.kernels.paged_decode_table import DecodeRow, DecodeTables
 from clif.kernels.staging import Staged
-from clif.kernels.step_table import StepTable
 from clif.models.causal import bucket
 from clif.models.dual_linear import LoraRows
 from clif.models.varlen import Varlen
@@ -38,8 +36,7 @@ FIELDS = 4
 """Integers of a row: token id, position, cache slot, and the index of its id among the last step's tokens."""
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """The input of forward(): rows of all chunks, one chunk after the other. Valid until the next fill.
 
     ids, positions [rows]. sources [rows]: which of the last step's tokens is a row's id, KNOWN where `ids` has it; None
@@ -60,6 +57,16 @@ class Batch:
     reporting: Reporting | None = None
     late: bool = False
     captured: Captured[Any] | None = None
+
+
+class SentRows(NamedTuple):
+    """The rows of a batch on the device; fields as in Batch."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    sources: torch.Tensor | None
+    ends: torch.Tensor | None
 
 
 class BatchBuilder:
@@ -83,55 +90,70 @@ class BatchBuilder:
         # A row for each answer, and the prompts of a step.
         self._capacity = config.max_batch + config.max_prefill_tokens
         self._rows = StepRows(self._capacity, config.max_batch, config.block_size)
-        self._staged = Staged.zeros(FIELDS * self._capacity + config.max_batch, torch.int64, device)
+        self._staged: Staged | None = None
+        if device.type != "cpu":
+            self._staged = Staged.zeros(FIELDS * self._capacity + config.max_batch, torch.int64, device)
         self._tables = DecodeTables(config.block_size, device)
         self._row_tables = RowTables(device)
         self._draws = DrawTable(config.max_batch, vocab_size, device)
+        # Of the last step: these are the same where the next one continues it on a CPU.
+        self._last: tuple[SentRows, LoraRows, PagedLayout] | None = None
 
     def fill(self, chunks: Seq[Chunk], paged: bool) -> Batch:
         """The batch of these chunks, which lie sorted by adapter slot. paged: its decode rows are for the kernel."""
-        table = self._rows.fill(chunks)
-        rows, ends = self._send_rows(table.rows)
-        segments = segments_of(chunks) if table.adapted else ()
-        self._row_tables.refill(segments, table.rows)
-        batch = Batch(
-            chunks,
-            rows[0],
-            rows[1],
-            rows[3] if self._rows.late else None,
-            ends,
-            LoraRows(table.rows, segments, tables=self._row_tables),
-            self._layout(chunks, rows[2], paged, table),
-        )
-        return self.with_draws(batch)
+        same = self._rows.fill(chunks)
+        if not (same and self._last is not None and self._step_tables):
+            self._last = self._parts(chunks, paged)
+        (ids, positions, _, sources, ends), rows, layout = self._last
+        draws, late = self._fill_draws(chunks if ends is None else [chunk for chunk in chunks if chunk.needs_sampling])
+        return Batch(chunks, ids, positions, sources, ends, rows, layout, draws, self._draws.reporting, late)
 
     def with_draws(self, batch: Batch) -> Batch:
-        """The batch, whose rows are filled, with the draws of its chunks."""
-        sampling = [chunk for chunk in batch.chunks if chunk.needs_sampling]
+        """The batch, whose rows are filled and all sample, with the draws of its chunks."""
+        draws, late = self._fill_draws(batch.chunks)
+        return batch._replace(draws=draws, reporting=self._draws.reporting, late=late)
+
+    def _fill_draws(self, sampling: Seq[Chunk]) -> tuple[Draws | None, bool]:
+        """The draws of the chunks that sample, and whether they wait for the tokens of the step before."""
         # After the rows, which need the index of each sequence among the tokens of the step before.
         for i, chunk in enumerate(sampling):
             chunk.sequence.sampled_at = i
         draws = self._draws.fill(sampling)
-        late = draws is not None and any(_waits(sampling[row].sequence) for _, row in draws.guided)
-        return replace(batch, draws=draws, reporting=self._draws.reporting, late=late)
+        return draws, draws is not None and any(_waits(sampling[row].sequence) for _, row in draws.guided)
 
-    def _send_rows(self, n: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[FIELDS, rows], and ends where not all rows sample, on the device."""
-        rows, host, after = self._rows, self._staged.write().numpy(), FIELDS * self._capacity
-        fields, some = host[:after].reshape(FIELDS, self._capacity), rows.sampling < n
-        fields[0, :n], fields[1, :n], fields[2, :n] = rows.ids[:n], rows.positions[:n], rows.cache_slots[:n]
-        if rows.late:
-            fields[3, :n] = rows.sources[:n]
-        if some:
-            host[after : after + rows.sampling] = rows.ends[: rows.sampling]
-        self._staged.send()
-        words = self._staged.words
-        sent = words[:after].view(FIELDS, self._capacity)[:, :n]
-        return sent, words[after : after + rows.sampling] if some else None
+    def _parts(self, chunks: Seq[Chunk], paged: bool) -> tuple[SentRows, LoraRows, PagedLayout]:
+        """Rows, adapters and layout of the table that has been filled."""
+        table = self._rows.table
+        segments = segments_of(chunks) if table.adapted else ()
+        self._row_tables.refill(segments, table.rows)
+        sent = self._views() if self._staged is None else self._send(self._staged)
+        rows = LoraRows(table.rows, segments, tables=self._row_tables)
+        return sent, rows, self._layout(chunks, sent.slot_mapping, paged)
 
-    def _layout(self, chunks: Seq[Chunk], slot_mapping: torch.Tensor, paged: bool, table: StepTable) -> PagedLayout:
+    def _views(self) -> SentRows:
+        """On a CPU: the rows where they are."""
+        rows, table = self._rows, self._rows.table
+        n = table.rows
+        sources = torch.from_numpy(rows.sources[:n]) if rows.late else None
+        ends = torch.from_numpy(rows.ends[: rows.sampling]) if rows.sampling < n else None
+        return SentRows(table.ids[:n], table.positions[:n], table.cache_slots[:n], sources, ends)
+
+    def _send(self, staged: Staged) -> SentRows:
+        """By one copy to the device."""
+        rows, n, after = self._rows, self._rows.table.rows, FIELDS * self._capacity
+        host = staged.write().numpy()
+        fields = host[:after].reshape(FIELDS, self._capacity)
+        fields[:, :n] = rows.ids[:n], rows.positions[:n], rows.cache_slots[:n], rows.sources[:n]
+        host[after : after + rows.sampling] = rows.ends[: rows.sampling]
+        staged.send()
+        words = staged.words
+        ids, positions, slots, sources = words[:after].view(FIELDS, self._capacity)[:, :n]
+        ends = words[after : after + rows.sampling] if rows.sampling < n else None
+        return SentRows(ids, positions, slots, sources if rows.late else None, ends)
+
+    def _layout(self, chunks: Seq[Chunk], slot_mapping: torch.Tensor, paged: bool) -> PagedLayout:
         if self._step_tables:
-            return PagedLayout(table.rows, slot_mapping, None, (), None, table)
+            return PagedLayout(self._rows.table.rows, slot_mapping, None, (), None, self._rows.table)
         decoding: list[DecodeRow] = []
         prompts: list[PromptChunk] = []
         row = 0

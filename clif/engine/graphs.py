@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -63,7 +62,7 @@ class DecodeGraphs:
         """The batch of these chunks, which lie sorted by adapter slot, for the smallest step that holds them."""
         size = next(size for size in self.sizes if size >= len(chunks))
         self._buffers.fill(chunks, segments_of(chunks), size)
-        return replace(self._batches[size], chunks=chunks, captured=self.captured[size])
+        return self._batches[size]._replace(chunks=chunks, captured=self.captured[size])
 
     def _step(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._compute(self._inputs(size))

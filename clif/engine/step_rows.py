@@ -30,26 +30,21 @@ class HeldBlocks:
     """
 
     def __init__(self, table: StepTable) -> None:
-        self._table, self._view = table, table.blocks.numpy()
-        self._lists: list[list[int]] = []
+        self._table, self.view = table, table.blocks.numpy()
+        self.lists: list[list[int]] = []
         self._counts: list[int] = []
 
-    def fill(self, lists: list[list[int]]) -> Any:
-        """Write what is new of these blocks, one list for each sequence. Returns the view [capacity, max_blocks]."""
+    def fill(self, lists: list[list[int]]) -> None:
+        """Write what is new of these blocks, one list for each sequence, to `view` [capacity, max_blocks]."""
         counts = list(map(len, lists))
-        if counts != self._counts or not all(map(is_, lists, self._lists)):
-            if self._table.make_room(max(counts)):
-                self._view, self._lists = self._table.blocks.numpy(), []
-            self._write(lists, counts)
-            self._lists, self._counts = lists, counts
-        return self._view
-
-    def _write(self, lists: list[list[int]], counts: list[int]) -> None:
-        same = len(self._lists)
+        if self._table.make_room(max(counts)):
+            self.view, self.lists = self._table.blocks.numpy(), []
+        same = len(self.lists)
         for i, (own, count) in enumerate(zip(lists, counts, strict=True)):
-            start = self._counts[i] if i < same and self._lists[i] is own else 0
+            start = self._counts[i] if i < same and self.lists[i] is own else 0
             if start < count:
-                self._view[i, start:count] = own[start:]
+                self.view[i, start:count] = own[start:]
+        self.lists, self._counts = lists, counts
 
 
 class StepRows:
@@ -60,43 +55,72 @@ class StepRows:
     """
 
     def __init__(self, capacity: int, sequences: int, block_size: int) -> None:
-        self.table = StepTable.zeros(capacity, sequences, block_size)
+        self.table = table = StepTable.zeros(capacity, sequences, block_size)
         self.sources, self.ends = np.zeros(capacity, np.int64), np.zeros(sequences, np.int64)
         self.late, self.sampling = False, 0
-        self._blocks = HeldBlocks(self.table)
-        table = self.table
+        self._blocks = HeldBlocks(table)
         self.ids, self.positions, self.cache_slots = (
             t.numpy() for t in (table.ids, table.positions, table.cache_slots)
         )
         self._adapters, self._sequence, self._context = (
             t.numpy() for t in (table.adapters, table.sequence, table.context)
         )
+        # Of the last step, if it had one row of each sequence, which chose a token: these, their ends, and the views of
+        # the table's ids, positions, cache slots and contexts.
+        self._sequences: tuple[Sequence, ...] = ()
+        self._stops: tuple[int, ...] = ()
+        self._moving: tuple[Longs, ...] = ()
 
-    def fill(self, chunks: Seq[Chunk]) -> StepTable:
-        """The table of these chunks, one behind the other; at least one. Valid until the next fill."""
-        table = self.table
-        sequences, first, last, samples = zip(*chunks, strict=True)
-        starts, stops = np.array(first), np.array(last)
-        sizes = stops - starts
-        n = table.rows = int(sizes.sum())
-        table.sequences = len(chunks)
-        owner = np.arange(len(chunks))
-        if n > len(chunks):
-            owner = owner.repeat(sizes)
-            behind = sizes.cumsum()
-            positions = np.arange(n) + (stops - behind)[owner]
-            ends = behind[list(samples)] - 1
-        else:
-            positions, ends = starts, owner[list(samples)] if False in samples else owner
+    def fill(self, chunks: Seq[Chunk]) -> bool:
+        """Fill the table with these chunks, one behind the other; at least one. Valid until the next fill.
+
+        Returns whether all but ids, positions, cache slots, contexts and blocks is as in the step before: each row
+        continues the answer of the row in its place.
+        """
+        sequences, starts, stops, samples = zip(*chunks, strict=True)
+        if starts == self._stops and sequences == self._sequences and self._advance(starts, stops, samples):
+            return True
+        self._fill(chunks, sequences, np.array(starts), np.array(stops), np.array(samples))
+        alone = self.sampling == self.table.rows and not self.late
+        self._sequences, self._stops = (sequences, stops) if alone else ((), ())
+        views = (self.ids, self.positions, self.cache_slots, self._context) if alone else ()
+        self._moving = tuple(view[: len(chunks)] for view in views)
+        return False
+
+    def _advance(self, starts: tuple[int, ...], stops: tuple[int, ...], samples: tuple[bool, ...]) -> bool:
+        """Move each row on by one token. False, with nothing changed, if that is not what they do."""
+        tokens = [sequence.tokens for sequence in self._sequences]
+        lists = [sequence.blocks for sequence in self._sequences]
+        grow_by_one = sum(stops) - sum(starts) == len(stops) and all(samples) and tuple(map(len, tokens)) == stops
+        if not grow_by_one or not all(map(is_, lists, self._blocks.lists)):
+            return False
+        ids, positions, cache_slots, context = self._moving
+        ids[:] = [known[-1] for known in tokens]
+        for values in (positions, cache_slots, context):
+            values += 1
+        size = self.table.block_size
+        first = [row for row, start in enumerate(starts) if not start % size]
+        if first:
+            self._blocks.fill(lists)
+            cache_slots[first] = [lists[row][starts[row] // size] * size for row in first]
+        self._stops = stops
+        return True
+
+    def _fill(self, chunks: Seq[Chunk], sequences: Seq[Sequence], starts: Longs, stops: Longs, samples: Any) -> None:
+        """Fill all of the table."""
+        sizes, table = stops - starts, self.table
+        behind = sizes.cumsum()
+        n, table.rows, table.sequences = int(behind[-1]), int(behind[-1]), len(chunks)
+        owner = np.arange(len(chunks)).repeat(sizes)
+        positions = np.arange(n) + (stops - behind)[owner]
         self.positions[:n], self._sequence[:n], self._context[:n] = positions, owner, positions + 1
-        self.sampling = len(ends)
-        self.ends[: len(ends)] = ends
+        ends = behind[samples] - 1
+        self.ends[: len(ends)], self.sampling = ends, len(ends)
+        self._blocks.fill([sequence.blocks for sequence in sequences])
         block, offset = np.divmod(positions, table.block_size)
-        blocks = self._blocks.fill([sequence.blocks for sequence in sequences])
-        self.cache_slots[:n] = blocks[owner, block] * table.block_size + offset
+        self.cache_slots[:n] = self._blocks.view[owner, block] * table.block_size + offset
         self._fill_adapters(sequences, owner)
         self._fill_ids(chunks, sequences, stops, owner)
-        return table
 
     def _fill_adapters(self, sequences: Seq[Sequence], owner: Longs) -> None:
         slots = [NO_SLOT if sequence.slot is None else sequence.slot for sequence in sequences]
@@ -105,16 +129,13 @@ class StepRows:
 
     def _fill_ids(self, chunks: Seq[Chunk], sequences: Seq[Sequence], stops: Longs, owner: Longs) -> None:
         n = len(owner)
-        known = np.array([len(sequence.tokens) for sequence in sequences])
-        self.late = bool((known < stops).any())
-        if n == len(chunks) and not self.late:
-            self.ids[:n] = [chunk.sequence.tokens[chunk.start] for chunk in chunks]
-            return
-        tokens = chain.from_iterable(chunk.sequence.tokens[chunk.start : chunk.stop] for chunk in chunks)
+        counts = np.array([len(sequence.tokens) for sequence in sequences])
+        self.late = bool((counts < stops).any())
+        known = list(chain.from_iterable(chunk.sequence.tokens[chunk.start : chunk.stop] for chunk in chunks))
         if not self.late:
-            self.ids[:n] = list(tokens)
+            self.ids[:n] = known
             return
-        unknown = self.positions[:n] >= known[owner]
-        self.ids[:n][unknown], self.ids[:n][~unknown] = 0, list(tokens)
+        unknown = self.positions[:n] >= counts[owner]
+        self.ids[:n][unknown], self.ids[:n][~unknown] = 0, known
         sampled_at = np.array([sequence.sampled_at for sequence in sequences])
         self.sources[:n] = np.where(unknown, sampled_at[owner], KNOWN)

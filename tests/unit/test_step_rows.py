@@ -21,8 +21,9 @@ CAPACITY = CONFIG.max_batch + CONFIG.max_prefill_tokens
 
 
 def check(rows: StepRows, chunks: Seq[Chunk]) -> None:
-    """One row after the other, and nothing of the steps before."""
-    table, row, sampled = rows.fill(chunks), 0, []
+    """Fill them, and compare with each row's own numbers, one row after the other."""
+    rows.fill(chunks)
+    table, row, sampled = rows.table, 0, list[int]()
     assert table.sequences == len(chunks) and table.rows == sum(chunk.stop - chunk.start for chunk in chunks)
     late = False
     for index, chunk in enumerate(chunks):
