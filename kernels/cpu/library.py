@@ -88,6 +88,40 @@ class Step(Structure):
     ]
 
 
+class Learning(Structure):
+    """clif_learning, of training.h."""
+
+    _fields_ = [
+        ("in_", c_int64),
+        ("out", c_int64),
+        ("weight", c_void_p),
+        ("rank", c_int64),
+        ("r", c_int64),
+        ("members", c_int64),
+        ("outputs", c_void_p),
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("scale", c_float),
+    ]
+
+
+class Sequences(Structure):
+    """clif_sequences, of training.h."""
+
+    _fields_ = [
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("sequences", c_int64),
+        ("ends", c_void_p),
+        ("query", c_void_p),
+        ("key", c_void_p),
+        ("value", c_void_p),
+        ("stride", c_int64),
+        ("scale", c_float),
+    ]
+
+
 SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "clif_level": (c_int, []),
     "clif_packed_size": (c_int64, [c_int64, c_int64]),
@@ -110,6 +144,27 @@ SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
         None,
         [c_int, POINTER(Heads), c_void_p, c_int64, c_void_p, c_int64, POINTER(StepRows), c_float, c_void_p, c_int],
     ),
+    "clif_linear_backward_scratch": (c_int64, [POINTER(Learning), c_int64, c_int]),
+    "clif_linear_backward": (
+        None,
+        [
+            *(POINTER(Learning), c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p),
+            *(c_void_p, c_void_p, c_int64, c_void_p, c_int, c_int),
+        ],
+    ),
+    "clif_causal_scratch": (c_int64, [POINTER(Sequences), c_int, c_int]),
+    "clif_causal": (None, [POINTER(Sequences), c_void_p, c_void_p, c_void_p, c_int, c_int]),
+    "clif_causal_backward": (
+        None,
+        [POINTER(Sequences), *[c_void_p] * 6, c_int64, c_void_p, c_int, c_int],
+    ),
+    "clif_rms_norm_backward": (
+        None,
+        [c_void_p, c_void_p, c_float, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int],
+    ),
+    "clif_swiglu_backward": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int]),
+    "clif_rotate_backward": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int]),
+    "clif_cross_entropy": (None, [c_void_p, c_void_p, c_float, c_void_p, c_int64, c_int64, c_int]),
 }
 """Result and arguments of each function."""
 
