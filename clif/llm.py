@@ -16,10 +16,11 @@ import gc
 import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -102,7 +103,7 @@ class LLM:
         self._vocab_size = self._engine.runner.stack.vocab_size
         self._cache = AdapterCache(self._engine.runner.bank, self._engine.scheduler.slots)
         self._ids = itertools.count()
-        self._events: dict[int, deque[TokenEvent]] = {}
+        self._events: dict[int, _Events] = {}
         self._cache.versions_of([*self._names.values()])
 
     def generate(
@@ -117,8 +118,9 @@ class LLM:
         the base model; several are served in one batch. Raises InputError before anything is computed.
         """
         answers = self._checked(prompts, sampling, adapter)
-        for _ in self._run(answers):
-            pass
+        with self._running(answers, {answer.request.id: answer for answer in answers}):
+            while any(answer.finish is None for answer in answers):
+                self._step()
         return [answer.completion() for answer in answers]
 
     def stream(
@@ -174,35 +176,45 @@ class LLM:
             answers.append(_Answer(index, request, folder, TextStream(self.tokenizer, params.stop)))
         return answers
 
-    def _begin(self, answers: list[_Answer]) -> None:
+    def _begin(self, answers: list[_Answer], events: Mapping[int, _Events]) -> None:
         """Load all adapters before the first request is added."""
         engine = self._opened()
         versions = self._cache.versions_of([answer.folder for answer in answers if answer.folder is not None])
         for answer in answers:
             answer.version = 0 if answer.folder is None else versions[answer.folder]
+            sink = self._events[answer.request.id] = events[answer.request.id]
             refused = engine.scheduler.add(answer.request, engine.clock(), version=answer.version)
-            self._events[answer.request.id] = deque([] if refused is None else [refused])
+            if refused is not None:
+                sink.append(refused)
 
-    def _run(self, answers: list[_Answer]) -> Iterator[StreamEvent]:
-        """Compute until all of these answers are complete."""
-        self._begin(answers)
+    @contextmanager
+    def _running(self, answers: list[_Answer], events: Mapping[int, _Events]) -> Iterator[None]:
+        """Their requests run, and what happens to them goes to `events`, by id; at the end none runs any more."""
+        self._begin(answers, events)
         try:
-            while any(answer.finish is None for answer in answers):
-                for answer in answers:
-                    while answer.finish is None and self._events[answer.request.id]:
-                        yield answer.take(self._events[answer.request.id].popleft())
-                if any(answer.finish is None for answer in answers):
-                    self._step()
+            yield
         finally:
             for answer in answers:
                 if self._events.pop(answer.request.id, None) is not None and answer.finish is None and self._engine:
                     self._engine.scheduler.cancel(answer.request.id)
 
+    def _run(self, answers: list[_Answer]) -> Iterator[StreamEvent]:
+        """Compute until all of these answers are complete."""
+        events: dict[int, deque[TokenEvent]] = {answer.request.id: deque() for answer in answers}
+        with self._running(answers, events):
+            while any(answer.finish is None for answer in answers):
+                for answer in answers:
+                    while answer.finish is None and events[answer.request.id]:
+                        yield answer.take(events[answer.request.id].popleft())
+                if any(answer.finish is None for answer in answers):
+                    self._step()
+
     def _step(self) -> None:
         """One step, for the requests of all streams."""
         for event in self._opened().serve():
-            if event.request_id in self._events:
-                self._events[event.request_id].append(event)
+            events = self._events.get(event.request_id)
+            if events is not None:
+                events.append(event)
 
     def _folder(self, adapter: str | Path | None) -> Path | None:
         return None if adapter is None else self._names.get(str(adapter), Path(adapter))
@@ -224,6 +236,12 @@ class LLM:
             )
 
 
+class _Events(Protocol):
+    """Where the events of a request go."""
+
+    def append(self, event: TokenEvent, /) -> object: ...
+
+
 @dataclass
 class _Answer:
     """A growing answer."""
@@ -242,6 +260,14 @@ class _Answer:
         self.logprobs += event.logprobs
         self.finish, self.detail = event.finish, event.detail
         return StreamEvent(self.index, new, event.tokens, self.version, event.finish, event.detail, event.logprobs)
+
+    def append(self, event: TokenEvent) -> None:
+        """Take an event of an answer whose text is made at its end only."""
+        if event.finish is not None:
+            self.take(event)
+            return
+        self.text.ids += event.tokens
+        self.logprobs += event.logprobs
 
     def completion(self) -> Completion:
         assert self.finish is not None

@@ -6,13 +6,14 @@ Free of torch. Training gets only what serving leaves (promise 5): a slice runs 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from clif.config import SloConfig
 from clif.engine.jobs import SliceKind
 from clif.engine.scheduler import Sequence
-from clif.latency import Fit, LatencyModel
+from clif.latency import WINDOW, Fit, LatencyModel
 from clif.types import Purpose, Regime, SlackLimit, TrainingSlack
 
 UNLIMITED = 1 << 30
@@ -50,25 +51,37 @@ class Rate:
 
 @dataclass
 class Cost:
-    """Seconds of one kind of work: a fit, and the factor by which measurements exceed it. seen: measurements."""
+    """Seconds of one kind of work: a fit, and the factor by which measurements exceed it. seen: measurements.
+
+    A measurement is fitted when a prediction is asked for, and each as if it had been at once: where nothing trains
+    none ever is. The latest ones wait for it; those that the fit's window would have lost meanwhile are dropped.
+    """
 
     model: LatencyModel
     excess: Rate = field(default_factory=lambda: Rate(mean=1.0))
     seen: int = 0
+    _waiting: deque[tuple[float, float, float]] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
     def observe(self, own: float, other: float, seconds: float) -> None:
         self.seen += 1
-        if self.seen > TRUSTED:
-            # The first fits lean on the prior: their errors say nothing about the spread.
-            self.excess.observe(min(STALL, seconds / max(self.model.predict(own, other), 1e-6)))
-        self.model.observe(own, other, seconds)
+        self._waiting.append((own, other, seconds))
+
+    def _fit_waiting(self) -> None:
+        while self._waiting:
+            own, other, seconds = self._waiting.popleft()
+            if self.seen - len(self._waiting) > TRUSTED:
+                # The first fits lean on the prior: their errors say nothing about the spread.
+                self.excess.observe(min(STALL, seconds / max(self.model.predict(own, other), 1e-6)))
+            self.model.observe(own, other, seconds)
 
     def upper_bound(self, own: float, other: float) -> float:
         """Seconds that are rarely exceeded."""
+        self._fit_waiting()
         return self.model.predict(own, other) * self._factor
 
     def others_within(self, own_per_other: float, seconds: float) -> int:
         """The largest whole `other`, at least 0, for which own = own_per_other * other takes at most `seconds`."""
+        self._fit_waiting()
         fit = self.model.fit
         each = fit.a * own_per_other + fit.b
         return int((seconds / self._factor - fit.c) / each) if each > 0 else UNLIMITED

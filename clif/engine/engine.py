@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import replace
 
@@ -47,8 +47,7 @@ if TYPE_CHECKING:
     from clif.models.weights.loading import LoadedModel
 
 
-@dataclass(frozen=True)
-class Launched:
+class Launched(NamedTuple):
     """A step under way. fused: the training forward that it took along; start: on the engine's clock; captured: it is
     the replay of a graph; late: the batch, if its tokens are chosen once the step before is settled."""
 
@@ -215,14 +214,14 @@ class Engine:
         return [_with_logprobs(event, logprobs) for event in events] if logprobs else events
 
     def _note(self, step: Launched, seconds: float) -> None:
-        rows = context = decodes = 0
-        for chunk in step.chunks:
-            rows += chunk.stop - chunk.start
-            context += chunk.stop
-            decodes += chunk.is_decode
+        _, starts, stops, samples = zip(*step.chunks, strict=True)
+        context = sum(stops)
+        rows = context - sum(starts)
+        all_decode = rows == len(stops) and all(samples)
+        decodes = rows if all_decode else sum(chunk.is_decode for chunk in step.chunks)
         self.record.note_serving(decodes, rows, step.regime, seconds)
         if step.fused is not None:
-            alone_s = self.cost_model.step_s(rows, context, captured=decodes == len(step.chunks))
+            alone_s = self.cost_model.step_s(rows, context, captured=all_decode)
             self.record.note_fused(step.fused.kind, seconds, alone_s)
             rows += step.fused.tokens
         self.cost_model.observe_step(rows, context, seconds, step.regime, step.captured)

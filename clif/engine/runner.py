@@ -115,7 +115,8 @@ class ModelRunner:
         reported = None
         if batch.reporting is not None:
             reported = logprobs_of(self.stack.head, logits, tokens, batch.reporting)
-        sampled.send(tokens[: len(batch.chunks)], reported)
+        # A captured step has rows of padding behind its own.
+        sampled.send(tokens if batch.captured is None else tokens[: len(batch.chunks)], reported)
 
     @torch.no_grad()
     def compute(self, batch: Batch, fused: FusedPass | None = None) -> tuple[torch.Tensor, torch.Tensor]:

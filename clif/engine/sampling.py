@@ -109,7 +109,8 @@ class SampledTokens:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._host = torch.empty(0, dtype=torch.int64)
+        self._host: torch.Tensor | None = None
+        self._known: list[int] = []
         self._logprobs: Logprobs | None = None
         self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         if device.type == "cuda":
@@ -121,8 +122,8 @@ class SampledTokens:
         """The step ends: tokens [sequences that sample] and logprobs follow it to the host."""
         self._logprobs = None if logprobs is None else logprobs.to_host()
         if self._events is None:
-            # A copy: the step's own tensor may be that of the next one as well.
-            self._host, self._seconds = tokens.clone(), time.perf_counter() - self._start_s
+            # At once: the step's own tensor may be that of the next one as well.
+            self._known, self._seconds = tokens.tolist(), time.perf_counter() - self._start_s
             return
         self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         self._host.copy_(tokens, non_blocking=True)
@@ -130,13 +131,14 @@ class SampledTokens:
 
     def read(self) -> list[int]:
         """Wait for the step, and no other work, and return its tokens: one or NO_TOKEN per sequence."""
-        if self._events is not None:
+        if self._events is not None and self._host is not None:
             self._events[1].synchronize()
-        return [int(token) for token in self._host.tolist()]
+            self._known, self._host = self._host.tolist(), None
+        return self._known
 
     def logprobs(self) -> dict[int, TokenLogprob]:
         """Of the requests that ask for them, by id, once the tokens have been read."""
-        return {} if self._logprobs is None else self._logprobs.by_request(self._host.tolist())
+        return {} if self._logprobs is None else self._logprobs.by_request(self._known)
 
     def seconds(self) -> float:
         """How long the device took, once the tokens have been read."""

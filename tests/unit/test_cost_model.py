@@ -190,3 +190,15 @@ def test_a_price_leaves_room_for_what_varies():
     for i in range(200):
         rate.observe(0.02 if i % 2 else 0.04)
     assert rate.mean < 0.04 < rate.upper_bound
+
+
+def test_measurements_that_wait_for_a_question_are_fitted_as_if_each_had_been_at_once():
+    asked, silent = CostModel(), CostModel()
+    for i in range(200):
+        rows, seconds = 1 + i % 32, 0.01 + 0.0003 * (i * 7 % 32)
+        for costs in (asked, silent):
+            costs.observe_step(rows, 100 * rows, seconds)
+        asked.step_s(rows, 0)
+    assert not silent.steps[Regime.ALONE, False].model.seen
+    for rows in (1, 8, 32):
+        assert asked.step_s(rows, 50 * rows) == silent.step_s(rows, 50 * rows)
