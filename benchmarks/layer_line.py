@@ -201,14 +201,16 @@ class LayerBench:
         stack, cache = self._first_layer(dtype)
         rows = LoraRows(self.case.rows, self.segments if adapted else ())
         sub_batch = self._sub_batch(stack, rows, cache, PagedDecodeReference())
-        hidden, added = stack._layers[0](*([x.to(dtype)] for x in self._inputs), [sub_batch])
+        hidden, added = stack.decoder_layers[0](*([x.to(dtype)] for x in self._inputs), [sub_batch])
         return hidden[0], added[0]  # type: ignore[return-value]
 
     def _first_layer(self, dtype: torch.dtype) -> tuple[CausalStack, KVCache]:
         """The first layer's weights, adapters and cache in another type."""
         stack = CausalStack(copy.deepcopy(self.base.loaded.model).to(dtype))
         inject(stack, self._config.adapter)
-        for lora, own in zip(map(_lora, stack._layers[0].linears), map(_lora, self._layers[0].linears), strict=True):
+        for lora, own in zip(
+            map(_lora, stack.decoder_layers[0].linears), map(_lora, self._layers[0].linears), strict=True
+        ):
             lora.hold(own.a.to(dtype), own.b.to(dtype))
         cache = copy.copy(self._cache)
         cache.layers = [self._cache.layers[0].to(dtype, copy=True)]

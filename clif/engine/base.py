@@ -13,7 +13,14 @@ from clif.distributed.collectives import TpGroup
 from clif.engine.guide import Guides
 from clif.engine.runner import ModelRunner
 from clif.kernels.kv_types import cache_dtype
-from clif.models.backends import choose_captured_kernels, choose_decode, choose_kernels, choose_ops, choose_varlen
+from clif.models.backends import (
+    choose_captured_kernels,
+    choose_cpu_kernels,
+    choose_decode,
+    choose_kernels,
+    choose_ops,
+    choose_varlen,
+)
 from clif.models.dual_linear import LoraRows
 from clif.models.proof import PROBE, ask_ends, compare, probe_ids
 from clif.models.stack import CausalStack
@@ -29,7 +36,8 @@ SAME = 1e-3
 class Base:
     """A model taken apart, its adapters, and how it is run.
 
-    probe_logits: logits [vocabulary] after the probe, when the model was loaded. guides: of its vocabulary.
+    probe_logits: logits [vocabulary] after the probe, when the model was loaded. guides: of its vocabulary. cpu_level:
+    of the C++ kernels for CPUs; None: torch's operators.
     """
 
     stack: CausalStack
@@ -38,10 +46,13 @@ class Base:
     paged: PagedDecode | None
     probe_logits: torch.Tensor
     guides: Guides
+    cpu_level: int | None = None
 
     def runner(self, config: EngineConfig) -> ModelRunner:
         """A runner with its own KV cache."""
-        return ModelRunner(self.stack, self.bank, config, self.loaded.device, self.loaded.dtype, self.paged)
+        return ModelRunner(
+            self.stack, self.bank, config, self.loaded.device, self.loaded.dtype, self.paged, self.cpu_level
+        )
 
     def renew(self, seed: int) -> None:
         """Reset the adapters to what they were when the model was loaded. Collective over the peers.
@@ -67,7 +78,8 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
             # Before it is sharded: shards are rounded before they are added, which is no fault of the architecture.
             compare(CausalStack(loaded.model), expected)
         kv_dtype = cache_dtype(config.engine.kv_dtype, loaded.dtype)
-        ops = choose_ops(loaded.device, loaded.dtype, max(config.model.max_context, PROBE), kv_dtype)
+        cpu_level = choose_cpu_kernels(config.engine, loaded.device, loaded.dtype)
+        ops = choose_ops(loaded.device, loaded.dtype, max(config.model.max_context, PROBE), kv_dtype, cpu_level)
         stack = CausalStack(loaded.model, tp_group, ops)
         stack.varlen = choose_varlen(loaded.device, loaded.dtype, stack.head_dim)
         # The same first A on every replica: FedAvg averages factors, which makes sense from a common start only.
@@ -78,14 +90,14 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
         for linear in stack.linears if launcher or captured else ():
             linear.use_kernels(launcher, captured)
         if config.engine.prepack_weights:
-            stack.prepack()
+            stack.prepack() if cpu_level is None else stack.pack()
         if expected is not None and not shared:
             compare(stack, expected)
     paged = choose_decode(config.engine.decode_kernel, loaded.device, loaded.dtype, kv_dtype)
     guides = Guides(loaded.tokenizer, stack.vocab_size)
     if config.online:
         guides.prepare()
-    return Base(stack, bank, loaded, paged, _probe(stack, loaded), guides)
+    return Base(stack, bank, loaded, paged, _probe(stack, loaded), guides, cpu_level)
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ class BatchBuilder:
     def fill(self, chunks: Seq[Chunk], paged: bool) -> Batch:
         """The batch of these chunks, which lie sorted by adapter slot. paged: its decode rows are for the kernel."""
         same = self._rows.fill(chunks)
-        if not (same and self._last is not None and self._step_tables):
+        if not (same and self._last is not None and self._step_tables and not paged):
             self._last = self._parts(chunks, paged)
         (ids, positions, _, sources, ends), rows, layout = self._last
         draws, late = self._fill_draws(chunks if ends is None else [chunk for chunk in chunks if chunk.needs_sampling])
@@ -152,7 +152,7 @@ class BatchBuilder:
         return SentRows(ids, positions, slots, sources if rows.late else None, ends)
 
     def _layout(self, chunks: Seq[Chunk], slot_mapping: torch.Tensor, paged: bool) -> PagedLayout:
-        if self._step_tables:
+        if self._step_tables and not paged:
             return PagedLayout(self._rows.table.rows, slot_mapping, None, (), None, self._rows.table)
         decoding: list[DecodeRow] = []
         prompts: list[PromptChunk] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,12 +14,14 @@ from clif.engine.attention import KVCache, PagedRows
 from clif.engine.batch import Batch, BatchBuilder
 from clif.engine.capture import Recorder
 from clif.engine.changes import changes_of
+from clif.engine.compiled_layers import CompiledLayers
 from clif.engine.decode_buffers import DecodeBuffers
 from clif.engine.graphs import DecodeGraphs, decode_sizes
 from clif.engine.jobs import FusedPass
 from clif.engine.logprobs import logprobs_of
 from clif.engine.sampling import SampledTokens, draw_
 from clif.engine.scheduler import Chunk
+from clif.kernels.cpu.host import argmax
 from clif.kernels.kv_types import cache_dtype
 from clif.models.layer import SubBatch
 from clif.models.stack import CausalStack
@@ -26,13 +29,16 @@ from clif.models.stack import CausalStack
 if TYPE_CHECKING:
     from clif.kernels.paged_decode_host import PagedDecode
 
+log = logging.getLogger(__name__)
+
 
 class ModelRunner:
     """The model of one rank with its adapters and KV cache, for serving.
 
     paged: the kernel for attention of decode rows, None: torch's products. graphs: captured steps, once there are any.
-    train_recorder: captures the layers of training passes; None: none are captured. fuses: steps may have to compute
-    training forwards, whose passes must not be captured then.
+    cpu_level: of the C++ kernels for CPUs; None: torch's operators. train_recorder: captures the layers of training
+    passes; None: none are captured. fuses: steps may have to compute training forwards, whose passes must not be
+    captured then.
     """
 
     def __init__(
@@ -43,6 +49,7 @@ class ModelRunner:
         device: torch.device,
         dtype: torch.dtype,
         paged: PagedDecode | None = None,
+        cpu_level: int | None = None,
     ) -> None:
         self.stack, self.bank, self.config, self.device = stack, bank, config, device
         # A spare block behind those of the sequences, for rows of padding.
@@ -53,7 +60,10 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         self.train_recorder: Recorder | None = None
         self.fuses = False
-        self._batches = BatchBuilder(config, stack.vocab_size, device, dtype, stack.varlen)
+        self._cpu = cpu_level is not None
+        step_tables = self._cpu and kv_dtype == dtype
+        self._batches = BatchBuilder(config, stack.vocab_size, device, dtype, stack.varlen, step_tables)
+        self._compiled = None if cpu_level is None else _compiled(stack, self.cache, cpu_level)
         # Of the last step, in the order in which its chunks sample: the next one may need them before the host knows.
         self._last_tokens = torch.zeros(config.max_batch, dtype=torch.int64, device=device)
         # Logits and greedy tokens of a batch that is late.
@@ -124,11 +134,16 @@ class ModelRunner:
         ids = batch.ids
         if batch.sources is not None:
             ids = torch.where(batch.sources < 0, ids, self._last_tokens[batch.sources.clamp_min(0)])
-        attention = PagedRows(self.cache, batch.layout, self.paged)
-        sub_batch = self.stack.sub_batch(batch.rows, batch.positions, attention)
-        hidden = self._layers(self.stack.embed(ids), sub_batch, fused)
+        hidden = self.stack.embed(ids)
+        if self._compiled is not None and batch.layout.step is not None and fused is None:
+            hidden = self._compiled(hidden, batch)
+        else:
+            attention = PagedRows(self.cache, batch.layout, self.paged)
+            hidden = self._layers(hidden, self.stack.sub_batch(batch.rows, batch.positions, attention), fused)
         logits = self.stack.head(self.stack.norm(hidden if batch.ends is None else hidden[batch.ends]))
-        tokens = self.stack.head.best(logits)
+        # With peers each has columns of its own.
+        alone = self._cpu and self.stack.tp_group.size == 1
+        tokens = argmax(logits) if alone else self.stack.head.best(logits)
         self._keep(tokens)
         return logits, tokens
 
@@ -148,3 +163,10 @@ class ModelRunner:
                 hidden, out = self.stack.layers(layer, layer + 1, [hidden, entry], [sub_batch, fused.sub_batch])
             fused.leave(entry, out)
         return hidden
+
+
+def _compiled(stack: CausalStack, cache: KVCache, cpu_level: int) -> CompiledLayers | None:
+    """The layers of serving steps as one call; None: part by part."""
+    obstacle = CompiledLayers.obstacle(stack, cache)
+    log.info("layers of serving steps: %s", f"part by part, {obstacle}" if obstacle else "one call of the C++ kernels")
+    return None if obstacle else CompiledLayers(stack, cache, cpu_level)

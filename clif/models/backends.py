@@ -12,9 +12,12 @@ import torch
 from torch.nn.functional import linear
 
 from clif.config import ConfigError, EngineConfig
+from clif.kernels.cpu.library import LEVELS, TYPES, Absent, level
 from clif.kernels.kv_types import FP8
 from clif.kernels.tile_file import TileFile
 from clif.kernels.tuning import Defaults, load_decode, load_table, table_path
+from clif.models.cpu_ops import CpuOps
+from clif.models.cpu_ops import kernel_fault as cpu_fault
 from clif.models.layer_ops import LayerOps, TorchOps
 from clif.models.varlen import Varlen, varlen_attention, varlen_fault
 
@@ -56,6 +59,27 @@ def prepacked_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear 
     if not (forward(probe).float() - expected).norm() <= 0.02 * expected.norm():
         raise RuntimeError("this torch's packed linear layer computes something else: set engine.prepack_weights=false")
     return forward
+
+
+def choose_cpu_kernels(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> int | None:
+    """The level of the C++ kernels for CPUs, see clif.kernels.cpu.library; None: torch's operators.
+
+    auto takes them where they were built, the CPU has what they need and they compute what torch computes.
+    """
+    if device.type != "cpu" or config.cpu_kernels == "off":
+        return None
+    try:
+        found, obstacle = level(), _cpu_obstacle(config, dtype)
+    except Absent as error:
+        found, obstacle = 0, str(error)
+    log.info("C++ kernels for CPUs: %s", LEVELS[found] if obstacle is None else f"none, {obstacle}")
+    return found if obstacle is None else None
+
+
+def _cpu_obstacle(config: EngineConfig, dtype: torch.dtype) -> str | None:
+    if "triton" in (config.lora_kernel, config.decode_kernel):
+        return "Triton's are asked for"
+    return f"they do not compute {dtype}" if dtype not in TYPES else cpu_fault(dtype)
 
 
 def choose_kernels(
@@ -155,14 +179,19 @@ def _varlen_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) ->
 
 
 def choose_ops(
-    device: torch.device, dtype: torch.dtype, max_context: int, kv_dtype: torch.dtype | None = None
+    device: torch.device,
+    dtype: torch.dtype,
+    max_context: int,
+    kv_dtype: torch.dtype | None = None,
+    cpu_level: int | None = None,
 ) -> LayerOps:
-    """What layers compute between their products with: Triton kernels on a GPU where they are right, torch otherwise.
+    """What layers compute between their products with: Triton kernels on a GPU where they are right, C++
+    kernels on a CPU, torch otherwise.
 
-    kv_dtype: type of the KV cache, by default dtype. Waits for a GPU, once.
+    kv_dtype: type of the KV cache, by default dtype. cpu_level: of the C++ kernels. Waits for a GPU, once.
     """
     if device.type != "cuda":
-        return TorchOps()
+        return TorchOps() if cpu_level is None else CpuOps(max_context)
     obstacle = _obstacle(device, dtype, 1) or _cache_obstacle(device, kv_dtype)
     if obstacle is None:
         from clif.models.triton_ops import TritonOps, kernel_fault

@@ -5,7 +5,7 @@ A further way to store it, such as a quantised one, is one more class here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from clif.kernels.cpu.arena import Arena
+from clif.kernels.cpu.products import PackedMatrix, packed_size, product
 from clif.models.backends import Linear, prepacked_linear
 
 
@@ -104,6 +106,53 @@ class Prepacked:
 
     def backward(self, grad: torch.Tensor) -> torch.Tensor:
         return self.dense.backward(grad)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A dense bfloat16 weight with a second copy in the layout of the C++ kernels, which the forward uses."""
+
+    dense: Dense
+    matrix: PackedMatrix
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.dense.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.dense.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.dense.device
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.dense.tensors
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return product(x, self.matrix, self.dense.bias)
+
+    def backward(self, grad: torch.Tensor) -> torch.Tensor:
+        return self.dense.backward(grad)
+
+
+def can_pack(base: BaseWeight) -> bool:
+    """Whether the C++ kernels multiply with it."""
+    return isinstance(base, Dense) and base.dtype == torch.bfloat16
+
+
+def arena_for(bases: Iterable[BaseWeight]) -> Arena:
+    """Memory in huge pages for the packed copies of these weights."""
+    return Arena(sum(Arena.rounded(packed_size(*base.shape)) for base in bases if can_pack(base)))
+
+
+def packed(base: BaseWeight, arena: Arena) -> BaseWeight:
+    """The same weight, packed for the C++ kernels where it is dense and in bfloat16; otherwise as it is."""
+    if not isinstance(base, Dense) or not can_pack(base):
+        return base
+    return PackedWeight(base, PackedMatrix.of(base.weight, arena))
 
 
 def prepacked(base: BaseWeight) -> BaseWeight:

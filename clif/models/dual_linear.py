@@ -25,7 +25,7 @@ from clif.kernels.dual_lora_reference import (
     shadow_backward,
     shadow_forward,
 )
-from clif.models.base_weight import BaseWeight, Dense, merged, prepacked
+from clif.models.base_weight import BaseWeight, Dense, merged
 from clif.models.lora_factors import LoraFactors, LoraModule
 from clif.models.shard import LinearShards, Shard
 
@@ -85,10 +85,6 @@ class DualLinear:
         modules = [LoraModule(name, size, i in adapted) for i, (name, size) in named]
         self.lora = LoraFactors(modules, self.base, self.shards, r, scale, slots)
         return self.lora
-
-    def prepack(self) -> None:
-        """Lay the base weight out for the machine's matrix kernels where that pays."""
-        self.base = prepacked(self.base)
 
     def use_kernels(self, launcher: KernelLauncher | None, captured: KernelLauncher | None = None) -> None:
         """Compute base and adapters by the kernels from now on, where the layer is adapted and its base is dense.

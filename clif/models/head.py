@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from clif.distributed.collectives import TpGroup
-from clif.models.base_weight import BaseWeight, Dense, prepacked
+from clif.models.base_weight import BaseWeight, Dense
 from clif.models.shard import shard_linear, uneven_shard
 from clif.types import NO_TOKEN
 
@@ -32,10 +32,6 @@ class Head:
         rows = slice(self.shard.start, self.shard.stop) if tied else slice(None)
         bias = None if module.bias is None else module.bias.data[rows]
         self.base: BaseWeight = Dense(module.weight.data[rows], bias)
-
-    def prepack(self) -> None:
-        """Lay the weight out for the machine's matrix kernels where that pays."""
-        self.base = prepacked(self.base)
 
     def __call__(self, normed: torch.Tensor) -> torch.Tensor:
         """normed [rows, hidden size] -> this rank's columns of the logits [rows, shard]."""

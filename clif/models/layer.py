@@ -64,14 +64,14 @@ class DecoderLayer:
         self.index, head_dim = index, spec.attention.head_dim
         self.qkv, self.out = groups["qkv"], groups["out"]
         self.mlp = GatedMlp(groups["gate_up"], groups["down"], ops.gate(_part_of(module, spec.mlp.activation)))
-        self._norm, self._mlp_norm = (ops.norm(_part_of(module, norm)) for norm in spec.norms)
+        self.norm, self.mlp_norm = (ops.norm(_part_of(module, norm)) for norm in spec.norms)
         q_norm, k_norm = (_part_of(module, norm) for norm in spec.attention.norms)
         heads, kv_heads, _ = (
             size // head_dim for size in spec.linear("qkv").local_outputs(tp_group.rank, tp_group.size)
         )
         norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
-        self._rotary = ops.rotary(HeadLayout(heads, kv_heads, head_dim, norms))
-        self._scale: float = getattr(_part_of(module, spec.attention.module), "scaling", head_dim**-0.5)
+        self.rotary = ops.rotary(HeadLayout(heads, kv_heads, head_dim, norms))
+        self.scale: float = getattr(_part_of(module, spec.attention.module), "scaling", head_dim**-0.5)
 
     def __call__(
         self,
@@ -84,16 +84,16 @@ class DecoderLayer:
         hidden, added: [rows, hidden size] for each sub-batch; one that learns comes last. None: nothing is added.
         """
         rows = [sub_batch.rows for sub_batch in sub_batches]
-        hidden, normed = zip(*[self._norm(h, x) for h, x in zip(hidden, added, strict=True)], strict=True)
+        hidden, normed = zip(*[self.norm(h, x) for h, x in zip(hidden, added, strict=True)], strict=True)
         qkv = self.qkv(normed, rows)
         attended = self.out([self._attend(x, sub_batch) for x, sub_batch in zip(qkv, sub_batches, strict=True)], rows)
-        hidden, normed = zip(*[self._mlp_norm(h, x) for h, x in zip(hidden, attended, strict=True)], strict=True)
+        hidden, normed = zip(*[self.mlp_norm(h, x) for h, x in zip(hidden, attended, strict=True)], strict=True)
         return hidden, self.mlp(normed, rows)
 
     def _attend(self, qkv: torch.Tensor, sub_batch: SubBatch) -> torch.Tensor:
         plan = sub_batch.plan
-        query, key, value = self._rotary(qkv, sub_batch.rope, plan.cache_rows(self.index))
-        return plan.attend(self.index, query, key, value, self._scale)
+        query, key, value = self.rotary(qkv, sub_batch.rope, plan.cache_rows(self.index))
+        return plan.attend(self.index, query, key, value, self.scale)
 
 
 def check_layer(module: Any, spec: LayerSpec) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from clif.kernels.cpu.products import PackedFactors
 from clif.kernels.dual_lora_reference import SHADOW, MergedLinear, Projection
 from clif.models.base_weight import BaseWeight, Dense
 from clif.models.shard import LinearShards, Shard, ShardSpec
@@ -53,6 +54,7 @@ class LoraFactors:
         rows = sum(modules[i].size for i in self.adapted)
         self.shadow_a = nn.Parameter(torch.empty(rank, self.width, device=device))
         self.shadow_b = nn.Parameter(torch.empty(rows, r, device=device))
+        self.packed: PackedFactors | None = None
         self.draw()
 
     def hold(self, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -60,6 +62,10 @@ class LoraFactors:
         self.a, self.b = a, b
         self.serving_a, self.serving_b = a[:SHADOW], b[:SHADOW]
         self.compute_a, self.compute_b = a[SHADOW], b[SHADOW]
+
+    def pack(self) -> None:
+        """Keep the serving slots in the layout of the C++ kernels as well. Their memory no longer moves from now on."""
+        self.packed = PackedFactors(self.serving_a, self.serving_b, self.scale)
 
     def draw(self) -> None:
         """The shadow as it is before any training: A drawn from torch's random numbers like a linear layer, B zero."""
@@ -91,6 +97,8 @@ class LoraFactors:
             a, b = factors[self.modules[i].name]
             to_a.copy_(a)
             to_b.copy_(b)
+        if self.packed is not None:
+            self.packed.refresh(slot)
 
     def gather_b(self, b: torch.Tensor) -> torch.Tensor:
         """The blocks of a merged B [out, k r] one below the other: [adapted rows, r]."""

@@ -15,8 +15,8 @@ class GatedMlp:
 
     def __init__(self, gate_up: DualLinear, down: DualLinear, gate: Activation) -> None:
         """gate: [rows, gate | up] -> activation(gate) * up [rows, inner]."""
-        self.gate_up, self.down, self._gate = gate_up, down, gate
+        self.gate_up, self.down, self.gate = gate_up, down, gate
 
     def __call__(self, hidden: Sequence[torch.Tensor], rows: Sequence[LoraRows]) -> list[torch.Tensor]:
         """hidden: [rows, hidden size], normalised, for each kind of rows; the same shapes come back."""
-        return self.down([self._gate(wide) for wide in self.gate_up(hidden, rows)], rows)
+        return self.down([self.gate(wide) for wide in self.gate_up(hidden, rows)], rows)

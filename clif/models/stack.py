@@ -10,6 +10,7 @@ import transformers
 
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
+from clif.models.base_weight import PackedWeight, arena_for, packed, prepacked
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import DualLinear, LoraRows
 from clif.models.head import Head
@@ -42,22 +43,22 @@ class CausalStack:
         self.num_heads = spec.layer.attention.heads // tp_group.size
         self.num_kv_heads = max(1, spec.layer.attention.kv_heads // tp_group.size)
         self.head_dim, self.vocab_size = spec.layer.attention.head_dim, spec.vocab_size
-        self._layers = [
+        self.decoder_layers = [
             DecoderLayer(m, f"{spec.layers}.{i}", i, spec.layer, tp_group, ops) for i, m in enumerate(inner.layers)
         ]
         self._norm = ops.norm(inner.norm)
-        self._angles = ops.angles(inner.rotary_emb, inner.embed_tokens.weight)
+        self.angles = ops.angles(inner.rotary_emb, inner.embed_tokens.weight)
         head: Any = model.get_output_embeddings()
         self.head = Head(head, self.vocab_size, head.weight is inner.embed_tokens.weight, tp_group)
 
     @property
     def linears(self) -> list[DualLinear]:
         """The merged linear layers, in the order of the forward."""
-        return [linear for layer in self._layers for linear in layer.linears]
+        return [linear for layer in self.decoder_layers for linear in layer.linears]
 
     def masters(self, layer: int) -> list[torch.Tensor]:
         """The shadow's factors of a layer, which its backward adds gradients to."""
-        loras = [linear.lora for linear in self._layers[layer].linears]
+        loras = [linear.lora for linear in self.decoder_layers[layer].linears]
         return [master for lora in loras if lora is not None for master in (lora.shadow_a, lora.shadow_b)]
 
     @property
@@ -75,7 +76,7 @@ class CausalStack:
 
     def rope(self, positions: torch.Tensor) -> Rope:
         """Rotary embedding of rows at positions [rows]."""
-        rope: Rope = self._angles(positions)
+        rope: Rope = self.angles(positions)
         if rope.cos.shape[-1] != self.head_dim:
             raise ConfigError(
                 f"{type(self.model).__name__} turns {rope.cos.shape[-1]} of the {self.head_dim} numbers of a head "
@@ -94,7 +95,7 @@ class CausalStack:
     ) -> list[torch.Tensor]:
         """Decoder layers [start, stop) over hidden states [rows, hidden size] of each sub-batch."""
         added: Sequence[torch.Tensor | None] = [None] * len(hidden)
-        for layer in self._layers[start:stop]:
+        for layer in self.decoder_layers[start:stop]:
             hidden, added = layer(hidden, added, sub_batches)
         return [h if x is None else h + x for h, x in zip(hidden, added, strict=True)]
 
@@ -111,9 +112,21 @@ class CausalStack:
 
     def prepack(self) -> None:
         """Lay all weights out for the machine's matrix kernels where that pays."""
-        self.head.prepack()
+        for part in self._weighed():
+            part.base = prepacked(part.base)
+
+    def _weighed(self) -> list[DualLinear | Head]:
+        """What multiplies with a frozen weight, in the order in which a step reads them."""
+        return [*self.linears, self.head]
+
+    def pack(self) -> None:
+        """Lay all bfloat16 weights out for the C++ kernels, and the adapters' slots, which no longer move then."""
+        arena = arena_for(part.base for part in self._weighed())
+        for part in self._weighed():
+            part.base = packed(part.base, arena)
         for linear in self.linears:
-            linear.prepack()
+            if linear.lora is not None and isinstance(linear.base, PackedWeight):
+                linear.lora.pack()
 
 
 def check_model(model: transformers.PreTrainedModel, spec: ModelSpec) -> Any:

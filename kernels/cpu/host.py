@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from clif.kernels.cpu.library import TYPES, Heads, StepRows, load
+from clif.kernels.step_table import StepTable
 
 
 class HeadNorm(NamedTuple):
@@ -42,28 +43,16 @@ class HeadShape:
         return Heads(self.heads, self.kv_heads, self.head_dim, *pointers, query.eps, key.eps)
 
 
-@dataclass(frozen=True, eq=False)
-class StepTable:
-    """The rows of a step and their sequences: int32 tensors as clif_rows has them.
-
-    sequence, context [rows]; blocks [sequences, max_blocks].
-    """
-
-    sequence: torch.Tensor
-    context: torch.Tensor
-    blocks: torch.Tensor
-    block_size: int
-
-    def as_struct(self) -> StepRows:
-        """For the library; the tensors have to live as long."""
-        return StepRows(
-            len(self.sequence),
-            self.sequence.data_ptr(),
-            self.context.data_ptr(),
-            self.blocks.data_ptr(),
-            self.blocks.shape[1],
-            self.block_size,
-        )
+def rows_of(table: StepTable) -> StepRows:
+    """For the library: the rows of a table as they are until it is filled again."""
+    return StepRows(
+        table.rows,
+        table.sequence.data_ptr(),
+        table.context.data_ptr(),
+        table.blocks.data_ptr(),
+        table.max_blocks,
+        table.block_size,
+    )
 
 
 def add_rms_norm(
@@ -142,7 +131,7 @@ def attention(
         query.stride(0),
         cache.data_ptr(),
         cache.shape[1],
-        ctypes.byref(table.as_struct()),
+        ctypes.byref(rows_of(table)),
         scale,
         out.data_ptr(),
         torch.get_num_threads(),

@@ -11,6 +11,7 @@ import torch
 
 NONE, AVX512, AMX = 0, 1, 2
 """Levels: neither; AVX512 with bfloat16; AMX besides."""
+LEVELS = {AVX512: "AVX512 with bfloat16", AMX: "AMX"}
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -165,6 +166,8 @@ SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "clif_swiglu_backward": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int]),
     "clif_rotate_backward": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int]),
     "clif_cross_entropy": (None, [c_void_p, c_void_p, c_float, c_void_p, c_int64, c_int64, c_int]),
+    "clif_layers_scratch": (c_int64, [POINTER(Layer), c_int64]),
+    "clif_layers": (None, [POINTER(Layer), c_int64, POINTER(Step), c_void_p, c_void_p, c_int, c_int]),
 }
 """Result and arguments of each function."""
 

@@ -140,7 +140,7 @@ def test_a_layer_of_decode_rows_is_at_most_twelve_kernels(tiny_config: Path) -> 
     from torch.profiler import ProfilerActivity, profile
 
     rig = make_rig(f"random:{tiny_config}", device=DEVICE, engine={"decode_kernel": "triton", "graphs": "off"})
-    layer, seen = rig.runner.stack._layers[0], []
+    layer, seen = rig.runner.stack.decoder_layers[0], []
     run = type(layer).__call__
 
     def watched(self, hidden, added, sub_batches):

@@ -167,14 +167,14 @@ class NoRope(Rope):
 def test_one_layer_of_a_deep_model_in_bfloat16_that_computes_something_else_is_found(rounded, part):
     loaded, expected = rounded
     stack = CausalStack(loaded.model)
-    layer = stack._layers[17]
+    layer = stack.decoder_layers[17]
     if part == "residual":
         for linear in (layer.out, layer.mlp.down):
             linear.base = Dense(linear.base.weight * 0.8, linear.base.bias)
     elif part == "norm":
-        layer._mlp_norm = TorchNorm(torch.nn.Identity())
+        layer.mlp_norm = TorchNorm(torch.nn.Identity())
     elif part == "query":
-        layer._scale *= 3.0
+        layer.scale *= 3.0
     else:
         layer._attend = lambda x, part: DecoderLayer._attend(
             layer, x, replace(part, rope=NoRope(part.rope.cos, part.rope.sin))
