@@ -25,15 +25,32 @@ struct RowTile {
     int64_t row, rows, context;
 };
 
+// A KV head of a tile, and `count` heads of its group, from `head` on. Its queries are these heads of each row, row by
+// row.
+struct Item {
+    RowTile tile;
+    int64_t kv_head, head, count;
+
+    int64_t queries() const { return tile.rows * count; }
+};
+
+// Where keys and values of the item's tokens from `begin` on lie, `count` of them.
+template <class T>
+struct Tokens {
+    int64_t begin, count;
+    const T *key[CHUNK], *value[CHUNK];
+};
+
 // Memory of one thread, on its stack.
 template <class T>
 struct alignas(64) Scratch {
     T keys[CHUNK * MAX_HEAD_DIM], values[CHUNK * MAX_HEAD_DIM], queries[QUERIES * MAX_HEAD_DIM];
-    float sums[QUERIES * MAX_HEAD_DIM], scores[TILE * CHUNK];
+    float sums[QUERIES * MAX_HEAD_DIM], scores[2][TILE * CHUNK];
     T weights[TILE * CHUNK], nothing[MAX_HEAD_DIM];
     __m512 total[QUERIES];
     float largest[QUERIES];
-    const T *key[CHUNK], *value[CHUNK];
+    int64_t context[QUERIES];
+    Tokens<T> tokens[2];
 };
 
 // What all items of a call share.
@@ -53,11 +70,6 @@ struct Call {
     int64_t group() const { return heads.heads / heads.kv_heads; }
     // Numbers of a head, padded.
     int64_t inner() const { return round_up(heads.head_dim, PER_ROW<T>); }
-};
-
-// The queries of an item: `count` heads of the group, from `head` on, of each row. Row by row.
-struct Queries {
-    int64_t kv_head, head, count;
 };
 
 // Where `work` is called with each tile of at most `most` rows, in order. A sequence's rows are cut evenly.
@@ -84,37 +96,44 @@ void for_tiles(const clif_rows &rows, int64_t most, Work work) {
 // What an item costs, in units of one query's attention to one token: laying one out costs several.
 int64_t cost_of(const RowTile &tile, int64_t group) { return tile.context * (8 + tile.rows * group) + 64; }
 
+// Find the next chunk of an item's tokens, from `begin` on.
 template <class T>
-void find_tokens(const Call<T> &call, Scratch<T> &own, const RowTile &tile, int64_t kv_head, int64_t begin,
-                 int64_t count) {
-    const int64_t d = call.head_dim(), size = call.rows.block_size;
-    const int32_t *blocks = call.rows.blocks + call.rows.sequence[tile.row] * call.rows.max_blocks;
-    const T *keys = call.cache + kv_head * call.cache_slots * d;
+void find_tokens(const Call<T> &call, const Item &item, int64_t begin, Tokens<T> &found) {
+    const int64_t d = call.head_dim(), size = call.rows.block_size, left = item.tile.context - begin;
+    const int32_t *blocks = call.rows.blocks + call.rows.sequence[item.tile.row] * call.rows.max_blocks;
+    const T *keys = call.cache + item.kv_head * call.cache_slots * d;
     const T *values = keys + call.heads.kv_heads * call.cache_slots * d;
     int64_t block = begin / size, offset = begin % size;
-    for (int64_t i = 0; i < CHUNK; ++i) {
-        if (i >= count) {
-            own.key[i] = own.value[i] = own.nothing;
-            continue;
-        }
+    found.begin = begin;
+    found.count = left < CHUNK ? left : CHUNK;
+    for (int64_t i = 0; i < found.count; ++i) {
         const int64_t at = (blocks[block] * size + offset) * d;
-        own.key[i] = keys + at;
-        own.value[i] = values + at;
+        found.key[i] = keys + at;
+        found.value[i] = values + at;
         if (++offset == size) ++block, offset = 0;
     }
 }
 
-// Keys and values of tokens from `begin` on, zeros behind the last one.
 template <class T>
-void pack_chunk(const Call<T> &call, Scratch<T> &own, int64_t count) {
-    const int64_t dwords = call.inner() / PER_DWORD<T>, tiles = value_tiles<T>(call.head_dim());
-    const int64_t padded = round_up(count, PER_ROW<T>);
+void prefetch(const T *head, int64_t head_dim) {
+    const char *line = reinterpret_cast<const char *>(head);
+    for (int64_t i = 0; i < head_dim * static_cast<int64_t>(sizeof(T)); i += 64) _mm_prefetch(line + i, _MM_HINT_T1);
+}
+
+// Lay a chunk of keys and values out, with zeros behind the last one, and ask for the next one meanwhile.
+template <class T>
+void pack_chunk(const Call<T> &call, Scratch<T> &own, Tokens<T> &now, const Tokens<T> &next) {
+    const int64_t d = call.head_dim(), dwords = call.inner() / PER_DWORD<T>, tiles = value_tiles<T>(d);
+    const int64_t padded = round_up(now.count, PER_ROW<T>);
     uint32_t *keys = reinterpret_cast<uint32_t *>(own.keys), *values = reinterpret_cast<uint32_t *>(own.values);
+    for (int64_t i = now.count; i < padded; ++i) now.key[i] = now.value[i] = own.nothing;
     for (int64_t i = 0; i < padded; i += TILE) {
-        pack_keys(own.key + i, call.head_dim(), dwords, keys + i * dwords);
+        for (int64_t j = i; j < i + TILE && j < next.count; ++j) prefetch(next.key[j], d);
+        pack_keys(now.key + i, d, dwords, keys + i * dwords);
     }
     for (int64_t i = 0; i < padded; i += PER_DWORD<T>) {
-        pack_values(own.value + i, call.head_dim(), values + i / PER_DWORD<T> * tiles * TILE);
+        for (int64_t j = i; j < i + PER_DWORD<T> && j < next.count; ++j) prefetch(next.value[j], d);
+        pack_values(now.value + i, d, values + i / PER_DWORD<T> * tiles * TILE);
     }
 }
 
@@ -128,45 +147,68 @@ void multiply_at(const Call<T> &call, Left<T> a, Right b, Sums c, Size size) {
 
 float largest_score(const float *scores, int64_t seen) {
     __m512 largest = splat(-INFINITY);
-    for (int64_t i = 0; i < seen; i += LANES) {
-        const __mmask16 mask = first_lanes(seen - i);
-        largest = _mm512_mask_max_ps(largest, mask, largest, load(scores + i, mask));
-    }
-    return _mm512_reduce_max_ps(largest);
+    int64_t i = 0;
+    for (; i + LANES <= seen; i += LANES) largest = _mm512_max_ps(largest, load(scores + i));
+    const __mmask16 mask = first_lanes(seen - i);
+    return _mm512_reduce_max_ps(_mm512_mask_max_ps(largest, mask, largest, load(scores + i, mask)));
 }
 
-// Weights 2^(scale (score - largest)) of the tokens that are seen, zeros up to `width`. Returns their sum by lanes.
+// Weights 2^(scale (score - largest)) of the tokens that are seen, zeros up to `width` and the next 32. Returns their sum
+// by lanes.
 template <class T>
 __m512 weigh(const float *scores, int64_t seen, int64_t width, float scale, float largest, T *weights) {
     const __m512 factor = splat(scale), below = splat(largest * scale);
-    __m512 total = _mm512_setzero_ps();
-    for (int64_t i = 0; i < width; i += LANES) {
-        const __mmask16 mask = first_lanes(seen > i ? seen - i : 0);
-        const __m512 weight =
-            _mm512_maskz_mov_ps(mask, exp2<T>(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i), factor, below)));
-        total = _mm512_add_ps(total, weight);
-        store(weights + i, weight);
-    }
-    return total;
+    const auto weight_of = [&](int64_t i) {
+        return exp2<T>(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i), factor, below));
+    };
+    const auto seen_weight_of = [&](int64_t i) {
+        return _mm512_maskz_mov_ps(first_lanes(seen > i ? seen - i : 0), weight_of(i));
+    };
+    __m512 totals[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    const auto take = [&](int64_t i, __m512 first, __m512 second) {
+        totals[0] = _mm512_add_ps(totals[0], first);
+        totals[1] = _mm512_add_ps(totals[1], second);
+        store_two(weights + i, first, second);
+    };
+    int64_t i = 0;
+    for (; i + 2 * LANES <= seen; i += 2 * LANES) take(i, weight_of(i), weight_of(i + LANES));
+    for (; i < width; i += 2 * LANES) take(i, seen_weight_of(i), seen_weight_of(i + LANES));
+    return _mm512_add_ps(totals[0], totals[1]);
 }
 
-// Take a query's scores of a chunk into its softmax: weights, largest score, total, and the factor for what is summed.
+// 16 queries, from number `first` of an item on, and how many tokens of the chunk each sees; beyond them none. width:
+// tokens that are computed. Their scores are in one of two places.
+struct Seen {
+    int64_t first, count, most, width, of[TILE];
+    float *scores;
+};
+
 template <class T>
-float soften(const Call<T> &call, Scratch<T> &own, int64_t query, int64_t row, int64_t seen, int64_t width) {
-    T *weights = own.weights + row * CHUNK;
-    if (seen <= 0) {
-        memset(weights, 0, static_cast<size_t>(width) * sizeof(T));
-        return 1.0f;
+Seen seen_of(const Scratch<T> &own, int64_t queries, int64_t first, int64_t begin) {
+    Seen seen = {first, queries - first < TILE ? queries - first : TILE, 0, 0, {}, nullptr};
+    for (int64_t i = 0; i < seen.count; ++i) {
+        const int64_t n = own.context[first + i] - begin;
+        seen.of[i] = n < 0 ? 0 : n < CHUNK ? n : CHUNK;
+        if (seen.of[i] > seen.most) seen.most = seen.of[i];
     }
-    const float *scores = own.scores + row * CHUNK;
-    const float before = own.largest[query], here = largest_score(scores, seen);
-    const float largest = here > before || here != here ? here : before;
-    const float factor = before == largest ? 1.0f
-        : _mm512_cvtss_f32(exp2<float>(splat((before - largest) * call.scale)));
-    own.largest[query] = largest;
-    const __m512 added = weigh<T>(scores, seen, width, call.scale, largest, weights);
-    own.total[query] = _mm512_fmadd_ps(own.total[query], splat(factor), added);
-    return factor;
+    seen.width = round_up(seen.most, PER_ROW<T>);
+    return seen;
+}
+
+// The factor by which the sums of each query shrink, now that its largest score may be another.
+template <class T>
+__m512 shrink(const Call<T> &call, Scratch<T> &own, const Seen &seen) {
+    alignas(64) float here[TILE];
+    for (int64_t i = 0; i < TILE; ++i) {
+        here[i] = seen.of[i] ? largest_score(seen.scores + i * CHUNK, seen.of[i]) : -INFINITY;
+    }
+    float *kept = own.largest + seen.first;
+    // A NaN passes: the second argument is taken for it.
+    const __m512 before = _mm512_loadu_ps(kept), largest = _mm512_max_ps(_mm512_load_ps(here), before);
+    _mm512_storeu_ps(kept, largest);
+    const __mmask16 same = _mm512_cmp_ps_mask(before, largest, _CMP_EQ_OQ);
+    const __m512 factor = exp2<float>(_mm512_mul_ps(_mm512_sub_ps(before, largest), splat(call.scale)));
+    return _mm512_mask_mov_ps(factor, same, splat(1.0f));
 }
 
 void rescale(float *sums, float factor, int64_t width) {
@@ -175,70 +217,144 @@ void rescale(float *sums, float factor, int64_t width) {
     }
 }
 
-// Up to 16 queries and the chunk of tokens from `begin` on.
+// Take the scores of a chunk into the softmax of each query.
 template <class T>
-void attend_tile(const Call<T> &call, Scratch<T> &own, const RowTile &tile, const Queries &queries, int64_t first,
-                 int64_t begin) {
-    const int64_t of_tile = tile.rows * queries.count, n = of_tile - first < TILE ? of_tile - first : TILE;
-    const int32_t *contexts = call.rows.context + tile.row;
-    int64_t most = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        const int64_t context = contexts[(first + i) / queries.count] - begin;
-        if (context > most) most = context;
+void soften(const Call<T> &call, Scratch<T> &own, const Seen &seen) {
+    alignas(64) float factors[TILE];
+    _mm512_store_ps(factors, shrink(call, own, seen));
+    const int64_t of_head = value_tiles<T>(call.head_dim()) * TILE;
+    for (int64_t i = 0; i < seen.count; ++i) {
+        const int64_t query = seen.first + i, n = seen.of[i];
+        T *weights = own.weights + i * CHUNK;
+        if (n == 0) {
+            memset(weights, 0, seen.width * sizeof(T));
+            continue;
+        }
+        const __m512 added = weigh<T>(seen.scores + i * CHUNK, n, seen.width, call.scale, own.largest[query], weights);
+        own.total[query] = _mm512_fmadd_ps(own.total[query], splat(factors[i]), added);
+        if (factors[i] != 1.0f) rescale(own.sums + query * of_head, factors[i], of_head);
     }
-    if (most <= 0) return;
-    const int64_t width = most < CHUNK ? round_up(most, PER_ROW<T>) : CHUNK;
-    const int64_t inner = call.inner(), dwords = inner / PER_DWORD<T>, tiles = value_tiles<T>(call.head_dim());
-    if (call.amx) shape_tiles(n);
-    multiply_at<T>(call, {own.queries + first * inner, inner},
-                   {reinterpret_cast<uint32_t *>(own.keys), TILE, TILE * dwords}, {own.scores, CHUNK, false},
-                   {n, dwords, width / TILE});
-    float *sums = own.sums + first * tiles * TILE;
-    for (int64_t i = 0; i < n; ++i) {
-        const int64_t seen = contexts[(first + i) / queries.count] - begin;
-        const float factor = soften(call, own, first + i, i, seen < CHUNK ? seen : CHUNK, width);
-        if (factor != 1.0f) rescale(sums + i * tiles * TILE, factor, tiles * TILE);
-    }
-    multiply_at<T>(call, {own.weights, CHUNK}, {reinterpret_cast<uint32_t *>(own.values), tiles * TILE, TILE},
-                   {sums, tiles * TILE, true}, {n, width / PER_DWORD<T>, tiles});
 }
 
 template <class T>
-void begin_queries(const Call<T> &call, Scratch<T> &own, const RowTile &tile, const Queries &queries) {
-    const int64_t d = call.head_dim(), inner = call.inner(), n = tile.rows * queries.count;
-    const int64_t head = queries.kv_head * call.group() + queries.head;
-    for (int64_t i = 0; i < n; ++i) {
-        const T *from = call.query + (tile.row + i / queries.count) * call.query_stride;
-        memcpy(own.queries + i * inner, from + (head + i % queries.count) * d, d * sizeof(T));
-        memset(own.queries + i * inner + d, 0, (inner - d) * sizeof(T));
+void find_scores(const Call<T> &call, Scratch<T> &own, const Seen &seen) {
+    const int64_t inner = call.inner(), dwords = inner / PER_DWORD<T>;
+    multiply_at<T>(call, {own.queries + seen.first * inner, inner},
+                   {reinterpret_cast<uint32_t *>(own.keys), TILE, TILE * dwords}, {seen.scores, CHUNK, false},
+                   {seen.count, dwords, seen.width / TILE});
+}
+
+template <class T>
+void add_values(const Call<T> &call, Scratch<T> &own, const Seen &seen) {
+    const int64_t tiles = value_tiles<T>(call.head_dim()), width = tiles * TILE;
+    multiply_at<T>(call, {own.weights, CHUNK}, {reinterpret_cast<uint32_t *>(own.values), width, TILE},
+                   {own.sums + seen.first * width, width, true}, {seen.count, seen.width / PER_DWORD<T>, tiles});
+}
+
+template <class T>
+void begin_item(const Call<T> &call, Scratch<T> &own, const Item &item) {
+    const int64_t d = call.head_dim(), inner = call.inner(), head = item.kv_head * call.group() + item.head;
+    const int64_t padding = static_cast<int64_t>((inner - d) * sizeof(T));
+    T *to = own.queries;
+    int64_t *context = own.context;
+    for (int64_t row = 0; row < item.tile.rows; ++row) {
+        const T *from = call.query + (item.tile.row + row) * call.query_stride + head * d;
+        for (int64_t i = 0; i < item.count; ++i, from += d, to += inner) {
+            *context++ = call.rows.context[item.tile.row + row];
+            memcpy(to, from, d * sizeof(T));
+            if (padding) memset(to + d, 0, padding);
+        }
+    }
+    for (int64_t i = 0; i < round_up(item.queries(), TILE); ++i) {
         own.largest[i] = -INFINITY;
         own.total[i] = _mm512_setzero_ps();
     }
-    memset(own.sums, 0, n * value_tiles<T>(d) * TILE * sizeof(float));
+    memset(own.sums, 0, item.queries() * value_tiles<T>(d) * TILE * sizeof(float));
 }
 
 template <class T>
-void end_queries(const Call<T> &call, Scratch<T> &own, const RowTile &tile, const Queries &queries) {
+void end_item(const Call<T> &call, Scratch<T> &own, const Item &item) {
     const int64_t d = call.head_dim(), width = value_tiles<T>(d) * TILE;
-    const int64_t head = queries.kv_head * call.group() + queries.head;
-    for (int64_t i = 0; i < tile.rows * queries.count; ++i) {
-        const float total = _mm512_reduce_add_ps(own.total[i]);
-        T *to = call.out + (tile.row + i / queries.count) * call.heads.heads * d + (head + i % queries.count) * d;
-        store_head(own.sums + i * width, total == 0.0f ? 0.0f : 1.0f / total, d, to);
+    const int64_t head = item.kv_head * call.group() + item.head;
+    int64_t query = 0;
+    for (int64_t row = 0; row < item.tile.rows; ++row) {
+        T *to = call.out + ((item.tile.row + row) * call.heads.heads + head) * d;
+        for (int64_t i = 0; i < item.count; ++i, ++query) {
+            const float total = _mm512_reduce_add_ps(own.total[query]);
+            store_head(own.sums + query * width, total == 0.0f ? 0.0f : 1.0f / total, d, to + i * d);
+        }
     }
 }
 
+// Items one after the other: the memory that comes next is asked for while one is computed.
 template <class T>
-void attend(const Call<T> &call, Scratch<T> &own, const RowTile &tile, const Queries &queries) {
-    begin_queries(call, own, tile, queries);
-    for (int64_t begin = 0; begin < tile.context; begin += CHUNK) {
-        const int64_t count = tile.context - begin < CHUNK ? tile.context - begin : CHUNK;
-        find_tokens(call, own, tile, queries.kv_head, begin, count);
-        pack_chunk(call, own, count);
-        for (int64_t i = 0; i < tile.rows * queries.count; i += TILE) attend_tile(call, own, tile, queries, i, begin);
+class Worker {
+   public:
+    explicit Worker(const Call<T> &call) : call_(call) { memset(own_.nothing, 0, sizeof own_.nothing); }
+
+    void attend(const Item &item) {
+        if (waits_) run(&item);
+        if (!waits_ || item_.tile.context == 0) find_tokens(call_, item, 0, now());
+        item_ = item;
+        waits_ = true;
     }
-    end_queries(call, own, tile, queries);
-}
+
+    void finish() {
+        if (waits_) run(nullptr);
+    }
+
+   private:
+    // The item that waits; `after` is the one behind it.
+    void run(const Item *after) {
+        begin_item(call_, own_, item_);
+        for (int64_t begin = 0; begin < item_.tile.context; begin += CHUNK, at_ ^= 1) {
+            if (begin + CHUNK < item_.tile.context) {
+                find_tokens(call_, item_, begin + CHUNK, next());
+            } else if (after) {
+                find_tokens(call_, *after, 0, next());
+            } else {
+                next().count = 0;
+            }
+            pack_chunk(call_, own_, now(), next());
+            attend_chunk(begin);
+        }
+        end_item(call_, own_, item_);
+    }
+
+    // 16 queries at a time. The scores of the next ones are on their way while the softmax is computed, so that the tile
+    // unit does not wait for it.
+    void attend_chunk(int64_t begin) {
+        Seen seen = score(0, begin);
+        for (int which = 1; seen.count > 0; which ^= 1) {
+            soften(call_, own_, seen);
+            const Seen next = score(seen.first + TILE, begin, which);
+            if (seen.most > 0) shape(seen.count), add_values(call_, own_, seen);
+            seen = next;
+        }
+    }
+
+    Seen score(int64_t first, int64_t begin, int which = 0) {
+        Seen seen = seen_of(own_, item_.queries(), first, begin);
+        seen.scores = own_.scores[which];
+        if (seen.most > 0) shape(seen.count), find_scores(call_, own_, seen);
+        return seen;
+    }
+
+    void shape(int64_t rows) {
+        if (call_.amx && rows != shaped_) shape_tiles(rows);
+        shaped_ = rows;
+    }
+
+    Tokens<T> &now() { return own_.tokens[at_]; }
+    Tokens<T> &next() { return own_.tokens[at_ ^ 1]; }
+
+    const Call<T> &call_;
+    Scratch<T> own_;
+    Item item_;
+    bool waits_ = false;
+    int at_ = 0;
+    int64_t shaped_ = 0;
+};
 
 // Whether bfloat16 numbers are multiplied by AMX.
 bool has_amx() {
@@ -251,18 +367,18 @@ void attend_share(const Call<T> &call, int thread, int threads) {
     const int64_t group = call.group(), heads = group < QUERIES ? group : QUERIES, most = QUERIES / heads;
     int64_t total = 0, before = 0;
     for_tiles(call.rows, most, [&](const RowTile &tile) { total += cost_of(tile, group) * call.heads.kv_heads; });
-    Scratch<T> own;
-    memset(own.nothing, 0, sizeof own.nothing);
+    Worker<T> worker(call);
     for_tiles(call.rows, most, [&](const RowTile &tile) {
         const int64_t cost = cost_of(tile, group);
         for (int64_t kv_head = 0; kv_head < call.heads.kv_heads; ++kv_head, before += cost) {
             // The thread in whose share of the total the middle of the item lies.
             if ((2 * before + cost) * threads / (2 * total) != thread) continue;
             for (int64_t head = 0; head < group; head += heads) {
-                attend(call, own, tile, {kv_head, head, group - head < heads ? group - head : heads});
+                worker.attend({tile, kv_head, head, group - head < heads ? group - head : heads});
             }
         }
     });
+    worker.finish();
 }
 
 }  // namespace

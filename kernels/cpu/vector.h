@@ -26,6 +26,13 @@ inline void store(float *to, __m512 x, __mmask16 mask = 0xffff) { _mm512_mask_st
 inline void store(uint16_t *to, __m512 x, __mmask16 mask = 0xffff) {
     _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
 }
+inline void store_two(float *to, __m512 first, __m512 second) {
+    _mm512_storeu_ps(to, first);
+    _mm512_storeu_ps(to + LANES, second);
+}
+inline void store_two(uint16_t *to, __m512 first, __m512 second) {
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
 
 // x as a number of type T would hold it.
 template <class T>
