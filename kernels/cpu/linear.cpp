@@ -8,7 +8,7 @@ namespace {
 // Eight rows times two panels of sums in registers; a pair of inputs is broadcast to all outputs.
 class Avx512 {
    public:
-    void sum(const Segment *segments, int count, const float *start, float *sums, int64_t rows) {
+    void sum(const Segment *segments, int count, const float *start, float *sums, int64_t rows, Ahead = {}) {
         for (int64_t row = 0; row < rows; row += GROUP) {
             const float *from = start ? start + row * OUTS : nullptr;
             switch (rows - row) {

@@ -8,6 +8,7 @@ namespace clif {
 constexpr int64_t PANEL = 16;          // outputs that lie together in a packed matrix
 constexpr int64_t DEPTH = 32;          // inputs that lie together
 constexpr int64_t TILE = PANEL * DEPTH;  // numbers of a packed piece: 1 KiB
+constexpr int64_t LINE = 32;             // numbers of a cache line
 constexpr int64_t ROWS = 32;           // rows of a block
 constexpr int64_t OUTS = 2 * PANEL;    // outputs of a block
 constexpr int NO_SLOT = -1;
@@ -19,6 +20,21 @@ struct Segment {
     const uint16_t *panels;
     int64_t panel_stride;
     int64_t tiles;
+};
+
+// Weights that the next product reads, fetched into the second cache while this one computes: `lines` of each of two
+// panels for every tile of this one. Without it computing and reading take turns where there are more than a few rows:
+// the processor's own prefetching does not look so far.
+struct Ahead {
+    const uint16_t *at = nullptr;
+    int64_t panel_stride = 0, lines = 0;
+
+    void step() {
+        for (int64_t line = 0; line < lines; line++, at += LINE) {
+            _mm_prefetch(reinterpret_cast<const char *>(at), _MM_HINT_T1);
+            _mm_prefetch(reinterpret_cast<const char *>(at + panel_stride), _MM_HINT_T1);
+        }
+    }
 };
 
 // A packed matrix: the two panels of outputs from `out` on, from the tile `tile` of the inputs on.
@@ -101,7 +117,8 @@ struct Sums {
     }
 
     // Round `outs` numbers of some rows, with a bias or null, and write them to y; zeros up to `width`.
-    void round_to(uint16_t *y, int64_t y_stride, const uint16_t *bias, uint32_t rows, int64_t outs, int64_t width) const {
+    void round_to(uint16_t *y, int64_t y_stride, const uint16_t *bias, uint32_t rows, int64_t outs,
+                  int64_t width) const {
         const __mmask32 some = outs < OUTS ? (1u << outs) - 1 : ~0u, written = width < OUTS ? (1u << width) - 1 : ~0u;
         __m512 low = _mm512_setzero_ps(), high = low;
         if (bias) {
@@ -124,8 +141,8 @@ struct Sums {
     }
 };
 
-// What one thread computes: a rectangle of the result. Reading a panel from memory costs about as much as multiplying it
-// with STREAM blocks of rows, so that rows are divided only where there are many.
+// What one thread computes: a rectangle of the result. Reading a panel from memory costs about as much as multiplying
+// it with STREAM blocks of rows, so that rows are divided only where there are many.
 struct Rectangle {
     Range rows, outs;
 };
@@ -174,11 +191,14 @@ void low_part(const clif_linear &linear, const uint16_t *x, int64_t x_stride, co
     }
 }
 
+// Lines of a result that is larger than the caches would be waited for when they are written.
+inline void fetch_to_write(const uint16_t *y) { __asm__ volatile("prefetchw %0" : : "m"(*y)); }
+
 // y for one block of rows and outputs. The adapter's product goes on where the weight's ends, in the same sums. Rows of
 // several slots have products of their own: a zero times a foreign factor that is not finite would not be zero.
 template <class Kernel>
 void rest_block(Kernel &kernel, const clif_linear &linear, const Inputs &x, Slots slots, const uint16_t *low,
-                int64_t out, uint16_t *y, int64_t y_stride, int64_t rows) {
+                int64_t out, uint16_t *y, int64_t y_stride, int64_t rows, Ahead ahead) {
     Sums sums;
     Segment segments[3];
     int count = x.segments({linear.weight, linear.in}, out, segments);
@@ -191,7 +211,8 @@ void rest_block(Kernel &kernel, const clif_linear &linear, const Inputs &x, Slot
     uint32_t members = 0;
     const bool any = slots.next(&slot, &members), one = any && members == slots.all();
     if (one) segments[count++] = adapter(slot);
-    kernel.sum(segments, count, nullptr, sums.numbers, rows);
+    for (int64_t row = 0; row < rows; row++) fetch_to_write(y + out + row * y_stride);
+    kernel.sum(segments, count, nullptr, sums.numbers, rows, ahead);
     for (bool more = any && !one; more; more = slots.next(&slot, &members)) {
         Sums with;
         const Segment factor = adapter(slot);
@@ -202,9 +223,27 @@ void rest_block(Kernel &kernel, const clif_linear &linear, const Inputs &x, Slot
     sums.round_to(y + out, y_stride, linear.bias ? linear.bias + out : nullptr, slots.all(), left, left);
 }
 
+// Which weights are fetched ahead: those of the next two panels, divided among the blocks of rows.
+class Reading {
+   public:
+    Reading(const clif_linear &linear, int64_t end, int64_t rows)
+        : matrix_{linear.weight, linear.in}, end_(end), blocks_((rows + ROWS - 1) / ROWS), few_(rows <= PANEL) {}
+
+    Ahead ahead(int64_t out, int64_t block) const {
+        if (few_ || out + OUTS >= end_) return {};
+        const int64_t lines = (TILE / LINE + blocks_ - 1) / blocks_, tiles = matrix_.panel_stride() / TILE;
+        return {matrix_.at(out + OUTS, 0) + block * lines * LINE * tiles, matrix_.panel_stride(), lines};
+    }
+
+   private:
+    Packed matrix_;
+    int64_t end_, blocks_;
+    bool few_;
+};
+
 template <class Kernel>
-void rest_part(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots, const uint16_t *low,
-               uint16_t *y, int64_t y_stride, int64_t rows, int thread, int threads) {
+void rest_part(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
+               const uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int thread, int threads) {
     constexpr int64_t CACHED = 1 << 19;  // numbers of x that stay in the second cache while the panels pass by
     const Rectangle mine = rectangle(rows, ROWS, linear.out, thread, threads);
     const int64_t fit = CACHED / linear.in / ROWS * ROWS, chunk = fit < ROWS ? ROWS : fit;
@@ -212,12 +251,14 @@ void rest_part(const clif_linear &linear, const uint16_t *x, int64_t x_stride, c
     Kernel kernel;
     for (int64_t begin = mine.rows.begin; begin < mine.rows.end; begin += chunk) {
         const int64_t end = begin + chunk < mine.rows.end ? begin + chunk : mine.rows.end;
+        const Reading reading(linear, mine.outs.end, end - begin);
         for (int64_t out = mine.outs.begin; out < mine.outs.end; out += OUTS)
             for (int64_t row = begin; row < end; row += ROWS) {
                 const int64_t some = end - row < ROWS ? end - row : ROWS;
                 const Inputs inputs(x + row * x_stride, x_stride, linear.in, some);
                 rest_block(kernel, linear, inputs, Slots(slots ? slots + row : nullptr, some),
-                           slots ? low + row * padded(linear.rank) : nullptr, out, y + row * y_stride, y_stride, some);
+                           slots ? low + row * padded(linear.rank) : nullptr, out, y + row * y_stride, y_stride, some,
+                           reading.ahead(out, (row - begin) / ROWS));
             }
     }
 }

@@ -20,13 +20,13 @@ class Amx {
     }
 
     // sums = start (or zero) + the segments' products, in order.
-    void sum(const Segment *segments, int count, const float *start, float *sums, int64_t rows) {
+    void sum(const Segment *segments, int count, const float *start, float *sums, int64_t rows, Ahead ahead = {}) {
         configure(rows);
         publish(start);
         if (rows > PANEL)
-            both_halves(segments, count, start, sums);
+            both_halves(segments, count, start, sums, ahead);
         else
-            upper_half(segments, count, start, sums);
+            upper_half(segments, count, start, sums, ahead);
     }
 
    private:
@@ -45,7 +45,7 @@ class Amx {
         _tile_loadconfig(&c);
     }
 
-    static void both_halves(const Segment *segments, int count, const float *start, float *sums) {
+    static void both_halves(const Segment *segments, int count, const float *start, float *sums, Ahead ahead) {
         if (start) {
             _tile_loadd(0, start, ROW_BYTES);
             _tile_loadd(1, start + PANEL, ROW_BYTES);
@@ -61,6 +61,7 @@ class Amx {
             const int64_t bytes = s->x_stride * sizeof(uint16_t);
             const uint16_t *x = s->x, *lower = x + PANEL * s->x_stride, *w = s->panels, *w1 = w + s->panel_stride;
             for (int64_t k = 0; k < s->tiles; k++) {
+                ahead.step();
                 _tile_loadd(6, w + k * TILE, 64);
                 _tile_loadd(4, x + k * DEPTH, bytes);
                 _tile_loadd(7, w1 + k * TILE, 64);
@@ -77,7 +78,7 @@ class Amx {
         _tile_stored(3, sums + LOWER + PANEL, ROW_BYTES);
     }
 
-    static void upper_half(const Segment *segments, int count, const float *start, float *sums) {
+    static void upper_half(const Segment *segments, int count, const float *start, float *sums, Ahead ahead) {
         if (start) {
             _tile_loadd(0, start, ROW_BYTES);
             _tile_loadd(1, start + PANEL, ROW_BYTES);
@@ -89,6 +90,7 @@ class Amx {
             const int64_t bytes = s->x_stride * sizeof(uint16_t);
             const uint16_t *w = s->panels, *w1 = w + s->panel_stride;
             for (int64_t k = 0; k < s->tiles; k++) {
+                ahead.step();
                 _tile_loadd(6, w + k * TILE, 64);
                 _tile_loadd(4, s->x + k * DEPTH, bytes);
                 _tile_loadd(7, w1 + k * TILE, 64);
