@@ -13,6 +13,7 @@ import torch
 
 from clif.kernels.cpu import host
 from clif.kernels.cpu.library import Absent, level
+from clif.kernels.step_table import StepTable
 
 try:
     level()
@@ -44,7 +45,7 @@ class Step:
     spans: list[tuple[int, int]]
     query: torch.Tensor
     cache: torch.Tensor
-    table: host.StepTable
+    table: StepTable
 
     @property
     def scale(self) -> float:
@@ -53,16 +54,14 @@ class Step:
     def by_kernels(self) -> torch.Tensor:
         return host.attention(self.query, self.shape, self.cache, self.table, self.scale)
 
+    def rows(self) -> tuple[list[int], list[int]]:
+        """Sequence and context of each row."""
+        return self.table.sequence[: self.table.rows].tolist(), self.table.context[: self.table.rows].tolist()
+
     def row(self, row: int) -> Step:
         """The same row alone, and its sequence."""
-        table = self.table
-        at = int(table.sequence[row])
-        alone = host.StepTable(
-            torch.zeros(1, dtype=torch.int32),
-            table.context[row : row + 1].clone(),
-            table.blocks[at : at + 1].clone(),
-            table.block_size,
-        )
+        at = int(self.table.sequence[row])
+        alone = table_of([0], [int(self.table.context[row])], self.table.blocks[at : at + 1], self.table.block_size)
         return replace(self, query=self.query[row : row + 1], table=alone)
 
     def slots(self, sequence: int, count: int) -> torch.Tensor:
@@ -73,12 +72,21 @@ class Step:
     def exact(self) -> torch.Tensor:
         """In float64, row by row."""
         group, out = self.shape.heads // self.shape.kv_heads, []
-        for row, (sequence, context) in enumerate(zip(self.table.sequence, self.table.context, strict=True)):
-            seen = self.cache[:, self.slots(int(sequence), int(context))].double()
+        for row, (sequence, context) in enumerate(zip(*self.rows(), strict=True)):
+            seen = self.cache[:, self.slots(sequence, context)].double()
             k, v = (t.repeat_interleave(group, 0) for t in seen.chunk(2))
             scores = torch.einsum("hd,htd->ht", self.query[row].double(), k) * self.scale
             out.append(torch.einsum("ht,htd->hd", scores.softmax(-1), v).flatten())
         return torch.stack(out)
+
+
+def table_of(sequence: list[int], context: list[int], blocks: torch.Tensor, block_size: int) -> StepTable:
+    """A table with room for more rows than it has."""
+    table = StepTable.zeros(len(context) + 3, len(blocks), block_size)
+    table.rows, table.sequences, table.blocks = len(context), len(blocks), blocks.clone()
+    table.sequence[: table.rows] = torch.tensor(sequence, dtype=torch.int32)
+    table.context[: table.rows] = torch.tensor(context, dtype=torch.int32)
+    return table
 
 
 def drawn(
@@ -99,9 +107,7 @@ def drawn(
         blocks[at, :count], free = free[:count], free[count:]
     sequence = [at for at, (first, last) in enumerate(spans) for _ in range(first, last + 1)]
     context = [seen for first, last in spans for seen in range(first, last + 1)]
-    table = host.StepTable(
-        torch.tensor(sequence, dtype=torch.int32), torch.tensor(context, dtype=torch.int32), blocks, block_size
-    )
+    table = table_of(sequence, context, blocks, block_size)
     qkv = 2 * torch.randn(len(context), heads + 2 * kv_heads, d, generator=rng)
     cache = torch.full((2 * kv_heads, (2 * sum(needed) + 1) * block_size, d), torch.nan)
     step = Step(host.HeadShape(heads, kv_heads, d), spans, qkv.to(dtype)[:, :heads], cache.to(dtype), table)
@@ -157,7 +163,7 @@ def test_a_nan_of_one_sequence_reaches_no_other(dtype: torch.dtype) -> None:
     clean = step.by_kernels()
     step.cache[:, step.slots(1, 60)] = torch.nan
     found = step.by_kernels()
-    bad = step.table.sequence == 1
+    bad = torch.tensor(step.rows()[0]) == 1
     assert torch.equal(found[~bad], clean[~bad])
     assert found[bad].isnan().all()
 
