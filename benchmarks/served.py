@@ -24,16 +24,23 @@ class Served:
     """`clif serve` on a free port until the block ends. log: of all its processes.
 
     stamps: file for the stamps of an emulated engine (stamped_engine.py); None: the command as it is. keys: of clients,
-    as CLIF_API_KEYS has them; empty: none is needed.
+    as CLIF_API_KEYS has them; empty: none is needed. ranks: as many replicas, with shares of the cores.
     """
 
     def __init__(
-        self, folder: Path, *overrides: str, model: str = TINY, stamps: Path | None = None, keys: str = ""
+        self,
+        folder: Path,
+        *overrides: str,
+        model: str = TINY,
+        stamps: Path | None = None,
+        keys: str = "",
+        ranks: int | None = None,
     ) -> None:
         self.run_dir, self.log = folder / "run", folder / "log.txt"
         words = [f"run.out_dir={folder}", "run.name=run", "run.status=off", *overrides]
         if stamps is None:
             self.command = [sys.executable, "-P", "-m", "clif.cli", "serve", model, "--port", "0", *words]
+            self.command += [] if ranks is None else ["--ranks", str(ranks)]
         else:
             script = str(REPO / "benchmarks" / "stamped_engine.py")
             self.command = [sys.executable, script, str(stamps), f"model.path={model}", "serve.http.port=0", *words]

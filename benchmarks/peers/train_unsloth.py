@@ -1,4 +1,4 @@
-"""Unsloth on a CPU: FastLanguageModel with its LoRA, in bfloat16, with its own fast paths; no gradient checkpointing."""
+"""Unsloth on a CPU: FastLanguageModel with its LoRA, in bfloat16, by its own fast paths; no gradient checkpointing."""
 
 from __future__ import annotations
 
