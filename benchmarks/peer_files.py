@@ -31,7 +31,8 @@ GGUF_NAMES = {
 
 @dataclass(frozen=True)
 class PeerFiles:
-    """model: Hugging Face folder in bfloat16. gguf_bf16, gguf_f16: for llama.cpp and OpenVINO.
+    """model: Hugging Face folder in bfloat16. gguf_bf16, gguf_f16: for llama.cpp and OpenVINO. ir: OpenVINO's own
+    format, which this environment cannot write; "" if it has not been exported (peers/README.md).
 
     adapters: PEFT folders, float32, r=8 on all linear layers; their GGUF files are beside the weights, `lora.gguf`.
     """
@@ -40,6 +41,7 @@ class PeerFiles:
     gguf_bf16: str
     gguf_f16: str
     adapters: tuple[str, ...]
+    ir: str = ""
 
 
 def make_files(source: Path, folder: Path, adapters: int) -> PeerFiles:
@@ -53,7 +55,9 @@ def make_files(source: Path, folder: Path, adapters: int) -> PeerFiles:
     loras = [folder / f"{stem}-lora{i}" for i in range(adapters)]
     for i, path in enumerate(loras):
         _once(path, lambda part, seed=i: _write_adapter(model, part, seed))
-    return PeerFiles(str(model), str(brain), str(half), tuple(map(str, loras)))
+    exported = folder / f"{stem}-openvino"
+    ir = str(exported) if exported.is_dir() else ""
+    return PeerFiles(str(model), str(brain), str(half), tuple(map(str, loras)), ir)
 
 
 def _once(path: Path, write: Any) -> None:

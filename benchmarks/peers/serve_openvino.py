@@ -1,7 +1,8 @@
 """OpenVINO GenAI's ContinuousBatchingPipeline on a GGUF file in float16, which it computes in bfloat16.
 
-Latency mode of one stream with all cores, pinned, as its guide for CPUs recommends; an adapter is fused at the start
-(MODE_FUSE, static) or applied at run time (MODE_AUTO).
+Latency mode of one stream with all cores, pinned, as its guide for CPUs recommends. An adapter, which needs an exported
+model, is applied at run time: the default, with which requests may choose; fused into the weights it would be another
+model.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def prepare(job: dict[str, Any]) -> Any:
     adapters = [genai.Adapter(f"{folder}/adapter_model.safetensors") for folder in job["adapters"]]
     if adapters:
         properties["adapters"] = genai.AdapterConfig([(adapter, 2.0) for adapter in adapters])
-    path = job.get("ir") or job["gguf_f16"]
+        if not job["ir"]:
+            raise ValueError("an adapter needs the exported model, see benchmarks/peers/README.md")
+    path = job["ir"] if adapters else job["gguf_f16"]
     pipe = genai.ContinuousBatchingPipeline(path, scheduler, "CPU", properties)
 
     def turn(asked: dict[str, Any]) -> Work:
@@ -50,8 +53,9 @@ def prepare(job: dict[str, Any]) -> Any:
 
         return run
 
-    said = ", ".join(f"{k}={v}" for k, v in properties.items())
-    return f"{versions('openvino-genai', 'openvino')}; {said}", turn
+    said = ", ".join(f"{k}={v}" for k, v in properties.items() if k != "adapters")
+    kind = "exported model" if adapters else "GGUF in float16"
+    return f"{versions('openvino-genai', 'openvino')}; {kind}; {said}", turn
 
 
 if __name__ == "__main__":
