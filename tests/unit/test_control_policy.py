@@ -16,7 +16,7 @@ from clif.control.policy.batch_sizes import choose_batches, objective
 from clif.control.policy.pressure import OutcomeWindow, Pressure, ServiceWindow, service_pressure
 from clif.control.policy.replica_state import next_state, state_after_round
 from clif.control.policy.round_admission import History, given_up, plan_round, target_reached
-from clif.control.policy.routing import Dispatch, Fail, PassOver, Reject, RoutingView, choose_replica
+from clif.control.policy.routing import TRAINING, Dispatch, Fail, PassOver, Reject, RoutingView, choose_replica
 from clif.control.policy.view import ClusterView, ReplicaTracker, ReplicaView
 from clif.latency import Fit
 from clif.states import ReplicaState
@@ -334,13 +334,23 @@ def one_by_one(asked: Request, views: Sequence[ReplicaView], config: Config) -> 
     """(predicted seconds, replica) of the best replica with room, each predicted by itself; None: none has room."""
 
     def predicted(view: ReplicaView) -> float:
-        training = view.micro_batch if view.state is ReplicaState.COMBINED else 0
-        iteration = view.serve.predict(view.outstanding + 1, training)
+        iteration = (TRAINING if view.state is ReplicaState.COMBINED else 1) * view.serve.predict(view.outstanding + 1)
         chunks = math.ceil(len(asked.prompt) / config.engine.max_prefill_tokens)
         return (chunks + max(0, view.outstanding - view.running) + asked.sampling.max_tokens) * iteration
 
     ranked = sorted((predicted(v), v.outstanding, v.replica) for v in views if has_room(v, asked))
     return (ranked[0][0], ranked[0][2]) if ranked else None
+
+
+def test_a_replica_that_trains_much_because_it_has_few_requests_gets_the_next_one() -> None:
+    """Its steps are long beside the training that fills them: by measurement it would look slow, and get none."""
+    few = replica(0, outstanding=1, state=ReplicaState.COMBINED, serve=Fit(0.001, 0.03, 0.02))
+    many = replica(1, outstanding=3, state=ReplicaState.COMBINED, serve=Fit(0.001, 0.001, 0.02))
+    route, _ = choose_replica(100.0, request(), 100.0, RoutingView([few, many]), make_config())
+    assert isinstance(route, Dispatch) and route.replica == 0
+    serves = replica(1, outstanding=1, serve=few.serve)
+    route, _ = choose_replica(100.0, request(), 100.0, RoutingView([few, serves]), make_config())
+    assert isinstance(route, Dispatch) and route.replica == 1, "of two alike the one that only serves is faster"
 
 
 @settings(max_examples=200, deadline=None)

@@ -18,6 +18,9 @@ from clif.control.policy.view import OVERCOMMIT, ReplicaView
 from clif.states import ReplicaState
 from clif.types import Request
 
+TRAINING = 1.4
+"""Time of an iteration of a replica that trains, as a multiple of one that does not."""
+
 
 @dataclass(frozen=True)
 class Dispatch:
@@ -71,10 +74,12 @@ class RoutingView:
     def update(self, replica: ReplicaView) -> None:
         """Bring the row of one replica up to date."""
         row = replica.replica
-        training = replica.micro_batch if replica.state is ReplicaState.COMBINED else 0
         self.serving[row] = replica.serving
         self.has_slot[row] = replica.outstanding < replica.max_batch
-        self.iteration_s[row] = replica.serve.predict(replica.outstanding + 1, training)
+        # Not by how long its steps were beside training: it trains most where fewest requests are, and would look slow
+        # for having few.
+        longer = TRAINING if replica.state is ReplicaState.COMBINED else 1.0
+        self.iteration_s[row] = longer * replica.serve.predict(replica.outstanding + 1)
         # Those it holds beyond the running batch have their prefill still to come.
         self.ahead[row] = max(0, replica.outstanding - replica.running)
         self.outstanding[row], self.reserved[row] = replica.outstanding, replica.reserved
