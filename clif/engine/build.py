@@ -87,8 +87,10 @@ def use_coserving(engine: Engine, config: Config, coserving: str) -> None:
     """Train in this way from now on, with nothing measured. The engine has no jobs; the device is waited for."""
     device, concurrent = engine.runner.device, coserving == CoservingMode.CONCURRENT
     streams = engine.streams = choose_streams(device, concurrent)
+    # A GPU decodes for many rows as fast as for few: its batch is limited by memory and not by its speed.
+    stretches = device.type == "cpu"
     engine.training_half = TrainingHalf(
-        make_strategy(coserving, config),
+        make_strategy(coserving, config, stretches),
         JobQueue(choose_thread(device, streams, torch.get_num_threads()) if concurrent else None),
         shared=engine.tp_group.size > 1,
         stopwatch=choose_stopwatch(device),
@@ -139,11 +141,16 @@ def _capture(runner: ModelRunner, recorder: Recorder, max_context: int) -> None:
         log.warning("no CUDA graphs, steps are launched kernel by kernel: %s", error)
 
 
-def make_strategy(coserving: str, config: Config) -> Strategy:
-    """A strategy without measurements. coserving: a CoservingMode except AUTO, or the baseline "time_slice"."""
+def make_strategy(coserving: str, config: Config, stretches: bool = False) -> Strategy:
+    """A strategy without measurements. coserving: a CoservingMode except AUTO, or the baseline "time_slice".
+
+    stretches: steps are stretched by a factor at most while the batch is in demand, if slices run between them.
+    """
     parts = CostModel(), config.engine, config.slo
     if coserving == "time_slice":
         return TimeSlice(*parts, config.run.training_share)
+    if coserving == CoservingMode.INTERLEAVED:
+        return Interleaved(*parts, stretches=stretches)
     return STRATEGIES[CoservingMode(coserving)](*parts)
 
 

@@ -74,6 +74,12 @@ class Cost:
                 self.excess.observe(min(STALL, seconds / max(self.model.predict(own, other), 1e-6)))
             self.model.observe(own, other, seconds)
 
+    @property
+    def fit(self) -> Fit:
+        """The means of the work so far."""
+        self._fit_waiting()
+        return self.model.fit
+
     def upper_bound(self, own: float, other: float) -> float:
         """Seconds that are rarely exceeded."""
         self._fit_waiting()
@@ -123,6 +129,25 @@ class CostModel:
     def captures(self) -> bool:
         """Whether captured steps have been measured."""
         return any(captured and cost.seen >= MEASURED for (_, captured), cost in self.steps.items())
+
+    def batch_alone(self, tokens_per_s: float, context: float, captured: bool = False) -> float:
+        """Requests that run at a time if serving alone gives them so many tokens/s, each with so much context cached.
+
+        Infinite if it cannot.
+        """
+        fit = self._alone(captured).fit
+        # A batch of n takes c + n (a + b context) seconds for n tokens.
+        left = 1 - tokens_per_s * (fit.a + fit.b * context / 1000)
+        return tokens_per_s * fit.c / left if left > 0 else math.inf
+
+    def mean_step_s(self, rows: float, context: float, captured: bool = False) -> float:
+        """Predicted seconds of a step; half of all steps take longer."""
+        return self._alone(captured).fit.predict(rows, context / 1000)
+
+    def mean_slice_s(self, kind: SliceKind, tokens: int, units: int) -> float:
+        """Predicted seconds of a slice; 0 while the kind has no measurement."""
+        cost = self.slices.get(kind)
+        return 0.0 if cost is None else cost.fit.predict(tokens * units / 1000, units)
 
     def _alone(self, captured: bool) -> Cost:
         cost = self.steps.get((Regime.ALONE, captured))

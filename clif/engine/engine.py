@@ -30,6 +30,7 @@ from clif.config import Config, EngineConfig
 from clif.distributed.collectives import TpGroup
 from clif.engine.batch import Batch
 from clif.engine.coserving.backlog import NO_BACKLOG, Backlog
+from clif.engine.coserving.demand import Demand
 from clif.engine.coserving.strategy import StepView
 from clif.engine.cost_model import CostModel
 from clif.engine.job_queue import JobQueue
@@ -78,6 +79,7 @@ class Engine:
     asynchronous: bool = False
     record: StepRecord = field(default_factory=StepRecord)
     backlog: Backlog | None = NO_BACKLOG
+    demand: Demand = field(default_factory=Demand)
     _launched: Launched | None = None
 
     @classmethod
@@ -136,13 +138,21 @@ class Engine:
 
         arrivals: requests that the step's messages bring: they wait like others, and their prompts are rows of it.
         """
+        if arrivals:
+            asked = sum(request.sampling.max_tokens for request in arrivals)
+            self.demand.arrived(self.clock(), len(arrivals), asked)
         with self.streams.training():
             if not self.training_half.collect():
                 return NO_TRAINING
-            # An arrival may have waited for the slice of the step before. It must not wait for another one.
-            held_up = arrivals[0].id if arrivals and self.training_half.holds_up else None
-            view = StepView.of(self.scheduler, self.clock(), arrivals, self.record.serve_s, held_up, self.backlog)
+            view = self._view(arrivals)
             return self.training_half.plan(view, self.serving or bool(arrivals), self.clock)
+
+    def _view(self, arrivals: Seq[Request]) -> StepView:
+        # An arrival may have waited for the slice of the step before.
+        held_up = arrivals[0].id if arrivals and self.training_half.holds_up else None
+        now, record = self.clock(), self.record
+        demand = self.demand.tokens_per_s(now)
+        return StepView.of(self.scheduler, now, arrivals, record.serve_s, held_up, self.backlog, record.gap_s, demand)
 
     def follow(self, plan: StepPlan) -> None:
         """On the leader's peers: begin the passes that it began while it planned."""
@@ -210,6 +220,7 @@ class Engine:
         own = self.overlap or self.asynchronous
         self._note(step, step.tokens.seconds() if own else now - step.start)
         events = self.scheduler.settle(step.chunks, tokens, now)
+        self.demand.answered(now, len(tokens), sum(event.finish is not None for event in events))
         logprobs = step.tokens.logprobs()
         return [_with_logprobs(event, logprobs) for event in events] if logprobs else events
 
