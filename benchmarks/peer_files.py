@@ -128,7 +128,7 @@ def _write_adapter(model: Path, folder: Path, seed: int) -> None:
     # As after some training: it changes the answers and does not drown them.
     for name, weight in wrapped.named_parameters():
         if ".lora_B." in name:
-            weight.data.normal_(std=0.01)
+            weight.data.normal_(std=0.05)
     wrapped.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     state = peft.get_peft_model_state_dict(wrapped)

@@ -20,7 +20,7 @@ import psutil
 from turns import Contender, Limits, Outcome, Turn
 
 DRIVERS = Path(__file__).resolve().parent / "peers"
-START_S = 300.0
+START_S = 600.0
 """Seconds for loading and compiling."""
 
 

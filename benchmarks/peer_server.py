@@ -16,7 +16,7 @@ from typing import IO
 
 from peer_files import PeerFiles
 
-STARTS_S = 300.0
+STARTS_S = 600.0
 MODEL = "clif"
 """The name that all servers answer to."""
 
