@@ -154,7 +154,10 @@ class CostModel:
         return self._step(Regime.ALONE, False) if cost is None or cost.seen < MEASURED else cost
 
     def _step(self, regime: Regime, captured: bool) -> Cost:
-        return self.steps.setdefault((regime, captured), Cost(LatencyModel(STEP_PRIOR)))
+        cost = self.steps.get((regime, captured))
+        if cost is None:
+            cost = self.steps[regime, captured] = Cost(LatencyModel(STEP_PRIOR))
+        return cost
 
     def observe_slice(self, kind: SliceKind, tokens: int, units: int, seconds: float) -> None:
         cost = self.slices.setdefault(kind, Cost(LatencyModel(SLICE_PRIOR)))

@@ -34,7 +34,9 @@ class Sequence:
     version: -1 until the first admission, unless it is given. admitted: it has been. blocks hold at least the computed
     tokens; both are empty while it waits. arrived_s and last_s (time of the last token) are on the engine's clock.
     sampled_at: where its token is among those of the last step in which it took one. guide: changes the logits of its
-    tokens. max_total_tokens: the request's.
+    tokens. id, max_total_tokens: the request's. ends_early: a token or a text may end its answer.
+
+    What each step looks at lies here and not in the request: after a forward nothing of either is in the caches.
     """
 
     request: Request
@@ -51,10 +53,13 @@ class Sequence:
     ended: bool = False
     admitted: bool = False
     guide: Guide | None = None
+    id: int = field(init=False)
     max_total_tokens: int = field(init=False)
+    ends_early: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.max_total_tokens = self.request.max_total_tokens
+        self.id, self.max_total_tokens = self.request.id, self.request.max_total_tokens
+        self.ends_early = not self.request.sampling.ignore_eos or bool(self.request.sampling.stop)
 
     @property
     def num_tokens(self) -> int:
@@ -189,8 +194,10 @@ class Scheduler:
             chunk = self._chunk(sequence, budget)
             if chunk is not None:
                 chunks.append(chunk)
-                budget -= 0 if chunk.is_decode else chunk.stop - chunk.start
-        return sorted(chunks, key=_slot)
+                size = chunk.stop - chunk.start
+                if size > 1 or not chunk.needs_sampling:
+                    budget -= size
+        return _by_slot(chunks)
 
     def settle(self, chunks: list[Chunk], tokens: list[int], now: float) -> list[TokenEvent]:
         """Take a step's outcome: tokens holds one token, or NO_TOKEN, for each chunk that samples, in order.
@@ -198,17 +205,19 @@ class Scheduler:
         Steps are settled in the order in which they were scheduled, and at most one more is under way. What such a step
         computed for a sequence that has ended meanwhile is thrown away.
         """
-        chosen = iter(tokens)
+        chosen, size = iter(tokens), self.pool.block_size
         events = []
-        for chunk in chunks:
-            sequence = chunk.sequence
+        for sequence, start, stop, needs_sampling in chunks:
             sequence.num_steps_in_flight -= 1
-            sequence.num_tokens_in_flight -= chunk.needs_sampling
-            token = next(chosen) if chunk.needs_sampling else None
+            token = None
+            if needs_sampling:
+                sequence.num_tokens_in_flight -= 1
+                token = next(chosen)
             if sequence.ended:
                 self._release(sequence)
                 continue
-            self._register(chunk)
+            if stop // size > start // size:
+                self._register(sequence, start, stop)
             if token is not None:
                 events.append(self._append(sequence, token, now))
         return events
@@ -244,7 +253,7 @@ class Scheduler:
         return self.pool.blocks_for(soon) - len(sequence.blocks)
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk | None:
-        start, end = sequence.num_computed_tokens, sequence.num_tokens
+        start, end = sequence.num_computed_tokens, len(sequence.tokens) + sequence.num_tokens_in_flight
         if end == sequence.max_total_tokens:
             # Its last token is in flight.
             return None
@@ -274,11 +283,10 @@ class Scheduler:
                 return False
         return True
 
-    def _register(self, chunk: Chunk) -> None:
-        """Register the blocks that it filled for other sequences, unless the sequence has lost its blocks since."""
-        sequence, size = chunk.sequence, self.pool.block_size
-        if self._prefix_reuse and sequence.blocks and chunk.stop // size > chunk.start // size:
-            self.pool.register(sequence.version, sequence.tokens, sequence.blocks, chunk.start, chunk.stop)
+    def _register(self, sequence: Sequence, start: int, stop: int) -> None:
+        """Register the blocks that these tokens filled for others, unless the sequence has lost its blocks since."""
+        if self._prefix_reuse and sequence.blocks:
+            self.pool.register(sequence.version, sequence.tokens, sequence.blocks, start, stop)
 
     def _free_blocks(self, sequence: Sequence) -> None:
         self.pool.free(sequence.blocks)
@@ -299,16 +307,23 @@ class Scheduler:
             return self._end(sequence, (), FinishReason.FAILED, detail)
         sequence.tokens.append(token)
         sequence.last_s = now
+        if sequence.ends_early:
+            ended = self._early_end(sequence, token)
+            if ended is not None:
+                return ended
+        if len(sequence.tokens) >= sequence.max_total_tokens:
+            return self._end(sequence, (token,), FinishReason.LENGTH)
+        return TokenEvent(request_id=sequence.id, tokens=(token,), version=sequence.version)
+
+    def _early_end(self, sequence: Sequence, token: int) -> TokenEvent | None:
+        """The end of an answer before its greatest length; None: it continues."""
         sampling = sequence.request.sampling
         if token in self._eos_ids and not sampling.ignore_eos:
             return self._end(sequence, (token,), FinishReason.STOP)
-        if sampling.stop:
-            text = cut_at_stop(self._decode, sequence.output_ids, sampling.stop)
-            if text is not None:
-                return self._end(sequence, (token,), FinishReason.STOP, text=text)
-        if len(sequence.tokens) >= sequence.max_total_tokens:
-            return self._end(sequence, (token,), FinishReason.LENGTH)
-        return TokenEvent(request_id=sequence.request.id, tokens=(token,), version=sequence.version)
+        if not sampling.stop:
+            return None
+        text = cut_at_stop(self._decode, sequence.output_ids, sampling.stop)
+        return None if text is None else self._end(sequence, (token,), FinishReason.STOP, text=text)
 
     def _end(
         self,
@@ -331,7 +346,9 @@ class Scheduler:
         )
 
 
-def _slot(chunk: Chunk) -> int:
-    """The adapter slot, -1 for the base: its rows come first."""
-    slot = chunk.sequence.slot
-    return -1 if slot is None else slot
+def _by_slot(chunks: list[Chunk]) -> list[Chunk]:
+    """Sorted by adapter slot; the rows of the base come first."""
+    slots = [chunk.sequence.slot for chunk in chunks]
+    if not chunks or slots.count(slots[0]) == len(slots):
+        return chunks
+    return sorted(chunks, key=lambda chunk: -1 if chunk.sequence.slot is None else chunk.sequence.slot)
