@@ -31,14 +31,20 @@ typedef struct {
 
 // Numbers that a packed matrix [out, in] takes: outputs padded to 32, inputs to 32, with zeros.
 CLIF_API int64_t clif_packed_size(int64_t out, int64_t in);
-// Lay a matrix [out, in] with rows row_stride apart out as [out / 16][in / 32][16 pairs of inputs][16 outputs][2], each number
-// multiplied by scale and rounded once.
-CLIF_API void clif_pack(const uint16_t *matrix, int64_t out, int64_t in, int64_t row_stride, float scale, uint16_t *packed);
+// Lay a matrix [out, in] with rows row_stride apart out as [out / 16][in / 32][16 pairs of inputs][16 outputs][2], each
+// number multiplied by scale and rounded once.
+CLIF_API void clif_pack(const uint16_t *matrix, int64_t out, int64_t in, int64_t row_stride, float scale,
+                        uint16_t *packed);
 
 // y [rows, out] = x [rows, in] W^T + bias + (x A_s^T) B_s^T, s = slots[row], -1 for none. slots: null for none at all.
 // low: scratch for rows * padded rank numbers, null if rank is 0. level: CLIF_AVX512 or CLIF_AMX.
 CLIF_API void clif_linear_forward(const clif_linear *linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
                                   uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int level, int threads);
+
+// y [rows, out / 2] = silu(first half) * second half of what clif_linear_forward computes, rounded as by clif_swiglu;
+// each half a multiple of 16 outputs.
+CLIF_API void clif_linear_swiglu(const clif_linear *linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
+                                 uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int level, int threads);
 
 // ---- parts between products (elementwise.cpp) ----
 

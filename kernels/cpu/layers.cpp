@@ -68,9 +68,7 @@ class Member {
 
     void mlp(const clif_layer &layer) {
         norm(s_.added, layer.mlp_norm, layer.mlp_eps);
-        linear(layer.gate_up, s_.normed, s_.wide);
-        swiglu<uint16_t>(s_.wide, s_.gated, rows_, widths_.inner, thread_, threads_);
-        wait();
+        gate(layer.gate_up);
         linear(layer.down, s_.gated, s_.added);
     }
 
@@ -79,12 +77,27 @@ class Member {
         wait();
     }
 
-    void linear(const clif_linear &linear, const uint16_t *x, uint16_t *y) {
-        const int32_t *adapters = linear.rank > 0 ? step_.adapters : nullptr;
-        if (adapters != nullptr) {
-            linear_low(linear, x, linear.in, adapters, s_.low, rows_, level_, thread_, threads_);
-            wait();
+    void gate(const clif_linear &wide) {
+        if (!gates_meet(wide)) {
+            linear(wide, s_.normed, s_.wide);
+            swiglu<uint16_t>(s_.wide, s_.gated, rows_, widths_.inner, thread_, threads_);
+        } else {
+            linear_swiglu(wide, s_.normed, wide.in, low(wide, s_.normed), s_.low, s_.gated, widths_.inner, rows_, level_,
+                          thread_, threads_);
         }
+        wait();
+    }
+
+    // The low parts of all rows where the layer has adapters. Returns the rows' adapters, or null.
+    const int32_t *low(const clif_linear &linear, const uint16_t *x) {
+        if (linear.rank == 0 || step_.adapters == nullptr) return nullptr;
+        linear_low(linear, x, linear.in, step_.adapters, s_.low, rows_, level_, thread_, threads_);
+        wait();
+        return step_.adapters;
+    }
+
+    void linear(const clif_linear &linear, const uint16_t *x, uint16_t *y) {
+        const int32_t *adapters = low(linear, x);
         linear_rest(linear, x, linear.in, adapters, s_.low, y, linear.out, rows_, level_, thread_, threads_);
         wait();
     }

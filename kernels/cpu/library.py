@@ -131,6 +131,10 @@ SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
         None,
         [POINTER(Linear), c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_int],
     ),
+    "clif_linear_swiglu": (
+        None,
+        [POINTER(Linear), c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_int],
+    ),
     "clif_rms_norm": (
         None,
         [c_int, c_void_p, c_void_p, c_void_p, c_float, c_void_p, c_void_p, c_int64, c_int64, c_int],

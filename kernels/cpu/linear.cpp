@@ -1,5 +1,4 @@
 // Products with frozen weights and their adapters: packing, the kernel for AVX512, and the choice between the levels.
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c")
 #include "linear.h"
 
 namespace clif {
@@ -55,15 +54,6 @@ class Avx512 {
     }
 };
 
-uint16_t rounded(float x) {
-    union {
-        float value;
-        uint32_t bits;
-    } u = {x};
-    if (x != x) return static_cast<uint16_t>(u.bits >> 16 | 0x40);
-    return static_cast<uint16_t>((u.bits + 0x7fff + (u.bits >> 16 & 1)) >> 16);
-}
-
 }  // namespace
 
 void linear_low(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots, uint16_t *low,
@@ -80,7 +70,18 @@ void linear_rest(const clif_linear &linear, const uint16_t *x, int64_t x_stride,
     if (level == CLIF_AMX)
         rest_by_amx(linear, x, x_stride, slots, low, y, y_stride, rows, thread, threads);
     else
-        rest_part<Avx512>(linear, x, x_stride, slots, low, y, y_stride, rows, thread, threads);
+        rest_part<Together, Avx512>(linear, x, x_stride, slots, low, y, y_stride, rows, thread, threads);
+}
+
+bool gates_meet(const clif_linear &linear) { return linear.out % OUTS == 0; }
+
+void linear_swiglu(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
+                   const uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int level, int thread,
+                   int threads) {
+    if (level == CLIF_AMX)
+        swiglu_by_amx(linear, x, x_stride, slots, low, y, y_stride, rows, thread, threads);
+    else
+        rest_part<Gated, Avx512>(linear, x, x_stride, slots, low, y, y_stride, rows, thread, threads);
 }
 
 }  // namespace clif
@@ -89,25 +90,44 @@ int64_t clif_packed_size(int64_t out, int64_t in) { return clif::padded(out) * c
 
 void clif_pack(const uint16_t *matrix, int64_t out, int64_t in, int64_t row_stride, float scale, uint16_t *packed) {
     using namespace clif;
-    const Packed place{packed, in};
+    const int64_t stride = padded(in) * PANEL;
     for (int64_t o = 0; o < padded(out); o++)
         for (int64_t i = 0; i < padded(in); i++) {
-            uint16_t *to = packed + o / PANEL * place.panel_stride() + i / 2 * 2 * PANEL + o % PANEL * 2 + i % 2;
-            *to = o < out && i < in ? rounded(scale * widen(matrix[o * row_stride + i])) : 0;
+            uint16_t *to = packed + o / PANEL * stride + i / 2 * 2 * PANEL + o % PANEL * 2 + i % 2;
+            *to = o < out && i < in ? narrow(scale * widen(matrix[o * row_stride + i])) : 0;
         }
 }
 
-void clif_linear_forward(const clif_linear *linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
-                         uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int level, int threads) {
-    using namespace clif;
-    const bool adapters = linear->rank > 0 && slots;
-    on_threads(threads, [=](int thread, int threads) {
+namespace {
+
+// low, then rest(thread, threads), which reads it.
+template <class Rest>
+void forward(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots, uint16_t *low,
+             int64_t rows, int level, int threads, Rest rest) {
+    const bool adapters = linear.rank > 0 && slots;
+    clif::on_threads(threads, [&](int thread, int of) {
         if (adapters) {
-            linear_low(*linear, x, x_stride, slots, low, rows, level, thread, threads);
-            if (threads > 1) {
+            clif::linear_low(linear, x, x_stride, slots, low, rows, level, thread, of);
+            if (of > 1) {
 #pragma omp barrier
             }
         }
-        linear_rest(*linear, x, x_stride, slots, low, y, y_stride, rows, level, thread, threads);
+        rest(thread, of);
+    });
+}
+
+}  // namespace
+
+void clif_linear_forward(const clif_linear *linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
+                         uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int level, int threads) {
+    forward(*linear, x, x_stride, slots, low, rows, level, threads, [&](int thread, int of) {
+        clif::linear_rest(*linear, x, x_stride, slots, low, y, y_stride, rows, level, thread, of);
+    });
+}
+
+void clif_linear_swiglu(const clif_linear *linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
+                        uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int level, int threads) {
+    forward(*linear, x, x_stride, slots, low, rows, level, threads, [&](int thread, int of) {
+        clif::linear_swiglu(*linear, x, x_stride, slots, low, y, y_stride, rows, level, thread, of);
     });
 }

@@ -5,12 +5,26 @@
 
 namespace clif {
 
-constexpr int64_t PANEL = 16;          // outputs that lie together in a packed matrix
-constexpr int64_t DEPTH = 32;          // inputs that lie together
+// linear_amx.cpp. Declared ahead of any target: GCC would take a declaration for another for a version of its own.
+void low_by_amx(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots, uint16_t *low,
+                int64_t rows, int thread, int threads);
+void rest_by_amx(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
+                 const uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int thread, int threads);
+void swiglu_by_amx(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
+                   const uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int thread, int threads);
+
+}  // namespace clif
+
+#include "vector.h"
+
+namespace clif {
+
+constexpr int64_t PANEL = 16;            // outputs that lie together in a packed matrix
+constexpr int64_t DEPTH = 32;            // inputs that lie together
 constexpr int64_t TILE = PANEL * DEPTH;  // numbers of a packed piece: 1 KiB
 constexpr int64_t LINE = 32;             // numbers of a cache line
-constexpr int64_t ROWS = 32;           // rows of a block
-constexpr int64_t OUTS = 2 * PANEL;    // outputs of a block
+constexpr int64_t ROWS = 32;             // rows of a block
+constexpr int64_t OUTS = 2 * PANEL;      // outputs of a block
 constexpr int NO_SLOT = -1;
 
 // One stretch of the inputs of a block: `tiles` times DEPTH numbers of each row, and the two panels that they meet.
@@ -37,15 +51,16 @@ struct Ahead {
     }
 };
 
-// A packed matrix: the two panels of outputs from `out` on, from the tile `tile` of the inputs on.
+// A packed matrix, of which a block reads two panels: that of the outputs from `out` on, and another `apart` outputs
+// behind it.
 struct Packed {
     const uint16_t *numbers;
-    int64_t in;
+    int64_t in, apart;
 
-    int64_t panel_stride() const { return (in + DEPTH - 1) / DEPTH * TILE; }
-    const uint16_t *at(int64_t out, int64_t tile) const {
-        return numbers + out / PANEL * panel_stride() + tile * TILE;
-    }
+    int64_t tiles() const { return (in + DEPTH - 1) / DEPTH; }
+    int64_t stride() const { return apart / PANEL * tiles() * TILE; }
+    // The first of the two panels, from a tile of the inputs on.
+    const uint16_t *at(int64_t out, int64_t tile) const { return numbers + (out / PANEL * tiles() + tile) * TILE; }
 };
 
 // Rows of a block whose inputs can be read in whole tiles. A row may end where its memory ends, so that the last inputs
@@ -63,8 +78,8 @@ class Inputs {
     // The segments of a product with outputs `out` of a matrix. Returns how many.
     int segments(const Packed &matrix, int64_t out, Segment *segments) const {
         int count = 0;
-        if (tiles_) segments[count++] = {x_, stride_, matrix.at(out, 0), matrix.panel_stride(), tiles_};
-        if (rest_) segments[count++] = {tail_, DEPTH, matrix.at(out, tiles_), matrix.panel_stride(), 1};
+        if (tiles_) segments[count++] = {x_, stride_, matrix.at(out, 0), matrix.stride(), tiles_};
+        if (rest_) segments[count++] = {tail_, DEPTH, matrix.at(out, tiles_), matrix.stride(), 1};
         return count;
     }
 
@@ -116,28 +131,55 @@ struct Sums {
         }
     }
 
-    // Round `outs` numbers of some rows, with a bias or null, and write them to y; zeros up to `width`.
-    void round_to(uint16_t *y, int64_t y_stride, const uint16_t *bias, uint32_t rows, int64_t outs,
-                  int64_t width) const {
-        const __mmask32 some = outs < OUTS ? (1u << outs) - 1 : ~0u, written = width < OUTS ? (1u << width) - 1 : ~0u;
-        __m512 low = _mm512_setzero_ps(), high = low;
-        if (bias) {
-            const __m512i both = _mm512_maskz_loadu_epi16(some, bias);
-            low = widened(_mm512_castsi512_si256(both)), high = widened(_mm512_extracti64x4_epi64(both, 1));
+    // Add numbers of a bias to each row: those of the first panel and those of the second.
+    void add(const uint16_t *bias, const uint16_t *second, int64_t outs) {
+        const __m512 low = load(bias, first_lanes(outs));
+        const __m512 high = load(second, outs > PANEL ? first_lanes(outs - PANEL) : 0);
+        for (float *row = numbers; row < numbers + ROWS * OUTS; row += OUTS) {
+            _mm512_store_ps(row, _mm512_add_ps(_mm512_load_ps(row), low));
+            _mm512_store_ps(row + PANEL, _mm512_add_ps(_mm512_load_ps(row + PANEL), high));
         }
+    }
+
+    // Round `outs` numbers of some rows and write them to y; zeros up to `width`.
+    void round_to(uint16_t *y, int64_t y_stride, uint32_t rows, int64_t outs, int64_t width) const {
+        const __mmask32 some = outs < OUTS ? (1u << outs) - 1 : ~0u, written = width < OUTS ? (1u << width) - 1 : ~0u;
         for (; rows; rows &= rows - 1) {
             const int row = __builtin_ctz(rows);
-            const float *from = numbers + row * OUTS;
-            __m512 a = _mm512_load_ps(from), b = _mm512_load_ps(from + PANEL);
-            if (bias) a = _mm512_add_ps(a, low), b = _mm512_add_ps(b, high);
+            const __m512 a = _mm512_load_ps(numbers + row * OUTS), b = _mm512_load_ps(numbers + row * OUTS + PANEL);
             const __m512i rounded = _mm512_maskz_mov_epi16(some, (__m512i)_mm512_cvtne2ps_pbh(b, a));
             _mm512_mask_storeu_epi16(y + row * y_stride, written, rounded);
         }
     }
 
-   private:
-    static __m512 widened(__m256i x) {
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+    // silu(first panel) * second, rounded where SwiGLU of rounded numbers is.
+    void gate_to(uint16_t *y, int64_t y_stride, uint32_t rows) const {
+        for (; rows; rows &= rows - 1) {
+            const int row = __builtin_ctz(rows);
+            const __m512 gate = rounded<uint16_t>(_mm512_load_ps(numbers + row * OUTS));
+            const __m512 up = rounded<uint16_t>(_mm512_load_ps(numbers + row * OUTS + PANEL));
+            store(y + row * y_stride, _mm512_mul_ps(rounded<uint16_t>(silu(gate)), up));
+        }
+    }
+};
+
+// What becomes of a block's sums. Together: its outputs lie side by side, and are rounded.
+struct Together {
+    static constexpr int64_t STEP = OUTS;
+    static int64_t width(const clif_linear &linear) { return linear.out; }
+    static int64_t apart(const clif_linear &) { return PANEL; }
+    static void write(const Sums &sums, uint16_t *y, int64_t y_stride, uint32_t rows, int64_t left) {
+        sums.round_to(y, y_stride, rows, left, left);
+    }
+};
+
+// Gated: gates in the first half of the outputs meet what they gate in the second half.
+struct Gated {
+    static constexpr int64_t STEP = PANEL;
+    static int64_t width(const clif_linear &linear) { return linear.out / 2; }
+    static int64_t apart(const clif_linear &linear) { return linear.out / 2; }
+    static void write(const Sums &sums, uint16_t *y, int64_t y_stride, uint32_t rows, int64_t) {
+        sums.gate_to(y, y_stride, rows);
     }
 };
 
@@ -147,9 +189,9 @@ struct Rectangle {
     Range rows, outs;
 };
 
-inline Rectangle rectangle(int64_t rows, int64_t row_unit, int64_t outs, int thread, int threads) {
+inline Rectangle rectangle(int64_t rows, int64_t row_unit, int64_t outs, int64_t out_unit, int thread, int threads) {
     constexpr int64_t STREAM = 4;
-    const int64_t blocks = (rows + row_unit - 1) / row_unit, panels = (outs + OUTS - 1) / OUTS;
+    const int64_t blocks = (rows + row_unit - 1) / row_unit, panels = (outs + out_unit - 1) / out_unit;
     int best = 1;
     int64_t least = INT64_MAX;
     for (int parts = 1; parts <= threads; parts++) {
@@ -159,7 +201,7 @@ inline Rectangle rectangle(int64_t rows, int64_t row_unit, int64_t outs, int thr
         if (cost < least) least = cost, best = parts;
     }
     const int across = threads / best;
-    return {share(rows, thread / across, best, row_unit), share(outs, thread % across, across, OUTS)};
+    return {share(rows, thread / across, best, row_unit), share(outs, thread % across, across, out_unit)};
 }
 
 // low = x A_s^T for one block of rows and outputs.
@@ -171,16 +213,16 @@ void low_block(Kernel &kernel, const clif_linear &linear, const Inputs &x, Slots
     for (uint32_t members; slots.next(&slot, &members);) {
         Sums sums;
         Segment segments[2];
-        const int count = x.segments({linear.a + slot * linear.a_stride, linear.in}, out, segments);
+        const int count = x.segments({linear.a + slot * linear.a_stride, linear.in, PANEL}, out, segments);
         kernel.sum(segments, count, nullptr, sums.numbers, rows);
-        sums.round_to(low + out, padded(linear.rank), nullptr, members, left, OUTS);
+        sums.round_to(low + out, padded(linear.rank), members, left, OUTS);
     }
 }
 
 template <class Kernel>
 void low_part(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots, uint16_t *low,
               int64_t rows, int thread, int threads) {
-    const Rectangle mine = rectangle(rows, PANEL, linear.rank, thread, threads);
+    const Rectangle mine = rectangle(rows, PANEL, linear.rank, OUTS, thread, threads);
     Kernel kernel;
     for (int64_t row = mine.rows.begin; row < mine.rows.end; row += ROWS) {
         const int64_t some = mine.rows.end - row < ROWS ? mine.rows.end - row : ROWS;
@@ -196,16 +238,17 @@ inline void fetch_to_write(const uint16_t *y) { __asm__ volatile("prefetchw %0" 
 
 // y for one block of rows and outputs. The adapter's product goes on where the weight's ends, in the same sums. Rows of
 // several slots have products of their own: a zero times a foreign factor that is not finite would not be zero.
-template <class Kernel>
+template <class Outputs, class Kernel>
 void rest_block(Kernel &kernel, const clif_linear &linear, const Inputs &x, Slots slots, const uint16_t *low,
                 int64_t out, uint16_t *y, int64_t y_stride, int64_t rows, Ahead ahead) {
+    const int64_t apart = Outputs::apart(linear);
     Sums sums;
     Segment segments[3];
-    int count = x.segments({linear.weight, linear.in}, out, segments);
+    int count = x.segments({linear.weight, linear.in, apart}, out, segments);
     const int64_t rank = padded(linear.rank);
     const auto adapter = [&](int slot) -> Segment {
-        const Packed b{linear.b + slot * linear.b_stride, linear.rank};
-        return {low, rank, b.at(out, 0), b.panel_stride(), rank / DEPTH};
+        const Packed b{linear.b + slot * linear.b_stride, linear.rank, apart};
+        return {low, rank, b.at(out, 0), b.stride(), rank / DEPTH};
     };
     int slot = NO_SLOT;
     uint32_t members = 0;
@@ -220,53 +263,49 @@ void rest_block(Kernel &kernel, const clif_linear &linear, const Inputs &x, Slot
         sums.take(with, members);
     }
     const int64_t left = linear.out - out;
-    sums.round_to(y + out, y_stride, linear.bias ? linear.bias + out : nullptr, slots.all(), left, left);
+    if (linear.bias) sums.add(linear.bias + out, linear.bias + out + Outputs::apart(linear), left);
+    Outputs::write(sums, y + out, y_stride, slots.all(), left);
 }
 
 // Which weights are fetched ahead: those of the next two panels, divided among the blocks of rows.
 class Reading {
    public:
-    Reading(const clif_linear &linear, int64_t end, int64_t rows)
-        : matrix_{linear.weight, linear.in}, end_(end), blocks_((rows + ROWS - 1) / ROWS), few_(rows <= PANEL) {}
+    Reading(const Packed &matrix, int64_t step, int64_t end, int64_t rows)
+        : matrix_(matrix), step_(step), end_(end), blocks_((rows + ROWS - 1) / ROWS), few_(rows <= PANEL) {}
 
     Ahead ahead(int64_t out, int64_t block) const {
-        if (few_ || out + OUTS >= end_) return {};
-        const int64_t lines = (TILE / LINE + blocks_ - 1) / blocks_, tiles = matrix_.panel_stride() / TILE;
-        return {matrix_.at(out + OUTS, 0) + block * lines * LINE * tiles, matrix_.panel_stride(), lines};
+        if (few_ || out + step_ >= end_) return {};
+        const int64_t lines = (TILE / LINE + blocks_ - 1) / blocks_;
+        return {matrix_.at(out + step_, 0) + block * lines * LINE * matrix_.tiles(), matrix_.stride(), lines};
     }
 
    private:
     Packed matrix_;
-    int64_t end_, blocks_;
+    int64_t step_, end_, blocks_;
     bool few_;
 };
 
-template <class Kernel>
+template <class Outputs, class Kernel>
 void rest_part(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
                const uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int thread, int threads) {
     constexpr int64_t CACHED = 1 << 19;  // numbers of x that stay in the second cache while the panels pass by
-    const Rectangle mine = rectangle(rows, ROWS, linear.out, thread, threads);
+    const Rectangle mine = rectangle(rows, ROWS, Outputs::width(linear), Outputs::STEP, thread, threads);
     const int64_t fit = CACHED / linear.in / ROWS * ROWS, chunk = fit < ROWS ? ROWS : fit;
+    const Packed weight{linear.weight, linear.in, Outputs::apart(linear)};
     if (linear.rank == 0) slots = nullptr;
     Kernel kernel;
     for (int64_t begin = mine.rows.begin; begin < mine.rows.end; begin += chunk) {
         const int64_t end = begin + chunk < mine.rows.end ? begin + chunk : mine.rows.end;
-        const Reading reading(linear, mine.outs.end, end - begin);
-        for (int64_t out = mine.outs.begin; out < mine.outs.end; out += OUTS)
+        const Reading reading(weight, Outputs::STEP, mine.outs.end, end - begin);
+        for (int64_t out = mine.outs.begin; out < mine.outs.end; out += Outputs::STEP)
             for (int64_t row = begin; row < end; row += ROWS) {
                 const int64_t some = end - row < ROWS ? end - row : ROWS;
                 const Inputs inputs(x + row * x_stride, x_stride, linear.in, some);
-                rest_block(kernel, linear, inputs, Slots(slots ? slots + row : nullptr, some),
+                rest_block<Outputs>(kernel, linear, inputs, Slots(slots ? slots + row : nullptr, some),
                            slots ? low + row * padded(linear.rank) : nullptr, out, y + row * y_stride, y_stride, some,
                            reading.ahead(out, (row - begin) / ROWS));
             }
     }
 }
-
-// linear_amx.cpp
-void low_by_amx(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots, uint16_t *low,
-                int64_t rows, int thread, int threads);
-void rest_by_amx(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
-                 const uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int thread, int threads);
 
 }  // namespace clif

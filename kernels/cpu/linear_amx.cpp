@@ -1,6 +1,7 @@
 // Products by AMX: two by two tiles of sums, each of 16 rows and 16 outputs.
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c,amx-tile,amx-bf16")
 #include "linear.h"
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c,amx-tile,amx-bf16")
 
 namespace clif {
 namespace {
@@ -114,7 +115,12 @@ void low_by_amx(const clif_linear &linear, const uint16_t *x, int64_t x_stride, 
 
 void rest_by_amx(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
                  const uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int thread, int threads) {
-    rest_part<Amx>(linear, x, x_stride, slots, low, y, y_stride, rows, thread, threads);
+    rest_part<Together, Amx>(linear, x, x_stride, slots, low, y, y_stride, rows, thread, threads);
+}
+
+void swiglu_by_amx(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
+                   const uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int thread, int threads) {
+    rest_part<Gated, Amx>(linear, x, x_stride, slots, low, y, y_stride, rows, thread, threads);
 }
 
 }  // namespace clif

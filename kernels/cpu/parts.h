@@ -76,6 +76,13 @@ void linear_low(const clif_linear &linear, const uint16_t *x, int64_t x_stride, 
 void linear_rest(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
                  const uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int level, int thread, int threads);
 
+// y = silu(gates) * ups of a layer gate | up, [rows, out / 2], in place of linear_rest and swiglu: the same bits, and
+// the wide rows are never written. Only where gates_meet: each half of the outputs is a multiple of 16.
+bool gates_meet(const clif_linear &linear);
+void linear_swiglu(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
+                   const uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int level, int thread,
+                   int threads);
+
 // elementwise.cpp
 template <class T>
 void rms_norm(const T *hidden, const T *added, const T *weight, float eps, T *sum, T *out, int64_t rows, int64_t width,
