@@ -11,6 +11,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "attention_few.h"
 #include "attention_tiles.h"
 #include "parts.h"
 
@@ -45,7 +46,7 @@ struct Tokens {
 template <class T>
 struct alignas(64) Scratch {
     T keys[CHUNK * MAX_HEAD_DIM], values[CHUNK * MAX_HEAD_DIM], queries[QUERIES * MAX_HEAD_DIM];
-    float sums[QUERIES * MAX_HEAD_DIM], scores[2][TILE * CHUNK];
+    float sums[QUERIES * MAX_HEAD_DIM], scores[2][TILE * CHUNK], by_token[CHUNK * TILE];
     T weights[TILE * CHUNK], nothing[MAX_HEAD_DIM];
     __m512 total[QUERIES];
     float largest[QUERIES];
@@ -103,14 +104,16 @@ void find_tokens(const Call<T> &call, const Item &item, int64_t begin, Tokens<T>
     const int32_t *blocks = call.rows.blocks + call.rows.sequence[item.tile.row] * call.rows.max_blocks;
     const T *keys = call.cache + item.kv_head * call.cache_slots * d;
     const T *values = keys + call.heads.kv_heads * call.cache_slots * d;
-    int64_t block = begin / size, offset = begin % size;
     found.begin = begin;
     found.count = left < CHUNK ? left : CHUNK;
-    for (int64_t i = 0; i < found.count; ++i) {
-        const int64_t at = (blocks[block] * size + offset) * d;
-        found.key[i] = keys + at;
-        found.value[i] = values + at;
-        if (++offset == size) ++block, offset = 0;
+    int64_t offset = begin % size;
+    for (int64_t i = 0, block = begin / size; i < found.count; ++block, offset = 0) {
+        const int64_t n = size - offset < found.count - i ? size - offset : found.count - i;
+        int64_t at = (blocks[block] * size + offset) * d;
+        for (const int64_t end = i + n; i < end; ++i, at += d) {
+            found.key[i] = keys + at;
+            found.value[i] = values + at;
+        }
     }
 }
 
@@ -290,7 +293,10 @@ void end_item(const Call<T> &call, Scratch<T> &own, const Item &item) {
 template <class T>
 class Worker {
    public:
-    explicit Worker(const Call<T> &call) : call_(call) { memset(own_.nothing, 0, sizeof own_.nothing); }
+    explicit Worker(const Call<T> &call) : call_(call) {
+        memset(own_.nothing, 0, sizeof own_.nothing);
+        if (call.amx) shape_tiles();
+    }
 
     void attend(const Item &item) {
         if (waits_) run(&item);
@@ -307,6 +313,8 @@ class Worker {
     // The item that waits; `after` is the one behind it.
     void run(const Item *after) {
         begin_item(call_, own_, item_);
+        const bool few = serves_few();
+        if (few) turn_queries();
         for (int64_t begin = 0; begin < item_.tile.context; begin += CHUNK, at_ ^= 1) {
             if (begin + CHUNK < item_.tile.context) {
                 find_tokens(call_, item_, begin + CHUNK, next());
@@ -315,8 +323,12 @@ class Worker {
             } else {
                 next().count = 0;
             }
-            pack_chunk(call_, own_, now(), next());
-            attend_chunk(begin);
+            if (few) {
+                attend_few(begin);
+            } else {
+                pack_chunk(call_, own_, now(), next());
+                attend_chunk(begin);
+            }
         }
         end_item(call_, own_, item_);
     }
@@ -328,7 +340,7 @@ class Worker {
         for (int which = 1; seen.count > 0; which ^= 1) {
             soften(call_, own_, seen);
             const Seen next = score(seen.first + TILE, begin, which);
-            if (seen.most > 0) shape(seen.count), add_values(call_, own_, seen);
+            if (seen.most > 0) add_values(call_, own_, seen);
             seen = next;
         }
     }
@@ -336,13 +348,58 @@ class Worker {
     Seen score(int64_t first, int64_t begin, int which = 0) {
         Seen seen = seen_of(own_, item_.queries(), first, begin);
         seen.scores = own_.scores[which];
-        if (seen.most > 0) shape(seen.count), find_scores(call_, own_, seen);
+        if (seen.most > 0) find_scores(call_, own_, seen);
         return seen;
     }
 
-    void shape(int64_t rows) {
-        if (call_.amx && rows != shaped_) shape_tiles(rows);
-        shaped_ = rows;
+    // Whether the item's keys and values are multiplied where they lie: the bits are the same.
+    bool serves_few() const {
+        return call_.amx && item_.queries() <= FEW && call_.head_dim() % 32 == 0 && call_.rows.block_size % TILE == 0;
+    }
+
+    void turn_queries() {
+        const T *queries[TILE];
+        for (int64_t i = 0; i < TILE; ++i) {
+            queries[i] = i < item_.queries() ? own_.queries + i * call_.inner() : own_.nothing;
+        }
+        const int64_t dwords = call_.inner() / PER_DWORD<T>;
+        pack_keys(queries, call_.head_dim(), dwords, reinterpret_cast<uint32_t *>(own_.values));
+    }
+
+    void attend_few(int64_t begin) {
+        if constexpr (sizeof(T) == sizeof(uint16_t)) {
+            Seen seen = seen_of(own_, item_.queries(), 0, begin);
+            seen.scores = own_.scores[0];
+            // Apart, so that a product does not wait until the scores before are turned.
+            for (int64_t i = 0; i < seen.most; i += TILE) score_16(i);
+            for (int64_t i = 0; i < seen.most; i += TILE) turn_scores(own_.by_token + i * TILE, seen.scores + i, CHUNK);
+            soften(call_, own_, seen);
+            const int64_t tokens = round_up(seen.most, 2);
+            for (int64_t i = now().count; i < tokens; ++i) now().value[i] = own_.nothing;
+            for (int64_t i = 0; i < seen.count; ++i) widen_weights(seen, i);
+            add_few(seen.count, seen.scores, CHUNK, now().value, tokens, call_.head_dim(), own_.sums);
+        }
+    }
+
+    // Scores of 16 tokens; behind the last one, whatever.
+    void score_16(int64_t at) {
+        const int64_t d = call_.head_dim(), left = now().count - at;
+        const T *keys = now().key[at];
+        if (left < TILE) {
+            for (int64_t i = 0; i < left; ++i) memcpy(own_.keys + i * d, now().key[at + i], d * sizeof(T));
+            keys = own_.keys;
+        }
+        for (int64_t j = at; j < at + TILE && j < next().count; ++j) {
+            prefetch(next().key[j], d);
+            prefetch(next().value[j], d);
+        }
+        score_tokens(keys, d, reinterpret_cast<uint32_t *>(own_.values), own_.by_token + at * TILE);
+    }
+
+    void widen_weights(const Seen &seen, int64_t query) {
+        for (int64_t i = 0; i < seen.width; i += LANES) {
+            store(seen.scores + query * CHUNK + i, load(own_.weights + query * CHUNK + i));
+        }
     }
 
     Tokens<T> &now() { return own_.tokens[at_]; }
@@ -353,7 +410,6 @@ class Worker {
     Item item_;
     bool waits_ = false;
     int at_ = 0;
-    int64_t shaped_ = 0;
 };
 
 // Whether bfloat16 numbers are multiplied by AMX.
@@ -388,6 +444,7 @@ void attention(const clif_heads &heads, const T *query, int64_t query_stride, co
                const clif_rows &rows, float scale, T *out, int thread, int threads) {
     const bool amx = sizeof(T) == sizeof(uint16_t) && has_amx();
     const float to_base_2 = scale * 1.44269504f;
+    const NoSubnormals as_in_amx;
     attend_share<T>({heads, query, query_stride, cache, cache_slots, rows, to_base_2, out, amx}, thread, threads);
     if (amx) _tile_release();
 }

@@ -95,16 +95,17 @@ void multiply(Left<T> a, Right b, Sums c, Size size) {
     }
 }
 
-// What tile registers hold: 0 to 3 sums and 4 the left side, of so many rows; 5 to 7 the right side.
+// All tile registers have 16 rows: a product takes its time by the rows of the right side, few on the left save nothing.
+// What lies behind the last row of the left side is multiplied as well, and its sums are never read.
 struct alignas(64) TileShapes {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {};
 };
 
-inline void shape_tiles(int64_t rows) {
+inline void shape_tiles() {
     TileShapes shapes;
-    for (int i = 0; i < 8; ++i) shapes.rows[i] = static_cast<uint8_t>(i < 5 ? rows : TILE);
+    for (int i = 0; i < 8; ++i) shapes.rows[i] = TILE;
     publish(&shapes);
     _tile_loadconfig(&shapes);
 }
@@ -155,7 +156,7 @@ inline void multiply_four(Left<uint16_t> a, Right b, Sums c, int64_t dwords) {
     _tile_stored(3, c.at + 3 * TILE, stride);
 }
 
-// By AMX, whose tiles have the shapes of size.rows.
+// By AMX: always 16 rows.
 inline void multiply_amx(Left<uint16_t> a, Right b, Sums c, Size size) {
     publish(a.at);
     publish(b.at);
@@ -165,8 +166,8 @@ inline void multiply_amx(Left<uint16_t> a, Right b, Sums c, Size size) {
     for (; tile < size.tiles; ++tile, b.at += b.tile, c.at += TILE) multiply_one(a, b, c, size.dwords);
 }
 
-// Dwords 4 * quad to 4 * quad + 3 of 16 rows -> four rows of 16 dwords.
-inline void transpose_quad(const uint32_t *const rows[TILE], int64_t quad, uint32_t *to) {
+// Dwords 4 * quad to 4 * quad + 3 of 16 rows -> four rows of 16 dwords, so many dwords apart.
+inline void transpose_quad(const uint32_t *const rows[TILE], int64_t quad, uint32_t *to, int64_t stride = TILE) {
     __m512i by_four[4];
     for (int i = 0; i < 4; ++i) {
         const auto part = [&](int lane) {
@@ -182,9 +183,9 @@ inline void transpose_quad(const uint32_t *const rows[TILE], int64_t quad, uint3
     const __m512i high01 = _mm512_unpackhi_epi32(by_four[0], by_four[1]);
     const __m512i high23 = _mm512_unpackhi_epi32(by_four[2], by_four[3]);
     _mm512_storeu_si512(to, _mm512_unpacklo_epi64(low01, low23));
-    _mm512_storeu_si512(to + TILE, _mm512_unpackhi_epi64(low01, low23));
-    _mm512_storeu_si512(to + 2 * TILE, _mm512_unpacklo_epi64(high01, high23));
-    _mm512_storeu_si512(to + 3 * TILE, _mm512_unpackhi_epi64(high01, high23));
+    _mm512_storeu_si512(to + stride, _mm512_unpackhi_epi64(low01, low23));
+    _mm512_storeu_si512(to + 2 * stride, _mm512_unpacklo_epi64(high01, high23));
+    _mm512_storeu_si512(to + 3 * stride, _mm512_unpackhi_epi64(high01, high23));
 }
 
 // 16 keys -> one tile: its rows are dwords of a key, so many of them and zeros up to `padded`.
