@@ -131,10 +131,7 @@ class ModelRunner:
     @torch.no_grad()
     def compute(self, batch: Batch, fused: FusedPass | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and greedy tokens of the rows that sample: everything of a step that can be captured."""
-        ids = batch.ids
-        if batch.sources is not None:
-            ids = torch.where(batch.sources < 0, ids, self._last_tokens[batch.sources.clamp_min(0)])
-        hidden = self.stack.embed(ids)
+        hidden = self.stack.embed(batch.ids if batch.sources is None else self._ids(batch.ids, batch.sources))
         if self._compiled is not None and batch.layout.step is not None and fused is None:
             hidden = self._compiled(hidden, batch)
         else:
@@ -149,7 +146,16 @@ class ModelRunner:
 
     def _keep(self, tokens: torch.Tensor) -> None:
         """For the rows of the next step. A sequence without a token ends; until that is known, they need some id."""
-        self._last_tokens[: len(tokens)] = tokens.clamp_min(0)
+        if self._cpu:
+            # No graph reads them, and most steps do not: _ids() makes ids of them where one does.
+            self._last_tokens = tokens
+        else:
+            self._last_tokens[: len(tokens)] = tokens.clamp_min(0)
+
+    def _ids(self, ids: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+        """ids [rows], with tokens of the last step where sources [rows] says so."""
+        last = self._last_tokens.clamp_min(0) if self._cpu else self._last_tokens
+        return torch.where(sources < 0, ids, last[sources.clamp_min(0)])
 
     def _layers(self, hidden: torch.Tensor, sub_batch: SubBatch, fused: FusedPass | None) -> torch.Tensor:
         """All layers of the serving rows; those that the fused pass has yet to do see its rows as well."""
