@@ -371,7 +371,8 @@ class Worker {
             Seen seen = seen_of(own_, item_.queries(), 0, begin);
             seen.scores = own_.scores[0];
             // Apart, so that a product does not wait until the scores before are turned.
-            for (int64_t i = 0; i < seen.most; i += TILE) score_16(i);
+            const bool loaded = load_queries(reinterpret_cast<uint32_t *>(own_.values), call_.head_dim());
+            for (int64_t i = 0; i < seen.most; i += TILE) score_16(i, loaded);
             for (int64_t i = 0; i < seen.most; i += TILE) turn_scores(own_.by_token + i * TILE, seen.scores + i, CHUNK);
             soften(call_, own_, seen);
             const int64_t tokens = round_up(seen.most, 2);
@@ -382,7 +383,7 @@ class Worker {
     }
 
     // Scores of 16 tokens; behind the last one, whatever.
-    void score_16(int64_t at) {
+    void score_16(int64_t at, bool loaded) {
         const int64_t d = call_.head_dim(), left = now().count - at;
         const T *keys = now().key[at];
         if (left < TILE) {
@@ -393,7 +394,7 @@ class Worker {
             prefetch(next().key[j], d);
             prefetch(next().value[j], d);
         }
-        score_tokens(keys, d, reinterpret_cast<uint32_t *>(own_.values), own_.by_token + at * TILE);
+        score_tokens(keys, d, reinterpret_cast<uint32_t *>(own_.values), loaded, own_.by_token + at * TILE);
     }
 
     void widen_weights(const Seen &seen, int64_t query) {

@@ -86,7 +86,10 @@ typedef struct {
 } clif_rows;
 
 // out [rows, heads * head_dim] = softmax(scale q k^T) v over each row's context in the cache, which has its own token.
-// query: rows query_stride numbers apart (the merged projection may be passed). Sums and softmax in float32.
+// query: rows query_stride numbers apart (the merged projection may be passed). Sums and softmax in float32; scale is
+// above 0, head_dim a multiple of 8 up to 256. A row's bits depend on its query and its context alone: they are the same
+// for a row that continues an answer and inside the chunk of a prompt. No slot behind a row's context counts, except
+// that within a chunk a NaN of a later token reaches the rows before it.
 CLIF_API void clif_attention(int type, const clif_heads *heads, const void *query, int64_t query_stride,
                              const void *cache, int64_t cache_slots, const clif_rows *rows, float scale, void *out,
                              int threads);
