@@ -6,10 +6,10 @@ A LoRA of each request is chosen by its scale; requests of different adapters do
 
 from __future__ import annotations
 
+import atexit
 import http.client
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -43,8 +43,8 @@ def prepare(job: dict[str, Any]) -> Any:
     # OpenMP would pin its threads a second time.
     environment = {key: value for key, value in os.environ.items() if key != "GOMP_CPU_AFFINITY"}
     server = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=sys.stderr, env=environment)
+    atexit.register(server.kill)
     wait_until_ready(port, server)
-    signal.signal(signal.SIGTERM, lambda *_: server.kill())
     pool = ThreadPoolExecutor(slots)
 
     def turn(asked: dict[str, Any]) -> Work:
