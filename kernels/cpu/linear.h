@@ -209,11 +209,13 @@ template <class Kernel>
 void low_block(Kernel &kernel, const clif_linear &linear, const Inputs &x, Slots slots, int64_t out, uint16_t *low,
                int64_t rows) {
     const int64_t left = linear.rank - out;
+    // A second panel that is all padding is not read from memory: the first is taken twice, and its sums are left out.
+    const int64_t apart = left > PANEL ? PANEL : 0;
     int slot;
     for (uint32_t members; slots.next(&slot, &members);) {
         Sums sums;
         Segment segments[2];
-        const int count = x.segments({linear.a + slot * linear.a_stride, linear.in, PANEL}, out, segments);
+        const int count = x.segments({linear.a + slot * linear.a_stride, linear.in, apart}, out, segments);
         kernel.sum(segments, count, nullptr, sums.numbers, rows);
         sums.round_to(low + out, padded(linear.rank), members, left, OUTS);
     }
