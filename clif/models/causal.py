@@ -59,7 +59,7 @@ class CausalSequences:
     def _group(self, members: list[tuple[int, int]]) -> _Group:
         longest = max(length for _, length in members)
         mask = torch.full((longest, longest), -torch.inf, device=self._device).triu(1)
-        if len(members) * longest == self.count:
+        if sum(length for _, length in members) == len(members) * longest == self.count:
             return _Group(len(members), longest, None, None, mask)
         rows = [start + j for start, length in members for j in range(length)]
         slots = [i * longest + j for i, (_, length) in enumerate(members) for j in range(length)]

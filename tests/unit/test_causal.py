@@ -24,7 +24,7 @@ def expected(lengths: list[int], q: torch.Tensor, k: torch.Tensor, v: torch.Tens
     return torch.cat(out)
 
 
-@pytest.mark.parametrize("lengths", [[5], [7, 7], [3, 40, 5, 33, 1]], ids=str)
+@pytest.mark.parametrize("lengths", [[5], [7, 7], [3, 40, 5, 33, 1], [40, 7, 33]], ids=str)
 @pytest.mark.parametrize("way", ["attend", "_fused"])
 def test_sequences_see_their_own_past_alone_forward_and_backward(lengths: list[int], way: str) -> None:
     rng = torch.Generator().manual_seed(0)
