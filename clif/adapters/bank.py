@@ -204,6 +204,8 @@ class AdapterBank:
     def refresh(self) -> None:
         """Round the masters to what the shadow's rows are multiplied with: whatever changes them calls it once."""
         self._rounding.apply()
+        for layer in self.layers:
+            layer.pack_shadow()
 
     def fill_slot(self, slot: int, state: State) -> None:
         """Copy an adapter into a serving slot, rounding to the base dtype once."""

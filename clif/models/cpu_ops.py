@@ -1,4 +1,5 @@
-"""The parts of a layer between its products by the C++ kernels, for rows that serve; rows that learn take torch's."""
+"""The parts of a layer between its products by the C++ kernels. Rows that learn take those of cpu_training.py in
+bfloat16, and torch's otherwise."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from torch.nn.functional import silu
 
 from clif.kernels.cpu import host
 from clif.kernels.cpu.host import HeadNorm, HeadShape
+from clif.kernels.cpu.training import TrainingKernels
 from clif.kernels.elementwise_reference import rms_norm
+from clif.models.cpu_training import LearningNorm, LearningRotary, learning_gate
 from clif.models.layer_ops import (
     Activation,
     Angles,
@@ -35,25 +38,30 @@ class CpuOps:
     def __init__(self, max_context: int) -> None:
         """max_context: the positions that there are."""
         self._max_context = max_context
+        self.training = TrainingKernels()
 
     def angles(self, rotary: Any, like: torch.Tensor) -> Angles:
         return AngleTable(TorchAngles(rotary, like), self._max_context)
 
     def norm(self, module: Any) -> Norm:
         plain = as_rms_norm(module)
-        return TorchNorm(module) if plain is None else CpuNorm(*plain, TorchNorm(module))
+        if plain is None:
+            return TorchNorm(module)
+        learns = plain[0].dtype == torch.bfloat16
+        return CpuNorm(*plain, LearningNorm(self.training, *plain) if learns else TorchNorm(module))
 
     def rotary(self, layout: HeadLayout) -> Rotary:
         sizes = layout.heads, layout.kv_heads, layout.head_dim
         if layout.norms is None:
-            return CpuRotary(HeadShape(*sizes), TorchRotary(layout))
+            shape = HeadShape(*sizes)
+            return CpuRotary(shape, LearningRotary(self.training, shape, TorchRotary(layout)))
         query, key = (as_rms_norm(module) for module in layout.norms)
         if query is None or key is None:
             return TorchRotary(layout)
         return CpuRotary(HeadShape(*sizes, (HeadNorm(*query), HeadNorm(*key))), TorchRotary(layout))
 
     def gate(self, activation: Activation) -> Activation:
-        return CpuGate(activation) if is_silu(activation) else TorchGate(activation)
+        return CpuGate(activation, self.training) if is_silu(activation) else TorchGate(activation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +70,7 @@ class CpuNorm:
 
     weight: torch.Tensor
     eps: float
-    learning: TorchNorm
+    learning: Norm
 
     def __call__(self, hidden: torch.Tensor, added: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         if hidden.requires_grad or (added is not None and added.requires_grad):
@@ -75,7 +83,7 @@ class CpuRotary:
     """Norms of heads, rotation and write to the cache, in the memory of the projection."""
 
     shape: HeadShape
-    learning: TorchRotary
+    learning: Rotary
 
     def __call__(
         self, qkv: torch.Tensor, rope: Rope, to: CacheRows | None
@@ -94,11 +102,16 @@ class CpuRotary:
 class CpuGate:
     """silu(gate) * up of [rows, gate | up]."""
 
-    def __init__(self, activation: Activation) -> None:
-        self._learning = TorchGate(activation)
+    def __init__(self, activation: Activation, training: TrainingKernels | None = None) -> None:
+        """training: for rows that learn, in bfloat16; None: torch's operators."""
+        self._learning, self._training = TorchGate(activation), training
 
     def __call__(self, wide: torch.Tensor) -> torch.Tensor:
-        return self._learning(wide) if wide.requires_grad else host.swiglu(wide)
+        if not wide.requires_grad:
+            return host.swiglu(wide)
+        if self._training is not None and wide.dtype == torch.bfloat16:
+            return learning_gate(wide, self._training)
+        return self._learning(wide)
 
 
 @torch.no_grad()

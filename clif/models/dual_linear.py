@@ -25,11 +25,13 @@ from clif.kernels.dual_lora_reference import (
     shadow_backward,
     shadow_forward,
 )
-from clif.models.base_weight import BaseWeight, Dense, merged
+from clif.models.base_backward import base_backward, multiplies, packed_product
+from clif.models.base_weight import BaseWeight, Dense, PackedWeight, merged
 from clif.models.lora_factors import LoraFactors, LoraModule
 from clif.models.shard import LinearShards, Shard
 
 if TYPE_CHECKING:
+    from clif.kernels.cpu.training import TrainingKernels
     from clif.kernels.dual_lora_forms import DualLoraLinear
     from clif.kernels.dual_lora_host import KernelLauncher
     from clif.kernels.dual_lora_table import AdapterTables, RowTables
@@ -67,7 +69,8 @@ class DualLinear:
 
     It merges layers that read the same input (query, key and value; gate and up): W [out, in] holds their weights one
     below the other. names, sizes: of the merged modules, which are what adapters belong to; into what attention splits
-    the output is no concern of this layer. lora: their adapters; None before adapt().
+    the output is no concern of this layer. lora: their adapters; None before adapt(). training: what computes the
+    backward of rows that learn, in bfloat16 on a CPU; None: torch.
     """
 
     def __init__(self, names: Sequence[str], linears: Sequence[nn.Linear], shards: LinearShards | None = None) -> None:
@@ -76,6 +79,7 @@ class DualLinear:
         self.shards = shards or LinearShards("out", tuple(Shard(0, n, n) for n in self.sizes), TpGroup())
         self.base: BaseWeight = merged(linears)
         self.lora: LoraFactors | None = None
+        self.training: TrainingKernels | None = None
         self._kernels: DualLoraLinear | None = None
         self._captured: DualLoraLinear | None = None
 
@@ -116,6 +120,8 @@ class DualLinear:
         elif self._kernels is not None:
             # Rows of several kinds are concatenated: the tables of one kind do not fit them.
             y, _ = self._kernels.forward(x, _segments(rows), rows[0].tables if len(rows) == 1 else None)
+        elif isinstance(self.base, PackedWeight) and self.lora is not None and self.lora.packed is not None:
+            y, _ = packed_product(x, self.base, self.lora.packed, _segments(rows))
         else:
             y = self._add_adapters(self.base.forward(x), x, rows)
         self.shards.sum_outputs(y)
@@ -143,10 +149,15 @@ class DualLinear:
 
         Returns their output [count, out], that of the others [their rows, out], and what the backward needs beside x.
         """
+        low: torch.Tensor | None
         together = torch.cat([*others, x]) if others else x
         served = len(together) - len(x)
         if self._kernels is not None:
             y, hidden = self._kernels.forward(together, _segments(rows))
+            self.shards.sum_outputs(y)
+            return y[served:], y[:served], hidden[served:]
+        if isinstance(self.base, PackedWeight) and self.lora is not None and self.lora.packed is not None:
+            y, hidden = packed_product(together, self.base, self.lora.packed, _segments(rows))
             self.shards.sum_outputs(y)
             return y[served:], y[:served], hidden[served:]
         y, low, lora = self.base.forward(together), None, self.lora
@@ -158,14 +169,19 @@ class DualLinear:
 
     def gradients(
         self, grad: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor, down: bool
-    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Of x (None unless down), of shadow_a and of shadow_b, given that of y [count, out].
+
+        None for a factor whose gradient was added to already.
 
         Those of factors that peers hold as well are partial sums: see AdapterBank.join_gradient.
         """
         assert self.lora is not None
         if self._kernels is not None:
             grad_x, a, b = self._kernels.backward(grad, x, hidden, down)
+        elif self.training is not None and multiplies(self.base, len(self.lora.compute_a)):
+            weight, factors = self.base.tensors[0], self.lora.learning()
+            grad_x, a, b = self.training.learning_backward(weight, factors, grad, x, hidden, down), None, None
         else:
             lora, through_base = self.lora, self.base.backward(grad) if down else None
             grad_x, a, b = shadow_backward(grad, through_base, x, hidden, lora.compute_a, lora.compute_b, lora.scale)
@@ -203,7 +219,7 @@ class _Learn(torch.autograd.Function):
         x, hidden = ctx.saved_tensors
         down = ctx.needs_input_grad[0]
         if hidden is None:
-            grad_x = dual.shards.sum_inputs(dual.base.backward(gradients[0])) if down else None
+            grad_x = dual.shards.sum_inputs(base_backward(dual.base, gradients[0], dual.training)) if down else None
             return grad_x, None, None, None, None, None
         return *dual.gradients(gradients[0], x, hidden, down), None, None, None
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from clif.distributed.collectives import TpGroup
+from clif.kernels.cpu.training import TrainingKernels
+from clif.models.base_backward import base_backward
 from clif.models.base_weight import BaseWeight, Dense
 from clif.models.shard import shard_linear, uneven_shard
 from clif.types import NO_TOKEN
@@ -16,6 +18,8 @@ from clif.types import NO_TOKEN
 
 class Head:
     """This rank's rows [shard] of the head [vocabulary, hidden size]; all of them with one rank.
+
+    training: what computes losses and their gradient, in bfloat16 on a CPU; None: torch.
 
     Each rank reads and multiplies its share only; the communication that this costs is small beside it. A greedy token
     costs one collective, which the ranks would need anyway to agree on it.
@@ -32,10 +36,15 @@ class Head:
         rows = slice(self.shard.start, self.shard.stop) if tied else slice(None)
         bias = None if module.bias is None else module.bias.data[rows]
         self.base: BaseWeight = Dense(module.weight.data[rows], bias)
+        self.training: TrainingKernels | None = None
 
     def __call__(self, normed: torch.Tensor) -> torch.Tensor:
         """normed [rows, hidden size] -> this rank's columns of the logits [rows, shard]."""
         return self.base.forward(normed)
+
+    def backward(self, grad: torch.Tensor) -> torch.Tensor:
+        """Gradient of this rank's logits [rows, shard] -> what it adds to that of `normed` [rows, hidden size]."""
+        return base_backward(self.base, grad, self.training)
 
     def whole(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits [rows, vocabulary], equal bits on all peers, from the columns of each. Collective."""

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from clif.kernels.cpu.training import TrainingKernels
 from clif.kernels.elementwise_reference import SwiGLU, rms_norm, rotate, rotate_heads, write_rows
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -91,7 +92,12 @@ class Rotary(Protocol):
 
 
 class LayerOps(Protocol):
-    """Makes the parts of a layer, and the angles of all, for one type of device."""
+    """Makes the parts of a layer, and the angles of all, for one type of device.
+
+    training: what else computes for rows that learn, in bfloat16 on a CPU; None: torch alone.
+    """
+
+    training: TrainingKernels | None
 
     def angles(self, rotary: Any, like: torch.Tensor) -> Angles:
         """rotary: transformers' rotary embedding; like: of the type and on the device that are wanted."""
@@ -110,6 +116,8 @@ class LayerOps(Protocol):
 
 class TorchOps:
     """Every part by torch's operators, on any device."""
+
+    training = None
 
     def angles(self, rotary: Any, like: torch.Tensor) -> Angles:
         return TorchAngles(rotary, like)

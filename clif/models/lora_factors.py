@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from clif.kernels.cpu.products import PackedFactors
+from clif.kernels.cpu.training import LearningFactors
 from clif.kernels.dual_lora_reference import SHADOW, MergedLinear, Projection
 from clif.models.base_weight import BaseWeight, Dense
 from clif.models.shard import LinearShards, Shard, ShardSpec
@@ -64,8 +65,13 @@ class LoraFactors:
         self.compute_a, self.compute_b = a[SHADOW], b[SHADOW]
 
     def pack(self) -> None:
-        """Keep the serving slots in the layout of the C++ kernels as well. Their memory no longer moves from now on."""
-        self.packed = PackedFactors(self.serving_a, self.serving_b, self.scale)
+        """Keep all slots in the layout of the C++ kernels as well. Their memory no longer moves from now on."""
+        self.packed = PackedFactors(self.a, self.b, self.scale)
+
+    def pack_shadow(self) -> None:
+        """The shadow's factors have changed."""
+        if self.packed is not None:
+            self.packed.refresh(len(self.a) - 1)
 
     def draw(self) -> None:
         """The shadow as it is before any training: A drawn from torch's random numbers like a linear layer, B zero."""
@@ -76,6 +82,13 @@ class LoraFactors:
             nn.init.kaiming_uniform_(whole, a=math.sqrt(5))
             a.copy_(whole[:, inputs.start : inputs.stop])
         self.shadow_b.data.zero_()
+
+    def learning(self) -> LearningFactors:
+        """What the C++ kernels of training read and add to."""
+        starts = [sum(module.size for module in self.modules[:i]) for i in self.adapted]
+        outputs = [(start, start + self.modules[i].size) for start, i in zip(starts, self.adapted, strict=True)]
+        gradients = _gradient(self.shadow_a), _gradient(self.shadow_b)
+        return LearningFactors(self.compute_a, self.compute_b, self.r, self.scale, outputs, gradients)
 
     def in_slot(self, slot: int) -> Factors:
         """Merged A [k r, in] and B [out, k r] of a slot."""
@@ -118,3 +131,10 @@ class LoraFactors:
         """The non-zero blocks of merged B [..., out, k r], one per adapted module."""
         rows = b.split([module.size for module in self.modules], -2)
         return [rows[i][..., j * self.r : (j + 1) * self.r] for j, i in enumerate(self.adapted)]
+
+
+def _gradient(master: nn.Parameter) -> torch.Tensor:
+    """What the gradients of a master are added to."""
+    if master.grad is None:
+        master.grad = torch.zeros_like(master)
+    return master.grad

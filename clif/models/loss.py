@@ -33,6 +33,9 @@ def head_loss(
     """
     with torch.no_grad():
         logits = head(normed)
+        if head.training is not None and head.tp_group.size == 1:
+            losses = head.training.cross_entropy_(logits, targets, divisor)
+            return losses.sum(), None if divisor is None else head.backward(logits)
         p = torch.softmax(logits, -1, dtype=torch.float32)
         # log sum exp = largest logit - log(largest probability), which cannot underflow.
         own_sum = logits.amax(-1).float() - p.amax(-1).log()
@@ -46,7 +49,7 @@ def head_loss(
         # Softmax over this rank's columns differs from that over all by their share of the whole sum.
         p.mul_((own_sum - log_sum).exp_().div_(divisor)[:, None])
         p.scatter_add_(1, columns, mine.float().mul_(-1.0 / divisor))
-        return loss, head.tp_group.all_reduce_(head.base.backward(p.to(normed.dtype)))
+        return loss, head.tp_group.all_reduce_(head.backward(p.to(normed.dtype)))
 
 
 def _joined(head: Head, log_sum: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

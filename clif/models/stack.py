@@ -12,6 +12,7 @@ from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
 from clif.models.base_weight import PackedWeight, arena_for, packed, prepacked
 from clif.models.causal import CausalSequences
+from clif.models.cpu_training import PackedSequences
 from clif.models.dual_linear import DualLinear, LoraRows
 from clif.models.head import Head
 from clif.models.layer import AttentionPlan, DecoderLayer, SubBatch
@@ -47,9 +48,13 @@ class CausalStack:
             DecoderLayer(m, f"{spec.layers}.{i}", i, spec.layer, tp_group, ops) for i, m in enumerate(inner.layers)
         ]
         self._norm = ops.norm(inner.norm)
+        self._training = ops.training if inner.embed_tokens.weight.dtype == torch.bfloat16 else None
+        for linear in self.linears:
+            linear.training = self._training
         self.angles = ops.angles(inner.rotary_emb, inner.embed_tokens.weight)
         head: Any = model.get_output_embeddings()
         self.head = Head(head, self.vocab_size, head.weight is inner.embed_tokens.weight, tp_group)
+        self.head.training = self._training
 
     @property
     def linears(self) -> list[DualLinear]:
@@ -86,9 +91,16 @@ class CausalStack:
 
     def sequences(self, lengths: Sequence[int]) -> AttentionPlan:
         """The plan of packed rows that attend within their sequences. Does not wait for the device."""
+        if self._training is not None:
+            return PackedSequences(lengths, self._training)
         if self.varlen is None:
             return CausalSequences(lengths, self.device)
         return VarlenSequences(SequenceSpans.of(lengths, lengths, self.device), self.varlen)
+
+    @property
+    def keeps_squares(self) -> bool:
+        """Whether the backward of attention keeps probabilities of each pair of tokens."""
+        return self.varlen is None and self._training is None
 
     def layers(
         self, start: int, stop: int, hidden: Sequence[torch.Tensor], sub_batches: Sequence[SubBatch]

@@ -50,6 +50,8 @@ SAME_FP8 = 0.06
 class TritonOps:
     """Parts that the kernels compute; torch's for modules that are no plain RMSNorm, and other gates than silu's."""
 
+    training = None
+
     def __init__(self, max_context: int) -> None:
         """max_context: the positions that there are."""
         self._max_context = max_context

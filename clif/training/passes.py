@@ -167,7 +167,7 @@ def measure_activations(stack: CausalStack, budget: int) -> Activations:
     probe = Packed(ids, ids, ids, ids, (n,))
     run = Pass(stack, probe, None, keep=Activations(1 << 62, stack.num_layers, 0, 0, 0))
     item = run.hidden.element_size()
-    square = stack.num_heads * item if stack.varlen is None else 0
+    square = stack.num_heads * item if stack.keeps_squares else 0
     held: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

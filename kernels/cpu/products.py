@@ -96,6 +96,7 @@ def product(
     slots: torch.Tensor | None = None,
     *,
     gated: bool = False,
+    low: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     level: int | None = None,
     threads: int | None = None,
@@ -103,17 +104,18 @@ def product(
     """y [..., out] = x [..., in] W^T + bias + scale (x A_s^T) B_s^T, with s = slots[row] (-1: none).
 
     gated: y [..., out / 2] = silu(gate) * up of W = gate | up, whose halves are multiples of 16, instead.
-    x, bias: bfloat16; slots: int32 [rows]; out: where y [rows, out] goes, its rows in any distance. level, threads: by
-    default the machine's and torch's. Raises TypeError for other types than bfloat16, ValueError for a shape that does
-    not fit.
+    x, bias: bfloat16; slots: int32 [rows]; low: where x A_s^T goes, see empty_low; out: where y [rows, out] goes, its
+    rows in any distance. level, threads: by default the machine's and torch's. Raises TypeError for other types than
+    bfloat16, ValueError for a shape that does not fit.
     """
     if gated and packed.out % 32:
         raise ValueError(f"the halves of {packed.out} outputs are no multiples of 16")
     rows, width = _rows(x, packed.in_), packed.out // 2 if gated else packed.out
     y = torch.empty(len(rows), width, dtype=torch.bfloat16) if out is None else out
-    low = None
-    if factors is not None and slots is not None:
-        low = torch.empty(len(rows), -(-factors.rank // 32) * 32, dtype=torch.bfloat16)
+    if factors is None or slots is None:
+        low = None
+    elif low is None:
+        low = empty_low(len(rows), factors)
     kernels = library.load()
     (kernels.clif_linear_swiglu if gated else kernels.clif_linear_forward)(
         ctypes.byref(linear(packed, bias, factors)),
@@ -128,6 +130,11 @@ def product(
         torch.get_num_threads() if threads is None else threads,
     )
     return y if out is not None else y.view(*x.shape[:-1], width)
+
+
+def empty_low(rows: int, factors: PackedFactors) -> torch.Tensor:
+    """Memory for x A_s^T of so many rows: [rows, k r padded to 32]."""
+    return torch.empty(rows, -(-factors.rank // 32) * 32, dtype=torch.bfloat16)
 
 
 def _rows(x: torch.Tensor, in_: int) -> torch.Tensor:

@@ -46,47 +46,52 @@ class TrainingKernels:
             self._scratch = torch.empty(size, dtype=torch.uint8)
         return self._scratch.data_ptr()
 
-    def linear_backward(
+    def linear_backward(self, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """Given grad [rows, out] of y = x W^T: that of x [rows, in]. Widths are multiples of 32."""
+        grad = _rows(grad)
+        grad_x = grad.new_empty(len(grad), weight.shape[1])
+        struct = Learning(weight.shape[1], weight.shape[0], weight.data_ptr())
+        self._linear_backward(struct, grad, (None, 0, None, 0), grad_x, (None, None))
+        return grad_x
+
+    def learning_backward(
         self,
         weight: torch.Tensor,
+        factors: LearningFactors,
         grad: torch.Tensor,
-        down: bool = True,
-        x: torch.Tensor | None = None,
-        low: torch.Tensor | None = None,
-        factors: LearningFactors | None = None,
+        x: torch.Tensor,
+        low: torch.Tensor,
+        down: bool,
     ) -> torch.Tensor | None:
-        """Given grad [rows, out] of y = x W^T + scale * low B^T: that of x [rows, in], None unless down.
+        """Given grad [rows, out] of y = x W^T + scale * low B^T, where low = x A^T [rows, at least k r].
 
-        With factors, their gradients are added to, from x [rows, in] and low = x A^T [rows, at least k r]. Widths are
-        multiples of 32.
+        Adds to the factors' gradients, and returns that of x [rows, in], None unless down. Widths as above.
         """
-        grad, threads = _rows(grad), torch.get_num_threads()
-        outputs = [] if factors is None else [at for pair in factors.outputs for at in pair]
-        table = torch.tensor(outputs, dtype=torch.int64)
-        struct = Learning(weight.shape[1], weight.shape[0], weight.data_ptr())
-        if factors is not None:
-            struct.rank, struct.r, struct.members = len(factors.a), factors.r, len(factors.outputs)
-            struct.outputs, struct.scale = table.data_ptr(), factors.scale
-            struct.a, struct.b = factors.a.data_ptr(), factors.b.data_ptr()
-        x = None if x is None else _rows(x)
+        grad, x = _rows(grad), _rows(x)
+        outputs = torch.tensor([at for pair in factors.outputs for at in pair], dtype=torch.int64)
+        sizes = len(factors.a), factors.r, len(factors.outputs)
+        pointers = (one.data_ptr() for one in (outputs, factors.a, factors.b))
+        struct = Learning(weight.shape[1], weight.shape[0], weight.data_ptr(), *sizes, *pointers, factors.scale)
         grad_x = grad.new_empty(len(grad), weight.shape[1]) if down else None
-        self._library.clif_linear_backward(
-            ctypes.byref(struct),
-            grad.data_ptr(),
-            grad.stride(0),
-            None if x is None else x.data_ptr(),
-            0 if x is None else x.stride(0),
-            None if low is None else low.data_ptr(),
-            0 if low is None else low.stride(0),
-            None if grad_x is None else grad_x.data_ptr(),
-            None if factors is None else factors.gradients[0].data_ptr(),
-            None if factors is None else factors.gradients[1].data_ptr(),
-            len(grad),
-            self._memory(self._library.clif_linear_backward_scratch(ctypes.byref(struct), len(grad), threads)),
-            self._level,
-            threads,
-        )
+        inputs = x.data_ptr(), x.stride(0), low.data_ptr(), low.stride(0)
+        self._linear_backward(struct, grad, inputs, grad_x, tuple(one.data_ptr() for one in factors.gradients))
         return grad_x
+
+    def _linear_backward(
+        self,
+        struct: Learning,
+        grad: torch.Tensor,
+        inputs: tuple[int | None, int, int | None, int],
+        grad_x: torch.Tensor | None,
+        gradients: tuple[int | None, ...],
+    ) -> None:
+        """inputs: addresses and strides of x and low; gradients: addresses."""
+        by, threads = ctypes.byref(struct), torch.get_num_threads()
+        memory = self._memory(self._library.clif_linear_backward_scratch(by, len(grad), threads))
+        to = None if grad_x is None else grad_x.data_ptr()
+        self._library.clif_linear_backward(
+            *(by, grad.data_ptr(), grad.stride(0), *inputs, to, *gradients, len(grad), memory, self._level, threads)
+        )
 
     def causal(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, scale: float

@@ -75,7 +75,7 @@ def test_the_backward_of_a_linear_layer_is_that_of_float64_and_adds_to_the_facto
     factors = factors_of(inputs, outputs, r, left_out)
     weight, x, grad = draw(sum(outputs), inputs, scale=0.1), draw(rows, inputs), draw(rows, sum(outputs))
     low = x @ factors.a.T
-    found = kernels.linear_backward(weight, grad, True, x, low, factors)
+    found = kernels.learning_backward(weight, factors, grad, x, low, True)
     low_grad = factors.scale * grad.double() @ factors.b.double()
     assert error(found, grad.double() @ weight.double() + low_grad @ factors.a.double()) < ROUNDED
     assert error(factors.gradients[0] - 1, low_grad.T @ x.double()) < ROUNDED
@@ -95,7 +95,7 @@ def test_gradients_of_factors_do_not_depend_on_the_number_of_threads():
         torch.set_num_threads(threads)
         factors = factors_of(160, [96, 32], 8)
         x, grad = draw(75, 160), draw(75, 128)
-        down = TrainingKernels().linear_backward(draw(128, 160), grad, True, x, x @ factors.a.T, factors)
+        down = TrainingKernels().learning_backward(draw(128, 160), factors, grad, x, x @ factors.a.T, True)
         found.append((down, *factors.gradients))
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
