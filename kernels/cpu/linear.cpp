@@ -88,16 +88,6 @@ void linear_swiglu(const clif_linear &linear, const uint16_t *x, int64_t x_strid
 
 int64_t clif_packed_size(int64_t out, int64_t in) { return clif::padded(out) * clif::padded(in); }
 
-void clif_pack(const uint16_t *matrix, int64_t out, int64_t in, int64_t row_stride, float scale, uint16_t *packed) {
-    using namespace clif;
-    const int64_t stride = padded(in) * PANEL;
-    for (int64_t o = 0; o < padded(out); o++)
-        for (int64_t i = 0; i < padded(in); i++) {
-            uint16_t *to = packed + o / PANEL * stride + i / 2 * 2 * PANEL + o % PANEL * 2 + i % 2;
-            *to = o < out && i < in ? narrow(scale * widen(matrix[o * row_stride + i])) : 0;
-        }
-}
-
 namespace {
 
 // low, then rest(thread, threads), which reads it.
