@@ -1,6 +1,7 @@
 """Packaging of CLIF. Tool settings are in pyproject.toml; what is needed, and why, is here."""
 
 import platform
+import runpy
 import sys
 from pathlib import Path
 
@@ -63,10 +64,13 @@ DEV = [
     "pre-commit>=4",
 ]
 
+interface_of = runpy.run_path("kernels/cpu/interface.py")["interface_of"]
 CPU_KERNELS = Extension(
     "clif.kernels.cpu._clif_cpu",
     sorted(str(path) for path in Path("kernels/cpu").glob("*.cpp")),
     depends=sorted(str(path) for path in Path("kernels/cpu").glob("*.h")),
+    # The library says which interface it has: see there.
+    define_macros=[("CLIF_INTERFACE", f'"{interface_of(Path("kernels/cpu"))}"')],
     # No -march: each file names the instructions that it needs, and what the machine has is asked when it runs. Not
     # linked with OpenMP: torch's own threads serve, which are loaded before.
     extra_compile_args=[

@@ -23,6 +23,7 @@ from clif.models.backends import (
 )
 from clif.models.dual_linear import LoraRows
 from clif.models.proof import PROBE, ask_ends, compare, probe_ids
+from clif.models.spec import spec_of
 from clif.models.stack import CausalStack
 from clif.models.weights.loading import LoadedModel
 
@@ -78,7 +79,8 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
             # Before it is sharded: shards are rounded before they are added, which is no fault of the architecture.
             compare(CausalStack(loaded.model), expected)
         kv_dtype = cache_dtype(config.engine.kv_dtype, loaded.dtype)
-        cpu_level = choose_cpu_kernels(config.engine, loaded.device, loaded.dtype)
+        head_dim = spec_of(loaded.model.config).layer.attention.head_dim
+        cpu_level = choose_cpu_kernels(config.engine, loaded.device, loaded.dtype, head_dim)
         ops = choose_ops(loaded.device, loaded.dtype, max(config.model.max_context, PROBE), kv_dtype, cpu_level)
         stack = CausalStack(loaded.model, tp_group, ops)
         stack.varlen = choose_varlen(loaded.device, loaded.dtype, stack.head_dim)

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import linear
 
 from clif.config import ConfigError, EngineConfig
-from clif.kernels.cpu.library import LEVELS, TYPES, Absent, level
+from clif.kernels.cpu.library import HEAD_BYTES, LEVELS, MAX_HEAD_DIM, TYPES, Absent, level
 from clif.kernels.kv_types import FP8
 from clif.kernels.tile_file import TileFile
 from clif.kernels.tuning import Defaults, load_decode, load_table, table_path
@@ -61,7 +61,7 @@ def prepacked_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear 
     return forward
 
 
-def choose_cpu_kernels(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> int | None:
+def choose_cpu_kernels(config: EngineConfig, device: torch.device, dtype: torch.dtype, head_dim: int) -> int | None:
     """The level of the C++ kernels for CPUs, see clif.kernels.cpu.library; None: torch's operators.
 
     auto takes them where they were built, the CPU has what they need and they compute what torch computes.
@@ -69,17 +69,21 @@ def choose_cpu_kernels(config: EngineConfig, device: torch.device, dtype: torch.
     if device.type != "cpu" or config.cpu_kernels == "off":
         return None
     try:
-        found, obstacle = level(), _cpu_obstacle(config, dtype)
+        found, obstacle = level(), _cpu_obstacle(config, dtype, head_dim)
     except Absent as error:
         found, obstacle = 0, str(error)
     log.info("C++ kernels for CPUs: %s", LEVELS[found] if obstacle is None else f"none, {obstacle}")
     return found if obstacle is None else None
 
 
-def _cpu_obstacle(config: EngineConfig, dtype: torch.dtype) -> str | None:
+def _cpu_obstacle(config: EngineConfig, dtype: torch.dtype, head_dim: int) -> str | None:
     if "triton" in (config.lora_kernel, config.decode_kernel):
         return "Triton's are asked for"
-    return f"they do not compute {dtype}" if dtype not in TYPES else cpu_fault(dtype)
+    if dtype not in TYPES:
+        return f"they do not compute {dtype}"
+    if head_dim * dtype.itemsize % HEAD_BYTES or head_dim > MAX_HEAD_DIM:
+        return f"they do not compute heads of {head_dim} numbers"
+    return cpu_fault(dtype)
 
 
 def choose_kernels(

@@ -16,6 +16,9 @@ enum { CLIF_NONE = 0, CLIF_AVX512 = 1, CLIF_AMX = 2 };
 // The largest of the levels above that this machine and its kernel allow. The first call asks for AMX's registers.
 CLIF_API int clif_level(void);
 
+// The interface that the library was built with: see interface.py.
+CLIF_API const char *clif_interface(void);
+
 // ---- products (linear.cpp), bfloat16 with sums in float32 ----
 
 // A frozen weight W [out, in], as clif_pack lays it out, its bias [out] or null, and the LoRA factors of its slots.

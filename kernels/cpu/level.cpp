@@ -28,3 +28,5 @@ CLIF_API int clif_level(void) {
     if (!has_avx512()) return CLIF_NONE;
     return has_amx() ? CLIF_AMX : CLIF_AVX512;
 }
+
+CLIF_API const char *clif_interface(void) { return CLIF_INTERFACE; }

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_void_p
+import sysconfig
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from clif.kernels.cpu.interface import interface_of
+
 NONE, AVX512, AMX = 0, 1, 2
 """Levels: neither; AVX512 with bfloat16; AMX besides."""
 LEVELS = {AVX512: "AVX512 with bfloat16", AMX: "AMX"}
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
+HEAD_BYTES, MAX_HEAD_DIM = 16, 256
+"""Attention reads heads in pieces of so many bytes, and has memory for heads of so many numbers."""
 
 
 class Linear(Structure):
@@ -125,6 +130,7 @@ class Sequences(Structure):
 
 SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "clif_level": (c_int, []),
+    "clif_interface": (c_char_p, []),
     "clif_packed_size": (c_int64, [c_int64, c_int64]),
     "clif_pack": (None, [c_void_p, c_int64, c_int64, c_int64, c_float, c_void_p]),
     "clif_linear_forward": (
@@ -182,19 +188,30 @@ class Absent(Exception):
 
 @cache
 def load() -> ctypes.CDLL:
-    """The library. Raises Absent where it was not built or does not load."""
+    """The library. Raises Absent where it was not built, does not load, or was built from other sources."""
     # torch comes first: its OpenMP threads are the library's as well, which has none of its own.
-    built = sorted(Path(__file__).parent.glob("_clif_cpu*.so"))
-    if not built:
+    built = Path(__file__).with_name(f"_clif_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
+    if not built.is_file():
         raise Absent("they were not built when CLIF was installed: install a C++ compiler, then CLIF again")
     try:
-        library = ctypes.CDLL(str(built[0]))
+        library = ctypes.CDLL(str(built))
     except OSError as error:
-        raise Absent(f"{built[0].name} does not load ({error})") from error
-    for name, (result, arguments) in SIGNATURES.items():
+        raise Absent(f"{built.name} does not load ({error})") from error
+    declare(library, interface_of(built.parent))
+    return library
+
+
+def declare(library: ctypes.CDLL, interface: str | None) -> None:
+    """Declare the functions. interface: which they must have; None: the library came with these sources.
+
+    Raises Absent for a library of other sources: it would read structures wrongly.
+    """
+    missing = [name for name in SIGNATURES if not hasattr(library, name)]
+    for name, (result, arguments) in SIGNATURES.items() if not missing else ():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    return library
+    if missing or interface not in (None, library.clif_interface().decode()):
+        raise Absent("they were built from other sources than CLIF has now: install CLIF again")
 
 
 def level() -> int:
