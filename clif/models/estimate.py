@@ -6,8 +6,9 @@ a GPU, its context.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from clif.config import AdapterConfig, Config
 from clif.errors import ConfigError, InputError
@@ -18,6 +19,8 @@ from clif.models.weights.files import locate, read_model
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MASTER = 4
 """Bytes of a number of the shadow and of its training state: float32."""
+PACKED = 32
+"""The C++ kernels for CPUs pad outputs and inputs of a packed matrix to multiples of it."""
 Device = Literal["cpu", "cuda"]
 
 
@@ -27,7 +30,8 @@ class EstimateError(InputError):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank. activations: the most that training forwards keep; snapshot: during a round."""
+    """Bytes of one rank. prepacked_weights: copies of weights and adapters in the layout of a CPU's matrix kernels;
+    activations: the most that training forwards keep; snapshot: during a round."""
 
     weights: int
     prepacked_weights: int
@@ -99,7 +103,7 @@ def estimate(config: Config, spec: ModelSpec, tp_size: int, device: Device) -> M
     kv_heads = -(-spec.layer.attention.kv_heads // tp_size)
     return Memory(
         weights=BYTES[dtype] * (linears + rest),
-        prepacked_weights=BYTES[dtype] * (linears + head) if prepacked else 0,
+        prepacked_weights=BYTES[dtype] * _packed(config, spec, tp_size) if prepacked else 0,
         kv_cache=kv_bytes * spec.num_layers * 2 * kv_heads * spec.layer.attention.head_dim * kv_tokens,
         # One more than serve: the shadow, rounded to the dtype of the base.
         adapter_slots=BYTES[dtype] * slot * (config.adapter.serving_slots + 1),
@@ -110,6 +114,25 @@ def estimate(config: Config, spec: ModelSpec, tp_size: int, device: Device) -> M
         snapshot=4 * MASTER * shadow if trains else 0,
         activations=config.engine.activation_mib << 20 if trains else 0,
     )
+
+
+def _packed(config: Config, spec: ModelSpec, tp_size: int) -> int:
+    """Numbers of all weights as the kernels for CPUs read them, and of the adapters that serve."""
+    head, compiled = (-(-spec.vocab_size // tp_size), spec.hidden_size), config.engine.cpu_kernels == "auto"
+    shapes = [(sum(_rows(group, tp_size)), _width(group, tp_size)) for group in spec.layer.linears]
+    if not compiled:
+        return spec.num_layers * sum(out * width for out, width in shapes) + head[0] * head[1]
+    weights = spec.num_layers * sum(_padded(*shape) for shape in shapes) + _padded(*head)
+    slot = 0
+    for out, width, modules in _layers(config.adapter, spec, tp_size):
+        rank = config.adapter.r * len(modules)
+        slot += _padded(rank, width) + _padded(out, rank)
+    return weights + config.adapter.serving_slots * slot
+
+
+def _padded(out: int, width: int) -> int:
+    """Numbers of a matrix in the layout of the C++ kernels."""
+    return -(-out // PACKED) * PACKED * -(-width // PACKED) * PACKED
 
 
 def _rows(group: LinearGroup, tp_size: int) -> tuple[int, ...]:
@@ -123,15 +146,29 @@ def _width(group: LinearGroup, tp_size: int) -> int:
     return group.inputs.size if group.shard_dim == "out" else -(-group.inputs.size // tp_size)
 
 
+class _Adapted(NamedTuple):
+    """A merged layer [out, width] on a rank. modules: outputs of those that are adapted."""
+
+    out: int
+    width: int
+    modules: tuple[int, ...]
+
+
+def _layers(config: AdapterConfig, spec: ModelSpec, tp_size: int) -> Iterator[_Adapted]:
+    """The merged linear layers that have an adapter."""
+    for layer in range(spec.num_layers):
+        for group in spec.layer.linears:
+            rows, names = _rows(group, tp_size), [f"{spec.layers}.{layer}.{module.name}" for module in group.modules]
+            adapted = [n for n, name in zip(rows, names, strict=True) if is_target(name, config.target_modules)]
+            if adapted:
+                yield _Adapted(sum(rows), _width(group, tp_size), tuple(adapted))
+
+
 def _adapters(config: AdapterConfig, spec: ModelSpec, tp_size: int) -> tuple[int, int]:
     """Numbers of one slot, in the merged form of LoraFactors, and of the shadow."""
     slot = shadow = 0
-    for layer in range(spec.num_layers):
-        for group in spec.layer.linears:
-            rows, width = _rows(group, tp_size), _width(group, tp_size)
-            names = [f"{spec.layers}.{layer}.{module.name}" for module in group.modules]
-            adapted = [i for i, name in enumerate(names) if is_target(name, config.target_modules)]
-            rank = config.r * len(adapted)
-            slot += rank * (width + sum(rows)) if adapted else 0
-            shadow += rank * width + config.r * sum(rows[i] for i in adapted)
+    for out, width, modules in _layers(config, spec, tp_size):
+        rank = config.r * len(modules)
+        slot += rank * (width + out)
+        shadow += rank * width + config.r * sum(modules)
     return slot, shadow

@@ -13,6 +13,7 @@ from helpers import finish
 from clif.config import Config, config_from_tree
 from clif.distributed.layout import make_layout
 from clif.engine.engine import Engine
+from clif.kernels.cpu.library import Absent, level
 from clif.models.estimate import EstimateError, Memory, estimate, read_spec
 from clif.models.weights.loading import load_model
 from clif.rank.dry_run import group_lines, plan_lines
@@ -28,6 +29,11 @@ def configured(path: str, **sections) -> Config:
     tree = {"model": {"path": path, "dtype": "float32", "device": "cpu", "max_context": 64}, "data": DATA}
     tree["engine"] = {"kv_tokens": 128, "activation_mib": 4}
     return config_from_tree({**tree, **sections})
+
+
+def in_bfloat16(file: Path, **engine) -> Config:
+    model = {"path": f"random:{file}", "dtype": "bfloat16", "max_context": 64}
+    return configured("", model=model, engine={"kv_tokens": 128, "activation_mib": 4, **engine})
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "down_proj"), r".*\.1\.mlp\.(gate|up)_proj"])
@@ -61,14 +67,30 @@ def test_the_estimate_is_what_a_replica_holds(tiny_config, tmp_path, targets, ti
 
 
 def test_bfloat16_on_a_cpu_counts_the_packed_copy_of_linear_layers_and_head(tiny_config):
-    config = configured(
-        f"random:{tiny_config}", model={"path": f"random:{tiny_config}", "dtype": "bfloat16", "max_context": 64}
-    )
+    config = in_bfloat16(tiny_config, cpu_kernels="off")
     spec = read_spec(config.model.path)
     whole, gpu = estimate(config, spec, 1, "cpu"), estimate(config, spec, 1, "cuda")
     norms = 2 * (2 * spec.num_layers + 1) * spec.hidden_size
     assert whole.prepacked_weights == whole.weights - norms, "all but the norms, as the head is the embedding"
     assert gpu == replace(whole, prepacked_weights=0)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "down_proj")])
+def test_bfloat16_counts_what_the_cpus_kernels_pack(tiny_config, tmp_path, targets):
+    try:
+        level()
+    except Absent as absent:
+        pytest.skip(f"no C++ kernels: {absent}")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(tiny_config.read_text()), "intermediate_size": 104, "vocab_size": 301}))
+    model = {"path": f"random:{file}", "dtype": "bfloat16", "max_context": 64}
+    config = configured("", model=model, adapter={"r": 3, "target_modules": targets, "serving_slots": 3})
+    stack = Engine.from_config(config, load_model(config.model, torch.device("cpu"))).runner.stack
+    held = [part.base.matrix.numbers for part in (*stack.linears, stack.head)]
+    factors = [linear.lora.packed for linear in stack.linears if linear.lora is not None]
+    held += [numbers for packed in factors for numbers in (packed.a, packed.b)]
+    memory = estimate(config, read_spec(config.model.path), 1, "cpu")
+    assert memory.prepacked_weights == sum(numbers.nbytes for numbers in held)
 
 
 def test_llama_8b_has_the_parameters_it_is_named_after():
@@ -90,9 +112,7 @@ def test_ranks_of_a_replica_share_linear_layers_head_and_cache_but_hold_the_embe
 
 
 def test_a_shared_head_is_counted_by_its_largest_slice_and_costs_nothing_where_it_is_a_view(tiny_config):
-    config = configured(
-        f"random:{tiny_config}", model={"path": f"random:{tiny_config}", "dtype": "bfloat16", "max_context": 64}
-    )
+    config = in_bfloat16(tiny_config, cpu_kernels="off")
     tied = replace(read_spec(config.model.path), vocab_size=301)
     one, three = (estimate(config, tied, n, "cpu") for n in (1, 3))
     rest = 2 * (301 + 2 * tied.num_layers + 1) * tied.hidden_size
