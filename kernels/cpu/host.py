@@ -61,12 +61,14 @@ def add_rms_norm(
     """hidden and added [rows, n] -> their sum, or hidden without `added`, and that divided by the root of its mean
     square, times weight [n]."""
     hidden = hidden.contiguous()
+    # Kept by its name until the call ends: a copy may be made.
+    added = None if added is None else added.contiguous()
     summed = hidden if added is None else torch.empty_like(hidden)
     out = torch.empty_like(hidden)
     load().clif_rms_norm(
         TYPES[hidden.dtype],
         hidden.data_ptr(),
-        None if added is None else added.contiguous().data_ptr(),
+        None if added is None else added.data_ptr(),
         weight.data_ptr(),
         eps,
         summed.data_ptr(),
