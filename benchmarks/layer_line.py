@@ -75,7 +75,7 @@ class LayerBench:
         """tilings: of the ways of CLIF, by name. That of AUTO is for a device where the product has no kernels."""
         self.case, self.dtype = case, dtype
         self._config, self.base = _base(case, device, dtype)
-        self._layers = self.base.stack._layers
+        self._layers = self.base.stack.decoder_layers
         self._linears = self.base.stack.linears
         rng = torch.Generator(device).manual_seed(0)
         runner = self.base.runner(self._config.engine)

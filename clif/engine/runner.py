@@ -60,7 +60,7 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         self.train_recorder: Recorder | None = None
         self.fuses = False
-        self._cpu = cpu_level is not None
+        self._cpu = self._by_reference = cpu_level is not None
         step_tables = self._cpu and kv_dtype == dtype
         self._batches = BatchBuilder(config, stack.vocab_size, device, dtype, stack.varlen, step_tables)
         self._compiled = None if cpu_level is None else _compiled(stack, self.cache, cpu_level)
@@ -74,6 +74,9 @@ class ModelRunner:
         block, bank = self.config.block_size, self.bank
         spare, max_blocks = self.config.num_kv_tokens // block, -(-max_context // block)
         slots = bank.config.serving_slots + 1
+        # A graph reads the tokens of the step before where they were when it was captured.
+        self._by_reference = False
+        self._last_tokens = torch.zeros(self.config.max_batch, dtype=torch.int64, device=self.device)
         # Larger batches are not captured.
         most = decode_sizes(self.config.max_batch)[-1]
         buffers = DecodeBuffers(most, max_blocks, block, spare, slots, self.device)
@@ -146,15 +149,15 @@ class ModelRunner:
 
     def _keep(self, tokens: torch.Tensor) -> None:
         """For the rows of the next step. A sequence without a token ends; until that is known, they need some id."""
-        if self._cpu:
-            # No graph reads them, and most steps do not: _ids() makes ids of them where one does.
+        if self._by_reference:
+            # Most steps do not read them: _ids() makes ids of them where one does.
             self._last_tokens = tokens
         else:
             self._last_tokens[: len(tokens)] = tokens.clamp_min(0)
 
     def _ids(self, ids: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
         """ids [rows], with tokens of the last step where sources [rows] says so."""
-        last = self._last_tokens.clamp_min(0) if self._cpu else self._last_tokens
+        last = self._last_tokens.clamp_min(0) if self._by_reference else self._last_tokens
         return torch.where(sources < 0, ids, last[sources.clamp_min(0)])
 
     def _layers(self, hidden: torch.Tensor, sub_batch: SubBatch, fused: FusedPass | None) -> torch.Tensor:

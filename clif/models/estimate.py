@@ -117,7 +117,7 @@ def estimate(config: Config, spec: ModelSpec, tp_size: int, device: Device) -> M
 
 
 def _packed(config: Config, spec: ModelSpec, tp_size: int) -> int:
-    """Numbers of all weights as the kernels for CPUs read them, and of the adapters that serve."""
+    """Numbers of all weights as the kernels for CPUs read them, and of the adapters."""
     head, compiled = (-(-spec.vocab_size // tp_size), spec.hidden_size), config.engine.cpu_kernels == "auto"
     shapes = [(sum(_rows(group, tp_size)), _width(group, tp_size)) for group in spec.layer.linears]
     if not compiled:
@@ -127,7 +127,7 @@ def _packed(config: Config, spec: ModelSpec, tp_size: int) -> int:
     for out, width, modules in _layers(config.adapter, spec, tp_size):
         rank = config.adapter.r * len(modules)
         slot += _padded(rank, width) + _padded(out, rank)
-    return weights + config.adapter.serving_slots * slot
+    return weights + (config.adapter.serving_slots + 1) * slot
 
 
 def _padded(out: int, width: int) -> int:

@@ -108,7 +108,8 @@ def test_steps_of_ragged_samples_learn_what_eager_steps_learn(two_layers, micro_
 def test_the_sizes_of_a_gpu_compute_what_eager_passes_compute(two_layers):
     lengths = (40, 300, 700, 1100)
     samples = [sample(i, length) for i, length in enumerate(lengths)]
-    eager, captured = (Training(two_layers, on, samples=samples, sizes=SIZES) for on in (False, True))
+    room = {"model": {"max_context": 2048}, "engine": {"kv_tokens": 2048}}
+    eager, captured = (Training(two_layers, on, samples=samples, sizes=SIZES, **room) for on in (False, True))
     assert [*captured.runner.graphs.sizes] == [2048, 1024, 512, 256]
     for one in samples:
         (expected_loss, expected), (loss, found) = (t.gradient_of(one) for t in (eager, captured))

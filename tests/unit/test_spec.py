@@ -74,7 +74,7 @@ def test_what_attention_splits_and_what_adapters_belong_to_are_two_facts():
 
 @torch.no_grad()
 def test_a_layer_with_one_weight_for_query_key_and_value_computes_the_same_and_has_one_adapter_there(tiny_config):
-    rig = make_rig(f"random:{tiny_config}")
+    rig = make_rig(f"random:{tiny_config}", engine={"cpu_kernels": "off"})
     stack, spec = rig.runner.stack, rig.runner.stack.spec
     module = deepcopy(rig.loaded.model.model.layers[0])
     parts = [module.self_attn.q_proj, module.self_attn.k_proj, module.self_attn.v_proj]
