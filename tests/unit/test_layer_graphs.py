@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import weakref
 from dataclasses import replace
@@ -105,11 +106,13 @@ def test_steps_of_ragged_samples_learn_what_eager_steps_learn(two_layers, micro_
     assert_near(captured.rig.bank.shadow.data, eager.rig.bank.shadow.data, 1e-3)
 
 
-def test_the_sizes_of_a_gpu_compute_what_eager_passes_compute(two_layers):
+def test_the_sizes_of_a_gpu_compute_what_eager_passes_compute(two_layers, tmp_path):
+    longer = tmp_path / "config.json"
+    longer.write_text(json.dumps({**json.loads(two_layers.read_text()), "max_position_embeddings": 2048}))
     lengths = (40, 300, 700, 1100)
     samples = [sample(i, length) for i, length in enumerate(lengths)]
     room = {"model": {"max_context": 2048}, "engine": {"kv_tokens": 2048}}
-    eager, captured = (Training(two_layers, on, samples=samples, sizes=SIZES, **room) for on in (False, True))
+    eager, captured = (Training(longer, on, samples=samples, sizes=SIZES, **room) for on in (False, True))
     assert [*captured.runner.graphs.sizes] == [2048, 1024, 512, 256]
     for one in samples:
         (expected_loss, expected), (loss, found) = (t.gradient_of(one) for t in (eager, captured))
