@@ -203,6 +203,8 @@ def main(
         stem = f"coserving-smoke-{now.date().isoformat()}"
     folder = runs.resolve() / f"{stem}-{now:%H%M%S}"
     folder.mkdir(parents=True)
+    # Before the runs: they take minutes, and their report is written last.
+    out.mkdir(parents=True, exist_ok=True)
     plan = Plan(config, folder, threads, load_s, requests, _modes(modes), LIGHT_LOADS if light else ())
     comparison = Comparison(plan)
     for number in range(1, repeats + 1):

@@ -79,11 +79,10 @@ class Dense:
 
 
 @dataclass(frozen=True, eq=False)
-class Prepacked:
-    """A dense weight with a second copy in the layout of the machine's matrix kernels, which the forward uses."""
+class _WithCopy:
+    """A dense weight with a second copy, which its forward uses."""
 
     dense: Dense
-    product: Linear
 
     @property
     def shape(self) -> torch.Size:
@@ -100,42 +99,29 @@ class Prepacked:
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self.dense.tensors
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x)
 
     def backward(self, grad: torch.Tensor) -> torch.Tensor:
         return self.dense.backward(grad)
 
 
 @dataclass(frozen=True, eq=False)
-class PackedWeight:
-    """A dense bfloat16 weight with a second copy in the layout of the C++ kernels, which the forward uses."""
+class Prepacked(_WithCopy):
+    """A dense weight with a second copy in the layout of torch's matrix kernels."""
 
-    dense: Dense
+    product: Linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(x)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight(_WithCopy):
+    """A dense bfloat16 weight with a second copy in the layout of the C++ kernels."""
+
     matrix: PackedMatrix
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.dense.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.dense.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.dense.device
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.dense.tensors
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return product(x, self.matrix, self.dense.bias)
-
-    def backward(self, grad: torch.Tensor) -> torch.Tensor:
-        return self.dense.backward(grad)
 
 
 def can_pack(base: BaseWeight) -> bool:
