@@ -73,5 +73,6 @@ def send_floats(values: Sequence[float], device: torch.device) -> torch.Tensor:
 def _send(values: Any, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
-    # Pinned memory that is on its way is not given out again: torch's allocator of it sees to that.
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+    # Pinned memory that is on its way is not given out again: torch's allocator of it sees to that. torch.tensor() with
+    # pin_memory refuses arrays of numpy.
+    return torch.tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)

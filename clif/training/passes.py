@@ -173,7 +173,9 @@ def measure_activations(stack: CausalStack, budget: int) -> Activations:
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         held[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # With its history it would hold the layer's graph, which holds it: autograd would use the nodes of these
+        # factors, which belong to this stream, in every later pass, and a capture on another stream would fail.
+        return tensor.detach()
 
     frozen = {t.untyped_storage().data_ptr() for linear in stack.linears for t in linear.base.tensors}
     frozen |= {p.untyped_storage().data_ptr() for p in stack.model.parameters()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import bodies
+import numpy as np
 import pytest
 import torch
 from helpers import answer, draws_of, finish, make_rig, random_state, request
@@ -13,6 +14,7 @@ from ranks import run_ranks
 from clif.config import TrainConfig
 from clif.engine.jobs import Job
 from clif.engine.sampling import sample
+from clif.kernels.staging import send_ints
 from clif.training.trainer import ShadowTrainer
 from clif.types import Constraint, TrainSample
 
@@ -25,6 +27,13 @@ def test_both_devices_hold_the_same_weights(model):
     assert len(cpu.linears) == len(gpu.linears) > 0
     pairs = [*zip(cpu.linears, gpu.linears, strict=True), (cpu.head, gpu.head)]
     assert all(torch.equal(a.base.tensors[0], b.base.tensors[0].cpu()) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    "values", [[3, 1, 2], np.array([3, 1, 2], np.int32), np.array([3, 1, 2])], ids=["list", "int32", "int64"]
+)
+def test_whole_numbers_are_sent_from_lists_and_arrays(values):
+    assert send_ints(values, torch.device("cuda")).tolist() == [3, 1, 2]
 
 
 def test_average_on_nccl_with_one_rank():

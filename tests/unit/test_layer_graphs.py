@@ -353,3 +353,27 @@ def test_without_room_for_any_size_passes_are_as_large_as_without_graphs(tiny_co
     captured = Training(tiny_config, True, sizes=(1 << 20,))
     run = captured.runner._next_pass(list(SAMPLES), SHADOW, True, 10_000)
     assert captured.runner.graphs is None and isinstance(run, Pass) and run.rows == sum(LENGTHS)
+
+
+def kept_by_autograd(training: Training) -> int:
+    """Factors whose node of an earlier pass still lives: autograd would use it, with its stream, in every later one."""
+    layers = range(training.rig.runner.stack.num_layers)
+    nodes = {(at, i): m for at in layers for i, m in enumerate(training.rig.runner.stack.masters(at))}
+    for _ in range(2):
+        seen = 0
+        for factor in nodes.values():
+            node = factor.view_as(factor).grad_fn.next_functions[0][0]
+            seen += "seen" in node.metadata
+            node.metadata["seen"] = True
+    return seen
+
+
+def test_nothing_of_autograd_is_left_when_a_capture_begins(tiny_config):
+    """Neither of the measurement of activations nor of passes that have ended."""
+    training = Training(tiny_config, captured=False)
+    assert kept_by_autograd(training) == 0
+    finish(training.runner.loss_and_gradients(SAMPLES[:3], 1.0))
+    assert kept_by_autograd(training) == 0
+    held = training.rig.runner.stack.masters(0)[0].view_as(training.rig.runner.stack.masters(0)[0])
+    assert kept_by_autograd(training) == 1, "the check sees a pass that is held"
+    del held
