@@ -20,3 +20,16 @@ def until_done(tensor: torch.Tensor, tp_group: TpGroup) -> Slices[None]:
     event.record(torch.cuda.current_stream(tensor.device))
     while not event.query():
         yield WAIT
+
+
+def reads_later(tensor: torch.Tensor, tp_group: TpGroup) -> bool:
+    """Whether numbers are copied to the host while other slices and serving steps run, see on_host()."""
+    return tensor.is_cuda and tp_group.size == 1
+
+
+def on_host(values: torch.Tensor, tp_group: TpGroup) -> Slices[torch.Tensor]:
+    """The values in memory of the host, once the device has them: no slice is held up by the wait."""
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+    host.copy_(values, non_blocking=True)
+    yield from until_done(values, tp_group)
+    return host

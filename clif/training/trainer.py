@@ -6,9 +6,10 @@ Samples are claimed when a step begins, and committed or deferred when the round
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,8 +17,8 @@ from clif.adapters.bank import AdapterBank
 from clif.config import TrainConfig
 from clif.data.cursor import SampleCursor, fingerprint
 from clif.engine.jobs import WAIT, Slice, SliceKind, Slices
-from clif.training.device_work import until_done
-from clif.training.noise_scale import NoiseScale, NoiseWatch
+from clif.training.device_work import on_host, reads_later
+from clif.training.noise_scale import Comparison, NoiseScale, NoiseWatch
 from clif.training.train_runner import TrainRunner
 from clif.types import TrainSample
 
@@ -38,6 +39,14 @@ class StepResult:
     lr: float
     finite: bool
     noise_scale: float | None
+
+
+class Measured(NamedTuple):
+    """What the host must know of a step. values: norm of the gradient, then so many losses, then those of `seen`."""
+
+    values: torch.Tensor
+    losses: int
+    seen: Comparison | None
 
 
 @dataclass
@@ -120,8 +129,11 @@ class ShadowTrainer:
             groups.append((after - before) * (targets / sum(s.targets for s in part)))
             before = after
         sizes = [len(part) for part in parts]
-        yield from until_done(gradient, self.bank.tp_group)
-        finish = partial(self._finish, losses, chosen, groups, sizes, lr_scale)
+        measure, ahead = partial(self._measure, losses, groups, sizes), None
+        if reads_later(gradient, self.bank.tp_group):
+            ahead = measure()
+            ahead = ahead._replace(values=(yield from on_host(ahead.values, self.bank.tp_group)))
+        finish = partial(self._finish, measure, ahead, chosen, lr_scale)
         return (yield Slice(SliceKind.OPTIMIZER, 1, 1, lambda _: finish()))
 
     def _parts(self, chosen: list[TrainSample], micro_batch: int) -> list[list[TrainSample]]:
@@ -129,26 +141,28 @@ class ShadowTrainer:
         size = self.noise.group_size(len(chosen), micro_batch, self.steps)
         return [chosen[start : start + size] for start in range(0, len(chosen), size)]
 
-    def _finish(
-        self,
-        losses: list[torch.Tensor],
-        chosen: list[TrainSample],
-        groups: list[torch.Tensor],
-        sizes: list[int],
-        lr_scale: float,
-    ) -> StepResult:
-        """The end of a step. What the host must know of it is read here, at once: nothing before waits for the device.
-
-        losses: summed cross-entropy [] of each group of passes.
-        """
+    def _measure(self, losses: list[torch.Tensor], groups: list[torch.Tensor], sizes: list[int]) -> Measured:
+        """Clip the gradient, and compute what the host must know of the step. losses: summed cross-entropy [] of each
+        group of passes."""
         adam, beta2 = self._optimizer.state[self.bank.shadow], self._optimizer.param_groups[0]["betas"][1]
         settled = 1 - beta2**self.steps
         seen = self.noise.compare(groups, sizes, adam.get("exp_avg_sq"), settled, self.steps)
         norms2 = [] if seen is None else [*seen.norms2]
-        norm, *found = torch.stack([x.double() for x in (self._clip(), *losses, *norms2)]).tolist()
-        if seen is not None:
-            self.noise.observe(seen, found[len(losses) :])
-        return self._update(sum(found[: len(losses)]), norm, chosen, lr_scale)
+        values = torch.stack([x.double() for x in (self._clip(), *losses, *norms2)])
+        return Measured(values, len(losses), seen)
+
+    def _finish(
+        self, measure: Callable[[], Measured], ahead: Measured | None, chosen: list[TrainSample], lr_scale: float
+    ) -> StepResult:
+        """The end of a step. What the host must know of it is read here, at once: nothing before waits for the device.
+
+        ahead: what is measured already, and in the memory of the host.
+        """
+        measured = ahead or measure()
+        norm, *found = measured.values.tolist()
+        if measured.seen is not None:
+            self.noise.observe(measured.seen, found[measured.losses :])
+        return self._update(sum(found[: measured.losses]), norm, chosen, lr_scale)
 
     def _update(self, total: float, norm: float, chosen: list[TrainSample], lr_scale: float) -> StepResult:
         lr = lr_scale * self.config.lr * min(1.0, (self.steps + 1) / max(1, self.config.warmup_steps))

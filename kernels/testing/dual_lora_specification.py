@@ -1,8 +1,9 @@
 """Specification of the dual LoRA kernels and its error bounds, the same for GPU, interpreter and plain torch.
 
 A result is compared with float64: its Frobenius error is at most 1.25 times that of torch's products in the same type
-on the same data, and every element is within the bound of its roundings. In float32, where only sums are rounded,
-torch's error depends on how its library splits a sum: there the error of a sequential sum is allowed, too.
+on the same data, and every element is within the bound of its roundings, or within 1.25 times that by which the worst
+one of torch's exceeds it. In float32, where only sums are rounded, torch's error depends on how its library splits a
+sum: there the error of a sequential sum is allowed, too.
 """
 
 from __future__ import annotations
@@ -164,8 +165,10 @@ def faults(batch: Batch, expected: Expected, name: str, found: torch.Tensor) -> 
     allowed = max(1.25 * torch_error + torch.finfo(batch.x.dtype).eps / 8, 1.25 * _in_one_sequence(batch, name))
     if error > allowed:
         wrong.append(f"{name}: relative error {error:.2e}, torch's is {torch_error:.2e}, allowed {allowed:.2e}")
-    excess = ((got - want).abs() / getattr(expected.bounds, name)).max()
-    if excess > 1:
+    # cuBLAS may add partial sums of a contraction in the result's type: where they cancel, torch's product is off by
+    # more than its roundings.
+    excess, torchs_excess = (float(((x - want).abs() / getattr(expected.bounds, name)).max()) for x in (got, torchs))
+    if excess > max(1.0, 1.25 * torchs_excess):
         wrong.append(f"{name}: an element is off by {excess:.1f} times what roundings allow")
     return wrong
 

@@ -18,8 +18,8 @@ from clif.engine.jobs import WAIT
 from clif.kernels import staging
 from clif.models import causal
 from clif.models.varlen import varlen_reference
-from clif.training import head_loss, passes
-from clif.training.device_work import until_done
+from clif.training import head_loss, passes, trainer
+from clif.training.device_work import on_host, until_done
 from clif.training.head_loss import HEAD_PIECES, HeadPieces
 from clif.training.heldout import Heldout
 from clif.training.noise_scale import AFTER_STEPS, HALVED
@@ -178,3 +178,16 @@ def test_a_job_waits_for_a_gpu_between_slices_and_not_in_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
     assert list(until_done(OnGpu(), TpGroup())) == [WAIT] * 3
     assert not list(until_done(OnGpu(), tp_group_of(1, 2))) and not list(until_done(torch.zeros(1), TpGroup()))
+
+
+def test_numbers_that_are_on_their_way_while_others_run_make_the_same_step(rig, monkeypatch):
+    """On a GPU the end of a step waits for nothing: what the host must know is in its memory before."""
+    expected = finish(trainer_for(rig).step(4, 1))
+    shadow = rig.bank.shadow.detach().clone()
+    rig.bank.set_shadow(random_state(rig.bank, 5))
+    monkeypatch.setattr(trainer, "reads_later", lambda *_: True)
+    again = trainer_for(rig)
+    result, reads = without_waiting(again.step(4, 1), ("optimizer",))
+    assert reads["optimizer"] == ["tolist"], "of what is in the host's memory by now"
+    assert result == expected and torch.equal(rig.bank.shadow, shadow)
+    assert finish(on_host(torch.arange(3.0), TpGroup())).tolist() == [0, 1, 2]
