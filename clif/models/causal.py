@@ -1,8 +1,9 @@
 """Causal attention within each of several packed sequences, forward and backward, as a few batched products.
 
 Sequences of similar length share one right-padded batch. Padding lies after a sequence's last token, so the causal
-mask alone hides it. On a CPU the query heads of a KV head become rows: K and V are not copied per head. On a GPU this
-is the way of what torch's varlen_attn does not compute (clif/models/varlen.py), float32 above all.
+mask alone hides it. On a CPU the query heads of a KV head become rows: K and V are not copied per head; long sequences
+attend in blocks (clif/models/causal_blocks.py). On a GPU this is the way of what torch's varlen_attn does not compute
+(clif/models/varlen.py), float32 above all.
 
 Sources: grouped-query attention (Ainslie et al. 2023).
 """
@@ -18,6 +19,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from clif.kernels.staging import send_ints
+from clif.models.causal_blocks import (
+    LONG,
+    attend_blocks,
+    attend_blocks_backward,
+    causal_mask,
+    probabilities,
+    score_gradients,
+)
 
 SAVED_LENGTH = 256
 """Longest sequence whose L x L probabilities the backward keeps; those of longer ones are computed again."""
@@ -33,14 +42,14 @@ def bucket(length: int) -> int:
 class _Group:
     """Sequences of similar length. rows [tokens]: where they lie in the batch; slots [tokens]: where when padded.
 
-    None: the whole batch as it lies, no padding.
+    None: the whole batch as it lies, no padding. mask: None where nothing reads it.
     """
 
     sequences: int
     longest: int
     rows: torch.Tensor | None
     slots: torch.Tensor | None
-    mask: torch.Tensor
+    mask: torch.Tensor | None
 
 
 class CausalSequences:
@@ -58,7 +67,8 @@ class CausalSequences:
 
     def _group(self, members: list[tuple[int, int]]) -> _Group:
         longest = max(length for _, length in members)
-        mask = torch.full((longest, longest), -torch.inf, device=self._device).triu(1)
+        whole = longest <= LONG and self._device.type == "cpu"
+        mask = causal_mask(0, longest, self._device) if whole else None
         if sum(length for _, length in members) == len(members) * longest == self.count:
             return _Group(len(members), longest, None, None, mask)
         rows = [start + j for start, length in members for j in range(length)]
@@ -123,13 +133,6 @@ def _rows(x: torch.Tensor, longest: int) -> torch.Tensor:
     return x.view(s, kv_heads, -1, longest, d).permute(0, 3, 1, 2, 4).reshape(s, longest, -1, d)
 
 
-def _probabilities(q: torch.Tensor, k: torch.Tensor, group: _Group, scale: float) -> torch.Tensor:
-    """softmax(q k^T scale) under the causal mask: [s, kv_heads, g * longest, longest]."""
-    scores = torch.matmul(q * scale, k.transpose(-1, -2))
-    scores.unflatten(2, (-1, group.longest)).add_(group.mask)
-    return scores.softmax(-1)
-
-
 class _Attend(torch.autograd.Function):
     """Padding, products and unpadding in one node: it keeps rows, and probabilities of short sequences."""
 
@@ -140,8 +143,9 @@ class _Attend(torch.autograd.Function):
         out, kept = torch.empty_like(query, memory_format=torch.contiguous_format), []
         for group in plan.groups:
             q, k, v = _queries(_pad(query, group), key.shape[1]), *_keys(key, value, group)
-            p = _probabilities(q, k, group, scale)
-            _put(_rows(p @ v, group.longest), group, out)
+            p = None if group.mask is None else probabilities(q, k, group.mask, scale)
+            attended = attend_blocks(q, k, v, scale) if p is None else p @ v
+            _put(_rows(attended, group.longest), group, out)
             kept.append(p if group.longest <= SAVED_LENGTH else None)
         ctx.plan, ctx.scale = plan, scale
         ctx.save_for_backward(query, key, value, *kept)
@@ -155,13 +159,28 @@ class _Attend(torch.autograd.Function):
         for group, p in zip(ctx.plan.groups, kept, strict=True):
             q, k, v = _queries(_pad(query, group), key.shape[1]), *_keys(key, value, group)
             go = _queries(_pad(gradients[0], group), key.shape[1])
-            p = _probabilities(q, k, group, ctx.scale) if p is None else p
-            gs = torch._softmax_backward_data(go @ v.transpose(-1, -2), p, -1, p.dtype)
-            gs *= ctx.scale
-            _put(_rows(gs @ k, group.longest), group, grads[0])
-            _put((gs.transpose(-1, -2) @ q).transpose(1, 2), group, grads[1])
-            _put((p.transpose(-1, -2) @ go).transpose(1, 2), group, grads[2])
+            of_q, of_k, of_v = _backward(q, k, v, go, p, group.mask, ctx.scale)
+            _put(_rows(of_q, group.longest), group, grads[0])
+            _put(of_k.transpose(1, 2), group, grads[1])
+            _put(of_v.transpose(1, 2), group, grads[2])
         return *grads, None, None
+
+
+def _backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grad: torch.Tensor,
+    p: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v of a group. p: the probabilities, if they were kept."""
+    if mask is None:
+        return attend_blocks_backward(q, k, v, grad, scale)
+    p = probabilities(q, k, mask, scale) if p is None else p
+    gs = score_gradients(p, grad, v, scale)
+    return gs @ k, gs.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grad
 
 
 def _keys(key: torch.Tensor, value: torch.Tensor, group: _Group) -> tuple[torch.Tensor, torch.Tensor]:

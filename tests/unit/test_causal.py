@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from clif.models.causal import CausalSequences
+from clif.models.causal_blocks import BLOCK_NUMBERS, LONG, SMALLEST_BLOCK, block_rows
+from tests.counted_bytes import CountedBytes
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, D, SCALE = 4, 2, 8, 0.3
@@ -25,8 +27,13 @@ def expected(lengths: list[int], q: torch.Tensor, k: torch.Tensor, v: torch.Tens
 
 
 @pytest.mark.parametrize("lengths", [[5], [7, 7], [3, 40, 5, 33, 1], [40, 7, 33]], ids=str)
-@pytest.mark.parametrize("way", ["attend", "_fused"])
-def test_sequences_see_their_own_past_alone_forward_and_backward(lengths: list[int], way: str) -> None:
+@pytest.mark.parametrize("way", ["attend", "_fused", "blocks"])
+def test_sequences_see_their_own_past_alone_forward_and_backward(
+    lengths: list[int], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "blocks":
+        monkeypatch.setattr("clif.models.causal.LONG", 6)
+        monkeypatch.setattr("clif.models.causal_blocks.BLOCK_NUMBERS", 0)
     rng = torch.Generator().manual_seed(0)
     shapes = ((sum(lengths), heads, D) for heads in (HEADS, KV_HEADS, KV_HEADS))
     inputs = [torch.randn(shape, generator=rng, dtype=torch.float64).requires_grad_() for shape in shapes]
@@ -34,7 +41,27 @@ def test_sequences_see_their_own_past_alone_forward_and_backward(lengths: list[i
     grad = torch.randn(wanted.shape, generator=rng, dtype=torch.float64)
     gradients = torch.autograd.grad(wanted, inputs, grad)
     plan = CausalSequences(lengths, CPU)
-    found = plan.attend(0, *inputs, SCALE).view_as(wanted) if way == "attend" else plan._fused(*inputs, SCALE)
+    found = plan.attend(0, *inputs, SCALE).view_as(wanted) if way != "_fused" else plan._fused(*inputs, SCALE)
     assert torch.allclose(found, wanted)
     for got, want in zip(torch.autograd.grad(found, inputs, grad), gradients, strict=True):
         assert torch.allclose(got, want)
+
+
+def test_a_long_sequence_never_has_all_its_probabilities_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    length, numbers = 2 * LONG, 1 << 18
+    monkeypatch.setattr("clif.models.causal_blocks.BLOCK_NUMBERS", numbers)
+    rng = torch.Generator().manual_seed(0)
+    shapes = ((length, heads, D) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    inputs = [torch.randn(shape, generator=rng).requires_grad_() for shape in shapes]
+    with CountedBytes() as counted:
+        CausalSequences([length], CPU).attend(0, *inputs, SCALE).sum().backward()
+    rows = length * (HEADS + 2 * KV_HEADS) * D * 4
+    assert counted.most < 10 * rows + 4 * (numbers * 4) < HEADS * length**2, (
+        "a block's probabilities and their gradients"
+    )
+
+
+@pytest.mark.parametrize(("sequences", "heads", "longest"), [(1, 4, 2048), (1, 9, 8192), (3, 32, 32768)])
+def test_a_block_has_as_many_queries_as_its_numbers_allow(sequences: int, heads: int, longest: int) -> None:
+    rows = block_rows(sequences, heads, longest)
+    assert rows == SMALLEST_BLOCK or rows * sequences * heads * longest <= BLOCK_NUMBERS
