@@ -131,7 +131,7 @@ class AdapterBank:
         for rank, part in enumerate(self.tp_group.all_gather(flat)):
             for name, pair in self.factors(part).items():
                 for key, factor, spec in zip("AB", pair, self._specs[name], strict=True):
-                    spec.of_rank(rank, self.tp_group.size).take(state[f"{name}.lora_{key}.weight"]).copy_(factor)
+                    spec.of_rank(rank, self.tp_group.size).put(state[f"{name}.lora_{key}.weight"], factor)
         return state
 
     def join_gradient(self) -> None:
@@ -147,7 +147,7 @@ class AdapterBank:
                     if spec.shard is not None:
                         sizes[spec.dim] = spec.shard.total
                     whole = factor.new_zeros(sizes)
-                    spec.take(whole).copy_(factor)
+                    spec.put(whole, factor)
                     held.append((factor, spec, whole))
         if not held:
             return

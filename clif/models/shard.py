@@ -9,8 +9,11 @@ Sources: Megatron-LM (Shoeybi et al. 2019).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from clif.distributed.layout import LayoutError
 
 if TYPE_CHECKING:
     import torch
@@ -24,15 +27,42 @@ ShardDim = Literal["out", "in"]
 
 @dataclass(frozen=True)
 class Shard:
-    """[start, stop) of `total` outputs or inputs."""
+    """[start, stop) of `total` outputs or inputs.
+
+    more: further ranges, behind the first: of a weight with several kinds of outputs a rank holds some of each.
+    """
 
     start: int
     stop: int
     total: int
+    more: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """[start, stop) of each."""
+        return ((self.start, self.stop), *self.more)
 
     @property
     def size(self) -> int:
-        return self.stop - self.start
+        return sum(stop - start for start, stop in self.ranges)
+
+    def take(self, whole: torch.Tensor, dim: int) -> torch.Tensor:
+        """This part of a dimension of a whole tensor: a view where it is one range, otherwise a copy."""
+        parts = [whole.narrow(dim, start, stop - start) for start, stop in self.ranges]
+        if len(parts) == 1:
+            return parts[0]
+        sizes = list(whole.shape)
+        sizes[dim] = self.size
+        together = whole.new_empty(sizes)
+        for to, part in zip(together.split([part.shape[dim] for part in parts], dim), parts, strict=True):
+            to.copy_(part)
+        return together
+
+    def put(self, whole: torch.Tensor, dim: int, part: torch.Tensor) -> None:
+        """Write what take() returns to a whole tensor."""
+        parts = part.split([stop - start for start, stop in self.ranges], dim)
+        for (start, stop), one in zip(self.ranges, parts, strict=True):
+            whole.narrow(dim, start, stop - start).copy_(one)
 
 
 @dataclass(frozen=True)
@@ -50,12 +80,24 @@ class ShardSpec:
         """The part that another rank holds."""
         if self.shard is None:
             return self
-        start = rank // self.holders(tp_size) * self.shard.size
-        return ShardSpec(self.dim, Shard(start, start + self.shard.size, self.shard.total))
+        shares, first = tp_size // self.holders(tp_size), rank // self.holders(tp_size)
+        ranges, at = [], 0
+        for start, stop in self.shard.ranges:
+            size = stop - start
+            ranges.append((at + first * size, at + (first + 1) * size))
+            at += shares * size
+        return ShardSpec(self.dim, Shard(*ranges[0], self.shard.total, tuple(ranges[1:])))
 
     def take(self, whole: torch.Tensor) -> torch.Tensor:
-        """This part of a whole tensor, as a view."""
-        return whole if self.shard is None else whole.narrow(self.dim, self.shard.start, self.shard.size)
+        """This part of a whole tensor: a view where it is one range, otherwise a copy."""
+        return whole if self.shard is None else self.shard.take(whole, self.dim)
+
+    def put(self, whole: torch.Tensor, part: torch.Tensor) -> None:
+        """Write this part to a whole tensor."""
+        if self.shard is None:
+            whole.copy_(part)
+        else:
+            self.shard.put(whole, self.dim, part)
 
 
 @dataclass(frozen=True)
@@ -110,9 +152,31 @@ def unit_shard(units: int, unit: int, rank: int, size: int) -> Shard:
     return Shard(first * unit, (first + 1) * unit, units * unit)
 
 
+def joined(shards: Sequence[Shard]) -> Shard:
+    """The part of outputs of several kinds, one kind behind the other, given that of each.
+
+    Raises LayoutError where several ranks hold the same unit of one kind, but not of another.
+    """
+    if any(shard.size * shards[0].total != shards[0].size * shard.total for shard in shards):
+        raise LayoutError(
+            "the ranks of a replica outnumber the key/value heads of this model, which has them in one weight with the "
+            "query heads: lower layout.tp_size"
+        )
+    ranges, at = [], 0
+    for shard in shards:
+        ranges += [(at + start, at + stop) for start, stop in shard.ranges]
+        at += shard.total
+    return Shard(*ranges[0], at, tuple(ranges[1:]))
+
+
 def shard_of(whole: torch.Tensor, shard_dim: ShardDim, shard: Shard) -> torch.Tensor:
-    """A view of a whole weight [out, in], or of a bias [out]."""
-    return whole.narrow(0 if shard_dim == "out" else 1, shard.start, shard.size)
+    """This part of a whole weight [..., out, in], or of a bias [out]."""
+    return shard.take(whole, axis_of(shard_dim, whole.dim()))
+
+
+def axis_of(shard_dim: ShardDim, dims: int) -> int:
+    """Which dimension of a weight [..., out, in], or of a bias [out], is cut."""
+    return dims - 1 if shard_dim == "in" else max(0, dims - 2)
 
 
 def shard_linear(linear: nn.Linear, shard_dim: ShardDim, shard: Shard, first: bool) -> None:

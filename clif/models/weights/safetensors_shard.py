@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
+from clif.models.shard import axis_of
 from clif.models.weights.files import INDEX, SINGLE, check_tensors, read_index
 from clif.models.weights.sharded_build import TensorShard, build
 
@@ -70,5 +71,6 @@ def _read(file: Any, name: str, shape: torch.Size, part: TensorShard) -> torch.T
         tensor: torch.Tensor = source[:]
         return tensor
     shard_dim, shard = part
-    tensor = source[shard.start : shard.stop] if shard_dim == "out" else source[:, shard.start : shard.stop]
-    return tensor
+    before = (slice(None),) * axis_of(shard_dim, len(shape))
+    parts = [source[(*before, slice(start, stop))] for start, stop in shard.ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, len(before))
