@@ -84,13 +84,27 @@ class DecoderLayer:
         hidden, added: [rows, hidden size] for each sub-batch; one that learns comes last. None: nothing is added.
         """
         rows = [sub_batch.rows for sub_batch in sub_batches]
+        hidden, qkv = self.project(hidden, added, rows)
+        attended = [self.attend(x, sub_batch) for x, sub_batch in zip(qkv, sub_batches, strict=True)]
+        return self.finish(hidden, attended, rows)
+
+    def project(
+        self, hidden: Sequence[torch.Tensor], added: Sequence[torch.Tensor | None], rows: Sequence[LoraRows]
+    ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+        """What comes before attention, row by row: hidden + added, and the merged projection of that."""
         hidden, normed = zip(*[self.norm(h, x) for h, x in zip(hidden, added, strict=True)], strict=True)
-        qkv = self.qkv(normed, rows)
-        attended = self.out([self._attend(x, sub_batch) for x, sub_batch in zip(qkv, sub_batches, strict=True)], rows)
+        return hidden, self.qkv(normed, rows)
+
+    def finish(
+        self, hidden: Sequence[torch.Tensor], attended: Sequence[torch.Tensor], rows: Sequence[LoraRows]
+    ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+        """What comes behind attention, row by row: what the layer returns."""
+        attended = self.out(attended, rows)
         hidden, normed = zip(*[self.mlp_norm(h, x) for h, x in zip(hidden, attended, strict=True)], strict=True)
         return hidden, self.mlp(normed, rows)
 
-    def _attend(self, qkv: torch.Tensor, sub_batch: SubBatch) -> torch.Tensor:
+    def attend(self, qkv: torch.Tensor, sub_batch: SubBatch) -> torch.Tensor:
+        """The merged projection [rows, outputs] -> what the plan makes of its heads [rows, heads * head_dim]."""
         plan = sub_batch.plan
         query, key, value = self.rotary(qkv, sub_batch.rope, plan.cache_rows(self.index))
         return plan.attend(self.index, query, key, value, self.scale)
