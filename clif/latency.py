@@ -70,12 +70,6 @@ class LatencyModel:
         """Predicted seconds, by the latest fit."""
         return self.fit.predict(x_own, x_other)
 
-    def least_excess(self) -> float:
-        """The least that a measurement in the window is of what is predicted for it; 1 without any."""
-        return min(
-            (seconds / max(self.predict(own, other), 1e-9) for own, other, seconds in self._samples), default=1.0
-        )
-
     def observe(self, x_own: float, x_other: float, seconds: float) -> None:
         """Add one measurement; refit at intervals. Measurements that are not finite or negative are ignored."""
         sample = x_own, x_other, seconds

@@ -92,11 +92,6 @@ class Cost:
         each = fit.a * own_per_other + fit.b
         return int((seconds / self._factor - fit.c) / each) if each > 0 else UNLIMITED
 
-    def shortest(self, own: float, other: float) -> float:
-        """Seconds of this work if it goes as well as the best of the measurements that are remembered."""
-        self._fit_waiting()
-        return self.model.predict(own, other) * self.model.least_excess()
-
     @property
     def _factor(self) -> float:
         return max(1.0, self.excess.upper_bound) if self.excess.seen else UNTRUSTED
@@ -153,11 +148,6 @@ class CostModel:
         """Predicted seconds of a slice; 0 while the kind has no measurement."""
         cost = self.slices.get(kind)
         return 0.0 if cost is None else cost.fit.predict(tokens * units / 1000, units)
-
-    def shortest_slice_s(self, kind: SliceKind, tokens: int, units: int) -> float:
-        """Seconds of a slice that goes as well as the best one remembered; 0 while the kind has no measurement."""
-        cost = self.slices.get(kind)
-        return 0.0 if cost is None else cost.shortest(tokens * units / 1000, units)
 
     def _alone(self, captured: bool) -> Cost:
         cost = self.steps.get((Regime.ALONE, captured))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import answer, make_rig, request
+from timing import prepared
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
@@ -125,6 +128,24 @@ def test_a_graph_replayed_over_other_sequences_gives_the_bits_of_a_launch_and_le
             assert torch.equal(out[rows], full[rows])
             assert not out[[r for r in range(len(full)) if r not in rows]].any()
             assert not kernel.workspace().tickets.any()
+
+
+def test_what_is_timed_keeps_the_memory_that_its_graph_writes_to() -> None:
+    """A capture gives unused memory back to the device: a graph whose kernel is gone would write where nothing is."""
+    batch, runs = usual(), []
+    for parts in (1, 16):
+        kernel, out = PagedDecode(torch.device(DEVICE), DecodeConfig(parts=parts)), torch.zeros_like(batch.q).flatten(1)
+        kernel.workspace().take_planes(1 << 24)
+        runs.append(prepared(partial(attend, kernel, batch, batch.table(), out), 1, torch.device(DEVICE)))
+        held = weakref.ref(kernel)
+        del kernel
+        assert held() is not None
+    torch.cuda.empty_cache()
+    assert all(run() > 0 for run in runs)
+
+
+def attend(kernel: PagedDecode, batch: DecodeBatch, table: DecodeTable, out: torch.Tensor, layer: int) -> None:
+    kernel.attend(batch.q, batch.cache, table, batch.scale, out)
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])

@@ -14,7 +14,7 @@ from clif.distributed.collectives import TpGroup
 from clif.engine import build
 from clif.engine.build import choose_coserving, is_measured
 from clif.engine.coserving.measure import Load, Measured, Progress, Trial, Work, choose_by
-from clif.engine.jobs import Job, Slice, SliceKind
+from clif.engine.jobs import WAIT, Job, Slice, SliceKind
 from clif.engine.stopwatch import HostTiming
 from clif.engine.streams import OneStream
 from clif.engine.train_stream import TrainStream
@@ -98,6 +98,19 @@ def test_rows_that_pad_a_pass_are_no_tokens():
     for expected in (8, 10, 15, 20):
         job.run()
         assert progress.tokens == expected
+
+
+def test_counted_work_that_waits_is_known_to_wait():
+    """The engine asks again in each step. It takes a copy for a slice without units, which never runs."""
+
+    def work():
+        yield WAIT
+        yield Slice(SliceKind.OPTIMIZER, 1, 1, lambda units: None)
+
+    job = Job("trial", Progress(Work(work, tokens=10, layers=4)).repeated())
+    assert job.upcoming is WAIT
+    job.run(1)
+    assert job.upcoming.kind is SliceKind.OPTIMIZER
 
 
 def test_a_replica_measures_before_it_serves_and_begins_as_if_it_had_not(tiny_config, monkeypatch, caplog):

@@ -110,28 +110,6 @@ def test_a_slice_between_steps_has_a_longest_length_whatever_the_slack():
     assert decision.slack.seconds == math.inf and decision.units == pytest.approx(4 * 0.02 / 0.005, abs=1.5)
 
 
-def test_a_slice_whose_first_runs_were_slow_is_measured_again_after_a_while():
-    """Only what runs is measured, and some of the first runs took long."""
-    asked, step = strategy("interleaved"), Slice(SliceKind.OPTIMIZER, 1, 1)
-    for number in range(40):
-        asked.costs.observe_slice(step.kind, 1, 1, 0.02 if number % 4 else 0.3)
-    at = [now for now in range(40) if asked.between(ready(now / 10), step).units]
-    assert at and at[0] == 10 and at[1:2] in ([], [21])
-    assert asked.costs.units_within(step.kind, 1, 0.06) == 0, "its cost alone keeps it back"
-
-
-def test_a_slice_that_has_never_been_short_enough_is_kept_back_for_good():
-    asked, step = strategy("interleaved"), Slice(SliceKind.OPTIMIZER, 1, 1)
-    for _ in range(40):
-        asked.costs.observe_slice(step.kind, 1, 1, 0.3)
-    assert not any(asked.between(ready(now / 10), step).units for now in range(100))
-
-
-def ready(now: float) -> StepView:
-    """A view whose request has just got a token."""
-    return StepView(now, 1, 2, (answering(now),))
-
-
 def test_a_concurrent_slice_has_a_length_of_its_own_and_needs_no_slack_beyond_its_slower_steps():
     decision = strategy("concurrent").between(view(0.05), BACKWARD)
     assert decision.concurrent and decision.units == pytest.approx(0.1 / 0.005, abs=1.5)

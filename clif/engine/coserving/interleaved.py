@@ -11,14 +11,11 @@ from dataclasses import dataclass, replace
 
 from clif.engine.coserving.demand import stretch_of
 from clif.engine.coserving.strategy import Decision, StepView, Strategy
-from clif.engine.jobs import Slice, SliceKind
+from clif.engine.jobs import Slice
 from clif.types import Regime, SlackLimit, TrainingSlack
 
 LONGEST = 4
 """Longest training slice, as a multiple of engine.slice_ms."""
-KEPT_BACK_S = 1.0
-"""Seconds for which a slice is kept back by what it may take at most. Only slices that run are measured: one whose cost
-was seen too high, or with much spread, would never run again."""
 
 
 @dataclass
@@ -27,16 +24,11 @@ class Interleaved(Strategy):
 
     stretches: bool = False
     _credit_s: float = 0.0
-    _kept_back: tuple[SliceKind, float] | None = None
 
     def between(self, view: StepView, piece: Slice) -> Decision:
         slack = self._slack(view)
         seconds = min(slack.seconds, LONGEST * self.config.slice_ms / 1000)
         units = self.units_within(piece, seconds)
-        if units:
-            self._kept_back = None
-        else:
-            units = self._at_last(view.now, piece, seconds)
         if not self.stretches or not view.sequences:
             return Decision(units, slack)
         stretched, stretch = self._units_by_stretch(view, piece)
@@ -44,18 +36,6 @@ class Interleaved(Strategy):
 
     def spent(self, seconds: float) -> None:
         self._credit_s -= seconds
-
-    def _at_last(self, now: float, piece: Slice, seconds: float) -> int:
-        """The fewest units, of a slice that has been kept back for long and would fit if it went as well as it can."""
-        kind, since = self._kept_back or (piece.kind, now)
-        if kind is not piece.kind:
-            since = now
-        self._kept_back = piece.kind, since
-        fits = self.costs.shortest_slice_s(piece.kind, piece.tokens, piece.least) <= seconds
-        if seconds <= 0 or now - since < KEPT_BACK_S or not fits:
-            return 0
-        self._kept_back = None
-        return piece.least
 
     def _slack(self, view: StepView) -> TrainingSlack:
         """A request that may have waited for a slice waits for another one only if both are as short as one may be."""

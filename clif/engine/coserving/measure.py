@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from clif.config import EngineConfig
-from clif.engine.jobs import Job, Slice, SliceKind, Slices
+from clif.engine.jobs import WAIT, Job, Slice, SliceKind, Slices
 from clif.types import CoservingMode, Request, Sampling
 
 if TYPE_CHECKING:
@@ -130,6 +130,10 @@ class Progress:
                 piece = work.send(result)
             except StopIteration:
                 return
+            if piece is WAIT:
+                # The engine knows it by what it is: a copy would be a slice that never runs.
+                result = yield piece
+                continue
             units = list[int]()
             result = yield replace(piece, work=_noting(piece, units))
             # A forward that went along with a serving step was computed as a whole, and not by its own work.
