@@ -36,6 +36,10 @@ REQUIRES = [
     "prometheus-client>=0.21,<1",  # /metrics
     "httpx>=0.27,<1",  # clif chat, loadtest, admin, status
     "llguidance>=1.9,<2",  # answers that follow a JSON schema: masks of tokens; one wheel, without torch
+    # quality.metrics: bleu and chrf as everyone reports them, and answers against a row's JSON schema. Both are small;
+    # they are imported only where these metrics are asked for.
+    "sacrebleu>=2.5,<3",
+    "jsonschema-rs>=0.30,<1",
     "psutil>=6",  # device samples of the host
     "nvidia-ml-py>=12.560",  # device samples of NVIDIA GPUs; module pynvml
     # Launchers for clusters; imported only where used (mpi4py raises RuntimeError where no MPI is installed).
@@ -47,8 +51,16 @@ BENCH = [
     "matplotlib>=3.9",  # plots of benchmarks/coserving.py
 ]
 
+QUALITY = [
+    # No hard dependencies: each brings others that only its own metric needs.
+    "rouge-score>=0.1.2",  # rouge, with nltk and absl-py; slow to import
+    "codebleu>=0.7",  # codebleu, bound to old releases of tree-sitter
+    "tree-sitter-python~=0.21.0",  # the default of quality.code_language; other languages have packages like it
+]
+
 DEV = [
     *BENCH,  # what the plots show is tested
+    *QUALITY,  # compared with the values that the libraries publish
     # The kernels' tests: interpreter and compiler need no GPU. A torch for CUDA brings the Triton it was built for.
     "triton>=3.5; platform_system == 'Linux' and platform_machine == 'x86_64'",
     "pytest>=8",
@@ -111,6 +123,6 @@ setup(
     },
     ext_modules=[CPU_KERNELS] if HAS_CPU_KERNELS else [],
     install_requires=REQUIRES,
-    extras_require={"dev": DEV, "bench": BENCH},
+    extras_require={"dev": DEV, "bench": BENCH, "quality": QUALITY},
     entry_points={"console_scripts": ["clif = clif.cli:main"]},
 )

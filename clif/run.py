@@ -25,6 +25,7 @@ from clif.distributed.mpi import ask_mpi
 from clif.distributed.roles import check_roles, fewest_replicas
 from clif.errors import ConfigError, InputError
 from clif.exit_report import ReportedExit, last_words
+from clif.quality.check import check_scoring
 from clif.rank.dry_run import plan_lines
 from clif.rank.preflight import check_access, check_gpu, check_model, check_room, device_of, prove, room_of
 from clif.storage.api_keys import hash_variable
@@ -150,6 +151,7 @@ def _check(settings: Config, layout: Layout, inputs: bool = True) -> None:
     if inputs:
         check_access(settings)
         check_inputs(settings, layout)
+        check_scoring(settings)
         check_model(settings, layout)
 
 

@@ -30,6 +30,7 @@ from clif.data.instruct import read_rows
 from clif.data.load import make_load
 from clif.jobs.store import JobStore
 from clif.metrics.writer import next_path
+from clif.quality.process import Scoring, ScoringProcess
 from clif.simulate.channel import SimChannel
 from clif.simulate.memory import MemoryLog, MemorySink
 from clif.simulate.virtual_time import VirtualTime
@@ -75,6 +76,7 @@ class Run:
         silent: dict[int, int] | None = None,
         sources: Sequence[Source] = (),
         jobs: bool = False,
+        scoring: Scoring | None = None,
         **shutdown: Any,
     ) -> None:
         self.config, self.sockets, self.files = config, sockets, files or sockets
@@ -88,6 +90,7 @@ class Run:
         config.run_dir.mkdir(exist_ok=True)
         self.jobs = JobStore(config.run_dir if jobs and files else None)
         self.jobs.run_dir = config.run_dir
+        self.scoring = scoring or ScoringProcess()
         self.server = self._server(leaders, sources, ShutdownPolicy(**shutdown))
 
     def _server(self, leaders: int, sources: Sequence[Source], shutdown: ShutdownPolicy) -> ControlServer:
@@ -120,6 +123,7 @@ class Run:
             ledger=Ledger(self.journal, recovery),
             shutdown=shutdown,
             jobs=self.jobs,
+            scoring=self.scoring,
             frontend=self.frontend,
             status_file=StatusFile(run_dir) if self.files else None,
         )

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clif.clients.operation import Status, duration
+from clif.metrics.summary_print import print_scores
 
 LATEST = 12
 Row = Sequence[object]
@@ -23,7 +24,7 @@ def print_status(status: Status, console: Console | None = None) -> None:
     if status.note:
         console.print(status.note, markup=False)
     _pairs(console, _run(status.body))
-    for show in (print_replicas, print_jobs, print_versions, print_rounds):
+    for show in (print_replicas, print_jobs, print_versions, print_quality, print_rounds):
         show(status.body, console)
 
 
@@ -68,6 +69,11 @@ def print_versions(body: dict[str, Any], console: Console) -> None:
         for row in map(_renamed, body["versions"])
     ]
     _table(console, "Versions", ("version", "state", "held-out loss", "round", "requests"), rows)
+
+
+def print_quality(body: dict[str, Any], console: Console) -> None:
+    """Scores of answers to held-out rows; of a server without any, nothing."""
+    print_scores("Quality (95 % intervals)", body.get("quality", []), console)
 
 
 def print_jobs(body: dict[str, Any], console: Console) -> None:

@@ -1,7 +1,7 @@
 """The configuration: typed, frozen and strict, with the sentences that refuse it. Free of torch."""
 
 from clif.config.jobs import JobsConfig
-from clif.config.load import LoadConfig, MetricsConfig, QualityConfig, TraceConfig
+from clif.config.load import QUALITY_METRICS, LoadConfig, MetricsConfig, QualityConfig, QualityMetric, TraceConfig
 from clif.config.model import AdapterConfig, EngineConfig, ModelConfig
 from clif.config.run import DistConfig, LayoutConfig, RunConfig
 from clif.config.schema import Config, DataConfig, SloConfig, config_from_tree, load_config
@@ -24,7 +24,9 @@ __all__ = [
     "LoadConfig",
     "MetricsConfig",
     "ModelConfig",
+    "QUALITY_METRICS",
     "QualityConfig",
+    "QualityMetric",
     "RunConfig",
     "ServeConfig",
     "SloConfig",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,20 @@ from clif.config.base import NotNegative, NotNegativeFloat, Period, Positive, Po
 from clif.types import Sampling
 
 Scale = Annotated[float, Field(gt=0, le=1000)]
+QualityMetric = Literal[
+    "loss",
+    "perplexity",
+    "exact_match",
+    "accuracy",
+    "bleu",
+    "rouge",
+    "chrf",
+    "codebleu",
+    "json_valid",
+    "pass_rate",
+]
+QUALITY_METRICS: tuple[QualityMetric, ...] = get_args(QualityMetric)
+CodeLanguage = Literal["c", "c_sharp", "cpp", "go", "java", "javascript", "php", "python", "ruby", "rust"]
 
 
 class TraceConfig(Section):
@@ -100,6 +114,32 @@ class QualityConfig(Section):
     by `run.seed` from those that decide no promotion, at most as many as there are. 0: none."""
     max_tokens: Positive = 64
     """[tokens] Longest of these answers."""
+    metrics: tuple[QualityMetric, ...] = ("loss", "perplexity", "exact_match")
+    """What these answers and the held-out loss are scored by, see [quality](quality.md): `loss`, `perplexity`,
+    `exact_match`, `accuracy`, `bleu`, `rouge`, `chrf`, `codebleu`, `json_valid`, `pass_rate`."""
+    earlier_versions: NotNegative = 0
+    """After the load, so many versions before the active one answer the same rows, too, the newest ones, so that the
+    table of quality has a line for each."""
+    code_language: CodeLanguage = "python"
+    """Language of the answers for `codebleu`, unless a row has the field `language`."""
+    test_command: tuple[str, ...] = ()
+    """The command by which `pass_rate` runs a row's `test`; exit status 0: passed. Without it nothing that a model
+    wrote is run. `{program}` is the path of a file with the answer and below it the test, `{answer}` and `{test}` of
+    files with one of them, `{folder}` of their folder."""
+    test_timeout_s: Period = 10.0
+    """A test that takes longer has failed."""
+
+    @model_validator(mode="after")
+    def _names_files(self) -> QualityConfig:
+        given = " ".join(self.test_command)
+        if self.test_command and not any(name in given for name in ("{program}", "{answer}", "{folder}")):
+            raise ValueError(
+                "quality.test_command names no file of the answer: put {program}, {answer} or {folder} where the "
+                "command takes a path"
+            )
+        if len(set(self.metrics)) < len(self.metrics):
+            raise ValueError("quality.metrics has a name twice: leave one out")
+        return self
 
 
 class MetricsConfig(Section):

@@ -16,6 +16,7 @@ from clif.control.records import Records
 from clif.control.sources import Source
 from clif.control.status_file import StatusFile
 from clif.jobs.store import JobStore
+from clif.quality.process import Scoring, ScoringProcess
 from clif.wire.channels import Channel
 
 
@@ -25,7 +26,7 @@ class Ports:
 
     ledger: the journal, with what earlier starts left. shutdown: what may end the run early. frontend: of clients, one
     of the sources as well. status_file: for those who see the run's folder. jobs: files, jobs and feedback; in memory
-    where none can come.
+    where none can come. scoring: of answers, by metrics that take their time.
     """
 
     channel: Channel
@@ -40,3 +41,4 @@ class Ports:
     frontend: Frontend | None = None
     status_file: StatusFile | None = None
     jobs: JobStore = field(default_factory=lambda: JobStore(None))
+    scoring: Scoring = field(default_factory=ScoringProcess)

@@ -1,28 +1,34 @@
-"""Quality of the answers before and after a run: pooled held-out loss, and exact match of probe answers."""
+"""Quality of the answers before and after a run: pooled held-out loss, and answers of probes to held-out rows."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from clif.config import Config
 from clif.control.dispatcher import RequestRecord
 from clif.data.heldout import probe_rows
 from clif.data.instruct import Row, split_rows
+from clif.quality.work import Answer
 from clif.tokenizer import ChatTokenizer
 from clif.types import FinishReason, HeldoutLoss, Purpose, Request, Sampling, first_id
 
 
 @dataclass(frozen=True)
 class Quality:
-    """One measurement. heldout_loss: nats per answer token; exact_match: share of probes. NaN: not measured."""
+    """One measurement. heldout_loss: nats per answer token; exact_match: share of probes. NaN: not measured.
+
+    answers: to probes, by the version that gave them.
+    """
 
     heldout_loss: float
     heldout_tokens: int
     exact_match: float
     probes: int
     version: int
+    answers: dict[int, list[Answer]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,14 @@ class QualityCheck:
         self._next_id = first_id(1 + start)
         self._evaluating: set[int] = set()
         self._losses: list[HeldoutLoss] = []
-        self._answers: dict[int, str] = {}
+        self._asked: dict[int, Row] = {}
         self._matches: list[bool] = []
+        self._answers: dict[int, list[Answer]] = defaultdict(list)
+        self._complete = True
 
     @property
     def pending(self) -> bool:
-        return bool(self._evaluating or self._answers)
+        return bool(self._evaluating or self._asked)
 
     @property
     def result(self) -> Quality:
@@ -65,16 +73,25 @@ class QualityCheck:
             exact_match=sum(self._matches) / len(self._matches) if self._matches else math.nan,
             probes=len(self._matches),
             version=max((x.version for x in self._losses), default=0),
+            answers=dict(self._answers),
         )
 
-    def begin(self, replicas: Iterable[int]) -> list[Request]:
-        """Begin a measurement: these replicas evaluate, and the returned probes are to be submitted."""
+    def begin(self, replicas: Iterable[int], version: int | None = None) -> list[Request]:
+        """Begin a measurement: these replicas evaluate, and the returned probes are to be submitted.
+
+        version: an earlier one that is to answer instead of the active one.
+        """
         self._evaluating = set(replicas)
-        self._losses, self._matches = [], []
-        first = self._next_id
-        self._next_id += len(self._rows)
-        self._answers = {first + i: row.answer for i, row in enumerate(self._rows)}
-        return [self._probe(first + i, row) for i, row in enumerate(self._rows)]
+        self._losses, self._matches, self._answers, self._asked = [], [], defaultdict(list), {}
+        self._complete = False
+        return [self._probe(row, version) for row in self._rows]
+
+    def take(self) -> Quality | None:
+        """A measurement that has become complete, once."""
+        if self._complete or self.pending:
+            return None
+        self._complete = True
+        return self.result
 
     def on_evaluated(self, result: HeldoutLoss) -> None:
         if result.replica in self._evaluating:
@@ -83,7 +100,7 @@ class QualityCheck:
 
     def give_up(self) -> None:
         """Await nothing any longer."""
-        self._evaluating, self._answers = set(), {}
+        self._evaluating, self._asked, self._complete = set(), {}, True
 
     def on_lost(self, replica: int) -> None:
         """The replica's part of the held-out rows is missing from the pool."""
@@ -94,15 +111,20 @@ class QualityCheck:
 
         A probe that failed or was cancelled counts as neither right nor wrong.
         """
-        answer = self._answers.pop(record.request.id, None)
-        if answer is None:
+        row = self._asked.pop(record.request.id, None)
+        if row is None:
             return None
         if record.finish not in (FinishReason.STOP, FinishReason.LENGTH):
-            return Judgement(answer, None)
+            return Judgement(row.answer, None)
         text = record.text if record.text is not None else self._tokenizer.decode(record.tokens)
-        self._matches.append(text.strip() == answer.strip())
-        return Judgement(answer, self._matches[-1])
+        match = text.strip() == row.answer.strip()
+        self._matches.append(match)
+        self._answers[record.version or 0].append(Answer.of(row, text))
+        return Judgement(row.answer, match)
 
-    def _probe(self, request_id: int, row: Row) -> Request:
+    def _probe(self, row: Row, version: int | None) -> Request:
+        request_id, self._next_id = self._next_id, self._next_id + 1
+        self._asked[request_id] = row
         prompt = tuple(self._tokenizer.encode_chat(row.messages))
-        return Request(id=request_id, prompt=prompt, sampling=self._sampling, purpose=Purpose.PROBE)
+        sampling, probe = self._sampling, Purpose.PROBE
+        return Request(id=request_id, prompt=prompt, sampling=sampling, purpose=probe, version=version)

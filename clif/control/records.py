@@ -18,6 +18,7 @@ from clif.control.sources import DueRequest
 from clif.metrics.provenance import provenance
 from clif.metrics.schema import CONTROL_TABLES
 from clif.metrics.writer import TableWriter, next_path
+from clif.quality.work import Score
 from clif.states import ReplicaState
 from clif.types import AdapterVersion, FinishReason, Purpose, RoundResult, Vote
 
@@ -144,6 +145,21 @@ class Records:
             exact_match_rows=quality.probes,
             version=quality.version,
         )
+
+    def scores(self, phase: str, version: int, scores: Sequence[Score]) -> None:
+        for one in scores:
+            self._sink.row(
+                "scores",
+                phase=phase,
+                version=version,
+                metric=one.metric,
+                group=one.group,
+                name=one.name,
+                value=one.value,
+                low=one.low,
+                high=one.high,
+                count=one.count,
+            )
 
     def maybe_flush(self) -> None:
         self._sink.maybe_flush()

@@ -15,10 +15,16 @@ from clif.control.jobs import JobBoard
 from clif.control.policy.phases import Facts, Phase, next_phase, rounds_may_start
 from clif.control.policy.round_admission import wants_rounds
 from clif.control.ports import Ports
+from clif.control.quality import Quality
+from clif.control.quality_scores import QualityScores
 from clif.control.run_state import RunState
+from clif.control.versions import Versions
+from clif.types import CLIF
 from clif.wire import messages as wire
 
 log = logging.getLogger(__name__)
+MEASURED = {Phase.BASELINE: "before", Phase.CLOSING: "after"}
+"""Phases in which quality is measured."""
 
 
 class RunPhases:
@@ -34,21 +40,36 @@ class RunPhases:
         federation: Federation,
         failures: FailureHandler,
         jobs: JobBoard,
+        scores: QualityScores,
+        versions: Versions,
     ) -> None:
         self.state = state
         self._config, self._fleet, self._dispatcher = config, fleet, dispatcher
         self._federation, self._failures, self._jobs = federation, failures, jobs
         self._sources, self._quality, self._records = ports.sources, ports.quality, ports.records
         self._ledger, self._shutdown, self._display = ports.ledger, ports.shutdown, ports.display
+        self._scores, self._versions = scores, versions
         self._goodbyes: set[int] = set()
+        self._result: Quality | None = None
+        self._earlier: list[int] = []
 
     def step(self, now: float) -> None:
         """Enter the next phase once the present one is complete. Raises ControlError when the run cannot continue."""
+        self._score(now)
         if self.state.phase is Phase.LINGER:
             self._federation.wind_up(now, now - self.state.entered_s - self._config.run.linger_s)
         phase, reason = next_phase(now, self.facts(), self._config)
         if phase is not None:
             self._enter(now, phase, reason)
+
+    def _score(self, now: float) -> None:
+        measured = self._quality.take()
+        if measured is not None:
+            self._scores.add(MEASURED[self.state.phase], measured)
+            if self._result is None:
+                self._result = measured
+            self._measure_earlier(now)
+        self._scores.step(now)
 
     def rounds_may_start(self, now: float) -> bool:
         return rounds_may_start(now, replace(self.facts(), latency_known=self._fleet.latency_known), self._config)
@@ -63,7 +84,8 @@ class RunPhases:
             started_s=state.started_s,
             missing=self._fleet.missing,
             serving=self._failures.serving,
-            measuring=self._quality.pending,
+            measuring=self._quality.pending or bool(self._earlier),
+            scoring=self._scores.pending,
             exhausted=all(source.exhausted for source in self._sources),
             load_left=self.load_left,
             outstanding=self._dispatcher.outstanding,
@@ -102,8 +124,8 @@ class RunPhases:
         if phase is not Phase.DONE:
             self._ledger.entered(phase)
         self._leave(left)
-        if phase in (Phase.BASELINE, Phase.CLOSING):
-            self._measure(now)
+        if phase in MEASURED:
+            self._measure(now, phase)
         elif phase is Phase.OPEN:
             self._open(now)
         elif phase is Phase.DRAIN:
@@ -115,18 +137,28 @@ class RunPhases:
         if phase is Phase.GATHER:
             limits = [min(h.max_context, h.kv_tokens) for h in self._fleet.hellos]
             self._dispatcher.context_limit = min([self._dispatcher.context_limit, *limits])
-        elif phase in (Phase.BASELINE, Phase.CLOSING) and not self._quality.pending:
-            self._records.quality("before" if phase is Phase.BASELINE else "after", self._quality.result)
+        elif phase in MEASURED and self._result is not None:
+            self._records.quality(MEASURED[phase], self._result)
 
-    def _measure(self, now: float) -> None:
+    def _measure(self, now: float, phase: Phase) -> None:
         has_rows = self._config.data.path is not None
         judges = [
             h.replica for h in self._fleet.hellos if has_rows and h.heldout_rows > 0 and self._fleet.is_alive(h.replica)
         ]
+        if phase is Phase.CLOSING:
+            self._earlier = self._versions.earlier(CLIF, self._config.quality.earlier_versions)
+        self._result = None
         probes = self._quality.begin(judges)
         for replica in judges:
             self._fleet.send(replica, wire.Evaluate())
         for probe in probes:
+            self._dispatcher.submit(now, probe)
+
+    def _measure_earlier(self, now: float) -> None:
+        """The next of the earlier versions answers, one at a time: one slot is enough for all of them."""
+        version = self._earlier.pop(0) if self._earlier else 0
+        self._versions.probe(version)
+        for probe in self._quality.begin((), version) if version else ():
             self._dispatcher.submit(now, probe)
 
     def _open(self, now: float) -> None:
@@ -137,6 +169,9 @@ class RunPhases:
     def _drain(self, now: float, reason: str) -> None:
         """No new load, no new round, no measuring; running and waiting requests may end within run.drain_s."""
         self._quality.give_up()
+        self._scores.stop()
+        self._earlier.clear()
+        self._versions.probe(0)
         self._dispatcher.cancel_probes(now, reason)
         self._federation.drain(now, reason)
         self.ping()

@@ -25,6 +25,7 @@ from clif.control.jobs import JobBoard
 from clif.control.policy.view import ReplicaView
 from clif.control.policy_loop import PolicyLoop
 from clif.control.progress import Snapshot
+from clif.control.quality_scores import QualityScores
 from clif.control.reporter import Reporter
 from clif.control.versions import ModelRow, Versions
 from clif.jobs.model import STANDING, Job, JobEvent
@@ -47,11 +48,12 @@ class StatusReport:
         reporter: Reporter,
         activity: Activity,
         jobs: JobBoard,
+        scores: QualityScores,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._config, self._fleet, self._dispatcher = config, fleet, dispatcher
         self._federation, self._policy, self._reporter, self._activity = federation, policy, reporter, activity
-        self._versions, self._wall, self._jobs = versions, wall, jobs
+        self._versions, self._wall, self._jobs, self._scores = versions, wall, jobs, scores
         self._owners: dict[str, str] = {}
         self._jobs_body: dict[str, Any] = {}
         self._next_jobs_s = -math.inf
@@ -76,6 +78,7 @@ class StatusReport:
             "canary": self._versions.canary,
             "pinned": self._versions.pinned,
             "versions": self._listed(),
+            "quality": [*self._scores.latest],
             "rounds": [{"unix": round(unix - (now - at), 2), **row} for at, row in self._activity.rounds],
             "jobs": self._of_jobs(now),
             "totals": self._activity.totals.body(),

@@ -29,6 +29,7 @@ from clif.control.operator import Operator
 from clif.control.policy.phases import Phase
 from clif.control.policy_loop import PolicyLoop
 from clif.control.ports import Ports
+from clif.control.quality_scores import QualityScores
 from clif.control.recorder import Recorder
 from clif.control.reporter import Reporter
 from clif.control.run_phases import RunPhases
@@ -66,7 +67,8 @@ class ControlServer:
             self.federation.resume(past.last_round, past.last_version, past.completed)
         parts = self.fleet, self.dispatcher, self.federation
         self._failures = FailureHandler(config, state, *parts, ports.quality, ports.shutdown)
-        self.phases = RunPhases(config, ports, state, *parts, self._failures, self.jobs)
+        self._scores = QualityScores(config, ports.scoring, ports.records)
+        self.phases = RunPhases(config, ports, state, *parts, self._failures, self.jobs, self._scores, self.versions)
         self._policy = PolicyLoop(config, *parts, ports.records, self._failures, recorder, self.jobs)
         self._reporter = Reporter(ports, state, *parts, self._policy, recorder)
         self._state, self._recorder = state, recorder
@@ -77,7 +79,7 @@ class ControlServer:
         operator = Operator(self.fleet, self._policy, ports.ledger, recorder.activity)
         version_handlers = VersionHandlers(self.versions, self.version_actions, recorder.activity)
         self.status = StatusReport(
-            config, *parts, self._policy, self.versions, self._reporter, recorder.activity, self.jobs
+            config, *parts, self._policy, self.versions, self._reporter, recorder.activity, self.jobs, self._scores
         )
         shares = JobShares(config.jobs, ports.jobs, self.versions)
         clients_jobs = JobActions(self.jobs, ports.ledger.unix, self.versions.active, shares)
@@ -132,6 +134,7 @@ class ControlServer:
         try:
             self._run()
         finally:
+            self._scores.stop()
             # The last snapshot may be old.
             self._reporter.show(self._clock())
 

@@ -90,6 +90,7 @@ class Versions:
         self.waiting: Callable[[], Iterable[int]] = lambda: ()
         """Versions that accepted requests wait for, of which no replica knows yet."""
         self._linger = False
+        self._probed = 0
         self._next_s = 0.0
         self._config, self._fleet = config, fleet
         self._stored = Stored()
@@ -172,7 +173,8 @@ class Versions:
         # The adapter that answers by default comes first.
         active = (stored.active.get(CLIF, 0), *stored.active.values())
         numbers = tuple(v.number for v in stored.committed if v.number not in self._unreadable)
-        return VersionsView(numbers, active, stored.pinned, stored.canary.version if stored.canary else 0)
+        canary = stored.canary.version if stored.canary else 0
+        return VersionsView(numbers, active, stored.pinned, canary, probed=self._probed)
 
     def check_fits(self, **chosen: Any) -> None:
         """Raises Refused if the replicas have too few slots for what the operator would choose."""
@@ -245,6 +247,18 @@ class Versions:
         """All versions, or so many, newest first."""
         newest = islice(reversed(self._stored.committed), most)
         return [self._row(version_name(version), version.number) for version in newest]
+
+    def earlier(self, adapter: str, most: int) -> list[int]:
+        """The newest versions of an adapter besides the active one, oldest first, so many at most."""
+        numbers = [version.number for version in self._stored.committed if version.adapter == adapter]
+        others = [number for number in numbers if number != self.active(adapter) and number not in self._unreadable]
+        return others[-most:] if most else []
+
+    def probe(self, number: int) -> None:
+        """Keep a version while it is measured, as if it had to be; 0: none any longer. No round may follow."""
+        self._probed = number
+        self._keep(0.0)
+        self.revision += 1
 
     def row(self, number: int) -> ModelRow:
         """A version as it is listed."""

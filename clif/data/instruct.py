@@ -29,6 +29,22 @@ class SampleRejected(DataError):
         self.tokens = tokens
 
 
+class Marks(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a row says besides about its answer, for those who judge one. None: nothing.
+
+    label: the whole answer in one line, where the row's own answer has more. schema: a JSON schema. test: a program
+    that fails if the answer is wrong. check: a regular expression that a right answer has a match of. language: of
+    code. category: the class that the row counts to.
+    """
+
+    label: str | None = None
+    schema: dict[str, Any] | None = None
+    test: str | None = None
+    check: str | None = None
+    language: str | None = None
+    category: str | None = None
+
+
 class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One example: the prompt's messages and the answer. id counts the rows of the file from 0."""
 
@@ -37,6 +53,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     answer: str
     split: str | None = None
     client: str | None = None
+    marks: Marks = Marks()
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -164,8 +181,33 @@ def make_row(number: int, value: dict[str, Any]) -> Row:
     if type(client) is int:  # many data sets number their clients
         value = {**value, "client": str(client)}
     return Row(
-        id=number, messages=messages, answer=answer, split=_optional(value, "split"), client=_optional(value, "client")
+        id=number,
+        messages=messages,
+        answer=answer,
+        split=_optional(value, "split"),
+        client=_optional(value, "client"),
+        marks=_marks(value),
     )
+
+
+def _marks(value: dict[str, Any]) -> Marks:
+    """Data sets use these names for other things, too: a field of another type says nothing about the answer."""
+    schema, test = value.get("schema"), value.get("test")
+    if isinstance(test, list) and all(isinstance(line, str) for line in test):
+        test = "\n".join(test)
+    category = next((value[key] for key in ("class", "category", "domain") if value.get(key) is not None), None)
+    return Marks(
+        label=_as_text(value.get("label")),
+        schema=schema if isinstance(schema, dict) else None,
+        test=test if isinstance(test, str) else None,
+        check=_as_text(value.get("check")),
+        language=_as_text(value.get("language")),
+        category=_as_text(category),
+    )
+
+
+def _as_text(value: object) -> str | None:
+    return str(value) if type(value) in (str, int) else None
 
 
 def _alpaca(value: dict[str, Any]) -> tuple[tuple[Message, ...], str]:

@@ -226,6 +226,19 @@ _CONTROL = (
         _i("exact_match_rows", "", "answers it was measured on", 0),
         _VERSION,
     ),
+    _table(
+        "scores",
+        "Metrics of answers to held-out rows (quality.metrics) by adapter version: of all, of a class, of a client.",
+        _s("phase", "before or after the run's load", STATE),
+        _VERSION,
+        _s("metric", "its name in quality.metrics", SHORT),
+        _s("group", "all, class or client", STATE),
+        _s("name", "the class or the client; empty: all answers", NAME, default=""),
+        _f("value", "", "bleu, chrf, rouge, codebleu: 0 to 100; loss: nat/token; perplexity; otherwise a share"),
+        _f("low", "", "lower end of the 95 % interval; NaN: none is known", NAN),
+        _f("high", "", "its upper end", NAN),
+        _i("count", "", "answers that counted; for loss and perplexity their tokens", 0),
+    ),
 )
 
 _RANK = (

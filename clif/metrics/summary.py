@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from clif.metrics.collect import collect
-from clif.metrics.figures import count_reasons, wilson
+from clif.metrics.figures import count_reasons
 from clif.metrics.merged import load_merged
+from clif.metrics.quality import quality
 from clif.metrics.sources import sources
 from clif.states import ReplicaState
 from clif.types import FinishReason
@@ -27,7 +28,6 @@ Rows = np.ndarray[Any, Any]
 
 ANSWERED = (FinishReason.STOP.value, FinishReason.LENGTH.value)
 PERCENTILES = (50, 90, 99)
-PHASES = ("before", "after")
 
 
 def summarize(run_h5: Path) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def summarize(run_h5: Path) -> dict[str, Any]:
     training: samples and tokens are those of committed rounds; optimizer_steps counts every step done, also in
     discarded rounds; tokens_per_s is tokens over span_s, start of the first round to end of the last. gave_up: why no
     further round was tried although more were wanted; null: they were.
-    quality: exact_match_*_interval is the 95 % interval (Wilson) of the share, of exact_match_*_rows answers.
+    quality: see clif/metrics/quality.py.
     states: seconds in each state from a replica's first transition to the end of the run, states_end_s.
     failures: of replicas, in order, with the reason and the seconds until it was rebuilt; null: it was not.
     run: name is that of its folder; mode as configured last; started is the wall time of the first start (UTC); engine
@@ -68,7 +68,7 @@ def summarize(run_h5: Path) -> dict[str, Any]:
         "requests": _requests(users, tables["load"]),
         "slo": _slo(users, tables["gaps"]),
         "training": _training(tables["rounds"], tables["train_steps"]),
-        "quality": _quality(tables["quality"]),
+        "quality": quality(tables["quality"], tables["scores"], tables["adapters"]),
         "adapters": _adapters(users, tables["rounds"]),
         "states": _states(tables["transitions"], ends),
         "states_end_s": control_s,
@@ -205,22 +205,6 @@ def _gave_up(rounds: Rows) -> str | None:
     """Why training was given up, in the last start that had rounds, since each start tries again."""
     last = rounds["gave_up"][-1].decode() if len(rounds) else ""
     return last or None
-
-
-def _quality(rows: Rows) -> dict[str, Any]:
-    """The first figure of "before" and the last of "after": a resumed run is compared with its beginning."""
-    result: dict[str, Any] = {}
-    for phase, position in zip(PHASES, (0, -1), strict=True):
-        mine = rows[rows["phase"] == phase.encode()]
-        losses, shares = (mine[np.isfinite(mine[figure])] for figure in ("heldout_loss", "exact_match"))
-        result[f"heldout_loss_{phase}"] = float(losses["heldout_loss"][position]) if len(losses) else None
-        share = float(shares["exact_match"][position]) if len(shares) else None
-        count = int(shares["exact_match_rows"][position]) if len(shares) else 0
-        interval = wilson(round((share or 0.0) * count), count)
-        result[f"exact_match_{phase}"] = share
-        result[f"exact_match_{phase}_interval"] = None if interval is None else list(interval)
-        result[f"exact_match_{phase}_rows"] = count
-    return result
 
 
 def _adapters(users: Rows, rounds: Rows) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -9,7 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from clif.metrics.summary import PHASES
+from clif.metrics.quality import PHASES, score_table
+
+MOST_GROUPS = 12
+"""Lines by class and client that are printed; summary.json has all."""
 
 
 def print_summary(summary: dict[str, Any], console: Console | None = None) -> None:
@@ -22,6 +26,22 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
             # Without markup: reasons come from other processes and may hold brackets.
             table.add_row(name, Text(text))
         console.print(table)
+    figures = summary["quality"]
+    print_scores("Quality, version by version (95 % intervals)", figures["versions"], console)
+    print_scores("Quality by class and client", figures["groups"][:MOST_GROUPS], console)
+    if (more := len(figures["groups"]) - MOST_GROUPS) > 0:
+        console.print(f"and {more} more lines by class and client: quality.groups in summary.json")
+
+
+def print_scores(title: str, lines: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """A table of scores, a line for each version; nothing if there is no score."""
+    if not any(line["scores"] for line in lines):
+        return
+    heads, rows = score_table(lines)
+    table = Table(*heads, title=title, title_justify="left", box=box.ASCII)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
 
 
 def _sections(summary: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

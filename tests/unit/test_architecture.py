@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "clif.storage": ("clif.config", "clif.distributed"),
     "clif.data": BASICS,
     "clif.metrics": BASICS,
+    "clif.quality": (*BASICS, "clif.data", "clif.metrics"),
     "clif.wire": BASICS,
     "clif.jobs": (*BASICS, "clif.data", "clif.wire"),
     "clif.models": (*BASICS, "clif.kernels", "clif.data"),
@@ -34,6 +35,7 @@ MAY_IMPORT = {
         *BASICS,
         "clif.data",
         "clif.metrics",
+        "clif.quality",
         "clif.wire",
         "clif.jobs",
         "clif.adapters",
@@ -43,14 +45,17 @@ MAY_IMPORT = {
     "clif.simulate": (*BASICS, "clif.metrics", "clif.wire", "clif.control"),
     "clif.rank": (*BASICS, "clif.metrics", "clif.wire", *MODEL),
     "clif.emulated": (*BASICS, "clif.metrics", "clif.wire", *MODEL, "clif.rank"),
-    "clif.clients": (*BASICS, "clif.data", "clif.metrics"),
+    "clif.clients": (*BASICS, "clif.data", "clif.metrics", "clif.quality"),
     "clif.launch": (*BASICS, "clif.data", "clif.rank"),
 }
 """The order of the packages, lowest first. All of them may import the modules that lie directly in clif."""
 FLAT_MAY_IMPORT = {
     "clif.cli": ("clif.clients", "clif.data", "clif.metrics", "clif.control", "clif.storage"),
     "clif.cli_keys": ("clif.storage",),
-    "clif.run": ("clif.config", "clif.data", "clif.distributed", "clif.rank", "clif.emulated", "clif.storage"),
+    "clif.run": (
+        *("clif.config", "clif.data", "clif.distributed", "clif.quality", "clif.rank", "clif.emulated"),
+        "clif.storage",
+    ),
     "clif.llm": ("clif.config", "clif.distributed", "clif.models", "clif.adapters", "clif.engine"),
 }
 """The modules directly in clif that import a package. No other does."""
@@ -68,8 +73,8 @@ TORCH_FREE = [
     "clif.types", "clif.states", "clif.errors", "clif.latency", "clif.tokenizer", "clif.exit_report",
     "clif.cli", "clif.cli_keys", "clif.run",
     "clif.prompts", "clif.sampling_params", "clif.text_stream", "clif.constraints",
-    "clif.config", "clif.storage", "clif.data", "clif.metrics", "clif.wire", "clif.jobs", "clif.control",
-    "clif.simulate", "clif.frontend",
+    "clif.config", "clif.storage", "clif.data", "clif.metrics", "clif.quality", "clif.wire", "clif.jobs",
+    "clif.control", "clif.simulate", "clif.frontend",
     "clif.distributed.layout", "clif.distributed.roles", "clif.distributed.launch_env", "clif.distributed.slurm",
     "clif.distributed.mpi", "clif.distributed.addresses",
     "clif.models.estimate", "clif.models.spec", "clif.models.expert_spec", "clif.models.shard",

@@ -53,7 +53,7 @@ FIELDS = [
         "federation": "rounds local_steps min_members tolerance",
         "control": "period_s report_s lost_after_s idle_below serving_above hold_s",
         "load": "kind rate_rps cv duration_s max_requests split max_tokens temperature top_p top_k trace trace.path",
-        "quality": "exact_match_rows max_tokens",
+        "quality": "exact_match_rows max_tokens metrics earlier_versions",
         "metrics": "flush_s flush_rows device_s",
         "no.such": "field",
     }.items()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from clif.data.instruct import (
     DataError,
+    Marks,
     Row,
     SampleRejected,
     check_some_fit,
@@ -58,7 +59,7 @@ def test_every_accepted_form_becomes_prompt_and_answer(tmp_path):
         GOOD | {"split": None},
     )
     assert read_rows(path) == [
-        Row(id=0, messages=(user("Do"),), answer="done", split="train", client="c1"),
+        Row(id=0, messages=(user("Do"),), answer="done", split="train", client="c1", marks=Marks(category="x")),
         Row(id=1, messages=(user("Do\n\nthis"),), answer="done", split="test", client="3"),
         Row(id=2, messages=({"role": "system", "content": "s"}, user("u"), assistant("one"), user("v")), answer="two"),
         Row(id=3, messages=(user("p"),), answer="c"),

@@ -167,6 +167,7 @@ def test_quality_and_adapters(run_dir: Path) -> None:
         "exact_match_before": None, "exact_match_before_interval": None, "exact_match_before_rows": 0,
         "exact_match_after": 0.25, "exact_match_after_rows": 8,
         "exact_match_after_interval": [pytest.approx(0.0715, abs=1e-3), pytest.approx(0.5907, abs=1e-3)],
+        "versions": [], "groups": [],
     }  # fmt: skip
     assert summary["adapters"] == {
         "versions_served": {"0": 3, "1": 2},

@@ -63,6 +63,7 @@ class Facts:
     missing: tuple[int, ...] = ()
     serving: int = 1
     measuring: bool = False
+    scoring: bool = False
     exhausted: bool = True
     load_left: int = 0
     outstanding: int = 0
@@ -125,6 +126,8 @@ def _unfinished(waited: float, facts: Facts, config: Config) -> str:
         return f"waiting for replicas {list(facts.missing)}"
     if facts.phase in (Phase.BASELINE, Phase.CLOSING) and (facts.measuring or facts.outstanding):
         return "measuring quality"
+    if facts.phase is Phase.CLOSING and facts.scoring:
+        return "scoring answers"
     if facts.phase is Phase.OPEN and not facts.exhausted:
         return f"{facts.load_left} requests to come" if facts.load_left else "requests may still come"
     if facts.phase is Phase.DRAIN and waited < config.run.drain_s:

@@ -15,13 +15,15 @@ FOR_READERS = 1
 @dataclass(frozen=True)
 class VersionsView:
     """stored: numbers of all versions that can be kept, in order. active: of each adapter; pinned, canary: the
-    operator's; 0 is the base, which needs no slot. waiting: those that accepted requests wait for."""
+    operator's; 0 is the base, which needs no slot. waiting: those that accepted requests wait for. probed: one that is
+    being measured after the last round, when no promotion needs a slot; 0: none."""
 
     stored: tuple[int, ...] = ()
     active: tuple[int, ...] = ()
     pinned: tuple[int, ...] = ()
     canary: int = 0
     waiting: tuple[int, ...] = ()
+    probed: int = 0
 
 
 def needed_versions(view: VersionsView) -> tuple[int, ...]:
@@ -42,6 +44,8 @@ def kept_versions(now: float, view: VersionsView, config: Config) -> tuple[tuple
     """
     most, slots = most_needed(config), config.adapter.serving_slots
     needed = needed_versions(view)[:most]
+    if view.probed in view.stored and view.probed not in needed:
+        needed, most = (*needed, view.probed), max(most, len(needed) + 1)
     waiting = [v for v in dict.fromkeys(view.waiting) if v in view.stored and v not in needed][: most - len(needed)]
     free = max(0, most - FOR_READERS - len(needed) - len(waiting))
     newest = [v for v in reversed(view.stored) if v not in (*needed, *waiting)][:free]

@@ -1,0 +1,1 @@
+"""Scores of answers: metrics, their intervals, and the process that computes them."""

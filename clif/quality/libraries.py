@@ -1,0 +1,41 @@
+"""The libraries behind metrics: imported when a metric is asked for, and missed in one sentence."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from importlib.util import find_spec
+from types import ModuleType
+
+from clif.config import QualityMetric
+from clif.quality.work import ScoringError
+
+MODULES: dict[QualityMetric, tuple[str, str]] = {
+    "bleu": ("sacrebleu", "sacrebleu"),
+    "chrf": ("sacrebleu", "sacrebleu"),
+    "rouge": ("rouge_score", "clif[quality]"),
+    "codebleu": ("codebleu", "clif[quality]"),
+    "json_valid": ("jsonschema_rs", "jsonschema-rs"),
+}
+"""Module, and what brings it."""
+
+
+def check_libraries(metrics: Iterable[QualityMetric]) -> None:
+    """Raises ScoringError for a metric whose library is not installed; nothing is imported."""
+    for metric in metrics:
+        module, package = MODULES.get(metric, ("", ""))
+        if module and find_spec(module) is None:
+            raise ScoringError(_missing(metric, package))
+
+
+def library(metric: QualityMetric, module: str = "") -> ModuleType:
+    """The library of a metric, or a module inside of it. Raises ScoringError where it is not installed."""
+    top, package = MODULES[metric]
+    try:
+        return importlib.import_module(f"{top}.{module}" if module else top)
+    except ModuleNotFoundError as error:
+        raise ScoringError(_missing(metric, package)) from error
+
+
+def _missing(metric: str, package: str) -> str:
+    return f'{metric} needs a library that is not installed: python -m pip install "{package}", or leave {metric} out'
