@@ -57,7 +57,8 @@ bench-kernels:  ## The kernels on one GPU against cuBLAS, PEFT and the usual fou
 # No .venv and no network are needed: WHEELS names a folder with the packages that the machine lacks.
 gpu:  ## Measure on a GPU that is available for minutes, the most important first; SECONDS_ALL=180: the first stages
 	$(GPU_PYTHON) benchmarks/gpu_stages.py $(if $(DRY),--dry) $(if $(OUT),--out $(OUT)) \
-		$(if $(SECONDS_ALL),--seconds $(SECONDS_ALL)) $(if $(ONLY),--only $(ONLY)) $(if $(WHEELS),--wheels $(WHEELS))
+		$(if $(SECONDS_ALL),--seconds $(SECONDS_ALL)) $(if $(ONLY),--only $(ONLY)) $(if $(AT_ONCE),--at-once) \
+		$(if $(WHEELS),--wheels $(WHEELS))
 
 check: $(READY)  ## Lint and types
 	$(BIN)/python -P -m ruff check . && $(BIN)/python -P -m ruff format --check . && $(BIN)/python -P -m mypy

@@ -3,6 +3,7 @@
     python benchmarks/gpu_stages.py                        # all stages, at most 8 minutes
     python benchmarks/gpu_stages.py --seconds 180          # the stages that fit, in the same order
     python benchmarks/gpu_stages.py --only decode,training # these
+    python benchmarks/gpu_stages.py --at-once              # all at the same time: what fails; times mean nothing
     python benchmarks/gpu_stages.py --dry                  # on a CPU with tiny shapes: figures mean nothing
 
 Every stage is a process with a time limit. Its result is on disk before the next one begins, so that nothing is lost
@@ -21,9 +22,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 
 import gpu_figures
 from checkout import REPO, commit, link_checkout
@@ -62,7 +65,20 @@ def ranks(count: int, *overrides: str) -> tuple[str, ...]:
 
 def tests(*files: str, processes: int = 1) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Tests that need a GPU, and, as the dry run, their collection."""
-    pytest = (PYTHON, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
+    pytest = (
+        PYTHON,
+        "-P",
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "said_at_once",
+        "-m",
+        "gpu",
+        "--tb=short",
+    )
     paths = tuple(f"tests/gpu/{file}.py" for file in files)
     # By its long name, which tests/conftest.py knows where pytest-xdist is missing.
     parallel = ("--numprocesses", str(processes)) if processes > 1 else ()
@@ -124,6 +140,7 @@ class Session:
     end_s: float
     dry: bool
     about: str
+    _writing: Lock = field(default_factory=Lock)
 
     def result(self, number: int, stage: Stage) -> Path:
         return self.folder / f"{number:02d}-{stage.name}.md"
@@ -166,9 +183,10 @@ class Session:
         shown = " ".join(["python", *command[1:]]).replace(str(self.folder), "OUT")
         lines = [f"## {stage.name}: {stage.asks}", "", f"* command: `{shown}`"]
         lines += [f"* outcome: {outcome}, {took:.1f} s of {stage.limit_s:g}", "", *_output_of(log), ""]
-        _replace(self.result(number, stage), "\n".join(lines))
-        parts = [file.read_text() for file in sorted(self.folder.glob("[0-9][0-9]-*.md"))]
-        _replace(self.folder / "gpu.md", "\n".join([self.about, *parts, *self._figures()]))
+        with self._writing:
+            _replace(self.result(number, stage), "\n".join(lines))
+            parts = [file.read_text() for file in sorted(self.folder.glob("[0-9][0-9]-*.md"))]
+            _replace(self.folder / "gpu.md", "\n".join([self.about, *parts, *self._figures()]))
 
     def _figures(self) -> list[str]:
         """The final table, from the logs of all stages that have run in this folder."""
@@ -289,12 +307,20 @@ def chosen(only: str, stages: Sequence[Stage] = STAGES) -> list[tuple[int, Stage
     return [(n, stage) for n, stage in enumerate(stages, 1) if not names or stage.name in names]
 
 
+def take_all(session: Session, stages: Sequence[tuple[int, Stage]], again: bool, at_once: bool = False) -> list[str]:
+    """Run stages in their order, or all at the same time; returns the names of those that have not passed."""
+    with ThreadPoolExecutor(len(stages) if at_once else 1) as pool:
+        passed = pool.map(lambda numbered: session.take(*numbered, again), stages)
+        return [stage.name for (_, stage), ok in zip(stages, passed, strict=True) if not ok]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder of the results; by default runs/gpu-DATE")
     parser.add_argument("--seconds", type=float, default=480.0, help="time for all stages together")
     parser.add_argument("--only", default="", help="names of stages, with commas")
     parser.add_argument("--again", action="store_true", help="run stages that have passed before, too")
+    parser.add_argument("--at-once", action="store_true", help="all at the same time: their times mean nothing")
     parser.add_argument("--wheels", type=Path, help="folder of wheels that this machine lacks")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU: figures mean nothing")
     args = parser.parse_args()
@@ -310,9 +336,10 @@ def main() -> int:
         about = provenance(env, args.dry)
     except ValueError as error:
         parser.error(str(error))
+    about += "* all stages at the same time: times mean nothing\n" if args.at_once else ""
     session = Session(folder, env, end, args.dry, about)
-    with nullcontext() if args.dry else compiling_ahead(folder, env):
-        left = [stage.name for number, stage in stages if not session.take(number, stage, args.again)]
+    with nullcontext() if args.dry or args.at_once else compiling_ahead(folder, env):
+        left = take_all(session, stages, args.again, at_once=args.at_once)
     print(f"results: {folder.name}/gpu.md{'; not passed: ' + ', '.join(left) if left else ''}")
     return 1 if left else 0
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from helpers import make_rig
+from said_at_once import pytest_runtest_logreport as pytest_runtest_logreport
 
 
 @pytest.fixture(scope="module")

@@ -108,6 +108,25 @@ def test_every_test_for_a_gpu_belongs_to_a_stage():
     assert named == {f"tests/gpu/{file.name}" for file in (gpu_stages.REPO / "tests" / "gpu").glob("test_*.py")}
 
 
+def test_stages_at_once_wait_for_each_other_and_each_keeps_its_result(session, tmp_path):
+    """The first one ends only when the last one has begun."""
+    code = f"import pathlib, time\nat = pathlib.Path({str(tmp_path)!r}) / 'begun'\n"
+    first = stage("first", code + "while not at.exists(): time.sleep(0.01)\nprint('### one')")
+    last, bad = stage("last", code + "at.touch(); print('### two')"), stage("bad", "1 / 0")
+    assert gpu_stages.take_all(session, [(1, first), (2, bad), (3, last)], again=False, at_once=True) == ["bad"]
+    text = (tmp_path / "gpu.md").read_text()
+    assert "### one" in text and "### two" in text and "ZeroDivisionError" in text
+
+
+def test_tests_that_are_ended_have_said_what_failed(tmp_path):
+    (tmp_path / "test_it.py").write_text("import os\ndef test_a(): assert 1 == 2\ndef test_b(): os._exit(7)\n")
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "said_at_once", str(tmp_path / "test_it.py")],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}, cwd=tmp_path,
+    )  # fmt: skip
+    assert found.returncode == 7 and "FAILED test_it.py::test_a" in found.stdout and "assert 1 == 2" in found.stdout
+
+
 def test_no_stage_is_begun_when_time_is_up(session):
     session.end_s = time.monotonic() + 1
     good = stage("good", "print('fine')")
