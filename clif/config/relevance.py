@@ -91,6 +91,7 @@ RELEVANCE: dict[str, Needs] = {
     "dist.secret_file": ALWAYS,
     "model.path": ALWAYS,
     "model.dtype": ALWAYS,
+    "model.weight_dtype": ALWAYS,
     "model.device": ALWAYS,
     "model.max_context": ALWAYS,
     "adapter.r": ALWAYS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from clif.models.backends import (
 )
 from clif.models.dual_linear import LoraRows
 from clif.models.proof import PROBE, ask_ends, compare, probe_ids
+from clif.models.quantising import BITS, quantise
 from clif.models.spec import spec_of
 from clif.models.stack import CausalStack
 from clif.models.weights.loading import LoadedModel
@@ -30,6 +32,7 @@ from clif.models.weights.loading import LoadedModel
 if TYPE_CHECKING:
     from clif.kernels.paged_decode_host import PagedDecode
 
+log = logging.getLogger(__name__)
 SAME = 1e-3
 
 
@@ -87,13 +90,19 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
         # The same first A on every replica: FedAvg averages factors, which makes sense from a common start only.
         torch.manual_seed(config.run.seed)
         bank = inject(stack, config.adapter)
+        bits = BITS.get(config.model.weight_dtype)
+        if bits is not None:
+            if expected is not None and not shared:
+                # Before it is quantised: that changes results, which is no fault of the architecture.
+                compare(stack, expected)
+            log.info("%s", quantise(stack, bits))
         launcher = choose_kernels(config.engine.lora_kernel, loaded.device, loaded.dtype, config.adapter.r)
         captured = choose_captured_kernels(config.engine, loaded.device, loaded.dtype, config.adapter.r)
         for linear in stack.linears if launcher or captured else ():
             linear.use_kernels(launcher, captured)
         if config.engine.prepack_weights:
             stack.prepack() if cpu_level is None else stack.pack()
-        if expected is not None and not shared:
+        if expected is not None and not shared and bits is None:
             compare(stack, expected)
     paged = choose_decode(config.engine.decode_kernel, loaded.device, loaded.dtype, kv_dtype)
     guides = Guides(loaded.tokenizer, stack.vocab_size)

@@ -6,6 +6,7 @@ a GPU, its context.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
@@ -21,6 +22,10 @@ MASTER = 4
 """Bytes of a number of the shadow and of its training state: float32."""
 PACKED = 32
 """The C++ kernels for CPUs pad outputs and inputs of a packed matrix to multiples of it."""
+QUANTISED = {"int8": 8, "int4": 4}
+"""Bits of a number, by model.weight_dtype."""
+GROUP, SCALE = 32, 2
+"""Numbers of 4 bits that share a scale, and bytes of one; numbers of 8 bits have one for each output."""
 Device = Literal["cpu", "cuda"]
 
 
@@ -90,19 +95,14 @@ def estimate(config: Config, spec: ModelSpec, tp_size: int, device: Device) -> M
         kv_tokens = config.model.max_context
     # A spare block, for rows of padding.
     kv_tokens += config.engine.block_size
-    linears = spec.num_layers * sum(sum(_rows(g, tp_size)) * _width(g, tp_size) for g in spec.layer.linears)
-    # The largest share. Where it is tied, it is a view of the embedding.
-    head = -(-spec.vocab_size // tp_size) * spec.hidden_size
-    rest = (
-        spec.vocab_size * spec.hidden_size + (0 if spec.tied else head) + (2 * spec.num_layers + 1) * spec.hidden_size
-    )
-    prepacked = config.engine.prepack_weights and device == "cpu" and dtype == "bfloat16"
+    plain = config.model.weight_dtype == "auto"
+    prepacked = config.engine.prepack_weights and device == "cpu" and dtype == "bfloat16" and plain
     slot, shadow = _adapters(config.adapter, spec, tp_size)
     trains = config.train.enabled
     kv_bytes = 1 if config.engine.kv_dtype == "fp8" else BYTES[dtype]
     kv_heads = -(-spec.layer.attention.kv_heads // tp_size)
     return Memory(
-        weights=BYTES[dtype] * (linears + rest),
+        weights=_weights(config, spec, tp_size, BYTES[dtype]),
         prepacked_weights=BYTES[dtype] * _packed(config, spec, tp_size) if prepacked else 0,
         kv_cache=kv_bytes * spec.num_layers * 2 * kv_heads * spec.layer.attention.head_dim * kv_tokens,
         # One more than serve: the shadow, rounded to the dtype of the base.
@@ -116,10 +116,37 @@ def estimate(config: Config, spec: ModelSpec, tp_size: int, device: Device) -> M
     )
 
 
+def _weights(config: Config, spec: ModelSpec, tp_size: int, number: int) -> int:
+    """Bytes of all weights where a dense number takes `number`. A quantised head is no view of the embedding."""
+    bits, layers = QUANTISED.get(config.model.weight_dtype), spec.num_layers
+    shapes, head = _shapes(spec, tp_size), _head(spec, tp_size)
+    rest = number * (spec.vocab_size + 2 * layers + 1) * spec.hidden_size
+    if bits is not None:
+        return rest + layers * sum(quantised_bytes(*shape, bits) for shape in shapes) + quantised_bytes(*head, bits)
+    # Where the head is tied, it is a view of the embedding.
+    return rest + number * (layers * sum(map(math.prod, shapes)) + (0 if spec.tied else math.prod(head)))
+
+
+def _shapes(spec: ModelSpec, tp_size: int) -> list[tuple[int, int]]:
+    """Outputs and inputs of a decoder layer's merged linear layers on a rank."""
+    return [(sum(_rows(group, tp_size)), _width(group, tp_size)) for group in spec.layer.linears]
+
+
+def _head(spec: ModelSpec, tp_size: int) -> tuple[int, int]:
+    """Outputs and inputs of a rank's part of the head: the largest."""
+    return -(-spec.vocab_size // tp_size), spec.hidden_size
+
+
+def quantised_bytes(out: int, width: int, bits: int) -> int:
+    """Bytes of a quantised matrix [out, width], scales included: see clif.kernels.quantised."""
+    if bits == 8:
+        return out * (width + SCALE)
+    return out * -(-width // GROUP) * (GROUP // 2 + SCALE)
+
+
 def _packed(config: Config, spec: ModelSpec, tp_size: int) -> int:
     """Numbers of all weights as the kernels for CPUs read them, and of the adapters."""
-    head, compiled = (-(-spec.vocab_size // tp_size), spec.hidden_size), config.engine.cpu_kernels == "auto"
-    shapes = [(sum(_rows(group, tp_size)), _width(group, tp_size)) for group in spec.layer.linears]
+    shapes, head, compiled = _shapes(spec, tp_size), _head(spec, tp_size), config.engine.cpu_kernels == "auto"
     if not compiled:
         return spec.num_layers * sum(out * width for out, width in shapes) + head[0] * head[1]
     weights = spec.num_layers * sum(_padded(*shape) for shape in shapes) + _padded(*head)

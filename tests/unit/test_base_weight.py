@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from torch.nn.functional import linear
 from clif.adapters.bank import AdapterBank
 from clif.config import AdapterConfig
 from clif.kernels.dual_lora_reference import SHADOW, Segment
+from clif.kernels.quantised import Bits, QuantisedMatrix
 from clif.models import base_weight
 from clif.models.base_weight import BaseWeight, Dense, Prepacked, merged, prepacked
 from clif.models.dual_linear import DualLinear, LoraRows
+from clif.models.quantised_weight import QuantisedWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +71,15 @@ def served_and_learnt(layer: DualLinear) -> list[torch.Tensor]:
     return [first, second, *(g for g in gradients if g is not None)]
 
 
-def test_a_layer_serves_and_learns_by_a_weight_that_it_knows_nothing_of():
-    eight_bit, dense = quantised()
+def library_weight(bits: Bits) -> tuple[BaseWeight, Dense]:
+    matrix = QuantisedMatrix.of(quantised()[1].weight, bits)
+    bias = torch.linspace(-1, 1, 40)
+    return QuantisedWeight(matrix, bias, torch.float32), Dense(matrix.dense(torch.float32), bias)
+
+
+@pytest.mark.parametrize("pair", [quantised, partial(library_weight, 8), partial(library_weight, 4)])
+def test_a_layer_serves_and_learns_by_a_weight_that_it_knows_nothing_of(pair: Callable[[], tuple[BaseWeight, Dense]]):
+    eight_bit, dense = pair()
     expected, found = (served_and_learnt(layer_with(base)) for base in (dense, eight_bit))
     assert len(expected) == len(found) == 5
     for a, b in zip(expected, found, strict=True):

@@ -44,7 +44,7 @@ FIELDS = [
         "run": "name out_dir seed max_s linger_s drain_s status rebuilds mode training_share trainers",
         "layout": "replicas tp_size replica_gpus across_hosts",
         "dist": "backend timeout_s ranks_per_gpu threads_per_rank control_host",
-        "model": "path dtype device max_context",
+        "model": "path dtype weight_dtype device max_context",
         "adapter": "r lora_alpha target_modules serving_slots",
         "engine": "max_batch kv_tokens block_size coserving prepack_weights activation_mib lora_kernel",
         "slo": "ttft_ms deadline_ms margin late",

@@ -1,0 +1,61 @@
+"""The frozen weight of a linear layer in 8 or 4 bits, anywhere: torch's products with strips of it made dense.
+
+Invariant: no more than a strip is dense at a time, forward and backward. Activations, gradients and adapters stay in
+the type of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import linear
+
+from clif.kernels.quantised import GROUP, QuantisedMatrix, strips
+
+STRIP = {"cpu": 1 << 19}
+"""Numbers that are dense at a time, by kind of device."""
+STRIP_ELSEWHERE = 1 << 25
+"""A GPU is given fewer and larger products."""
+
+
+@dataclass(frozen=True, eq=False)
+class QuantisedWeight:
+    """W [out, in] as whole numbers and scales. bias: [out] or None; dtype: of what goes in and comes out."""
+
+    matrix: QuantisedMatrix
+    bias: torch.Tensor | None
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.matrix.out, self.matrix.in_))
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.numbers.device
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        found = self.matrix.numbers, self.matrix.scales
+        return found if self.bias is None else (*found, self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out, in_ = self.shape
+        y = x.new_empty(*x.shape[:-1], out)
+        for rows in strips(out, in_, self._strip):
+            bias = None if self.bias is None else self.bias[rows]
+            y[..., rows] = linear(x, self.matrix.dense(self.dtype, rows), bias)
+        return y
+
+    def backward(self, grad: torch.Tensor) -> torch.Tensor:
+        # Strips of inputs: each number of the result is one product's, and nothing is summed in the type of the model.
+        out, in_ = self.shape
+        grad_x = grad.new_empty(*grad.shape[:-1], in_)
+        for columns in strips(in_, out, self._strip, GROUP):
+            grad_x[..., columns] = grad @ self.matrix.dense(self.dtype, columns=columns)
+        return grad_x
+
+    @property
+    def _strip(self) -> int:
+        return STRIP.get(self.device.type, STRIP_ELSEWHERE)

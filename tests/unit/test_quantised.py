@@ -1,0 +1,210 @@
+"""Base weights of 8 and 4 bits: what is served and learnt is that of the dense model whose weights they stand for."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import Rig, answer, make_rig, random_state, request, small_config, tp_group_of
+
+from clif.config import config_from_tree
+from clif.engine.engine import Engine
+from clif.engine.jobs import Job
+from clif.kernels import quantised as quantised_module
+from clif.kernels.quantised import GROUP, Bits, QuantisedMatrix
+from clif.models import quantised_weight
+from clif.models.estimate import estimate, read_spec
+from clif.models.quantised_weight import QuantisedWeight
+from clif.models.quantising import BITS, quantise
+from clif.models.stack import CausalStack
+from clif.models.weights.loading import load_model
+from clif.training.trainer import ShadowTrainer
+from clif.types import TrainSample
+
+KINDS = list(BITS)
+WORST = {"int8": 0.015, "int4": 0.11}
+"""Relative difference of a layer's outputs that these models stay below."""
+PROMPTS = [[7, 3, 9], [11, 5, 8, 2, 40, 41, 17], [5], list(range(20, 50)), [9, 9, 9, 1, 2, 3, 4]]
+
+
+def weight(out: int = 50, in_: int = 70, seed: int = 0) -> torch.Tensor:
+    """Numbers of different sizes in each row, and a row of zeros."""
+    rng = torch.Generator().manual_seed(seed)
+    found = torch.randn(out, in_, generator=rng) * torch.rand(out, 1, generator=rng)
+    found[3] = 0
+    return found
+
+
+# --- matrices
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_each_number_is_the_nearest_that_its_scale_allows(bits: Bits):
+    dense = weight()
+    matrix = QuantisedMatrix.of(dense, bits)
+    scales = matrix.scales.float().abs().repeat_interleave(GROUP if bits == 4 else dense.shape[1], 1)[:, :70]
+    apart = (matrix.dense(torch.float32) - dense).abs()
+    # 8 is beyond the range of 4 bits, whose other end is -8. Scales are rounded to bfloat16, which cuts a little.
+    allowed = 0.75 if bits == 8 else 1.05
+    assert bool((apart <= allowed * scales + 1e-7).all()) and not matrix.dense(torch.float32)[3].any()
+    assert (matrix.out, matrix.in_) == (50, 70)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_pieces_and_parts_of_a_matrix_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch, bits: Bits):
+    whole = QuantisedMatrix.of(weight(), bits)
+    monkeypatch.setattr(quantised_module, "PIECE", 210)
+    again = QuantisedMatrix.of(weight(), bits)
+    assert torch.equal(again.numbers, whole.numbers) and torch.equal(again.scales, whole.scales)
+    dense = whole.dense(torch.float32)
+    assert torch.equal(whole.dense(torch.float32, slice(10, 31)), dense[10:31])
+    for columns in (slice(32, 64), slice(64, 70), slice(0, 70)):
+        assert torch.equal(whole.dense(torch.float32, columns=columns), dense[:, columns])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("strip", [1, 300, 1 << 19])
+def test_products_are_those_of_the_dense_matrix_however_little_is_dense_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, bits: Bits, strip: int
+):
+    monkeypatch.setitem(quantised_weight.STRIP, "cpu", strip)
+    base = QuantisedWeight(QuantisedMatrix.of(weight(), bits), torch.linspace(-1, 1, 50), torch.float32)
+    dense, x, grad = base.matrix.dense(torch.float32), torch.randn(6, 70), torch.randn(6, 50)
+    assert torch.allclose(base.forward(x), x @ dense.T + torch.linspace(-1, 1, 50), atol=1e-5)
+    assert torch.allclose(base.backward(grad), grad @ dense, atol=1e-5, rtol=1e-5)
+
+
+# --- engines
+
+
+def rig_of(model: str, kind: str, **sections: Any) -> Rig:
+    return make_rig(model, model={"weight_dtype": kind, **sections.pop("model", {})}, **sections)
+
+
+def dense_twin(rig: Rig) -> Rig:
+    """The same engine around a dense model with the weights that those of `rig` stand for."""
+    config = rig.config.model_copy(update={"model": rig.config.model.model_copy(update={"weight_dtype": "auto"})})
+    loaded = load_model(config.model, torch.device("cpu"), 3)
+    twin = Rig(config, loaded, Engine.from_config(config, loaded))
+    stack = rig.runner.stack
+    pairs = zip([*twin.runner.stack.linears, twin.runner.stack.head], [*stack.linears, stack.head], strict=True)
+    for mine, other in pairs:
+        base: Any = mine.base
+        mine.base = type(base)(other.base.matrix.dense(base.dtype), base.bias)
+    return twin
+
+
+def answers(rig: Rig, **options: Any) -> list[list[int]]:
+    requests = [request(i, prompt, max_tokens=9, ignore_eos=True) for i, prompt in enumerate(PROMPTS)]
+    events = rig.run(requests, **options)
+    return [answer(events[i]) for i in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_are_those_of_the_dense_model_with_its_weights_whatever_runs_beside_them(tiny_config: Path, kind: str):
+    rig = rig_of(f"random:{tiny_config}", kind)
+    twin = dense_twin(rig)
+    for one in (rig, twin):
+        one.fill(1, seed=4)
+    expected = answers(twin)
+    assert answers(rig) == expected
+    assert answers(rig, arrive={i: 3 * i for i in range(len(PROMPTS))}) == expected, "in other batches"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_steps_and_promotions_are_those_of_the_dense_model(tiny_config: Path, kind: str):
+    samples = [TrainSample(id=i, ids=tuple(range(5 + i, 40 + 2 * i)), target_start=12) for i in range(3)]
+    found = []
+    rig = rig_of(f"random:{tiny_config}", kind)
+    for one in (rig, dense_twin(rig)):
+        one.bank.set_shadow(random_state(one.bank, 5))
+        config = one.config.train.model_copy(update={"enabled": True, "lr": 0.01})
+        trainer, losses = ShadowTrainer(one.train_runner, one.bank, samples, config), []
+
+        def step(trainer: ShadowTrainer = trainer, losses: list[float] = losses) -> Any:
+            losses.append((yield from trainer.step(2, 2)).loss)
+
+        one.engine.jobs.append(Job("step", step()))
+        one.run([])
+        gradient = one.bank.gradient.clone()
+        slot = one.slots.free_slot()
+        assert slot is not None
+        one.runner.bank.fill_slot(slot, one.bank.local(one.bank.whole(one.bank.shadow.data)))
+        one.slots.promote(2, slot)
+        found.append((losses, gradient, answers(one)))
+    (losses, gradient, said), (dense_losses, dense_gradient, dense_said) = found
+    assert losses == pytest.approx(dense_losses, rel=1e-5) and said == dense_said
+    assert float((gradient - dense_gradient).norm()) <= 1e-5 * float(dense_gradient.norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shadow_that_is_not_finite_reaches_no_answer(tiny_config: Path, kind: str):
+    rig = rig_of(f"random:{tiny_config}", kind)
+    rig.fill(1, seed=4)
+    expected = answers(rig)
+    rig.bank.shadow.data.fill_(float("nan"))
+    rig.bank.refresh()
+    assert answers(rig) == expected
+
+
+# --- what is said and held
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_estimate_is_what_is_held_and_the_dense_weights_are_gone(
+    tiny_config: Path, tmp_path: Path, kind: str, tied: bool
+):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(tiny_config.read_text()), "tie_word_embeddings": tied}))
+    rig = rig_of(f"random:{file}", kind)
+    stack = rig.runner.stack
+    held = sum(t.nbytes for part in (*stack.linears, stack.head) for t in part.base.tensors)
+    held += sum(p.nbytes for p in rig.loaded.model.parameters())
+    assert estimate(rig.config, read_spec(rig.config.model.path), 1, "cpu").weights == held
+
+
+def test_an_8b_base_takes_what_the_documentation_says():
+    tree = {"path": "random:configs/models/llama-8b.json", "dtype": "bfloat16", "max_context": 64}
+    config = config_from_tree({"model": tree, "train": {"enabled": False}})
+    spec, size = read_spec(config.model.path), {}
+    for kind in ("auto", *KINDS):
+        model = config.model.model_copy(update={"weight_dtype": kind})
+        size[kind] = estimate(config.model_copy(update={"model": model}), spec, 1, "cuda").weights / 1e9
+    assert {kind: round(gb, 1) for kind, gb in size.items()} == {"auto": 16.1, "int8": 8.6, "int4": 5.3}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_start_says_how_far_the_outputs_of_a_layer_are_off(
+    stories: str, kind: str, caplog: pytest.LogCaptureFixture
+):
+    config = small_config(stories)
+    stack = CausalStack(load_model(config.model, torch.device("cpu")).model)
+    done = quantise(stack, BITS[kind])
+    assert 0.001 < done.worst < WORST[kind] and done.where.startswith(("model.layers.", "lm_head"))
+    assert done.bytes < done.dense / 3
+    with caplog.at_level(logging.INFO, "clif.engine.base"):
+        rig_of(stories, kind)
+    assert f"{kind}, " in caplog.text and f"differ by {done.worst:.2%} at most ({done.where})" in caplog.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_quantise_their_own_parts(tiny_config: Path, kind: str):
+    config = small_config(f"random:{tiny_config}")
+    whole = CausalStack(load_model(config.model, torch.device("cpu"), 3).model)
+    quantise(whole, BITS[kind])
+    for rank in range(2):
+        group = tp_group_of(rank, 2)
+        part = CausalStack(load_model(config.model, torch.device("cpu"), 3, group).model, group)
+        quantise(part, BITS[kind])
+        for mine, all_ in zip(part.linears, whole.linears, strict=True):
+            base: Any = mine.base
+            assert base.shape.numel() <= all_.base.shape.numel() and base.matrix.bits == BITS[kind]
+        mine, all_ = part.linears[-1].base, whole.linears[-1].base
+        columns = slice(rank * mine.shape[1], (rank + 1) * mine.shape[1])
+        apart = mine.matrix.dense(torch.float32) - all_.matrix.dense(torch.float32)[:, columns]
+        assert float(apart.norm()) < WORST[kind] * float(all_.matrix.dense(torch.float32).norm())
