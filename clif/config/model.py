@@ -114,8 +114,8 @@ class EngineConfig(Section):
     concurrent_slice_ms: PositiveFloat = 160.0
     """The same for a slice that runs concurrently with serving, for which no token waits."""
     activation_mib: Positive = 1024
-    """Memory for what training forwards keep for their backwards. Layers that do not fit are computed again; a sample
-    that cannot fit at all is an error at start."""
+    """Memory for what training forwards keep for their backwards. Layers that do not fit are computed again, those of
+    a long sample in pieces; a sample that cannot fit even so is an error at start. See [operations](operations.md)."""
     eval_tokens: Positive = 256
     """[tokens] Tokens of one held-out forward."""
     emulated: Literal["default"] | NotNegativeFloat | Path | None = None

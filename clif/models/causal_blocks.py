@@ -44,6 +44,12 @@ def block_rows(sequences: int, heads: int, longest: int) -> int:
     return max(SMALLEST_BLOCK, BLOCK_NUMBERS // (sequences * heads * longest))
 
 
+def block_bytes(heads: int, longest: int) -> int:
+    """What a backward holds of a block of one sequence at a time, in float32: probabilities, gradients of them and of
+    the scores, and a product of the keys' size."""
+    return 4 * block_rows(1, heads, longest) * heads * longest * torch.float32.itemsize
+
+
 def attend_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """q [s, kv_heads, g * longest, d], k and v [s, kv_heads, longest, d] -> as q."""
     out = torch.empty_like(q)

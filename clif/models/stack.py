@@ -12,6 +12,7 @@ from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
 from clif.models.base_weight import PackedWeight, arena_for, packed, prepacked
 from clif.models.causal import CausalSequences
+from clif.models.causal_blocks import block_bytes
 from clif.models.cpu_training import PackedSequences
 from clif.models.dual_linear import DualLinear, LoraRows
 from clif.models.head import Head
@@ -101,6 +102,12 @@ class CausalStack:
     def keeps_squares(self) -> bool:
         """Whether the backward of attention keeps probabilities of each pair of tokens."""
         return self.varlen is None and self._training is None
+
+    def attention_work(self, length: int) -> int:
+        """Bytes that attention's backward works in, for one sequence of this length, beside rows of heads."""
+        if self._training is not None:
+            return self._training.causal_scratch(self.num_heads, self.num_kv_heads, self.head_dim, length)
+        return block_bytes(self.num_heads, length) if self.device.type == "cpu" else 0
 
     def layers(
         self, start: int, stop: int, hidden: Sequence[torch.Tensor], sub_batches: Sequence[SubBatch]

@@ -9,7 +9,7 @@ beyond the budget.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,11 @@ from clif.models.dual_linear import LoraRows
 from clif.models.stack import CausalStack
 from clif.training.head_loss import HeadLoss
 from clif.types import TrainSample
+
+LONG_SAMPLE = 2048
+"""Longest sample, in tokens, beside whose activations other memory of a pass is small."""
+PIECE_UNIT = 64
+"""Rows of a piece are a multiple of this."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,9 @@ class Activations:
     """What the backward of a forward needs, in bytes. budget: all that may be kept at a time.
 
     entry: a row's input of a layer; layer: what autograd keeps of a row in one layer; square: of a row in one layer
-    for each token of its sequence (attention's probabilities; 0 where attention keeps none of them).
+    for each token of its sequence (attention's probabilities; 0 where attention keeps none of them); across: of a row
+    that is computed in pieces, while attention sees all rows, beside the inputs of layers; work: what attention works
+    in meanwhile, for a sequence of a length.
     """
 
     budget: int
@@ -64,6 +71,8 @@ class Activations:
     entry: int
     layer: int
     square: int
+    across: int = 0
+    work: Callable[[int], int] = lambda length: 0
 
     def of_layer(self, lengths: Sequence[int]) -> int:
         """Bytes that autograd keeps for one layer of sequences of these lengths."""
@@ -72,12 +81,26 @@ class Activations:
     def kept(self, lengths: Sequence[int]) -> int:
         """How many layers may keep their activations; the others are computed again in the backward."""
         room = self.budget - sum(lengths) * self.entry * self.layers
-        # One layer's worth stays free for the layer that is being computed again.
-        return max(0, min(self.layers, room // max(1, self.of_layer(lengths)) - 1))
+        return max(0, min(self.layers, room // max(1, self.of_layer(lengths)) - self._spare(lengths)))
 
     def fits(self, lengths: Sequence[int]) -> bool:
-        """Whether these sequences can be in one pass at all."""
-        return sum(lengths) * self.entry * self.layers + self.of_layer(lengths) <= self.budget
+        """Whether these sequences can be in one pass whose layers compute all rows at once."""
+        needed = sum(lengths) * self.entry * self.layers + self._spare(lengths) * self.of_layer(lengths)
+        return needed <= self.budget
+
+    def piece(self, length: int) -> int:
+        """Rows of a piece at most, for a sample of this length that does not fit as a whole; 0: not even so."""
+        room = self.budget - length * (self.entry * self.layers + self.across) - self.work(length)
+        # A backward takes about as much again as it finds kept.
+        rows = room // (2 * self.layer) // PIECE_UNIT * PIECE_UNIT
+        return max(0, min(rows, length))
+
+    def _spare(self, lengths: Sequence[int]) -> int:
+        """Layers' worth of memory that stays free for the layer that is being computed again.
+
+        A long sample also needs that of what its backward takes beside: for others it is small.
+        """
+        return 2 if max(lengths) > LONG_SAMPLE else 1
 
 
 class Pass:
@@ -184,4 +207,9 @@ def measure_activations(stack: CausalStack, budget: int) -> Activations:
         run.forward(1)
     rows = sum(size for pointer, size in held.items() if pointer not in frozen)
     entry = run.hidden.shape[-1] * item
-    return Activations(budget, stack.num_layers, entry, max(entry, rows // n - square * n), square)
+    query, heads = stack.num_heads * stack.head_dim, (stack.num_heads + 2 * stack.num_kv_heads) * stack.head_dim
+    # The last output and its gradient; heads, their gradients and a copy; what attention gives, and that of it.
+    across = 2 * entry + (3 * heads + (5 if stack.keeps_squares else 2) * query) * item
+    return Activations(
+        budget, stack.num_layers, entry, max(entry, rows // n - square * n), square, across, stack.attention_work
+    )

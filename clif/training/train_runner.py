@@ -12,10 +12,11 @@ from clif.engine.jobs import Slice, SliceKind, Slices
 from clif.engine.runner import ModelRunner
 from clif.models.dual_linear import SHADOW
 from clif.training.layer_graphs import SIZES, CapturedPass, TrainingGraphs, capture_training
-from clif.training.passes import Pass, measure_activations, pack
+from clif.training.layer_pieces import PiecedPass
+from clif.training.passes import PIECE_UNIT, Pass, measure_activations, pack
 from clif.types import TrainSample
 
-AnyPass = Pass | CapturedPass
+AnyPass = Pass | CapturedPass | PiecedPass
 
 
 class TrainRunner:
@@ -33,7 +34,7 @@ class TrainRunner:
 
     def check_samples(self, longest: int) -> None:
         """Raises ConfigError if a training sample of this many tokens cannot be held."""
-        if not self.activations.fits([longest]):
+        if not self.activations.fits([longest]) and not self.activations.piece(longest):
             raise ConfigError(
                 f"a training sample of {longest} tokens needs more than engine.activation_mib "
                 f"{self.config.activation_mib}: raise it or lower data.max_sample_tokens"
@@ -71,10 +72,16 @@ class TrainRunner:
         return (yield Slice(SliceKind.PACK, 1, tokens, work, least=len(left[0].ids)))
 
     def _next_pass(self, left: list[TrainSample], slot: int | None, learns: bool, max_batch_tokens: int) -> AnyPass:
-        """Take samples from `left`: one, and as many more as the tokens, memory and captured passes allow."""
+        """Take samples from `left`: one, and as many more as the tokens, memory and captured passes allow.
+
+        One that does not fit the memory as a whole is computed in pieces.
+        """
         graphs = self.graphs if slot == SHADOW and not self._runner.fuses else None
         taken = [left.pop(0)]
         lengths = [len(taken[0].ids)]
+        if not self.activations.fits(lengths):
+            piece = max(PIECE_UNIT, self.activations.piece(lengths[0]))
+            return PiecedPass(self.stack, pack(taken), slot, piece, learns)
         while left and sum(lengths) + len(left[0].ids) <= max_batch_tokens:
             more = [*lengths, len(left[0].ids)]
             if (learns and not self.activations.fits(more)) or (graphs is not None and graphs.of(more) is None):

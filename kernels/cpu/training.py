@@ -43,6 +43,8 @@ class TrainingKernels:
     def _memory(self, size: int) -> int:
         """The address of so many bytes."""
         if len(self._scratch) < size:
+            # The old one goes first: both at a time would count twice.
+            del self._scratch
             self._scratch = torch.empty(size, dtype=torch.uint8)
         return self._scratch.data_ptr()
 
@@ -106,6 +108,15 @@ class TrainingKernels:
             ctypes.byref(struct), out.data_ptr(), log_sums.data_ptr(), memory, self._level, threads
         )
         return out, log_sums
+
+    def causal_scratch(self, heads: int, kv_heads: int, head_dim: int, length: int) -> int:
+        """Bytes that the backward of a sequence of this length works in."""
+        query, key, value = torch.empty(1, heads + 2 * kv_heads, head_dim, dtype=torch.bfloat16).split(
+            (heads, kv_heads, kv_heads), 1
+        )
+        ends = torch.tensor([0, length], dtype=torch.int32)
+        struct = _sequences(query, key, value, ends, 1.0)
+        return int(self._library.clif_causal_scratch(ctypes.byref(struct), 1, torch.get_num_threads()))
 
     def causal_backward(
         self,
