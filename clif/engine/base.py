@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from clif.adapters.bank import AdapterBank, inject
-from clif.config import Config, EngineConfig
+from clif.config import Config, ConfigError, EngineConfig
 from clif.distributed.collectives import TpGroup
 from clif.engine.guide import Guides
 from clif.engine.runner import ModelRunner
@@ -85,8 +85,8 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
         head_dim = spec_of(loaded.model.config).layer.attention.head_dim
         cpu_level = choose_cpu_kernels(config.engine, loaded.device, loaded.dtype, head_dim)
         ops = choose_ops(loaded.device, loaded.dtype, max(config.model.max_context, PROBE), kv_dtype, cpu_level)
-        stack = CausalStack(loaded.model, tp_group, ops)
-        stack.varlen = choose_varlen(loaded.device, loaded.dtype, stack.head_dim)
+        stack = CausalStack(loaded.model, tp_group, ops, config.model.max_context)
+        stack.varlen = choose_varlen(loaded.device, loaded.dtype, stack.head_dim) if stack.plain else None
         # The same first A on every replica: FedAvg averages factors, which makes sense from a common start only.
         torch.manual_seed(config.run.seed)
         bank = inject(stack, config.adapter)
@@ -104,11 +104,24 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
             stack.prepack() if cpu_level is None else stack.pack()
         if expected is not None and not shared and bits is None:
             compare(stack, expected)
-    paged = choose_decode(config.engine.decode_kernel, loaded.device, loaded.dtype, kv_dtype)
+    paged = choose_decode(_decode_kernel(config.engine, stack), loaded.device, loaded.dtype, kv_dtype)
     guides = Guides(loaded.tokenizer, stack.vocab_size)
     if config.online:
         guides.prepare()
     return Base(stack, bank, loaded, paged, _probe(stack, loaded), guides, cpu_level)
+
+
+def _decode_kernel(config: EngineConfig, stack: CausalStack) -> Literal["auto", "torch", "triton"]:
+    """engine.decode_kernel, where the model's attention is what the kernel computes. Raises ConfigError otherwise."""
+    if stack.plain:
+        return config.decode_kernel
+    if config.decode_kernel == "triton":
+        raise ConfigError(
+            "engine.decode_kernel triton computes neither windows nor caps of scores, which this model has: set "
+            "engine.decode_kernel=torch"
+        )
+    log.info("attention: torch's products, for windows or caps of scores")
+    return "torch"
 
 
 @torch.no_grad()

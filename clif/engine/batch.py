@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from clif.config import EngineConfig
-from clif.engine.attention import DecodeGroup, PagedLayout, make_decode_group
+from clif.engine.attention import DecodeGroup, PagedLayout, WindowRows, make_decode_group
 from clif.engine.capture import Captured
 from clif.engine.draws import Draws, DrawTable
 from clif.engine.logprobs import Reporting
@@ -74,6 +74,7 @@ class BatchBuilder:
 
     dtype: of the scores that attention computes without the paged kernel. varlen: what attends in prompts; None: padded
     products. step_tables: attention of all rows reads the step's table, on a CPU; nothing else is made of them.
+    windows: those of the model's layers; None: one sees the whole context.
     """
 
     def __init__(
@@ -84,9 +85,10 @@ class BatchBuilder:
         dtype: torch.dtype,
         varlen: Varlen | None = None,
         step_tables: bool = False,
+        windows: Seq[int | None] = (None,),
     ) -> None:
         self._block_size, self._device = config.block_size, device
-        self._dtype, self._varlen, self._step_tables = dtype, varlen, step_tables
+        self._dtype, self._varlen, self._step_tables, self._windows = dtype, varlen, step_tables, windows
         # A row for each answer, and the prompts of a step.
         self._capacity = config.max_batch + config.max_prefill_tokens
         self._rows = StepRows(self._capacity, config.max_batch, config.block_size)
@@ -164,25 +166,32 @@ class BatchBuilder:
             else:
                 prompts.append(PromptChunk(row, chunk.start, chunk.stop, blocks))
             row += size
-        return PagedLayout(
-            row,
-            slot_mapping,
-            self._tables.refill(decoding) if paged and decoding else None,
-            () if paged else tuple(self._groups(decoding)),
-            self._prompt_rows(prompts, row) if prompts else None,
-        )
+        seen = {window: self._seen(decoding, prompts, row, paged, window) for window in self._windows}
+        groups, whole = seen.pop(None, WindowRows((), None))
+        table = self._tables.refill(decoding) if paged and decoding else None
+        windowed = {window: rows for window, rows in seen.items() if window is not None}
+        return PagedLayout(row, slot_mapping, table, groups, whole, windowed=windowed)
 
-    def _prompt_rows(self, chunks: Seq[PromptChunk], count: int) -> PromptRows:
+    def _seen(
+        self, decoding: Seq[DecodeRow], prompts: Seq[PromptChunk], count: int, paged: bool, window: int | None
+    ) -> WindowRows:
+        """What `count` rows read in layers of this window."""
+        groups = () if paged else tuple(self._groups(decoding, window))
+        return WindowRows(groups, self._prompt_rows(prompts, count, window) if prompts else None)
+
+    def _prompt_rows(self, chunks: Seq[PromptChunk], count: int, window: int | None) -> PromptRows:
         if self._varlen is None:
-            return PaddedPrompts.of(chunks, self._block_size, self._device)
+            return PaddedPrompts.of(chunks, self._block_size, self._device, window)
         return VarlenPrompts.of(chunks, count, self._block_size, self._device, self._varlen)
 
-    def _groups(self, decoding: Seq[DecodeRow]) -> Iterator[DecodeGroup]:
+    def _groups(self, decoding: Seq[DecodeRow], window: int | None) -> Iterator[DecodeGroup]:
         """Without the kernel: rows whose contexts are of like length share a product."""
         by_size: dict[int, list[DecodeRow]] = defaultdict(list)
         for sequence in decoding:
-            by_size[bucket(sequence.length)].append(sequence)
-        return (make_decode_group(members, self._block_size, self._dtype, self._device) for members in by_size.values())
+            seen = sequence.length if window is None else min(sequence.length, window)
+            by_size[bucket(seen)].append(sequence)
+        rest = self._block_size, self._dtype, self._device, window
+        return (make_decode_group(members, *rest) for members in by_size.values())
 
 
 def _waits(sequence: Sequence) -> bool:

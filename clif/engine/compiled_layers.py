@@ -30,8 +30,9 @@ class CompiledLayers:
         self._stack, self._cache, self._level = stack, cache, level
         structs = [_layer(layer, cache.layers[layer.index]) for layer in stack.decoder_layers]
         self._layers = (Layer * len(structs))(*structs)
-        assert isinstance(stack.angles, AngleTable)
-        self._angles = stack.angles.table
+        (angles,) = stack.angles
+        assert isinstance(angles, AngleTable)
+        self._angles = angles.table
         self._scratch = torch.empty(0, dtype=torch.bfloat16)
 
     @staticmethod
@@ -42,6 +43,8 @@ class CompiledLayers:
         if cache.layers[0].dtype != torch.bfloat16:
             return f"the KV cache is of {cache.layers[0].dtype}"
         for layer in stack.decoder_layers:
+            if layer.obstacle is not None:
+                return layer.obstacle
             if not all(isinstance(linear.base, PackedWeight) for linear in layer.linears):
                 return "its weights are not packed"
             parts = (
@@ -53,7 +56,9 @@ class CompiledLayers:
             for part, kind in parts:
                 if not isinstance(part, kind):
                     return f"a layer has a {type(part).__name__}"
-        return None if isinstance(stack.angles, AngleTable) else "its angles are not those of positions alone"
+        if len(stack.angles) > 1:
+            return "its layers have several rotary embeddings"
+        return None if isinstance(stack.angles[0], AngleTable) else "its angles are not those of positions alone"
 
     def __call__(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         """hidden [rows, hidden size], fresh memory, through all layers in place."""
@@ -96,7 +101,7 @@ def _layer(layer: DecoderLayer, cache: torch.Tensor) -> Layer:
         norm.eps,
         mlp_norm.eps,
         rotary.shape.as_struct(),
-        layer.scale,
+        layer.scores.plain_scale,
         cache.data_ptr(),
     )
 

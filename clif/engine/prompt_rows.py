@@ -14,11 +14,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from clif.kernels.kv_types import read_slots
 from clif.kernels.staging import send_ints
 from clif.models.causal import CausalSequences
+from clif.models.scores import Scores, masked_attention
 from clif.models.varlen import SequenceSpans, Varlen
 
 
@@ -34,11 +34,17 @@ class PromptChunk(NamedTuple):
     def rows(self) -> range:
         return range(self.row, self.row + self.stop - self.start)
 
-    def context(self, block_size: int) -> npt.NDArray[np.int64]:
-        """The cache slots [stop] of all that its last token sees."""
-        count = -(-self.stop // block_size)
-        first = np.asarray(self.blocks[:count], dtype=np.int64) * block_size
-        return (first[:, None] + np.arange(block_size)).reshape(-1)[: self.stop]
+    def first(self, window: int | None) -> int:
+        """The first token that any of them sees."""
+        return 0 if window is None else max(0, self.start + 1 - window)
+
+    def context(self, block_size: int, window: int | None = None) -> npt.NDArray[np.int64]:
+        """The cache slots of all that its tokens see, [stop] without a window."""
+        start, stop = self.first(window) // block_size, -(-self.stop // block_size)
+        first = np.asarray(self.blocks[start:stop], dtype=np.int64) * block_size
+        before = start * block_size
+        slots = (first[:, None] + np.arange(block_size)).reshape(-1)
+        return slots[self.first(window) - before : self.stop - before]
 
 
 class PromptRows(Protocol):
@@ -50,7 +56,7 @@ class PromptRows(Protocol):
         key: torch.Tensor,
         value: torch.Tensor,
         cache: torch.Tensor,
-        scale: float,
+        scores: Scores,
         out: torch.Tensor,
     ) -> torch.Tensor:
         """All rows of the step: query [rows, heads, d], key and value [rows, kv_heads, d] as the cache [2 * kv_heads,
@@ -69,18 +75,23 @@ class ContinuedChunk(NamedTuple):
 
 @dataclass(frozen=True)
 class PaddedPrompts:
-    """Prompts without a past (`fresh`) as a few padded products, continued ones one by one under a dense mask."""
+    """Prompts without a past (`fresh`) as a few padded products, continued ones one by one under a dense mask.
+
+    For layers of one window.
+    """
 
     fresh_rows: torch.Tensor | None
     fresh: CausalSequences | None
     continued: Sequence[ContinuedChunk]
 
     @classmethod
-    def of(cls, chunks: Sequence[PromptChunk], block_size: int, device: torch.device) -> PaddedPrompts:
+    def of(
+        cls, chunks: Sequence[PromptChunk], block_size: int, device: torch.device, window: int | None = None
+    ) -> PaddedPrompts:
         fresh = [chunk for chunk in chunks if chunk.start == 0]
         continued = [
             ContinuedChunk(
-                chunk.rows, send_ints(chunk.context(block_size), device), _past_mask(chunk.start, chunk.stop, device)
+                chunk.rows, send_ints(chunk.context(block_size, window), device), _past_mask(chunk, window, device)
             )
             for chunk in chunks
             if chunk.start
@@ -96,25 +107,25 @@ class PaddedPrompts:
         key: torch.Tensor,
         value: torch.Tensor,
         cache: torch.Tensor,
-        scale: float,
+        scores: Scores,
         out: torch.Tensor,
     ) -> torch.Tensor:
         """See PromptRows."""
         if self.fresh is not None and self.fresh_rows is not None:
             q, k, v = (t.index_select(0, self.fresh_rows) for t in (query, key, value))
-            out.index_copy_(0, self.fresh_rows, self.fresh.attend(0, q, k, v, scale))
+            out.index_copy_(0, self.fresh_rows, self.fresh.attend(0, q, k, v, scores))
         for chunk in self.continued:
-            past_k, past_v = read_slots(cache, chunk.context, query.dtype).unsqueeze(0).chunk(2, 1)
+            past_k, past_v = read_slots(cache, chunk.context, query.dtype).chunk(2)
             rows = slice(chunk.rows.start, chunk.rows.stop)
-            q = query[rows].transpose(0, 1).unsqueeze(0)
-            got = sdpa(q, past_k, past_v, attn_mask=chunk.mask, scale=scale, enable_gqa=True)
-            out[rows] = got[0].transpose(0, 1).flatten(1)
+            out[rows] = masked_attention(query[rows].transpose(0, 1), past_k, past_v, chunk.mask, scores)
         return out
 
 
-def _past_mask(start: int, stop: int, device: torch.device) -> torch.Tensor:
-    """Boolean mask [rows, context] of a chunk [start, stop) that continues a prompt."""
-    return torch.ones((stop - start, stop), dtype=torch.bool, device=device).tril(diagonal=start)
+def _past_mask(chunk: PromptChunk, window: int | None, device: torch.device) -> torch.Tensor:
+    """Boolean mask [rows, context] of a chunk that continues a prompt."""
+    before = chunk.start - chunk.first(window)
+    seen = torch.ones((len(chunk.rows), before + len(chunk.rows)), dtype=torch.bool, device=device).tril(before)
+    return seen if window is None else seen.triu_(before + 1 - window)
 
 
 @dataclass(frozen=True)
@@ -150,7 +161,7 @@ class VarlenPrompts:
         key: torch.Tensor,
         value: torch.Tensor,
         cache: torch.Tensor,
-        scale: float,
+        scores: Scores,
         out: torch.Tensor,
     ) -> torch.Tensor:
         """See PromptRows."""
@@ -158,7 +169,7 @@ class VarlenPrompts:
             key, value = self._chosen(key), self._chosen(value)
         else:
             key, value = read_slots(cache, self.context, query.dtype).transpose(0, 1).chunk(2, 1)
-        got = self.attention(self._chosen(query), key, value, self.spans, scale).flatten(1)
+        got = self.attention(self._chosen(query), key, value, self.spans, scores.plain_scale).flatten(1)
         return got if self.rows is None else out.index_copy_(0, self.rows, got)
 
     def _chosen(self, x: torch.Tensor) -> torch.Tensor:

@@ -61,8 +61,8 @@ class ModelRunner:
         self.train_recorder: Recorder | None = None
         self.fuses = False
         self._cpu = self._by_reference = cpu_level is not None
-        step_tables = self._cpu and kv_dtype == dtype
-        self._batches = BatchBuilder(config, stack.vocab_size, device, dtype, stack.varlen, step_tables)
+        step_tables = self._cpu and kv_dtype == dtype and stack.plain
+        self._batches = BatchBuilder(config, stack.vocab_size, device, dtype, stack.varlen, step_tables, stack.windows)
         self._compiled = None if cpu_level is None else _compiled(stack, self.cache, cpu_level)
         # Of the last step, in the order in which its chunks sample: the next one may need them before the host knows.
         self._last_tokens = torch.zeros(config.max_batch, dtype=torch.int64, device=device)

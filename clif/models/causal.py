@@ -27,6 +27,7 @@ from clif.models.causal_blocks import (
     probabilities,
     score_gradients,
 )
+from clif.models.scores import Scores
 
 SAVED_LENGTH = 256
 """Longest sequence whose L x L probabilities the backward keeps; those of longer ones are computed again."""
@@ -42,14 +43,13 @@ def bucket(length: int) -> int:
 class _Group:
     """Sequences of similar length. rows [tokens]: where they lie in the batch; slots [tokens]: where when padded.
 
-    None: the whole batch as it lies, no padding. mask: None where nothing reads it.
+    None: the whole batch as it lies, no padding.
     """
 
     sequences: int
     longest: int
     rows: torch.Tensor | None
     slots: torch.Tensor | None
-    mask: torch.Tensor | None
 
 
 class CausalSequences:
@@ -57,6 +57,7 @@ class CausalSequences:
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         self.count, self._device = sum(lengths), device
+        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
@@ -67,35 +68,42 @@ class CausalSequences:
 
     def _group(self, members: list[tuple[int, int]]) -> _Group:
         longest = max(length for _, length in members)
-        whole = longest <= LONG and self._device.type == "cpu"
-        mask = causal_mask(0, longest, self._device) if whole else None
         if sum(length for _, length in members) == len(members) * longest == self.count:
-            return _Group(len(members), longest, None, None, mask)
+            return _Group(len(members), longest, None, None)
         rows = [start + j for start, length in members for j in range(length)]
         slots = [i * longest + j for i, (_, length) in enumerate(members) for j in range(length)]
-        return _Group(len(members), longest, self._index(rows), self._index(slots), mask)
+        return _Group(len(members), longest, self._index(rows), self._index(slots))
 
     def _index(self, values: list[int]) -> torch.Tensor:
         return send_ints(values, self._device)
+
+    def mask(self, longest: int, window: int | None) -> torch.Tensor:
+        """What is added to the scores of sequences padded to this length [longest, longest]; made once."""
+        key = longest, None if window is None or window >= longest else window
+        if key not in self._masks:
+            self._masks[key] = causal_mask(0, longest, self._device, key[1])
+        return self._masks[key]
 
     def cache_rows(self, layer: int) -> None:
         """Nothing is kept of these rows."""
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
     ) -> torch.Tensor:
         """query [rows, heads, d], key and value [rows, kv_heads, d] -> [rows, heads * d]."""
-        if query.is_cuda:
-            return self._fused(query, key, value, scale).flatten(1)
-        out: torch.Tensor = _Attend.apply(query, key, value, self, scale)
+        if query.is_cuda and scores.softcap is None:
+            return self._fused(query, key, value, scores).flatten(1)
+        out: torch.Tensor = _Attend.apply(query, key, value, self, scores)
         return out.flatten(1)
 
-    def _fused(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    def _fused(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores) -> torch.Tensor:
         """[rows, heads, d] by torch's fused attention, whose backward holds no matrix of length x length."""
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         for group in self.groups:
             q, k, v = (_pad(t, group).transpose(1, 2) for t in (query, key, value))
-            padded = sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+            causal = scores.window is None or scores.window >= group.longest
+            mask = None if causal else self.mask(group.longest, scores.window).to(query.dtype)
+            padded = sdpa(q, k, v, mask, is_causal=causal, scale=scores.scale, enable_gqa=True).transpose(1, 2)
             flat = padded.reshape(-1, *query.shape[1:])
             if group.rows is None or group.slots is None:
                 return flat
@@ -138,16 +146,17 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: CausalSequences, scale: float
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: CausalSequences, scores: Scores
     ) -> torch.Tensor:
         out, kept = torch.empty_like(query, memory_format=torch.contiguous_format), []
         for group in plan.groups:
             q, k, v = _queries(_pad(query, group), key.shape[1]), *_keys(key, value, group)
-            p = None if group.mask is None else probabilities(q, k, group.mask, scale)
-            attended = attend_blocks(q, k, v, scale) if p is None else p @ v
+            whole = group.longest <= LONG
+            p = probabilities(q, k, plan.mask(group.longest, scores.window), scores) if whole else None
+            attended = attend_blocks(q, k, v, scores) if p is None else p @ v
             _put(_rows(attended, group.longest), group, out)
             kept.append(p if group.longest <= SAVED_LENGTH else None)
-        ctx.plan, ctx.scale = plan, scale
+        ctx.plan, ctx.scores = plan, scores
         ctx.save_for_backward(query, key, value, *kept)
         return out
 
@@ -159,7 +168,8 @@ class _Attend(torch.autograd.Function):
         for group, p in zip(ctx.plan.groups, kept, strict=True):
             q, k, v = _queries(_pad(query, group), key.shape[1]), *_keys(key, value, group)
             go = _queries(_pad(gradients[0], group), key.shape[1])
-            of_q, of_k, of_v = _backward(q, k, v, go, p, group.mask, ctx.scale)
+            mask = ctx.plan.mask(group.longest, ctx.scores.window) if group.longest <= LONG else None
+            of_q, of_k, of_v = _backward(q, k, v, go, p, mask, ctx.scores)
             _put(_rows(of_q, group.longest), group, grads[0])
             _put(of_k.transpose(1, 2), group, grads[1])
             _put(of_v.transpose(1, 2), group, grads[2])
@@ -173,13 +183,13 @@ def _backward(
     grad: torch.Tensor,
     p: torch.Tensor | None,
     mask: torch.Tensor | None,
-    scale: float,
+    scores: Scores,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v of a group. p: the probabilities, if they were kept."""
     if mask is None:
-        return attend_blocks_backward(q, k, v, grad, scale)
-    p = probabilities(q, k, mask, scale) if p is None else p
-    gs = score_gradients(p, grad, v, scale)
+        return attend_blocks_backward(q, k, v, grad, scores)
+    p = probabilities(q, k, mask, scores) if p is None else p
+    gs = score_gradients(p, grad, q, k, v, scores)
     return gs @ k, gs.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grad
 
 

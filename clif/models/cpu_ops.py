@@ -51,6 +51,8 @@ class CpuOps:
         return CpuNorm(*plain, LearningNorm(self.training, *plain) if learns else TorchNorm(module))
 
     def rotary(self, layout: HeadLayout) -> Rotary:
+        if not layout.turns_all:
+            return TorchRotary(layout)
         sizes = layout.heads, layout.kv_heads, layout.head_dim
         if layout.norms is None:
             shape = HeadShape(*sizes)

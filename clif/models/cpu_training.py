@@ -17,6 +17,7 @@ from clif.kernels.cpu.host import HeadShape
 from clif.kernels.cpu.training import TrainingKernels
 from clif.kernels.staging import send_ints
 from clif.models.layer_ops import CacheRows, Rope, TorchRotary
+from clif.models.scores import Scores
 from clif.models.varlen import cumulated
 
 
@@ -115,13 +116,13 @@ class PackedSequences:
         """Nothing is kept of these rows."""
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
     ) -> torch.Tensor:
         """query [rows, heads, d], key and value [rows, kv_heads, d] -> [rows, heads * d]."""
         parts = query, key, value
         if len({part.stride(0) for part in parts}) > 1 or any(p.stride(1) != p.shape[2] for p in parts):
             query, key, value = torch.cat(parts, 1).split([part.shape[1] for part in parts], 1)
-        out: torch.Tensor = _Causal.apply(query, key, value, self._ends, scale, self._kernels)
+        out: torch.Tensor = _Causal.apply(query, key, value, self._ends, scores.plain_scale, self._kernels)
         return out
 
 

@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 
 from clif.config import AdapterConfig, Config
 from clif.errors import ConfigError, InputError
-from clif.models.spec import LinearGroup, ModelSpec, spec_of
+from clif.models.layer_spec import LinearGroup, ModelSpec
+from clif.models.spec import spec_of
 from clif.models.targets import is_target
 from clif.models.weights.files import locate, read_model
 

@@ -5,6 +5,8 @@ Sources: vocabulary-parallel output of Megatron-LM (Shoeybi et al. 2019).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -12,8 +14,31 @@ from clif.distributed.collectives import TpGroup
 from clif.kernels.cpu.training import TrainingKernels
 from clif.models.base_backward import base_backward
 from clif.models.base_weight import BaseWeight, Dense
+from clif.models.scores import cap_, cap_gradient_
 from clif.models.shard import shard_linear, uneven_shard
 from clif.types import NO_TOKEN
+
+
+@dataclass(frozen=True)
+class LogitChanges:
+    """What becomes of the head's products: they are multiplied by scale and then, with a softcap, capped."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def nothing(self) -> bool:
+        return self.scale == 1.0 and self.softcap is None
+
+    def __call__(self, products: torch.Tensor) -> torch.Tensor:
+        scaled = products if self.scale == 1.0 else products * self.scale
+        return scaled if self.softcap is None else cap_(scaled, self.softcap)
+
+    def backward(self, grad: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The gradient of the products, from that of the logits that they became."""
+        if self.softcap is not None:
+            grad = cap_gradient_(grad, logits, self.softcap)
+        return grad if self.scale == 1.0 else grad * self.scale
 
 
 class Head:
@@ -28,8 +53,17 @@ class Head:
     forward. A head that is tied to the embedding is therefore a view of it.
     """
 
-    def __init__(self, module: nn.Linear, vocab_size: int, tied: bool, tp_group: TpGroup) -> None:
-        """tied: the weight is the embedding's. Otherwise the module keeps this rank's rows only."""
+    def __init__(
+        self,
+        module: nn.Linear,
+        vocab_size: int,
+        tied: bool,
+        tp_group: TpGroup,
+        changes: LogitChanges | None = None,
+    ) -> None:
+        """tied: the weight is the embedding's. Otherwise the module keeps this rank's rows only. changes: of the
+        products, none by default."""
+        self.changes = changes or LogitChanges()
         self.tp_group, self.shard = tp_group, uneven_shard(vocab_size, tp_group.rank, tp_group.size)
         if not tied:
             shard_linear(module, "out", self.shard, first=True)
@@ -40,10 +74,14 @@ class Head:
 
     def __call__(self, normed: torch.Tensor) -> torch.Tensor:
         """normed [rows, hidden size] -> this rank's columns of the logits [rows, shard]."""
-        return self.base.forward(normed)
+        return self.changes(self.base.forward(normed))
 
-    def backward(self, grad: torch.Tensor) -> torch.Tensor:
-        """Gradient of this rank's logits [rows, shard] -> what it adds to that of `normed` [rows, hidden size]."""
+    def backward(self, grad: torch.Tensor, logits: torch.Tensor | None = None) -> torch.Tensor:
+        """Gradient of this rank's logits [rows, shard], in place -> what it adds to that of `normed` [rows, hidden
+        size]. logits [rows, shard]: what the gradient is of; needed where the head's products are changed."""
+        if not self.changes.nothing:
+            assert logits is not None
+            grad = self.changes.backward(grad, logits)
         return base_backward(self.base, grad, self.training)
 
     def whole(self, logits: torch.Tensor) -> torch.Tensor:

@@ -98,59 +98,58 @@ def _context(tree: Tree, max_context: int) -> Iterator[str]:
         return
     if limit is not None and max_context > limit:
         yield f"takes {limit} tokens: model.max_context {max_context} exceeds the model's own {limit}, lower it"
-    window = window_of(tree)
-    if window is not None and window < max_context:
-        yield (
-            f"has sliding-window attention over {window} tokens, which is not supported: lower model.max_context "
-            f"{max_context} to {window}, within which it makes no difference"
-        )
     yield from _rope(tree, max_context)
 
 
 def longest_context(tree: Tree) -> int | None:
     """Tokens up to which check_tree() takes a model that it takes at all; None: it names no limit."""
-    limits = (tree.get("max_position_embeddings"), window_of(tree), _same_rope(tree))
+    limits = (tree.get("max_position_embeddings"), _same_rope(tree))
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
 def _same_rope(tree: Tree) -> int | None:
     """Tokens up to which positions are computed in one way; None: at all of them."""
-    rope = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        return None
-    scaled = rope.get("rope_type", rope.get("type")) in ("longrope", "su") or rope.get("llama_4_scaling_beta")
-    first = rope.get("original_max_position_embeddings") or tree.get("original_max_position_embeddings")
-    return first if scaled and isinstance(first, int) else None
+    limits = [_first_context(tree, rope) for rope in _ropes(tree) if _changes(rope)]
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
 
 
-def window_of(tree: Tree) -> int | None:
-    """Tokens that the narrowest attention of a model looks back over; None: all."""
-    kinds = tree.get("layer_types")
-    kinds = set(kinds) if isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds) else None
-    found = []
-    # Qwen's family has the field also where it is switched off.
-    if tree.get("use_sliding_window") is not False and (kinds is None or "sliding_attention" in kinds):
-        found.append(tree.get("sliding_window"))
-    if kinds is None or "chunked_attention" in kinds:
-        found.append(tree.get("attention_chunk_size"))
-    return min((window for window in found if isinstance(window, int) and window > 0), default=None)
+def rope_of(tree: Tree) -> str:
+    """The kind of rotary embedding; where layers have several, that of those that see the whole context."""
+    ropes = list(_ropes(tree))
+    return str(ropes[0].get("rope_type", ropes[0].get("type", "default"))) if ropes else "default"
+
+
+def _ropes(tree: Tree) -> Iterator[Tree]:
+    """The parameters of each rotary embedding, that of layers that see the whole context first."""
+    rope = tree.get("rope_parameters") or tree.get("rope_scaling")
+    if isinstance(rope, dict):
+        each = [rope[kind] for kind in ("full_attention", "sliding_attention") if isinstance(rope.get(kind), dict)]
+        yield from each or [rope]
+
+
+def _changes(rope: Tree) -> bool:
+    """Whether positions are computed in another way beyond the first context."""
+    return rope.get("rope_type", rope.get("type")) in ("longrope", "su") or bool(rope.get("llama_4_scaling_beta"))
+
+
+def _first_context(tree: Tree, rope: Tree) -> Any:
+    return rope.get("original_max_position_embeddings") or tree.get("original_max_position_embeddings")
 
 
 def _rope(tree: Tree, max_context: int) -> Iterator[str]:
-    rope = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        yield f"has rope_parameters {str(rope)[:40]} in its config.json: correct it, that is a mapping"
+    whole = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
+    if not isinstance(whole, dict):
+        yield f"has rope_parameters {str(whole)[:40]} in its config.json: correct it, that is a mapping"
         return
-    for factor in (tree.get("partial_rotary_factor"), rope.get("partial_rotary_factor")):
+    for factor in (tree.get("partial_rotary_factor"), *(rope.get("partial_rotary_factor") for rope in _ropes(tree))):
         if factor not in (None, 1):
             yield f"turns a share of {str(factor)[:20]} of each head (partial rotary embedding), which is not supported"
-    kind = rope.get("rope_type", rope.get("type"))
-    first = rope.get("original_max_position_embeddings") or tree.get("original_max_position_embeddings")
-    first = first or tree.get("max_position_embeddings")
-    scaled = rope.get("llama_4_scaling_beta")
-    if isinstance(first, int) and max_context > first and (kind in ("longrope", "su") or scaled):
-        what = f"a query scale that grows (llama_4_scaling_beta {scaled})" if scaled else "other rotary embeddings"
-        yield (
-            f"has {what} beyond {first} tokens, which is not supported: lower model.max_context {max_context} to "
-            f"{first}, within which it makes no difference"
-        )
+    for rope in _ropes(tree):
+        first = _first_context(tree, rope) or tree.get("max_position_embeddings")
+        if isinstance(first, int) and max_context > first and _changes(rope):
+            scaled = rope.get("llama_4_scaling_beta")
+            what = f"a query scale that grows (llama_4_scaling_beta {scaled})" if scaled else "other rotary embeddings"
+            yield (
+                f"has {what} beyond {first} tokens, which is not supported: lower model.max_context {max_context} to "
+                f"{first}, within which it makes no difference"
+            )

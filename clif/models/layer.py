@@ -18,10 +18,12 @@ import torch
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
 from clif.models.dual_linear import DualLinear, LoraRows
-from clif.models.layer_ops import CacheRows, HeadLayout, LayerOps, Rope
+from clif.models.layer_ops import CacheRows, HeadLayout, LayerOps, Norm, Rope, Unnormed
+from clif.models.layer_spec import Experts, LayerKind, LayerSpec, LinearGroup
 from clif.models.mlp import GatedMlp
+from clif.models.qk_norm import ProjectionNorms, projection_norms
+from clif.models.scores import Scores
 from clif.models.shard import LinearShards, shard_linear
-from clif.models.spec import Experts, LayerSpec, LinearGroup
 
 
 class AttentionPlan(Protocol):
@@ -32,21 +34,25 @@ class AttentionPlan(Protocol):
         ...
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
     ) -> torch.Tensor:
         """query [rows, heads, head_dim], key and value [rows, kv_heads, head_dim] -> [rows, heads * head_dim].
 
-        Query and key are rotated, and what belongs to the cache is there.
+        Query and key are rotated, and what belongs to the cache is there. What cannot compute such scores raises
+        ValueError.
         """
         ...
 
 
 @dataclass(frozen=True)
 class SubBatch:
-    """Rows of one kind in a batch: their adapters, positions and attention."""
+    """Rows of one kind in a batch: their adapters, positions and attention.
+
+    ropes: each of the model's rotary embeddings at their positions, as ModelSpec.ropes has them.
+    """
 
     rows: LoraRows
-    rope: Rope
+    ropes: Sequence[Rope]
     plan: AttentionPlan
 
 
@@ -56,22 +62,46 @@ class DecoderLayer:
     Raises ConfigError for a layer of another architecture than the spec's.
     """
 
-    def __init__(self, module: Any, name: str, index: int, spec: LayerSpec, tp_group: TpGroup, ops: LayerOps) -> None:
-        """With peers, the module is left no more than this rank's parts of its linear layers."""
+    def __init__(
+        self,
+        module: Any,
+        name: str,
+        index: int,
+        spec: LayerSpec,
+        tp_group: TpGroup,
+        ops: LayerOps,
+        kind: LayerKind | None = None,
+        rope: int = 0,
+    ) -> None:
+        """kind: what it has of its own. rope: which of a sub-batch's rotary embeddings is the layer's.
+
+        With peers, the module is left no more than this rank's parts of its linear layers.
+        """
         check_layer(module, spec)
         groups = {group.name: _merged(module, name, group, tp_group) for group in spec.linears}
         self.linears: tuple[DualLinear, ...] = tuple(groups.values())
         self.index, head_dim = index, spec.attention.head_dim
         self.qkv, self.out = groups["qkv"], groups["out"]
         self.mlp = GatedMlp(groups["gate_up"], groups["down"], ops.gate(_part_of(module, spec.mlp.activation)))
-        self.norm, self.mlp_norm = (ops.norm(_part_of(module, norm)) for norm in spec.norms)
+        self.norm, self.mlp_norm = (
+            Unnormed() if norm is None else ops.norm(_part_of(module, norm)) for norm in spec.norms
+        )
+        self.post_norm, self.post_mlp_norm = (
+            None if norm is None else ops.norm(_part_of(module, norm)) for norm in spec.post_norms
+        )
+        self.residual_scale, self.rope = spec.residual_scale, rope
         q_norm, k_norm = (_part_of(module, norm) for norm in spec.attention.norms)
         heads, kv_heads, _ = (
             size // head_dim for size in spec.linear("qkv").local_outputs(tp_group.rank, tp_group.size)
         )
         norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
-        self.rotary = ops.rotary(HeadLayout(heads, kv_heads, head_dim, norms))
-        self.scale: float = getattr(_part_of(module, spec.attention.module), "scaling", head_dim**-0.5)
+        self.projection_norms: ProjectionNorms | None = None
+        if norms is not None and spec.attention.norms_over == "projection":
+            query, key, *_ = spec.linear("qkv").outputs
+            self.projection_norms, norms = projection_norms(norms, (query, key), tp_group), None
+        self.rotary = ops.rotary(HeadLayout(heads, kv_heads, head_dim, norms, spec.attention.rotary_dim))
+        scale: float = getattr(_part_of(module, spec.attention.module), "scaling", head_dim**-0.5)
+        self.scores = Scores(scale, None if kind is None else kind.window, spec.attention.softcap)
 
     def __call__(
         self,
@@ -99,15 +129,37 @@ class DecoderLayer:
         self, hidden: Sequence[torch.Tensor], attended: Sequence[torch.Tensor], rows: Sequence[LoraRows]
     ) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
         """What comes behind attention, row by row: what the layer returns."""
-        attended = self.out(attended, rows)
+        attended = self._added(self.out(attended, rows), self.post_norm)
         hidden, normed = zip(*[self.mlp_norm(h, x) for h, x in zip(hidden, attended, strict=True)], strict=True)
-        return hidden, self.mlp(normed, rows)
+        return hidden, self._added(self.mlp(normed, rows), self.post_mlp_norm)
+
+    def _added(self, outputs: Sequence[torch.Tensor], norm: Norm | None) -> Sequence[torch.Tensor]:
+        """What attention or the MLP gives, as it is added to the hidden state."""
+        if norm is not None:
+            outputs = [norm(x)[1] for x in outputs]
+        return outputs if self.residual_scale == 1.0 else [x * self.residual_scale for x in outputs]
 
     def attend(self, qkv: torch.Tensor, sub_batch: SubBatch) -> torch.Tensor:
         """The merged projection [rows, outputs] -> what the plan makes of its heads [rows, heads * head_dim]."""
         plan = sub_batch.plan
-        query, key, value = self.rotary(qkv, sub_batch.rope, plan.cache_rows(self.index))
-        return plan.attend(self.index, query, key, value, self.scale)
+        if self.projection_norms is not None:
+            qkv = self.projection_norms(qkv)
+        query, key, value = self.rotary(qkv, sub_batch.ropes[self.rope], plan.cache_rows(self.index))
+        return plan.attend(self.index, query, key, value, self.scores)
+
+    @property
+    def obstacle(self) -> str | None:
+        """What it computes beside norms, plain attention and MLP, each added to the hidden state; None: nothing.
+
+        Whatever computes a whole layer at once asks first.
+        """
+        if not self.scores.plain:
+            return "a layer has " + ("a window" if self.scores.softcap is None else "capped scores")
+        if self.post_norm is not None or self.post_mlp_norm is not None:
+            return "a layer has norms behind attention and MLP"
+        if self.residual_scale != 1.0:
+            return "a layer scales what it adds"
+        return None if self.projection_norms is None else "a layer has norms over whole projections"
 
 
 def check_layer(module: Any, spec: LayerSpec) -> None:

@@ -47,21 +47,31 @@ class Rope:
     both: torch.Tensor | None = None
 
     def turn(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotate x [rows, heads, head_dim]: x cos + rotate_half(x) sin."""
-        return rotate(x, self.cos, self.sin)
+        """Rotate x [rows, heads, head_dim]: x cos + rotate_half(x) sin, of the numbers that there are angles for."""
+        turned = self.cos.shape[-1]
+        if turned == x.shape[-1]:
+            return rotate(x, self.cos, self.sin)
+        return torch.cat((rotate(x[..., :turned], self.cos, self.sin), x[..., turned:]), -1)
 
 
 @dataclass(frozen=True)
 class HeadLayout:
     """How a row of the merged projection is laid out: query heads, KV heads of keys, as many of values.
 
-    norms: modules that normalise each head of query and key; None: neither is normalised.
+    norms: modules that normalise each head of query and key; None: neither is normalised. rotary_dim: numbers at the
+    front of each head that are rotated; None: all.
     """
 
     heads: int
     kv_heads: int
     head_dim: int
     norms: tuple[Any, Any] | None
+    rotary_dim: int | None = None
+
+    @property
+    def turns_all(self) -> bool:
+        """Whether all numbers of a head are rotated."""
+        return self.rotary_dim in (None, self.head_dim)
 
 
 class Angles(Protocol):
@@ -140,7 +150,8 @@ class TorchAngles:
     like: torch.Tensor
 
     def __call__(self, positions: torch.Tensor) -> Rope:
-        cos, sin = (t[0].unsqueeze(1) for t in self.rotary(self.like, positions.unsqueeze(0)))
+        # Some models leave them in float32.
+        cos, sin = (t[0].unsqueeze(1).to(self.like.dtype) for t in self.rotary(self.like, positions.unsqueeze(0)))
         half = sin.shape[-1] // 2
         return Rope(cos, torch.cat((-sin[..., :half], sin[..., half:]), -1))
 
@@ -174,6 +185,14 @@ class TorchNorm:
         if added is not None:
             hidden = hidden + added
         return hidden, self.module(hidden)
+
+
+class Unnormed:
+    """The residual add where a layer has no norm."""
+
+    def __call__(self, hidden: torch.Tensor, added: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        summed = hidden if added is None else hidden + added
+        return summed, summed
 
 
 @dataclass(frozen=True)

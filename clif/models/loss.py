@@ -49,7 +49,7 @@ def head_loss(
         # Softmax over this rank's columns differs from that over all by their share of the whole sum.
         p.mul_((own_sum - log_sum).exp_().div_(divisor)[:, None])
         p.scatter_add_(1, columns, mine.float().mul_(-1.0 / divisor))
-        return loss, head.tp_group.all_reduce_(head.backward(p.to(normed.dtype)))
+        return loss, head.tp_group.all_reduce_(head.backward(p.to(normed.dtype), logits))
 
 
 def _joined(head: Head, log_sum: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from clif.models.causal import CausalSequences
 from clif.models.causal_blocks import block_bytes
 from clif.models.cpu_training import PackedSequences
 from clif.models.dual_linear import DualLinear, LoraRows
-from clif.models.head import Head
+from clif.models.head import Head, LogitChanges
 from clif.models.layer import AttentionPlan, DecoderLayer, SubBatch
 from clif.models.layer_ops import LayerOps, Rope, TorchOps
-from clif.models.spec import ModelSpec, spec_of
+from clif.models.layer_spec import ModelSpec
+from clif.models.spec import spec_of
 from clif.models.varlen import SequenceSpans, Varlen, VarlenSequences
 
 
@@ -31,13 +33,19 @@ class CausalStack:
     """
 
     def __init__(
-        self, model: transformers.PreTrainedModel, tp_group: TpGroup | None = None, ops: LayerOps | None = None
+        self,
+        model: transformers.PreTrainedModel,
+        tp_group: TpGroup | None = None,
+        ops: LayerOps | None = None,
+        max_context: int | None = None,
     ) -> None:
-        """ops: what the layers compute their parts with; torch's if none are given."""
+        """ops: what the layers compute their parts with; torch's if none are given. max_context: positions that there
+        are; None: any."""
         ops = ops or TorchOps()
         self.varlen: Varlen | None = None
         self.tp_group = tp_group = tp_group or TpGroup()
-        self.spec = spec = spec_of(model.config)
+        spec = spec_of(model.config)
+        self.spec = spec = spec if max_context is None else spec.within(max_context)
         inner = check_model(model, spec)
         self.model, self._inner = model, inner
         self.num_layers = len(inner.layers)
@@ -46,16 +54,31 @@ class CausalStack:
         self.num_kv_heads = max(1, spec.layer.attention.kv_heads // tp_group.size)
         self.head_dim, self.vocab_size = spec.layer.attention.head_dim, spec.vocab_size
         self.decoder_layers = [
-            DecoderLayer(m, f"{spec.layers}.{i}", i, spec.layer, tp_group, ops) for i, m in enumerate(inner.layers)
+            DecoderLayer(m, f"{spec.layers}.{i}", i, spec.layer, tp_group, ops, kind, spec.ropes.index(kind.rope))
+            for i, (m, kind) in enumerate(zip(inner.layers, spec.kinds, strict=True))
         ]
         self._norm = ops.norm(inner.norm)
         self._training = ops.training if inner.embed_tokens.weight.dtype == torch.bfloat16 else None
         for linear in self.linears:
             linear.training = self._training
-        self.angles = ops.angles(inner.rotary_emb, inner.embed_tokens.weight)
+        # Attention of rows that learn is another kernel's where scores are plain.
+        self._attending = self._training if self.plain else None
+        like = inner.embed_tokens.weight
+        self.angles = tuple(ops.angles(_rotary(inner.rotary_emb, rope), like) for rope in spec.ropes)
         head: Any = model.get_output_embeddings()
-        self.head = Head(head, self.vocab_size, head.weight is inner.embed_tokens.weight, tp_group)
-        self.head.training = self._training
+        changes = LogitChanges(spec.logits_scale, spec.logits_softcap)
+        self.head = Head(head, self.vocab_size, head.weight is inner.embed_tokens.weight, tp_group, changes)
+        self.head.training = self._training if changes.nothing else None
+
+    @property
+    def plain(self) -> bool:
+        """Whether all layers compute plain attention, which most kernels are for."""
+        return all(layer.scores.plain for layer in self.decoder_layers)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The windows of the layers, each once."""
+        return tuple(dict.fromkeys(kind.window for kind in self.spec.kinds))
 
     @property
     def linears(self) -> list[DualLinear]:
@@ -74,26 +97,28 @@ class CausalStack:
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """ids: [rows] -> hidden states [rows, hidden size]."""
-        return self._inner.embed_tokens(ids)
+        embedded: torch.Tensor = self._inner.embed_tokens(ids)
+        return embedded if self.spec.embedding_scale == 1.0 else embedded * self.spec.embedding_scale
 
     def sub_batch(self, rows: LoraRows, positions: torch.Tensor, plan: AttentionPlan) -> SubBatch:
         """Rows of one kind at positions [rows]."""
-        return SubBatch(rows, self.rope(positions), plan)
+        return SubBatch(rows, self.ropes(positions), plan)
 
-    def rope(self, positions: torch.Tensor) -> Rope:
-        """Rotary embedding of rows at positions [rows]."""
-        rope: Rope = self.angles(positions)
-        if rope.cos.shape[-1] != self.head_dim:
+    def ropes(self, positions: torch.Tensor) -> tuple[Rope, ...]:
+        """The rotary embeddings of rows at positions [rows], as the spec's `ropes` has them."""
+        ropes = tuple(angles(positions) for angles in self.angles)
+        turned, expected = ropes[0].cos.shape[-1], self.spec.layer.attention.rotary_dim
+        if turned != expected:
             raise ConfigError(
-                f"{type(self.model).__name__} turns {rope.cos.shape[-1]} of the {self.head_dim} numbers of a head "
-                "(partial rotary embedding), which is not supported: choose another model"
+                f"{type(self.model).__name__} turns {turned} of the {self.head_dim} numbers of a head instead of "
+                f"{expected} (partial rotary embedding), which is not supported: choose another model"
             )
-        return rope
+        return ropes
 
     def sequences(self, lengths: Sequence[int]) -> AttentionPlan:
         """The plan of packed rows that attend within their sequences. Does not wait for the device."""
-        if self._training is not None:
-            return PackedSequences(lengths, self._training)
+        if self._attending is not None:
+            return PackedSequences(lengths, self._attending)
         if self.varlen is None:
             return CausalSequences(lengths, self.device)
         return VarlenSequences(SequenceSpans.of(lengths, lengths, self.device), self.varlen)
@@ -101,12 +126,12 @@ class CausalStack:
     @property
     def keeps_squares(self) -> bool:
         """Whether the backward of attention keeps probabilities of each pair of tokens."""
-        return self.varlen is None and self._training is None
+        return self.varlen is None and self._attending is None
 
     def attention_work(self, length: int) -> int:
         """Bytes that attention's backward works in, for one sequence of this length, beside rows of heads."""
-        if self._training is not None:
-            return self._training.causal_scratch(self.num_heads, self.num_kv_heads, self.head_dim, length)
+        if self._attending is not None:
+            return self._attending.causal_scratch(self.num_heads, self.num_kv_heads, self.head_dim, length)
         return block_bytes(self.num_heads, length) if self.device.type == "cpu" else 0
 
     def layers(
@@ -146,6 +171,11 @@ class CausalStack:
         for linear in self.linears:
             if linear.lora is not None and isinstance(linear.base, PackedWeight):
                 linear.lora.pack()
+
+
+def _rotary(module: Any, rope: str | None) -> Any:
+    """One rotary embedding of a model, (like, positions [1, rows]) -> cos and sin [1, rows, numbers]."""
+    return module if rope is None else partial(module, layer_type=rope)
 
 
 def check_model(model: transformers.PreTrainedModel, spec: ModelSpec) -> Any:

@@ -6,7 +6,7 @@ import re
 
 from clif.config import AdapterConfig
 from clif.errors import ConfigError
-from clif.models.spec import ModelSpec
+from clif.models.layer_spec import ModelSpec
 
 Targets = str | tuple[str, ...]
 ALL = "all-linear"

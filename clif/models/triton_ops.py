@@ -64,6 +64,8 @@ class TritonOps:
         return TorchNorm(module) if plain is None else TritonNorm(*plain)
 
     def rotary(self, layout: HeadLayout) -> Rotary:
+        if not layout.turns_all:
+            return TorchRotary(layout)
         if layout.norms is None:
             return TritonRotary(layout, None)
         query, key = (as_rms_norm(module) for module in layout.norms)

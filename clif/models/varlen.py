@@ -34,6 +34,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from clif.kernels.staging import send_ints
+from clif.models.scores import Scores
 
 SAME = 0.02
 """Relative difference to the reference that is rounding: a bfloat16 has 8 bits."""
@@ -79,10 +80,10 @@ class VarlenSequences:
         """Nothing is kept of these rows."""
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
     ) -> torch.Tensor:
         """query [rows, heads, d], key and value [rows, kv_heads, d] -> [rows, heads * d]."""
-        return self.attention(query, key, value, self.spans, scale).flatten(1)
+        return self.attention(query, key, value, self.spans, scores.plain_scale).flatten(1)
 
 
 def cumulated(lengths: Sequence[int], capacity: int | None = None) -> list[int]:

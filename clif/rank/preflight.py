@@ -17,7 +17,8 @@ from clif.errors import ConfigError
 from clif.metrics.provenance import gpu_bytes, gpu_names
 from clif.models.estimate import Device, Room, estimate
 from clif.models.hf_config import Tree, check_tree
-from clif.models.spec import FAMILIES, ModelSpec, spec_of
+from clif.models.layer_spec import ModelSpec
+from clif.models.spec import check_family, spec_of
 from clif.models.targets import check_targets
 from clif.models.weights.files import check_gguf, check_weights, is_gguf, locate, read_model
 from clif.models.weights.gguf_header import read_header
@@ -48,6 +49,7 @@ def check_model(config: Config, layout: Layout) -> Tree | None:
         header.check_tree(path, config.model.max_context)
     else:
         check_tree(tree, path, config.model.max_context)
+        check_family(tree["model_type"], f"model.path {path}")
     spec = _spec(tree)
     if spec is not None:
         check_targets(config.adapter, spec)
@@ -107,12 +109,7 @@ def prove(config: Config) -> str:
     if local is None:
         return f"model {config.model.path} is not here yet: it is checked when a start has downloaded its config.json"
     make = read_model(local)["model_type"]
-    if make not in FAMILIES:
-        try:
-            from clif.models.weights.loading import check_start
-        except ImportError as error:
-            return f"whether {make} is computed rightly is not proved here ({error}): a start does, before it loads"
-        check_start(config.model)
+    check_family(make, f"model.path {config.model.path}")
     return f"model {config.model.path} is of a make that is computed rightly: {make}"
 
 

@@ -56,9 +56,10 @@ class LayerGraphs:
         self.hidden, self.gradient = buffers.hidden[:rows], buffers.gradient[:rows]
         buffers.fill(SMALLEST, rows)
         self._begin = recorder.capture(self._first)
-        entry, cos, sin = self._begin.result
+        entry, *angles = self._begin.result
+        ropes = [Rope(cos, sin) for cos, sin in zip(angles[::2], angles[1::2], strict=True)]
         lora = LoraRows(rows, (Segment(0, rows, SHADOW),), learns=True)
-        self._sub_batch = SubBatch(lora, Rope(cos, sin), VarlenSequences(buffers.spans(rows), stack.varlen))
+        self._sub_batch = SubBatch(lora, ropes, VarlenSequences(buffers.spans(rows), stack.varlen))
         self._first_kept = stack.num_layers - kept
         # Nothing below the lowest layer with factors learns: no gradient goes further down.
         self._lowest = next(layer for layer in range(stack.num_layers) if stack.masters(layer))
@@ -89,12 +90,13 @@ class LayerGraphs:
         if layer in self._backward:
             self._backward[layer].replay()
 
-    def _first(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The input of the first layer, cos and sin."""
+    def _first(self) -> tuple[torch.Tensor, ...]:
+        """The input of the first layer, and cos and sin of each rotary embedding."""
         self.gradient.zero_()
         positions = self._buffers.positions(self.rows).long()
-        rope = self._stack.rope(positions)
-        return self._stack.embed(self._buffers.ids(self.rows).long()), rope.cos, rope.sin
+        ropes = self._stack.ropes(positions)
+        angles = [part for rope in ropes for part in (rope.cos, rope.sin)]
+        return self._stack.embed(self._buffers.ids(self.rows).long()), *angles
 
     def _run(self, layer: int, entry: torch.Tensor) -> Kept:
         """Compute a layer; what autograd keeps is returned, so that it lies at the same place after each launch."""

@@ -10,7 +10,6 @@ feed-forward (Liu and Abbeel, "Blockwise Parallel Transformer for Large Context 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -19,6 +18,7 @@ from clif.kernels.dual_lora_reference import Segment
 from clif.kernels.staging import send_ints
 from clif.models.dual_linear import LoraRows
 from clif.models.layer import AttentionPlan, SubBatch
+from clif.models.scores import Scores
 from clif.models.stack import CausalStack
 from clif.training.head_loss import HeadLoss
 from clif.training.passes import Packed
@@ -32,16 +32,16 @@ class _Taken:
 
     def __init__(self) -> None:
         self.heads: Heads | None = None
-        self.scores: Any = None
+        self.scores: Scores | None = None
 
     def cache_rows(self, layer: int) -> None:
         """Nothing is kept of these rows."""
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: Any
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
     ) -> torch.Tensor:
         """Take them."""
-        self.heads, self.scores = (query, key, value), scale
+        self.heads, self.scores = (query, key, value), scores
         return query
 
 
@@ -145,6 +145,7 @@ class LayerPieces:
         return parts
 
     def _attend(self, layer: int, heads: Heads) -> torch.Tensor:
+        assert self._taken.scores is not None
         return self._plan.attend(layer, *heads, self._taken.scores)
 
     def _finish(self, layer: int, entry: torch.Tensor, attended: torch.Tensor, sub_batch: SubBatch) -> torch.Tensor:

@@ -11,6 +11,7 @@ from helpers import Rig, answer, finish, make_rig, random_state, request
 from clif.config import TrainConfig
 from clif.engine.capture import CudaRecorder
 from clif.engine.prompt_rows import PaddedPrompts, PromptChunk, VarlenPrompts
+from clif.models.scores import Scores
 from clif.models.varlen import SequenceSpans, cumulated, varlen_attention, varlen_fault, varlen_reference
 from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
@@ -121,7 +122,9 @@ def test_prompt_rows_of_a_step_are_those_of_the_padded_way_and_nothing_waits() -
     torch.cuda.set_sync_debug_mode("error")
     try:
         found = [
-            rows.attend(query, key, value, cache, SCALE, torch.zeros(90, 6 * 64, dtype=torch.bfloat16, device=DEVICE))
+            rows.attend(
+                query, key, value, cache, Scores(SCALE), torch.zeros(90, 6 * 64, dtype=torch.bfloat16, device=DEVICE)
+            )
             for rows in (
                 VarlenPrompts.of(chunks, 90, 16, DEVICE, varlen_attention),
                 PaddedPrompts.of(chunks, 16, DEVICE),

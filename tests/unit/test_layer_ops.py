@@ -164,11 +164,11 @@ def test_layers_compute_what_torch_s_do_forward_and_backward(
 
 def test_angles_are_those_of_the_model_bit_for_bit_and_one_launch(bases: dict[str, Base]) -> None:
     positions = torch.tensor([0, 255, 7, 7, 100])
-    torchs, table = (base.stack.sub_batch(LoraRows(5), positions, OneKernelPlan()).rope for base in bases.values())
+    torchs, table = (base.stack.sub_batch(LoraRows(5), positions, OneKernelPlan()).ropes[0] for base in bases.values())
     assert torch.equal(table.cos, torchs.cos) and torch.equal(table.sin, torchs.sin)
     with counted_kernels() as names:
         beyond = bases["triton"].stack.sub_batch(LoraRows(1), torch.tensor([260]), OneKernelPlan())
-    assert names == ["index_select"] and beyond.rope.cos.isfinite().all()
+    assert names == ["index_select"] and beyond.ropes[0].cos.isfinite().all()
 
 
 # --- an engine

@@ -75,10 +75,12 @@ def test_dtype_auto_is_decided_by_measurement_and_says_so():
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 300}, "not a Llama-style model"),
-        ({"model_type": "granite", "embedding_multiplier": 7.0, "logits_scaling": 2.0}, "computes more than"),
-        ({"model_type": "granite", "residual_multiplier": 1.0, "logits_scaling": 3.0}, "computes more than"),
-        ({"model_type": "mistral", "sliding_window": 8}, "sliding-window"),
+        (
+            {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 300},
+            "family gpt2, which is not",
+        ),
+        ({"model_type": "cohere"}, "family cohere, which is not supported: choose one of .*llama"),
+        ({"model_type": "ministral3", "attention_bias": True, "partial_rotary_factor": 0.5}, "partial rotary"),
     ],
 )
 def test_models_that_would_be_computed_wrongly_are_refused(tmp_path, fields, sentence):

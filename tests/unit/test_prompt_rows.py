@@ -14,6 +14,7 @@ from clif.engine import prompt_rows
 from clif.engine.checked_capture import forbid_host_reads
 from clif.engine.prompt_rows import PaddedPrompts, PromptChunk, VarlenPrompts
 from clif.models import varlen
+from clif.models.scores import Scores
 from clif.models.varlen import SequenceSpans, varlen_attention, varlen_reference
 
 CPU = torch.device("cpu")
@@ -60,7 +61,7 @@ def test_one_launch_is_what_the_padded_products_are_and_writes_no_row_of_another
             VarlenPrompts.of(chunks, count, BLOCK, CPU, varlen_reference),
         ):
             out = torch.full((count, HEADS * D), 7.0, dtype=torch.float64)
-            found.append(rows.attend(query, key, value, cache, SCALE, out))
+            found.append(rows.attend(query, key, value, cache, Scores(SCALE), out))
             assert bool((found[-1][~mine] == 7).all())
         assert torch.allclose(*found)
 
@@ -81,9 +82,9 @@ def test_what_is_not_finite_in_one_prompt_reaches_no_other() -> None:
     query, key, value, cache = step_of(chunks, 10, 0)
     rows = VarlenPrompts.of(chunks, 10, BLOCK, CPU, varlen_reference)
     out = torch.zeros(10, HEADS * D, dtype=torch.float64)
-    clean = rows.attend(query, key, value, cache, SCALE, out)
+    clean = rows.attend(query, key, value, cache, Scores(SCALE), out)
     cache[:, 17] = torch.nan
-    found = rows.attend(query, key, value, cache, SCALE, out)
+    found = rows.attend(query, key, value, cache, Scores(SCALE), out)
     assert torch.equal(found[:5], clean[:5]) and bool(found[5:].isnan().all())
 
 
@@ -101,12 +102,12 @@ def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         query, key, value = (torch.empty(12, heads, D, dtype=torch.bfloat16, device=gpu) for heads in (6, 2, 2))
         cache = torch.empty(4, 160, D, dtype=torch.bfloat16, device=gpu)
         out = torch.empty(12, HEADS * D, dtype=torch.bfloat16, device=gpu)
-        assert rows.attend(query, key, value, cache, SCALE, out) is out and out.is_cuda
+        assert rows.attend(query, key, value, cache, Scores(SCALE), out) is out and out.is_cuda
     monkeypatch.undo()
     query, key, value, cache = step_of(chunks, 12, 0)
     rows = VarlenPrompts.of(chunks, 12, BLOCK, CPU, varlen_reference)
     with forbid_host_reads():
-        rows.attend(query, key, value, cache, SCALE, torch.zeros(12, HEADS * D, dtype=torch.float64))
+        rows.attend(query, key, value, cache, Scores(SCALE), torch.zeros(12, HEADS * D, dtype=torch.float64))
 
 
 class Watched:

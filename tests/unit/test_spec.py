@@ -17,8 +17,9 @@ from clif.models.causal import CausalSequences
 from clif.models.dual_linear import LoraRows
 from clif.models.layer import DecoderLayer, check_layer
 from clif.models.layer_ops import TorchOps
+from clif.models.layer_spec import Experts, Features, LayerSpec, LinearGroup, LinearModule
 from clif.models.shard import Shard
-from clif.models.spec import FAMILIES, Experts, Features, LayerSpec, LinearGroup, LinearModule, spec_of
+from clif.models.spec import FAMILIES, spec_of
 
 SIZES = {
     "model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -109,7 +110,7 @@ def test_a_new_family_is_one_function(tiny_config, monkeypatch: pytest.MonkeyPat
 
 def test_windows_and_experts_can_be_described_and_experts_are_refused(tiny_config):
     mistral = spec_of({**SIZES, "model_type": "mistral", "sliding_window": 64})
-    assert mistral.layer.attention.window == 64 and spec_of(SIZES).layer.attention.window is None
+    assert mistral.window == 64 and spec_of(SIZES).window is None
     layer = make_rig(f"random:{tiny_config}").loaded.model.model.layers[0]
     spec = spec_of(json.loads(tiny_config.read_text())).layer
     experts = replace(spec, mlp=Experts(count=4, per_token=2, inner=48, activation="mlp.act_fn"))

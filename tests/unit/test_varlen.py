@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from clif.engine.checked_capture import CheckedRecorder
 from clif.models.causal import CausalSequences
+from clif.models.scores import Scores
 from clif.models.varlen import SequenceSpans, cumulated, varlen_attention, varlen_reference
 
 CPU = torch.device("cpu")
@@ -75,7 +76,7 @@ def test_the_reference_is_the_definition_for_random_lengths() -> None:
 def test_the_reference_is_what_causal_sequences_compute(lengths: list[int]) -> None:
     inputs = drawn(lengths, lengths)
     found = varlen_reference(*inputs, SequenceSpans.of(lengths, lengths, CPU), SCALE).flatten(1)
-    wanted = CausalSequences(lengths, CPU).attend(0, *inputs, SCALE)
+    wanted = CausalSequences(lengths, CPU).attend(0, *inputs, Scores(SCALE))
     assert torch.allclose(found, wanted)
     for got, want in zip(*(torch.autograd.grad(t.square().sum(), inputs) for t in (found, wanted)), strict=True):
         assert torch.allclose(got, want)

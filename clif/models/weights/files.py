@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from clif.errors import ConfigError
 from clif.models.hf_config import Tree, read_tree
-from clif.models.spec import ModelSpec
+from clif.models.layer_spec import ModelSpec
 from clif.models.weights.gguf_header import GgufHeader, read_header
 
 RANDOM = "random:"

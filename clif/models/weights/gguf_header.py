@@ -18,6 +18,10 @@ from clif.models.hf_config import Tree, check_tree
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 DEEPEST = 4
+WINDOWED = ("gemma2", "gemma3_text")
+"""Families whose windows transformers reads from such a file."""
+KINDS = {"gemma3": "gemma3_text"}
+"""Architectures whose name here is not the model_type of their config.json."""
 SIZES = {
     "max_position_embeddings": "context_length", "hidden_size": "embedding_length", "num_hidden_layers": "block_count",
     "intermediate_size": "feed_forward_length", "num_attention_heads": "attention.head_count",
@@ -44,6 +48,7 @@ class GgufHeader:
         vocab = self.tensors.get("token_embd.weight", (None,))[0]
         tied = "output.weight" not in self.tensors
         window = self.values.get(f"{kind}.attention.sliding_window")
+        kind = KINDS.get(kind, kind)
         return {"model_type": kind, "vocab_size": vocab, "tie_word_embeddings": tied, "sliding_window": window, **found}
 
     def check_tree(self, name: str, max_context: int) -> None:
@@ -56,7 +61,15 @@ class GgufHeader:
                 f"model.path {name} has scaled rotary frequencies ({scaled[0]}), which transformers does not read from "
                 "GGUF files: choose the model as a folder with safetensors"
             )
-        check_tree(self.tree(), name, max_context)
+        tree = self.tree()
+        window = tree["sliding_window"]
+        if isinstance(window, int) and 0 < window < max_context and tree["model_type"] not in WINDOWED:
+            raise ConfigError(
+                f"model.path {name} has sliding-window attention over {window} tokens, which transformers does not "
+                f"read from such GGUF files: choose the model as a folder with safetensors, or lower "
+                f"model.max_context to {window}"
+            )
+        check_tree(tree, name, max_context)
 
 
 def read_header(file: Path) -> GgufHeader:

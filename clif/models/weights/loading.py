@@ -17,7 +17,7 @@ from clif.models.bytes_tokenizer import byte_tokenizer
 from clif.models.guard import reading
 from clif.models.hf_config import check_tree, read_tree
 from clif.models.proof import check_architecture
-from clif.models.spec import spec_of
+from clif.models.spec import check_family, spec_of
 from clif.models.weights.files import RANDOM, check_tensors, is_gguf, locate
 from clif.models.weights.gguf_header import read_header
 from clif.models.weights.hub import is_hub_name, snapshot
@@ -71,11 +71,6 @@ def load_model(
     return LoadedModel(model, tokenizer, device, dtype, reason)
 
 
-def check_start(config: ModelConfig) -> None:
-    """All checks that come before weights are read or drawn. Raises ConfigError."""
-    _checked(config, config.path)
-
-
 def _checked(config: ModelConfig, folder: str) -> Any:
     """The transformers configuration of a model that can be served as it is named. Raises ConfigError.
 
@@ -94,6 +89,7 @@ def _checked(config: ModelConfig, folder: str) -> Any:
         # It describes the blocks of the file, which is unpacked.
         tree.pop("quantization_config", None)
     check_tree(tree, config.path, config.max_context)
+    check_family(tree["model_type"], f"model.path {config.path}")
     check_architecture(shape, config.max_context)
     return shape
 
@@ -121,9 +117,7 @@ def pretrained(config: ModelConfig, dtype: torch.dtype) -> tuple[Any, ChatTokeni
 def load_whole(name: str, **source: Any) -> Any:
     """A model as transformers reads it. Raises ConfigError, with `name`, unless all its weights were there and used."""
     # The pair of model and report is not in the type that transformers declares.
-    found: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        **source, attn_implementation="sdpa", output_loading_info=True
-    )
+    found: Any = transformers.AutoModelForCausalLM.from_pretrained(**source, output_loading_info=True)
     model, info = found
     check_tensors(name, sorted(info["missing_keys"]), sorted(info["unexpected_keys"]))
     return model

@@ -32,7 +32,8 @@ def build(config: Any, source: Source, dtype: torch.dtype, device: torch.device,
     Raises ConfigError for a model that cannot be cut, LayoutError for one that the peers cannot share.
     """
     with init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        # Its own attention is torch's fused one, except for makes that this does not compute.
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     tied = getattr(config, "tie_word_embeddings", False)
     parts = dict(_parts(model, tied, tp_group)) if tp_group.size > 1 else {}
     for name, parameter in list(model.named_parameters()):

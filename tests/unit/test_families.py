@@ -1,0 +1,135 @@
+"""Every family of models answers as transformers' own model does, and learns as PEFT teaches it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from families import FAMILIES, WINDOW, Family
+from helpers import Rig, answer, finish, make_rig, random_state, request, stack_logits
+
+from clif.adapters import peft_io
+from clif.adapters.store import CONFIG_FILE, WEIGHTS_FILE
+from clif.config import TrainConfig
+from clif.models import spec as specs
+from clif.models.dual_linear import SHADOW
+from clif.models.spec import spec_of
+from clif.models.weights.loading import load_model
+from clif.training.trainer import ShadowTrainer
+from clif.types import TrainSample
+
+CPU = torch.device("cpu")
+PROMPTS = [[5, 6, 7], list(range(40, 130)), [*range(40, 100), *range(7)], list(range(200, 223))]
+"""Shorter and longer than windows, chunks and blocks; two begin alike."""
+SAMPLES = [
+    TrainSample(id=0, ids=tuple(range(5, 25)), target_start=11),
+    TrainSample(id=1, ids=tuple(range(90, 160)), target_start=30),
+    TrainSample(id=2, ids=(7, 8, 9), target_start=2),
+]
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+
+
+def rig_of(family: Family, folder: Path, **sections: object) -> Rig:
+    (folder / "config.json").write_text(json.dumps(family.config))
+    return make_rig(f"random:{folder}", **sections)
+
+
+def own_model(rig: Rig) -> transformers.PreTrainedModel:
+    """transformers' own model with the same weights."""
+    return load_model(rig.config.model, CPU, seed=3).model
+
+
+def export(rig: Rig, state: dict[str, torch.Tensor], folder: Path) -> Path:
+    folder.mkdir()
+    (folder / CONFIG_FILE).write_text(peft_io.config_json(rig.bank, "base"))
+    (folder / WEIGHTS_FILE).write_bytes(peft_io.write_weights(state))
+    return folder
+
+
+def generated(model: torch.nn.Module, ids: list[int], count: int) -> list[int]:
+    prompt = torch.tensor([ids])
+    mask = torch.ones_like(prompt)
+    out = model.generate(
+        input_ids=prompt, attention_mask=mask, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    return out[0, len(ids) :].tolist()
+
+
+def test_every_family_that_is_known_is_proved_here():
+    assert {family.model_type for family in FAMILIES} == set(specs.FAMILIES)
+
+
+@every_family
+def test_answers_are_those_of_transformers_token_for_token(tmp_path, family):
+    """Prompts in chunks, and of several requests at once; what a prompt shares with an earlier one is reused."""
+    rig = rig_of(family, tmp_path)
+    first = rig.run([request(9, PROMPTS[1], max_tokens=2, ignore_eos=True)])
+    events = rig.run([request(i, ids, max_tokens=20, ignore_eos=True) for i, ids in enumerate(PROMPTS)])
+    assert rig.engine.scheduler.reused_tokens > 0
+    model = own_model(rig)
+    for i, ids in enumerate(PROMPTS):
+        assert answer(events[i]) == generated(model, ids, 20)
+    assert answer(first[9]) == answer(events[1])[:2]
+
+
+@every_family
+def test_an_adapter_gives_the_answers_that_it_gives_in_peft_and_comes_back_unchanged(tmp_path, family):
+    rig = rig_of(family, tmp_path)
+    rig.bank.set_shadow(random_state(rig.bank, 8))
+    rig.fill(1, seed=8)
+    ids = PROMPTS[1]
+    events = rig.run([request(0, ids, max_tokens=12, ignore_eos=True)])
+    folder = export(rig, rig.bank.shadow_state(), tmp_path / "adapter")
+    state = peft_io.read_folder(rig.bank, folder)
+    assert all(torch.equal(state[k], v) for k, v in rig.bank.shadow_state().items())
+    loaded = peft.PeftModel.from_pretrained(own_model(rig), str(folder))
+    assert {n.removeprefix(peft_io.PREFIX) for n, m in loaded.named_modules() if hasattr(m, "lora_A")} == set(
+        rig.bank.names
+    )
+    with torch.no_grad():
+        expected = loaded(torch.tensor([ids])).logits[0]
+    assert torch.allclose(stack_logits(rig.runner.stack, torch.tensor(ids), SHADOW), expected, atol=1e-4, rtol=1e-4)
+    assert answer(events[0]) == generated(loaded, ids, 12)
+
+
+@every_family
+def test_gradients_equal_those_of_peft(tmp_path, family):
+    rig = rig_of(family, tmp_path)
+    # Small: beside float32's rounding of large sums nothing would be seen.
+    rig.bank.set_shadow({name: 0.3 * factor for name, factor in random_state(rig.bank, 5).items()})
+    folder = export(rig, rig.bank.shadow_state(), tmp_path / "adapter")
+    wrapped = peft.PeftModel.from_pretrained(own_model(rig), str(folder), is_trainable=True).double()
+    count, total = sum(s.targets for s in SAMPLES), 0.0
+    for sample in SAMPLES:
+        ids = torch.tensor([sample.ids])
+        labels = ids.clone()
+        labels[0, : sample.target_start] = -100
+        loss = wrapped(ids, labels=labels).loss * sample.targets / count
+        loss.backward()
+        total += loss.item()
+    wanted = {n.removeprefix(peft_io.PREFIX).replace(".default", ""): p.grad for n, p in wrapped.named_parameters()}
+    trainer = ShadowTrainer(rig.train_runner, rig.bank, SAMPLES, TrainConfig(warmup_steps=0, clip_norm=1e9))
+    result = finish(trainer.step(len(SAMPLES), 1))
+    assert result.loss == pytest.approx(total, rel=1e-5)
+    for name, factors in rig.bank.factors(rig.bank.gradient).items():
+        for key, gradient in zip("AB", factors, strict=True):
+            reference = wanted[f"{name}.lora_{key}.weight"]
+            assert (gradient - reference).norm() <= 1e-5 * reference.norm(), name
+
+
+@every_family
+def test_a_config_json_and_what_transformers_makes_of_it_are_one_description(family):
+    config = transformers.AutoConfig.for_model(**family.config)
+    assert spec_of(family.config) == spec_of(config)
+    assert spec_of(json.loads(config.to_json_string(use_diff=False))) == spec_of(config)
+
+
+def test_windows_of_a_family_are_those_of_its_layers():
+    windows = {family.name: {kind.window for kind in spec_of(family.config).kinds} for family in FAMILIES}
+    assert windows["mistral"] == windows["llama"] == windows["qwen2"] == {None}
+    assert windows["mistral-window"] == {WINDOW}
+    assert windows["gemma2"] == windows["gemma3"] == windows["olmo3"] == windows["qwen2-window"] == {WINDOW, None}
