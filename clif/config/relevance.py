@@ -142,6 +142,7 @@ RELEVANCE: dict[str, Needs] = {
     "train.micro_batch": (TRAINS,),
     "train.max_micro_batch": (TRAINS, ADAPTS),
     "train.accumulation": (TRAINS,),
+    "train.replay": (TRAINS, ONLINE),
     "federation.rounds": (TRAINS,),
     "federation.local_steps": (TRAINS,),
     "federation.min_members": (TRAINS,),

@@ -27,6 +27,9 @@ class TrainConfig(Section):
     """[samples] Upper bound of the coordinator."""
     accumulation: Annotated[int, Field(gt=0, le=65536)] = 1
     """[micro-batches] Micro-batches per optimizer step. Stays as it is when the coordinator changes the micro-batch."""
+    replay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """[share] Part of what jobs of the adapter `clif` train on that is drawn from the run's own training rows, so that
+    what these taught is not forgotten; 0.1 is enough as a rule. The epochs of a job count them too."""
 
 
 class FederationConfig(Section):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from clif.config import ConfigError
 from clif.data.cursor import Fingerprint
+from clif.data.replay import with_replay
 from clif.distributed.collectives import RoundBroken
 from clif.engine.jobs import Slices
 from clif.errors import InputError
@@ -61,7 +62,7 @@ class JobSwitch:
     ) -> None:
         """own: the state of the run's own data. folder: of checkpoints. max_tokens: of one forward of held-out rows."""
         self.current, self.own = OWN, own
-        self._trainer, self._own_gate = trainer, own_gate
+        self._trainer, self._own_gate, self._own_samples = trainer, own_gate, trainer.samples
         self._folder, self._rank, self._max_tokens = folder, rank, max_tokens
         self._states: dict[str, JobState] = {OWN: own}
         self._arriving: dict[str, _Arriving] = {}
@@ -120,7 +121,10 @@ class JobSwitch:
     def _begin(self, message: JobData, pieces: _Arriving, gate: list[TrainSample]) -> JobState:
         checkpoints = CheckpointWriter(self._folder, self._rank, message.job)
         state = JobState(Heldout(self._trainer.runner, gate, self._max_tokens), checkpoints)
-        state.parked = self._trainer.fresh(pieces.train, message.seed, str(pieces.data))
+        # What judges by the run's own held-out rows, too, is not to forget what its own rows taught.
+        earlier = self._own_samples if message.own_gate else []
+        samples = with_replay(pieces.train, earlier, self._trainer.config.replay, message.seed)
+        state.parked = self._trainer.fresh(samples, message.seed, str(pieces.data))
         self._resume(state.parked, checkpoints, frozenset(message.rounds), message.job)
         return state
 
