@@ -130,6 +130,7 @@ def mend(run: RunDir) -> None:
 
 app.command()(commands.chat)
 app.command()(commands.loadtest)
+app.command("eval")(commands.evaluate)
 app.command()(admin.status)
 app.add_typer(admin.app, name="admin")
 

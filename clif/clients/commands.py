@@ -79,12 +79,71 @@ def loadtest(
         json_out.write_text(json.dumps(_with_provenance(result, endpoint.url, chosen, len(plan)), indent=2) + "\n")
 
 
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    data: Annotated[Path, typer.Option(help="JSON lines of rows with their answers.")],
+    version: Annotated[
+        list[int] | None,
+        typer.Option(help="Stored version; 0: the base model. By default the base and the active one."),
+    ] = None,
+    metrics: Annotated[
+        list[str] | None, typer.Option(help="Names, also with commas; by default those of the run's configuration.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of the rows; by default test, or all if no row has that.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Most rows, drawn by --seed.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, tokens.")] = None,
+    url: Annotated[str | None, typer.Option(help="A server of the run; by default the model is loaded here.")] = None,
+    key: Key = None,
+    test_command: Annotated[str | None, typer.Option(help="quality.test_command, as in a shell.")] = None,
+    seed: Seed = 0,
+    json_out: Annotated[Path | None, typer.Option("--json", help="File; by default eval.json in RUN.")] = None,
+) -> None:
+    """Score stored adapter versions of a run on a file: a table version by version, and JSON."""
+    import shlex
+
+    from clif.clients.endpoint import Endpoint
+    from clif.clients.eval_answers import LibraryAnswers, ServerAnswers
+    from clif.clients.evaluate import Evaluation, choose_metrics, choose_rows, choose_versions, read_run
+
+    config = read_run(run)
+    if test_command is not None:
+        tests = {"test_command": tuple(shlex.split(test_command))}
+        config = config.model_copy(update={"quality": config.quality.model_copy(update=tests)})
+    chosen = choose_metrics(metrics or config.quality.metrics)
+    evaluation = Evaluation(
+        config, choose_rows(data, split, rows, seed), choose_versions(run, version or []), chosen, seed
+    )
+    evaluation.check()
+    longest = max_tokens or config.quality.max_tokens
+    if url is not None:
+        result = evaluation.run(ServerAnswers(Endpoint.of(url, key), longest))
+    else:
+        with LibraryAnswers(run, config, evaluation.versions, longest) as answers:
+            result = evaluation.run(answers)
+    _print_evaluation(result)
+    asked = {"run": str(run), "data": str(data), "rows": len(evaluation.rows), "max_tokens": longest, "url": url}
+    path = json_out or run / "eval.json"
+    path.write_text(json.dumps({**asked, **_provenance(), **result}, indent=2) + "\n")
+    typer.echo(f"written: {path}")
+
+
+def _print_evaluation(result: dict[str, list[dict[str, object]]]) -> None:
+    from rich.console import Console
+
+    from clif.metrics.summary_print import print_quality
+
+    print_quality(result, Console(highlight=False))
+
+
 def _with_provenance(result: dict[str, object], url: str, model: str, planned: int) -> dict[str, object]:
     """The figures, and what made them: versions, command and machine."""
+    return {"url": url, "model": model, "planned": planned, **_provenance(), "figures": result}
+
+
+def _provenance() -> dict[str, object]:
     import datetime
 
     from clif.metrics.provenance import provenance
 
     made = {name: value for name, value in provenance().items() if value != "" and name not in ("config", "engine")}
-    ended = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"url": url, "model": model, "planned": planned, "ended": ended, "provenance": made, "figures": result}
+    return {"ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "provenance": made}

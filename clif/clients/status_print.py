@@ -73,7 +73,7 @@ def print_versions(body: dict[str, Any], console: Console) -> None:
 
 def print_quality(body: dict[str, Any], console: Console) -> None:
     """Scores of answers to held-out rows; of a server without any, nothing."""
-    print_scores("Quality (95 % intervals)", body.get("quality", []), console)
+    print_scores("Quality", body.get("quality", []), console)
 
 
 def print_jobs(body: dict[str, Any], console: Console) -> None:

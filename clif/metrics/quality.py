@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,6 @@ import numpy as np
 from clif.metrics.figures import wilson
 
 Rows = np.ndarray[Any, Any]
-Scores = Mapping[str, Mapping[str, Any]]
-"""By metric: value, low and high (None: no interval), count."""
 PHASES = ("before", "after")
 GROUPS = ("class", "client")
 
@@ -43,20 +41,28 @@ def quality(measured: Rows, scores: Rows, adapters: Rows) -> dict[str, Any]:
 
 
 def score_table(lines: Iterable[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of a printed table. lines: as in `versions` or `groups` of the summary."""
+    """Heads and rows of a printed table: a metric's versions one below the other. lines: as in `versions` or `groups`.
+
+    It fits a terminal of 80 columns whatever the number of metrics.
+    """
     shown = list(lines)
-    metrics = list(dict.fromkeys(metric for line in shown for metric in line["scores"]))
-    texts = [name for name in ("group", "name", "version") if any(name in line for line in shown)]
-    gate = ["gate_loss"] if any(line.get("gate_loss") is not None for line in shown) else []
-    counts = ["answers"] if metrics else []
+    names = [name for name in ("group", "name") if any(name in line for line in shown)]
     rows = [
-        [str(line.get(name, "")) for name in texts]
-        + [number(line.get(name)) for name in gate]
-        + [_with_interval(line["scores"].get(metric)) for metric in metrics]
-        + [_answers(line["scores"]) for _ in counts]
-        for line in shown
+        [metric, *(str(line[name]) for name in names), str(line["version"]), *_texts(metric, line["scores"][metric])]
+        for line, metric in _by_metric(shown)
     ]
-    return [*texts, *gate, *metrics, *counts], rows
+    gates = [
+        ["gate_loss", *("" for _ in names), str(line["version"]), number(line["gate_loss"]), "-", "-"]
+        for line in shown
+        if line.get("gate_loss") is not None
+    ]
+    return ["metric", *names, "version", "value", "95 % interval", "answers"], gates + rows
+
+
+def _by_metric(lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Metric by metric, within it group by group, within that version by version, in the order of `lines`."""
+    for metric in dict.fromkeys(metric for line in lines for metric in line["scores"]):
+        yield from ((line, metric) for line in lines if metric in line["scores"])
 
 
 def number(value: float | None) -> str:
@@ -65,17 +71,11 @@ def number(value: float | None) -> str:
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}" if abs(value) < 1e6 else f"{value:.2g}"
 
 
-def _with_interval(score: Mapping[str, Any] | None) -> str:
-    if score is None:
-        return "-"
-    text = number(score["value"])
-    return text if score["low"] is None else f"{text} ({number(score['low'])} to {number(score['high'])})"
-
-
-def _answers(scores: Scores) -> str:
-    """How many answers the metrics counted, at most; loss and perplexity count tokens."""
-    counts = [score["count"] for metric, score in scores.items() if metric not in ("loss", "perplexity")]
-    return str(max(counts)) if counts else "-"
+def _texts(metric: str, score: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Value, interval and count. Loss and perplexity count tokens."""
+    interval = "-" if score["low"] is None else f"{number(score['low'])} to {number(score['high'])}"
+    unit = " tokens" if metric in ("loss", "perplexity") else ""
+    return number(score["value"]), interval, f"{score['count']}{unit}"
 
 
 def _score(row: Any) -> dict[str, Any]:

@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "clif.simulate": (*BASICS, "clif.metrics", "clif.wire", "clif.control"),
     "clif.rank": (*BASICS, "clif.metrics", "clif.wire", *MODEL),
     "clif.emulated": (*BASICS, "clif.metrics", "clif.wire", *MODEL, "clif.rank"),
-    "clif.clients": (*BASICS, "clif.data", "clif.metrics", "clif.quality"),
+    "clif.clients": (*BASICS, "clif.data", "clif.metrics", "clif.quality", "clif.adapters"),
     "clif.launch": (*BASICS, "clif.data", "clif.rank"),
 }
 """The order of the packages, lowest first. All of them may import the modules that lie directly in clif."""
