@@ -332,7 +332,7 @@ def main(
     config_file: Annotated[Path, typer.Option("--config")] = REPO / "configs" / "bench.yaml",
     capacity: Annotated[float, typer.Option(help="tokens/s of serving alone; 0: measured")] = 0.0,
     alone_s: Annotated[float, typer.Option(help="seconds of training alone; 0: as for the other parts")] = 0.0,
-    stretch: Annotated[bool, typer.Option(help="no: slices are as long as the promises leave")] = True,
+    gaps: Annotated[bool, typer.Option(help="no: slices are as long as the promises leave")] = True,
 ) -> None:
     """Measure one replica."""
     settings = [f"dist.threads_per_rank={threads}", "load.kind=poisson", *(overrides or [])]
@@ -340,10 +340,10 @@ def main(
     tokens = config.load.max_tokens
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
         run, prompts = build(config, threads, Path(folder))
-        if not stretch:
+        if not gaps:
             strategy = run.replica.engine.training_half.strategy
             assert isinstance(strategy, Interleaved)
-            strategy.stretches = False
+            strategy.keeps_gaps = False
         batch = config.engine.max_batch
         # Kernels are chosen, memory is touched, costs are learnt.
         measured(run, [(0.0, r) for r in requests(prompts, batch // 2, 16, 1)], 4.0, True)

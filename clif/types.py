@@ -157,7 +157,7 @@ class SlackLimit(enum.StrEnum):
     QUEUED = "queued"
     FUSE = "fuse"
     SHARE = "share"
-    STRETCH = "stretch"
+    GAP = "gap"
 
 
 _LIMITS = {
@@ -166,7 +166,7 @@ _LIMITS = {
     SlackLimit.QUEUED: "request {request} waits at the dispatcher: its first token has {ms:.0f} ms of slack",
     SlackLimit.FUSE: "a forward waits for a step to be fused with",
     SlackLimit.SHARE: "serving and training take turns: {ms:.0f} ms of training's share are left",
-    SlackLimit.STRETCH: "the batch is in demand: training may make the step longer by {ms:.0f} ms",
+    SlackLimit.GAP: "gaps between tokens stay about as long as they are without training: {ms:.0f} ms of one are left",
     SlackLimit.FIRST_TOKEN: "first token of request {request} has {ms:.0f} ms of slack",
     SlackLimit.NEXT_TOKEN: "next token of request {request} has {ms:.0f} ms of slack",
     SlackLimit.DEADLINE: "deadline of request {request} has {ms:.0f} ms of slack",

@@ -109,8 +109,8 @@ class EngineConfig(Section):
     for replicas of several ranks."""
     slice_ms: PositiveFloat = 40.0
     """Aim for the length of a training slice between two steps, up to four times as long where the token gaps leave
-    that much; at least one layer. On a CPU, while requests keep much of `max_batch` running, slices lengthen steps by
-    less than a half."""
+    that much; at least one layer. On a CPU slices leave gaps between tokens at most a quarter longer than the longest
+    usual ones of serving alone, or as long as this: more means more training."""
     concurrent_slice_ms: PositiveFloat = 160.0
     """The same for a slice that runs concurrently with serving, for which no token waits."""
     activation_mib: Positive = 1024

@@ -88,9 +88,9 @@ def use_coserving(engine: Engine, config: Config, coserving: str) -> None:
     device, concurrent = engine.runner.device, coserving == CoservingMode.CONCURRENT
     streams = engine.streams = choose_streams(device, concurrent)
     # A GPU decodes for many rows as fast as for few: its batch is limited by memory and not by its speed.
-    stretches = device.type == "cpu"
+    keeps_gaps = device.type == "cpu"
     engine.training_half = TrainingHalf(
-        make_strategy(coserving, config, stretches),
+        make_strategy(coserving, config, keeps_gaps),
         JobQueue(choose_thread(device, streams, torch.get_num_threads()) if concurrent else None),
         shared=engine.tp_group.size > 1,
         stopwatch=choose_stopwatch(device),
@@ -141,16 +141,16 @@ def _capture(runner: ModelRunner, recorder: Recorder, max_context: int) -> None:
         log.warning("no CUDA graphs, steps are launched kernel by kernel: %s", error)
 
 
-def make_strategy(coserving: str, config: Config, stretches: bool = False) -> Strategy:
+def make_strategy(coserving: str, config: Config, keeps_gaps: bool = False) -> Strategy:
     """A strategy without measurements. coserving: a CoservingMode except AUTO, or the baseline "time_slice".
 
-    stretches: steps are stretched by a factor at most while the batch is in demand, if slices run between them.
+    keeps_gaps: slices between steps leave gaps between tokens about as long as they are without training.
     """
     parts = CostModel(), config.engine, config.slo
     if coserving == "time_slice":
         return TimeSlice(*parts, config.run.training_share)
     if coserving == CoservingMode.INTERLEAVED:
-        return Interleaved(*parts, stretches=stretches)
+        return Interleaved(*parts, keeps_gaps=keeps_gaps)
     return STRATEGIES[CoservingMode(coserving)](*parts)
 
 

@@ -170,6 +170,15 @@ class CostModel:
             return int(seconds >= 0)
         return max(0, cost.others_within(tokens / 1000, seconds)) if seconds > 0 else 0
 
+    def slice_tokens_within(self, kind: SliceKind, seconds: float) -> int:
+        """Rows of a pass of which a layer takes at most `seconds`; UNLIMITED while the kind has no measurement."""
+        cost = self.slices.get(kind)
+        if cost is None or cost.seen < MEASURED:
+            return UNLIMITED
+        one_s = cost.upper_bound(0.0, 1.0)
+        each_s = cost.upper_bound(1.0, 1.0) - one_s
+        return int(1000 * (seconds - one_s) / each_s) if each_s > 0 else UNLIMITED
+
     def tokens_within(self, rows: float, context: float, seconds: float) -> int:
         """Training rows, at least 0, with which a fused step takes at most `seconds`."""
         base = self.step_s(rows, context, Regime.FUSED)

@@ -9,9 +9,9 @@ leader of a replica makes it and its peers follow it. It is made right before th
 requests whose tokens have just been sent and those that have just arrived, and the predicted time of the serving step
 after the slice.
 
-Invariants: a token waits for one training slice at most, or for a few that together are as short; a slice begins only
-if every running and waiting request can afford it; an error in training costs the job and no request; what training
-does is given to its stream, a serving step to that of serving (see clif/engine/streams.py).
+Invariants: a token waits for one training slice at most; a slice begins only if every running and waiting request can
+afford it; an error in training costs the job and no request; what training does is given to its stream, a serving step
+to that of serving (see clif/engine/streams.py).
 
 Sources: Orca (Yu et al., OSDI 2022), for scheduling by iteration; FlexLLM (Miao et al., 2024), for co-serving.
 """
@@ -30,7 +30,7 @@ from clif.config import Config, EngineConfig
 from clif.distributed.collectives import TpGroup
 from clif.engine.batch import Batch
 from clif.engine.coserving.backlog import NO_BACKLOG, Backlog
-from clif.engine.coserving.demand import Demand
+from clif.engine.coserving.demand import Asked, Demand
 from clif.engine.coserving.strategy import StepView
 from clif.engine.cost_model import CostModel
 from clif.engine.job_queue import JobQueue
@@ -139,8 +139,9 @@ class Engine:
         arrivals: requests that the step's messages bring: they wait like others, and their prompts are rows of it.
         """
         if arrivals:
+            prompts = sum(len(request.prompt) for request in arrivals)
             asked = sum(request.sampling.max_tokens for request in arrivals)
-            self.demand.arrived(self.clock(), len(arrivals), asked)
+            self.demand.arrived(self.clock(), len(arrivals), prompts, asked)
         with self.streams.training():
             if not self.training_half.collect():
                 return NO_TRAINING
@@ -150,9 +151,9 @@ class Engine:
     def _view(self, arrivals: Seq[Request]) -> StepView:
         # An arrival may have waited for the slice of the step before.
         held_up = arrivals[0].id if arrivals and self.training_half.holds_up else None
-        now, record = self.clock(), self.record
-        demand = self.demand.tokens_per_s(now)
-        return StepView.of(self.scheduler, now, arrivals, record.serve_s, held_up, self.backlog, record.gap_s, demand)
+        now, demand = self.clock(), self.demand
+        asked = Asked(demand.tokens_per_s(now), demand.prompt_tokens)
+        return StepView.of(self.scheduler, now, arrivals, self.record.serve_s, held_up, self.backlog, asked)
 
     def follow(self, plan: StepPlan) -> None:
         """On the leader's peers: begin the passes that it began while it planned."""

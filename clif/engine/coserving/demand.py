@@ -1,9 +1,8 @@
-"""What requests ask of a replica, and how far training may stretch its steps before its batch fills up.
+"""What requests ask of a replica. With it, costs say how many would run at a time if nothing trained.
 
 Longer steps let requests pile up: with a gap of G seconds between two tokens, requests for D tokens/s form a batch of
-D * G (Little's law). While serving alone would hardly fill the batch, training may take all that the promises leave.
-Otherwise it may stretch each step by a factor only: every gap then grows by a little, instead of many by much until
-the batch is full and no slice fits until the queue is gone.
+D * G (Little's law), and a larger batch has longer steps again. So training has to know what gaps serving alone would
+have, which it cannot see while it runs.
 
 Free of torch. Sources: Little, "A Proof for the Queuing Formula L = lambda W" (1961).
 """
@@ -15,14 +14,17 @@ from dataclasses import dataclass
 
 HORIZON_S = 10.0
 """Time constant of what is remembered of requests."""
-STRETCH = 1.45
-"""A step with its slice, as a multiple of the step, while the batch is in demand."""
-IN_DEMAND = 0.4
-"""The batch is in demand if serving alone keeps this share of it running."""
-FULL_SHARE = 0.9
-"""It also is if so much of it runs or waits."""
-STEEPNESS = 4
-"""With less demand the stretch grows by this power of how much less it is."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """tokens_per_s: answer tokens that requests ask for; prompt_tokens: of a request, on average."""
+
+    tokens_per_s: float = 0.0
+    prompt_tokens: float = 0.0
+
+
+NOTHING_ASKED = Asked()
 
 
 @dataclass
@@ -30,16 +32,18 @@ class Demand:
     """Requests of about the last HORIZON_S seconds. Stamps are those of the engine's clock."""
 
     _requests: float = 0.0
+    _prompt_tokens: float = 0.0
     _max_tokens: float = 0.0
     _tokens: float = 0.0
     _ends: float = 0.0
     _seconds: float = 0.0
     _last_s: float | None = None
 
-    def arrived(self, now: float, requests: int, max_tokens: int) -> None:
-        """Requests have come. max_tokens: of all of them together."""
+    def arrived(self, now: float, requests: int, prompt_tokens: int, max_tokens: int) -> None:
+        """Requests have come. prompt_tokens, max_tokens: of all of them together."""
         self._forget(now)
         self._requests += requests
+        self._prompt_tokens += prompt_tokens
         self._max_tokens += max_tokens
 
     def answered(self, now: float, tokens: int, ends: int) -> None:
@@ -62,22 +66,17 @@ class Demand:
         # Of the first second nothing is known yet.
         return self._requests * kept * length / max(1.0, seconds)
 
+    @property
+    def prompt_tokens(self) -> float:
+        """Of a request, on average; 0 while none is remembered."""
+        return self._prompt_tokens / self._requests if self._requests else 0.0
+
     def _forget(self, now: float) -> None:
         passed_s, self._last_s = 0.0 if self._last_s is None else now - self._last_s, now
         kept = math.exp(-passed_s / HORIZON_S)
         self._requests *= kept
+        self._prompt_tokens *= kept
         self._max_tokens *= kept
         self._tokens *= kept
         self._ends *= kept
         self._seconds = self._seconds * kept + HORIZON_S * (1 - kept)
-
-
-def stretch_of(batch_alone: float, present: int, max_batch: int) -> float:
-    """A step with its training slice, at most, as a multiple of the step.
-
-    batch_alone: requests that would run if only serving did; present: requests that run or wait.
-    """
-    if present >= FULL_SHARE * max_batch:
-        return STRETCH
-    scarce = IN_DEMAND * max_batch / max(batch_alone, 1e-3)
-    return STRETCH * max(1.0, scarce) ** STEEPNESS

@@ -1,64 +1,72 @@
 """Training slices run between two serving steps.
 
-A slice runs only if its time fits the slack of every running and waiting request after the next step. While the batch
-is in demand, training stretches a step by a factor at most, see demand.py.
+A slice runs only if its time fits the slack of every running and waiting request after the next step. On a CPU, whose
+steps take longer the more requests run, it also leaves the gaps between tokens about as long as they usually are:
+otherwise long ones would fill the batch, and no slice would fit any more until the queue is gone (see demand.py).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from clif.engine.coserving.demand import stretch_of
 from clif.engine.coserving.strategy import Decision, StepView, Strategy
-from clif.engine.jobs import Slice
+from clif.engine.jobs import Slice, SliceKind
 from clif.types import Regime, SlackLimit, TrainingSlack
 
 LONGEST = 4
 """Longest training slice, as a multiple of engine.slice_ms."""
+GAP = 1.25
+"""A gap with training, at most, as a multiple of the longest usual one of serving alone."""
+PARTS = 4
+"""Slices that such a gap has room for, at least: passes that begin meanwhile have so few rows."""
+LEAST_SHARE = 0.1
+"""Of a step's time, for training in any case: what requests ask for is an estimate."""
 
 
 @dataclass
 class Interleaved(Strategy):
-    """stretches: whether steps are stretched by a factor at most while the batch is in demand."""
+    """keeps_gaps: whether gaps between tokens stay about as long as they are without training."""
 
-    stretches: bool = False
+    keeps_gaps: bool = False
     _credit_s: float = 0.0
 
+    def pack_tokens(self, view: StepView, piece: Slice) -> int:
+        if not self.keeps_gaps or not view.sequences:
+            return piece.units
+        within = self.costs.slice_tokens_within(SliceKind.BACKWARD, self._gap_s(view) / PARTS)
+        return max(1, min(piece.units, within))
+
     def between(self, view: StepView, piece: Slice) -> Decision:
-        slack = self._slack(view)
-        seconds = min(slack.seconds, LONGEST * self.config.slice_ms / 1000)
-        units = self.units_within(piece, seconds)
-        if not self.stretches or not view.sequences:
+        slack = self.slack(view, Regime.ALONE)
+        units = self.units_within(piece, min(slack.seconds, LONGEST * self.config.slice_ms / 1000))
+        if not self.keeps_gaps or not view.sequences:
             return Decision(units, slack)
-        stretched, stretch = self._units_by_stretch(view, piece)
-        return Decision(units, slack) if units <= stretched else Decision(stretched, stretch)
+        fitting, gap = self._units_in_gap(view, piece)
+        return Decision(units, slack) if units <= fitting else Decision(fitting, gap)
 
     def spent(self, seconds: float) -> None:
         self._credit_s -= seconds
 
-    def _slack(self, view: StepView) -> TrainingSlack:
-        """A request that may have waited for a slice waits for another one only if both are as short as one may be."""
-        both_s = self.config.slice_ms / 1000 - view.held_s
-        if view.held_up is None or not self.stretches or both_s <= 0:
-            return self.slack(view, Regime.ALONE)
-        both = TrainingSlack(both_s, SlackLimit.FIRST_TOKEN, view.held_up)
-        return min(self.slack(replace(view, held_up=None), Regime.ALONE), both, key=lambda one: one.seconds)
+    def _gap_s(self, view: StepView) -> float:
+        """Seconds that a gap may have: GAP times a step that computes a prompt beside as many answers as would run if
+        nothing trained; and engine.slice_ms, which is not felt."""
+        each = view.context / len(view.sequences)
+        answers = min(self.costs.batch_alone(view.asked.tokens_per_s, each), self.config.max_batch)
+        prompt = min(view.asked.prompt_tokens, self.config.max_prefill_tokens)
+        return max(GAP * self.costs.mean_step_s(answers + prompt, answers * each), self.config.slice_ms / 1000)
 
-    def _units_by_stretch(self, view: StepView, piece: Slice) -> tuple[int, TrainingSlack]:
-        """Units that stretch the step as far as it may be, and what is left of it.
+    def _units_in_gap(self, view: StepView, piece: Slice) -> tuple[int, TrainingSlack]:
+        """Units that fit the gap beside the next step, and what is left of it.
 
         By predicted means, to the nearest unit: what a slice takes more or less counts for the next one, and a unit
-        that is longer than a step's part runs once several parts have come together.
+        that is longer than what a step leaves runs once several steps have left so much.
         """
-        decodes, captured = len(view.sequences), self.costs.captures
-        waiting = 0 if view.backlog is None else view.backlog.waiting
-        alone = self.costs.batch_alone(view.tokens_per_s, view.context / decodes, captured)
-        stretch = stretch_of(alone, decodes + waiting, self.config.max_batch)
-        part_s = (stretch - 1) * self.costs.mean_step_s(decodes, view.context, captured)
+        step_s = self.costs.mean_step_s(view.rows, view.context, view.decodes and self.costs.captures)
+        part_s = max(self._gap_s(view) - step_s, LEAST_SHARE * step_s)
         least_s = self.costs.mean_slice_s(piece.kind, piece.tokens, piece.least)
         each_s = self.costs.mean_slice_s(piece.kind, piece.tokens, piece.least + 1) - least_s
         self._credit_s = min(self._credit_s + part_s, max(part_s, least_s))
-        left = TrainingSlack(self._credit_s, SlackLimit.STRETCH)
+        left = TrainingSlack(self._credit_s, SlackLimit.GAP)
         beyond = math.floor((self._credit_s - least_s) / each_s + 0.5) if each_s > 0 else 0
         return max(0, piece.least + beyond) if beyond >= 0 else 0, left

@@ -6,13 +6,13 @@ so that all ranks of a replica can carry out those of its leader.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import ClassVar
 
 from clif.config import EngineConfig, SloConfig
 from clif.engine.coserving.backlog import Backlog, BatchSlots, backlog_slack
+from clif.engine.coserving.demand import NOTHING_ASKED, Asked
 from clif.engine.cost_model import CostModel, training_slack
 from clif.engine.jobs import Slice
 from clif.engine.scheduler import Scheduler, Sequence
@@ -28,8 +28,7 @@ class StepView:
     decodes: it continues answers only, so that it is a captured one where such steps are captured. sequences: all
     running and waiting ones. free_slots: how many more may run; 0 or less: requests may wait at the
     dispatcher. backlog: those that do; None: not known. serve_s: seconds of the last serving step. held_up: a request
-    that arrived in a step with a training slice, and may have waited for it; or None. held_s: seconds of that slice.
-    tokens_per_s: answer tokens that requests ask for.
+    that arrived in a step with a training slice, and may have waited for it; or None. asked: what requests ask for.
     """
 
     now: float
@@ -41,8 +40,7 @@ class StepView:
     decodes: bool = False
     serve_s: float = 0.0
     held_up: int | None = None
-    held_s: float = math.inf
-    tokens_per_s: float = 0.0
+    asked: Asked = NOTHING_ASKED
 
     @classmethod
     def of(
@@ -53,8 +51,7 @@ class StepView:
         serve_s: float,
         held_up: int | None,
         backlog: Backlog | None,
-        held_s: float = math.inf,
-        tokens_per_s: float = 0.0,
+        asked: Asked,
     ) -> StepView:
         """The view of a scheduler that gets these requests before its next step."""
         sequences = (*scheduler.sequences, *(Sequence(request, now, list(request.prompt)) for request in arrivals))
@@ -63,7 +60,7 @@ class StepView:
             backlog = None
         rows, context = scheduler.next_step(arrivals)
         decodes = scheduler.next_decodes and not arrivals
-        return cls(now, rows, context, sequences, free_slots, backlog, decodes, serve_s, held_up, held_s, tokens_per_s)
+        return cls(now, rows, context, sequences, free_slots, backlog, decodes, serve_s, held_up, asked)
 
 
 @dataclass(frozen=True)
