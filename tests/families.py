@@ -108,5 +108,35 @@ FAMILIES = (
     ),
     Family("olmo2", "OLMo 2", "olmo2"),
     Family("olmo3", "OLMo 3", "olmo3", {"sliding_window": WINDOW}),
+    Family("phi3", "Phi 3 and Phi 4", "phi3", tp=(2,)),
+    Family(
+        "phi3-partial",
+        "Phi 4 mini: half of each head is turned",
+        "phi3",
+        {
+            "original_max_position_embeddings": 256, "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+                "short_factor": [1.0 + 0.1 * i for i in range(4)], "long_factor": [4.0] * 4,
+            },
+        },
+    ),
+    Family(
+        "mixtral", "Mixtral", "mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2}, targets="attention"
+    ),
+    Family(
+        "qwen3_moe",
+        "Qwen 3 with experts",
+        "qwen3_moe",
+        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "norm_topk_prob": True},
+        targets="attention",
+    ),
+    Family(
+        "qwen3_moe-unscaled",
+        "Qwen 3 with experts whose weights do not add up to 1",
+        "qwen3_moe",
+        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "norm_topk_prob": False},
+        targets="attention",
+    ),
 )  # fmt: skip
 """Of each family every way in which its models are built."""

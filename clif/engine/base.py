@@ -23,6 +23,7 @@ from clif.models.backends import (
     choose_varlen,
 )
 from clif.models.dual_linear import LoraRows
+from clif.models.expert_linears import choose_grouped
 from clif.models.proof import PROBE, ask_ends, compare, probe_ids
 from clif.models.quantising import BITS, quantise
 from clif.models.spec import spec_of
@@ -87,6 +88,8 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
         ops = choose_ops(loaded.device, loaded.dtype, max(config.model.max_context, PROBE), kv_dtype, cpu_level)
         stack = CausalStack(loaded.model, tp_group, ops, config.model.max_context)
         stack.varlen = choose_varlen(loaded.device, loaded.dtype, stack.head_dim) if stack.plain else None
+        if stack.routed and choose_grouped(loaded.device, loaded.dtype):
+            stack.group_experts()
         # The same first A on every replica: FedAvg averages factors, which makes sense from a common start only.
         torch.manual_seed(config.run.seed)
         bank = inject(stack, config.adapter)

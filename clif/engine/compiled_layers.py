@@ -20,6 +20,7 @@ from clif.models.cpu_ops import CpuGate, CpuNorm, CpuRotary
 from clif.models.dual_linear import DualLinear
 from clif.models.layer import DecoderLayer
 from clif.models.layer_ops import AngleTable
+from clif.models.mlp import GatedMlp
 from clif.models.stack import CausalStack
 
 
@@ -94,6 +95,7 @@ class CompiledLayers:
 def _layer(layer: DecoderLayer, cache: torch.Tensor) -> Layer:
     norm, mlp_norm, rotary = layer.norm, layer.mlp_norm, layer.rotary
     assert isinstance(norm, CpuNorm) and isinstance(mlp_norm, CpuNorm) and isinstance(rotary, CpuRotary)
+    assert isinstance(layer.mlp, GatedMlp)
     return Layer(
         *(_linear(linear) for linear in (layer.qkv, layer.out, layer.mlp.gate_up, layer.mlp.down)),
         norm.weight.data_ptr(),

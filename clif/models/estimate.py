@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 from clif.config import AdapterConfig, Config
 from clif.errors import ConfigError, InputError
+from clif.models.expert_spec import Experts
 from clif.models.layer_spec import LinearGroup, ModelSpec
 from clif.models.spec import spec_of
 from clif.models.targets import is_target
@@ -121,7 +122,9 @@ def _weights(config: Config, spec: ModelSpec, tp_size: int, number: int) -> int:
     """Bytes of all weights where a dense number takes `number`. A quantised head is no view of the embedding."""
     bits, layers = QUANTISED.get(config.model.weight_dtype), spec.num_layers
     shapes, head = _shapes(spec, tp_size), _head(spec, tp_size)
-    rest = number * (spec.vocab_size + 2 * layers + 1) * spec.hidden_size
+    routers = spec.layer.mlp.count if isinstance(spec.layer.mlp, Experts) else 0
+    # Rows of the hidden size: embedding, norms and what chooses experts.
+    rest = number * (spec.vocab_size + layers * (len(spec.layer.all_norms) + routers) + 1) * spec.hidden_size
     if bits is not None:
         return rest + layers * sum(quantised_bytes(*shape, bits) for shape in shapes) + quantised_bytes(*head, bits)
     # Where the head is tied, it is a view of the embedding.
@@ -129,8 +132,9 @@ def _weights(config: Config, spec: ModelSpec, tp_size: int, number: int) -> int:
 
 
 def _shapes(spec: ModelSpec, tp_size: int) -> list[tuple[int, int]]:
-    """Outputs and inputs of a decoder layer's merged linear layers on a rank."""
-    return [(sum(_rows(group, tp_size)), _width(group, tp_size)) for group in spec.layer.linears]
+    """Outputs and inputs of a decoder layer's merged linear layers on a rank, and of the matrices of its experts."""
+    merged = [(sum(_rows(group, tp_size)), _width(group, tp_size)) for group in spec.layer.linears]
+    return merged + _matrices(spec, tp_size)
 
 
 def _head(spec: ModelSpec, tp_size: int) -> tuple[int, int]:
@@ -156,6 +160,15 @@ def _packed(config: Config, spec: ModelSpec, tp_size: int) -> int:
         rank = config.adapter.r * len(modules)
         slot += _padded(rank, width) + _padded(out, rank)
     return weights + (config.adapter.serving_slots + 1) * slot
+
+
+def _matrices(spec: ModelSpec, tp_size: int) -> list[tuple[int, int]]:
+    """Outputs and inputs, on a rank, of the matrices of a layer's experts."""
+    mlp = spec.layer.mlp
+    if not isinstance(mlp, Experts):
+        return []
+    inner = -(-mlp.inner // tp_size)
+    return [(2 * inner, spec.hidden_size), (spec.hidden_size, inner)] * mlp.count
 
 
 def _padded(out: int, width: int) -> int:

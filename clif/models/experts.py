@@ -12,21 +12,16 @@ MegaBlocks (Gale et al. 2023) for rows grouped by expert instead of a capacity o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from clif.distributed.collectives import TpGroup
-from clif.models.base_backward import base_backward
-from clif.models.base_weight import BaseWeight, Dense
 from clif.models.dual_linear import LoraRows
+from clif.models.expert_linears import ExpertLinears, Groups
 from clif.models.expert_spec import Experts
 from clif.models.layer_ops import Activation
-from clif.models.shard import shard_of
-
-if TYPE_CHECKING:
-    from clif.kernels.cpu.training import TrainingKernels
+from clif.models.shard import axis_of, shard_of
 
 Router = Callable[[torch.Tensor], tuple[Any, torch.Tensor, torch.Tensor]]
 """transformers' router: hidden [rows, hidden size] -> its scores, and of every row the weights and the numbers of its
@@ -40,62 +35,23 @@ class Choice(NamedTuple):
     experts: torch.Tensor
 
 
-@dataclass
-class Expert:
-    """The frozen weights of one expert: gate and up, one below the other [2 inner, hidden], and down [hidden, inner].
-
-    With peers the columns of this rank alone.
-    """
-
-    gate_up: FrozenLinear
-    down: FrozenLinear
-
-
-@dataclass
-class FrozenLinear:
-    """A linear layer without adapters."""
-
-    base: BaseWeight
-
-
-class Groups:
-    """(row, choice) pairs of a batch, grouped by expert. Waits for the device.
-
-    order [pairs]: where each lies among the flattened choices; rows [pairs]: row of each; counts: pairs of each expert.
-    """
-
-    def __init__(self, experts: torch.Tensor, count: int) -> None:
-        """experts [rows, k]: numbers below `count`."""
-        flat = experts.flatten()
-        self.k = experts.shape[1]
-        self.order = flat.argsort(stable=True)
-        self.rows = self.order // self.k
-        self.counts: list[int] = torch.bincount(flat, minlength=count).tolist()
-
-    def each(self, weights: Sequence[FrozenLinear], *xs: torch.Tensor) -> Any:
-        """(weight, this expert's pairs of each x) of every expert that has some."""
-        for expert, *parts in zip(weights, *(x.split(self.counts) for x in xs), strict=True):
-            if len(parts[0]):
-                yield expert, *parts
-
-    def spread(self, pairs: torch.Tensor) -> torch.Tensor:
-        """[pairs, n] by expert -> [rows, k, n]."""
-        return torch.empty_like(pairs).index_copy_(0, self.order, pairs).view(-1, self.k, pairs.shape[1])
-
-
 class RoutedMlp:
-    """sum over a row's experts of weight * down(activation(gate) * up). experts: all of them; tp_group: the ranks that
-    hold their other columns."""
+    """sum over a row's experts of weight * down(activation(gate) * up).
 
-    def __init__(self, router: Router, experts: Sequence[Expert], gate: Activation, tp_group: TpGroup) -> None:
+    gate_up: gate and up of every expert, one below the other [2 inner, hidden size]; tp_group: the ranks that hold the
+    other columns.
+    """
+
+    def __init__(
+        self, router: Router, gate_up: ExpertLinears, down: ExpertLinears, gate: Activation, tp_group: TpGroup
+    ) -> None:
         """gate: [rows, gate | up] -> activation(gate) * up [rows, inner]."""
-        self.router, self.experts, self.gate, self.tp_group = router, tuple(experts), gate, tp_group
-        self.training: TrainingKernels | None = None
+        self.router, self.gate_up, self.down, self.gate, self.tp_group = router, gate_up, down, gate, tp_group
 
     @property
-    def frozen(self) -> list[FrozenLinear]:
-        """Its weights, in the order in which a step reads them."""
-        return [linear for expert in self.experts for linear in (expert.gate_up, expert.down)]
+    def linears(self) -> tuple[ExpertLinears, ExpertLinears]:
+        """In the order in which a step reads them."""
+        return self.gate_up, self.down
 
     def __call__(self, hidden: Sequence[torch.Tensor], rows: Sequence[LoraRows]) -> list[torch.Tensor]:
         """hidden: [rows, hidden size], normalised, for each kind of rows; the same shapes come back."""
@@ -108,42 +64,34 @@ class RoutedMlp:
 
     def forward(self, x: torch.Tensor, choice: Choice) -> tuple[torch.Tensor, torch.Tensor]:
         """x [rows, hidden size] -> the sum over its experts, and what the gate read, [rows, k, 2 inner]."""
-        groups = Groups(choice.experts, len(self.experts))
-        taken = x.index_select(0, groups.rows)
-        wide = torch.cat([one.base.forward(part) for one, part in groups.each(self._gate_ups, taken)])
-        gated = self.gate(wide)
-        out = torch.cat([one.base.forward(part) for one, part in groups.each(self._downs, gated)])
-        weighted = _wide(groups.spread(out)) * _wide(choice.weights).unsqueeze(-1)
+        groups = self._groups(choice)
+        wide = self.gate_up.forward(groups, x.index_select(0, groups.rows))
+        out = groups.spread(self.down.forward(groups, self.gate(wide)))
+        weighted = _wide(out) * _wide(choice.weights).unsqueeze(-1)
         return self.tp_group.all_reduce_(weighted.sum(1).to(x.dtype)), groups.spread(wide)
 
     def backward(self, grad: torch.Tensor, choice: Choice, wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients of x [rows, hidden size] and of the weights [rows, k], given that of the sum and what the gate
         read."""
-        groups = Groups(choice.experts, len(self.experts))
-        carried = self._carry(groups, self._downs, grad.index_select(0, groups.rows))
+        groups = self._groups(choice)
+        of_out = grad.index_select(0, groups.rows)
+        carried = self.down.backward(groups, of_out)
         with torch.enable_grad():
             read = wide.flatten(0, 1).index_select(0, groups.order).requires_grad_()
             gated = self.gate(read)
         # An expert's output enters by its product with the gradient alone: it is not computed again.
-        of_weights = groups.spread((_wide(carried) * _wide(gated.detach())).sum(1, keepdim=True)).squeeze(-1)
+        products, of_biases = (_wide(carried) * _wide(gated.detach())).sum(1), self.down.of_biases(groups, of_out)
+        products = products if of_biases is None else products + of_biases
+        of_weights = groups.spread(products.unsqueeze(-1)).squeeze(-1)
         weights = choice.weights.flatten().index_select(0, groups.order).unsqueeze(-1)
         (of_read,) = torch.autograd.grad(gated, read, (carried * weights).to(gated.dtype))
-        of_x = _wide(groups.spread(self._carry(groups, self._gate_ups, of_read))).sum(1)
+        of_x = _wide(groups.spread(self.gate_up.backward(groups, of_read))).sum(1)
         together = self.tp_group.all_reduce_(torch.cat((of_x, of_weights), 1).to(grad.dtype))
         of_x, of_weights = together.split([grad.shape[1], choice.weights.shape[1]], 1)
         return of_x, of_weights.to(choice.weights.dtype)
 
-    def _carry(self, groups: Groups, linears: Sequence[FrozenLinear], grad: torch.Tensor) -> torch.Tensor:
-        """Gradient of the pairs' outputs -> that of their inputs."""
-        return torch.cat([base_backward(one.base, part, self.training) for one, part in groups.each(linears, grad)])
-
-    @property
-    def _gate_ups(self) -> list[FrozenLinear]:
-        return [expert.gate_up for expert in self.experts]
-
-    @property
-    def _downs(self) -> list[FrozenLinear]:
-        return [expert.down for expert in self.experts]
+    def _groups(self, choice: Choice) -> Groups:
+        return Groups(choice.experts, len(self.down.each))
 
 
 class _Learn(torch.autograd.Function):
@@ -176,18 +124,27 @@ class _Learn(torch.autograd.Function):
         return *ctx.mlp.backward(gradients[0], Choice(weights, experts), wide), None, None, None, None
 
 
-def routed_mlp(spec: Experts, part: Callable[[str], Any], gate: Activation, tp_group: TpGroup) -> RoutedMlp:
+def routed_mlp(
+    spec: Experts, part: Callable[[str], Any], gate: Callable[[Any], Activation], tp_group: TpGroup
+) -> RoutedMlp:
     """The MLP of a decoder layer. part: what lies at a dotted path within transformers' layer, which is left no more
-    than this rank's columns of the experts."""
-    stacks = []
+    than this rank's columns of the experts. gate: makes the gate of an activation."""
     for name, (shard_dim, shard) in spec.shards(tp_group.rank, tp_group.size).items():
-        weight = part(name)
-        if weight.shape[-2 if shard_dim == "out" else -1] != shard.size:
+        whole = part(name)
+        if whole.shape[axis_of(shard_dim, whole.dim())] != shard.size:
             # A copy, so that the whole is freed.
-            weight.data = shard_of(weight.data, shard_dim, shard).clone()
-        stacks.append([FrozenLinear(Dense(one, None)) for one in weight.data])
-    experts = [Expert(*pair) for pair in zip(*stacks, strict=True)]
-    return RoutedMlp(part(spec.router), experts, gate, tp_group)
+            whole.data = shard_of(whole.data, shard_dim, shard).clone()
+    if spec.paired and tp_group.rank > 0:
+        # Of summed outputs one rank adds the bias.
+        part(spec.biases[1]).data.zero_()
+    stacks = [part(name).data for name in (spec.gate_up, spec.down)]
+    biases = [part(name).data for name in spec.biases] or [None, None]
+    gate_up, down = (
+        ExpertLinears(weights.transpose(1, 2) if spec.paired else weights, bias)
+        for weights, bias in zip(stacks, biases, strict=True)
+    )
+    activation = part(spec.activation)
+    return RoutedMlp(part(spec.router), gate_up, down, activation if spec.paired else gate(activation), tp_group)
 
 
 def _together(parts: Sequence[torch.Tensor]) -> torch.Tensor:

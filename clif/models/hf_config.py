@@ -119,6 +119,12 @@ def rope_of(tree: Tree) -> str:
     return str(ropes[0].get("rope_type", ropes[0].get("type", "default"))) if ropes else "default"
 
 
+def rotary_dim_of(tree: Tree, head_dim: int) -> int:
+    """Numbers at the front of each head that are turned."""
+    factors = [rope.get("partial_rotary_factor") for rope in _ropes(tree)] + [tree.get("partial_rotary_factor")]
+    return int(head_dim * float(next((factor for factor in factors if factor is not None), 1.0)))
+
+
 def _ropes(tree: Tree) -> Iterator[Tree]:
     """The parameters of each rotary embedding, that of layers that see the whole context first."""
     rope = tree.get("rope_parameters") or tree.get("rope_scaling")
@@ -141,9 +147,6 @@ def _rope(tree: Tree, max_context: int) -> Iterator[str]:
     if not isinstance(whole, dict):
         yield f"has rope_parameters {str(whole)[:40]} in its config.json: correct it, that is a mapping"
         return
-    for factor in (tree.get("partial_rotary_factor"), *(rope.get("partial_rotary_factor") for rope in _ropes(tree))):
-        if factor not in (None, 1):
-            yield f"turns a share of {str(factor)[:20]} of each head (partial rotary embedding), which is not supported"
     for rope in _ropes(tree):
         first = _first_context(tree, rope) or tree.get("max_position_embeddings")
         if isinstance(first, int) and max_context > first and _changes(rope):

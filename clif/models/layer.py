@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,8 +19,10 @@ import torch
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
 from clif.models.dual_linear import DualLinear, LoraRows
+from clif.models.expert_spec import Experts
+from clif.models.experts import RoutedMlp, routed_mlp
 from clif.models.layer_ops import CacheRows, HeadLayout, LayerOps, Norm, Rope, Unnormed
-from clif.models.layer_spec import Experts, LayerKind, LayerSpec, LinearGroup
+from clif.models.layer_spec import LayerKind, LayerSpec, LinearGroup
 from clif.models.mlp import GatedMlp
 from clif.models.qk_norm import ProjectionNorms, projection_norms
 from clif.models.scores import Scores
@@ -82,7 +85,12 @@ class DecoderLayer:
         self.linears: tuple[DualLinear, ...] = tuple(groups.values())
         self.index, head_dim = index, spec.attention.head_dim
         self.qkv, self.out = groups["qkv"], groups["out"]
-        self.mlp = GatedMlp(groups["gate_up"], groups["down"], ops.gate(_part_of(module, spec.mlp.activation)))
+        part = partial(_part_of, module)
+        self.mlp = (
+            routed_mlp(spec.mlp, part, ops.gate, tp_group)
+            if isinstance(spec.mlp, Experts)
+            else GatedMlp(groups["gate_up"], groups["down"], ops.gate(part(spec.mlp.activation)))
+        )
         self.norm, self.mlp_norm = (
             Unnormed() if norm is None else ops.norm(_part_of(module, norm)) for norm in spec.norms
         )
@@ -159,6 +167,8 @@ class DecoderLayer:
             return "a layer has norms behind attention and MLP"
         if self.residual_scale != 1.0:
             return "a layer scales what it adds"
+        if isinstance(self.mlp, RoutedMlp):
+            return "a layer has experts"
         return None if self.projection_norms is None else "a layer has norms over whole projections"
 
 
@@ -168,11 +178,9 @@ def check_layer(module: Any, spec: LayerSpec) -> None:
     if missing:
         raise ConfigError(f"{name} is not a Llama-style layer ({', '.join(missing)} not found): choose another model")
     known = tuple(f"{part}." for part in spec.known)
-    more = [n for n, _ in module.named_parameters() if not n.startswith(known)]
+    more = [n for n, _ in module.named_parameters() if not f"{n}.".startswith(known)]
     if more:
         raise ConfigError(f"{name} has more than a Llama-style layer ({', '.join(more[:3])}): choose another model")
-    if isinstance(spec.mlp, Experts):
-        raise ConfigError(f"{name} is not a Llama-style layer (it has experts): choose another model")
 
 
 def _part_of(module: Any, path: str) -> Any:

@@ -9,12 +9,13 @@ attention and MLP, and windows in some layers; sliding windows (Beltagy et al. 2
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from clif.distributed.layout import check_divisible
-from clif.models.shard import Shard, ShardDim, unit_shard
+from clif.models.expert_spec import Experts, Pieces
+from clif.models.shard import Shard, ShardDim, joined, unit_shard
 
 Shape = tuple[int, ...]
 
@@ -76,17 +77,15 @@ class LinearGroup:
         return [features.shard(rank, size).size for features in self.outputs]
 
     def shards(self, rank: int, size: int) -> tuple[Shard, ...]:
-        """The part of each module that a rank among `size` of them holds.
+        """The part of each module that a rank among `size` of them holds: some of each kind of its outputs.
 
-        Raises ValueError for a module of several kinds of outputs among several ranks: its part is no one range.
+        Raises LayoutError where fewer heads than ranks lie in one weight with other outputs.
         """
         if self.shard_dim == "in":
             return (self.inputs.shard(rank, size),) * len(self.modules)
         if size == 1:
             return tuple(Shard(0, module.size, module.size) for module in self.modules)
-        if any(len(module.outputs) > 1 for module in self.modules):
-            raise ValueError(f"{self.name} has modules of several kinds of outputs: they cannot be cut")
-        return tuple(module.outputs[0].shard(rank, size) for module in self.modules)
+        return tuple(joined([features.shard(rank, size) for features in module.outputs]) for module in self.modules)
 
 
 @dataclass(frozen=True)
@@ -113,16 +112,6 @@ class AttentionSpec:
 class DenseMlp:
     """A gated MLP. inner: its columns; activation: the module that computes the gate."""
 
-    inner: int
-    activation: str
-
-
-@dataclass(frozen=True)
-class Experts:
-    """Gated MLPs of which each token takes some. inner: columns of each."""
-
-    count: int
-    per_token: int
     inner: int
     activation: str
 
@@ -162,7 +151,8 @@ class LayerSpec:
     @property
     def needed(self) -> tuple[str, ...]:
         """Names of what a layer must have."""
-        return (*self.all_norms, *self.module_names, self.mlp.activation)
+        own = self.mlp.parts if isinstance(self.mlp, Experts) else (self.mlp.activation,)
+        return (*self.all_norms, *self.module_names, *own)
 
     @property
     def all_norms(self) -> tuple[str, ...]:
@@ -242,6 +232,7 @@ class ModelSpec:
         """Raises LayoutError for a model that `tp_size` ranks cannot share evenly."""
         attention = self.layer.attention
         check_divisible(attention.heads, attention.kv_heads, self.layer.mlp.inner, tp_size)
+        self.layer.shards(0, tp_size)
 
     def linears(self) -> Iterator[tuple[str, LinearGroup, int]]:
         """Name in the model, group, and index in it, of each linear layer of the decoder layers."""
@@ -259,6 +250,31 @@ class ModelSpec:
             for group in self.layer.linears:
                 for module in group.modules:
                     yield f"{self.layers}.{layer}.{module.name}.weight", (module.size, group.inputs.size)
+            if isinstance(self.layer.mlp, Experts):
+                for name, shape in self.layer.mlp.tensors(self.hidden_size):
+                    yield f"{self.layers}.{layer}.{name}", shape
         yield f"{self.norm}.weight", (self.hidden_size,)
         if not tied:
             yield f"{self.head}.weight", (self.vocab_size, self.hidden_size)
+
+    def pieces(self) -> dict[str, Pieces]:
+        """By name of a tensor, those of which files may have it instead."""
+        if not isinstance(self.layer.mlp, Experts):
+            return {}
+        found = self.layer.mlp.pieces()
+        return {
+            f"{self.layers}.{layer}.{name}": tuple(tuple(f"{self.layers}.{layer}.{n}" for n in one) for one in pieces)
+            for layer in range(self.num_layers)
+            for name, pieces in found.items()
+        }
+
+    def file_shapes(self, tied: bool, have: Collection[str]) -> Iterator[tuple[str, Shape]]:
+        """As tensors(), by the names that files have which hold the tensors `have`."""
+        pieces = self.pieces()
+        for name, shape in self.tensors(tied):
+            if name in have or name not in pieces:
+                yield name, shape
+                continue
+            for below in pieces[name]:
+                out = shape[-2] // len(below)
+                yield from ((one, (out, shape[-1])) for one in below)

@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from clif.errors import ConfigError
-from clif.models.hf_config import Tree, rope_of
+from clif.models.expert_spec import ExpertFiles, Experts
+from clif.models.hf_config import Tree, rope_of, rotary_dim_of
 from clif.models.layer_spec import (
     AttentionSpec,
     DenseMlp,
@@ -32,7 +33,8 @@ SIZES = (
 FIELDS = (
     *SIZES, "model_type", "head_dim", "tie_word_embeddings", "sliding_window", "use_sliding_window", "layer_types",
     "max_window_layers", "rope_parameters", "rope_scaling", "attn_logit_softcapping", "final_logit_softcapping",
-    "partial_rotary_factor", "embedding_multiplier", "residual_multiplier", "logits_scaling",
+    "partial_rotary_factor", "embedding_multiplier", "residual_multiplier", "logits_scaling", "num_local_experts",
+    "num_experts", "num_experts_per_tok", "moe_intermediate_size",
 )  # fmt: skip
 """All that the functions here read of a transformers configuration."""
 NARROW_WINDOW = 8
@@ -44,13 +46,20 @@ FULL = "full_attention"
 def spec_of(config: Any) -> ModelSpec:
     """The description of a model from a config.json's fields, or from a transformers configuration.
 
-    Raises ConfigError for a family that is not known, KeyError, TypeError, ValueError or ZeroDivisionError for a config
-    that lacks a size.
+    Raises ConfigError for a family that is not known, and for a share of heads that is turned where the family turns
+    them whole, KeyError, TypeError, ValueError or ZeroDivisionError for a config that lacks a size.
     """
-    tree = config if isinstance(config, Mapping) else {field: getattr(config, field, None) for field in FIELDS}
+    tree = dict(config) if isinstance(config, Mapping) else {field: getattr(config, field, None) for field in FIELDS}
     family = str(tree.get("model_type"))
     check_family(family)
-    return FAMILIES[family](dict(tree))
+    spec = FAMILIES[family](tree)
+    attention, turned = spec.layer.attention, rotary_dim_of(tree, spec.layer.attention.head_dim)
+    if turned != attention.rotary_dim:
+        raise ConfigError(
+            f"the model turns {turned} of the {attention.head_dim} numbers of each head (partial rotary embedding), "
+            f"which is not supported for the family {family}: choose another model"
+        )
+    return spec
 
 
 def check_family(model_type: str, name: str = "the model") -> None:
@@ -67,6 +76,9 @@ def narrow_fields(spec: ModelSpec) -> dict[str, int]:
         "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 2 * spec.layer.attention.head_dim,
         "intermediate_size": 64, "vocab_size": 64,
     }  # fmt: skip
+    if isinstance(spec.layer.mlp, Experts):
+        count, taken = min(spec.layer.mlp.count, 4), min(spec.layer.mlp.per_token, 2)
+        narrow |= {"num_local_experts": count, "num_experts_per_tok": taken, "moe_intermediate_size": 64}
     return narrow if spec.window is None else {**narrow, "sliding_window": NARROW_WINDOW}
 
 
@@ -161,6 +173,40 @@ def olmo3(tree: Tree) -> ModelSpec:
     return _two_ropes(olmo2(_typed(tree, lambda layer: bool((layer + 1) % 4))))
 
 
+def phi3(tree: Tree) -> ModelSpec:
+    """Phi 3 and 4: query, key and value in one weight, gate and up in another; some turn the front of each head."""
+    spec = llama(tree)
+    qkv, out, gate_up, down = spec.layer.linears
+    linears = (
+        replace(qkv, modules=(LinearModule("self_attn.qkv_proj", qkv.outputs),)),
+        out,
+        replace(gate_up, modules=(LinearModule("mlp.gate_up_proj", gate_up.outputs),)),
+        down,
+    )
+    mlp = DenseMlp(spec.layer.mlp.inner, "mlp.activation_fn")
+    attention = replace(spec.layer.attention, rotary_dim=rotary_dim_of(tree, spec.layer.attention.head_dim))
+    return replace(spec, layer=replace(spec.layer, linears=linears, mlp=mlp, attention=attention))
+
+
+def mixtral(tree: Tree) -> ModelSpec:
+    """Llama with experts."""
+    experts = (f"block_sparse_moe.experts.{{}}.{leaf}" for leaf in ("w1", "w3", "w2"))
+    return _with_experts(tree, int(tree["intermediate_size"]), ExpertFiles("block_sparse_moe.gate", *experts))
+
+
+def qwen3_moe(tree: Tree) -> ModelSpec:
+    """Qwen 3 with experts. Layers without them are refused: see check_layer()."""
+    experts = (f"mlp.experts.{{}}.{leaf}_proj" for leaf in ("gate", "up", "down"))
+    return _with_experts(tree, int(tree["moe_intermediate_size"]), ExpertFiles("mlp.gate", *experts))
+
+
+def _with_experts(tree: Tree, inner: int, files: ExpertFiles) -> ModelSpec:
+    spec, count = llama(tree), tree.get("num_local_experts") or tree["num_experts"]
+    linears = tuple(group for group in spec.layer.linears if group.name in ("qkv", "out"))
+    experts = Experts(int(count), int(tree["num_experts_per_tok"]), inner, files)
+    return replace(spec, layer=replace(spec.layer, linears=linears, mlp=experts))
+
+
 def _two_ropes(spec: ModelSpec) -> ModelSpec:
     """Layers with a window have a rotary embedding of their own."""
     kinds = (replace(kind, rope=FULL if kind.window is None else SLIDING) for kind in spec.kinds)
@@ -187,6 +233,7 @@ def _modules(block: str, **outputs: Features) -> tuple[LinearModule, ...]:
 
 FAMILIES: dict[str, Callable[[Tree], ModelSpec]] = {
     "gemma": gemma, "gemma2": gemma2, "gemma3_text": gemma3, "granite": granite, "llama": llama, "ministral3": llama,
-    "mistral": llama, "olmo2": olmo2, "olmo3": olmo3, "qwen2": qwen, "qwen3": qwen,
+    "mistral": llama, "mixtral": mixtral, "olmo2": olmo2, "olmo3": olmo3, "phi3": phi3, "qwen2": qwen, "qwen3": qwen,
+    "qwen3_moe": qwen3_moe,
 }  # fmt: skip
 """By model_type: families that CLIF's own tests prove to be computed rightly. A model of any other is refused."""

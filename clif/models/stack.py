@@ -16,6 +16,8 @@ from clif.models.causal import CausalSequences
 from clif.models.causal_blocks import block_bytes
 from clif.models.cpu_training import PackedSequences
 from clif.models.dual_linear import DualLinear, LoraRows
+from clif.models.expert_linears import FrozenLinear
+from clif.models.experts import RoutedMlp
 from clif.models.head import Head, LogitChanges
 from clif.models.layer import AttentionPlan, DecoderLayer, SubBatch
 from clif.models.layer_ops import LayerOps, Rope, TorchOps
@@ -61,6 +63,8 @@ class CausalStack:
         self._training = ops.training if inner.embed_tokens.weight.dtype == torch.bfloat16 else None
         for linear in self.linears:
             linear.training = self._training
+        for experts in (linears for mlp in self.routed for linears in mlp.linears):
+            experts.training = self._training
         # Attention of rows that learn is another kernel's where scores are plain.
         self._attending = self._training if self.plain else None
         like = inner.embed_tokens.weight
@@ -84,6 +88,11 @@ class CausalStack:
     def linears(self) -> list[DualLinear]:
         """The merged linear layers, in the order of the forward."""
         return [linear for layer in self.decoder_layers for linear in layer.linears]
+
+    @property
+    def routed(self) -> list[RoutedMlp]:
+        """The MLPs with experts."""
+        return [layer.mlp for layer in self.decoder_layers if isinstance(layer.mlp, RoutedMlp)]
 
     def masters(self, layer: int) -> list[torch.Tensor]:
         """The shadow's factors of a layer, which its backward adds gradients to."""
@@ -154,14 +163,25 @@ class CausalStack:
         """
         return self.head.whole(self.head(normed))
 
+    def group_experts(self) -> None:
+        """Compute all experts of a layer as one product from now on, where torch takes their weights."""
+        for mlp in self.routed:
+            for linears in mlp.linears:
+                linears.grouped = linears.can_group
+
     def prepack(self) -> None:
         """Lay all weights out for the machine's matrix kernels where that pays."""
         for part in self._weighed():
             part.base = prepacked(part.base)
 
-    def _weighed(self) -> list[DualLinear | Head]:
+    def _weighed(self) -> list[DualLinear | FrozenLinear | Head]:
         """What multiplies with a frozen weight, in the order in which a step reads them."""
-        return [*self.linears, self.head]
+        found: list[DualLinear | FrozenLinear | Head] = []
+        for layer in self.decoder_layers:
+            found += layer.linears
+            if isinstance(layer.mlp, RoutedMlp):
+                found += [one for linears in layer.mlp.linears for one in linears.each]
+        return [*found, self.head]
 
     def pack(self) -> None:
         """Lay all bfloat16 weights out for the C++ kernels, and the adapters' slots, which no longer move then."""

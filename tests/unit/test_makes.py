@@ -39,10 +39,12 @@ WRONG = {
     "gpt_oss": {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2},
     "bloom": {"model_type": "bloom"},
     "mamba": {"model_type": "mamba"},
-    "phi3": {"model_type": "phi3"},
+    "qwen3_moe without experts in one layer": {
+        "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "mlp_only_layers": [1],
+    },
     "cohere": {"model_type": "cohere"},
     "olmo": {"model_type": "olmo"},
-    "mixtral": {"model_type": "mixtral", "num_local_experts": 2},
     "nemotron": {"model_type": "nemotron"},
     "chunked": {"model_type": "llama4_text", "attention_chunk_size": 64},
     "deepseek_v3": {"model_type": "deepseek_v3"},
@@ -71,6 +73,12 @@ RIGHT = {
     },
     "window as wide as the context": {"model_type": "mistral", "sliding_window": 256, "max_position_embeddings": 1024},
     "a scale of attention that its layers tell": {"model_type": "granite", "attention_multiplier": 0.2},
+    "phi3": {"model_type": "phi3"},
+    "phi3 that turns half of each head": {
+        "model_type": "phi3",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2 with biases": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3"},
 }  # fmt: skip
@@ -183,7 +191,7 @@ def test_one_layer_of_a_deep_model_in_bfloat16_that_computes_something_else_is_f
     elif part == "query":
         layer.scores = layer.scores._replace(scale=3.0 * layer.scores.scale)
     else:
-        layer._attend = lambda x, part: DecoderLayer._attend(
+        layer.attend = lambda x, part: DecoderLayer.attend(
             layer, x, replace(part, ropes=[NoRope(rope.cos, rope.sin) for rope in part.ropes])
         )
     with pytest.raises(ConfigError, match=r"computes more than .*layer 17"):

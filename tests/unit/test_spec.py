@@ -15,10 +15,11 @@ from clif.distributed.layout import LayoutError
 from clif.errors import ConfigError
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import LoraRows
+from clif.models.expert_spec import Experts
 from clif.models.layer import DecoderLayer, check_layer
 from clif.models.layer_ops import TorchOps
-from clif.models.layer_spec import Experts, Features, LayerSpec, LinearGroup, LinearModule
-from clif.models.shard import Shard
+from clif.models.layer_spec import Features, LayerSpec, LinearGroup, LinearModule
+from clif.models.shard import Shard, ShardSpec
 from clif.models.spec import FAMILIES, spec_of
 
 SIZES = {
@@ -69,8 +70,22 @@ def test_what_attention_splits_and_what_adapters_belong_to_are_two_facts():
     assert [f.size for f in one.outputs] == [f.size for f in layer.linears[0].outputs] == [32, 16, 16]
     assert [m.size for m in one.modules] == [64] and [m.size for m in layer.linears[0].modules] == [32, 16, 16]
     assert one.shards(0, 1) == (Shard(0, 64, 64),)
-    with pytest.raises(ValueError, match="several kinds of outputs"):
-        one.shards(0, 2)
+
+
+def test_a_rank_holds_some_of_each_kind_of_outputs_of_one_weight():
+    one = fused(spec_of(SIZES).layer).linears[0]
+    assert one.shards(0, 2) == (Shard(0, 16, 64, ((32, 40), (48, 56))),)
+    assert one.shards(1, 2) == (Shard(16, 32, 64, ((40, 48), (56, 64))),)
+    whole = torch.arange(128.0).view(64, 2)
+    parts = [ShardSpec(0, one.shards(rank, 2)[0]) for rank in range(2)]
+    assert parts[0].of_rank(1, 2) == parts[1] and parts[0].holders(2) == 1
+    again = torch.zeros_like(whole)
+    for part in parts:
+        part.put(again, part.take(whole))
+    assert torch.equal(again, whole)
+    assert torch.equal(parts[1].take(whole), torch.cat((whole[16:32], whole[40:48], whole[56:64])))
+    with pytest.raises(LayoutError, match="outnumber the key/value heads"):
+        one.shards(0, 4)
 
 
 @torch.no_grad()
@@ -108,12 +123,12 @@ def test_a_new_family_is_one_function(tiny_config, monkeypatch: pytest.MonkeyPat
     assert asked and set(asked) == {"llama"}
 
 
-def test_windows_and_experts_can_be_described_and_experts_are_refused(tiny_config):
+def test_windows_and_experts_can_be_described_and_a_layer_without_them_is_refused(tiny_config):
     mistral = spec_of({**SIZES, "model_type": "mistral", "sliding_window": 64})
     assert mistral.window == 64 and spec_of(SIZES).window is None
     layer = make_rig(f"random:{tiny_config}").loaded.model.model.layers[0]
     spec = spec_of(json.loads(tiny_config.read_text())).layer
-    experts = replace(spec, mlp=Experts(count=4, per_token=2, inner=48, activation="mlp.act_fn"))
+    experts = replace(spec, mlp=Experts(count=4, per_token=2, inner=48))
     with pytest.raises(ConfigError, match="is not a Llama-style layer"):
         check_layer(layer, experts)
 

@@ -103,7 +103,7 @@ def check_weights(folder: Path, spec: ModelSpec | None, tied: bool | None) -> No
     # A folder of the inner model alone has other names, and no head.
     inner = "embed_tokens.weight" in found
     have = {f"model.{tensor}" if inner else tensor: sizes for tensor, (_, sizes) in found.items()}
-    _compare(dict(spec.tensors(tied is not False)), have, str(folder))
+    _compare(dict(spec.file_shapes(tied is not False, have)), have, str(folder))
 
 
 def check_tensors(name: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:

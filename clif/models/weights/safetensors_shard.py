@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,14 @@ from safetensors import SafetensorError, safe_open
 
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
-from clif.models.shard import axis_of
+from clif.models.expert_spec import Pieces
+from clif.models.shard import Shard, axis_of
+from clif.models.spec import spec_of
 from clif.models.weights.files import INDEX, SINGLE, check_tensors, read_index
 from clif.models.weights.sharded_build import TensorShard, build
+
+Read = Callable[[str, Sequence[int], TensorShard], torch.Tensor]
+"""(name, shape, part wanted) -> that part of a tensor of the files."""
 
 
 def can_slice(path: str) -> bool:
@@ -34,15 +41,22 @@ def load_sliced(path: str, config: Any, dtype: torch.dtype, device: torch.device
         files = _files(folder, stack)
 
         def read(name: str, shape: torch.Size, part: TensorShard) -> torch.Tensor:
+            if name not in files and name in pieces:
+                return _assembled(partial(one, dtype), pieces[name], shape, part)
+            return one(None, name, shape, part)
+
+        def one(as_type: torch.dtype | None, name: str, shape: Sequence[int], part: TensorShard) -> torch.Tensor:
             if name not in files:
                 raise ConfigError(
                     f"{folder} lacks the tensor {name}: get it again, or set layout.tp_size=1 if its tensors have "
                     "other names"
                 )
-            return _read(files[name], name, shape, part)
+            return _read(files[name], name, shape, part).to(as_type)
 
+        pieces = spec_of(config).pieces()
         model = build(config, read, dtype, device, tp_group)
-        check_tensors(str(folder), (), sorted(files.keys() - model.state_dict().keys()))
+        used = model.state_dict().keys() | {one for all in pieces.values() for below in all for one in below}
+        check_tensors(str(folder), (), sorted(files.keys() - used))
     if (folder / "generation_config.json").is_file():
         # End-of-sequence tokens and the like.
         model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder))
@@ -61,7 +75,28 @@ def _files(folder: Path, stack: ExitStack) -> dict[str, Any]:
     return {name: file for file in opened.values() for name in file.keys()}  # noqa: SIM118 - not a mapping
 
 
-def _read(file: Any, name: str, shape: torch.Size, part: TensorShard) -> torch.Tensor:
+def _assembled(read: Read, pieces: Pieces, shape: torch.Size, part: TensorShard) -> torch.Tensor:
+    """A rank's part of a tensor [experts, out, in] that files have matrix by matrix, or of one under another name."""
+    if len(shape) < 3:
+        return read(pieces[0][0], shape, part)
+    out = shape[1] // len(pieces[0])
+    of_one = _of_pieces(part[1], out) if part is not None and part[0] == "out" else [part] * len(pieces[0])
+    whole: torch.Tensor | None = None
+    for expert, below in enumerate(pieces):
+        matrix = torch.cat([read(name, (out, shape[2]), one) for name, one in zip(below, of_one, strict=True)])
+        # One matrix at a time beside the tensor that is being filled.
+        whole = matrix.new_empty((len(pieces), *matrix.shape)) if whole is None else whole
+        whole[expert] = matrix
+    assert whole is not None
+    return whole
+
+
+def _of_pieces(shard: Shard, out: int) -> list[TensorShard]:
+    """Of each matrix of `out` rows the part that lies in a shard of all of them, one below the other."""
+    return [("out", Shard(start - i * out, stop - i * out, out)) for i, (start, stop) in enumerate(shard.ranges)]
+
+
+def _read(file: Any, name: str, shape: Sequence[int], part: TensorShard) -> torch.Tensor:
     source = file.get_slice(name)
     if list(source.get_shape()) != list(shape):
         raise ConfigError(

@@ -15,6 +15,7 @@ from accelerate import init_empty_weights
 
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
+from clif.models.expert_spec import Experts
 from clif.models.shard import Shard, ShardDim, uneven_shard
 from clif.models.spec import spec_of
 from clif.models.stack import check_model
@@ -60,6 +61,9 @@ def _parts(model: Any, tied: bool, tp_group: TpGroup) -> Iterator[tuple[str, tup
             yield f"{spec.layers}.{layer}.{name}.weight", (shard_dim, shard)
             if shard_dim == "out":
                 yield f"{spec.layers}.{layer}.{name}.bias", (shard_dim, shard)
+        if isinstance(spec.layer.mlp, Experts):
+            for name, part in spec.layer.mlp.shards(tp_group.rank, tp_group.size).items():
+                yield f"{spec.layers}.{layer}.{name}", part
 
 
 def _put(model: Any, name: str, tensor: torch.Tensor) -> None:
