@@ -65,9 +65,9 @@ def test_a_step_with_its_slice_is_as_long_as_the_usual_gap_of_serving_alone_and_
     """That is a step with a prompt beside the answers that would run without training: 20 + 20 + 40 ms."""
     decision = strategy().between(view(HEAVY), BACKWARD)
     assert decision.slack.limit is SlackLimit.GAP
-    assert decision.units * LAYER_S == pytest.approx(GAP * 0.08 - 0.04, abs=0.006)
+    assert decision.units * LAYER_S == pytest.approx(GAP * 0.08 - 0.04, abs=0.008)
     fuller = strategy().between(view(HEAVY, running=30), BACKWARD)
-    assert fuller.units * LAYER_S == pytest.approx(GAP * 0.08 - 0.05, abs=0.006), "the gap does not grow with the batch"
+    assert fuller.units * LAYER_S == pytest.approx(GAP * 0.08 - 0.05, abs=0.008), "the gap does not grow with the batch"
 
 
 def test_a_gap_as_short_as_a_slice_is_not_felt_whatever_is_usual():
@@ -87,7 +87,7 @@ def test_training_goes_on_slowly_where_steps_alone_are_longer_than_what_was_expe
         decision = asked.between(view(Asked(), running=28), BACKWARD)
         ran += decision.units
         asked.spent(0.015 * decision.units)
-    assert ran * 0.015 == pytest.approx(100 * LEAST_SHARE * 0.048, rel=0.15)
+    assert 0.7 * 100 * LEAST_SHARE * 0.048 < ran * 0.015 <= 100 * LEAST_SHARE * 0.048
 
 
 def test_work_that_is_not_worth_a_slice_in_part_runs_once_its_time_has_come():

@@ -7,7 +7,6 @@ otherwise long ones would fill the batch, and no slice would fit any more until 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from clif.engine.coserving.strategy import Decision, StepView, Strategy
@@ -54,19 +53,18 @@ class Interleaved(Strategy):
         each = view.context / len(view.sequences)
         answers = min(self.costs.batch_alone(view.asked.tokens_per_s, each), self.config.max_batch)
         prompt = min(view.asked.prompt_tokens, self.config.max_prefill_tokens)
-        return max(GAP * self.costs.mean_step_s(answers + prompt, answers * each), self.config.slice_ms / 1000)
+        return max(GAP * self.costs.step_s(answers + prompt, answers * each), self.config.slice_ms / 1000)
 
     def _units_in_gap(self, view: StepView, piece: Slice) -> tuple[int, TrainingSlack]:
         """Units that fit the gap beside the next step, and what is left of it.
 
-        By predicted means, to the nearest unit: what a slice takes more or less counts for the next one, and a unit
-        that is longer than what a step leaves runs once several steps have left so much.
+        What a slice took counts for the next one, and fewest units that are longer than what a step leaves run once
+        several steps have left so much.
         """
-        step_s = self.costs.mean_step_s(view.rows, view.context, view.decodes and self.costs.captures)
+        step_s = self.step_s(view, Regime.ALONE)
         part_s = max(self._gap_s(view) - step_s, LEAST_SHARE * step_s)
         least_s = self.costs.mean_slice_s(piece.kind, piece.tokens, piece.least)
-        each_s = self.costs.mean_slice_s(piece.kind, piece.tokens, piece.least + 1) - least_s
         self._credit_s = min(self._credit_s + part_s, max(part_s, least_s))
         left = TrainingSlack(self._credit_s, SlackLimit.GAP)
-        beyond = math.floor((self._credit_s - least_s) / each_s + 0.5) if each_s > 0 else 0
-        return max(0, piece.least + beyond) if beyond >= 0 else 0, left
+        within = self.costs.units_within(piece.kind, piece.tokens, self._credit_s)
+        return max(within, piece.least) if least_s <= self._credit_s else 0, left
