@@ -77,6 +77,19 @@ class BlockPool:
             else:
                 self._free.append(block)
 
+    def free_below(self, blocks: list[int], released: int, num_computed_tokens: int, window: int) -> int:
+        """Take one reader off the blocks that no row of a sequence looks back to any more; the list keeps its length.
+
+        released: how many of its first blocks were given back before. num_computed_tokens: those whose steps are done. window:
+        tokens that a row sees at most, its own included. Returns how many are given back now.
+        """
+        # The last full block has the key that registers the one after it.
+        stop = min((num_computed_tokens + 1 - window) // self.block_size, num_computed_tokens // self.block_size - 1)
+        if stop <= released:
+            return released
+        self.free(blocks[released:stop])
+        return stop
+
     def _take(self) -> int:
         block = self._free.pop() if self._free else self._cached.popitem(last=False)[0]
         self._table.forget(block)

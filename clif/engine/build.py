@@ -73,7 +73,9 @@ def build_engine(config: Config, base: Base, tp_group: TpGroup | None = None) ->
         runner.train_recorder = choose_train_recorder(config.engine, device, tp_group.size, varlen, fuses)
     engine = Engine(
         runner,
-        Scheduler(config.engine, slots, tokenizer.eos_ids, tokenizer.decode, base.guides),
+        Scheduler(
+            config.engine, slots, tokenizer.eos_ids, tokenizer.decode, base.guides, base.stack.spec.widest_window
+        ),
         TrainingHalf(make_strategy(coserving, config)),
         tp_group,
         overlap=device.type == "cuda" if config.engine.overlap == "auto" else config.engine.overlap,
@@ -116,7 +118,7 @@ def trial_engine(engine: Engine, config: Config, coserving: str) -> Engine:
     slots.promote(1, 0)
     trial = Engine(
         engine.runner,
-        Scheduler(engine.config, slots, (), lambda _: ""),
+        Scheduler(engine.config, slots, (), lambda _: "", window=engine.scheduler.window),
         TrainingHalf(make_strategy(coserving, config)),
         engine.tp_group,
         clock=engine.clock,

@@ -32,7 +32,8 @@ class Sequence:
     num_computed_tokens: how many have their KV in the cache, or get it in a step that is under way.
     num_tokens_in_flight: tokens that such steps choose; num_steps_in_flight: steps under way that hold a chunk of it.
     version: -1 until the first admission, unless it is given. admitted: it has been. blocks hold at least the computed
-    tokens; both are empty while it waits. arrived_s and last_s (time of the last token) are on the engine's clock.
+    tokens; both are empty while it waits. released: how many of the first blocks are given back: no layer looks back as
+    far. arrived_s and last_s (time of the last token) are on the engine's clock.
     sampled_at: where its token is among those of the last step in which it took one. guide: changes the logits of its
     tokens. id, max_total_tokens: the request's. ends_early: a token or a text may end its answer.
 
@@ -45,6 +46,7 @@ class Sequence:
     version: int = -1
     slot: int | None = None
     blocks: list[int] = field(default_factory=list)
+    released: int = 0
     num_computed_tokens: int = 0
     last_s: float | None = None
     num_tokens_in_flight: int = 0
@@ -95,7 +97,8 @@ class Scheduler:
 
     preemptions: how often a running sequence lost its blocks; its tokens are computed again, none is sent twice.
     reused_tokens: prompt tokens that were found in the cache when their request was first admitted. guide_of: makes the
-    guide of a request, and raises InputError for one that cannot be enforced.
+    guide of a request, and raises InputError for one that cannot be enforced. window: tokens that any layer looks back
+    over at most; None: one sees the whole context.
     """
 
     def __init__(
@@ -105,8 +108,9 @@ class Scheduler:
         eos_ids: tuple[int, ...],
         decode: Callable[[list[int]], str],
         guide_of: Callable[[Request], Guide | None] = lambda request: None,
+        window: int | None = None,
     ) -> None:
-        self.config, self.slots, self.guide_of = config, slots, guide_of
+        self.config, self.slots, self.guide_of, self.window = config, slots, guide_of, window
         self.max_batch = config.max_batch
         self.pool = BlockPool(config.num_kv_tokens, config.block_size)
         self.waiting: deque[Sequence] = deque()
@@ -218,6 +222,8 @@ class Scheduler:
                 continue
             if stop // size > start // size:
                 self._register(sequence, start, stop)
+                if self.window is not None and sequence.blocks:
+                    sequence.released = self.pool.free_below(sequence.blocks, sequence.released, stop, self.window)
             if token is not None:
                 events.append(self._append(sequence, token, now))
         return events
@@ -289,8 +295,8 @@ class Scheduler:
             self.pool.register(sequence.version, sequence.tokens, sequence.blocks, start, stop)
 
     def _free_blocks(self, sequence: Sequence) -> None:
-        self.pool.free(sequence.blocks)
-        sequence.blocks, sequence.num_computed_tokens = [], 0
+        self.pool.free(sequence.blocks[sequence.released :])
+        sequence.blocks, sequence.released, sequence.num_computed_tokens = [], 0, 0
 
     def _release(self, sequence: Sequence) -> None:
         """Give back what an ended sequence holds, once no step under way reads its blocks and its version."""

@@ -77,6 +77,40 @@ def test_answers_are_those_of_transformers_token_for_token(tmp_path, family):
 
 
 @every_family
+def test_two_adapters_answer_at_once_each_as_alone(tmp_path, family):
+    rig = rig_of(family, tmp_path)
+    ask = [request(i, PROMPTS[2], max_tokens=24, ignore_eos=True) for i in range(4)]
+    rig.fill(1, seed=1)
+    alone = {1: answer(rig.run(ask[:1])[0])}
+    rig.engine.scheduler.add(ask[1], 0.0)
+    got = {1: [t for _ in range(4) for event in rig.engine.serve() for t in event.tokens]}
+    rig.fill(2, seed=2)
+    rig.engine.scheduler.add(ask[2], 0.0)
+    got[2] = []
+    while rig.engine.serving:
+        for event in rig.engine.serve():
+            got[event.request_id] += event.tokens
+    alone[2] = answer(rig.run(ask[3:])[3])
+    assert got == alone and alone[1] != alone[2]
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "gemma3"])
+def test_blocks_below_the_windows_of_all_layers_are_given_back_and_otherwise_kept(tmp_path, name):
+    (family,) = (family for family in FAMILIES if family.name == name)
+    rig = rig_of(family, tmp_path)
+    scheduler = rig.engine.scheduler
+    scheduler.add(request(0, PROMPTS[1], max_tokens=40, ignore_eos=True), 0.0)
+    used = [0]
+    while rig.engine.serving:
+        rig.engine.serve()
+        used.append(scheduler.pool.used_tokens)
+    frees = name == "mistral-window"
+    # Beside the window: the chunk of a step, the blocks at either end, and the one before.
+    assert (max(used) <= WINDOW + rig.config.engine.max_prefill_tokens + 4 * rig.config.engine.block_size) is frees
+    assert frees or max(used) >= len(PROMPTS[1]) + 36
+
+
+@every_family
 def test_an_adapter_gives_the_answers_that_it_gives_in_peft_and_comes_back_unchanged(tmp_path, family):
     rig = rig_of(family, tmp_path)
     rig.bank.set_shadow(random_state(rig.bank, 8))

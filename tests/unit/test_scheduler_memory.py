@@ -34,13 +34,13 @@ def expected(version: int, prompt: tuple[int, ...], count: int) -> list[int]:
 class Bench:
     """A scheduler with the stand-in model, which checks at every step what must always hold.
 
-    overlap: a step is settled only after the next one was scheduled and computed.
+    overlap: a step is settled only after the next one was scheduled and computed. window: tokens that a row sees.
     """
 
-    def __init__(self, overlap: bool = False, **config: int) -> None:
+    def __init__(self, overlap: bool = False, window: int | None = None, **config: int) -> None:
         fields = {"kv_tokens": 64, "block_size": 4, "max_batch": 4, "max_prefill_tokens": 16, **config}
         self.config, self.slots = EngineConfig(**fields), SlotTable(3)
-        self.scheduler = Scheduler(self.config, self.slots, (EOS,), lambda ids: "")
+        self.scheduler = Scheduler(self.config, self.slots, (EOS,), lambda ids: "", window=window)
         self.cache: dict[int, tuple[int, tuple[int, ...]]] = {}
         self.requests: dict[int, Request] = {}
         self.events: dict[int, list[TokenEvent]] = {}
@@ -106,7 +106,7 @@ class Bench:
     def check_memory(self) -> None:
         pool, running, waiting = self.scheduler.pool, self.scheduler.running, self.scheduler.waiting
         ended = {c.sequence.request.id: c.sequence for c in self.under_way[0] if c.sequence.ended}
-        held = Counter(block for s in (*running, *ended.values()) for block in s.blocks)
+        held = Counter(block for s in (*running, *ended.values()) for block in s.blocks[s.released :])
         assert all(pool.ref_count(block) == held[block] for block in range(pool.total))
         assert sorted([*pool._free, *pool._cached, *held]) == list(range(pool.total))
         assert pool.used_tokens == len(held) * pool.block_size <= self.config.kv_tokens
@@ -147,7 +147,9 @@ class Bench:
             self.cache[slot] = (sequence.version, tuple(self.all_tokens(sequence)[: i + 1]))
 
     def _read(self, chunk: Chunk) -> None:
-        for i, slot in enumerate(self._cache_slots(chunk)):
+        first = 0 if self.scheduler.window is None else max(0, chunk.start + 1 - self.scheduler.window)
+        for i, slot in list(enumerate(self._cache_slots(chunk)))[first:]:
+            assert self.scheduler.pool.ref_count(slot // self.config.block_size)
             assert self.cache[slot] == (chunk.sequence.version, tuple(self.all_tokens(chunk.sequence)[: i + 1]))
 
     def _take(self, events: list[TokenEvent | None]) -> None:
@@ -208,6 +210,28 @@ def test_a_request_that_fills_the_whole_cache_is_served_and_a_longer_one_is_reje
     ends = [bench.events[i][-1].finish for i in (fits, long_prompt, long_answer)]
     assert ends == [FinishReason.LENGTH, FinishReason.REJECTED, FinishReason.REJECTED]
     assert "engine.kv_tokens is 64" in bench.events[long_prompt][0].detail
+
+
+def test_blocks_that_no_layer_looks_back_to_are_given_back_and_are_found_by_others_until_they_are_needed():
+    bench = Bench(window=6, kv_tokens=64)
+    bench.add([1] * 30, max_tokens=30)
+    used = []
+    for _ in range(30):
+        bench.step()
+        used.append(bench.scheduler.pool.used_tokens)
+    assert max(used[2:]) <= 16, "the window, and the blocks that it begins and ends in"
+    bench.add([1] * 30, max_tokens=2)
+    bench.drain()
+    bench.ended_well()
+    assert bench.scheduler.reused_tokens > 0
+
+
+def test_a_model_of_which_a_layer_sees_the_whole_context_keeps_all_blocks():
+    bench = Bench(kv_tokens=64)
+    bench.add([1] * 30, max_tokens=30)
+    for _ in range(30):
+        bench.step()
+    assert bench.scheduler.pool.used_tokens >= 56
 
 
 # --- preemption
@@ -435,12 +459,13 @@ Step = st.one_of(
     budget=st.integers(1, 20),
     reuse=st.booleans(),
     overlap=st.booleans(),
+    window=st.sampled_from([None, 1, 2, 5, 9, 30]),
 )
 def test_every_request_ends_once_with_its_own_tokens_whatever_happens(
-    steps, blocks, block_size, budget, reuse, overlap
+    steps, blocks, block_size, budget, reuse, overlap, window
 ):
     memory = {"kv_tokens": blocks * block_size, "block_size": block_size}
-    bench = Bench(overlap, **memory, max_prefill_tokens=budget, prefix_reuse=reuse)
+    bench = Bench(overlap, window, **memory, max_prefill_tokens=budget, prefix_reuse=reuse)
     for step, *args in steps:
         if step == "add":
             bench.add(*args)
