@@ -283,3 +283,8 @@ def a_member_that_hangs(topology: Topology) -> str:
     while not mean.done():
         time.sleep(0.01)
     return reported(topology, str(mean.error))
+
+
+def families(topology: Topology, folders: list[str]) -> dict[str, dict[str, Any]]:
+    """What these ranks compute with a model of each family."""
+    return {folder: serve_and_train(topology, f"random:{folder}", "interleaved", max_tokens=4) for folder in folders}

@@ -80,8 +80,8 @@ class BlockPool:
     def free_below(self, blocks: list[int], released: int, num_computed_tokens: int, window: int) -> int:
         """Take one reader off the blocks that no row of a sequence looks back to any more; the list keeps its length.
 
-        released: how many of its first blocks were given back before. num_computed_tokens: those whose steps are done. window:
-        tokens that a row sees at most, its own included. Returns how many are given back now.
+        released: how many of its first blocks were given back before. num_computed_tokens: those whose steps are done.
+        window: tokens that a row sees at most, its own included. Returns how many are given back now.
         """
         # The last full block has the key that registers the one after it.
         stop = min((num_computed_tokens + 1 - window) // self.block_size, num_computed_tokens // self.block_size - 1)
