@@ -15,7 +15,7 @@ from clif.engine.batch import Batch
 from clif.kernels.cpu.host import rows_of
 from clif.kernels.cpu.library import Layer, Linear, Step, load
 from clif.kernels.cpu.products import linear
-from clif.models.base_weight import PackedWeight
+from clif.models.base_weight import Compiled
 from clif.models.cpu_ops import CpuGate, CpuNorm, CpuRotary
 from clif.models.dual_linear import DualLinear
 from clif.models.layer import DecoderLayer
@@ -46,7 +46,7 @@ class CompiledLayers:
         for layer in stack.decoder_layers:
             if layer.obstacle is not None:
                 return layer.obstacle
-            if not all(isinstance(linear.base, PackedWeight) for linear in layer.linears):
+            if not all(isinstance(linear.base, Compiled) for linear in layer.linears):
                 return "its weights are not packed"
             parts = (
                 (layer.norm, CpuNorm),
@@ -110,5 +110,5 @@ def _layer(layer: DecoderLayer, cache: torch.Tensor) -> Layer:
 
 def _linear(dual: DualLinear) -> Linear:
     base = dual.base
-    assert isinstance(base, PackedWeight)
-    return linear(base.matrix, base.dense.bias, None if dual.lora is None else dual.lora.packed)
+    assert isinstance(base, Compiled)
+    return linear(base.matrix, base.bias, None if dual.lora is None else dual.lora.packed)

@@ -9,7 +9,7 @@ import torch
 from clif.kernels.cpu.products import PackedFactors, empty_low, product
 from clif.kernels.cpu.training import TrainingKernels
 from clif.kernels.dual_lora_reference import Segment
-from clif.models.base_weight import BaseWeight, PackedWeight
+from clif.models.base_weight import BaseWeight, Compiled
 
 MOST_RANK = 512
 """Of merged factors: beyond it a strip of them no longer fits the memory that the kernels take."""
@@ -31,7 +31,7 @@ def base_backward(base: BaseWeight, grad: torch.Tensor, kernels: TrainingKernels
 
 
 def packed_product(
-    x: torch.Tensor, base: PackedWeight, factors: PackedFactors, segments: Sequence[Segment]
+    x: torch.Tensor, base: Compiled, factors: PackedFactors, segments: Sequence[Segment]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [rows, in] -> base and adapters of the segments [rows, out], and x A_s^T [rows, at least k r].
 
@@ -40,4 +40,4 @@ def packed_product(
     slots, low = torch.full((len(x),), -1, dtype=torch.int32), empty_low(len(x), factors)
     for start, stop, slot in segments:
         slots[start:stop] = slot % len(factors.a)
-    return product(x, base.matrix, base.dense.bias, factors, slots, low=low), low
+    return product(x, base.matrix, base.bias, factors, slots, low=low), low

@@ -15,7 +15,9 @@ from torch.nn.functional import linear
 
 from clif.kernels.cpu.arena import Arena
 from clif.kernels.cpu.products import PackedMatrix, packed_size, product
+from clif.kernels.cpu.quantised_panels import QuantisedPanels, panels_size
 from clif.models.backends import Linear, prepacked_linear
+from clif.models.quantised_weight import PackedQuantisedWeight, QuantisedWeight
 
 
 class BaseWeight(Protocol):
@@ -120,25 +122,40 @@ class PackedWeight(_WithCopy):
 
     matrix: PackedMatrix
 
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.dense.bias
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return product(x, self.matrix, self.dense.bias)
+        return product(x, self.matrix, self.bias)
 
 
-def can_pack(base: BaseWeight) -> bool:
-    """Whether the C++ kernels multiply with it."""
-    return isinstance(base, Dense) and base.dtype == torch.bfloat16
+Compiled = PackedWeight | PackedQuantisedWeight
+"""Weights that the C++ kernels multiply with, adapters in the same sums."""
 
 
 def arena_for(bases: Iterable[BaseWeight]) -> Arena:
-    """Memory in huge pages for the packed copies of these weights."""
-    return Arena(sum(Arena.rounded(packed_size(*base.shape)) for base in bases if can_pack(base)))
+    """Memory in huge pages for these weights as the C++ kernels read them."""
+    return Arena(sum(map(_packed_size, bases)))
 
 
 def packed(base: BaseWeight, arena: Arena) -> BaseWeight:
-    """The same weight, packed for the C++ kernels where it is dense and in bfloat16; otherwise as it is."""
-    if not isinstance(base, Dense) or not can_pack(base):
+    """The same weight as the C++ kernels read it, where it is in bfloat16, dense or quantised; otherwise as it is."""
+    if _packed_size(base) == 0:
         return base
+    if isinstance(base, QuantisedWeight):
+        return PackedQuantisedWeight(QuantisedPanels.of(base.matrix, arena), base.bias)
+    assert isinstance(base, Dense)
     return PackedWeight(base, PackedMatrix.of(base.weight, arena))
+
+
+def _packed_size(base: BaseWeight) -> int:
+    """Numbers of an arena that a weight takes; 0 where it is not packed."""
+    if base.dtype != torch.bfloat16:
+        return 0
+    if isinstance(base, QuantisedWeight):
+        return panels_size(*base.shape, base.matrix.bits, base.matrix.least is not None)
+    return Arena.rounded(packed_size(*base.shape)) if isinstance(base, Dense) else 0
 
 
 def prepacked(base: BaseWeight) -> BaseWeight:

@@ -26,7 +26,7 @@ from clif.kernels.dual_lora_reference import (
     shadow_forward,
 )
 from clif.models.base_backward import base_backward, multiplies, packed_product
-from clif.models.base_weight import BaseWeight, Dense, PackedWeight, merged
+from clif.models.base_weight import BaseWeight, Compiled, Dense, merged
 from clif.models.lora_factors import LoraFactors, LoraModule
 from clif.models.shard import LinearShards, Shard
 
@@ -120,7 +120,7 @@ class DualLinear:
         elif self._kernels is not None:
             # Rows of several kinds are concatenated: the tables of one kind do not fit them.
             y, _ = self._kernels.forward(x, _segments(rows), rows[0].tables if len(rows) == 1 else None)
-        elif isinstance(self.base, PackedWeight) and self.lora is not None and self.lora.packed is not None:
+        elif isinstance(self.base, Compiled) and self.lora is not None and self.lora.packed is not None:
             y, _ = packed_product(x, self.base, self.lora.packed, _segments(rows))
         else:
             y = self._add_adapters(self.base.forward(x), x, rows)
@@ -156,7 +156,7 @@ class DualLinear:
             y, hidden = self._kernels.forward(together, _segments(rows))
             self.shards.sum_outputs(y)
             return y[served:], y[:served], hidden[served:]
-        if isinstance(self.base, PackedWeight) and self.lora is not None and self.lora.packed is not None:
+        if isinstance(self.base, Compiled) and self.lora is not None and self.lora.packed is not None:
             y, hidden = packed_product(together, self.base, self.lora.packed, _segments(rows))
             self.shards.sum_outputs(y)
             return y[served:], y[:served], hidden[served:]

@@ -97,14 +97,13 @@ def estimate(config: Config, spec: ModelSpec, tp_size: int, device: Device) -> M
         kv_tokens = config.model.max_context
     # A spare block, for rows of padding.
     kv_tokens += config.engine.block_size
-    plain = config.model.weight_dtype == "auto"
-    prepacked = config.engine.prepack_weights and device == "cpu" and dtype == "bfloat16" and plain
+    prepacked = config.engine.prepack_weights and device == "cpu" and dtype == "bfloat16"
     slot, shadow = _adapters(config.adapter, spec, tp_size)
     trains = config.train.enabled
     kv_bytes = 1 if config.engine.kv_dtype == "fp8" else BYTES[dtype]
     kv_heads = -(-spec.layer.attention.kv_heads // tp_size)
     return Memory(
-        weights=_weights(config, spec, tp_size, BYTES[dtype]),
+        weights=_weights(config, spec, tp_size, BYTES[dtype], prepacked and config.engine.cpu_kernels == "auto"),
         prepacked_weights=BYTES[dtype] * _packed(config, spec, tp_size) if prepacked else 0,
         kv_cache=kv_bytes * spec.num_layers * 2 * kv_heads * spec.layer.attention.head_dim * kv_tokens,
         # One more than serve: the shadow, rounded to the dtype of the base.
@@ -118,15 +117,20 @@ def estimate(config: Config, spec: ModelSpec, tp_size: int, device: Device) -> M
     )
 
 
-def _weights(config: Config, spec: ModelSpec, tp_size: int, number: int) -> int:
-    """Bytes of all weights where a dense number takes `number`. A quantised head is no view of the embedding."""
+def _weights(config: Config, spec: ModelSpec, tp_size: int, number: int, padded: bool) -> int:
+    """Bytes of all weights where a dense number takes `number`. padded: quantised ones as the C++ kernels read them.
+
+    A quantised head is no view of the embedding.
+    """
     bits, layers = QUANTISED.get(config.model.weight_dtype), spec.num_layers
     shapes, head = _shapes(spec, tp_size), _head(spec, tp_size)
     routers = spec.layer.mlp.count if isinstance(spec.layer.mlp, Experts) else 0
     # Rows of the hidden size: embedding, norms and what chooses experts.
     rest = number * (spec.vocab_size + layers * (len(spec.layer.all_norms) + routers) + 1) * spec.hidden_size
     if bits is not None:
-        return rest + layers * sum(quantised_bytes(*shape, bits) for shape in shapes) + quantised_bytes(*head, bits)
+        unit = PACKED if padded else 1
+        of_layer, of_head = (sum(quantised_bytes(*one, bits, unit) for one in some) for some in (shapes, [head]))
+        return rest + layers * of_layer + of_head
     # Where the head is tied, it is a view of the embedding.
     return rest + number * (layers * sum(map(math.prod, shapes)) + (0 if spec.tied else math.prod(head)))
 
@@ -142,19 +146,26 @@ def _head(spec: ModelSpec, tp_size: int) -> tuple[int, int]:
     return -(-spec.vocab_size // tp_size), spec.hidden_size
 
 
-def quantised_bytes(out: int, width: int, bits: int) -> int:
-    """Bytes of a quantised matrix [out, width], scales included: see clif.kernels.quantised."""
+def quantised_bytes(out: int, width: int, bits: int, unit: int = 1) -> int:
+    """Bytes of a quantised matrix [out, width], both padded to multiples of `unit`, scales included.
+
+    See clif.kernels.quantised. Least numbers, which few weights have, are not counted.
+    """
+    out, width = -(-out // unit) * unit, -(-width // unit) * unit
     if bits == 8:
         return out * (width + SCALE)
     return out * -(-width // GROUP) * (GROUP // 2 + SCALE)
 
 
 def _packed(config: Config, spec: ModelSpec, tp_size: int) -> int:
-    """Numbers of all weights as the kernels for CPUs read them, and of the adapters."""
+    """Numbers of all weights as the kernels for CPUs read them, and of the adapters. Quantised ones are no copies."""
     shapes, head, compiled = _shapes(spec, tp_size), _head(spec, tp_size), config.engine.cpu_kernels == "auto"
+    size = _padded if compiled else lambda *shape: math.prod(shape)
+    weights = 0
+    if config.model.weight_dtype == "auto":
+        weights = spec.num_layers * sum(size(*shape) for shape in shapes) + size(*head)
     if not compiled:
-        return spec.num_layers * sum(out * width for out, width in shapes) + head[0] * head[1]
-    weights = spec.num_layers * sum(_padded(*shape) for shape in shapes) + _padded(*head)
+        return weights
     slot = 0
     for out, width, modules in _layers(config.adapter, spec, tp_size):
         rank = config.adapter.r * len(modules)

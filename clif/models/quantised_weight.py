@@ -1,4 +1,5 @@
-"""The frozen weight of a linear layer in 8 or 4 bits, anywhere: torch's products with strips of it made dense.
+"""The frozen weight of a linear layer in 8 or 4 bits: torch's products with strips of it made dense, anywhere, and
+those of the C++ kernels on a CPU.
 
 Invariant: no more than a strip is dense at a time, forward and backward. Activations, gradients and adapters stay in
 the type of the model.
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import linear
 
+from clif.kernels.cpu.products import product
+from clif.kernels.cpu.quantised_panels import QuantisedPanels
 from clif.kernels.quantised import GROUP, QuantisedMatrix, strips
 
 STRIP = {"cpu": 1 << 19}
@@ -19,11 +22,10 @@ STRIP_ELSEWHERE = 1 << 25
 """A GPU is given fewer and larger products."""
 
 
-@dataclass(frozen=True, eq=False)
-class QuantisedWeight:
-    """W [out, in] as whole numbers and scales. bias: [out] or None; dtype: of what goes in and comes out."""
+class _Strips:
+    """What is the same however the numbers lie."""
 
-    matrix: QuantisedMatrix
+    matrix: QuantisedMatrix | QuantisedPanels
     bias: torch.Tensor | None
     dtype: torch.dtype
 
@@ -37,16 +39,7 @@ class QuantisedWeight:
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        found = self.matrix.numbers, self.matrix.scales
-        return found if self.bias is None else (*found, self.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out, in_ = self.shape
-        y = x.new_empty(*x.shape[:-1], out)
-        for rows in strips(out, in_, self._strip):
-            bias = None if self.bias is None else self.bias[rows]
-            y[..., rows] = linear(x, self.matrix.dense(self.dtype, rows), bias)
-        return y
+        return self.matrix.tensors if self.bias is None else (*self.matrix.tensors, self.bias)
 
     def backward(self, grad: torch.Tensor) -> torch.Tensor:
         # Strips of inputs: each number of the result is one product's, and nothing is summed in the type of the model.
@@ -59,3 +52,32 @@ class QuantisedWeight:
     @property
     def _strip(self) -> int:
         return STRIP.get(self.device.type, STRIP_ELSEWHERE)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantisedWeight(_Strips):
+    """W [out, in] as whole numbers and scales. bias: [out] or None; dtype: of what goes in and comes out."""
+
+    matrix: QuantisedMatrix
+    bias: torch.Tensor | None
+    dtype: torch.dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out, in_ = self.shape
+        y = x.new_empty(*x.shape[:-1], out)
+        for rows in strips(out, in_, self._strip):
+            bias = None if self.bias is None else self.bias[rows]
+            y[..., rows] = linear(x, self.matrix.dense(self.dtype, rows), bias)
+        return y
+
+
+@dataclass(frozen=True, eq=False)
+class PackedQuantisedWeight(_Strips):
+    """The same in bfloat16, in the layout of the C++ kernels, and nowhere else."""
+
+    matrix: QuantisedPanels
+    bias: torch.Tensor | None
+    dtype: torch.dtype = torch.bfloat16
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return product(x, self.matrix, self.bias)

@@ -11,7 +11,7 @@ import transformers
 
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
-from clif.models.base_weight import PackedWeight, arena_for, packed, prepacked
+from clif.models.base_weight import Compiled, arena_for, packed, prepacked
 from clif.models.causal import CausalSequences
 from clif.models.causal_blocks import block_bytes
 from clif.models.cpu_training import PackedSequences
@@ -189,7 +189,7 @@ class CausalStack:
         for part in self._weighed():
             part.base = packed(part.base, arena)
         for linear in self.linears:
-            if linear.lora is not None and isinstance(linear.base, PackedWeight):
+            if linear.lora is not None and isinstance(linear.base, Compiled):
                 linear.lora.pack()
 
 

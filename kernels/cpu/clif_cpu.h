@@ -24,12 +24,19 @@ CLIF_API const char *clif_interface(void);
 // A frozen weight W [out, in], as clif_pack lays it out, its bias [out] or null, and the LoRA factors of its slots.
 // rank: rows of A (of all adapted members together); 0: no adapters. Slot s has its packed A [rank, in] at
 // a + s * a_stride and its packed B [out, rank], which holds scale * B, at b + s * b_stride; strides in numbers.
+// bits: of a number of W. 16: bfloat16, packed by clif_pack. 8: whole numbers [out / 16][in / 32][16 pairs of inputs][2]
+// [16 outputs], with scales [out padded to 32]. 4: [out / 16][in / 32][2][2 halves of 16 outputs][8 outputs][2][8 pairs of
+// inputs], from 0 to 15, with scales [out / 16][in / 32][16], and as many least numbers, or null for -8 scales; all
+// bfloat16, and padded as W is. A number stands for number * scale (+ least); factors are bfloat16.
 typedef struct {
     int64_t in, out;
-    const uint16_t *weight, *bias;
+    const void *weight;
+    const uint16_t *bias;
     int64_t rank;
     const uint16_t *a, *b;
     int64_t a_stride, b_stride;
+    int64_t bits;
+    const uint16_t *scales, *least;
 } clif_linear;
 
 // Numbers that a packed matrix [out, in] takes: outputs padded to 32, inputs to 32, with zeros.

@@ -33,6 +33,9 @@ class Linear(Structure):
         ("b", c_void_p),
         ("a_stride", c_int64),
         ("b_stride", c_int64),
+        ("bits", c_int64),
+        ("scales", c_void_p),
+        ("least", c_void_p),
     ]
 
 

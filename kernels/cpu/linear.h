@@ -15,32 +15,29 @@ void swiglu_by_amx(const clif_linear &linear, const uint16_t *x, int64_t x_strid
 
 }  // namespace clif
 
-#include "vector.h"
+#include "widen.h"
 
 namespace clif {
 
-constexpr int64_t PANEL = 16;            // outputs that lie together in a packed matrix
-constexpr int64_t DEPTH = 32;            // inputs that lie together
-constexpr int64_t TILE = PANEL * DEPTH;  // numbers of a packed piece: 1 KiB
-constexpr int64_t LINE = 32;             // numbers of a cache line
-constexpr int64_t ROWS = 32;             // rows of a block
-constexpr int64_t OUTS = 2 * PANEL;      // outputs of a block
+constexpr int64_t LINE = 64;         // bytes of a cache line
+constexpr int64_t ROWS = 32;         // rows of a block
+constexpr int64_t OUTS = 2 * PANEL;  // outputs of a block
 constexpr int NO_SLOT = -1;
 
 // One stretch of the inputs of a block: `tiles` times DEPTH numbers of each row, and the two panels that they meet.
 struct Segment {
     const uint16_t *x;
     int64_t x_stride;
-    const uint16_t *panels;
-    int64_t panel_stride;
+    Panel first, second;
     int64_t tiles;
+    int bits;
 };
 
 // Weights that the next product reads, fetched into the second cache while this one computes: `lines` of each of two
 // panels for every tile of this one. Without it computing and reading take turns where there are more than a few rows:
 // the processor's own prefetching does not look so far.
 struct Ahead {
-    const uint16_t *at = nullptr;
+    const uint8_t *at = nullptr;
     int64_t panel_stride = 0, lines = 0;
 
     void step() {
@@ -52,15 +49,29 @@ struct Ahead {
 };
 
 // A packed matrix, of which a block reads two panels: that of the outputs from `out` on, and another `apart` outputs
-// behind it.
+// behind it. bits, scales, least: as clif_linear has them.
 struct Packed {
-    const uint16_t *numbers;
+    const void *numbers;
     int64_t in, apart;
+    int bits = 16;
+    const uint16_t *scales = nullptr, *least = nullptr;
 
     int64_t tiles() const { return (in + DEPTH - 1) / DEPTH; }
-    int64_t stride() const { return apart / PANEL * tiles() * TILE; }
-    // The first of the two panels, from a tile of the inputs on.
-    const uint16_t *at(int64_t out, int64_t tile) const { return numbers + (out / PANEL * tiles() + tile) * TILE; }
+    int64_t tile_bytes() const { return TILE * bits / 8; }
+    // Bytes from the first panel to the second.
+    int64_t stride() const { return apart / PANEL * tiles() * tile_bytes(); }
+    const uint8_t *at(int64_t out, int64_t tile) const {
+        return static_cast<const uint8_t *>(numbers) + (out / PANEL * tiles() + tile) * tile_bytes();
+    }
+    // A panel, from a tile of the inputs on.
+    Panel panel(int64_t out, int64_t tile) const {
+        if (bits != 4) return {at(out, tile), nullptr, nullptr};
+        const int64_t group = (out / PANEL * tiles() + tile) * PANEL;
+        return {at(out, tile), scales + group, least ? least + group : nullptr};
+    }
+    Segment segment(const uint16_t *x, int64_t x_stride, int64_t out, int64_t tile, int64_t count) const {
+        return {x, x_stride, panel(out, tile), panel(out + apart, tile), count, bits};
+    }
 };
 
 // Rows of a block whose inputs can be read in whole tiles. A row may end where its memory ends, so that the last inputs
@@ -78,8 +89,8 @@ class Inputs {
     // The segments of a product with outputs `out` of a matrix. Returns how many.
     int segments(const Packed &matrix, int64_t out, Segment *segments) const {
         int count = 0;
-        if (tiles_) segments[count++] = {x_, stride_, matrix.at(out, 0), matrix.stride(), tiles_};
-        if (rest_) segments[count++] = {tail_, DEPTH, matrix.at(out, tiles_), matrix.stride(), 1};
+        if (tiles_) segments[count++] = matrix.segment(x_, stride_, out, 0, tiles_);
+        if (rest_) segments[count++] = matrix.segment(tail_, DEPTH, out, tiles_, 1);
         return count;
     }
 
@@ -128,6 +139,15 @@ struct Sums {
             float *to = numbers + row * OUTS;
             _mm512_store_ps(to, _mm512_load_ps(other.numbers + row * OUTS));
             _mm512_store_ps(to + PANEL, _mm512_load_ps(other.numbers + row * OUTS + PANEL));
+        }
+    }
+
+    // Multiply each row by the scales of its outputs: those of the first panel and those of the second.
+    void scale(const uint16_t *scales, const uint16_t *second) {
+        const __m512 low = load(scales), high = load(second);
+        for (float *row = numbers; row < numbers + ROWS * OUTS; row += OUTS) {
+            _mm512_store_ps(row, _mm512_mul_ps(_mm512_load_ps(row), low));
+            _mm512_store_ps(row + PANEL, _mm512_mul_ps(_mm512_load_ps(row + PANEL), high));
         }
     }
 
@@ -182,6 +202,12 @@ struct Gated {
         sums.gate_to(y, y_stride, rows);
     }
 };
+
+// The weight of a layer, of which a block reads two panels.
+template <class Outputs>
+Packed weight_of(const clif_linear &linear) {
+    return {linear.weight, linear.in, Outputs::apart(linear), static_cast<int>(linear.bits), linear.scales, linear.least};
+}
 
 // What one thread computes: a rectangle of the result. Reading a panel from memory costs about as much as multiplying
 // it with STREAM blocks of rows, so that rows are divided only where there are many.
@@ -246,18 +272,21 @@ void rest_block(Kernel &kernel, const clif_linear &linear, const Inputs &x, Slot
     const int64_t apart = Outputs::apart(linear);
     Sums sums;
     Segment segments[3];
-    int count = x.segments({linear.weight, linear.in, apart}, out, segments);
+    int count = x.segments(weight_of<Outputs>(linear), out, segments);
     const int64_t rank = padded(linear.rank);
     const auto adapter = [&](int slot) -> Segment {
         const Packed b{linear.b + slot * linear.b_stride, linear.rank, apart};
-        return {low, rank, b.at(out, 0), b.stride(), rank / DEPTH};
+        return b.segment(low, rank, out, 0, rank / DEPTH);
     };
     int slot = NO_SLOT;
     uint32_t members = 0;
-    const bool any = slots.next(&slot, &members), one = any && members == slots.all();
+    // Scales by output are not the adapter's: its product waits until they are in the sums.
+    const bool scaled = linear.bits == 8;
+    const bool any = slots.next(&slot, &members), one = any && !scaled && members == slots.all();
     if (one) segments[count++] = adapter(slot);
     for (int64_t row = 0; row < rows; row++) fetch_to_write(y + out + row * y_stride);
     kernel.sum(segments, count, nullptr, sums.numbers, rows, ahead);
+    if (scaled) sums.scale(linear.scales + out, linear.scales + out + apart);
     for (bool more = any && !one; more; more = slots.next(&slot, &members)) {
         Sums with;
         const Segment factor = adapter(slot);
@@ -277,7 +306,7 @@ class Reading {
 
     Ahead ahead(int64_t out, int64_t block) const {
         if (few_ || out + step_ >= end_) return {};
-        const int64_t lines = (TILE / LINE + blocks_ - 1) / blocks_;
+        const int64_t lines = (matrix_.tile_bytes() / LINE + blocks_ - 1) / blocks_;
         return {matrix_.at(out + step_, 0) + block * lines * LINE * matrix_.tiles(), matrix_.stride(), lines};
     }
 
@@ -293,7 +322,7 @@ void rest_part(const clif_linear &linear, const uint16_t *x, int64_t x_stride, c
     constexpr int64_t CACHED = 1 << 19;  // numbers of x that stay in the second cache while the panels pass by
     const Rectangle mine = rectangle(rows, ROWS, Outputs::width(linear), Outputs::STEP, thread, threads);
     const int64_t fit = CACHED / linear.in / ROWS * ROWS, chunk = fit < ROWS ? ROWS : fit;
-    const Packed weight{linear.weight, linear.in, Outputs::apart(linear)};
+    const Packed weight = weight_of<Outputs>(linear);
     if (linear.rank == 0) slots = nullptr;
     Kernel kernel;
     for (int64_t begin = mine.rows.begin; begin < mine.rows.end; begin += chunk) {

@@ -46,7 +46,7 @@ class Amx {
         _tile_loadconfig(&c);
     }
 
-    static void both_halves(const Segment *segments, int count, const float *start, float *sums, Ahead ahead) {
+    void both_halves(const Segment *segments, int count, const float *start, float *sums, Ahead ahead) {
         if (start) {
             _tile_loadd(0, start, ROW_BYTES);
             _tile_loadd(1, start + PANEL, ROW_BYTES);
@@ -58,28 +58,14 @@ class Amx {
             _tile_zero(2);
             _tile_zero(3);
         }
-        for (const Segment *s = segments; s < segments + count; s++) {
-            const int64_t bytes = s->x_stride * sizeof(uint16_t);
-            const uint16_t *x = s->x, *lower = x + PANEL * s->x_stride, *w = s->panels, *w1 = w + s->panel_stride;
-            for (int64_t k = 0; k < s->tiles; k++) {
-                ahead.step();
-                _tile_loadd(6, w + k * TILE, 64);
-                _tile_loadd(4, x + k * DEPTH, bytes);
-                _tile_loadd(7, w1 + k * TILE, 64);
-                _tile_loadd(5, lower + k * DEPTH, bytes);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-        }
+        for (const Segment *s = segments; s < segments + count; s++) of_bits<true>(*s, ahead);
         _tile_stored(0, sums, ROW_BYTES);
         _tile_stored(1, sums + PANEL, ROW_BYTES);
         _tile_stored(2, sums + LOWER, ROW_BYTES);
         _tile_stored(3, sums + LOWER + PANEL, ROW_BYTES);
     }
 
-    static void upper_half(const Segment *segments, int count, const float *start, float *sums, Ahead ahead) {
+    void upper_half(const Segment *segments, int count, const float *start, float *sums, Ahead ahead) {
         if (start) {
             _tile_loadd(0, start, ROW_BYTES);
             _tile_loadd(1, start + PANEL, ROW_BYTES);
@@ -87,22 +73,45 @@ class Amx {
             _tile_zero(0);
             _tile_zero(1);
         }
-        for (const Segment *s = segments; s < segments + count; s++) {
-            const int64_t bytes = s->x_stride * sizeof(uint16_t);
-            const uint16_t *w = s->panels, *w1 = w + s->panel_stride;
-            for (int64_t k = 0; k < s->tiles; k++) {
-                ahead.step();
-                _tile_loadd(6, w + k * TILE, 64);
-                _tile_loadd(4, s->x + k * DEPTH, bytes);
-                _tile_loadd(7, w1 + k * TILE, 64);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(1, 4, 7);
-            }
-        }
+        for (const Segment *s = segments; s < segments + count; s++) of_bits<false>(*s, ahead);
         _tile_stored(0, sums, ROW_BYTES);
         _tile_stored(1, sums + PANEL, ROW_BYTES);
     }
 
+    template <bool LOWER>
+    void of_bits(const Segment &s, Ahead &ahead) {
+        if (s.bits == 16) add<16, LOWER>(s, ahead);
+        if (s.bits == 8) add<8, LOWER>(s, ahead);
+        if (s.bits == 4) add<4, LOWER>(s, ahead);
+    }
+
+    // What is widened lies in a ring, a tile ahead of the one that is multiplied: both go on at the same time.
+    template <int BITS, bool LOWER>
+    void add(const Segment &s, Ahead &ahead) {
+        const int64_t bytes = s.x_stride * sizeof(uint16_t);
+        const uint16_t *x = s.x, *lower = x + PANEL * s.x_stride;
+        const uint16_t *next = tile_of<BITS>(s.first, 0, ring_), *next1 = tile_of<BITS>(s.second, 0, ring_ + TILE);
+        for (int64_t k = 0; k < s.tiles; k++) {
+            ahead.step();
+            const uint16_t *w = next, *w1 = next1;
+            if (BITS == 16 || k + 1 < s.tiles) {
+                uint16_t *room = ring_ + (k + 1) % RING * 2 * TILE;
+                next = tile_of<BITS>(s.first, k + 1, room), next1 = tile_of<BITS>(s.second, k + 1, room + TILE);
+                if (BITS != 16) publish(ring_);
+            }
+            _tile_loadd(6, w, 64);
+            _tile_loadd(4, x + k * DEPTH, bytes);
+            _tile_loadd(7, w1, 64);
+            if (LOWER) _tile_loadd(5, lower + k * DEPTH, bytes);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (LOWER) _tile_dpbf16ps(2, 5, 6);
+            if (LOWER) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+
+    static constexpr int64_t RING = 4;
+    alignas(64) uint16_t ring_[RING * 2 * TILE];
     int64_t rows_ = 0;
 };
 

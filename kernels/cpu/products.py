@@ -13,6 +13,7 @@ import torch
 
 from clif.kernels.cpu import library
 from clif.kernels.cpu.arena import Arena, aligned
+from clif.kernels.cpu.quantised_panels import QuantisedPanels
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,20 +78,26 @@ class PackedFactors:
 
 
 def linear(
-    packed: PackedMatrix, bias: torch.Tensor | None = None, factors: PackedFactors | None = None
+    packed: PackedMatrix | QuantisedPanels, bias: torch.Tensor | None = None, factors: PackedFactors | None = None
 ) -> library.Linear:
     """The kernels' view of a linear layer. The caller keeps the tensors alive as long as the view is used."""
-    weight, offset = packed.numbers.data_ptr(), None if bias is None else bias.data_ptr()
-    if factors is None:
-        return library.Linear(packed.in_, packed.out, weight, offset, 0, None, None, 0, 0)
-    a, b = factors.a, factors.b
-    strides = (a.stride(0), b.stride(0))
-    return library.Linear(packed.in_, packed.out, weight, offset, factors.rank, a.data_ptr(), b.data_ptr(), *strides)
+    struct = library.Linear(
+        packed.in_, packed.out, packed.numbers.data_ptr(), None if bias is None else bias.data_ptr()
+    )
+    struct.bits = 16
+    if isinstance(packed, QuantisedPanels):
+        struct.bits, struct.scales = packed.bits, packed.scales.data_ptr()
+        struct.least = None if packed.least is None else packed.least.data_ptr()
+    if factors is not None:
+        a, b = factors.a, factors.b
+        struct.rank, struct.a, struct.b = factors.rank, a.data_ptr(), b.data_ptr()
+        struct.a_stride, struct.b_stride = a.stride(0), b.stride(0)
+    return struct
 
 
 def product(
     x: torch.Tensor,
-    packed: PackedMatrix,
+    packed: PackedMatrix | QuantisedPanels,
     bias: torch.Tensor | None = None,
     factors: PackedFactors | None = None,
     slots: torch.Tensor | None = None,

@@ -11,10 +11,11 @@ import torch
 from helpers import Rig, answer, make_rig, request
 
 from clif.config import EngineConfig
+from clif.engine.compiled_layers import CompiledLayers
 from clif.engine.scheduler import Chunk, Sequence
 from clif.kernels.cpu import library
 from clif.models import backends
-from clif.models.base_weight import PackedWeight
+from clif.models.base_weight import PackedQuantisedWeight, PackedWeight
 from clif.models.layer_ops import TorchOps
 
 PROMPTS = [[5, 9, 13], [*range(3, 40)], [7], [11, 4, 60, 2, 90]]
@@ -33,10 +34,11 @@ def kernels(request: pytest.FixtureRequest) -> None:
         pytest.skip(f"the C++ kernels cannot run here: {error}")
 
 
-def rig_of(model: Path | str, dtype: str = "bfloat16", **engine: Any) -> Rig:
+def rig_of(model: Path | str, dtype: str = "bfloat16", weights: str = "auto", **engine: Any) -> Rig:
     """Versions 1 and 2 lie in slots 0 and 1."""
     path = f"random:{model}" if isinstance(model, Path) else model
-    rig = make_rig(path, model={"dtype": dtype}, engine={"max_batch": 8, "max_prefill_tokens": 64, **engine})
+    kinds = {"dtype": dtype, "weight_dtype": weights}
+    rig = make_rig(path, model=kinds, engine={"max_batch": 8, "max_prefill_tokens": 64, **engine})
     rig.fill(1, seed=1)
     rig.fill(2, seed=2)
     return rig
@@ -59,9 +61,11 @@ def answers(rig: Rig, prompts: list[list[int]], arrive: dict[int, int] | None = 
     return [answer(events[i]) for i in range(len(prompts))]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_step_has_the_logits_of_torchs_operators(tiny_config: Path, dtype: str) -> None:
-    got, wanted = (logits_of(rig_of(tiny_config, dtype, cpu_kernels=kind)) for kind in ("auto", "off"))
+@pytest.mark.parametrize(
+    ("dtype", "weights"), [("bfloat16", "auto"), ("float32", "auto"), ("bfloat16", "int8"), ("bfloat16", "int4")]
+)
+def test_a_step_has_the_logits_of_torchs_operators(tiny_config: Path, dtype: str, weights: str) -> None:
+    got, wanted = (logits_of(rig_of(tiny_config, dtype, weights, cpu_kernels=kind)) for kind in ("auto", "off"))
     near = ROUNDED if dtype == "bfloat16" else 1e-5
     for row, expected in zip(got, wanted, strict=True):
         assert (row - expected).norm() < near * expected.norm()
@@ -73,10 +77,12 @@ def test_answers_in_float32_are_those_of_torchs_operators(stories: str) -> None:
     assert answers(kernels, PROMPTS, {2: 3}) == answers(torchs, PROMPTS, {2: 3})
 
 
-def test_an_answer_does_not_depend_on_the_requests_beside_it(stories: str) -> None:
-    together = answers(rig_of(stories), PROMPTS, {1: 2, 3: 5})
+@pytest.mark.parametrize("weights", ["auto", "int8", "int4"])
+def test_an_answer_does_not_depend_on_the_requests_beside_it(stories: str, weights: str) -> None:
+    together = answers(rig_of(stories, weights=weights), PROMPTS, {1: 2, 3: 5})
+    alone = rig_of(stories, weights=weights, prefix_reuse=False)
     for prompt, found in zip(PROMPTS, together, strict=True):
-        assert answers(rig_of(stories), [prompt]) == [found]
+        assert answers(alone, [prompt]) == [found]
 
 
 def test_an_adapter_that_is_promoted_later_answers_as_by_torchs_operators(tiny_config: Path) -> None:
@@ -87,6 +93,14 @@ def test_an_adapter_that_is_promoted_later_answers_as_by_torchs_operators(tiny_c
         rig.engine.runner.bank.fill_slot(1, rig.bank.state(rig.bank.shadow.data * 3 + 0.01))
         found.append(logits_of(rig))
     assert (found[0] - found[1]).norm() < ROUNDED * found[1].norm()
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_quantised_weight_is_computed_with_in_the_same_call(tiny_config: Path, weights: str) -> None:
+    runner = rig_of(tiny_config, weights=weights).engine.runner
+    parts = [*runner.stack.linears, runner.stack.head]
+    assert all(isinstance(part.base, PackedQuantisedWeight) for part in parts)
+    assert CompiledLayers.obstacle(runner.stack, runner.cache) is None
 
 
 def test_off_is_torchs_operators_and_no_weight_is_packed(tiny_config: Path) -> None:

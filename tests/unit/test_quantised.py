@@ -51,7 +51,24 @@ def test_each_number_is_the_nearest_that_its_scale_allows(bits: Bits):
     # 8 is beyond the range of 4 bits, whose other end is -8. Scales are rounded to bfloat16, which cuts a little.
     allowed = 0.75 if bits == 8 else 1.05
     assert bool((apart <= allowed * scales + 1e-7).all()) and not matrix.dense(torch.float32)[3].any()
-    assert (matrix.out, matrix.in_) == (50, 70)
+    assert (matrix.out, matrix.in_, matrix.least) == (50, 70, None)
+
+
+def on_a_grid(out: int, in_: int) -> torch.Tensor:
+    """Numbers of 4 bits with a scale and a least number for each group, such as those of a GGUF file."""
+    rng = torch.Generator().manual_seed(2)
+    shape = (out, -(-in_ // GROUP), GROUP)
+    whole = torch.randint(0, 16, shape, generator=rng)
+    whole[..., 0], whole[..., 1] = 0, 15
+    scales = torch.rand(*shape[:2], 1, generator=rng) + 0.5
+    return (whole * scales - 9 * scales * torch.rand(*shape[:2], 1, generator=rng)).flatten(1)[:, :in_].contiguous()
+
+
+def test_weights_that_were_four_bits_with_least_numbers_before_keep_their_values():
+    dense = on_a_grid(48, 96)
+    matrix = QuantisedMatrix.of(dense, 4)
+    assert matrix.least is not None
+    assert float((matrix.dense(torch.float32) - dense).norm()) < 0.01 * float(dense.norm())
 
 
 @pytest.mark.parametrize("bits", [8, 4])

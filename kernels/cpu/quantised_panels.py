@@ -1,0 +1,125 @@
+"""Quantised matrices as the C++ kernels read them: see clif_linear in clif_cpu.h for how numbers and scales lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import pad
+
+from clif.kernels.cpu.arena import Arena, aligned
+from clif.kernels.quantised import Bits, QuantisedMatrix, strips
+
+PANEL, DEPTH = 16, 32
+"""Outputs and inputs of a tile. A group of 4 bits is as long as a tile: one scale for each of its outputs."""
+PIECE = 1 << 20
+"""Numbers that are laid out at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class QuantisedPanels:
+    """A matrix [out, in_] of 8 or 4 bits, both sides padded to 32.
+
+    numbers: bytes of all tiles; scales: bfloat16, of 8 bits [padded out], of 4 bits [panels, tiles, 16]; least: as
+    many, or None.
+    """
+
+    out: int
+    in_: int
+    bits: Bits
+    numbers: torch.Tensor
+    scales: torch.Tensor
+    least: torch.Tensor | None
+
+    @classmethod
+    def of(cls, matrix: QuantisedMatrix, arena: Arena | None = None) -> QuantisedPanels:
+        """The same matrix, laid out. Nothing is rounded again."""
+        panels, tiles = _sizes(matrix.out, matrix.in_)
+        each = tiles * PANEL * DEPTH * matrix.bits // 8
+        numbers = _empty(panels * each // 2, arena).view(torch.uint8)
+        lay = _lay8 if matrix.bits == 8 else _lay4
+        for rows in strips(panels * PANEL, tiles * DEPTH, PIECE, PANEL):
+            to = numbers[rows.start // PANEL * each : rows.stop // PANEL * each]
+            part = pad(matrix.whole(rows), (0, 0, 0, rows.stop - max(rows.start, min(rows.stop, matrix.out))))
+            to.copy_(lay(pad(part, (0, tiles * DEPTH - part.shape[1]))))
+        scales, least = (_lay_scales(of, matrix.bits, panels, arena) for of in (matrix.scales, matrix.least))
+        assert scales is not None
+        return cls(matrix.out, matrix.in_, matrix.bits, numbers, scales, least)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Numbers and scales."""
+        return (self.numbers, self.scales) if self.least is None else (self.numbers, self.scales, self.least)
+
+    def dense(self, dtype: torch.dtype, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
+        """W [rows, columns], each number rounded once to dtype. Columns begin at a whole tile."""
+        start, stop, _ = columns.indices(self.in_)
+        panels, tiles = _sizes(self.out, self.in_)
+        first, last = start // DEPTH, -(-stop // DEPTH)
+        numbers = self.numbers.view(panels, tiles, -1)[:, first:last]
+        if self.bits == 8:
+            whole = _whole8(numbers).float() * self.scales.float()[:, None]
+        else:
+            scales, least = (
+                None if of is None else of.view(panels, tiles, PANEL)[:, first:last].transpose(1, 2).flatten(0, 1)
+                for of in (self.scales, self.least)
+            )
+            assert scales is not None
+            matrix = QuantisedMatrix(4, (last - first) * DEPTH, _whole4(numbers), scales, least)
+            whole = matrix.dense(torch.float32)
+        return whole[: self.out][rows, : stop - start].to(dtype)
+
+
+def panels_size(out: int, in_: int, bits: Bits, least: bool) -> int:
+    """Numbers of an arena that the panels of a matrix take."""
+    panels, tiles = _sizes(out, in_)
+    scales = panels * PANEL * (1 if bits == 8 else tiles)
+    sizes = (panels * tiles * PANEL * DEPTH * bits // 16, scales, scales if least else 0)
+    return sum(Arena.rounded(size) for size in sizes)
+
+
+def _sizes(out: int, in_: int) -> tuple[int, int]:
+    """Panels and tiles of each."""
+    return -(-out // (2 * PANEL)) * 2, -(-in_ // DEPTH)
+
+
+def _empty(size: int, arena: Arena | None) -> torch.Tensor:
+    return arena.cut(size) if arena else aligned(size)
+
+
+def _lay8(whole: torch.Tensor) -> torch.Tensor:
+    """Whole numbers [outputs, inputs] -> bytes of [panel, tile, pair, 2, output]."""
+    tiled = whole.unflatten(0, (-1, PANEL)).unflatten(2, (-1, DEPTH // 2, 2))
+    return tiled.permute(0, 2, 3, 4, 1).contiguous().view(torch.uint8).flatten()
+
+
+def _whole8(numbers: torch.Tensor) -> torch.Tensor:
+    """The inverse: [panels, tiles, bytes] -> [outputs, inputs]."""
+    tiled = numbers.view(torch.int8).unflatten(2, (DEPTH // 2, 2, PANEL))
+    return tiled.permute(0, 4, 1, 2, 3).flatten(0, 1).flatten(1)
+
+
+def _lay4(whole: torch.Tensor) -> torch.Tensor:
+    """Numbers from 0 to 15 [outputs, inputs] -> bytes of [panel, tile, 2, half, 8 outputs, 2, 4 x 2 pairs]."""
+    tiled = whole.unflatten(0, (-1, 2, 8)).unflatten(3, (-1, 2, 4, 2, 2))
+    first, second = tiled.permute(0, 3, 4, 1, 2, 7, 5, 6).unbind(-1)
+    return (first | second << 4).flatten()
+
+
+def _whole4(numbers: torch.Tensor) -> torch.Tensor:
+    """The inverse, as QuantisedMatrix has them: [panels, tiles, bytes] -> [outputs, inputs / 2]."""
+    tiled = numbers.unflatten(2, (2, 2, 8, 2, 4))
+    pairs = torch.stack((tiled & 15, tiled >> 4), -1)
+    even, odd = pairs.permute(0, 3, 4, 1, 2, 6, 7, 5).unbind(-1)
+    return (even | odd << 4).flatten(0, 2).flatten(1)
+
+
+def _lay_scales(of: torch.Tensor | None, bits: Bits, panels: int, arena: Arena | None) -> torch.Tensor | None:
+    """Scales [out, 1] or [out, groups] as the kernels read them."""
+    if of is None:
+        return None
+    padded = pad(of, (0, 0, 0, panels * PANEL - len(of)))
+    laid = padded if bits == 8 else padded.unflatten(0, (-1, PANEL)).transpose(1, 2)
+    room = _empty(laid.numel(), arena)
+    room.copy_(laid.reshape(-1))
+    return room
