@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from clif.kernels.quantised import Bits, QuantisedMatrix
 from clif.models.base_weight import BaseWeight, Dense
 from clif.models.dual_linear import DualLinear
+from clif.models.expert_linears import ExpertLinears, FrozenLinear
+from clif.models.expert_spec import Experts
+from clif.models.experts import RoutedMlp
 from clif.models.head import Head
 from clif.models.quantised_weight import QuantisedWeight
 from clif.models.stack import CausalStack
@@ -18,8 +22,16 @@ PROBE = 32
 """Rows of normally distributed numbers that a layer's outputs are compared for."""
 BITS: dict[str, Bits] = {"int8": 8, "int4": 4}
 """Values of model.weight_dtype that quantise."""
-_Part = tuple[DualLinear | Head, tuple[str, ...], list[Any]]
-"""What multiplies with a weight, the names of its modules, and those that hold the dense weight beside it."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What multiplies with weights of one kind. parameters: of the model, which hold the dense weights beside it."""
+
+    name: str
+    held: list[DualLinear | FrozenLinear | Head]
+    parameters: list[torch.nn.Parameter]
+    experts: ExpertLinears | None = None
 
 
 @dataclass(frozen=True)
@@ -52,22 +64,43 @@ def quantise(stack: CausalStack, bits: Bits) -> Quantised:
     """
     dense = size = 0
     worst, where = -1.0, ""
-    head: Any = stack.model.get_output_embeddings()
-    tied = head.weight is stack.model.get_input_embeddings().weight
-    parts: list[_Part] = [(linear, linear.names, _modules(stack, linear.names)) for linear in stack.linears]
-    parts.append((stack.head, (stack.spec.head,), [] if tied else [head]))
-    for part, names, modules in parts:
-        base = part.base
-        assert isinstance(base, Dense), "weights are quantised before they are laid out in any other way"
-        part.base = QuantisedWeight(QuantisedMatrix.of(base.weight, bits), base.bias, base.dtype)
-        dense, size = dense + base.weight.nbytes, size + sum(t.nbytes for t in part.base.tensors[:2])
-        error = difference(part.base, base)
-        # A NaN is the worst of all.
-        if not error <= worst:
-            worst, where = error, names[0] if len(names) == 1 else f"{names[0]} and what is merged with it"
-        for module in modules:
-            module.weight.data = module.weight.data.new_empty(0)
+    for part in _parts(stack):
+        for one in part.held:
+            base = one.base
+            assert isinstance(base, Dense), "weights are quantised before they are laid out in any other way"
+            matrix = QuantisedMatrix.of(base.weight, bits)
+            one.base = QuantisedWeight(matrix, base.bias, base.dtype)
+            dense, size = dense + base.weight.nbytes, size + sum(t.nbytes for t in matrix.tensors)
+            error = difference(one.base, base)
+            # A NaN is the worst of all.
+            if not error <= worst:
+                worst, where = error, part.name
+        _free(part)
     return Quantised(bits, dense, size, worst, where)
+
+
+def _parts(stack: CausalStack) -> Iterator[_Part]:
+    """All parts, in the order in which a step reads them."""
+    model, mlp = stack.model, stack.spec.layer.mlp
+    for i, layer in enumerate(stack.decoder_layers):
+        for linear in layer.linears:
+            name = linear.names[0] if len(linear.names) == 1 else f"{linear.names[0]} and what is merged with it"
+            yield _Part(name, [linear], [model.get_parameter(f"{one}.weight") for one in linear.names])
+        if isinstance(layer.mlp, RoutedMlp) and isinstance(mlp, Experts):
+            for path, linears in zip((mlp.gate_up, mlp.down), layer.mlp.linears, strict=True):
+                name = f"{stack.spec.layers}.{i}.{path}"
+                yield _Part(name, [*linears.each], [model.get_parameter(name)], linears)
+    head: Any = model.get_output_embeddings()
+    tied = head.weight is model.get_input_embeddings().weight
+    yield _Part(stack.spec.head, [stack.head], [] if tied else [head.weight])
+
+
+def _free(part: _Part) -> None:
+    for parameter in part.parameters:
+        parameter.data = parameter.data.new_empty(0)
+    if part.experts is not None:
+        # Grouped products read all experts as one dense tensor.
+        part.experts.weights, part.experts.grouped = part.experts.weights.new_empty(0), False
 
 
 def difference(base: BaseWeight, dense: BaseWeight) -> float:
@@ -76,7 +109,3 @@ def difference(base: BaseWeight, dense: BaseWeight) -> float:
     x = torch.randn(PROBE, base.shape[1], generator=rng).to(base.device, base.dtype)
     expected = dense.forward(x).float()
     return float((base.forward(x).float() - expected).norm() / expected.norm())
-
-
-def _modules(stack: CausalStack, names: tuple[str, ...]) -> list[Any]:
-    return [stack.model.get_submodule(name) for name in names]

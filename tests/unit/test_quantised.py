@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Rig, answer, make_rig, random_state, request, small_config, tp_group_of
+from families import FAMILIES, Family
+from helpers import Rig, answer, make_rig, random_state, request, small_config, stack_logits, tp_group_of
 
 from clif.config import config_from_tree
 from clif.engine.engine import Engine
@@ -225,3 +226,23 @@ def test_ranks_quantise_their_own_parts(tiny_config: Path, kind: str):
         columns = slice(rank * mine.shape[1], (rank + 1) * mine.shape[1])
         apart = mine.matrix.dense(torch.float32) - all_.matrix.dense(torch.float32)[:, columns]
         assert float(apart.norm()) < WORST[kind] * float(all_.matrix.dense(torch.float32).norm())
+
+
+@pytest.mark.parametrize("family", [one for one in FAMILIES if "-" not in one.name], ids=lambda one: one.name)
+def test_each_family_computes_with_the_weights_that_the_whole_numbers_stand_for(family: Family, tmp_path: Path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(family.config))
+    config = small_config(f"random:{file}")
+    stacks = [CausalStack(load_model(config.model, torch.device("cpu"), 3).model) for _ in range(2)]
+    quantise(stacks[0], 4)
+    for mine, other in zip(*(stack._weighed() for stack in stacks), strict=True):
+        base: Any = other.base
+        weight: Any = mine.base
+        other.base = type(base)(weight.matrix.dense(torch.float32), base.bias)
+    ids = torch.arange(5, 45)
+    found, expected = (stack_logits(stack, ids) for stack in stacks)
+    assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
+    held = sum(t.nbytes for part in stacks[0]._weighed() for t in part.base.tensors[:2])
+    held += sum(p.nbytes for p in stacks[0].model.parameters())
+    whole = config.model_copy(update={"model": config.model.model_copy(update={"weight_dtype": "int4"})})
+    assert estimate(whole, read_spec(config.model.path), 1, "cpu").weights == pytest.approx(held, rel=0.05)
