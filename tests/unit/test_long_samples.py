@@ -13,10 +13,11 @@ from helpers import finish, make_rig, random_state
 from clif.config import ConfigError, TrainConfig
 from clif.models.dual_linear import SHADOW
 from clif.training.layer_pieces import PiecedPass
-from clif.training.passes import LONG_SAMPLE, PIECE_UNIT, Activations, Pass, pack
+from clif.training.passes import LONG_SAMPLE, PIECE_UNIT, Activations, Packed, Pass, pack
 from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
 from tests.counted_bytes import CountedBytes
+from tests.families import FAMILIES, Family
 
 SHAPE = {
     "model_type": "llama", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 2,
@@ -43,10 +44,8 @@ def sample(length: int) -> TrainSample:
     return TrainSample(id=0, ids=tuple((i * 7919 + i * i) % 320 for i in range(length)), target_start=length // 2)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("length", [PIECE_UNIT // 2, 5 * PIECE_UNIT + 3])
-def test_a_pass_in_pieces_has_the_loss_and_the_gradients_of_a_whole_one(tmp_path, dtype: str, length: int) -> None:
-    rig, batch = rig_for(tmp_path, 64, dtype, 512), pack([sample(length)])
+def both_ways(rig, batch: Packed) -> list[tuple[float, torch.Tensor]]:
+    """Loss and gradients of a whole pass, and of one in pieces."""
     passes = (
         Pass(rig.runner.stack, batch, SHADOW, rig.train_runner.activations),
         PiecedPass(rig.runner.stack, batch, SHADOW, PIECE_UNIT, learns=True),
@@ -54,15 +53,36 @@ def test_a_pass_in_pieces_has_the_loss_and_the_gradients_of_a_whole_one(tmp_path
     found = []
     for run in passes:
         run.forward(run.left)
-        run.head(run.targets.left, length)
+        run.head(run.targets.left, batch.tokens)
         run.backward(run.pending)
-        found.append((run.targets.loss.clone(), rig.bank.gradient.clone()))
+        found.append((float(run.targets.loss), rig.bank.gradient.clone()))
         rig.bank.gradient.zero_()
-    (loss, whole), (in_pieces, gradient) = found
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("length", [PIECE_UNIT // 2, 5 * PIECE_UNIT + 3])
+def test_a_pass_in_pieces_has_the_loss_and_the_gradients_of_a_whole_one(tmp_path, dtype: str, length: int) -> None:
+    (loss, whole), (in_pieces, gradient) = both_ways(rig_for(tmp_path, 64, dtype, 512), pack([sample(length)]))
     near = 1e-5 if dtype == "float32" else 0.03
     assert whole.norm() > 0
     assert abs(in_pieces - loss) <= near * loss
     assert (gradient - whole).norm() <= near * whole.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_each_family_learns_in_pieces_what_it_learns_as_a_whole(tmp_path, family: Family) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(family.config))
+    rig = make_rig(f"random:{path}", model={"max_context": 150})
+    rig.bank.set_shadow(random_state(rig.bank, 5))
+    batch = pack([TrainSample(id=0, ids=tuple(5 + i * i % 250 for i in range(150)), target_start=40)])
+    (loss, whole), (in_pieces, gradient) = both_ways(rig, batch)
+    assert whole.norm() > 0
+    assert in_pieces == pytest.approx(loss, rel=1e-5)
+    assert (gradient - whole).norm() <= 5e-4 * whole.norm(), (
+        "Gemma's gradients are ten times as sensitive as the others"
+    )
 
 
 def test_a_pass_in_pieces_that_does_not_learn_has_the_loss_of_a_whole_one(tmp_path) -> None:
