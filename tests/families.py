@@ -66,6 +66,13 @@ FAMILIES = (
     Family("mistral", "Mistral 7B", "mistral", {"sliding_window": None}),
     Family("mistral-window", "Mistral 7B v0.1", "mistral", {"sliding_window": WINDOW}),
     Family("ministral3", "Ministral 3", "ministral3", MINISTRAL),
+    Family(
+        "ministral", "Ministral 8B", "ministral",
+        {"sliding_window": WINDOW, "layer_types": [SLIDING, FULL, SLIDING, SLIDING]},
+    ),
+    Family("internlm3", "InternLM 3", "internlm3"),
+    Family("seed_oss", "Seed-OSS", "seed_oss"),
+    Family("smollm3", "SmolLM 3", "smollm3"),
     Family("qwen2", "Qwen 2 and 2.5", "qwen2"),
     Family(
         "qwen2-window",

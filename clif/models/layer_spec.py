@@ -18,6 +18,8 @@ from clif.models.expert_spec import Experts, Pieces
 from clif.models.shard import Shard, ShardDim, joined, unit_shard
 
 Shape = tuple[int, ...]
+UNTURNED = "unturned"
+"""The rotary embedding of layers without one."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class LayerKind:
     """What layers of one model may differ in.
 
     window: tokens that attention looks back over, the row's own included; None: all. rope: which of the model's rotary
-    embeddings, by the name that its module knows; None: it has one only.
+    embeddings, by the name that its module knows; None: it has one only; UNTURNED: the layer turns nothing.
     """
 
     window: int | None = None

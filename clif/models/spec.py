@@ -16,6 +16,7 @@ from clif.errors import ConfigError
 from clif.models.expert_spec import ExpertFiles, Experts
 from clif.models.hf_config import Tree, rope_of, rotary_dim_of
 from clif.models.layer_spec import (
+    UNTURNED,
     AttentionSpec,
     DenseMlp,
     Features,
@@ -33,7 +34,8 @@ SIZES = (
 FIELDS = (
     *SIZES, "model_type", "head_dim", "tie_word_embeddings", "sliding_window", "use_sliding_window", "layer_types",
     "max_window_layers", "rope_parameters", "rope_scaling", "attn_logit_softcapping", "final_logit_softcapping",
-    "partial_rotary_factor", "embedding_multiplier", "residual_multiplier", "logits_scaling", "num_local_experts",
+    "partial_rotary_factor", "embedding_multiplier", "residual_multiplier", "logits_scaling", "no_rope_layers",
+    "no_rope_layer_interval", "num_local_experts",
     "num_experts", "num_experts_per_tok", "moe_intermediate_size",
 )  # fmt: skip
 """All that the functions here read of a transformers configuration."""
@@ -145,6 +147,17 @@ def gemma3(tree: Tree) -> ModelSpec:
     return _two_ropes(gemma2({**uncapped, **_typed(tree, lambda layer: bool((layer + 1) % every))}))
 
 
+def smollm3(tree: Tree) -> ModelSpec:
+    """Llama of which every fourth layer turns nothing; windows, where they are switched on, are in those layers."""
+    every, layers = int(tree.get("no_rope_layer_interval") or 4), range(int(tree["num_hidden_layers"]))
+    turned = tree.get("no_rope_layers") or [(layer + 1) % every != 0 for layer in layers]
+    if not tree.get("use_sliding_window", False):
+        tree = {**tree, "sliding_window": None}
+    spec = llama(_typed(tree, lambda layer: not turned[layer]))
+    kinds = (replace(kind, rope=None if turns else UNTURNED) for kind, turns in zip(spec.kinds, turned, strict=True))
+    return replace(spec, kinds=tuple(kinds))
+
+
 def granite(tree: Tree) -> ModelSpec:
     """Llama with multipliers of embedding, residual and logits; that of scores is told by the attention modules."""
     spec = llama(tree)
@@ -232,8 +245,8 @@ def _modules(block: str, **outputs: Features) -> tuple[LinearModule, ...]:
 
 
 FAMILIES: dict[str, Callable[[Tree], ModelSpec]] = {
-    "gemma": gemma, "gemma2": gemma2, "gemma3_text": gemma3, "granite": granite, "llama": llama, "ministral3": llama,
-    "mistral": llama, "mixtral": mixtral, "olmo2": olmo2, "olmo3": olmo3, "phi3": phi3, "qwen2": qwen, "qwen3": qwen,
-    "qwen3_moe": qwen3_moe,
+    "gemma": gemma, "gemma2": gemma2, "gemma3_text": gemma3, "granite": granite, "internlm3": llama, "llama": llama,
+    "ministral": llama, "ministral3": llama, "mistral": llama, "mixtral": mixtral, "olmo2": olmo2, "olmo3": olmo3,
+    "phi3": phi3, "qwen2": qwen, "qwen3": qwen, "qwen3_moe": qwen3_moe, "seed_oss": llama, "smollm3": smollm3,
 }  # fmt: skip
 """By model_type: families that CLIF's own tests prove to be computed rightly. A model of any other is refused."""

@@ -21,7 +21,7 @@ from clif.models.experts import RoutedMlp
 from clif.models.head import Head, LogitChanges
 from clif.models.layer import AttentionPlan, DecoderLayer, SubBatch
 from clif.models.layer_ops import LayerOps, Rope, TorchOps
-from clif.models.layer_spec import ModelSpec
+from clif.models.layer_spec import UNTURNED, ModelSpec
 from clif.models.spec import spec_of
 from clif.models.varlen import SequenceSpans, Varlen, VarlenSequences
 
@@ -195,7 +195,15 @@ class CausalStack:
 
 def _rotary(module: Any, rope: str | None) -> Any:
     """One rotary embedding of a model, (like, positions [1, rows]) -> cos and sin [1, rows, numbers]."""
+    if rope == UNTURNED:
+        return partial(_unturned, module)
     return module if rope is None else partial(module, layer_type=rope)
+
+
+def _unturned(module: Any, like: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Angles of zero."""
+    cos, sin = module(like, positions)
+    return torch.ones_like(cos), torch.zeros_like(sin)
 
 
 def check_model(model: transformers.PreTrainedModel, spec: ModelSpec) -> Any:
