@@ -15,6 +15,7 @@ from helpers import Rig, answer, finish, make_rig, random_state, request, stack_
 from clif.adapters import peft_io
 from clif.adapters.store import CONFIG_FILE, WEIGHTS_FILE
 from clif.config import TrainConfig
+from clif.engine.compiled_layers import CompiledLayers
 from clif.models import spec as specs
 from clif.models.dual_linear import SHADOW
 from clif.models.spec import spec_of
@@ -80,6 +81,7 @@ def test_answers_are_those_of_transformers_token_for_token(tmp_path, family):
     assert answer(first[9]) == answer(events[1])[:2]
 
 
+@pytest.mark.slow  # A model of each family: half a minute in total.
 @different
 def test_two_adapters_answer_at_once_each_as_alone(tmp_path, family):
     rig = rig_of(family, tmp_path)
@@ -175,3 +177,39 @@ def test_windows_of_a_family_are_those_of_its_layers():
     assert windows["mistral"] == windows["llama"] == windows["qwen2"] == {None}
     assert windows["mistral-window"] == {WINDOW}
     assert windows["gemma2"] == windows["gemma3"] == windows["olmo3"] == windows["qwen2-window"] == {WINDOW, None}
+
+
+@pytest.mark.slow  # A model of each family: half a minute in total.
+@different
+def test_answers_in_bfloat16_are_as_good_whatever_kernels_compute_them(tmp_path, family):
+    """The kernels for CPUs take over what they compute, and leave the rest: no token is far from the best one."""
+    rig = rig_of(family, tmp_path, model={"dtype": "bfloat16"})
+    events = rig.run([request(i, ids, max_tokens=12, ignore_eos=True) for i, ids in enumerate(PROMPTS)])
+    model = own_model(rig).float()
+    for i, ids in enumerate(PROMPTS):
+        got = answer(events[i])
+        with torch.no_grad():
+            logits = model(torch.tensor([[*ids, *got]])).logits[0, len(ids) - 1 : -1]
+        behind = logits.amax(-1) - logits.gather(1, torch.tensor(got)[:, None])[:, 0]
+        # A router that rounds takes another expert now and then.
+        assert (behind <= 0.25 * logits.std(-1)).float().mean() > 0.9, behind
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("mistral-window", "a layer has a window"),
+        ("gemma2", "a layer has capped scores"),
+        ("olmo2", "a layer has norms behind attention and MLP"),
+        ("granite", "a layer scales what it adds"),
+        ("smollm3", "its layers have several rotary embeddings"),
+        ("llama", None),
+    ],
+)
+def test_the_one_call_of_all_layers_says_why_it_leaves_a_family_to_others(tmp_path, name, reason):
+    (family,) = (family for family in FAMILIES if family.name == name)
+    rig = rig_of(family, tmp_path, model={"dtype": "bfloat16"})
+    if rig.runner._cpu is False:
+        pytest.skip("the C++ kernels are not built here, or this CPU has not what they need")
+    assert CompiledLayers.obstacle(rig.runner.stack, rig.runner.cache) == reason
+    assert (rig.runner._compiled is None) is (reason is not None)
