@@ -29,7 +29,7 @@ class TrainConfig(Section):
     """[micro-batches] Micro-batches per optimizer step. Stays as it is when the coordinator changes the micro-batch."""
     replay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """[share] Part of what jobs of the adapter `clif` train on that is drawn from the run's own training rows, so that
-    what these taught is not forgotten; 0.1 is enough as a rule. The epochs of a job count them too."""
+    what these taught is not forgotten; a tenth is a common choice. The epochs of a job count them too."""
 
 
 class FederationConfig(Section):

@@ -13,6 +13,8 @@ from clif.engine.capture import CudaRecorder
 from clif.engine.jobs import Job
 from clif.models.dual_linear import SHADOW
 from clif.training.layer_graphs import CapturedPass
+from clif.training.layer_pieces import PiecedPass
+from clif.training.passes import PIECE_UNIT, Pass, pack
 from clif.training.train_runner import TrainRunner
 from clif.training.trainer import ShadowTrainer, StepCut
 from clif.types import TrainSample
@@ -101,3 +103,21 @@ def test_a_step_that_was_cut_leaves_nothing_behind(tiny_config: Path) -> None:
         # Attention's backward adds up in no fixed order.
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         assert (found - expected).norm() <= 1e-2 * expected.norm()
+
+
+def test_a_sample_in_pieces_has_the_gradients_of_a_whole_one(tiny_config: Path) -> None:
+    rig, trainer = trainer_on_gpu(tiny_config, captured=False)
+    stack, batch, found = rig.runner.stack, pack([sample(0, 200)]), []
+    for run in (
+        Pass(stack, batch, SHADOW, trainer.runner.activations),
+        PiecedPass(stack, batch, SHADOW, PIECE_UNIT, learns=True),
+    ):
+        rig.bank.gradient.zero_()
+        run.forward(run.left)
+        run.head(run.targets.left, 100.0)
+        run.backward(run.pending)
+        found.append((float(run.targets.loss), rig.bank.gradient.clone()))
+    (loss, whole), (in_pieces, gradient) = found
+    assert whole.norm() > 0
+    assert in_pieces == pytest.approx(loss, rel=0.03)
+    assert (gradient - whole).norm() <= 0.03 * whole.norm()
