@@ -50,7 +50,7 @@ class Completion:
     """An answer. adapter_version: 0 is the base model; each export of an adapter that is loaded gets a new one.
 
     token_ids: including the end token, if there is one. detail: the reason if finish_reason is failed. logprobs: one
-    for each token, if Sampling.logprobs asks for them.
+    for each token, if Sampling.logprobs asks for them; prompt_logprobs: of the prompt's tokens after the first.
     """
 
     text: str
@@ -59,6 +59,7 @@ class Completion:
     adapter_version: int
     detail: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -254,10 +255,12 @@ class _Answer:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: FinishReason | None = None
     detail: str = ""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
     def take(self, event: TokenEvent) -> StreamEvent:
         new = self.text.take(event)
         self.logprobs += event.logprobs
+        self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
         self.finish, self.detail = event.finish, event.detail
         return StreamEvent(self.index, new, event.tokens, self.version, event.finish, event.detail, event.logprobs)
 
@@ -268,11 +271,12 @@ class _Answer:
             return
         self.text.ids += event.tokens
         self.logprobs += event.logprobs
+        self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
 
     def completion(self) -> Completion:
         assert self.finish is not None
         ids, logprobs = tuple(self.text.ids), tuple(self.logprobs)
-        return Completion(self.text.sent, ids, self.finish, self.version, self.detail, logprobs)
+        return Completion(self.text.sent, ids, self.finish, self.version, self.detail, logprobs, self.prompt_logprobs)
 
 
 def _config(path: str, adapters: Mapping[str, Path], model: Section, adapter: Section, engine: Section) -> Config:

@@ -50,6 +50,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     penalties, -2 to 2, are subtracted from the logits of tokens of the answer: presence_penalty once, frequency_penalty
     for each time. logprobs: how many of the likeliest tokens to report for each token, besides it; None: no report.
     Log-probabilities are the model's own, before all of these steps, so that they do not depend on what is asked.
+    prompt_logprobs: the prompt's tokens have theirs reported as well, except the first; the whole prompt is computed.
     constraint: its answer ends when it is complete; one that max_tokens ends is a beginning of it.
 
     Raises ValueError for impossible values.
@@ -67,6 +68,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: bool = False
     constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
@@ -90,6 +92,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be from -2 to 2")
         if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
             raise ValueError(f"logprobs is {self.logprobs}: it must be from 0 to {MOST_LOGPROBS}, or None")
+        if self.prompt_logprobs and self.logprobs is None:
+            raise ValueError("prompt_logprobs is without logprobs: give how many of the likeliest tokens to report")
         if self.logit_bias:
             _check_bias(self.logit_bias)
         if self.constraint is not None and self.ignore_eos:

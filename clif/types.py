@@ -116,7 +116,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     """New tokens of a request, all computed by adapter `version`; finish is set on the last event only.
 
-    logprobs: one for each token, if the request asks for them.
+    logprobs: one for each token, if the request asks for them. prompt_logprobs: of the prompt's tokens after the first,
+    with the first token of the answer.
     """
 
     request_id: Count
@@ -127,6 +128,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     text: str | None = None
     """Final text when a stop string cut it; otherwise the receiver decodes the tokens."""
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class CoservingMode(enum.StrEnum):

@@ -18,7 +18,7 @@ from clif.control.jobs import JobBoard
 from clif.control.rounds import Round
 from clif.control.versions import Versions
 from clif.states import RequestState, RoundState
-from clif.types import CLIF, FinishReason, HeldoutLoss, RoundResult, TokenEvent, Vote
+from clif.types import CLIF, FinishReason, HeldoutLoss, Request, RoundResult, TokenEvent, Vote
 from clif.wire import messages as wire
 
 Check = Callable[[Any], str]
@@ -142,7 +142,7 @@ def event_objection(event: TokenEvent, record: RequestRecord, hello: wire.Hello,
             return f"{name}: {answered} tokens, {request.sampling.max_tokens} were asked for"
     if event.text is not None and not request.sampling.stop:
         return f"{name}: a text of its own, though no stop string was given"
-    flaw = logprobs_objection(event, request.sampling.logprobs, hello.vocabulary)
+    flaw = logprobs_objection(event, request, hello.vocabulary)
     if flaw:
         return f"{name}: {flaw}"
     # Most events are no ends: each token of each answer passes here.
@@ -159,14 +159,20 @@ def event_objection(event: TokenEvent, record: RequestRecord, hello: wire.Hello,
     return ""
 
 
-def logprobs_objection(event: TokenEvent, asked: int | None, vocabulary: int) -> str:
-    """asked: alternatives of each token; None: no log-probabilities. Their bounds are those of the message."""
+def logprobs_objection(event: TokenEvent, request: Request, vocabulary: int) -> str:
+    """The bounds of log-probabilities are those of the message."""
+    asked = request.sampling.logprobs
+    if event.prompt_logprobs and not request.sampling.prompt_logprobs:
+        return f"{len(event.prompt_logprobs)} log-probabilities of the prompt, none were asked for"
     if asked is None:
         return f"{len(event.logprobs)} log-probabilities, none were asked for" if event.logprobs else ""
+    if event.prompt_logprobs and tuple(one.token for one in event.prompt_logprobs) != request.prompt[1:]:
+        return f"log-probabilities of {len(event.prompt_logprobs)} tokens that are not those of its prompt"
     if tuple(one.token for one in event.logprobs) != event.tokens:
         return f"log-probabilities of {len(event.logprobs)} tokens that are not its {len(event.tokens)}"
     # Fewer than were asked for, if the model has no more tokens.
-    if any(len(one.top) > asked or any(token >= vocabulary for token, _ in one.top) for one in event.logprobs):
+    reported = (*event.logprobs, *event.prompt_logprobs)
+    if any(len(one.top) > asked or any(token >= vocabulary for token, _ in one.top) for one in reported):
         return f"log-probabilities of others than {asked} alternatives of {vocabulary} token ids"
     return ""
 

@@ -20,6 +20,7 @@ from clif.config import Config
 from clif.emulated.member import STEP_S, EmulatedMember
 from clif.emulated.step_times import StepTimes
 from clif.engine.scheduler import Chunk, Scheduler
+from clif.engine.scheduler import Sequence as Running
 from clif.engine.step_record import StepRecord
 from clif.replica.records import RankRecords
 from clif.tokenizer import ChatTokenizer
@@ -151,9 +152,7 @@ class EmulatedReplica:
         now, chunks = time.monotonic(), flight.chunks
         tokens = [self._next(chunk) for chunk in chunks if chunk.needs_sampling]
         events = self.scheduler.settle(chunks, tokens, now)
-        asked = {
-            r.id: r.sampling.logprobs for r in (c.sequence.request for c in chunks) if r.sampling.logprobs is not None
-        }
+        asked = {c.sequence.id: c.sequence for c in chunks if c.sequence.request.sampling.logprobs is not None}
         if asked:
             events = [_with_logprobs(event, asked.get(event.request_id)) for event in events]
         if events:
@@ -212,11 +211,15 @@ class EmulatedReplica:
         self.stopping, self.exit_code = True, order.code
 
 
-def _with_logprobs(event: TokenEvent, asked: int | None) -> TokenEvent:
+def _with_logprobs(event: TokenEvent, sequence: Running | None) -> TokenEvent:
     """Every token is certain, which leaves nothing for others."""
-    if asked is None or not event.tokens:
+    if sequence is None or not event.tokens:
         return event
-    return replace(event, logprobs=tuple(TokenLogprob(t, 0.0, ((t, 0.0),)[:asked]) for t in event.tokens))
+    asked = sequence.request.sampling.logprobs
+    certain = [TokenLogprob(t, 0.0, ((t, 0.0),)[:asked]) for t in (*sequence.request.prompt[1:], *event.tokens)]
+    prompt = len(certain) - len(event.tokens)
+    first, sequence.scored = sequence.scored is not None, None
+    return replace(event, logprobs=tuple(certain[prompt:]), prompt_logprobs=tuple(certain[:prompt]) if first else ())
 
 
 class EmulatedSupervisor:

@@ -20,6 +20,7 @@ from clif.engine.attention import DecodeGroup, PagedLayout, WindowRows, make_dec
 from clif.engine.capture import Captured
 from clif.engine.draws import Draws, DrawTable
 from clif.engine.logprobs import Reporting
+from clif.engine.prompt_logprobs import PromptScoring
 from clif.engine.prompt_rows import PaddedPrompts, PromptChunk, PromptRows, VarlenPrompts
 from clif.engine.scheduler import Chunk, Sequence
 from clif.engine.step_rows import KNOWN as KNOWN
@@ -43,7 +44,7 @@ class Batch(NamedTuple):
     where all ids are known. ends [chunks that sample]: the rows whose logits choose a token, None for all of them;
     draws: of those that are not simply greedy, None if all are; reporting: of those that report log-probabilities.
     late: some tokens can be chosen only when those of the step before are known. captured: computes it, with padding
-    behind these rows.
+    behind these rows. scoring: the rows that tell a prompt's next token, for requests that want to know.
     """
 
     chunks: Seq[Chunk]
@@ -57,6 +58,7 @@ class Batch(NamedTuple):
     reporting: Reporting | None = None
     late: bool = False
     captured: Captured[Any] | None = None
+    scoring: PromptScoring | None = None
 
 
 class SentRows(NamedTuple):
@@ -108,7 +110,9 @@ class BatchBuilder:
             self._last = self._parts(chunks, paged)
         (ids, positions, _, sources, ends), rows, layout = self._last
         draws, late = self._fill_draws(chunks if ends is None else [chunk for chunk in chunks if chunk.needs_sampling])
-        return Batch(chunks, ids, positions, sources, ends, rows, layout, draws, self._draws.reporting, late)
+        scoring = None if ends is None else PromptScoring.of(chunks, self._device)
+        reporting = self._draws.reporting
+        return Batch(chunks, ids, positions, sources, ends, rows, layout, draws, reporting, late, scoring=scoring)
 
     def with_draws(self, batch: Batch) -> Batch:
         """The batch, whose rows are filled and all sample, with the draws of its chunks."""

@@ -37,7 +37,7 @@ from clif.engine.job_queue import JobQueue
 from clif.engine.jobs import Slice
 from clif.engine.runner import ModelRunner
 from clif.engine.sampling import SampledTokens
-from clif.engine.scheduler import Chunk, Scheduler
+from clif.engine.scheduler import Chunk, Scheduler, Sequence
 from clif.engine.step_plan import NO_TRAINING, StepPlan
 from clif.engine.step_record import StepRecord
 from clif.engine.streams import OneStream, Streams
@@ -220,10 +220,16 @@ class Engine:
         # Between launch and settle there may be other work, of the host or of the device: that of the step is measured.
         own = self.overlap or self.asynchronous
         self._note(step, step.tokens.seconds() if own else now - step.start)
+        if step.tokens.prompts is not None:
+            step.tokens.prompts.keep()
         events = self.scheduler.settle(step.chunks, tokens, now)
         self.demand.answered(now, len(tokens), sum(event.finish is not None for event in events))
         logprobs = step.tokens.logprobs()
-        return [_with_logprobs(event, logprobs) for event in events] if logprobs else events
+        if logprobs:
+            events = [_with_logprobs(event, logprobs) for event in events]
+            scoring = [chunk.sequence for chunk in step.chunks if chunk.sequence.scored is not None]
+            return _with_prompts(events, scoring) if scoring else events
+        return events
 
     def _note(self, step: Launched, seconds: float) -> None:
         _, starts, stops, samples = zip(*step.chunks, strict=True)
@@ -237,6 +243,19 @@ class Engine:
             self.record.note_fused(step.fused.kind, seconds, alone_s)
             rows += step.fused.tokens
         self.cost_model.observe_step(rows, context, seconds, step.regime, step.captured)
+
+
+def _with_prompts(events: list[TokenEvent], scoring: list[Sequence]) -> list[TokenEvent]:
+    """The first tokens of these answers, with the log-probabilities of their prompts; they are sent once."""
+    scored = {sequence.id: sequence for sequence in scoring}
+    found = []
+    for event in events:
+        sequence = scored.get(event.request_id)
+        if sequence is not None and event.tokens:
+            event = replace(event, prompt_logprobs=tuple(sequence.scored or ()))
+            sequence.scored = None
+        found.append(event)
+    return found
 
 
 def _with_logprobs(event: TokenEvent, logprobs: dict[int, TokenLogprob]) -> TokenEvent:

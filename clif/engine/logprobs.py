@@ -41,7 +41,7 @@ class Logprobs:
 
     def to_host(self) -> Logprobs:
         """Copies that follow the step; the host does not wait for them here."""
-        return Logprobs(self.reporting, _to_host(self.values), _to_host(self.top))
+        return Logprobs(self.reporting, to_host(self.values), to_host(self.top))
 
     def by_request(self, tokens: Sequence[int]) -> dict[int, TokenLogprob]:
         """By request id; tokens: of all rows that choose one. Those without a token are left out."""
@@ -66,7 +66,8 @@ def logprobs_of(head: Head, logits: torch.Tensor, tokens: torch.Tensor, reportin
     return Logprobs(reporting, values.clamp_(LEAST_LOGPROB, 0.0), best.indices)
 
 
-def _to_host(values: torch.Tensor) -> torch.Tensor:
+def to_host(values: torch.Tensor) -> torch.Tensor:
+    """A copy that follows the step; the host does not wait for it here."""
     if not values.is_cuda:
         return values
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)

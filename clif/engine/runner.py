@@ -19,6 +19,7 @@ from clif.engine.decode_buffers import DecodeBuffers
 from clif.engine.graphs import DecodeGraphs, decode_sizes
 from clif.engine.jobs import FusedPass
 from clif.engine.logprobs import logprobs_of
+from clif.engine.prompt_logprobs import prompt_logprobs
 from clif.engine.sampling import SampledTokens, draw_
 from clif.engine.scheduler import Chunk
 from clif.kernels.cpu.host import argmax
@@ -104,7 +105,10 @@ class ModelRunner:
             batch.captured.replay()
             logits, tokens = batch.captured.result
         else:
-            logits, tokens = self.compute(batch, fused)
+            hidden = self._hidden(batch, fused)
+            if batch.scoring is not None:
+                sampled.prompts = prompt_logprobs(self.stack, hidden, batch.scoring)
+            logits, tokens = self._best(batch, hidden)
         if batch.late:
             self._late = logits, tokens
         else:
@@ -134,12 +138,17 @@ class ModelRunner:
     @torch.no_grad()
     def compute(self, batch: Batch, fused: FusedPass | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and greedy tokens of the rows that sample: everything of a step that can be captured."""
+        return self._best(batch, self._hidden(batch, fused))
+
+    def _hidden(self, batch: Batch, fused: FusedPass | None) -> torch.Tensor:
+        """[rows, hidden size], of the last layer"""
         hidden = self.stack.embed(batch.ids if batch.sources is None else self._ids(batch.ids, batch.sources))
         if self._compiled is not None and batch.layout.step is not None and fused is None:
-            hidden = self._compiled(hidden, batch)
-        else:
-            attention = PagedRows(self.cache, batch.layout, self.paged)
-            hidden = self._layers(hidden, self.stack.sub_batch(batch.rows, batch.positions, attention), fused)
+            return self._compiled(hidden, batch)
+        attention = PagedRows(self.cache, batch.layout, self.paged)
+        return self._layers(hidden, self.stack.sub_batch(batch.rows, batch.positions, attention), fused)
+
+    def _best(self, batch: Batch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self.stack.head(self.stack.norm(hidden if batch.ends is None else hidden[batch.ends]))
         # With peers each has columns of its own.
         alone = self._cpu and self.stack.tp_group.size == 1

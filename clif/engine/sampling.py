@@ -9,6 +9,7 @@ import torch
 from clif.engine.changes import Changes
 from clif.engine.draws import ONE, Draws
 from clif.engine.logprobs import Logprobs
+from clif.engine.prompt_logprobs import PromptLogprobs
 from clif.models.head import Head, or_none, top
 from clif.types import NO_TOKEN, TokenLogprob
 
@@ -105,6 +106,8 @@ class SampledTokens:
     """The tokens of one step, on the device and on their way to the host, with what is reported of them; and how long
     it computed.
 
+    prompts: of the prompts' own tokens, if a request asks for them.
+
     Made when the step begins. Neither the host nor other work on the device delays what is read here.
     """
 
@@ -112,6 +115,7 @@ class SampledTokens:
         self._host: torch.Tensor | None = None
         self._known: list[int] = []
         self._logprobs: Logprobs | None = None
+        self.prompts: PromptLogprobs | None = None
         self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         if device.type == "cuda":
             self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

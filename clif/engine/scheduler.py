@@ -22,7 +22,7 @@ from clif.engine.blocks import BlockPool
 from clif.engine.guide import Guide
 from clif.errors import InputError
 from clif.text_stream import cut_at_stop
-from clif.types import NO_TOKEN, FinishReason, Request, TokenEvent
+from clif.types import NO_TOKEN, FinishReason, Request, TokenEvent, TokenLogprob
 
 
 @dataclass(eq=False, slots=True)
@@ -35,7 +35,8 @@ class Sequence:
     tokens; both are empty while it waits. released: how many of the first blocks are given back: no layer looks back as
     far. arrived_s and last_s (time of the last token) are on the engine's clock.
     sampled_at: where its token is among those of the last step in which it took one. guide: changes the logits of its
-    tokens. id, max_total_tokens: the request's. ends_early: a token or a text may end its answer.
+    tokens. id, max_total_tokens: the request's. ends_early: a token or a text may end its answer. scored: what is known
+    of the prompt's log-probabilities, None if nobody asks, or once they are sent.
 
     What each step looks at lies here and not in the request: after a forward nothing of either is in the caches.
     """
@@ -58,9 +59,11 @@ class Sequence:
     id: int = field(init=False)
     max_total_tokens: int = field(init=False)
     ends_early: bool = field(init=False)
+    scored: list[TokenLogprob] | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.id, self.max_total_tokens = self.request.id, self.request.max_total_tokens
+        self.scored = [] if self.request.sampling.prompt_logprobs else None
         self.ends_early = not self.request.sampling.ignore_eos or bool(self.request.sampling.stop)
 
     @property
@@ -235,7 +238,8 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> bool:
         """Give a waiting sequence its version and the cached part of its tokens. False: there is no room."""
         free = sequence.version < 0
-        if self._prefix_reuse:
+        # Rows that are not computed tell no log-probabilities.
+        if self._prefix_reuse and sequence.scored is None:
             version = self.slots.active if free else sequence.version
             sequence.blocks = self.pool.acquire_cached(version, sequence.tokens)
         if sum(map(self._due, (*self.running, sequence))) > self.pool.available:

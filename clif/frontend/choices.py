@@ -29,7 +29,10 @@ class Piece:
 
 @dataclass
 class Choice:
-    """One answer. index: among all of the call. shown: whether the client has been sent any of it."""
+    """One answer. index: among all of the call. shown: whether the client has been sent any of it.
+
+    prompt_logprobs: of the prompt's tokens after the first, if they were asked for.
+    """
 
     index: int
     request: Request
@@ -39,6 +42,7 @@ class Choice:
     finish: str | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     shown: bool = False
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
     def take(self, event: TokenEvent, eos_ids: tuple[int, ...]) -> Piece:
         """Raises ApiError for an end that is no answer."""
@@ -49,13 +53,19 @@ class Choice:
         if event.tokens:
             self.version = event.version
             self.tokens += len(event.tokens)
-        logprobs = of_text(event, eos_ids) if event.logprobs else ()
+        self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
+        logprobs = event.logprobs
+        if logprobs and not self.request.sampling.prompt_logprobs:
+            logprobs = of_text(event, eos_ids)
         self.logprobs += logprobs
         return Piece(self, self.text.take(event), logprobs, self.finish)
 
 
 def of_text(event: TokenEvent, eos_ids: tuple[int, ...]) -> tuple[TokenLogprob, ...]:
-    """Without that of the token that ends an answer: it is no part of its text."""
+    """Without that of the token that ends an answer: it is no part of its text.
+
+    Who asks for those of the prompt, too, counts tokens and not texts, and gets every one.
+    """
     ended = event.finish is FinishReason.STOP and event.logprobs[-1].token in eos_ids
     return event.logprobs[:-1] if ended else event.logprobs
 

@@ -31,7 +31,8 @@ class CompletionBody(SamplingBody):
     """A text, token ids, or several of either."""
     logprobs: Annotated[Whole, Field(ge=0)] | None = None
     echo: bool | None = None
-    """The text of the prompt comes first."""
+    """The text of the prompt comes first; with `logprobs`, so do the log-probabilities of its tokens, `null` for the
+    first one, and that of the token that ends an answer is shown as well."""
     best_of: Whole | None = None
     suffix: None = None
     NOT_OFFERED: ClassVar = {
@@ -54,8 +55,6 @@ class CompletionBody(SamplingBody):
         """Raises ApiError for what does not go together."""
         if self.best_of not in (None, self.choices):
             raise invalid("best_of is not offered: give n, and choose", "best_of", "unsupported_parameter")
-        if self.echo and self.logprobs is not None:
-            raise invalid("echo is not offered with logprobs: prompts have none", "echo", "unsupported_parameter")
 
 
 def routes(parts: Parts) -> APIRouter:
@@ -84,7 +83,7 @@ async def prepare(parts: Parts, call: Request, body: CompletionBody) -> Asked:
     for prompt in prompts:
         ids = await _ids(parts, prompt, link.run.vocabulary)
         most = answer_tokens(len(ids), body.max_tokens, link.run, http, caller.max_tokens, ("prompt", "max_tokens"))
-        ready.append((ids, body.sampling(most, body.logprobs, link.run.vocabulary)))
+        ready.append((ids, body.sampling(most, body.logprobs, link.run.vocabulary, bool(body.echo))))
     await check_enforceable(ready[0][1], "response_format")
     requests = make_requests(link, ready, body.choices, slo_of(parts.config.slo))
     return Asked(requests, body.model, caller.name, body.choices)
@@ -110,7 +109,7 @@ class CompletionForm:
 
     def whole(self, choices: Choices) -> bytes:
         shown = [
-            self._choice(choice, self._echoed(choice) + choice.text.sent, choice.logprobs, choice.finish)
+            self._choice(choice, self._echoed(choice) + choice.text.sent, choice.logprobs, choice.finish, whole=True)
             for choice in choices.all
         ]
         return msgspec.json.encode({**self._top(choices), "choices": shown, "usage": usage(choices)})
@@ -152,17 +151,27 @@ class CompletionForm:
 
     def _chunk(self, piece: Piece, so_far: dict[str, Any]) -> bytes:
         choice = piece.choice
-        text = self._echoed(choice) + piece.text if self._new(piece) else piece.text
+        new = self._new(piece)
+        text = self._echoed(choice) + piece.text if new else piece.text
         self._opened.add(choice.index)
-        shown = self._choice(choice, text, piece.logprobs, piece.finish)
+        shown = self._choice(choice, text, piece.logprobs, piece.finish, new)
         return self._head + msgspec.json.encode({"choices": [shown], **so_far})[1:]
 
     def _choice(
-        self, choice: Choice, text: str, logprobs: list[TokenLogprob] | tuple[TokenLogprob, ...], finish: str | None
+        self,
+        choice: Choice,
+        text: str,
+        logprobs: list[TokenLogprob] | tuple[TokenLogprob, ...],
+        finish: str | None,
+        whole: bool = False,
     ) -> dict[str, Any]:
+        """whole: it begins with the prompt, if that is wanted."""
         shown = None
         if self._with_logprobs:
-            shown = plain_logprobs(self._tokenizer, logprobs, self._offsets.get(choice.index, 0))
+            first = None
+            if whole and choice.request.sampling.prompt_logprobs:
+                first, logprobs = choice.request.prompt[0], [*choice.prompt_logprobs, *logprobs]
+            shown = plain_logprobs(self._tokenizer, logprobs, self._offsets.get(choice.index, 0), first)
             self._offsets[choice.index] = shown.pop("end")
         return {"index": choice.index, "text": text, "logprobs": shown, "finish_reason": finish}
 

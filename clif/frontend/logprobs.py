@@ -27,12 +27,19 @@ def _shown(tokenizer: ChatTokenizer, token: int, logprob: float) -> dict[str, An
     return {"token": text, "logprob": logprob, "bytes": list(data)}
 
 
-def plain_logprobs(tokenizer: ChatTokenizer, tokens: Iterable[TokenLogprob], offset: int) -> dict[str, Any]:
+def plain_logprobs(
+    tokenizer: ChatTokenizer, tokens: Iterable[TokenLogprob], offset: int, first: int | None = None
+) -> dict[str, Any]:
     """Of plain completions. offset: characters of the text before these tokens; end, those after them, is besides.
+
+    first: a token before these that has no log-probability, since nothing comes before it.
 
     A token whose text another one of the likeliest has, too, is shown once, with the greater value.
     """
-    texts, logprobs, top, offsets = list[str](), list[float](), list[dict[str, float]](), list[int]()
+    texts, logprobs, top, offsets = list[str](), list[float | None](), list[dict[str, float] | None](), list[int]()
+    if first is not None:
+        texts, logprobs, top, offsets = [token_text(tokenizer, first)[0]], [None], [None], [offset]
+        offset += len(texts[0])
     for token in tokens:
         text = token_text(tokenizer, token.token)[0]
         texts.append(text)

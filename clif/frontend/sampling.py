@@ -103,8 +103,8 @@ class SamplingBody(Strict):
     def usage_so_far(self) -> bool:
         return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
-    def sampling(self, max_tokens: int, logprobs: int | None, vocabulary: int) -> Sampling:
-        """Raises ApiError for values that no answer can follow."""
+    def sampling(self, max_tokens: int, logprobs: int | None, vocabulary: int, echo: bool = False) -> Sampling:
+        """echo: log-probabilities are of the prompt, too. Raises ApiError for values that no answer can follow."""
         if self.stream_options and not self.stream:
             raise invalid("stream_options belong to stream=true: leave them out", "stream_options")
         given = {
@@ -122,6 +122,7 @@ class SamplingBody(Strict):
             stop=self.stops,
             logit_bias=biases(self.logit_bias or {}, vocabulary),
             logprobs=logprobs,
+            prompt_logprobs=echo and logprobs is not None,
             constraint=constraint(self.response_format),
             **{name: value for name, value in given.items() if value is not None},
         )

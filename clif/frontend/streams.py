@@ -122,6 +122,7 @@ def _join(events: list[TokenEvent]) -> TokenEvent:
         version=version,
         tokens=tuple(token for event in events for token in event.tokens),
         logprobs=tuple(logprob for event in events for logprob in event.logprobs),
+        prompt_logprobs=next((event.prompt_logprobs for event in events if event.prompt_logprobs), ()),
     )
 
 

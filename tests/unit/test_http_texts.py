@@ -70,6 +70,21 @@ def test_log_probabilities_have_the_offsets_of_their_tokens(completions):
     assert sum((chunk.text_offset for chunk in chunks), []) == [0, 1, 2]  # noqa: RUF017
 
 
+def test_an_echo_with_log_probabilities_has_every_token_also_the_last(completions):
+    """As lm-eval-harness reads it: null for the first token, and the one that was answered comes last."""
+    asked = {"model": "clif", "prompt": "Hi!", "temperature": 0, "max_tokens": 1, "echo": True, "logprobs": 1}
+    (choice,) = completions.create(**asked).choices
+    found = choice.logprobs
+    assert choice.text.startswith("Hi!") and found.tokens[:3] == ["H", "i", "!"] and len(found.tokens) == 4
+    assert found.token_logprobs[0] is None is found.top_logprobs[0] and None not in found.token_logprobs[1:]
+    assert found.text_offset[:4] == [0, 1, 2, 3]
+    chunks = [c.choices[0].logprobs for c in completions.create(**asked, stream=True) if c.choices]
+    assert [token for chunk in chunks if chunk for token in chunk.tokens] == found.tokens
+    plain = completions.create(**{**asked, "max_tokens": 200, "echo": False}).choices[0]
+    ended = completions.create(**{**asked, "max_tokens": 200}).choices[0]
+    assert ended.finish_reason == "stop" and len(ended.logprobs.tokens) == 3 + len(plain.logprobs.tokens) + 1
+
+
 @pytest.mark.parametrize(
     ("asked", "param", "said"),
     [
@@ -82,7 +97,6 @@ def test_log_probabilities_have_the_offsets_of_their_tokens(completions):
         ({"prompt": ["a"] * 17}, "prompt", "this server allows 16"),
         ({"suffix": "x"}, "suffix", "is not offered"),
         ({"best_of": 3}, "best_of", "is not offered"),
-        ({"echo": True, "logprobs": 1}, "echo", "is not offered with logprobs"),
     ],
 )
 def test_what_cannot_be_completed_is_refused_by_name(completions, asked, param, said):

@@ -245,7 +245,7 @@ def test_the_least_and_the_largest_random_number_draw_a_token_that_is_possible(p
 
 
 ASKS_NO_MORE: dict[str, Any] = dict(
-    min_p=0.0, seed=1, max_tokens=1, guided=False, logprobs=None, ignore_eos=True, stop=()
+    min_p=0.0, seed=1, max_tokens=1, guided=False, logprobs=None, prompt_logprobs=False, ignore_eos=True, stop=()
 )
 EXTREME = [1e-300, 1e-38, 1e-8, 1.0, 1e30, 1e300]
 
