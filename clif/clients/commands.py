@@ -116,7 +116,7 @@ def evaluate(
     evaluation.check()
     longest = max_tokens or config.quality.max_tokens
     if url is not None:
-        result = evaluation.run(ServerAnswers(Endpoint.of(url, key), longest))
+        result = evaluation.run(ServerAnswers(run, config, Endpoint.of(url, key), longest))
     else:
         with LibraryAnswers(run, config, evaluation.versions, longest) as answers:
             result = evaluation.run(answers)

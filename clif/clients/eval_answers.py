@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,10 +15,15 @@ import msgspec
 from clif.adapters.store import AdapterStore
 from clif.clients.endpoint import CONNECT_S, Endpoint, message_of, said
 from clif.config import Config
-from clif.data.instruct import Row
+from clif.data.instruct import Row, SampleRejected, encode_sample
 from clif.errors import InputError
 from clif.quality.work import Answer
+from clif.tokenizer import ChatTokenizer
+from clif.types import Sampling, TrainSample
 
+READ = Sampling(max_tokens=1, logprobs=0, prompt_logprobs=True)
+"""Of a known answer behind its prompt: nothing is answered, but the shortest answer is one token."""
+TOKENIZER_FOLDER = "tokenizer"
 AT_A_TIME = 8
 SILENT_S = 300.0
 
@@ -27,7 +33,6 @@ class LibraryAnswers:
 
     def __init__(self, run: Path, config: Config, versions: Sequence[int], max_tokens: int) -> None:
         from clif.llm import LLM
-        from clif.types import Sampling
 
         store = AdapterStore(run)
         folders = {str(version): store.path(version) for version in versions if version}
@@ -37,11 +42,21 @@ class LibraryAnswers:
         self._llm = LLM(config.model.path, adapters=folders, model=model, adapter=adapter, engine=engine)
         self._sampling = Sampling(max_tokens=max_tokens)
 
-    def answer(self, rows: Sequence[Row], version: int) -> list[Answer]:
+    def answer(self, rows: Sequence[Row], version: int, loss: bool) -> list[Answer]:
         """Raises InputError for a row that does not fit the longest context."""
-        prompts = [row.messages for row in rows]
-        found = self._llm.generate(prompts, self._sampling, str(version) if version else None)
-        return [Answer.of(row, one.text) for row, one in zip(rows, found, strict=True)]
+        adapter = str(version) if version else None
+        found = self._llm.generate([row.messages for row in rows], self._sampling, adapter)
+        answers = [Answer.of(row, one.text) for row, one in zip(rows, found, strict=True)]
+        return self._with_losses(answers, rows, adapter) if loss else answers
+
+    def _with_losses(self, answers: list[Answer], rows: Sequence[Row], adapter: str | None) -> list[Answer]:
+        samples = known_answers(rows, self._llm.tokenizer, self._llm.config.model.max_context - 1)
+        prompts = [sample.ids for sample in samples.values()]
+        read = self._llm.generate(prompts, READ, adapter)
+        for index, one in zip(samples, read, strict=True):
+            logprobs = [None, *(token.logprob for token in one.prompt_logprobs)]
+            answers[index] = with_loss(answers[index], samples[index], logprobs)
+        return answers
 
     def __enter__(self) -> Self:
         return self
@@ -53,27 +68,59 @@ class LibraryAnswers:
 class ServerAnswers:
     """Answers by a CLIF server of the run, by the names of its versions."""
 
-    def __init__(self, endpoint: Endpoint, max_tokens: int) -> None:
+    def __init__(self, run: Path, config: Config, endpoint: Endpoint, max_tokens: int) -> None:
         self._endpoint, self._max_tokens = endpoint, max_tokens
+        self._tokenizer, self._longest = ChatTokenizer.load(run / TOKENIZER_FOLDER), config.model.max_context - 1
 
-    def answer(self, rows: Sequence[Row], version: int) -> list[Answer]:
+    def answer(self, rows: Sequence[Row], version: int, loss: bool) -> list[Answer]:
         """Raises InputError where the server does not answer, or has not kept the version."""
         model = f"clif@v{version:04d}" if version else "base"
         timeout = httpx.Timeout(SILENT_S, connect=CONNECT_S)
         client = httpx.Client(headers=self._endpoint.headers, timeout=timeout)
+        samples = known_answers(rows, self._tokenizer, self._longest) if loss else {}
         with client, ThreadPoolExecutor(AT_A_TIME) as threads:
             texts = list(threads.map(lambda row: self._ask(client, model, row), rows))
-        return [Answer.of(row, text) for row, text in zip(rows, texts, strict=True)]
+            read = list(threads.map(lambda sample: self._read(client, model, sample), samples.values()))
+        answers = [Answer.of(row, text) for row, text in zip(rows, texts, strict=True)]
+        for index, logprobs in zip(samples, read, strict=True):
+            answers[index] = with_loss(answers[index], samples[index], logprobs)
+        return answers
 
     def _ask(self, client: httpx.Client, model: str, row: Row) -> str:
-        body = {"model": model, "messages": row.messages, "max_tokens": self._max_tokens, "temperature": 0}
+        body = {"messages": row.messages, "max_tokens": self._max_tokens}
+        choice = self._choice(client, "chat/completions", {"model": model, **body}, row.id)
+        return str(choice["message"]["content"] or "")
+
+    def _read(self, client: httpx.Client, model: str, sample: TrainSample) -> list[float | None]:
+        """Log-probabilities of the sample's tokens; None for the first."""
+        body = {"prompt": sample.ids, "max_tokens": 1, "echo": True, "logprobs": 0}
+        choice = self._choice(client, "completions", {"model": model, **body}, sample.id)
+        return list(choice["logprobs"]["token_logprobs"])
+
+    def _choice(self, client: httpx.Client, route: str, body: dict[str, Any], row: int) -> dict[str, Any]:
+        url = self._endpoint.url
         try:
-            answer = client.post(f"{self._endpoint.url}/chat/completions", json=body)
+            answer = client.post(f"{url}/{route}", json={**body, "temperature": 0})
         except httpx.HTTPError as error:
-            raise InputError(f"{self._endpoint.url} does not answer ({said(error)})") from error
+            raise InputError(f"{url} does not answer ({said(error)})") from error
         if answer.status_code != httpx.codes.OK:
-            raise InputError(
-                f"{self._endpoint.url} refuses row {row.id}: {message_of(answer.status_code, answer.content)}"
-            )
+            raise InputError(f"{url} refuses row {row}: {message_of(answer.status_code, answer.content)}")
         tree: Any = msgspec.json.decode(answer.content)
-        return str(tree["choices"][0]["message"]["content"] or "")
+        found: dict[str, Any] = tree["choices"][0]
+        return found
+
+
+def known_answers(rows: Sequence[Row], tokenizer: ChatTokenizer, longest: int) -> dict[int, TrainSample]:
+    """Prompts with their known answers, as training reads them, by their index. Those that do not fit are left out."""
+    samples = {}
+    for index, row in enumerate(rows):
+        with suppress(SampleRejected):
+            samples[index] = encode_sample(row, tokenizer, longest)
+    return samples
+
+
+def with_loss(answer: Answer, sample: TrainSample, logprobs: Sequence[float | None]) -> Answer:
+    """logprobs: of all tokens of the sample, of which those of the known answer count."""
+    known = logprobs[sample.target_start : len(sample.ids)]
+    loss = -sum(one for one in known if one is not None)
+    return msgspec.structs.replace(answer, loss=loss, tokens=sample.targets)

@@ -23,14 +23,16 @@ from clif.quality.score import score
 from clif.quality.work import ALL, Answer, Score, Testing, Work
 from clif.storage.run_folder import CONFIG_FILE
 
+READ = {"loss", "perplexity"}
+"""Metrics of the known answers, which the model reads."""
 TEST = "test"
 """The split that is taken, where rows have it."""
 
 
 class Answering(Protocol):
-    """Answers rows with an adapter version; 0: the base model."""
+    """Answers rows with an adapter version; 0: the base model. loss: that of the known answers is wanted, too."""
 
-    def answer(self, rows: Sequence[Row], version: int) -> list[Answer]: ...
+    def answer(self, rows: Sequence[Row], version: int, loss: bool) -> list[Answer]: ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class Evaluation:
         """`versions` and `groups`, as in the summary of a run."""
         versions, groups = list[dict[str, Any]](), list[dict[str, Any]]()
         for version in self.versions:
-            scores = score(self._work(version, answering.answer(self.rows, version)))
+            scores = score(
+                self._work(version, answering.answer(self.rows, version, bool(READ.intersection(self.metrics))))
+            )
             versions.append({"version": version, "scores": _by_metric(one for one in scores if one.group == ALL)})
             names = sorted({(one.group, one.name) for one in scores if one.group != ALL})
             for group, name in names:

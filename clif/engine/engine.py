@@ -220,8 +220,6 @@ class Engine:
         # Between launch and settle there may be other work, of the host or of the device: that of the step is measured.
         own = self.overlap or self.asynchronous
         self._note(step, step.tokens.seconds() if own else now - step.start)
-        if step.tokens.prompts is not None:
-            step.tokens.prompts.keep()
         events = self.scheduler.settle(step.chunks, tokens, now)
         self.demand.answered(now, len(tokens), sum(event.finish is not None for event in events))
         logprobs = step.tokens.logprobs()

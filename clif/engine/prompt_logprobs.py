@@ -62,7 +62,7 @@ class PromptLogprobs:
     top: torch.Tensor
 
     def keep(self) -> None:
-        """Give the sequences what belongs to them, once it is on the host. A preempted one begins anew."""
+        """Give the sequences what belongs to them, once it is on the host. A preempted one starts over."""
         values, top, at = self.values.tolist(), self.top.tolist(), 0
         for part in self.scoring.parts:
             scored, asked = part.sequence.scored, part.sequence.request.sampling.logprobs

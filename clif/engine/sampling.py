@@ -134,10 +134,16 @@ class SampledTokens:
         self._events[1].record(torch.cuda.current_stream(tokens.device))
 
     def read(self) -> list[int]:
-        """Wait for the step, and no other work, and return its tokens: one or NO_TOKEN per sequence."""
+        """Wait for the step, and no other work, and return its tokens: one or NO_TOKEN per sequence.
+
+        The sequences get what is reported of their prompts.
+        """
         if self._events is not None and self._host is not None:
             self._events[1].synchronize()
             self._known, self._host = self._host.tolist(), None
+        prompts, self.prompts = self.prompts, None
+        if prompts is not None:
+            prompts.keep()
         return self._known
 
     def logprobs(self) -> dict[int, TokenLogprob]:

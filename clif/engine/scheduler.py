@@ -36,7 +36,7 @@ class Sequence:
     far. arrived_s and last_s (time of the last token) are on the engine's clock.
     sampled_at: where its token is among those of the last step in which it took one. guide: changes the logits of its
     tokens. id, max_total_tokens: the request's. ends_early: a token or a text may end its answer. scored: what is known
-    of the prompt's log-probabilities, None if nobody asks, or once they are sent.
+    of the prompt's log-probabilities, None if they are not asked for, or once they are sent.
 
     What each step looks at lies here and not in the request: after a forward nothing of either is in the caches.
     """

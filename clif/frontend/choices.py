@@ -64,7 +64,7 @@ class Choice:
 def of_text(event: TokenEvent, eos_ids: tuple[int, ...]) -> tuple[TokenLogprob, ...]:
     """Without that of the token that ends an answer: it is no part of its text.
 
-    Who asks for those of the prompt, too, counts tokens and not texts, and gets every one.
+    A request for those of the prompt gets every one: its tokens are counted.
     """
     ended = event.finish is FinishReason.STOP and event.logprobs[-1].token in eos_ids
     return event.logprobs[:-1] if ended else event.logprobs

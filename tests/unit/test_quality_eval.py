@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import make_rig, random_state
+from helpers import finish, make_rig, random_state
 from http_run import HttpRun, http_config
 from typer.testing import CliRunner
 
@@ -14,7 +14,7 @@ from clif.adapters.store import AdapterStore
 from clif.cli import app
 from clif.clients.evaluate import choose_metrics, choose_rows, choose_versions, read_run
 from clif.config import config_from_tree
-from clif.data.instruct import DataError
+from clif.data.instruct import DataError, encode_samples, read_rows
 from clif.errors import InputError
 from clif.llm import LLM
 from clif.types import AdapterVersion, Sampling
@@ -56,13 +56,20 @@ def test_versions_are_answered_as_by_the_library_and_written_as_json(stored: Pat
         tmp_path / "d", *({"prompt": p, "completion": f"{t}."} for p, t in zip(prompts, known, strict=True))
     )
     said = RUNNER.invoke(
-        app, ["eval", str(stored), "--data", str(data), "--metrics", "exact_match,chrf", "--max-tokens", "8"]
+        app, ["eval", str(stored), "--data", str(data), "--metrics", "loss,exact_match,chrf", "--max-tokens", "8"]
     )
     assert said.exit_code == 0, said.output
     assert "chrf" in said.output and "95 % interval" in said.output
     result = json.loads((stored / "eval.json").read_text())
     base, active = result["versions"]
     assert (base["version"], active["version"], result["rows"]) == (0, 2, 3)
+    loss = active["scores"]["loss"]
+    assert loss["low"] < loss["value"] < loss["high"]
+    rig = make_rig(config.model.path, seed=config.run.seed)
+    samples = encode_samples(read_rows(data), rig.loaded.tokenizer, 256)[0]
+    total, tokens = float(finish(rig.train_runner.loss(samples, None))), sum(sample.targets for sample in samples)
+    assert base["scores"]["loss"]["value"] == pytest.approx(total / tokens, rel=1e-4), "as training computes it"
+    assert base["scores"]["loss"]["count"] == tokens
     assert active["scores"]["chrf"]["value"] > 80 > base["scores"]["chrf"]["value"]
 
 
@@ -95,7 +102,9 @@ def test_a_server_answers_by_the_names_of_its_versions(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows", {"prompt": "ask now"}, {"prompt": "ask"})
     with HttpRun(http_config(tmp_path)) as run:
         command = ["eval", str(run.config.run_dir), "--data", str(data), "--url", run.url, "--max-tokens", "8"]
-        said = RUNNER.invoke(app, [*command, "--metrics", "exact_match"])
+        said = RUNNER.invoke(app, [*command, "--metrics", "exact_match,loss"])
         assert said.exit_code == 0, (said.output, said.exception)
         result = json.loads((run.config.run_dir / "eval.json").read_text())
-        assert [line["scores"]["exact_match"]["count"] for line in result["versions"]] == [2]
+        (base,) = result["versions"]
+        # The emulated replica is certain of every token of a prompt.
+        assert base["scores"]["exact_match"]["count"] == 2 and base["scores"]["loss"]["value"] == 0.0
