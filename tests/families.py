@@ -145,5 +145,18 @@ FAMILIES = (
         {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "norm_topk_prob": False},
         targets="attention",
     ),
+    Family(
+        "gpt_oss",
+        "gpt-oss",
+        "gpt_oss",
+        {
+            "num_local_experts": 6, "num_experts_per_tok": 2, "swiglu_limit": 1.5, "sliding_window": WINDOW,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                "truncate": False, "original_max_position_embeddings": 64,
+            },
+        },
+        targets="attention",
+    ),
 )  # fmt: skip
 """Of each family every way in which its models are built."""

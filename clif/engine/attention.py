@@ -145,4 +145,4 @@ def _decode(query: torch.Tensor, cache: torch.Tensor, group: DecodeGroup, scores
     grouped = (query * scores.scale).view(n, kv_heads, heads // kv_heads, d).transpose(0, 1)
     k, v = read_slots(cache, group.context, query.dtype).view(2 * kv_heads, n, -1, d).chunk(2)
     products = cap_(torch.matmul(grouped, k.transpose(-1, -2)), scores.softcap).add_(group.added)
-    return torch.matmul(products.softmax(-1), v).transpose(0, 1).reshape(n, heads * d)
+    return torch.matmul(scores.softmax(products, 2, 0), v).transpose(0, 1).reshape(n, heads * d)

@@ -88,8 +88,6 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
         ops = choose_ops(loaded.device, loaded.dtype, max(config.model.max_context, PROBE), kv_dtype, cpu_level)
         stack = CausalStack(loaded.model, tp_group, ops, config.model.max_context)
         stack.varlen = choose_varlen(loaded.device, loaded.dtype, stack.head_dim) if stack.plain else None
-        if stack.routed and choose_grouped(loaded.device, loaded.dtype):
-            stack.group_experts()
         # The same first A on every replica: FedAvg averages factors, which makes sense from a common start only.
         torch.manual_seed(config.run.seed)
         bank = inject(stack, config.adapter)
@@ -99,6 +97,8 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
                 # Before it is quantised: that changes results, which is no fault of the architecture.
                 compare(stack, expected)
             log.info("%s", quantise(stack, bits))
+        if stack.routed and choose_grouped(loaded.device, loaded.dtype):
+            stack.group_experts()
         launcher = choose_kernels(config.engine.lora_kernel, loaded.device, loaded.dtype, config.adapter.r)
         captured = choose_captured_kernels(config.engine, loaded.device, loaded.dtype, config.adapter.r)
         for linear in stack.linears if launcher or captured else ():
@@ -120,10 +120,10 @@ def _decode_kernel(config: EngineConfig, stack: CausalStack) -> Literal["auto", 
         return config.decode_kernel
     if config.decode_kernel == "triton":
         raise ConfigError(
-            "engine.decode_kernel triton computes neither windows nor caps of scores, which this model has: set "
+            "engine.decode_kernel triton computes no windows, caps or sinks of scores, which this model has: set "
             "engine.decode_kernel=torch"
         )
-    log.info("attention: torch's products, for windows or caps of scores")
+    log.info("attention: torch's products, for windows, caps or sinks of scores")
     return "torch"
 
 

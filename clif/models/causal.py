@@ -91,7 +91,7 @@ class CausalSequences:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores
     ) -> torch.Tensor:
         """query [rows, heads, d], key and value [rows, kv_heads, d] -> [rows, heads * d]."""
-        if query.is_cuda and scores.softcap is None:
+        if query.is_cuda and scores.fusible:
             return self._fused(query, key, value, scores).flatten(1)
         out: torch.Tensor = _Attend.apply(query, key, value, self, scores)
         return out.flatten(1)

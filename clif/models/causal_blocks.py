@@ -38,8 +38,8 @@ def probabilities(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scores: 
     q [s, kv_heads, g * queries, d], k [s, kv_heads, keys, d], mask [queries, keys]: [s, kv_heads, g * queries, keys].
     """
     made = products(q, k, scores)
-    made.unflatten(2, (-1, len(mask))).add_(mask)
-    return made.softmax(-1)
+    by_head = made.unflatten(2, (-1, len(mask))).add_(mask)
+    return scores.softmax(by_head, 2, 1).flatten(2, 3)
 
 
 def score_gradients(

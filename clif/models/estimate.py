@@ -124,15 +124,24 @@ def _weights(config: Config, spec: ModelSpec, tp_size: int, number: int, padded:
     """
     bits, layers = QUANTISED.get(config.model.weight_dtype), spec.num_layers
     shapes, head = _shapes(spec, tp_size), _head(spec, tp_size)
-    routers = spec.layer.mlp.count if isinstance(spec.layer.mlp, Experts) else 0
-    # Rows of the hidden size: embedding, norms and what chooses experts.
-    rest = number * (spec.vocab_size + layers * (len(spec.layer.all_norms) + routers) + 1) * spec.hidden_size
+    # Rows of the hidden size: embedding and norms.
+    rest = number * (spec.vocab_size + layers * len(spec.layer.all_norms) + 1) * spec.hidden_size
+    rest += number * layers * _choosing(spec, tp_size)
     if bits is not None:
         unit = PACKED if padded else 1
         of_layer, of_head = (sum(quantised_bytes(*one, bits, unit) for one in some) for some in (shapes, [head]))
         return rest + layers * of_layer + of_head
     # Where the head is tied, it is a view of the embedding.
     return rest + number * (layers * sum(map(math.prod, shapes)) + (0 if spec.tied else math.prod(head)))
+
+
+def _choosing(spec: ModelSpec, tp_size: int) -> int:
+    """Numbers of what chooses a layer's experts, and of their biases."""
+    mlp = spec.layer.mlp
+    if not isinstance(mlp, Experts):
+        return 0
+    biases = -(-2 * mlp.inner // tp_size) + spec.hidden_size if mlp.biases else 0
+    return mlp.count * (spec.hidden_size + biases)
 
 
 def _shapes(spec: ModelSpec, tp_size: int) -> list[tuple[int, int]]:

@@ -99,9 +99,9 @@ class ExpertLinears:
     @property
     def can_group(self) -> bool:
         """Whether torch's grouped products take these weights."""
-        sizes = self.weights.shape[1:]
-        plain = all(isinstance(one.base, Dense) for one in self.each)
-        return plain and not any(size * self.weights.itemsize % ALIGNED for size in sizes)
+        if not all(isinstance(one.base, Dense) for one in self.each):
+            return False
+        return not any(size * self.weights.itemsize % ALIGNED for size in self.weights.shape[1:])
 
 
 def choose_grouped(device: torch.device, dtype: torch.dtype) -> bool:

@@ -22,7 +22,7 @@ from clif.models.dual_linear import DualLinear, LoraRows
 from clif.models.expert_spec import Experts
 from clif.models.experts import RoutedMlp, routed_mlp
 from clif.models.layer_ops import CacheRows, HeadLayout, LayerOps, Norm, Rope, Unnormed
-from clif.models.layer_spec import LayerKind, LayerSpec, LinearGroup
+from clif.models.layer_spec import Features, LayerKind, LayerSpec, LinearGroup
 from clif.models.mlp import GatedMlp
 from clif.models.qk_norm import ProjectionNorms, projection_norms
 from clif.models.scores import Scores
@@ -109,7 +109,10 @@ class DecoderLayer:
             self.projection_norms, norms = projection_norms(norms, (query, key), tp_group), None
         self.rotary = ops.rotary(HeadLayout(heads, kv_heads, head_dim, norms, spec.attention.rotary_dim))
         scale: float = getattr(_part_of(module, spec.attention.module), "scaling", head_dim**-0.5)
-        self.scores = Scores(scale, None if kind is None else kind.window, spec.attention.softcap)
+        sinks = None if spec.attention.sinks is None else part(spec.attention.sinks).data
+        if sinks is not None:
+            sinks = Features(spec.attention.heads).shard(tp_group.rank, tp_group.size).take(sinks, 0)
+        self.scores = Scores(scale, None if kind is None else kind.window, spec.attention.softcap, sinks)
 
     def __call__(
         self,
@@ -162,7 +165,7 @@ class DecoderLayer:
         Whatever computes a whole layer at once asks first.
         """
         if not self.scores.plain:
-            return "a layer has " + ("a window" if self.scores.softcap is None else "capped scores")
+            return "a layer has " + ("a window" if self.scores.fusible else "scores that are capped or have sinks")
         if self.post_norm is not None or self.post_mlp_norm is not None:
             return "a layer has norms behind attention and MLP"
         if self.residual_scale != 1.0:

@@ -96,7 +96,8 @@ class AttentionSpec:
 
     norms: of query and key, used where a layer has them; they are over each head, or over all heads of the projection
     at once. rope: kind of rotary embedding. rotary_dim: numbers at the front of each head that it turns. softcap:
-    scores s become softcap * tanh(s / softcap); None: they stay.
+    scores s become softcap * tanh(s / softcap); None: they stay. sinks: of the scores of each head; None: there are
+    none. angles: how often the rotary embedding's module gives each of them.
     """
 
     module: str
@@ -108,6 +109,8 @@ class AttentionSpec:
     rotary_dim: int
     norms_over: Literal["head", "projection"] = "head"
     softcap: float | None = None
+    sinks: str | None = None
+    angles: Literal["once", "twice"] = "twice"
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,8 @@ class LayerSpec:
     def needed(self) -> tuple[str, ...]:
         """Names of what a layer must have."""
         own = self.mlp.parts if isinstance(self.mlp, Experts) else (self.mlp.activation,)
-        return (*self.all_norms, *self.module_names, *own)
+        sinks = () if self.attention.sinks is None else (self.attention.sinks,)
+        return (*self.all_norms, *self.module_names, *own, *sinks)
 
     @property
     def all_norms(self) -> tuple[str, ...]:
@@ -252,6 +256,8 @@ class ModelSpec:
             for group in self.layer.linears:
                 for module in group.modules:
                     yield f"{self.layers}.{layer}.{module.name}.weight", (module.size, group.inputs.size)
+            if self.layer.attention.sinks is not None:
+                yield f"{self.layers}.{layer}.{self.layer.attention.sinks}", (self.layer.attention.heads,)
             if isinstance(self.layer.mlp, Experts):
                 for name, shape in self.layer.mlp.tensors(self.hidden_size):
                     yield f"{self.layers}.{layer}.{name}", shape

@@ -1,6 +1,7 @@
 """How a layer's attention makes scores of query and key, beside the causal mask.
 
-Sources: sliding windows (Beltagy et al. 2020; Jiang et al. 2023, Mistral); soft caps (Gemma 2, Gemma Team 2024).
+Sources: sliding windows (Beltagy et al. 2020; Jiang et al. 2023, Mistral); soft caps (Gemma 2, Gemma Team 2024);
+sinks (Xiao et al. 2023; gpt-oss, OpenAI 2025).
 """
 
 from __future__ import annotations
@@ -14,17 +15,34 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 class Scores(NamedTuple):
     """scale: of products of query and key. window: tokens that a row sees, its own included; None: all before it.
 
-    softcap: scores s become softcap * tanh(s / softcap); None: they stay.
+    softcap: scores s become softcap * tanh(s / softcap); None: they stay. sinks [heads]: scores that take their share
+    of each row's softmax and give nothing; None: there are none.
     """
 
     scale: float
     window: int | None = None
     softcap: float | None = None
+    sinks: torch.Tensor | None = None
 
     @property
     def plain(self) -> bool:
         """Whether they are products times the scale, of all tokens before a row."""
-        return self.window is None and self.softcap is None
+        return self.window is None and self.fusible
+
+    @property
+    def fusible(self) -> bool:
+        """Whether they are products times the scale, under some mask."""
+        return self.softcap is None and self.sinks is None
+
+    def softmax(self, products: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
+        """Of capped and masked products [.., tokens], where dimensions `kv_heads` and `heads` are those of KV heads and
+        of the query heads of each."""
+        if self.sinks is None:
+            return products.softmax(-1)
+        shape = [1] * products.dim()
+        shape[kv_heads], shape[heads] = products.shape[kv_heads], -1
+        sinks = self.sinks.to(products.dtype).view(shape).expand(*products.shape[:-1], 1)
+        return torch.cat((products, sinks), -1).softmax(-1)[..., :-1]
 
     @property
     def plain_scale(self) -> float:
@@ -51,12 +69,12 @@ def masked_attention(
 
     The window is that of `seen`.
     """
-    if scores.softcap is None:
+    if scores.fusible:
         q, k, v = (t.unsqueeze(0) for t in (query, key, value))
         got = sdpa(q, k, v, attn_mask=seen, scale=scores.scale, enable_gqa=True)[0]
     else:
         grouped = (query * scores.scale).unflatten(0, (len(key), -1))
         products = cap_(torch.matmul(grouped, key.transpose(-1, -2).unsqueeze(1)), scores.softcap)
         products.masked_fill_(~seen, -torch.inf)
-        got = torch.matmul(products.softmax(-1), value.unsqueeze(1)).flatten(0, 1)
+        got = torch.matmul(scores.softmax(products, 1, 0), value.unsqueeze(1)).flatten(0, 1)
     return got.transpose(0, 1).flatten(1)

@@ -213,10 +213,20 @@ def qwen3_moe(tree: Tree) -> ModelSpec:
     return _with_experts(tree, int(tree["moe_intermediate_size"]), ExpertFiles("mlp.gate", *experts))
 
 
-def _with_experts(tree: Tree, inner: int, files: ExpertFiles) -> ModelSpec:
+def gpt_oss(tree: Tree) -> ModelSpec:
+    """Windows in every other layer, sinks of scores, and experts with biases and a gate of their own."""
+    tree = _typed(tree, lambda layer: bool((layer + 1) % 2))
+    own = {"router": "mlp.router", "activation": "mlp.experts._apply_gate", "paired": True}
+    spec = _with_experts(tree, int(tree["intermediate_size"]), None, **own)
+    attention = replace(spec.layer.attention, sinks="self_attn.sinks", angles="once")
+    return replace(spec, layer=replace(spec.layer, attention=attention))
+
+
+def _with_experts(tree: Tree, inner: int, files: ExpertFiles | None, **own: Any) -> ModelSpec:
+    """Every layer's MLP is one of experts. own: fields of Experts."""
     spec, count = llama(tree), tree.get("num_local_experts") or tree["num_experts"]
     linears = tuple(group for group in spec.layer.linears if group.name in ("qkv", "out"))
-    experts = Experts(int(count), int(tree["num_experts_per_tok"]), inner, files)
+    experts = Experts(int(count), int(tree["num_experts_per_tok"]), inner, files, **own)
     return replace(spec, layer=replace(spec.layer, linears=linears, mlp=experts))
 
 
@@ -245,8 +255,9 @@ def _modules(block: str, **outputs: Features) -> tuple[LinearModule, ...]:
 
 
 FAMILIES: dict[str, Callable[[Tree], ModelSpec]] = {
-    "gemma": gemma, "gemma2": gemma2, "gemma3_text": gemma3, "granite": granite, "internlm3": llama, "llama": llama,
-    "ministral": llama, "ministral3": llama, "mistral": llama, "mixtral": mixtral, "olmo2": olmo2, "olmo3": olmo3,
-    "phi3": phi3, "qwen2": qwen, "qwen3": qwen, "qwen3_moe": qwen3_moe, "seed_oss": llama, "smollm3": smollm3,
+    "gemma": gemma, "gemma2": gemma2, "gemma3_text": gemma3, "gpt_oss": gpt_oss, "granite": granite,
+    "internlm3": llama, "llama": llama, "ministral": llama, "ministral3": llama, "mistral": llama, "mixtral": mixtral,
+    "olmo2": olmo2, "olmo3": olmo3, "phi3": phi3, "qwen2": qwen, "qwen3": qwen, "qwen3_moe": qwen3_moe,
+    "seed_oss": llama, "smollm3": smollm3,
 }  # fmt: skip
 """By model_type: families that CLIF's own tests prove to be computed rightly. A model of any other is refused."""

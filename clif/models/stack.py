@@ -68,7 +68,8 @@ class CausalStack:
         # Attention of rows that learn is another kernel's where scores are plain.
         self._attending = self._training if self.plain else None
         like = inner.embed_tokens.weight
-        self.angles = tuple(ops.angles(_rotary(inner.rotary_emb, rope), like) for rope in spec.ropes)
+        rotary = _twice(inner.rotary_emb) if spec.layer.attention.angles == "once" else inner.rotary_emb
+        self.angles = tuple(ops.angles(_rotary(rotary, rope), like) for rope in spec.ropes)
         head: Any = model.get_output_embeddings()
         changes = LogitChanges(spec.logits_scale, spec.logits_softcap)
         self.head = Head(head, self.vocab_size, head.weight is inner.embed_tokens.weight, tp_group, changes)
@@ -204,6 +205,11 @@ def _unturned(module: Any, like: torch.Tensor, positions: torch.Tensor) -> tuple
     """Angles of zero."""
     cos, sin = module(like, positions)
     return torch.ones_like(cos), torch.zeros_like(sin)
+
+
+def _twice(module: Any) -> Any:
+    """The same with each angle for both numbers that it turns."""
+    return lambda *where, **kind: tuple(torch.cat((t, t), -1) for t in module(*where, **kind))
 
 
 def check_model(model: transformers.PreTrainedModel, spec: ModelSpec) -> Any:

@@ -19,7 +19,8 @@ SHARED = ("mistral-window", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "olmo
 
 @pytest.mark.slow  # Each case starts ranks twice.
 @pytest.mark.parametrize(
-    ("name", "size"), [("phi3", 2), ("phi3-partial", 2), ("granite", 2), ("mixtral", 2), ("qwen3_moe", 4)]
+    ("name", "size"),
+    [("phi3", 2), ("phi3-partial", 2), ("granite", 2), ("mixtral", 2), ("qwen3_moe", 4), ("gpt_oss", 2)],
 )
 def test_several_ranks_compute_what_one_computes(tmp_path, name, size):
     """Tokens, gradients, steps and whole adapters, also where query, key and value lie in one weight."""

@@ -12,6 +12,7 @@ from tests.counted_bytes import CountedBytes
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, D = 4, 2, 8
+SINKS = torch.tensor([-1.0, 0.5, 2.0, 0.0])
 
 
 def expected(lengths: list[int], scores: Scores, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -26,19 +27,26 @@ def expected(lengths: list[int], scores: Scores, q: torch.Tensor, k: torch.Tenso
         hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
         if scores.window is not None:
             hidden |= torch.ones(length, length, dtype=torch.bool).tril(-scores.window)
-        out.append(torch.einsum("hij,jhd->ihd", made.masked_fill(hidden, -torch.inf).softmax(-1), v[rows]))
+        made = made.masked_fill(hidden, -torch.inf)
+        if scores.sinks is not None:
+            made = torch.cat((made, scores.sinks.view(-1, 1, 1).expand(-1, length, 1).to(made)), -1)
+        out.append(torch.einsum("hij,jhd->ihd", made.softmax(-1)[..., :length], v[rows]))
         at += length
     return torch.cat(out)
 
 
 @pytest.mark.parametrize("lengths", [[5], [7, 7], [3, 40, 5, 33, 1], [40, 7, 33]], ids=str)
-@pytest.mark.parametrize("scores", [Scores(0.3), Scores(0.3, 4), Scores(0.3, None, 0.5), Scores(0.3, 6, 0.5)], ids=str)
+@pytest.mark.parametrize(
+    "scores",
+    [Scores(0.3), Scores(0.3, 4), Scores(0.3, None, 0.5), Scores(0.3, 6, 0.5), Scores(0.3, 6, None, SINKS)],
+    ids=["plain", "window", "cap", "window and cap", "window and sinks"],
+)
 @pytest.mark.parametrize("way", ["attend", "_fused", "blocks"])
 def test_sequences_see_their_own_past_alone_forward_and_backward(
     lengths: list[int], way: str, scores: Scores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if way == "_fused" and scores.softcap is not None:
-        pytest.skip("torch's fused attention caps nothing")
+    if way == "_fused" and not scores.fusible:
+        pytest.skip("torch's fused attention has neither caps nor sinks")
     if way == "blocks":
         monkeypatch.setattr("clif.models.causal.LONG", 6)
         monkeypatch.setattr("clif.models.causal_blocks.BLOCK_NUMBERS", 0)

@@ -36,7 +36,6 @@ WRONG = {
     "stablelm": {"model_type": "stablelm"},
     "partial rotary": {"model_type": "glm4", "partial_rotary_factor": 0.5},
     "cohere2": {"model_type": "cohere2", "sliding_window": 256, "layer_types": ["full_attention"] * 2},
-    "gpt_oss": {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2},
     "bloom": {"model_type": "bloom"},
     "mamba": {"model_type": "mamba"},
     "qwen3_moe without experts in one layer": {
@@ -79,6 +78,7 @@ RIGHT = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     },
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
     "qwen2 with biases": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3"},
 }  # fmt: skip
