@@ -19,6 +19,7 @@ from typing import Any, get_args
 
 from api_tables import bodies_tables, errors_table, routes_table
 from kernel_limits import limits_table, spread_table
+from models_table import families_table
 
 from clif.config import Config
 from clif.config.base import Section
@@ -26,7 +27,7 @@ from clif.config.relevance import ALWAYS, RELEVANCE
 from clif.metrics.schema import CONTROL_TABLES, RANK_TABLES, REQUIRED, TABLES, Column
 
 DOCS = Path(__file__).resolve().parent
-PAGES = ("api.md", "configuration.md", "metrics.md", "kernels.md")
+PAGES = ("api.md", "configuration.md", "metrics.md", "kernels.md", "models.md")
 MARK = re.compile(r"^\{\{ (\w+)(?: ([\w.]+))? \}\}$", re.MULTILINE)
 UNITS = {"_s": "s", "_ms": "ms", "_mib": "MiB", "_rps": "requests/s"}
 """Units that a field's name tells."""
@@ -85,6 +86,7 @@ MAKERS: dict[str, Callable[[str], Iterator[str]]] = {
     "routes": routes_table,
     "bodies": bodies_tables,
     "errors": errors_table,
+    "families": families_table,
 }
 
 

@@ -24,14 +24,15 @@ def _rope(kind: str, **fields: Any) -> dict[str, Any]:
 class Family:
     """One family in one shape. models: what people know it by. fields: of its config.json, beside SIZES.
 
-    tp: numbers of ranks that tests share it among. targets: linear layers that an adapter may belong to.
+    tp: numbers of ranks that tests share it among; none: its parts are Llama's. targets: linear layers that an adapter
+    may belong to.
     """
 
     name: str
     models: str
     model_type: str
     fields: dict[str, Any] = field(default_factory=dict)
-    tp: tuple[int, ...] = (2, 4)
+    tp: tuple[int, ...] = ()
     targets: str = "attention and MLP"
 
     @property
@@ -42,8 +43,9 @@ class Family:
 
 LONG = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [4.0] * 8}
 MINISTRAL = _rope("yarn", factor=2.0, original_max_position_embeddings=256, llama_4_scaling_beta=0.1)
+BOTH = (2, 4)
 FAMILIES = (
-    Family("llama", "Llama 2 and 3", "llama"),
+    Family("llama", "Llama 2 and 3", "llama", tp=BOTH),
     Family("llama-linear", "rope scaling: linear", "llama", _rope("linear", factor=4.0)),
     Family("llama-dynamic", "rope scaling: dynamic", "llama", _rope("dynamic", factor=4.0)),
     Family(
@@ -64,7 +66,7 @@ FAMILIES = (
         ),
     ),
     Family("mistral", "Mistral 7B", "mistral", {"sliding_window": None}),
-    Family("mistral-window", "Mistral 7B v0.1", "mistral", {"sliding_window": WINDOW}),
+    Family("mistral-window", "Mistral 7B v0.1", "mistral", {"sliding_window": WINDOW}, tp=BOTH),
     Family("ministral3", "Ministral 3", "ministral3", MINISTRAL),
     Family(
         "ministral", "Ministral 8B", "ministral",
@@ -73,14 +75,14 @@ FAMILIES = (
     Family("internlm3", "InternLM 3", "internlm3"),
     Family("seed_oss", "Seed-OSS", "seed_oss"),
     Family("smollm3", "SmolLM 3", "smollm3"),
-    Family("qwen2", "Qwen 2 and 2.5", "qwen2"),
+    Family("qwen2", "Qwen 2 and 2.5", "qwen2", tp=BOTH),
     Family(
         "qwen2-window",
         "Qwen 2 with windows switched on",
         "qwen2",
         {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
     ),
-    Family("qwen3", "Qwen 3", "qwen3"),
+    Family("qwen3", "Qwen 3", "qwen3", tp=BOTH),
     Family("gemma", "Gemma", "gemma", {"tie_word_embeddings": True}),
     Family(
         "gemma2",
@@ -90,6 +92,7 @@ FAMILIES = (
             "sliding_window": WINDOW, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0,
             "final_logit_softcapping": 3.0, "tie_word_embeddings": True,
         },
+        tp=BOTH,
     ),
     Family(
         "gemma3",
@@ -103,6 +106,7 @@ FAMILIES = (
                 SLIDING: {"rope_type": "default", "rope_theta": 1e4},
             },
         },
+        tp=BOTH,
     ),
     Family(
         "granite",
@@ -112,9 +116,10 @@ FAMILIES = (
             "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0,
             "attention_multiplier": 0.2,
         },
+        tp=(2,),
     ),
-    Family("olmo2", "OLMo 2", "olmo2"),
-    Family("olmo3", "OLMo 3", "olmo3", {"sliding_window": WINDOW}),
+    Family("olmo2", "OLMo 2", "olmo2", tp=BOTH),
+    Family("olmo3", "OLMo 3", "olmo3", {"sliding_window": WINDOW}, tp=BOTH),
     Family("phi3", "Phi 3 and Phi 4", "phi3", tp=(2,)),
     Family(
         "phi3-partial",
@@ -127,9 +132,11 @@ FAMILIES = (
                 "short_factor": [1.0 + 0.1 * i for i in range(4)], "long_factor": [4.0] * 4,
             },
         },
+        tp=(2,),
     ),
     Family(
-        "mixtral", "Mixtral", "mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2}, targets="attention"
+        "mixtral", "Mixtral", "mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2}, targets="attention",
+        tp=(2,),
     ),
     Family(
         "qwen3_moe",
@@ -137,6 +144,7 @@ FAMILIES = (
         "qwen3_moe",
         {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "norm_topk_prob": True},
         targets="attention",
+        tp=(4,),
     ),
     Family(
         "qwen3_moe-unscaled",
@@ -157,6 +165,7 @@ FAMILIES = (
             },
         },
         targets="attention",
+        tp=(2,),
     ),
 )  # fmt: skip
 """Of each family every way in which its models are built."""

@@ -9,19 +9,18 @@ from typing import Any
 import bodies_tp
 import pytest
 from bodies_tp import assert_equal
-from families import FAMILIES
+from families import BOTH, FAMILIES
 from ranks import run_ranks
 
 BY_NAME = {family.name: family for family in FAMILIES}
-SHARED = ("mistral-window", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "olmo3")
+ALONE = [(family.name, size) for family in FAMILIES for size in family.tp if family.tp != BOTH]
+"""Those whose weights are cut in other ways than Llama's."""
+SHARED = [family.name for family in FAMILIES if family.tp == BOTH and family.name != "llama"]
 """What differs in what lies between the shared layers, and in their heads; Llama has a test of its own."""
 
 
 @pytest.mark.slow  # Each case starts ranks twice.
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [("phi3", 2), ("phi3-partial", 2), ("granite", 2), ("mixtral", 2), ("qwen3_moe", 4), ("gpt_oss", 2)],
-)
+@pytest.mark.parametrize(("name", "size"), ALONE)
 def test_several_ranks_compute_what_one_computes(tmp_path, name, size):
     """Tokens, gradients, steps and whole adapters, also where query, key and value lie in one weight."""
     (tmp_path / "config.json").write_text(json.dumps(BY_NAME[name].config))

@@ -228,13 +228,16 @@ def test_ranks_quantise_their_own_parts(tiny_config: Path, kind: str):
         assert float(apart.norm()) < WORST[kind] * float(all_.matrix.dense(torch.float32).norm())
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", [one for one in FAMILIES if "-" not in one.name], ids=lambda one: one.name)
-def test_each_family_computes_with_the_weights_that_the_whole_numbers_stand_for(family: Family, tmp_path: Path):
+def test_each_family_computes_with_the_weights_that_the_whole_numbers_stand_for(
+    family: Family, kind: str, tmp_path: Path
+):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(family.config))
     config = small_config(f"random:{file}")
     stacks = [CausalStack(load_model(config.model, torch.device("cpu"), 3).model) for _ in range(2)]
-    quantise(stacks[0], 4)
+    quantise(stacks[0], BITS[kind])
     for mine, other in zip(*(stack._weighed() for stack in stacks), strict=True):
         base: Any = other.base
         weight: Any = mine.base
@@ -244,5 +247,5 @@ def test_each_family_computes_with_the_weights_that_the_whole_numbers_stand_for(
     assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
     held = sum(t.nbytes for part in stacks[0]._weighed() for t in part.base.tensors[:2])
     held += sum(p.nbytes for p in stacks[0].model.parameters())
-    whole = config.model_copy(update={"model": config.model.model_copy(update={"weight_dtype": "int4"})})
+    whole = config.model_copy(update={"model": config.model.model_copy(update={"weight_dtype": kind})})
     assert estimate(whole, read_spec(config.model.path), 1, "cpu").weights == pytest.approx(held, rel=0.05)
