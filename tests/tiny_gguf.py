@@ -11,11 +11,19 @@ HIDDEN, LAYERS, HEADS, KV_HEADS, INNER = 96, 2, 6, 3, 192
 CONTEXT = 256
 
 
-def write_gguf(path: Path, seed: int = 0, freqs: bool = False, scaling: str | None = None, window: int = 0) -> str:
+def write_gguf(
+    path: Path,
+    seed: int = 0,
+    freqs: bool = False,
+    scaling: str | None = None,
+    window: int = 0,
+    experts: int = 0,
+    turned: int = HIDDEN // HEADS,
+) -> str:
     """A Llama with tied embeddings and a byte-level tokenizer; returns the path.
 
     freqs: with factors of its rotary frequencies, as files of Llama 3.1 have them; scaling: kind of their scaling;
-    window: of its attention, tokens.
+    window: of its attention, tokens; experts: how many it says that it has; turned: numbers of a head that are rotated.
     """
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
@@ -25,7 +33,9 @@ def write_gguf(path: Path, seed: int = 0, freqs: bool = False, scaling: str | No
     writer.add_feed_forward_length(INNER)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
-    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_rope_dimension_count(turned)
+    if experts:
+        writer.add_expert_count(experts)
     writer.add_rope_freq_base(10_000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     if scaling is not None:

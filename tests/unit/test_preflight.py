@@ -266,6 +266,8 @@ def test_a_gguf_file_tells_its_sizes_and_lacks_no_tensor(tmp_path):
         ({"freqs": True}, "scaled rotary frequencies .*: choose the model as a folder with safetensors"),
         ({"scaling": "yarn"}, "scaled rotary frequencies .*: choose the model as a folder with safetensors"),
         ({"window": 32}, "sliding-window attention over 32 tokens"),
+        ({"experts": 4}, "has experts, .*: choose the model as a folder with safetensors"),
+        ({"turned": 8}, "turns 8 of the [0-9]+ numbers of each head .*: choose the model as a folder"),
     ],
 )
 def test_what_transformers_does_not_read_from_a_gguf_file_is_refused(tmp_path, more, sentence):

@@ -28,6 +28,7 @@ GGUF_NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up",
 }  # fmt: skip
 
 
@@ -76,16 +77,16 @@ def _of_adapter(folder: Path) -> str:
 
 
 def check_gguf(header: GgufHeader, spec: ModelSpec, name: str) -> None:
-    """Raises ConfigError for a file without all tensors of a Llama-style model of this spec."""
-    wanted = dict(spec.tensors(tied=True))
-    _compare({_in_gguf(tensor): sizes for tensor, sizes in wanted.items()}, header.tensors, name)
+    """Raises ConfigError for a file without all tensors of a model of this spec, as far as their names are known."""
+    wanted = {_in_gguf(tensor): sizes for tensor, sizes in spec.tensors(tied=True)}
+    _compare({tensor: sizes for tensor, sizes in wanted.items() if tensor is not None}, header.tensors, name)
 
 
-def _in_gguf(tensor: str) -> str:
+def _in_gguf(tensor: str) -> str | None:
     *where, _ = tensor.split(".")
-    if where[:2] == ["model", "layers"]:
-        return f"blk.{where[2]}.{GGUF_NAMES['.'.join(where[3:])]}.weight"
-    return f"{GGUF_NAMES['.'.join(where)]}.weight"
+    block = f"blk.{where[2]}." if where[:2] == ["model", "layers"] else ""
+    found = GGUF_NAMES.get(".".join(where[3:] if block else where))
+    return None if found is None else f"{block}{found}.weight"
 
 
 def check_weights(folder: Path, spec: ModelSpec | None, tied: bool | None) -> None:

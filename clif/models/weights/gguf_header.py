@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -62,6 +63,8 @@ class GgufHeader:
                 "GGUF files: choose the model as a folder with safetensors"
             )
         tree = self.tree()
+        for what in self._unread(tree):
+            raise ConfigError(f"model.path {name} {what}: choose the model as a folder with safetensors")
         window = tree["sliding_window"]
         if isinstance(window, int) and 0 < window < max_context and tree["model_type"] not in WINDOWED:
             raise ConfigError(
@@ -70,6 +73,23 @@ class GgufHeader:
                 f"model.max_context to {window}"
             )
         check_tree(tree, name, max_context)
+
+    def _unread(self, tree: Tree) -> Iterator[str]:
+        """What of the model is not read from such a file."""
+        kind = str(self.values.get("general.architecture"))
+        if self.values.get(f"{kind}.expert_count"):
+            yield "has experts, which CLIF does not read from GGUF files"
+        turned, heads, hidden = (
+            self.values.get(f"{kind}.rope.dimension_count"), tree["num_attention_heads"], tree["hidden_size"]
+        )  # fmt: skip
+        if not all(isinstance(size, int) and size > 0 for size in (turned, heads, hidden)):
+            return
+        head_dim = tree["head_dim"] or hidden // heads
+        if turned != head_dim:
+            yield (
+                f"turns {turned} of the {head_dim} numbers of each head (partial rotary embedding), which transformers "
+                "does not read from GGUF files"
+            )
 
 
 def read_header(file: Path) -> GgufHeader:
