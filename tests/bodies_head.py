@@ -106,7 +106,7 @@ def guided(topology: Topology, model: str, overlap: bool) -> dict[int, Any]:
         {"constraint": Constraint("json_object"), "temperature": 2.0, "seed": 1, "logprobs": 2},
         {},
         {"presence_penalty": 1.0, "logit_bias": ((150, 4.0), (299, 3.0)), "logprobs": 0},
-        {"temperature": 1.0, "min_p": 0.05, "seed": 2, "logprobs": 3},
+        {"temperature": 1.0, "min_p": 0.05, "seed": 2, "logprobs": 3, "prompt_logprobs": True},
         {"constraint": Constraint("json_schema", '{"$ref": "#"}')},
     ]
     requests = [request(i, [3 + i, 9], max_tokens=12, **kind) for i, kind in enumerate(asked)]
@@ -121,7 +121,9 @@ def guided(topology: Topology, model: str, overlap: bool) -> dict[int, Any]:
             "tokens": [token for event in found for token in event.tokens],
             "end": found[-1].finish,
             "top": [[token for token, _ in report.top] for event in found for report in event.logprobs],
-            "logprobs": torch.tensor([report.logprob for event in found for report in event.logprobs]),
+            "logprobs": torch.tensor(
+                [report.logprob for event in found for report in (*event.prompt_logprobs, *event.logprobs)]
+            ),
         }
         for i, found in events.items()
     }
