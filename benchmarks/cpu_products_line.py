@@ -13,6 +13,8 @@ from torch.nn.functional import linear as torch_linear
 from clif.kernels.cpu import library
 from clif.kernels.cpu.arena import Arena
 from clif.kernels.cpu.products import PackedFactors, PackedMatrix, linear, packed_size
+from clif.kernels.cpu.quantised_panels import QuantisedPanels, panels_size
+from clif.kernels.quantised import Bits, QuantisedMatrix
 
 SHAPES = {"qkv": (960, 576), "attention out": (576, 576), "gate|up": (3072, 576), "down": (576, 1536)}
 """Outputs and inputs of the merged layers of SmolLM2-135M, which has 30 of each."""
@@ -21,6 +23,10 @@ HEAD_ROWS = 64
 """A serving step asks for the head of as many rows at most."""
 RANK = 8
 CLIF, ADAPTER, TORCH, PREPACKED = "CLIF", "CLIF, all rows with an adapter", "F.linear", "oneDNN, prepacked"
+INT8, INT4 = "CLIF, int8", "CLIF, int4"
+WAYS = (CLIF, ADAPTER, INT8, INT4, TORCH, PREPACKED)
+BYTES = {INT8: 1.0, INT4: 0.5625}
+"""Of a weight with its scales: of 4 bits one of two bytes for 32. Of any other way: 2."""
 
 Call = Callable[[], object]
 
@@ -42,6 +48,7 @@ class Ways:
         self.weights = [_random(*shape) for shape in (*shapes, HEAD)]
         arena = Arena(sum(Arena.rounded(packed_size(*weight.shape)) for weight in self.weights))
         self.packed = [PackedMatrix.of(weight, arena) for weight in self.weights]
+        self.quantised = {INT8: self._quantised(8), INT4: self._quantised(4)}
         self.factors = [PackedFactors(_random(1, RANK, i), _random(1, o, RANK), 2.0) for o, i in shapes]
         reorder = torch.ops.mkldnn._reorder_linear_weight
         self.prepacked = [reorder(weight, 8) for weight in self.weights]
@@ -50,16 +57,23 @@ class Ways:
         """The ways to multiply x with one matrix. The head has no adapter."""
         weight, prepacked = self.weights[which], self.prepacked[which]
         pointwise = torch.ops.mkldnn._linear_pointwise
-        ways: dict[str, Call] = {CLIF: self._clif(which, x, None)}
+        packed = self.packed[which]
+        ways: dict[str, Call] = {CLIF: self._clif(packed, x, None)}
         if which < len(self.factors):
-            ways[ADAPTER] = self._clif(which, x, self.factors[which])
+            ways[ADAPTER] = self._clif(packed, x, self.factors[which])
+        for way, panels in self.quantised.items():
+            ways[way] = self._clif(panels[which], x, None)
         ways[TORCH] = lambda: torch_linear(x, weight)
         ways[PREPACKED] = lambda: pointwise(x, prepacked, None, "none", [], "")
         return ways
 
-    def _clif(self, which: int, x: torch.Tensor, factors: PackedFactors | None) -> Call:
+    def _quantised(self, bits: Bits) -> list[QuantisedPanels]:
+        arena = Arena(sum(panels_size(*weight.shape, bits, least=False) for weight in self.weights))
+        return [QuantisedPanels.of(QuantisedMatrix.of(weight, bits), arena) for weight in self.weights]
+
+    def _clif(self, packed: PackedMatrix | QuantisedPanels, x: torch.Tensor, factors: PackedFactors | None) -> Call:
         """As the decoder's kernel calls it: nothing is allocated, and Python has prepared the arguments."""
-        packed, rows = self.packed[which], len(x)
+        rows = len(x)
         y, low = torch.empty(rows, packed.out, dtype=x.dtype), torch.empty(rows, 32, dtype=x.dtype)
         slots = torch.zeros(rows, dtype=torch.int32)
         view, forward = linear(packed, None, factors), library.load().clif_linear_forward
@@ -89,14 +103,14 @@ def measure_products(ways: Ways, rows: int, seconds: float) -> dict[str, Figures
     end, turns = time.monotonic() + seconds, 0
     while turns < 3 or time.monotonic() < end:
         turns += 1
-        for way in (CLIF, ADAPTER, TORCH, PREPACKED):
+        for way in WAYS:
             for of, best in zip(calls, least, strict=True):
                 if way in of:
                     best[way] = min(best[way], _timed(of[way]))
     layers = len(ways.factors)
     return {
         way: Figures(sum(best[way] for best in least[:layers]), least[-1].get(way, 0.0) if count > layers else 0.0)
-        for way in (CLIF, ADAPTER, TORCH, PREPACKED)
+        for way in WAYS
     }
 
 
@@ -133,7 +147,7 @@ def products_report(layers: int, rows: Sequence[int], seconds: float) -> list[st
         figures = measure_products(ways, count, seconds)
         for way, of in figures.items():
             head = f"{of.head * 1e3:.2f}" if of.head else "-"
-            speed = f"{size / of.layers / 1e9:.1f} | {size * count / of.layers / 1e9:.0f}"
+            speed = f"{size / 2 * BYTES.get(way, 2.0) / of.layers / 1e9:.1f} | {size * count / of.layers / 1e9:.0f}"
             ratio = figures[CLIF].layers / of.layers
             lines.append(f"| {count} | {way} | {of.layers * 1e3:.2f} | {speed} | {head} | {ratio:.2f} |")
             print(lines[-1], flush=True)

@@ -302,7 +302,7 @@ void rest_block(Kernel &kernel, const clif_linear &linear, const Inputs &x, Slot
 class Reading {
    public:
     Reading(const Packed &matrix, int64_t step, int64_t end, int64_t rows)
-        : matrix_(matrix), step_(step), end_(end), blocks_((rows + ROWS - 1) / ROWS), few_(rows <= PANEL) {}
+        : matrix_(matrix), step_(step), end_(end), blocks_((rows + ROWS - 1) / ROWS), few_(rows <= PANEL && matrix.bits == 16) {}
 
     Ahead ahead(int64_t out, int64_t block) const {
         if (few_ || out + step_ >= end_) return {};

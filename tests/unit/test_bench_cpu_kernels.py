@@ -28,6 +28,8 @@ def test_every_way_computes_the_same_product():
     _, y, _, _ = calls[cpu_products_line.CLIF]()
     for way in (cpu_products_line.TORCH, cpu_products_line.PREPACKED):
         torch.testing.assert_close(y, calls[way](), rtol=2**-7, atol=2e-2)
+    for way, most in ((cpu_products_line.INT8, 0.02), (cpu_products_line.INT4, 0.12)):
+        assert (calls[way]()[1] - y).norm() < most * y.norm()
 
 
 def test_every_number_of_rows_has_a_line_for_every_way_and_many_rows_have_no_head():
@@ -36,7 +38,9 @@ def test_every_number_of_rows_has_a_line_for_every_way_and_many_rows_have_no_hea
     assert [line[1] for line in figures] == 2 * [
         "CLIF",
         "CLIF, all rows with an adapter",
+        "CLIF, int8",
+        "CLIF, int4",
         "F.linear",
         "oneDNN, prepacked",
     ]
-    assert [line[5] == "-" for line in figures] == [False, True, False, False, True, True, True, True]
+    assert [line[5] == "-" for line in figures] == [False, True, *[False] * 4, *[True] * 6]
