@@ -46,8 +46,12 @@ class _Strips:
         out, in_ = self.shape
         grad_x = grad.new_empty(*grad.shape[:-1], in_)
         for columns in strips(in_, out, self._strip, GROUP):
-            grad_x[..., columns] = grad @ self.matrix.dense(self.dtype, columns=columns)
+            grad_x[..., columns] = grad @ self._columns(columns)
         return grad_x
+
+    def _columns(self, columns: slice) -> torch.Tensor:
+        """W [out, columns]."""
+        return self.matrix.dense(self.dtype, columns=columns)
 
     @property
     def _strip(self) -> int:
@@ -81,3 +85,6 @@ class PackedQuantisedWeight(_Strips):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return product(x, self.matrix, self.bias)
+
+    def _columns(self, columns: slice) -> torch.Tensor:
+        return self.matrix.widened(columns)

@@ -46,6 +46,9 @@ CLIF_API int64_t clif_packed_size(int64_t out, int64_t in);
 CLIF_API void clif_pack(const uint16_t *matrix, int64_t out, int64_t in, int64_t row_stride, float scale,
                         uint16_t *packed);
 
+// dense [out padded to 32, tiles * 32] = columns of a W of 8 or 4 bits, from tile `first` of the inputs on, in bfloat16.
+CLIF_API void clif_widen(const clif_linear *linear, int64_t first, int64_t tiles, uint16_t *dense, int threads);
+
 // y [rows, out] = x [rows, in] W^T + bias + (x A_s^T) B_s^T, s = slots[row], -1 for none. slots: null for none at all.
 // low: scratch for rows * padded rank numbers, null if rank is 0. level: CLIF_AVX512 or CLIF_AMX.
 CLIF_API void clif_linear_forward(const clif_linear *linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,

@@ -136,6 +136,7 @@ SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "clif_interface": (c_char_p, []),
     "clif_packed_size": (c_int64, [c_int64, c_int64]),
     "clif_pack": (None, [c_void_p, c_int64, c_int64, c_int64, c_float, c_void_p]),
+    "clif_widen": (None, [POINTER(Linear), c_int64, c_int64, c_void_p, c_int]),
     "clif_linear_forward": (
         None,
         [POINTER(Linear), c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_int],

@@ -1,19 +1,6 @@
 // Packs a matrix for products: see clif_pack in clif_cpu.h.
 #include "panels.h"
 
-namespace {
-
-// 32 numbers times scale, rounded once.
-__m512i scaled(__m512i numbers, float scale) {
-    alignas(64) uint16_t from[32];
-    _mm512_store_si512(from, numbers);
-    const __m512 low = _mm512_mul_ps(clif::load(from), clif::splat(scale));
-    const __m512 high = _mm512_mul_ps(clif::load(from + 16), clif::splat(scale));
-    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
-}
-
-}  // namespace
-
 CLIF_API void clif_pack(const uint16_t *matrix, int64_t out, int64_t in, int64_t row_stride, float scale,
                         uint16_t *packed) {
     using namespace clif::training;

@@ -57,6 +57,14 @@ inline void transpose16(__m512i *r) {
     }
 }
 
+// 32 numbers times scale, rounded once.
+inline __m512i scaled(__m512i numbers, float scale) {
+    alignas(64) uint16_t from[32];
+    _mm512_store_si512(from, numbers);
+    const __m512 low = _mm512_mul_ps(load(from), splat(scale)), high = _mm512_mul_ps(load(from + 16), splat(scale));
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
 // So many of 32 lanes.
 inline __mmask32 lanes32(int64_t n) { return n >= 32 ? 0xffffffffu : n <= 0 ? 0 : (1u << n) - 1; }
 

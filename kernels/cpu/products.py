@@ -81,13 +81,11 @@ def linear(
     packed: PackedMatrix | QuantisedPanels, bias: torch.Tensor | None = None, factors: PackedFactors | None = None
 ) -> library.Linear:
     """The kernels' view of a linear layer. The caller keeps the tensors alive as long as the view is used."""
-    struct = library.Linear(
-        packed.in_, packed.out, packed.numbers.data_ptr(), None if bias is None else bias.data_ptr()
-    )
-    struct.bits = 16
     if isinstance(packed, QuantisedPanels):
-        struct.bits, struct.scales = packed.bits, packed.scales.data_ptr()
-        struct.least = None if packed.least is None else packed.least.data_ptr()
+        struct = packed.as_struct()
+    else:
+        struct = library.Linear(in_=packed.in_, out=packed.out, weight=packed.numbers.data_ptr(), bits=16)
+    struct.bias = None if bias is None else bias.data_ptr()
     if factors is not None:
         a, b = factors.a, factors.b
         struct.rank, struct.a, struct.b = factors.rank, a.data_ptr(), b.data_ptr()

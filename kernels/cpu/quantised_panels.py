@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import pad
 
+from clif.kernels.cpu import library
 from clif.kernels.cpu.arena import Arena, aligned
 from clif.kernels.quantised import Bits, QuantisedMatrix, strips
 
@@ -50,6 +52,22 @@ class QuantisedPanels:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Numbers and scales."""
         return (self.numbers, self.scales) if self.least is None else (self.numbers, self.scales, self.least)
+
+    def as_struct(self) -> library.Linear:
+        """For the library; the tensors have to live as long."""
+        struct = library.Linear(in_=self.in_, out=self.out, weight=self.numbers.data_ptr(), bits=self.bits)
+        struct.scales = self.scales.data_ptr()
+        struct.least = None if self.least is None else self.least.data_ptr()
+        return struct
+
+    def widened(self, columns: slice) -> torch.Tensor:
+        """As dense(), in bfloat16, by the kernels."""
+        start, stop, _ = columns.indices(self.in_)
+        first, tiles = start // DEPTH, -(-stop // DEPTH) - start // DEPTH
+        rows = torch.empty(_sizes(self.out, self.in_)[0] * PANEL, tiles * DEPTH, dtype=torch.bfloat16)
+        to, threads = rows.data_ptr(), torch.get_num_threads()
+        library.load().clif_widen(ctypes.byref(self.as_struct()), first, tiles, to, threads)
+        return rows[: self.out, : stop - start]
 
     def dense(self, dtype: torch.dtype, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
         """W [rows, columns], each number rounded once to dtype. Columns begin at a whole tile."""

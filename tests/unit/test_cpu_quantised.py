@@ -15,6 +15,7 @@ from clif.kernels.cpu.products import PackedFactors, product
 from clif.kernels.cpu.quantised_panels import QuantisedPanels, panels_size
 from clif.kernels.quantised import GROUP, Bits, QuantisedMatrix
 from clif.models.estimate import estimate, read_spec
+from clif.models.quantised_weight import PackedQuantisedWeight
 
 try:
     MACHINE = library.level()
@@ -48,6 +49,7 @@ def test_panels_stand_for_the_same_numbers(out: int, in_: int, bits: Bits, least
     assert torch.equal(panels.dense(torch.bfloat16), dense)
     for columns in (slice(0, GROUP), slice(GROUP, 3 * GROUP)):
         assert torch.equal(panels.dense(torch.bfloat16, columns=columns), dense[:, columns])
+        assert torch.equal(panels.widened(columns), dense[:, columns])
     with pytest.raises(ValueError, match="arena"):
         arena.cut(1)
 
@@ -76,6 +78,14 @@ def test_products_and_adapters_are_those_of_the_weights_rounded_once(
         torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=1e-4 * in_**0.5 + 1e-3)
         alone = [product(x[i : i + 1], panels, bias, factors, slots[i : i + 1], level=level) for i in range(rows)]
         assert torch.equal(torch.cat(alone), found), "a row has the same bits whatever lies beside it"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_gradient_is_carried_down_by_the_same_numbers(bits: Bits):
+    matrix, grad = matrix_of(70, 130, bits), numbers(9, 70, seed=4)
+    wanted = grad.double() @ matrix.dense(torch.bfloat16).double()
+    found = PackedQuantisedWeight(QuantisedPanels.of(matrix), None).backward(grad)
+    torch.testing.assert_close(found.double(), wanted, rtol=2**-7, atol=1e-2)
 
 
 @pytest.mark.parametrize("level", LEVELS)
