@@ -15,11 +15,15 @@ from helpers import Rig, answer, finish, make_rig, random_state, request, stack_
 from clif.adapters import peft_io
 from clif.adapters.store import CONFIG_FILE, WEIGHTS_FILE
 from clif.config import TrainConfig
+from clif.engine.checked_capture import CheckedRecorder
 from clif.engine.compiled_layers import CompiledLayers
+from clif.kernels.paged_decode_reference import PagedDecodeReference
 from clif.models import spec as specs
 from clif.models.dual_linear import SHADOW
 from clif.models.spec import spec_of
+from clif.models.varlen import varlen_reference
 from clif.models.weights.loading import load_model
+from clif.training.train_runner import TrainRunner
 from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
 
@@ -213,3 +217,29 @@ def test_the_one_call_of_all_layers_says_why_it_leaves_a_family_to_others(tmp_pa
         pytest.skip("the C++ kernels are not built here, or this CPU has not what they need")
     assert CompiledLayers.obstacle(rig.runner.stack, rig.runner.cache) == reason
     assert (rig.runner._compiled is None) is (reason is not None)
+
+
+@pytest.mark.slow  # Checks of captures look at every operation.
+@pytest.mark.parametrize("name", ["smollm3", "granite", "olmo2"])
+def test_captured_steps_and_passes_compute_what_plain_ones_do(tmp_path, name):
+    """Of families whose attention is plain, so that a GPU captures them."""
+    (family,) = (family for family in FAMILIES if family.name == name)
+    plain, rig = (rig_of(family, tmp_path) for _ in range(2))
+    asked = [request(i, ids, max_tokens=12, ignore_eos=True) for i, ids in enumerate(PROMPTS[:3])]
+    expected, recorder = plain.run(asked), CheckedRecorder()
+    rig.runner.paged = PagedDecodeReference()
+    rig.runner.capture(recorder, 256)
+    assert {i: answer(e) for i, e in rig.run(asked).items()} == {i: answer(e) for i, e in expected.items()}
+    assert sum(region.replays for region in recorder.regions) > 0
+    gradients = []
+    for one, captures in ((plain, False), (rig, True)):
+        one.runner.stack.varlen = varlen_reference
+        one.runner.train_recorder = CheckedRecorder() if captures else None
+        one.bank.set_shadow(random_state(one.bank, 5))
+        runner = TrainRunner(one.runner, (128,))
+        one.bank.gradient.zero_()
+        finish(runner.loss_and_gradients(SAMPLES, 100))
+        gradients.append(one.bank.gradient.clone())
+        launches = sum(region.replays for region in one.runner.train_recorder.regions) if captures else 0
+        assert (launches > 0) is captures
+    assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[0].norm()
