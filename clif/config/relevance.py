@@ -311,4 +311,6 @@ def _shown(value: Any) -> str:
     """As it is written in YAML."""
     if isinstance(value, bool):
         return str(value).lower()
+    if value == ():
+        return "[]"
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

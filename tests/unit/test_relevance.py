@@ -71,6 +71,7 @@ MEETS = {
     "model.device": "auto",
     "load.trace.lengths": "data",
     "serve.http.port": 8000,
+    "quality.test_command": ["run", "{program}"],
 }
 """A value with which a need is met that names only the others."""
 EXAMPLES = {
