@@ -1,6 +1,6 @@
 """Does training help on tasks that it was not tuned to? Two replicas of CLIF against PEFT on the same samples.
 
-    python benchmarks/learning.py --data DIR                      # 3 seeds, four data sets: hours on one idle core
+    python benchmarks/learning.py --data DIR                      # 3 seeds, four data sets: two hours on one idle core
     python benchmarks/learning.py --data DIR --seconds 240        # as far as it gets; the next call continues
     python benchmarks/learning.py --data DIR --parts sweep        # learning rates and ranks
     python benchmarks/learning.py --dry --data DIR --out /tmp     # a trial of all parts with a tiny random model
@@ -49,6 +49,7 @@ class Study:
     def __init__(self, model: str, dtype: str, recipe: Recipe, folder: Path) -> None:
         self._model, self._dtype, self._recipe, self._folder = model, dtype, recipe, folder
         self.tasks: dict[tuple[str, int], Task] = {}
+        self.central_recipe = recipe
         self._bench: Bench | None = None
         self._central: Central | None = None
 
@@ -72,7 +73,7 @@ class Study:
         if unit.way == "base":
             adapter = None
         elif unit.way == "central":
-            self._central = self._central or Central(self._model, self._dtype, self._recipe)
+            self._central = self._central or Central(self._model, self._dtype, self.central_recipe)
             folder = self._folder / f"peft-{unit.data}-{unit.seed}"
             epoch = self._central.learn(samples_of(task.train), task.gate, unit.seed, folder)
             adapter, detail = bench.adapter_of(folder), f"epoch {epoch} of {self._recipe.epochs}"
@@ -134,19 +135,22 @@ def plan(names: Sequence[str], seeds: int, parts: Sequence[str]) -> list[Unit]:
     return units
 
 
-def document(results: Sequence[Result], given: str, recipe: Recipe, sizes: Sizes) -> str:
+def document(results: Sequence[Result], given: str, recipe: Recipe, sizes: Sizes, central_batch: int) -> str:
     """The dated file."""
     seeds = len({result.unit.seed for result in results})
+    threads = torch.get_num_threads()
     lines = [
         f"# Does training help? {datetime.date.today().isoformat()}", "",
         f"* command: `{given}`",
-        f"* machine: {cpu_model()}, {platform.system()}, {torch.get_num_threads()} thread; torch {torch.__version__}; "
-        f"commit {git_commit() or 'unknown'}",
-        f"* {seeds} seeds: median, least and most; {sizes.train} training rows, {sizes.gate} that judge rounds, "
-        f"{sizes.report} that are reported, of {sizes.tokens} tokens at most",
+        f"* machine: {cpu_model()}, {platform.system()}, {threads} thread{'s' * (threads > 1)}; "
+        f"torch {torch.__version__}; commit {git_commit() or 'unknown'}",
+        f"* {seeds} seed{'s' * (seeds > 1)}: median, least and most; {sizes.train} training rows, "
+        f"{sizes.gate} that judge rounds, {sizes.report} that are reported, of {sizes.tokens} tokens at most",
         f"* {recipe}",
         f"* {REPLICAS} replicas take turns in one process, with their own moments and samples; rounds are averaged by "
-        "samples, judged and scaled as in a run; central is PEFT on all samples, the best epoch by the judging rows",
+        "samples, judged and scaled as in a run; central is PEFT on all samples, the best epoch by the judging rows, "
+        f"in steps of {central_batch}: {REPLICAS * recipe.micro_batch / central_batch:g} times as many as a replica "
+        "takes",
         f"* measured in {sum(result.seconds for result in results) / 60:.0f} minutes", "", *r.verdicts(results), "",
         "Loss in nats per answer token, and exact match of greedy answers, on rows that nothing else reads:", "",
         *r.compare_table(results, WAYS),
@@ -173,6 +177,7 @@ def main(
     rows: Annotated[int, typer.Option(min=8, help="training rows of a data set")] = Sizes.train,
     epochs: Annotated[int, typer.Option(min=1)] = Recipe.epochs,
     seconds: Annotated[float, typer.Option(help="begin no unit after so long; a further call continues")] = 1e9,
+    central_batch: Annotated[int, typer.Option(min=1, help="samples of a step of PEFT")] = Recipe.micro_batch,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
     threads: Annotated[int, typer.Option(min=1)] = 1,
     dry: Annotated[bool, typer.Option(help="a tiny random model: its figures mean nothing")] = False,
@@ -185,6 +190,7 @@ def main(
         recipe, sizes = replace(recipe, epochs=1, local_steps=2), Sizes(16, 4, 4, 400)
         work = out / "learning-dry"
     study, names = Study(model, dtype, recipe, work), list[str]()
+    study.central_recipe = replace(recipe, micro_batch=central_batch)
     tokenizer = study.bench(recipe).loaded.tokenizer
     work.mkdir(parents=True, exist_ok=True)
     for name in sets.split(","):
@@ -206,7 +212,7 @@ def main(
         print(result, flush=True)
     command = f"python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}".replace(str(data), "DIR")
     path = out / f"learning{'-dry' if dry else ''}-{datetime.date.today().isoformat()}.md"
-    path.write_text(document(r.read(log), command, recipe, sizes))
+    path.write_text(document(r.read(log), command, recipe, sizes, central_batch))
     print(path.read_text())
 
 
