@@ -203,7 +203,7 @@ def test_answers_in_bfloat16_are_as_good_whatever_kernels_compute_them(tmp_path,
     ("name", "reason"),
     [
         ("mistral-window", "a layer has a window"),
-        ("gemma2", "a layer has capped scores"),
+        ("gemma2", "a layer has scores that are capped or have sinks"),
         ("olmo2", "a layer has norms behind attention and MLP"),
         ("granite", "a layer scales what it adds"),
         ("smollm3", "its layers have several rotary embeddings"),
