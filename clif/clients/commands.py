@@ -99,16 +99,20 @@ def evaluate(
     json_out: Annotated[Path | None, typer.Option("--json", help="File; by default eval.json in RUN.")] = None,
 ) -> None:
     """Score stored adapter versions of a run on a file: a table version by version, and JSON."""
-    import shlex
-
     from clif.clients.endpoint import Endpoint
     from clif.clients.eval_answers import LibraryAnswers, ServerAnswers
-    from clif.clients.evaluate import Evaluation, choose_metrics, choose_rows, choose_versions, read_run
+    from clif.clients.evaluate import (
+        Evaluation,
+        choose_metrics,
+        choose_rows,
+        choose_versions,
+        read_run,
+        with_test_command,
+    )
 
     config = read_run(run)
     if test_command is not None:
-        tests = {"test_command": tuple(shlex.split(test_command))}
-        config = config.model_copy(update={"quality": config.quality.model_copy(update=tests)})
+        config = with_test_command(config, test_command)
     chosen = choose_metrics(metrics or config.quality.metrics)
     evaluation = Evaluation(
         config, choose_rows(data, split, rows, seed), choose_versions(run, version or []), chosen, seed

@@ -6,15 +6,17 @@ The answers come from the library in this process, which reads the run's model, 
 from __future__ import annotations
 
 import random
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from msgspec.structs import asdict
+from pydantic import ValidationError
 
 from clif.adapters.store import AdapterStore
-from clif.config import QUALITY_METRICS, Config, QualityMetric
+from clif.config import QUALITY_METRICS, Config, QualityConfig, QualityMetric
 from clif.data.instruct import Row, read_rows, split_rows
 from clif.errors import InputError, plain
 from clif.quality.check import check_rows
@@ -83,6 +85,19 @@ def read_run(run: Path) -> Config:
         return Config.model_validate_json((run / CONFIG_FILE).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{run} is not the folder of a run: its {CONFIG_FILE} cannot be read") from error
+
+
+def with_test_command(config: Config, words: str) -> Config:
+    """The configuration with another quality.test_command, as in a shell. Raises InputError for one that names no file
+    of the answer."""
+    try:
+        command = tuple(shlex.split(words))
+        quality = QualityConfig.model_validate({**config.quality.model_dump(), "test_command": command})
+    except ValidationError as error:
+        raise InputError(f"--test-command: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+    except ValueError as error:
+        raise InputError(f"--test-command {plain(words, 60)!r} is no command ({error}): correct it") from error
+    return config.model_copy(update={"quality": quality})
 
 
 def choose_metrics(names: Sequence[str]) -> tuple[QualityMetric, ...]:

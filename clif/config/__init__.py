@@ -1,7 +1,15 @@
 """The configuration: typed, frozen and strict, with the sentences that refuse it. Free of torch."""
 
 from clif.config.jobs import JobsConfig
-from clif.config.load import QUALITY_METRICS, LoadConfig, MetricsConfig, QualityConfig, QualityMetric, TraceConfig
+from clif.config.load import (
+    QUALITY_METRICS,
+    CodeLanguage,
+    LoadConfig,
+    MetricsConfig,
+    QualityConfig,
+    QualityMetric,
+    TraceConfig,
+)
 from clif.config.model import AdapterConfig, EngineConfig, ModelConfig
 from clif.config.run import DistConfig, LayoutConfig, RunConfig
 from clif.config.schema import Config, DataConfig, SloConfig, config_from_tree, load_config
@@ -11,6 +19,7 @@ from clif.errors import ConfigError
 
 __all__ = [
     "AdapterConfig",
+    "CodeLanguage",
     "Config",
     "ConfigError",
     "ControlConfig",

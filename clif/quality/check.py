@@ -8,7 +8,7 @@ from clif.config import Config, QualityConfig
 from clif.data.heldout import probe_rows, read_data
 from clif.data.instruct import Row
 from clif.quality.checks import check_schema, passes
-from clif.quality.libraries import check_libraries
+from clif.quality.libraries import check_libraries, check_parser, code_language
 from clif.quality.work import Answer, ScoringError, Testing
 
 
@@ -30,6 +30,10 @@ def check_rows(rows: Sequence[Row], quality: QualityConfig) -> None:
         answer = Answer.of(row, "")
         if "json_valid" in quality.metrics:
             check_schema(answer)
+        if "codebleu" in quality.metrics:
+            language = code_language(row.marks.language, quality.code_language)
+            if language is not None:
+                check_parser(language)
         if "pass_rate" in quality.metrics:
             passes(answer, Testing())
             if row.marks.test is not None and not quality.test_command:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterable
 from importlib.util import find_spec
 from types import ModuleType
+from typing import get_args
 
-from clif.config import QualityMetric
+from clif.config import CodeLanguage, QualityMetric
 from clif.quality.work import ScoringError
 
 MODULES: dict[QualityMetric, tuple[str, str]] = {
@@ -18,6 +20,11 @@ MODULES: dict[QualityMetric, tuple[str, str]] = {
     "json_valid": ("jsonschema_rs", "jsonschema-rs"),
 }
 """Module, and what brings it."""
+
+
+CODE_LANGUAGES = get_args(CodeLanguage)
+CODE_NAMES = {"c++": "cpp", "c#": "c_sharp", "csharp": "c_sharp", "golang": "go", "js": "javascript", "py": "python"}
+"""Other names of these."""
 
 
 def check_libraries(metrics: Iterable[QualityMetric]) -> None:
@@ -35,6 +42,23 @@ def library(metric: QualityMetric, module: str = "") -> ModuleType:
         return importlib.import_module(f"{top}.{module}" if module else top)
     except ModuleNotFoundError as error:
         raise ScoringError(_missing(metric, package)) from error
+
+
+def code_language(named: str | None, default: str) -> str | None:
+    """The language of a row's code as CodeBLEU calls it; None: a row names one that it does not know."""
+    if named is None:
+        return default
+    name = re.sub(r"[\s_-]", "", named.casefold())
+    return CODE_NAMES.get(name, name if name in CODE_LANGUAGES else None)
+
+
+def check_parser(language: str) -> None:
+    """Raises ScoringError where CodeBLEU cannot read a language here."""
+    if find_spec(f"tree_sitter_{language}") is None:
+        package = f"tree-sitter-{language.replace('_', '-')}"
+        raise ScoringError(
+            f"codebleu needs {package} to read {language}: python -m pip install {package}, or leave codebleu out"
+        )
 
 
 def _missing(metric: str, package: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from clif.config import QualityMetric
 from clif.quality.bootstrap import Array
 from clif.quality.checks import expected_label, holds_json, passes, same_label, valid_json
-from clif.quality.libraries import library
+from clif.quality.libraries import check_parser, code_language, library
 from clif.quality.work import Answer, Work
 
 Line = Sequence[float]
@@ -123,13 +123,14 @@ def _rouge() -> Callable[[Answer], float]:
     return lambda a: float(scorer.score(a.reference, a.text)["rougeL"].fmeasure)
 
 
-def _codebleu(language: str) -> Callable[[Answer], float]:
+def _codebleu(language: str) -> Callable[[Answer], float | None]:
     codebleu = library("codebleu")
-    known = set(codebleu.AVAILABLE_LANGS)
 
-    def judge(answer: Answer) -> float:
-        named = (answer.marks.language or "").lower()
-        found = codebleu.calc_codebleu([answer.reference], [answer.text], lang=named if named in known else language)
-        return float(found["codebleu"])
+    def judge(answer: Answer) -> float | None:
+        lang = code_language(answer.marks.language, language)
+        if lang is None:
+            return None
+        check_parser(lang)
+        return float(codebleu.calc_codebleu([answer.reference], [answer.text], lang=lang)["codebleu"])
 
     return judge

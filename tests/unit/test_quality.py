@@ -12,6 +12,7 @@ from clif.data.instruct import make_row
 from clif.quality import libraries
 from clif.quality.bootstrap import bootstrap
 from clif.quality.check import check_rows, check_scoring
+from clif.quality.libraries import code_language
 from clif.quality.process import Outcome, ScoringProcess
 from clif.quality.score import CHEAP, MOST_GROUPS, score
 from clif.quality.work import ALL, CLASS, CLIENT, Answer, Score, ScoringError, Testing, Work
@@ -68,6 +69,9 @@ def test_codebleu_is_that_of_the_library_s_own_example() -> None:
         ("card arrival", {"reference": "card_arrival"}, 0.0),
         ("", {"reference": "card_arrival"}, 0.0),
         ("72", {"reference": "48 + 24 = 72\n#### 72", "label": 72}, 1.0),
+        # Numbers of classes, as many data sets have them, are not what the model is to write.
+        ("positive", {"reference": "positive", "label": 1}, 1.0),
+        ("1", {"reference": "positive", "label": 1}, 0.0),
         ("72", {"reference": "48 + 24 = 72\n#### 72"}, None),
     ],
 )
@@ -188,6 +192,20 @@ def test_a_missing_library_is_a_sentence_that_says_what_to_install(monkeypatch: 
         libraries.check_libraries(("exact_match", "rouge"))
     with pytest.raises(ScoringError, match=sentence):
         scores("rouge", answer("a"))
+
+
+def test_code_is_compared_in_the_row_s_own_language_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("C++", "c#", "Python", "JS", "golang")
+    assert [code_language(name, "java") for name in names] == ["cpp", "c_sharp", "python", "javascript", "go"]
+    assert code_language(None, "java") == "java" and code_language("bash", "python") is None
+    monkeypatch.setattr(libraries, "find_spec", lambda name: None if name == "tree_sitter_c_sharp" else "there")
+    quality = config_from_tree(
+        {"model": {"path": "m"}, "train": {"enabled": False}, "quality": {"metrics": ["codebleu"]}}
+    ).quality
+    rows = [make_row(0, {"prompt": "p", "completion": "c", "language": name}) for name in ("bash", "C#")]
+    check_rows(rows[:1], quality)
+    with pytest.raises(ScoringError, match="codebleu needs tree-sitter-c-sharp to read c_sharp: python -m pip install"):
+        check_rows(rows, quality)
 
 
 def test_the_cheap_metrics_need_no_library() -> None:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from clif.adapters.peft_io import config_json, write_weights
 from clif.adapters.store import AdapterStore
 from clif.cli import app
-from clif.clients.evaluate import choose_metrics, choose_rows, choose_versions, read_run
+from clif.clients.evaluate import choose_metrics, choose_rows, choose_versions, read_run, with_test_command
 from clif.config import config_from_tree
 from clif.data.instruct import DataError, encode_samples, read_rows
 from clif.errors import InputError
@@ -83,6 +83,11 @@ def test_what_cannot_be_evaluated_is_refused_before_the_model_is_loaded(stored: 
     tests = write_rows(tmp_path / "tests", {"test": "assert True"})
     said = RUNNER.invoke(app, ["eval", str(stored), "--data", str(tests), "--metrics", "pass_rate"])
     assert "name the command that may run it" in str(said.exception)
+    with pytest.raises(InputError, match="names no file of the answer"):
+        with_test_command(read_run(stored), "python -I")
+    with pytest.raises(InputError, match="is no command"):
+        with_test_command(read_run(stored), 'python "')
+    assert with_test_command(read_run(stored), "python {program}").quality.test_command == ("python", "{program}")
 
 
 def test_the_choice_of_metrics_versions_and_rows(stored: Path, tmp_path: Path) -> None:
