@@ -99,10 +99,10 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
             log.info("%s", quantise(stack, bits))
         if stack.routed and choose_grouped(loaded.device, loaded.dtype):
             stack.group_experts()
-        launcher = choose_kernels(config.engine.lora_kernel, loaded.device, loaded.dtype, config.adapter.r)
-        captured = choose_captured_kernels(config.engine, loaded.device, loaded.dtype, config.adapter.r)
-        for linear in stack.linears if launcher or captured else ():
-            linear.use_kernels(launcher, captured)
+        if bits is None:
+            _choose_lora_kernels(stack, config, loaded)
+        else:
+            log.info("LoRA products: no Triton kernels, which read dense weights alone")
         if config.engine.prepack_weights:
             stack.prepack() if cpu_level is None else stack.pack()
         if expected is not None and not shared and bits is None:
@@ -112,6 +112,14 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
     if config.online:
         guides.prepare()
     return Base(stack, bank, loaded, paged, _probe(stack, loaded), guides, cpu_level)
+
+
+def _choose_lora_kernels(stack: CausalStack, config: Config, loaded: LoadedModel) -> None:
+    """Layers with adapters compute by kernels from now on, where these can run."""
+    launcher = choose_kernels(config.engine.lora_kernel, loaded.device, loaded.dtype, config.adapter.r)
+    captured = choose_captured_kernels(config.engine, loaded.device, loaded.dtype, config.adapter.r)
+    for linear in stack.linears if launcher or captured else ():
+        linear.use_kernels(launcher, captured)
 
 
 def _decode_kernel(config: EngineConfig, stack: CausalStack) -> Literal["auto", "torch", "triton"]:

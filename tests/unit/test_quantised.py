@@ -12,7 +12,7 @@ import torch
 from families import FAMILIES, Family
 from helpers import Rig, answer, make_rig, random_state, request, small_config, stack_logits, tp_group_of
 
-from clif.config import config_from_tree
+from clif.config import ConfigError, config_from_tree
 from clif.engine.engine import Engine
 from clif.engine.jobs import Job
 from clif.kernels import quantised as quantised_module
@@ -208,6 +208,13 @@ def test_the_start_says_how_far_the_outputs_of_a_layer_are_off(
     with caplog.at_level(logging.INFO, "clif.engine.base"):
         rig_of(stories, kind)
     assert f"{kind}, " in caplog.text and f"differ by {done.worst:.2%} at most ({done.where})" in caplog.text
+
+
+def test_kernels_that_read_dense_weights_are_refused_where_they_are_asked_for(stories: str):
+    with pytest.raises(
+        ConfigError, match=r"triton multiplies with dense weights, and model\.weight_dtype is int4: set"
+    ):
+        small_config(stories, engine={"lora_kernel": "triton"}, model={"weight_dtype": "int4"})
 
 
 @pytest.mark.parametrize("kind", KINDS)
