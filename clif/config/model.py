@@ -29,8 +29,8 @@ class ModelConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`cpu`, `cuda`, or `auto`: the GPU where there is one."""
     max_context: Positive = 2048
-    """[tokens] Longest prompt plus answer. At most `engine.kv_tokens`, the model's own limit, its sliding window if it
-    has one, and what its rotary embedding or query scale is the same for."""
+    """[tokens] Longest prompt plus answer. At most `engine.kv_tokens`, the model's own limit, and what its rotary
+    embedding or query scale is the same for."""
 
 
 class AdapterConfig(Section):
