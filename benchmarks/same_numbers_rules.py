@@ -100,6 +100,7 @@ RULES = (
         "train_loss heldout_candidate heldout_active product_error noise_scale",
     ),
     Rule("adapters", "version", "round_id", "heldout_loss"),
+    Rule("scores", "phase version metric group name", "count", "value low high"),
     Rule("quality", "phase", "heldout_tokens exact_match_rows version exact_match", "heldout_loss"),
     Rule("ticks", words="regime"),
     Rule("train_steps", "rank round_id step", "samples tokens lr", "loss grad_norm noise_scale"),

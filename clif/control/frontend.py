@@ -122,7 +122,7 @@ class Frontend:
         """A message of the front end. One that cannot be decoded is logged, and ends nothing."""
         try:
             message = decode_from_frontend(payload)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             log.error("a message of the front end cannot be read: %s", error)
             return
         self._silent_s = 0.0

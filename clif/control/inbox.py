@@ -69,7 +69,7 @@ class Inbox:
             return
         try:
             message = tidy(decode_up(payload))
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             self._failures.mark_broken(now, sender, f"it says what nobody understands ({printable(str(error))})")
             return
         if wire.sender_of(message) != sender:

@@ -173,7 +173,7 @@ class Link:
                 self._take(decode_to_frontend(self._socket.recv(zmq.NOBLOCK)))
         except zmq.Again:
             return
-        except (msgspec.DecodeError, zmq.ZMQError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, zmq.ZMQError) as error:
             self._failure = error
             self._end()
             return

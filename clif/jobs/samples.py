@@ -59,7 +59,7 @@ def pieces(path: Path) -> Iterator[list[TrainSample]]:
             while head := file.read(_LENGTH.size):
                 body = file.read(*_LENGTH.unpack(head))
                 yield msgspec.msgpack.decode(body, type=list[TrainSample])
-    except (OSError, struct.error, msgspec.DecodeError) as error:
+    except (OSError, struct.error, msgspec.DecodeError, UnicodeDecodeError) as error:
         # The client of the job reads it: no folder of the server belongs in it.
         why = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"{path.name} cannot be read ({why}): upload the file again") from error

@@ -173,7 +173,8 @@ def unsealed(line: bytes, must: bool) -> tuple[Line, bool]:
         if found is not None and zlib.crc32(line[: found.start()] + b"}") != int(found[1], 16):
             raise _Damaged("its checksum is that of another line")
         return _DECODER.decode(line), found is not None
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        # A name of a field that is no UTF-8 is no DecodeError of msgspec's.
         raise _Damaged(plain(error)) from error
 
 
