@@ -33,8 +33,9 @@ REPO = Path(__file__).resolve().parents[1]
 MODES = ("clif", "serve_only", "time_slice", "split")
 """In the order of a repeat: time_slice is given the training that clif reached."""
 RANKS = 2
-"""Replicas in every mode, each with its share of the cores: on a CPU two replicas with half of the threads serve more
-than one with all of them (measured: 639 against 393 tokens/s), so that anything else would weaken the baselines."""
+"""Replicas in every mode, each with its share of the cores, so that modes and days compare. Two with half of the
+threads served more than one with all of them before there were C++ kernels (639 against 393 tokens/s); with them one
+serves more, since it reads the weights once (766 against 664, engine-peers-instances-2026-11-28.md)."""
 LOAD, LIGHT_LOADS = 0.7, (0.3, 0.05)
 SATURATING_RPS = 1000
 TRAINING_ROUNDS = 4

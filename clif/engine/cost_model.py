@@ -130,19 +130,15 @@ class CostModel:
         """Whether captured steps have been measured."""
         return any(captured and cost.seen >= MEASURED for (_, captured), cost in self.steps.items())
 
-    def batch_alone(self, tokens_per_s: float, context: float, captured: bool = False) -> float:
+    def batch_alone(self, tokens_per_s: float, context: float) -> float:
         """Requests that run at a time if serving alone gives them so many tokens/s, each with so much context cached.
 
         Infinite if it cannot.
         """
-        fit = self._alone(captured).fit
+        fit = self._alone(captured=False).fit
         # A batch of n takes c + n (a + b context) seconds for n tokens.
         left = 1 - tokens_per_s * (fit.a + fit.b * context / 1000)
         return tokens_per_s * fit.c / left if left > 0 else math.inf
-
-    def mean_step_s(self, rows: float, context: float, captured: bool = False) -> float:
-        """Predicted seconds of a step; half of all steps take longer."""
-        return self._alone(captured).fit.predict(rows, context / 1000)
 
     def mean_slice_s(self, kind: SliceKind, tokens: int, units: int) -> float:
         """Predicted seconds of a slice; 0 while the kind has no measurement."""

@@ -101,9 +101,9 @@ def room_of(config: Config, device: Device, ranks: int) -> Room | None:
 
 
 def prove(config: Config) -> str:
-    """What is said of a model's make in a dry run, after it was proved where that takes torch.
+    """What a dry run says of a model's family. A start computes with a narrow copy besides.
 
-    Raises ConfigError for one that would be computed wrongly.
+    Raises ConfigError for a family that is not supported.
     """
     local = locate(config.model.path) or _cached(config.model.path)
     if local is None:
