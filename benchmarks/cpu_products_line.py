@@ -68,8 +68,9 @@ class Ways:
         return ways
 
     def _quantised(self, bits: Bits) -> list[QuantisedPanels]:
-        arena = Arena(sum(panels_size(*weight.shape, bits, least=False) for weight in self.weights))
-        return [QuantisedPanels.of(QuantisedMatrix.of(weight, bits), arena) for weight in self.weights]
+        matrices = [QuantisedMatrix.of(weight, bits) for weight in self.weights]
+        arena = Arena(sum(map(panels_size, matrices)))
+        return [QuantisedPanels.of(matrix, arena) for matrix in matrices]
 
     def _clif(self, packed: PackedMatrix | QuantisedPanels, x: torch.Tensor, factors: PackedFactors | None) -> Call:
         """As the decoder's kernel calls it: nothing is allocated, and Python has prepared the arguments."""

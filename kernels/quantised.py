@@ -1,8 +1,9 @@
 """Matrices of whole numbers with scales: how they are made, and what they stand for. The reference of all kernels.
 
-Weights of 8 bits have one scale for each output; those of 4 bits one for each GROUP inputs of an output, and a least
-number as well where that is much nearer: the weights of many GGUF files are such numbers already. Scales are bfloat16
-numbers, and the whole numbers are chosen for them as they are: nothing is rounded twice.
+Weights that are quantised here have one scale for each output in 8 bits; in 4 bits one for each GROUP inputs of an
+output, and a least number as well where that is much nearer. Scales are bfloat16 numbers, and the whole numbers are
+chosen for them as they are: nothing is rounded twice. Weights that a checkpoint has quantised keep its numbers: groups
+of other sizes, in 8 bits as well, scales of other types, and zero points.
 
 Sources: round-to-nearest weights by output (LLM.int8(), Dettmers et al. 2022) and by group (GPTQ, Frantar et al. 2022,
 and Q4_0 of llama.cpp, whose largest number takes the whole range).
@@ -26,11 +27,12 @@ PIECE = 1 << 18
 
 @dataclass(frozen=True, eq=False)
 class QuantisedMatrix:
-    """W [out, in_] = numbers * scales, plus `least` in 4 bits.
+    """W [out, in_] = (numbers - zeros) * scales, or numbers * scales + least.
 
-    numbers: int8 [out, in_]; of 4 bits uint8 [out, inputs / 2], up to whole groups: two numbers from 0 to 15 in a byte,
-    the first in its lower half. scales: bfloat16 [out, 1]; of 4 bits [out, groups]. least: bfloat16 [out, groups];
-    None: -8 times the scales.
+    numbers: int8 [out, in_]; of 4 bits uint8 [out, inputs / 2], up to whole multiples of GROUP: two numbers from 0 to
+    15 in a byte, the first in its lower half. scales: of any floating type, [out, groups]. least: the same, or None;
+    zeros: int8 [out, groups], or None: 8 in 4 bits, 0 in 8. group: inputs that share a scale, a multiple of 16; None:
+    all in 8 bits, GROUP in 4.
     """
 
     bits: Bits
@@ -38,10 +40,17 @@ class QuantisedMatrix:
     numbers: torch.Tensor
     scales: torch.Tensor
     least: torch.Tensor | None = None
+    zeros: torch.Tensor | None = None
+    group: int | None = None
 
     @property
     def out(self) -> int:
         return len(self.numbers)
+
+    @property
+    def by_output(self) -> bool:
+        """Whether each output has one scale, and nothing is added."""
+        return self.bits == 8 and self.group is None
 
     @classmethod
     def of(cls, weight: torch.Tensor, bits: Bits) -> QuantisedMatrix:
@@ -58,26 +67,45 @@ class QuantisedMatrix:
     def whole(self, rows: slice) -> torch.Tensor:
         """The whole numbers of some outputs: int8 [rows, in_]; of 4 bits uint8 [rows, inputs], up to whole groups."""
         numbers = self.numbers[rows]
-        return numbers if self.bits == 8 else torch.stack((numbers & 15, numbers >> 4), -1).flatten(1)
+        return numbers if self.bits == 8 else unpacked(numbers)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Numbers and scales."""
-        return (self.numbers, self.scales) if self.least is None else (self.numbers, self.scales, self.least)
+        return tuple(t for t in (self.numbers, self.scales, self.least, self.zeros) if t is not None)
 
     def dense(self, dtype: torch.dtype, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
-        """W [rows, columns], each number rounded once to dtype. Columns begin at a whole group."""
+        """W [rows, columns], each number rounded once to dtype."""
         start, stop, _ = columns.indices(self.in_)
-        if self.bits == 8:
-            numbers, scales = self.numbers[rows, start:stop].float(), self.scales[rows].float()
-            return numbers.mul_(scales).to(dtype)
-        groups = slice(start // GROUP, -(-stop // GROUP))
-        packed = self.numbers[rows, groups.start * GROUP // 2 : groups.stop * GROUP // 2]
-        numbers = torch.stack((packed & 15, packed >> 4), -1).flatten(1).float().unflatten(1, (-1, GROUP))
-        scales = self.scales[rows, groups].float()
-        least = scales * -8 if self.least is None else self.least[rows, groups].float()
-        whole = torch.addcmul(least.unsqueeze(2), numbers, scales.unsqueeze(2)).flatten(1)
-        return whole[:, : stop - start].to(dtype)
+        if self.by_output:
+            return self.numbers[rows, start:stop].float().mul_(self.scales[rows].float()).to(dtype)
+        group = self.group or GROUP
+        groups = slice(start // group, -(-stop // group))
+        begin, end = groups.start * group, groups.stop * group
+        packed = self.numbers[rows, begin:end] if self.bits == 8 else self.numbers[rows, begin // 2 : end // 2]
+        numbers = packed.float() if self.bits == 8 else unpacked(packed).float()
+        numbers = pad(numbers, (0, end - begin - numbers.shape[1])).unflatten(1, (-1, group))
+        scales, least, zeros = (
+            None if t is None else t[rows, groups].float().unsqueeze(2) for t in (self.scales, self.least, self.zeros)
+        )
+        assert scales is not None
+        if least is not None:
+            whole = torch.addcmul(least, numbers, scales)
+        else:
+            zero = zeros if zeros is not None else 8 if self.bits == 4 else 0
+            whole = numbers.sub_(zero).mul_(scales)
+        return whole.flatten(1)[:, start - begin : stop - begin].to(dtype)
+
+
+def unpacked(numbers: torch.Tensor) -> torch.Tensor:
+    """Bytes with two numbers each [rows, inputs / 2] -> [rows, inputs]."""
+    return torch.stack((numbers & 15, numbers >> 4), -1).flatten(1)
+
+
+def two_in_a_byte(whole: torch.Tensor) -> torch.Tensor:
+    """Numbers from 0 to 15, uint8 [out, inputs] -> [out, inputs / 2], with zeros up to whole multiples of GROUP."""
+    whole = pad(whole, (0, -whole.shape[1] % GROUP))
+    return whole[:, 0::2] | whole[:, 1::2] << 4
 
 
 def strips(count: int, width: int, numbers: int, unit: int = 1) -> Iterator[slice]:
@@ -127,8 +155,7 @@ def _has_least(groups: torch.Tensor) -> bool:
 
 def _two_in_a_byte(numbers: torch.Tensor) -> torch.Tensor:
     """Whole numbers [out, groups, GROUP] -> [out, inputs / 2]."""
-    whole = numbers.clamp_(0, 15).to(torch.uint8).flatten(1)
-    return whole[:, 0::2] | whole[:, 1::2] << 4
+    return two_in_a_byte(numbers.clamp_(0, 15).to(torch.uint8).flatten(1))
 
 
 def _scale(scale: torch.Tensor) -> torch.Tensor:

@@ -154,7 +154,7 @@ def _packed_size(base: BaseWeight) -> int:
     if base.dtype != torch.bfloat16:
         return 0
     if isinstance(base, QuantisedWeight):
-        return panels_size(*base.shape, base.matrix.bits, base.matrix.least is not None)
+        return panels_size(base.matrix)
     return Arena.rounded(packed_size(*base.shape)) if isinstance(base, Dense) else 0
 
 

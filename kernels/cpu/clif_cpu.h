@@ -24,10 +24,14 @@ CLIF_API const char *clif_interface(void);
 // A frozen weight W [out, in], as clif_pack lays it out, its bias [out] or null, and the LoRA factors of its slots.
 // rank: rows of A (of all adapted members together); 0: no adapters. Slot s has its packed A [rank, in] at
 // a + s * a_stride and its packed B [out, rank], which holds scale * B, at b + s * b_stride; strides in numbers.
-// bits: of a number of W. 16: bfloat16, packed by clif_pack. 8: whole numbers [out / 16][in / 32][16 pairs of inputs][2]
-// [16 outputs], with scales [out padded to 32]. 4: [out / 16][in / 32][2][2 halves of 16 outputs][8 outputs][2][8 pairs of
-// inputs], from 0 to 15, with scales [out / 16][in / 32][16], and as many least numbers, or null for -8 scales; all
-// bfloat16, and padded as W is. A number stands for number * scale (+ least); factors are bfloat16.
+// bits: of a number of W, padded as W is. 16: bfloat16, packed by clif_pack. 8: whole numbers [out / 16][in / 32][16 pairs
+// of inputs][2][16 outputs]. 4: [out / 16][in / 32][2][2 halves of 16 outputs][8 outputs][2][8 pairs of inputs], from 0
+// to 15. scales: [out / 16][groups][16], a group being 2^group_shift tiles of 32 inputs, or half a tile (-1); least: as
+// many least numbers, of type CLIF_INT8 zero points, or null: then zero is 8 in 4 bits and 0 in 8. A number stands for
+// number * scale + least, or for (number - zero point) * scale. In 8 bits with CLIF_BY_OUTPUT for a shift and no least,
+// scales are left to the sums. Factors are bfloat16.
+#define CLIF_BY_OUTPUT 62
+enum { CLIF_FLOAT16 = 2, CLIF_INT8 = 3 };
 typedef struct {
     int64_t in, out;
     const void *weight;
@@ -36,7 +40,8 @@ typedef struct {
     const uint16_t *a, *b;
     int64_t a_stride, b_stride;
     int64_t bits;
-    const uint16_t *scales, *least;
+    const void *scales, *least;
+    int64_t scale_type, least_type, group_shift;
 } clif_linear;
 
 // Numbers that a packed matrix [out, in] takes: outputs padded to 32, inputs to 32, with zeros.

@@ -16,6 +16,9 @@ NONE, AVX512, AMX = 0, 1, 2
 """Levels: neither; AVX512 with bfloat16; AMX besides."""
 LEVELS = {AVX512: "AVX512 with bfloat16", AMX: "AMX"}
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
+SCALE_TYPES = {**TYPES, torch.float16: 2, torch.int8: 3}
+BY_OUTPUT = 62
+"""clif_linear's group_shift of one group, as wide as the matrix."""
 HEAD_BYTES, MAX_HEAD_DIM = 16, 256
 """Attention reads heads in pieces of so many bytes, and has memory for heads of so many numbers."""
 
@@ -36,6 +39,9 @@ class Linear(Structure):
         ("bits", c_int64),
         ("scales", c_void_p),
         ("least", c_void_p),
+        ("scale_type", c_int64),
+        ("least_type", c_int64),
+        ("group_shift", c_int64),
     ]
 
 

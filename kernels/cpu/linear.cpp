@@ -34,9 +34,10 @@ class Avx512 {
             high[i] = start ? _mm512_load_ps(start + i * OUTS + PANEL) : _mm512_setzero_ps();
         }
         for (const Segment *s = segments; s < segments + count; s++) {
-            if (s->bits == 16) add<16, N>(*s, row, low, high);
-            if (s->bits == 8) add<8, N>(*s, row, low, high);
-            if (s->bits == 4) add<4, N>(*s, row, low, high);
+            if (s->form == 16) add<16, N>(*s, row, low, high);
+            if (s->form == 8) add<8, N>(*s, row, low, high);
+            if (s->form == GROUPED) add<GROUPED, N>(*s, row, low, high);
+            if (s->form == 4) add<4, N>(*s, row, low, high);
         }
         for (int i = 0; i < N; i++) {
             _mm512_store_ps(sums + (row + i) * OUTS, low[i]);
@@ -44,13 +45,13 @@ class Avx512 {
         }
     }
 
-    template <int BITS, int N>
+    template <int FORM, int N>
     static void add(const Segment &s, int64_t row, __m512 *low, __m512 *high) {
-        alignas(64) uint16_t room[BITS == 16 ? 1 : 2 * TILE];
+        alignas(64) uint16_t room[FORM == 16 ? 1 : 2 * TILE];
         const uint16_t *x = s.x + row * s.x_stride;
         for (int64_t k = 0; k < s.tiles; k++, x += DEPTH) {
-            const uint16_t *w = tile_of<BITS>(s.first, k, room);
-            const uint16_t *w1 = tile_of<BITS>(s.second, k, BITS == 16 ? room : room + TILE);
+            const uint16_t *w = tile_of<FORM>(s.first, k, room);
+            const uint16_t *w1 = tile_of<FORM>(s.second, k, FORM == 16 ? room : room + TILE);
             for (int64_t pair = 0; pair < DEPTH / 2; pair++) {
                 const __m512bh a = (__m512bh)_mm512_load_si512(w + pair * 2 * PANEL);
                 const __m512bh b = (__m512bh)_mm512_load_si512(w1 + pair * 2 * PANEL);

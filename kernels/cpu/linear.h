@@ -30,7 +30,7 @@ struct Segment {
     int64_t x_stride;
     Panel first, second;
     int64_t tiles;
-    int bits;
+    int form;
 };
 
 // Weights that the next product reads, fetched into the second cache while this one computes: `lines` of each of two
@@ -49,15 +49,15 @@ struct Ahead {
 };
 
 // A packed matrix, of which a block reads two panels: that of the outputs from `out` on, and another `apart` outputs
-// behind it. bits, scales, least: as clif_linear has them.
+// behind it. form, groups: see widen.h.
 struct Packed {
     const void *numbers;
     int64_t in, apart;
-    int bits = 16;
-    const uint16_t *scales = nullptr, *least = nullptr;
+    int form = 16;
+    Groups groups = {};
 
     int64_t tiles() const { return (in + DEPTH - 1) / DEPTH; }
-    int64_t tile_bytes() const { return TILE * bits / 8; }
+    int64_t tile_bytes() const { return TILE * bits_of(form) / 8; }
     // Bytes from the first panel to the second.
     int64_t stride() const { return apart / PANEL * tiles() * tile_bytes(); }
     const uint8_t *at(int64_t out, int64_t tile) const {
@@ -65,12 +65,10 @@ struct Packed {
     }
     // A panel, from a tile of the inputs on.
     Panel panel(int64_t out, int64_t tile) const {
-        if (bits != 4) return {at(out, tile), nullptr, nullptr};
-        const int64_t group = (out / PANEL * tiles() + tile) * PANEL;
-        return {at(out, tile), scales + group, least ? least + group : nullptr};
+        return {at(out, tile), groups.of_panel(out / PANEL, tiles()), tile};
     }
     Segment segment(const uint16_t *x, int64_t x_stride, int64_t out, int64_t tile, int64_t count) const {
-        return {x, x_stride, panel(out, tile), panel(out + apart, tile), count, bits};
+        return {x, x_stride, panel(out, tile), panel(out + apart, tile), count, form};
     }
 };
 
@@ -143,8 +141,7 @@ struct Sums {
     }
 
     // Multiply each row by the scales of its outputs: those of the first panel and those of the second.
-    void scale(const uint16_t *scales, const uint16_t *second) {
-        const __m512 low = load(scales), high = load(second);
+    void scale(__m512 low, __m512 high) {
         for (float *row = numbers; row < numbers + ROWS * OUTS; row += OUTS) {
             _mm512_store_ps(row, _mm512_mul_ps(_mm512_load_ps(row), low));
             _mm512_store_ps(row + PANEL, _mm512_mul_ps(_mm512_load_ps(row + PANEL), high));
@@ -206,7 +203,7 @@ struct Gated {
 // The weight of a layer, of which a block reads two panels.
 template <class Outputs>
 Packed weight_of(const clif_linear &linear) {
-    return {linear.weight, linear.in, Outputs::apart(linear), static_cast<int>(linear.bits), linear.scales, linear.least};
+    return {linear.weight, linear.in, Outputs::apart(linear), form_of(linear), groups_of(linear)};
 }
 
 // What one thread computes: a rectangle of the result. Reading a panel from memory costs about as much as multiplying
@@ -281,12 +278,12 @@ void rest_block(Kernel &kernel, const clif_linear &linear, const Inputs &x, Slot
     int slot = NO_SLOT;
     uint32_t members = 0;
     // Scales by output are not the adapter's: its product waits until they are in the sums.
-    const bool scaled = linear.bits == 8;
+    const bool scaled = form_of(linear) == 8;
     const bool any = slots.next(&slot, &members), one = any && !scaled && members == slots.all();
     if (one) segments[count++] = adapter(slot);
     for (int64_t row = 0; row < rows; row++) fetch_to_write(y + out + row * y_stride);
     kernel.sum(segments, count, nullptr, sums.numbers, rows, ahead);
-    if (scaled) sums.scale(linear.scales + out, linear.scales + out + apart);
+    if (scaled) sums.scale(groups_of(linear).scale(out / PANEL), groups_of(linear).scale((out + apart) / PANEL));
     for (bool more = any && !one; more; more = slots.next(&slot, &members)) {
         Sums with;
         const Segment factor = adapter(slot);
@@ -302,7 +299,7 @@ void rest_block(Kernel &kernel, const clif_linear &linear, const Inputs &x, Slot
 class Reading {
    public:
     Reading(const Packed &matrix, int64_t step, int64_t end, int64_t rows)
-        : matrix_(matrix), step_(step), end_(end), blocks_((rows + ROWS - 1) / ROWS), few_(rows <= PANEL && matrix.bits == 16) {}
+        : matrix_(matrix), step_(step), end_(end), blocks_((rows + ROWS - 1) / ROWS), few_(rows <= PANEL && matrix.form == 16) {}
 
     Ahead ahead(int64_t out, int64_t block) const {
         if (few_ || out + step_ >= end_) return {};

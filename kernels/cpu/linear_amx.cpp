@@ -58,7 +58,7 @@ class Amx {
             _tile_zero(2);
             _tile_zero(3);
         }
-        for (const Segment *s = segments; s < segments + count; s++) of_bits<true>(*s, ahead);
+        for (const Segment *s = segments; s < segments + count; s++) of_form<true>(*s, ahead);
         _tile_stored(0, sums, ROW_BYTES);
         _tile_stored(1, sums + PANEL, ROW_BYTES);
         _tile_stored(2, sums + LOWER, ROW_BYTES);
@@ -73,31 +73,32 @@ class Amx {
             _tile_zero(0);
             _tile_zero(1);
         }
-        for (const Segment *s = segments; s < segments + count; s++) of_bits<false>(*s, ahead);
+        for (const Segment *s = segments; s < segments + count; s++) of_form<false>(*s, ahead);
         _tile_stored(0, sums, ROW_BYTES);
         _tile_stored(1, sums + PANEL, ROW_BYTES);
     }
 
     template <bool LOWER>
-    void of_bits(const Segment &s, Ahead &ahead) {
-        if (s.bits == 16) add<16, LOWER>(s, ahead);
-        if (s.bits == 8) add<8, LOWER>(s, ahead);
-        if (s.bits == 4) add<4, LOWER>(s, ahead);
+    void of_form(const Segment &s, Ahead &ahead) {
+        if (s.form == 16) add<16, LOWER>(s, ahead);
+        if (s.form == 8) add<8, LOWER>(s, ahead);
+        if (s.form == GROUPED) add<GROUPED, LOWER>(s, ahead);
+        if (s.form == 4) add<4, LOWER>(s, ahead);
     }
 
     // What is widened lies in a ring, a tile ahead of the one that is multiplied: both go on at the same time.
-    template <int BITS, bool LOWER>
+    template <int FORM, bool LOWER>
     void add(const Segment &s, Ahead &ahead) {
         const int64_t bytes = s.x_stride * sizeof(uint16_t);
         const uint16_t *x = s.x, *lower = x + PANEL * s.x_stride;
-        const uint16_t *next = tile_of<BITS>(s.first, 0, ring_), *next1 = tile_of<BITS>(s.second, 0, ring_ + TILE);
+        const uint16_t *next = tile_of<FORM>(s.first, 0, ring_), *next1 = tile_of<FORM>(s.second, 0, ring_ + TILE);
         for (int64_t k = 0; k < s.tiles; k++) {
             ahead.step();
             const uint16_t *w = next, *w1 = next1;
-            if (BITS == 16 || k + 1 < s.tiles) {
+            if (FORM == 16 || k + 1 < s.tiles) {
                 uint16_t *room = ring_ + (k + 1) % RING * 2 * TILE;
-                next = tile_of<BITS>(s.first, k + 1, room), next1 = tile_of<BITS>(s.second, k + 1, room + TILE);
-                if (BITS != 16) publish(ring_);
+                next = tile_of<FORM>(s.first, k + 1, room), next1 = tile_of<FORM>(s.second, k + 1, room + TILE);
+                if (FORM != 16) publish(ring_);
             }
             _tile_loadd(6, w, 64);
             _tile_loadd(4, x + k * DEPTH, bytes);

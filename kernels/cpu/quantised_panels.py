@@ -13,7 +13,7 @@ from clif.kernels.cpu.arena import Arena, aligned
 from clif.kernels.quantised import Bits, QuantisedMatrix, strips
 
 PANEL, DEPTH = 16, 32
-"""Outputs and inputs of a tile. A group of 4 bits is as long as a tile: one scale for each of its outputs."""
+"""Outputs and inputs of a tile."""
 PIECE = 1 << 20
 """Numbers that are laid out at a time."""
 
@@ -22,8 +22,8 @@ PIECE = 1 << 20
 class QuantisedPanels:
     """A matrix [out, in_] of 8 or 4 bits, both sides padded to 32.
 
-    numbers: bytes of all tiles; scales: bfloat16, of 8 bits [padded out], of 4 bits [panels, tiles, 16]; least: as
-    many, or None.
+    numbers: bytes of all tiles; scales: [panels, groups, 16], of whole or half tiles, see clif_linear; least: as many,
+    or zero points, or None. shift: clif_linear's group_shift.
     """
 
     out: int
@@ -32,6 +32,7 @@ class QuantisedPanels:
     numbers: torch.Tensor
     scales: torch.Tensor
     least: torch.Tensor | None
+    shift: int
 
     @classmethod
     def of(cls, matrix: QuantisedMatrix, arena: Arena | None = None) -> QuantisedPanels:
@@ -44,9 +45,12 @@ class QuantisedPanels:
             to = numbers[rows.start // PANEL * each : rows.stop // PANEL * each]
             part = pad(matrix.whole(rows), (0, 0, 0, rows.stop - max(rows.start, min(rows.stop, matrix.out))))
             to.copy_(lay(pad(part, (0, tiles * DEPTH - part.shape[1]))))
-        scales, least = (_lay_scales(of, matrix.bits, panels, arena) for of in (matrix.scales, matrix.least))
+        shift, spread = _groups(matrix)
+        many = _rows_of_scales(shift, tiles)
+        added = matrix.zeros if matrix.least is None else matrix.least
+        scales, least = (_lay_scales(of, spread, many, panels, arena) for of in (matrix.scales, added))
         assert scales is not None
-        return cls(matrix.out, matrix.in_, matrix.bits, numbers, scales, least)
+        return cls(matrix.out, matrix.in_, matrix.bits, numbers, scales, least, shift)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -57,7 +61,9 @@ class QuantisedPanels:
         """For the library; the tensors have to live as long."""
         struct = library.Linear(in_=self.in_, out=self.out, weight=self.numbers.data_ptr(), bits=self.bits)
         struct.scales = self.scales.data_ptr()
-        struct.least = None if self.least is None else self.least.data_ptr()
+        struct.scale_type, struct.group_shift = library.SCALE_TYPES[self.scales.dtype], self.shift
+        if self.least is not None:
+            struct.least, struct.least_type = self.least.data_ptr(), library.SCALE_TYPES[self.least.dtype]
         return struct
 
     def widened(self, columns: slice) -> torch.Tensor:
@@ -70,30 +76,48 @@ class QuantisedPanels:
         return rows[: self.out, : stop - start]
 
     def dense(self, dtype: torch.dtype, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
-        """W [rows, columns], each number rounded once to dtype. Columns begin at a whole tile."""
-        start, stop, _ = columns.indices(self.in_)
+        """W [rows, columns], each number rounded once to dtype."""
+        return self.matrix().dense(dtype, rows, columns)
+
+    def matrix(self) -> QuantisedMatrix:
+        """The inverse of of()."""
         panels, tiles = _sizes(self.out, self.in_)
-        first, last = start // DEPTH, -(-stop // DEPTH)
-        numbers = self.numbers.view(panels, tiles, -1)[:, first:last]
-        if self.bits == 8:
-            whole = _whole8(numbers).float() * self.scales.float()[:, None]
-        else:
-            scales, least = (
-                None if of is None else of.view(panels, tiles, PANEL)[:, first:last].transpose(1, 2).flatten(0, 1)
-                for of in (self.scales, self.least)
-            )
-            assert scales is not None
-            matrix = QuantisedMatrix(4, (last - first) * DEPTH, _whole4(numbers), scales, least)
-            whole = matrix.dense(torch.float32)
-        return whole[: self.out][rows, : stop - start].to(dtype)
+        laid = self.numbers.view(panels, tiles, -1)
+        numbers = _whole8(laid)[: self.out, : self.in_] if self.bits == 8 else _whole4(laid)[: self.out]
+        scales, added = (
+            None if of is None else of.view(panels, -1, PANEL).transpose(1, 2).flatten(0, 1)[: self.out]
+            for of in (self.scales, self.least)
+        )
+        assert scales is not None
+        least, zeros = (None, added) if added is not None and added.dtype == torch.int8 else (added, None)
+        group: int | None = DEPTH // 2 if self.shift < 0 else DEPTH << min(self.shift, tiles.bit_length())
+        if self.bits == 8 and self.shift == library.BY_OUTPUT and added is None:
+            group = None
+        return QuantisedMatrix(self.bits, self.in_, numbers, scales, least, zeros, group)
 
 
-def panels_size(out: int, in_: int, bits: Bits, least: bool) -> int:
+def panels_size(matrix: QuantisedMatrix) -> int:
     """Numbers of an arena that the panels of a matrix take."""
-    panels, tiles = _sizes(out, in_)
-    scales = panels * PANEL * (1 if bits == 8 else tiles)
-    sizes = (panels * tiles * PANEL * DEPTH * bits // 16, scales, scales if least else 0)
-    return sum(Arena.rounded(size) for size in sizes)
+    panels, tiles = _sizes(matrix.out, matrix.in_)
+    rows = panels * PANEL * _rows_of_scales(_groups(matrix)[0], tiles)
+    added = matrix.zeros if matrix.least is None else matrix.least
+    bytes_ = [panels * tiles * PANEL * DEPTH * matrix.bits // 8, rows * matrix.scales.itemsize]
+    bytes_ += [] if added is None else [rows * added.itemsize]
+    return sum(Arena.rounded(size // 2) for size in bytes_)
+
+
+def _groups(matrix: QuantisedMatrix) -> tuple[int, int]:
+    """clif_linear's group_shift, and how many of its groups one of the matrix is."""
+    if matrix.group is None:
+        return (library.BY_OUTPUT if matrix.bits == 8 else 0), 1
+    if matrix.group >= matrix.in_:
+        return library.BY_OUTPUT, 1
+    unit = matrix.group & -matrix.group
+    return (-1 if unit < DEPTH else (unit // DEPTH).bit_length() - 1), matrix.group // unit
+
+
+def _rows_of_scales(shift: int, tiles: int) -> int:
+    return 2 * tiles if shift < 0 else (tiles - 1 >> shift) + 1
 
 
 def _sizes(out: int, in_: int) -> tuple[int, int]:
@@ -132,12 +156,13 @@ def _whole4(numbers: torch.Tensor) -> torch.Tensor:
     return (even | odd << 4).flatten(0, 2).flatten(1)
 
 
-def _lay_scales(of: torch.Tensor | None, bits: Bits, panels: int, arena: Arena | None) -> torch.Tensor | None:
-    """Scales [out, 1] or [out, groups] as the kernels read them."""
+def _lay_scales(of: torch.Tensor | None, each: int, rows: int, panels: int, arena: Arena | None) -> torch.Tensor | None:
+    """Scales [out, groups], or what is added, as the kernels read them: `rows` of 16 for each panel."""
     if of is None:
         return None
-    padded = pad(of, (0, 0, 0, panels * PANEL - len(of)))
-    laid = padded if bits == 8 else padded.unflatten(0, (-1, PANEL)).transpose(1, 2)
-    room = _empty(laid.numel(), arena)
+    spread = of.repeat_interleave(each, 1)[:, :rows] if each > 1 else of[:, :rows]
+    padded = pad(spread, (0, rows - spread.shape[1], 0, panels * PANEL - len(spread)))
+    laid = padded.unflatten(0, (-1, PANEL)).transpose(1, 2)
+    room = _empty(laid.numel() * of.itemsize // 2, arena).view(of.dtype)
     room.copy_(laid.reshape(-1))
     return room

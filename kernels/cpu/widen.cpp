@@ -8,19 +8,21 @@ namespace {
 // A tile as rows of its outputs, `width` numbers apart, each number rounded once.
 void rows_of(const clif_linear &linear, int64_t panel, int64_t tile, uint16_t *dense, int64_t width) {
     alignas(64) uint16_t room[TILE];
-    const int64_t at = panel * (padded(linear.in) / DEPTH) + tile;
-    const uint8_t *numbers = static_cast<const uint8_t *>(linear.weight) + at * TILE * linear.bits / 8;
-    if (linear.bits == 8)
-        widen8(numbers, room);
-    else
-        widen4(numbers, linear.scales + at * PANEL, linear.least ? linear.least + at * PANEL : nullptr, room);
+    const int64_t tiles = padded(linear.in) / DEPTH;
+    const uint8_t *numbers = static_cast<const uint8_t *>(linear.weight) + (panel * tiles + tile) * TILE * linear.bits / 8;
+    const Groups groups = groups_of(linear).of_panel(panel, tiles);
+    const int form = form_of(linear);
+    if (form == 8) widen8(numbers, room);
+    if (form == GROUPED) widen8(numbers, groups, tile, room);
+    if (form == 4) widen4(numbers, groups, tile, room);
     __m512i rows[PANEL];
     for (int64_t pair = 0; pair < DEPTH / 2; pair++) rows[pair] = _mm512_load_si512(room + pair * 2 * PANEL);
     training::transpose16(rows);
+    alignas(64) float scales[PANEL];
+    if (form == 8) _mm512_store_ps(scales, groups.scale(groups.first));
     for (int64_t out = 0; out < PANEL; out++) {
         const __m512i row = rows[out];
-        const float scale = linear.bits == 8 ? widen(linear.scales[panel * PANEL + out]) : 1.0f;
-        _mm512_storeu_si512(dense + out * width, linear.bits == 8 ? training::scaled(row, scale) : row);
+        _mm512_storeu_si512(dense + out * width, form == 8 ? training::scaled(row, scales[out]) : row);
     }
 }
 

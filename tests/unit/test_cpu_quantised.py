@@ -13,7 +13,7 @@ from clif.kernels.cpu import library
 from clif.kernels.cpu.arena import Arena
 from clif.kernels.cpu.products import PackedFactors, product
 from clif.kernels.cpu.quantised_panels import QuantisedPanels, panels_size
-from clif.kernels.quantised import GROUP, Bits, QuantisedMatrix
+from clif.kernels.quantised import GROUP, Bits, QuantisedMatrix, two_in_a_byte
 from clif.models.estimate import estimate, read_spec
 from clif.models.quantised_weight import PackedQuantisedWeight
 
@@ -44,7 +44,7 @@ CASES = [(8, False), (4, False), (4, True)]
 @pytest.mark.parametrize(("out", "in_"), SIZES)
 def test_panels_stand_for_the_same_numbers(out: int, in_: int, bits: Bits, least: bool):
     matrix = matrix_of(out, in_, bits, least)
-    arena = Arena(panels_size(out, in_, bits, least))
+    arena = Arena(panels_size(matrix))
     panels, dense = QuantisedPanels.of(matrix, arena), matrix.dense(torch.bfloat16)
     assert torch.equal(panels.dense(torch.bfloat16), dense)
     for columns in (slice(0, GROUP), slice(GROUP, 3 * GROUP)):
@@ -86,6 +86,57 @@ def test_a_gradient_is_carried_down_by_the_same_numbers(bits: Bits):
     wanted = grad.double() @ matrix.dense(torch.bfloat16).double()
     found = PackedQuantisedWeight(QuantisedPanels.of(matrix), None).backward(grad)
     torch.testing.assert_close(found.double(), wanted, rtol=2**-7, atol=1e-2)
+
+
+FORMS = [
+    # Bits, inputs that share a scale, type of scales, and what is added: as checkpoints and GGUF files have them.
+    (8, 16, torch.float32, None), (8, 32, torch.float16, None), (8, 32, torch.float16, "least"),
+    (8, 128, torch.bfloat16, "zeros"), (8, None, torch.float32, None), (8, 256, torch.float16, "zeros"),
+    (4, 16, torch.float32, "least"), (4, 16, torch.float16, None), (4, 32, torch.float16, None),
+    (4, 32, torch.float16, "least"), (4, 48, torch.float16, None), (4, 64, torch.float16, "zeros"),
+    (4, 128, torch.bfloat16, "zeros"), (4, 96, torch.float16, "zeros"), (4, 1024, torch.float32, None),
+]  # fmt: skip
+Form = tuple[Bits, int | None, torch.dtype, str | None]
+
+
+def of_form(out: int, in_: int, form: Form) -> QuantisedMatrix:
+    """A matrix of any numbers in one of FORMS."""
+    bits, group, dtype, added = form
+    rng = torch.Generator().manual_seed(out)
+    low, high = (-128, 128) if bits == 8 else (0, 16)
+    whole = torch.randint(low, high, (out, in_), generator=rng).to(torch.int8 if bits == 8 else torch.uint8)
+    shape = (out, -(-in_ // (group or in_)))
+    scales = ((torch.rand(shape, generator=rng) + 0.5) / high).to(dtype)
+    least = torch.randn(shape, generator=rng).to(dtype) if added == "least" else None
+    zeros = torch.randint(low, high, shape, generator=rng).to(torch.int8) if added == "zeros" else None
+    return QuantisedMatrix(bits, in_, whole if bits == 8 else two_in_a_byte(whole), scales, least, zeros, group)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_what_checkpoints_have_is_multiplied_as_the_numbers_that_it_stands_for(form: Form):
+    for out, in_ in SIZES:
+        matrix = of_form(out, in_, form)
+        arena = Arena(panels_size(matrix))
+        panels, dense = QuantisedPanels.of(matrix, arena), matrix.dense(torch.bfloat16)
+        assert torch.equal(panels.dense(torch.float32), matrix.dense(torch.float32))
+        assert torch.equal(panels.widened(slice(0, in_)), dense)
+        assert torch.equal(panels.widened(slice(GROUP, 2 * GROUP)), dense[:, GROUP : 2 * GROUP])
+        weight = (matrix.dense(torch.float32) if panels.matrix().by_output else dense).double()
+        for level, rows in ((level, rows) for level in LEVELS for rows in (1, 9, 33)):
+            x = numbers(rows, in_, seed=rows)
+            wanted, found = x.double() @ weight.T, product(x, panels, level=level).double()
+            torch.testing.assert_close(found, wanted, rtol=2**-8, atol=1e-4 * in_**0.5 + 1e-3)
+        with pytest.raises(ValueError, match="arena"):
+            arena.cut(1)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_parts_of_what_checkpoints_have_are_those_of_the_whole(form: Form):
+    matrix = of_form(40, 320, form)
+    dense = matrix.dense(torch.float32)
+    for columns in (slice(0, 32), slice(32, 224), slice(256, 320)):
+        assert torch.equal(matrix.dense(torch.float32, columns=columns), dense[:, columns])
+    assert torch.equal(matrix.dense(torch.float32, slice(7, 12)), dense[7:12])
 
 
 @pytest.mark.parametrize("level", LEVELS)
