@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from clif.engine.prompt_rows import PromptRows
-from clif.kernels.cpu.host import HeadShape
+from clif.kernels.cpu.host import HeadShape, scores_of
 from clif.kernels.cpu.host import attention as cpu_attention
 from clif.kernels.kv_types import as_cached, read_slots
 from clif.kernels.paged_decode_table import DecodeRow, DecodeTable
@@ -100,7 +100,7 @@ class PagedRows:
         layout, cache = self._layout, self._cache.layers[layer]
         if layout.step is not None:
             shape = HeadShape(query.shape[1], key.shape[1], query.shape[2])
-            return cpu_attention(query, shape, cache, layout.step, scores.plain_scale)
+            return cpu_attention(query, shape, cache, layout.step, scores_of(*scores))
         out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
         if self._paged is not None and layout.table is not None:
             self._paged.attend(query, cache, layout.table, scores.plain_scale, out)

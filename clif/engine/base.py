@@ -131,7 +131,7 @@ def _decode_kernel(config: EngineConfig, stack: CausalStack) -> Literal["auto", 
             "engine.decode_kernel triton computes no windows, caps or sinks of scores, which this model has: set "
             "engine.decode_kernel=torch"
         )
-    log.info("attention: torch's products, for windows, caps or sinks of scores")
+    log.info("attention: no Triton kernel, for windows, caps or sinks of scores")
     return "torch"
 
 

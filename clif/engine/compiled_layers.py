@@ -12,7 +12,7 @@ import torch
 
 from clif.engine.attention import KVCache
 from clif.engine.batch import Batch
-from clif.kernels.cpu.host import rows_of
+from clif.kernels.cpu.host import rows_of, scores_of
 from clif.kernels.cpu.library import Layer, Linear, Step, load
 from clif.kernels.cpu.products import linear
 from clif.models.base_weight import Compiled
@@ -103,7 +103,7 @@ def _layer(layer: DecoderLayer, cache: torch.Tensor) -> Layer:
         norm.eps,
         mlp_norm.eps,
         rotary.shape.as_struct(),
-        layer.scores.plain_scale,
+        scores_of(*layer.scores),
         cache.data_ptr(),
     )
 

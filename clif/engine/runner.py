@@ -62,7 +62,7 @@ class ModelRunner:
         self.train_recorder: Recorder | None = None
         self.fuses = False
         self._cpu = self._by_reference = cpu_level is not None
-        step_tables = self._cpu and kv_dtype == dtype and stack.plain
+        step_tables = self._cpu and kv_dtype == dtype
         self._batches = BatchBuilder(config, stack.vocab_size, device, dtype, stack.varlen, step_tables, stack.windows)
         self._compiled = None if cpu_level is None else _compiled(stack, self.cache, cpu_level)
         # Of the last step, in the order in which its chunks sample: the next one may need them before the host knows.

@@ -160,12 +160,10 @@ class DecoderLayer:
 
     @property
     def obstacle(self) -> str | None:
-        """What it computes beside norms, plain attention and MLP, each added to the hidden state; None: nothing.
+        """What it computes beside norms, attention and MLP, each added to the hidden state; None: nothing.
 
         Whatever computes a whole layer at once asks first.
         """
-        if not self.scores.plain:
-            return "a layer has " + ("a window" if self.scores.fusible else "scores that are capped or have sinks")
         if self.post_norm is not None or self.post_mlp_norm is not None:
             return "a layer has norms behind attention and MLP"
         if self.residual_scale != 1.0:

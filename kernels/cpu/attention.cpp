@@ -3,8 +3,8 @@
 // An item is one KV head of a tile of rows of one sequence. It lays keys and values of 128 tokens at a time out as the
 // products read them, once for all queries of the tile, and keeps a running softmax for each query. The largest score,
 // the sums and their order depend on the row's own query and context alone: a decode row and the same row inside a chunk
-// of a prompt get equal bits, on any number of threads. Slots behind a row's context are not read, unless a later row of
-// its tile sees them; they then count with a weight of zero.
+// of a prompt get equal bits, on any number of threads. Slots behind a row's context and before its window are not read,
+// unless another row of its tile sees them; they then count with a weight of zero.
 //
 // Sources: FlashAttention (Dao et al. 2022), online softmax (Milakov and Gimelshein 2018); PagedAttention (Kwon et al.,
 // SOSP 2023).
@@ -12,6 +12,8 @@
 
 namespace clif {
 namespace {
+
+constexpr float TO_BASE_2 = 1.44269504f;
 
 template <class T>
 void multiply_at(const Call<T> &call, Left<T> a, Right b, Sums c, Size size) {
@@ -21,24 +23,43 @@ void multiply_at(const Call<T> &call, Left<T> a, Right b, Sums c, Size size) {
     multiply<T>(a, b, c, size);
 }
 
-float largest_score(const float *scores, int64_t seen) {
+// Lanes of the 16 tokens from i on that lie in [from, seen).
+inline __mmask16 lanes_between(int64_t i, int64_t from, int64_t seen) {
+    const __mmask16 below = from > i ? first_lanes(from - i) : 0;
+    return first_lanes(seen > i ? seen - i : 0) & ~below;
+}
+
+// Scores become tanh(factor * score): the cap is a factor of what the softmax reads.
+void cap(float *scores, int64_t seen, float factor) {
+    for (int64_t i = 0; i < seen; i += LANES) {
+        _mm512_storeu_ps(scores + i, tanh(_mm512_mul_ps(_mm512_loadu_ps(scores + i), splat(factor))));
+    }
+}
+
+float largest_score(const float *scores, int64_t from, int64_t seen) {
     __m512 largest = splat(-INFINITY);
-    int64_t i = 0;
+    int64_t i = from / LANES * LANES;
+    if (i < from) {
+        const __mmask16 mask = lanes_between(i, from, seen);
+        largest = _mm512_mask_max_ps(largest, mask, largest, load(scores + i, mask));
+        i += LANES;
+        if (i >= seen) return _mm512_reduce_max_ps(largest);
+    }
     for (; i + LANES <= seen; i += LANES) largest = _mm512_max_ps(largest, load(scores + i));
     const __mmask16 mask = first_lanes(seen - i);
     return _mm512_reduce_max_ps(_mm512_mask_max_ps(largest, mask, largest, load(scores + i, mask)));
 }
 
-// Weights 2^(scale (score - largest)) of the tokens that are seen, zeros up to `width` and the next 32. Returns their sum
-// by lanes.
+// Weights 2^(scale (score - largest)) of tokens [from, seen), zeros before them and up to `width` and the next 32.
+// Returns their sum by lanes.
 template <class T>
-__m512 weigh(const float *scores, int64_t seen, int64_t width, float scale, float largest, T *weights) {
+__m512 weigh(const float *scores, int64_t from, int64_t seen, int64_t width, float scale, float largest, T *weights) {
     const __m512 factor = splat(scale), below = splat(largest * scale);
     const auto weight_of = [&](int64_t i) {
         return exp2<T>(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i), factor, below));
     };
     const auto seen_weight_of = [&](int64_t i) {
-        return _mm512_maskz_mov_ps(first_lanes(seen > i ? seen - i : 0), weight_of(i));
+        return _mm512_maskz_mov_ps(lanes_between(i, from, seen), weight_of(i));
     };
     __m512 totals[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     const auto take = [&](int64_t i, __m512 first, __m512 second) {
@@ -47,24 +68,32 @@ __m512 weigh(const float *scores, int64_t seen, int64_t width, float scale, floa
         store_two(weights + i, first, second);
     };
     int64_t i = 0;
+    for (; i + 2 * LANES <= from; i += 2 * LANES) store_two(weights + i, _mm512_setzero_ps(), _mm512_setzero_ps());
+    if (i < from) {
+        take(i, seen_weight_of(i), seen_weight_of(i + LANES));
+        i += 2 * LANES;
+    }
     for (; i + 2 * LANES <= seen; i += 2 * LANES) take(i, weight_of(i), weight_of(i + LANES));
     for (; i < width; i += 2 * LANES) take(i, seen_weight_of(i), seen_weight_of(i + LANES));
     return _mm512_add_ps(totals[0], totals[1]);
 }
 
-// 16 queries, from number `first` of an item on, and how many tokens of the chunk each sees; beyond them none. width:
-// tokens that are computed. Their scores are in one of two places.
+// 16 queries, from number `first` of an item on, and the tokens [from, of) of the chunk that each sees, none where `of`
+// is 0. width: tokens that are computed. Their scores are in one of two places.
 struct Seen {
-    int64_t first, count, most, width, of[TILE];
+    int64_t first, count, most, width, of[TILE], from[TILE];
     float *scores;
 };
 
 template <class T>
 Seen seen_of(const Scratch<T> &own, int64_t queries, int64_t first, int64_t begin) {
-    Seen seen = {first, queries - first < TILE ? queries - first : TILE, 0, 0, {}, nullptr};
+    Seen seen = {first, queries - first < TILE ? queries - first : TILE, 0, 0, {}, {}, nullptr};
+    const int64_t room = next_chunk(begin) - begin;
     for (int64_t i = 0; i < seen.count; ++i) {
-        const int64_t n = own.context[first + i] - begin;
-        seen.of[i] = n < 0 ? 0 : n < CHUNK ? n : CHUNK;
+        const int64_t n = own.context[first + i] - begin, from = own.first[first + i] - begin;
+        if (n <= 0 || from >= room) continue;
+        seen.of[i] = n < room ? n : room;
+        seen.from[i] = from < 0 ? 0 : from;
         if (seen.of[i] > seen.most) seen.most = seen.of[i];
     }
     seen.width = round_up(seen.most, PER_ROW<T>);
@@ -76,7 +105,7 @@ template <class T>
 __m512 shrink(const Call<T> &call, Scratch<T> &own, const Seen &seen) {
     alignas(64) float here[TILE];
     for (int64_t i = 0; i < TILE; ++i) {
-        here[i] = seen.of[i] ? largest_score(seen.scores + i * CHUNK, seen.of[i]) : -INFINITY;
+        here[i] = seen.of[i] ? largest_score(seen.scores + i * CHUNK, seen.from[i], seen.of[i]) : -INFINITY;
     }
     float *kept = own.largest + seen.first;
     // A NaN passes: the second argument is taken for it.
@@ -97,6 +126,10 @@ void rescale(float *sums, float factor, int64_t width) {
 template <class T>
 void soften(const Call<T> &call, Scratch<T> &own, const Seen &seen) {
     alignas(64) float factors[TILE];
+    if (call.scores.softcap > 0) {
+        const float factor = call.scores.scale / call.scores.softcap;
+        for (int64_t i = 0; i < seen.count; ++i) cap(seen.scores + i * CHUNK, seen.of[i], factor);
+    }
     _mm512_store_ps(factors, shrink(call, own, seen));
     const int64_t of_head = value_tiles<T>(call.head_dim()) * TILE;
     for (int64_t i = 0; i < seen.count; ++i) {
@@ -106,7 +139,8 @@ void soften(const Call<T> &call, Scratch<T> &own, const Seen &seen) {
             memset(weights, 0, seen.width * sizeof(T));
             continue;
         }
-        const __m512 added = weigh<T>(seen.scores + i * CHUNK, n, seen.width, call.scale, own.largest[query], weights);
+        const __m512 added = weigh<T>(seen.scores + i * CHUNK, seen.from[i], n, seen.width, call.scale,
+                                      own.largest[query], weights);
         own.total[query] = _mm512_fmadd_ps(own.total[query], splat(factors[i]), added);
         if (factors[i] != 1.0f) rescale(own.sums + query * of_head, factors[i], of_head);
     }
@@ -127,16 +161,27 @@ void add_values(const Call<T> &call, Scratch<T> &own, const Seen &seen) {
                    {own.sums + seen.first * width, width, true}, {seen.count, seen.width / PER_DWORD<T>, tiles});
 }
 
+// A sink is a token that every query of its head has seen before any other: its weight is 1 until a larger score comes.
+template <class T>
+void begin_with_sinks(const Call<T> &call, Scratch<T> &own, const Item &item) {
+    const T *sinks = static_cast<const T *>(call.scores.sinks) + item.kv_head * call.group() + item.head;
+    for (int64_t i = 0; i < item.queries(); ++i) {
+        own.largest[i] = widen(sinks[i % item.count]) * TO_BASE_2 / call.scale;
+        own.total[i] = _mm512_maskz_mov_ps(1, splat(1.0f));
+    }
+}
+
 template <class T>
 void begin_item(const Call<T> &call, Scratch<T> &own, const Item &item) {
     const int64_t d = call.head_dim(), inner = call.inner(), head = item.kv_head * call.group() + item.head;
     const int64_t padding = static_cast<int64_t>((inner - d) * sizeof(T));
     T *to = own.queries;
-    int64_t *context = own.context;
+    int64_t *context = own.context, *first = own.first;
     for (int64_t row = 0; row < item.tile.rows; ++row) {
         const T *from = call.query + (item.tile.row + row) * call.query_stride + head * d;
         for (int64_t i = 0; i < item.count; ++i, from += d, to += inner) {
             *context++ = call.rows.context[item.tile.row + row];
+            *first++ = call.first_seen(call.rows.context[item.tile.row + row]);
             memcpy(to, from, d * sizeof(T));
             if (padding) memset(to + d, 0, padding);
         }
@@ -145,6 +190,7 @@ void begin_item(const Call<T> &call, Scratch<T> &own, const Item &item) {
         own.largest[i] = -INFINITY;
         own.total[i] = _mm512_setzero_ps();
     }
+    if (call.scores.sinks) begin_with_sinks(call, own, item);
     memset(own.sums, 0, item.queries() * value_tiles<T>(d) * TILE * sizeof(float));
 }
 
@@ -173,7 +219,7 @@ class Worker {
 
     void attend(const Item &item) {
         if (waits_) run(&item);
-        if (!waits_ || item_.tile.context == 0) find_tokens(call_, item, 0, now());
+        if (!waits_ || item_.tile.context == 0) find_tokens(call_, item, item.tile.begin(), own_.nothing, now());
         item_ = item;
         waits_ = true;
     }
@@ -188,11 +234,11 @@ class Worker {
         begin_item(call_, own_, item_);
         const bool few = serves_few();
         if (few) turn_queries();
-        for (int64_t begin = 0; begin < item_.tile.context; begin += CHUNK, at_ ^= 1) {
-            if (begin + CHUNK < item_.tile.context) {
-                find_tokens(call_, item_, begin + CHUNK, next());
+        for (int64_t begin = item_.tile.begin(); begin < item_.tile.context; begin = next_chunk(begin), at_ ^= 1) {
+            if (next_chunk(begin) < item_.tile.context) {
+                find_tokens(call_, item_, next_chunk(begin), own_.nothing, next());
             } else if (after) {
-                find_tokens(call_, *after, 0, next());
+                find_tokens(call_, *after, after->tile.begin(), own_.nothing, next());
             } else {
                 next().count = 0;
             }
@@ -259,8 +305,8 @@ class Worker {
     void score_16(int64_t at, bool loaded) {
         const int64_t d = call_.head_dim(), left = now().count - at;
         const T *keys = now().key[at];
-        if (left < TILE) {
-            for (int64_t i = 0; i < left; ++i) memcpy(own_.keys + i * d, now().key[at + i], d * sizeof(T));
+        if (left < TILE || at < now().unseen) {
+            for (int64_t i = 0; i < left && i < TILE; ++i) memcpy(own_.keys + i * d, now().key[at + i], d * sizeof(T));
             keys = own_.keys;
         }
         for (int64_t j = at; j < at + TILE && j < next().count; ++j) {
@@ -296,9 +342,9 @@ template <class T>
 void attend_share(const Call<T> &call, int thread, int threads) {
     const int64_t group = call.group(), heads = group < QUERIES ? group : QUERIES, most = QUERIES / heads;
     int64_t total = 0, before = 0;
-    for_tiles(call.rows, most, [&](const RowTile &tile) { total += cost_of(tile, group) * call.heads.kv_heads; });
+    for_tiles(call, most, [&](const RowTile &tile) { total += cost_of(tile, group) * call.heads.kv_heads; });
     Worker<T> worker(call);
-    for_tiles(call.rows, most, [&](const RowTile &tile) {
+    for_tiles(call, most, [&](const RowTile &tile) {
         const int64_t cost = cost_of(tile, group);
         for (int64_t kv_head = 0; kv_head < call.heads.kv_heads; ++kv_head, before += cost) {
             // The thread in whose share of the total the middle of the item lies.
@@ -315,30 +361,31 @@ void attend_share(const Call<T> &call, int thread, int threads) {
 
 template <class T>
 void attention(const clif_heads &heads, const T *query, int64_t query_stride, const T *cache, int64_t cache_slots,
-               const clif_rows &rows, float scale, T *out, int thread, int threads) {
+               const clif_rows &rows, const clif_scores &scores, T *out, int thread, int threads) {
     const bool amx = sizeof(T) == sizeof(uint16_t) && has_amx();
-    const float to_base_2 = scale * 1.44269504f;
+    // Of capped scores the softmax reads tanh.
+    const float to_base_2 = (scores.softcap > 0 ? scores.softcap : scores.scale) * TO_BASE_2;
     const NoSubnormals as_in_amx;
-    attend_share<T>({heads, query, query_stride, cache, cache_slots, rows, to_base_2, out, amx}, thread, threads);
+    attend_share<T>({heads, query, query_stride, cache, cache_slots, rows, scores, out, amx, to_base_2}, thread, threads);
     if (amx) _tile_release();
 }
 
 // For both types, for layers.cpp as well.
-template void attention(const clif_heads &, const float *, int64_t, const float *, int64_t, const clif_rows &, float,
-                        float *, int, int);
+template void attention(const clif_heads &, const float *, int64_t, const float *, int64_t, const clif_rows &,
+                        const clif_scores &, float *, int, int);
 template void attention(const clif_heads &, const uint16_t *, int64_t, const uint16_t *, int64_t, const clif_rows &,
-                        float, uint16_t *, int, int);
+                        const clif_scores &, uint16_t *, int, int);
 
 }  // namespace clif
 
 CLIF_API void clif_attention(int type, const clif_heads *heads, const void *query, int64_t query_stride,
-                             const void *cache, int64_t cache_slots, const clif_rows *rows, float scale, void *out,
-                             int threads) {
+                             const void *cache, int64_t cache_slots, const clif_rows *rows, const clif_scores *scores,
+                             void *out, int threads) {
     clif::of_type(type, [&](auto number) {
         using T = decltype(number);
         clif::on_threads(threads, [&](int thread, int count) {
             clif::attention<T>(*heads, static_cast<const T *>(query), query_stride, static_cast<const T *>(cache),
-                               cache_slots, *rows, scale, static_cast<T *>(out), thread, count);
+                               cache_slots, *rows, *scores, static_cast<T *>(out), thread, count);
         });
     });
 }

@@ -103,14 +103,24 @@ typedef struct {
     int64_t max_blocks, block_size;
 } clif_rows;
 
-// out [rows, heads * head_dim] = softmax(scale q k^T) v over each row's context in the cache, which has its own token.
-// query: rows query_stride numbers apart (the merged projection may be passed). Sums and softmax in float32; scale is
-// above 0, head_dim a multiple of 8 up to 256. A row's bits depend on its query and its context alone: they are the same
-// for a row that continues an answer and inside the chunk of a prompt. No slot behind a row's context counts, except
-// that within a chunk a NaN of a later token reaches the rows before it.
+// How scores are made of products of query and key. scale: above 0. softcap: above 0, scores s become softcap * tanh(s /
+// softcap). window: above 0, a row sees that many tokens, the last ones of its context. sinks [heads], of the call's
+// type, or null: a score of each head that takes its share of each row's softmax and gives nothing.
+typedef struct {
+    float scale, softcap;
+    int64_t window;
+    const void *sinks;
+} clif_scores;
+
+// out [rows, heads * head_dim] = softmax(scores of q k^T) v over each row's context in the cache, which has its own
+// token. query: rows query_stride numbers apart (the merged projection may be passed). Sums and softmax in float32;
+// head_dim is a multiple of 8 up to 256. A row's bits depend on its query and its context alone: they are the same for a
+// row that continues an answer and inside the chunk of a prompt. No slot outside of what a row sees counts, except that
+// within a chunk of a prompt a NaN of another of its tokens may reach it. Slots that no row of a sequence in the step
+// sees are not read.
 CLIF_API void clif_attention(int type, const clif_heads *heads, const void *query, int64_t query_stride,
-                             const void *cache, int64_t cache_slots, const clif_rows *rows, float scale, void *out,
-                             int threads);
+                             const void *cache, int64_t cache_slots, const clif_rows *rows, const clif_scores *scores,
+                             void *out, int threads);
 
 // ---- decoder layers (layers.cpp), bfloat16 ----
 
@@ -119,7 +129,7 @@ typedef struct {
     const uint16_t *norm, *mlp_norm;
     float eps, mlp_eps;
     clif_heads heads;
-    float scale;
+    clif_scores scores;
     uint16_t *cache;
 } clif_layer;
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from clif.kernels.cpu.library import TYPES, Heads, StepRows, load
+from clif.kernels.cpu.library import TYPES, Heads, Scores, StepRows, load
 from clif.kernels.step_table import StepTable
 
 
@@ -121,8 +121,16 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
     return best
 
 
+def scores_of(
+    scale: float, window: int | None = None, softcap: float | None = None, sinks: torch.Tensor | None = None
+) -> Scores:
+    """For the library, of what clif/models/scores.py explains. sinks [heads], of the queries' type, has to live as
+    long."""
+    return Scores(scale, softcap or 0.0, window or 0, None if sinks is None else sinks.data_ptr())
+
+
 def attention(
-    query: torch.Tensor, shape: HeadShape, cache: torch.Tensor, table: StepTable, scale: float
+    query: torch.Tensor, shape: HeadShape, cache: torch.Tensor, table: StepTable, scores: Scores
 ) -> torch.Tensor:
     """query [rows, heads, head_dim], rows any distance apart -> [rows, heads * head_dim] over each row's context."""
     out = query.new_empty(len(query), shape.heads * shape.head_dim)
@@ -134,7 +142,7 @@ def attention(
         cache.data_ptr(),
         cache.shape[1],
         ctypes.byref(rows_of(table)),
-        scale,
+        ctypes.byref(scores),
         out.data_ptr(),
         torch.get_num_threads(),
     )

@@ -60,7 +60,7 @@ class Member {
         rotate<uint16_t>(layer.heads, s_.qkv, step_.angles, step_.positions, layer.cache, step_.cache_slots, step_.slots,
                          rows_, thread_, threads_);
         wait();
-        attention<uint16_t>(layer.heads, s_.qkv, widths_.qkv, layer.cache, step_.cache_slots, step_.rows, layer.scale,
+        attention<uint16_t>(layer.heads, s_.qkv, widths_.qkv, layer.cache, step_.cache_slots, step_.rows, layer.scores,
                             s_.attended, thread_, threads_);
         wait();
         linear(layer.out, s_.attended, s_.added);

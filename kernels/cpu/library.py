@@ -59,6 +59,17 @@ class Heads(Structure):
     ]
 
 
+class Scores(Structure):
+    """clif_scores."""
+
+    _fields_ = [
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("window", c_int64),
+        ("sinks", c_void_p),
+    ]
+
+
 class StepRows(Structure):
     """clif_rows."""
 
@@ -85,7 +96,7 @@ class Layer(Structure):
         ("eps", c_float),
         ("mlp_eps", c_float),
         ("heads", Heads),
-        ("scale", c_float),
+        ("scores", Scores),
         ("cache", c_void_p),
     ]
 
@@ -163,7 +174,10 @@ SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "clif_argmax": (None, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int]),
     "clif_attention": (
         None,
-        [c_int, POINTER(Heads), c_void_p, c_int64, c_void_p, c_int64, POINTER(StepRows), c_float, c_void_p, c_int],
+        [
+            *(c_int, POINTER(Heads), c_void_p, c_int64, c_void_p, c_int64, POINTER(StepRows), POINTER(Scores)),
+            *(c_void_p, c_int),
+        ],
     ),
     "clif_linear_backward_scratch": (c_int64, [POINTER(Learning), c_int64, c_int]),
     "clif_linear_backward": (

@@ -96,6 +96,6 @@ void swiglu(const T *wide, T *out, int64_t rows, int64_t inner, int thread, int 
 // attention.cpp
 template <class T>
 void attention(const clif_heads &heads, const T *query, int64_t query_stride, const T *cache, int64_t cache_slots,
-               const clif_rows &rows, float scale, T *out, int thread, int threads);
+               const clif_rows &rows, const clif_scores &scores, T *out, int thread, int threads);
 
 }  // namespace clif

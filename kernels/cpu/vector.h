@@ -87,6 +87,23 @@ inline __m512 exp2(__m512 x) {
     return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, splat(1.0f)), n);
 }
 
+// To 2 units in the last place. Source: tanhf of the Cephes library (Moshier).
+inline __m512 tanh(__m512 x) {
+    const __m512 square = _mm512_mul_ps(x, x), size = _mm512_abs_ps(x);
+    __m512 p = splat(-5.70498872745e-3f);
+    p = _mm512_fmadd_ps(p, square, splat(2.06390887954e-2f));
+    p = _mm512_fmadd_ps(p, square, splat(-5.37397155531e-2f));
+    p = _mm512_fmadd_ps(p, square, splat(1.33314422036e-1f));
+    p = _mm512_fmadd_ps(p, square, splat(-3.33332819422e-1f));
+    p = _mm512_fmadd_ps(_mm512_mul_ps(p, square), x, x);
+    const __mmask16 large = _mm512_cmp_ps_mask(size, splat(0.625f), _CMP_GT_OQ);
+    if (!large) return p;
+    const __m512 below = _mm512_div_ps(splat(2.0f), _mm512_add_ps(exp(_mm512_add_ps(size, size)), splat(1.0f)));
+    const __m512 far = _mm512_sub_ps(splat(1.0f), below);
+    const __m512 sign = _mm512_and_ps(x, splat(-0.0f));
+    return _mm512_mask_mov_ps(p, large, _mm512_or_ps(far, sign));
+}
+
 // x / (1 + e^-x).
 inline __m512 silu(__m512 x) {
     const __m512 below = _mm512_sub_ps(_mm512_setzero_ps(), x);

@@ -14,6 +14,7 @@ import torch
 from clif.kernels.cpu import host
 from clif.kernels.cpu.library import Absent, level
 from clif.kernels.step_table import StepTable
+from clif.models.scores import Scores, cap_
 
 try:
     level()
@@ -39,6 +40,7 @@ class Step:
     """Rows of some sequences: query [rows, heads, d], a piece of the merged projection, and the cache they read.
 
     spans: of each sequence, the contexts of its first and last row. The cache is NaN wherever no row may read.
+    scores: None: products by the root of the heads' size.
     """
 
     shape: host.HeadShape
@@ -46,13 +48,18 @@ class Step:
     query: torch.Tensor
     cache: torch.Tensor
     table: StepTable
+    kind: Scores | None = None
 
     @property
-    def scale(self) -> float:
-        return self.shape.head_dim**-0.5
+    def scores(self) -> Scores:
+        return self.kind or Scores(self.shape.head_dim**-0.5)
 
     def by_kernels(self) -> torch.Tensor:
-        return host.attention(self.query, self.shape, self.cache, self.table, self.scale)
+        return host.attention(self.query, self.shape, self.cache, self.table, host.scores_of(*self.scores))
+
+    def first(self, context: int) -> int:
+        """The first token that a row sees."""
+        return 0 if self.scores.window is None else max(0, context - self.scores.window)
 
     def rows(self) -> tuple[list[int], list[int]]:
         """Sequence and context of each row."""
@@ -73,10 +80,11 @@ class Step:
         """In float64, row by row."""
         group, out = self.shape.heads // self.shape.kv_heads, []
         for row, (sequence, context) in enumerate(zip(*self.rows(), strict=True)):
-            seen = self.cache[:, self.slots(sequence, context)].double()
+            seen = self.cache[:, self.slots(sequence, context)[self.first(context) :]].double()
             k, v = (t.repeat_interleave(group, 0) for t in seen.chunk(2))
-            scores = torch.einsum("hd,htd->ht", self.query[row].double(), k) * self.scale
-            out.append(torch.einsum("ht,htd->hd", scores.softmax(-1), v).flatten())
+            products = torch.einsum("hd,htd->ht", self.query[row].double(), k) * self.scores.scale
+            weights = self.scores.softmax(cap_(products, self.scores.softcap)[None], 1, 0)[0]
+            out.append(torch.einsum("ht,htd->hd", weights, v).flatten())
         return torch.stack(out)
 
 
@@ -97,8 +105,9 @@ def drawn(
     dtype: torch.dtype,
     block_size: int = 16,
     seed: int = 0,
+    kind: Scores | None = None,
 ) -> Step:
-    """A step with its blocks all over the cache, in which NaN lies behind every context."""
+    """A step with its blocks all over the cache, in which NaN lies behind every context and below every window."""
     rng = torch.Generator().manual_seed(seed)
     needed = [-(-last // block_size) for _, last in spans]
     free = torch.randperm(2 * sum(needed) + 1, generator=rng).int()
@@ -110,9 +119,13 @@ def drawn(
     table = table_of(sequence, context, blocks, block_size)
     qkv = 2 * torch.randn(len(context), heads + 2 * kv_heads, d, generator=rng)
     cache = torch.full((2 * kv_heads, (2 * sum(needed) + 1) * block_size, d), torch.nan)
-    step = Step(host.HeadShape(heads, kv_heads, d), spans, qkv.to(dtype)[:, :heads], cache.to(dtype), table)
-    for at, (_, last) in enumerate(spans):
-        step.cache[:, step.slots(at, last)] = torch.randn(2 * kv_heads, last, d, generator=rng).to(dtype)
+    step = Step(host.HeadShape(heads, kv_heads, d), spans, qkv.to(dtype)[:, :heads], cache.to(dtype), table, kind)
+    for at, (first, last) in enumerate(spans):
+        below = step.first(first)
+        drawn_tokens = torch.randn(2 * kv_heads, last, d, generator=rng).to(dtype)
+        step.cache[:, step.slots(at, last)[below:]] = drawn_tokens[:, below:]
+        # What was given back is nowhere.
+        step.table.blocks[at, : below // block_size] = 2**30
     return step
 
 
@@ -201,6 +214,66 @@ def test_bfloat16_is_as_exact_as_torchs_attention() -> None:
 
 def test_any_scale_counts() -> None:
     step = drawn(3, 1, 24, [(50, 50)], torch.float32)
-    found = host.attention(step.query, step.shape, step.cache, step.table, 0.5)
+    found = host.attention(step.query, step.shape, step.cache, step.table, host.scores_of(0.5))
     wider = replace(step, query=step.query * 0.5 * math.sqrt(24))
     assert error(found, wider.exact()) < 1e-6
+
+
+KINDS = {
+    "window": Scores(0.3, window=24),
+    "narrow window": Scores(0.3, window=1),
+    "wide window": Scores(0.3, window=150),
+    "cap": Scores(0.3, softcap=1.5),
+    "sinks": Scores(0.3, sinks=torch.tensor([])),
+    "all": Scores(0.3, 70, 2.0, torch.tensor([])),
+}
+SPANS = [(1, 1), (300, 300), (1, 33), (17, 17), (120, 190), (128, 128), (129, 129), (1, 2), (250, 257), (24, 25)]
+
+
+def kind_of(name: str, heads: int, dtype: torch.dtype) -> Scores:
+    """A kind of scores, with sinks of so many heads if it has them: one that takes all, one that takes nothing."""
+    kind = KINDS[name]
+    if kind.sinks is None:
+        return kind
+    sinks = torch.linspace(-2, 3, heads)
+    sinks[0], sinks[-1] = -1e4, 30
+    return kind._replace(sinks=sinks.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(9, 3, 64), (2, 2, 8), (8, 2, 80), (32, 4, 64), (3, 1, 256)])
+@pytest.mark.parametrize("block_size", [5, 16])
+def test_scores_of_every_kind_are_attended_by(
+    heads: int, kv_heads: int, d: int, block_size: int, name: str, dtype: torch.dtype
+) -> None:
+    step = drawn(heads, kv_heads, d, SPANS, dtype, block_size, kind=kind_of(name, heads, dtype))
+    assert error(step.by_kernels(), step.exact()) < (2e-6 if dtype is torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(9, 3, 64), (2, 2, 8), (8, 1, 16)])
+def test_a_row_has_equal_bits_alone_whatever_the_scores(
+    heads: int, kv_heads: int, d: int, name: str, dtype: torch.dtype
+) -> None:
+    spans = [(1, 70), (290, 290), (100, 199), (64, 64)]
+    step = drawn(heads, kv_heads, d, spans, dtype, kind=kind_of(name, heads, dtype))
+    together = step.by_kernels()
+    for row in range(len(together)):
+        assert torch.equal(step.row(row).by_kernels()[0], together[row])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_window_as_wide_as_the_context_changes_no_bit(dtype: torch.dtype) -> None:
+    step = drawn(9, 3, 64, SPANS, dtype)
+    assert torch.equal(replace(step, kind=Scores(64**-0.5, window=300)).by_kernels(), step.by_kernels())
+
+
+def test_caps_and_sinks_of_any_size_do_not_overflow() -> None:
+    step = drawn(2, 2, 64, [(300, 300)], torch.float32)
+    for sinks in (torch.tensor([300.0, -300.0]), torch.tensor([-torch.inf, 0.0])):
+        for softcap in (None, 50.0):
+            kind = Scores(40.0, softcap=softcap, sinks=sinks)
+            found = replace(step, kind=kind)
+            assert error(found.by_kernels(), found.exact()) < 1e-4

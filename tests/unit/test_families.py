@@ -17,6 +17,7 @@ from clif.adapters.store import CONFIG_FILE, WEIGHTS_FILE
 from clif.config import TrainConfig
 from clif.engine.checked_capture import CheckedRecorder
 from clif.engine.compiled_layers import CompiledLayers
+from clif.engine.scheduler import Chunk, Sequence
 from clif.kernels.paged_decode_reference import PagedDecodeReference
 from clif.models import spec as specs
 from clif.models.dual_linear import SHADOW
@@ -83,6 +84,16 @@ def test_answers_are_those_of_transformers_token_for_token(tmp_path, family):
     for i, ids in enumerate(PROMPTS):
         assert answer(events[i]) == generated(model, ids, 20)
     assert answer(first[9]) == answer(events[1])[:2]
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "gemma2", "gemma3", "gpt_oss"])
+def test_answers_are_those_of_transformers_without_the_kernels_for_cpus(tmp_path, name):
+    (family,) = (family for family in FAMILIES if family.name == name)
+    rig = rig_of(family, tmp_path, engine={"cpu_kernels": "off"})
+    events = rig.run([request(i, ids, max_tokens=20, ignore_eos=True) for i, ids in enumerate(PROMPTS)])
+    model = own_model(rig)
+    for i, ids in enumerate(PROMPTS):
+        assert answer(events[i]) == generated(model, ids, 20)
 
 
 @pytest.mark.slow  # A model of each family: half a minute in total.
@@ -202,8 +213,9 @@ def test_answers_in_bfloat16_are_as_good_whatever_kernels_compute_them(tmp_path,
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("mistral-window", "a layer has a window"),
-        ("gemma2", "a layer has scores that are capped or have sinks"),
+        ("mistral-window", None),
+        ("qwen2-window", None),
+        ("gemma2", "a layer has norms behind attention and MLP"),
         ("olmo2", "a layer has norms behind attention and MLP"),
         ("granite", "a layer scales what it adds"),
         ("smollm3", "its layers have several rotary embeddings"),
@@ -217,6 +229,31 @@ def test_the_one_call_of_all_layers_says_why_it_leaves_a_family_to_others(tmp_pa
         pytest.skip("the C++ kernels are not built here, or this CPU has not what they need")
     assert CompiledLayers.obstacle(rig.runner.stack, rig.runner.cache) == reason
     assert (rig.runner._compiled is None) is (reason is not None)
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "qwen2-window", "qwen3"])
+def test_the_one_call_of_all_layers_gives_the_bits_of_its_parts(tmp_path, name):
+    (family,) = (family for family in FAMILIES if family.name == name)
+    rig = rig_of(family, tmp_path, model={"dtype": "bfloat16"}, engine={"max_prefill_tokens": 128, "block_size": 16})
+    if rig.runner._cpu is False:
+        pytest.skip("the C++ kernels are not built here, or this CPU has not what they need")
+    rig.fill(1, seed=1)
+    steps = []
+    for compiled in (rig.runner._compiled, None):
+        assert compiled is not None or steps
+        rig.runner._compiled = compiled
+        chunks = ([chunk_of(i, start) for i in range(len(PROMPTS))] for start in (0, 40, 75))
+        steps.append([rig.runner.compute(rig.runner.fill(step))[0] for step in chunks])
+    for got, wanted in zip(*steps, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def chunk_of(prompt: int, start: int) -> Chunk:
+    """40 tokens of a prompt, or its last one; the last two prompts have an adapter."""
+    ids = PROMPTS[prompt]
+    sequence = Sequence(request(prompt, ids), 0.0, [*ids])
+    sequence.blocks, sequence.slot = [*range(16 * prompt, 16 * prompt + 16)], None if prompt < 2 else 0
+    return Chunk(sequence, min(start, len(ids) - 1), min(start + 40, len(ids)), True)
 
 
 @pytest.mark.slow  # Checks of captures look at every operation.
