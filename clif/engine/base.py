@@ -25,7 +25,7 @@ from clif.models.backends import (
 from clif.models.dual_linear import LoraRows
 from clif.models.expert_linears import choose_grouped
 from clif.models.proof import PROBE, ask_ends, compare, probe_ids
-from clif.models.quantising import BITS, quantise
+from clif.models.quantising import FORMATS, assert_stored, quantise
 from clif.models.spec import spec_of
 from clif.models.stack import CausalStack
 from clif.models.weights.loading import LoadedModel
@@ -75,6 +75,7 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
 
     Raises ConfigError for a model whose results would be wrong, LayoutError for one that the peers cannot share.
     """
+    assert_stored(config.model.weight_dtype, loaded.device)
     with torch.no_grad():
         # Where no rank holds the whole model, no result exists to compare with; its architecture is checked instead.
         expected = ask_ends(loaded.model, config.model.max_context) if loaded.whole else None
@@ -91,21 +92,22 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
         # The same first A on every replica: FedAvg averages factors, which makes sense from a common start only.
         torch.manual_seed(config.run.seed)
         bank = inject(stack, config.adapter)
-        bits = BITS.get(config.model.weight_dtype)
-        if bits is not None:
+        kind = config.model.weight_dtype
+        quantised = kind in FORMATS
+        if quantised:
             if expected is not None and not shared:
                 # Before it is quantised: that changes results, which is no fault of the architecture.
                 compare(stack, expected)
-            log.info("%s", quantise(stack, bits))
+            log.info("%s", quantise(stack, kind))
         if stack.routed and choose_grouped(loaded.device, loaded.dtype):
             stack.group_experts()
-        if bits is None:
+        if not quantised:
             _choose_lora_kernels(stack, config, loaded)
         else:
             log.info("LoRA products: no Triton kernels, which read dense weights alone")
         if config.engine.prepack_weights:
             stack.prepack() if cpu_level is None else stack.pack()
-        if expected is not None and not shared and bits is None:
+        if expected is not None and not shared and not quantised:
             compare(stack, expected)
     paged = choose_decode(_decode_kernel(config.engine, stack), loaded.device, loaded.dtype, kv_dtype)
     guides = Guides(loaded.tokenizer, stack.vocab_size)

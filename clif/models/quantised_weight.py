@@ -1,5 +1,5 @@
-"""The frozen weight of a linear layer in 8 or 4 bits: torch's products with strips of it made dense, anywhere, and
-those of the C++ kernels on a CPU.
+"""The frozen weight of a linear layer in 8 or 4 bits, whole or FP8 numbers: torch's products with strips of it made
+dense, anywhere, and those of the C++ kernels on a CPU.
 
 Invariant: no more than a strip is dense at a time, forward and backward. Activations, gradients and adapters stay in
 the type of the model.
@@ -8,14 +8,18 @@ the type of the model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch.nn.functional import linear
 
 from clif.kernels.cpu.products import product
 from clif.kernels.cpu.quantised_panels import QuantisedPanels
+from clif.kernels.fp8_matrix import Fp8Matrix
 from clif.kernels.quantised import GROUP, QuantisedMatrix, strips
 
+Matrix: TypeAlias = QuantisedMatrix | Fp8Matrix
+"""Numbers and scales, with what they stand for."""
 STRIP = {"cpu": 1 << 19}
 """Numbers that are dense at a time, by kind of device."""
 STRIP_ELSEWHERE = 1 << 25
@@ -25,7 +29,7 @@ STRIP_ELSEWHERE = 1 << 25
 class _Strips:
     """What is the same however the numbers lie."""
 
-    matrix: QuantisedMatrix | QuantisedPanels
+    matrix: Matrix | QuantisedPanels
     bias: torch.Tensor | None
     dtype: torch.dtype
 
@@ -60,9 +64,9 @@ class _Strips:
 
 @dataclass(frozen=True, eq=False)
 class QuantisedWeight(_Strips):
-    """W [out, in] as whole numbers and scales. bias: [out] or None; dtype: of what goes in and comes out."""
+    """W [out, in] as numbers and scales. bias: [out] or None; dtype: of what goes in and comes out."""
 
-    matrix: QuantisedMatrix
+    matrix: Matrix
     bias: torch.Tensor | None
     dtype: torch.dtype
 

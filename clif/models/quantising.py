@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from clif.kernels.quantised import Bits, QuantisedMatrix
+from clif.config import ConfigError
+from clif.kernels.fp8_matrix import Fp8Matrix
+from clif.kernels.quantised import QuantisedMatrix
 from clif.models.base_weight import BaseWeight, Dense
 from clif.models.dual_linear import DualLinear
 from clif.models.expert_linears import ExpertLinears, FrozenLinear
 from clif.models.expert_spec import Experts
 from clif.models.experts import RoutedMlp
 from clif.models.head import Head
-from clif.models.quantised_weight import QuantisedWeight
+from clif.models.quantised_weight import Matrix, QuantisedWeight
 from clif.models.stack import CausalStack
 
 PROBE = 32
 """Rows of normally distributed numbers that a layer's outputs are compared for."""
-BITS: dict[str, Bits] = {"int8": 8, "int4": 4}
-"""Values of model.weight_dtype that quantise."""
+FORMATS: dict[str, Callable[[torch.Tensor], Matrix]] = {
+    "int8": partial(QuantisedMatrix.of, bits=8),
+    "int4": partial(QuantisedMatrix.of, bits=4),
+    "fp8": Fp8Matrix.of,
+}
+"""Values of model.weight_dtype that quantise, and how."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +45,11 @@ class _Part:
 class Quantised:
     """What became of a stack's weights.
 
-    dense, bytes: what linear layers and head took, and take now; worst: the largest relative difference of a layer's
-    outputs, of the layer `where`.
+    kind: of FORMATS; dense, bytes: what linear layers and head took, and take now; worst: the largest relative
+    difference of a layer's outputs, of the layer `where`.
     """
 
-    bits: Bits
+    kind: str
     dense: int
     bytes: int
     worst: float
@@ -50,14 +57,26 @@ class Quantised:
 
     def __str__(self) -> str:
         return (
-            f"base weights of linear layers and head: int{self.bits}, {self.bytes / 2**20:,.1f} MiB in place of "
+            f"base weights of linear layers and head: {self.kind}, {self.bytes / 2**20:,.1f} MiB in place of "
             f"{self.dense / 2**20:,.1f}; on a probe a layer's outputs differ by {self.worst:.2%} at most ({self.where})"
         )
 
 
+def assert_stored(kind: str, device: torch.device) -> None:
+    """Raises ConfigError, with what to change, where weights of model.weight_dtype `kind` are not computed with."""
+    if kind != "fp8" or device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        raise ConfigError(
+            f"model.weight_dtype fp8 needs compute capability 8.9, this GPU has {major}.{minor}: set "
+            "model.weight_dtype=int8"
+        )
+
+
 @torch.no_grad()
-def quantise(stack: CausalStack, bits: Bits) -> Quantised:
-    """Quantise the linear layers and the head, this rank's parts of them, and free what was dense, layer by layer.
+def quantise(stack: CausalStack, kind: str) -> Quantised:
+    """Store linear layers and head, this rank's parts, as one of FORMATS; what was dense is freed layer by layer.
 
     A head that is the embedding's weight is quantised beside it: the embedding stays as it is. The model that the stack
     was made of cannot compute by itself afterwards, and no second stack can be made of it.
@@ -68,7 +87,7 @@ def quantise(stack: CausalStack, bits: Bits) -> Quantised:
         for one in part.held:
             base = one.base
             assert isinstance(base, Dense), "weights are quantised before they are laid out in any other way"
-            matrix = QuantisedMatrix.of(base.weight, bits)
+            matrix = FORMATS[kind](base.weight)
             one.base = QuantisedWeight(matrix, base.bias, base.dtype)
             dense, size = dense + base.weight.nbytes, size + sum(t.nbytes for t in matrix.tensors)
             error = difference(one.base, base)
@@ -76,7 +95,7 @@ def quantise(stack: CausalStack, bits: Bits) -> Quantised:
             if not error <= worst:
                 worst, where = error, part.name
         _free(part)
-    return Quantised(bits, dense, size, worst, where)
+    return Quantised(kind, dense, size, worst, where)
 
 
 def _parts(stack: CausalStack) -> Iterator[_Part]:
