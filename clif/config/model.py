@@ -100,9 +100,9 @@ class EngineConfig(Section):
     nothing. Answers do not change; ends are seen a step later, and what a request holds is held that much longer.
     `auto`: true on a GPU."""
     graphs: Literal["auto", "off"] = "auto"
-    """Capture the steps in which all requests continue an answer, and the layers of training, as CUDA graphs when the
-    replica starts: a launch of the whole step costs as much as that of one operation. `auto`: on a GPU with the Triton
-    kernels, for replicas of one rank. `off`: for debugging. See [gpu.md](gpu.md)."""
+    """Capture serving steps, without prompts and with them, and the layers of training, as CUDA graphs when the replica
+    starts: a launch of the whole step costs as much as that of one operation. `auto`: on a GPU with the Triton kernels,
+    for replicas of one rank. `off`: for debugging. See [gpu.md](gpu.md)."""
     coserving: CoservingMode = CoservingMode.AUTO
     """`fused`: training forwards share the products of serving steps. `concurrent`: training slices run beside serving
     steps, on half of the rank's CPU threads or, on a GPU, on a stream of lower priority; for replicas of one rank.

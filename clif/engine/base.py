@@ -13,6 +13,7 @@ from clif.config import Config, ConfigError, EngineConfig
 from clif.distributed.collectives import TpGroup
 from clif.engine.guide import Guides
 from clif.engine.runner import ModelRunner
+from clif.kernels.cpu.host import HeadShape
 from clif.kernels.kv_types import cache_dtype
 from clif.models.backends import (
     choose_captured_kernels,
@@ -20,6 +21,7 @@ from clif.models.backends import (
     choose_decode,
     choose_kernels,
     choose_ops,
+    choose_prefill,
     choose_varlen,
 )
 from clif.models.dual_linear import LoraRows
@@ -32,6 +34,7 @@ from clif.models.weights.loading import LoadedModel
 
 if TYPE_CHECKING:
     from clif.kernels.paged_decode_host import PagedDecode
+    from clif.kernels.paged_prefill_host import PagedPrefill
 
 log = logging.getLogger(__name__)
 SAME = 1e-3
@@ -52,11 +55,19 @@ class Base:
     probe_logits: torch.Tensor
     guides: Guides
     cpu_level: int | None = None
+    prefill: PagedPrefill | None = None
 
     def runner(self, config: EngineConfig) -> ModelRunner:
         """A runner with its own KV cache."""
         return ModelRunner(
-            self.stack, self.bank, config, self.loaded.device, self.loaded.dtype, self.paged, self.cpu_level
+            self.stack,
+            self.bank,
+            config,
+            self.loaded.device,
+            self.loaded.dtype,
+            self.paged,
+            self.cpu_level,
+            self.prefill,
         )
 
     def renew(self, seed: int) -> None:
@@ -110,10 +121,11 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
         if expected is not None and not shared and not quantised:
             compare(stack, expected)
     paged = choose_decode(_decode_kernel(config.engine, stack), loaded.device, loaded.dtype, kv_dtype)
+    prefill = None if paged is None or shared else _choose_prefill(stack, config.engine, loaded, kv_dtype)
     guides = Guides(loaded.tokenizer, stack.vocab_size)
     if config.online:
         guides.prepare()
-    return Base(stack, bank, loaded, paged, _probe(stack, loaded), guides, cpu_level)
+    return Base(stack, bank, loaded, paged, _probe(stack, loaded), guides, cpu_level, prefill)
 
 
 def _choose_lora_kernels(stack: CausalStack, config: Config, loaded: LoadedModel) -> None:
@@ -135,6 +147,13 @@ def _decode_kernel(config: EngineConfig, stack: CausalStack) -> Literal["auto", 
         )
     log.info("attention: no Triton kernel, for windows, caps or sinks of scores")
     return "torch"
+
+
+def _choose_prefill(
+    stack: CausalStack, config: EngineConfig, loaded: LoadedModel, kv_dtype: torch.dtype
+) -> PagedPrefill | None:
+    heads = HeadShape(stack.num_heads, stack.num_kv_heads, stack.head_dim)
+    return choose_prefill(config, loaded.device, loaded.dtype, heads, kv_dtype)
 
 
 @torch.no_grad()
