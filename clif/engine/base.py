@@ -27,7 +27,7 @@ from clif.models.backends import (
 from clif.models.dual_linear import LoraRows
 from clif.models.expert_linears import choose_grouped
 from clif.models.proof import PROBE, ask_ends, compare, probe_ids
-from clif.models.quantising import FORMATS, assert_stored, quantise
+from clif.models.quantising import FORMATS, assert_stored, choose_quantised, quantise
 from clif.models.spec import spec_of
 from clif.models.stack import CausalStack
 from clif.models.weights.loading import LoadedModel
@@ -109,13 +109,11 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
             if expected is not None and not shared:
                 # Before it is quantised: that changes results, which is no fault of the architecture.
                 compare(stack, expected)
-            log.info("%s", quantise(stack, kind))
+            kernels = choose_quantised(kind, loaded.device, loaded.dtype)
+            log.info("%s", quantise(stack, kind, kernels))
         if stack.routed and choose_grouped(loaded.device, loaded.dtype):
             stack.group_experts()
-        if not quantised:
-            _choose_lora_kernels(stack, config, loaded)
-        else:
-            log.info("LoRA products: no Triton kernels, which read dense weights alone")
+        _choose_lora_kernels(stack, config, loaded)
         if config.engine.prepack_weights:
             stack.prepack() if cpu_level is None else stack.pack()
         if expected is not None and not shared and not quantised:

@@ -239,6 +239,11 @@ def assert_supported(field: str, device: torch.device, dtype: torch.dtype, r: in
         raise ConfigError(f"{field} triton: {obstacle}, or set {field}=torch")
 
 
+def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton's kernels cannot compute this type on a device; None: they can."""
+    return _obstacle(device, dtype, 1)
+
+
 def _obstacle(device: torch.device, dtype: torch.dtype, r: int) -> str | None:
     if find_spec("triton") is None:
         return "Triton is not installed: pip install triton"

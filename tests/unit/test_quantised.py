@@ -240,11 +240,9 @@ def test_a_gpu_that_has_no_numbers_of_eight_bits_says_what_to_change(monkeypatch
     assert_stored("fp8", torch.device("cuda"))
 
 
-def test_kernels_that_read_dense_weights_are_refused_where_they_are_asked_for(stories: str):
-    with pytest.raises(
-        ConfigError, match=r"triton multiplies with dense weights, and model\.weight_dtype is int4: set"
-    ):
-        small_config(stories, engine={"lora_kernel": "triton"}, model={"weight_dtype": "int4"})
+def test_kernels_of_adapters_may_be_asked_for_beside_weights_that_are_not_dense(stories: str):
+    config = small_config(stories, engine={"lora_kernel": "triton"}, model={"weight_dtype": "int4"})
+    assert config.engine.lora_kernel == "triton"
 
 
 @pytest.mark.parametrize("kind", KINDS)
