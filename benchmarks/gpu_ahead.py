@@ -33,11 +33,13 @@ from clif.kernels.dual_lora_forms import DualLoraLinear
 from clif.kernels.dual_lora_host import KernelLauncher
 from clif.kernels.dual_lora_reference import SHADOW
 from clif.kernels.paged_decode_host import PagedDecode
+from clif.kernels.quantised_host import QuantisedKernels
 from clif.kernels.testing.dual_lora_specification import computed, random_batch, random_layer
 from clif.kernels.testing.elementwise_specification import Draw, random_gate, random_heads, random_norm
 from clif.kernels.testing.elementwise_specification import computed as computed_parts
 from clif.kernels.testing.paged_decode_specification import random_decode
 from clif.kernels.tuning import Defaults, TileTable, load_table, table_path
+from clif.models.quantising import FORMATS
 
 DRY_RUN = "--dry" in sys.argv
 DEVICE = torch.device("cpu" if DRY_RUN else "cuda")
@@ -110,7 +112,25 @@ class CaseJob:
         compile_case(self.case)
 
 
-Job = LinearJob | DecodeJob | PartsJob | CaseJob
+@dataclass(frozen=True)
+class QuantisedJob:
+    """Products with a weight of 8 or 4 bits, of a few and of many rows."""
+
+    kind: str
+    out: int
+    depth: int
+    rows: tuple[int, ...]
+    dtype: str
+
+    def __call__(self) -> None:
+        dtype, kernels = getattr(torch, self.dtype), QuantisedKernels(DEVICE)
+        matrix = FORMATS[self.kind](torch.ones(self.out, self.depth, dtype=dtype, device=DEVICE))
+        for rows in self.rows:
+            kernels.product(torch.ones(rows, self.depth, dtype=dtype, device=DEVICE), matrix, None)
+        kernels.dense(matrix, dtype)
+
+
+Job = LinearJob | DecodeJob | PartsJob | CaseJob | QuantisedJob
 SHAPES = {"1b": PartsJob(2048, 32, 8, 64, 8192, "bfloat16"), "8b": PartsJob(4096, 32, 8, 128, 14336, "bfloat16")}
 
 
@@ -121,8 +141,12 @@ def jobs(dry: bool) -> Iterator[Job]:
         yield DecodeJob(4, 2, 16, 4, "float32")
         yield PartsJob(32, 4, 2, 16, 48, "float32")
         yield CaseJob(DRY_CASES[0])
+        yield QuantisedJob("int8", 32, 64, (3,), "float32")
         return
     yield from of_model("1b")
+    for sizes, depth in (*MODELS["1b"], ((128256,), 2048)):
+        for kind in FORMATS:
+            yield QuantisedJob(kind, sum(sizes), depth, (64, 32, 1), "bfloat16")
     # The small model in float32 of the first stage: 4 heads on 2 of 16 numbers, 64 wide.
     yield PartsJob(64, 4, 2, 16, 128, "float32")
     yield DecodeJob(4, 2, 16, 16, "float32")

@@ -110,9 +110,10 @@ def scale_of(arguments: list[str]) -> Scale:
 class Bench:
     """One model shape: a base whose engines share the model and the adapters, and serve an adapter as version 1."""
 
-    def __init__(self, shape: str, scale: Scale, **engine: Any) -> None:
+    def __init__(self, shape: str, scale: Scale, weight_dtype: str = "auto", **engine: Any) -> None:
         self.scale, self.device = scale, torch.device(scale.device)
         self._tree = _tree(shape, scale, engine)
+        self._tree["model"]["weight_dtype"] = weight_dtype
         self.config = _config(self._tree)
         self.loaded: LoadedModel = load_model(self.config.model, self.device)
         self.base = build_base(self.config, self.loaded)
@@ -200,7 +201,7 @@ class Bench:
         """Bytes of the weights that a decode step reads: linear layers and head."""
         stack = self.base.stack
         bases = (*(linear.base for linear in stack.linears), stack.head.base)
-        return sum(base.shape.numel() * base.dtype.itemsize for base in bases)
+        return sum(tensor.nbytes for base in bases for tensor in base.tensors)
 
     def kv(self, engine: Engine, tokens: float) -> float:
         """Bytes of keys and values of `tokens` tokens, in all layers."""

@@ -57,10 +57,11 @@ class Steps:
 class Decode:
     """The measurements of one shape. The context of a request is `scale.prompt + scale.answer / 2` on average."""
 
-    def __init__(self, shape: str, scale: Scale) -> None:
+    def __init__(self, shape: str, scale: Scale, bench: Bench | None = None) -> None:
+        """bench: of this shape, by default one of dense weights."""
         self.name, self.scale = "8b" if shape == "llama-8b" else "1b", scale
         self.copy_bps = bandwidth(torch.device(scale.device))
-        self.bench = Bench(shape, scale)
+        self.bench = bench or Bench(shape, scale)
         self.steps = min(STEPS, scale.answer // 4)
         self.generated_s: float | None = None
         self.measured: dict[tuple[object, object], Steps] = {}

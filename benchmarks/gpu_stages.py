@@ -91,6 +91,7 @@ STAGES = (
     Stage("training", "training alone against PEFT, captured and eager, 1B", 40, *sized("gpu_training", "llama-1b")),
     Stage("coserving", "both together, in every way and at three loads, 1B", 90, *sized("gpu_coserving", "llama-1b")),
     Stage("decode-8b", "the engine's decode step, 8B", 75, *sized("gpu_decode", "llama-8b")),
+    Stage("quantised", "steps and products with weights of 8 and 4 bits, 1B", 130, *sized("gpu_quantised", "llama-1b")),
     Stage("run", "a whole run with load on one rank", 60, ranks(1), ranks(1, *ON_A_CPU)),
     Stage(
         "two-ranks",
@@ -113,6 +114,12 @@ STAGES = (
         "the kernels against their specification",
         90,
         *tests("test_gpu_elementwise", "test_gpu_dual_lora", "test_gpu_paged_decode", processes=8),
+    ),
+    Stage(
+        "families",
+        "every family, and weights of 8 and 4 bits",
+        120,
+        *tests("test_gpu_families", "test_gpu_quantised", processes=8),
     ),
     # The table is also among the results: a lent machine keeps nothing else.
     Stage(

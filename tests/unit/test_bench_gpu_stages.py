@@ -83,7 +83,7 @@ def test_a_stage_that_is_ended_keeps_the_figures_that_it_had(session, tmp_path):
 
 
 def test_stages_are_chosen_by_name_and_an_unknown_name_is_refused():
-    assert [(n, s.name) for n, s in chosen("run,faults")] == [(1, "faults"), (6, "run")]
+    assert [(n, s.name) for n, s in chosen("run,faults")] == [(1, "faults"), (7, "run")]
     assert len(chosen("")) == len(STAGES)
     with pytest.raises(ValueError, match="no stage decoding: choose from faults, decode"):
         chosen("decoding")
