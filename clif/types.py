@@ -292,6 +292,7 @@ class Vote(msgspec.Struct, frozen=True, kw_only=True):
     Losses are sums over answer tokens, in nats, so that the parts of all members can be pooled.
     error2, product2: squared norms, over the layers assigned to this member, of the error of averaging A and B
     separately, sum_i w_i (B_i - Bbar)(A_i - Abar), and of Bbar Abar. They add up over all members.
+    outer_step: how far the candidate lies from the base version to the average, as a share of the way.
     """
 
     round_id: int
@@ -302,6 +303,7 @@ class Vote(msgspec.Struct, frozen=True, kw_only=True):
     tokens: Count
     error2: float | None = None
     product2: float | None = None
+    outer_step: float = 1.0
 
 
 class HeldoutLoss(msgspec.Struct, frozen=True, kw_only=True):

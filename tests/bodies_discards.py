@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
+import torch
 from bodies import Driver
 
 from clif.control.round_groups import GroupNumbers
 from clif.distributed.topology import Topology
+from clif.engine.jobs import WAIT, Slices
 from clif.wire import messages as m
 
 EVERYBODY = (0, 1)
@@ -67,6 +70,28 @@ class Discards:
             self.driver.step()
         self.settle()
         self.groups.spoil(MEMBERS)
+
+
+def half_step_round(topology: Topology, model: str, data: str, run_dir: str, half: float) -> dict[str, Any]:
+    """An average that is no better than the base, on both members; the middle between them has the loss `half`."""
+    driver = Driver(topology, model, data, run_dir)
+    member = driver.replica.member
+    bank, losses = member.trainer.bank, iter([2.0, 3.0, half])
+    base, judged = bank.shadow.detach().clone(), list[torch.Tensor]()
+
+    def loss(slot: int | None) -> Slices[float]:
+        judged.append(bank.shadow.detach().clone())
+        yield WAIT
+        return next(losses)
+
+    member.job_switch.own.gate.loss = loss  # type: ignore[method-assign]
+    driver.begin(EVERYBODY, steps=2)
+    driver.wait_for(m.StepsDone)
+    driver.step(m.Aggregate(round_id=1))
+    vote = driver.wait_for(m.Voted).vote
+    driver.step(m.Settle(round_id=1, commit=True, version=1))
+    driver.wait_for(m.Settled)
+    return {"vote": vote, "base": base, "average": judged[1], "half": judged[2], "after": member.masters[1].clone()}
 
 
 def discarded_rounds(topology: Topology, model: str, data: str, run_dir: str, rounds: int) -> dict[str, object]:

@@ -149,6 +149,7 @@ RELEVANCE: dict[str, Needs] = {
     "federation.round_timeout_s": (TRAINS,),
     "federation.settle_timeout_s": (TRAINS,),
     "federation.tolerance": (TRAINS,),
+    "federation.half_steps": (TRAINS,),
     "federation.strategy": (TRAINS,),
     "control.period_s": ALWAYS,
     "control.report_s": ALWAYS,

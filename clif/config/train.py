@@ -51,6 +51,9 @@ class FederationConfig(Section):
     """A round whose results, votes or publication take longer than this is discarded."""
     tolerance: NotNegativeFloat = 0.0
     """[share] A candidate is promoted if its held-out loss is at most that of the active adapter x (1 + tolerance)."""
+    half_steps: bool = True
+    """An average that is no better than the active adapter is judged at half of the way between the two as well, and
+    promoted there if it is better. Such a round halves the learning rate of the next one all the same."""
     strategy: Literal["fedavg"] = "fedavg"
     """How shadows are averaged."""
 

@@ -217,6 +217,8 @@ def vote_objection(vote: Vote, current: Round | None, most: int) -> str:
     if current.state is RoundState.TRAINING:
         return f"it votes on round {current.plan.round_id} before anything was averaged"
     sums = (vote.candidate_loss, vote.active_loss, vote.error2 or 0.0, vote.product2 or 0.0)
+    if not 0 < vote.outer_step <= 1:
+        return f"it judged the average at {vote.outer_step:g} of the way"
     if vote.tokens > most or any(value < 0 for value in sums):
         return f"a vote of {vote.tokens} tokens of {most}, with the sums {', '.join(f'{value:g}' for value in sums)}"
     return ""

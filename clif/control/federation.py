@@ -266,7 +266,8 @@ class Federation:
         # A version number is never reused for other weights, even if no member could publish these.
         self._last_version = max(self._last_version, ended.version)
         job = ended.plan.job
-        ended.history = self._histories.get(job, History()).after(now, committed, ended.voted_s is not None)
+        before, judged = self._histories.get(job, History()), ended.voted_s is not None
+        ended.history = before.after(now, committed, judged, ended.outer_step)
         self._histories[job] = ended.history
         if job == OWN_DATA.job:
             ended.gave_up = given_up(ended.history, self._config)

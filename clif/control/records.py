@@ -190,6 +190,7 @@ def row_of(ended: Round) -> dict[str, Any]:
         "train_loss": train_loss(results),
         "heldout_candidate": candidate,
         "heldout_active": active,
+        "outer_step": votes[0].outer_step if votes else None,
         "product_error": product_error(votes) if len(votes) == len(ended.plan.members) else None,
         "noise_scale": _mean([r.noise_scale for r in results]),
         "started_s": ended.began_s,

@@ -60,6 +60,11 @@ class Round:
         return self.state in (RoundState.SETTLING, RoundState.COMMITTED, RoundState.DISCARDED)
 
     @property
+    def outer_step(self) -> float:
+        """How far what is promoted lies from the base version to the average, as a share of the way."""
+        return self.promotion.outer_step if self.promotion is not None else 1.0
+
+    @property
     def promotes(self) -> bool:
         """Whether its version is decided and becomes active, or is about to."""
         return self.state is RoundState.SETTLING

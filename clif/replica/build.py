@@ -193,6 +193,7 @@ def _around_engine(
         on_version=on_version,
         engine_step=lambda: replica.steps,
         micro_batch=config.train.micro_batch,
+        half_steps=config.federation.half_steps,
     )
     replica = Replica(config, topology.replica, engine, member, records, send, job_switch.wait, steps)
     return replica

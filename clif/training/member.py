@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from clif.training.checkpoint import Checkpoint
 from clif.training.heldout import Heldout
 from clif.training.job_switch import OWN, JobState, JobSwitch
 from clif.training.masters import Masters
+from clif.training.outer_step import WHOLE, judge_half
 from clif.training.product_error import ErrorShare, deal, deviation_
 from clif.training.trainer import ShadowTrainer, StepCut, StepResult
 from clif.types import CLIF, HeldoutLoss, RoundPlan, RoundResult, Vote
@@ -54,7 +56,8 @@ class Member:
     the active version (version, round; -1: none).
 
     report: the held-out rows that quality is measured on; those that judge candidates are a job's. base_name: of the
-    base model, for adapter_config.json. engine_step: the number of the engine's present step.
+    base model, for adapter_config.json. engine_step: the number of the engine's present step. half_steps: an average
+    that is no better is judged at half of the way as well.
     """
 
     topology: Topology
@@ -71,6 +74,7 @@ class Member:
     orders: RoundOrders | None = None
     micro_batch: int = 1
     """Samples per forward; the coordinator may change it within a round."""
+    half_steps: bool = True
     _snapshot: dict[str, Any] | None = None
     _buffer: torch.Tensor | None = None
     _averaging: bool = False
@@ -96,9 +100,12 @@ class Member:
             yield WAIT
         self._averaging = True
         error = yield from self._average(orders, result)
+        candidate, step = (yield from job.gate.loss(SHADOW)), WHOLE
+        if self.half_steps:
+            bank, base, pool = self.trainer.bank, self._snapshot["shadow"], partial(self._pool, orders)
+            candidate, step = yield from judge_half(bank, base, job.gate, candidate, base_loss, pool)
         self._averaging = False
-        candidate = yield from job.gate.loss(SHADOW)
-        vote = self._vote(plan, job.gate.tokens, base_loss, candidate, error)
+        vote = self._vote(plan, job.gate.tokens, (base_loss, candidate), error, step)
         if vote.finite:
             # First on disk, then the vote: each member can continue from any committed round after a crash.
             job.checkpoints.prepare(self._checkpoint(plan.base_version, plan.round_id))
@@ -202,6 +209,17 @@ class Member:
             yield Slice(SliceKind.PRODUCT_ERROR, 1, share.modules, share.add)
         return share.result()
 
+    def _pool(self, orders: RoundOrders, values: list[float]) -> Slices[list[float]]:
+        """The means of all members' values, the same on all of them. Collective."""
+        plan, shadow = orders.plan, self.trainer.bank.shadow
+        group = self.topology.combined_group(plan.member_set, orders.group).result()
+        members = self.topology.group_members(plan.member_set, plan.round_id)
+        mean = WeightedMean(shadow.new_tensor(values), 1, group, members)
+        while not self._all(mean.done()):
+            yield WAIT
+        self._unbroken(mean.error)
+        return [float(value) for value in mean.result()[0].tolist()]
+
     def _unbroken(self, error: BaseException | None) -> None:
         """Raises RoundBroken on all ranks of this replica if one of them saw an error."""
         if not self._all(error is None):
@@ -212,9 +230,15 @@ class Member:
         return self.topology.tp_group.all_true(flag)
 
     def _vote(
-        self, plan: RoundPlan, tokens: int, active: float, candidate: float, error: tuple[float, float] | None
+        self,
+        plan: RoundPlan,
+        tokens: int,
+        losses: tuple[float, float],
+        error: tuple[float, float] | None,
+        outer_step: float,
     ) -> Vote:
-        apart, product = error or (None, None)
+        """losses: of the base version and the candidate, summed; error: as _average returns it."""
+        (active, candidate), (apart, product) = losses, error or (None, None)
         return Vote(
             round_id=plan.round_id,
             replica=self.topology.replica,
@@ -224,6 +248,7 @@ class Member:
             tokens=tokens,
             error2=apart,
             product2=product,
+            outer_step=outer_step,
         )
 
     def _promote(self, settle: Settle, adapter: str, job: JobState, candidate: float) -> Slices[None]:

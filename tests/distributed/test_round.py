@@ -48,6 +48,19 @@ def test_product_error_of_a_round_is_exact_for_members_of_unequal_weight(model, 
     assert product_error([r["vote"] for r in members]) == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize(("half", "step"), [(1.0, 0.5), (4.0, 1.0)])
+def test_members_judge_an_average_that_is_no_better_at_half_of_the_way_and_propose_what_is_better(
+    model, data, tmp_path, half, step
+):
+    first, second = run_ranks(2, bodies_discards.half_step_round, model, data, str(tmp_path), half)
+    assert torch.equal(first["after"], second["after"])
+    for found in (first, second):
+        vote = found["vote"]
+        assert vote.finite and (vote.active_loss, vote.candidate_loss, vote.outer_step) == (2.0, min(half, 3.0), step)
+        assert torch.allclose(found["half"], (found["base"] + found["average"]) / 2)
+        assert torch.equal(found["after"], found["half"] if step == 0.5 else found["average"])
+
+
 def test_broken_member_neither_poisons_the_average_nor_keeps_its_own(model, data, tmp_path):
     broken, whole = run_ranks(2, bodies.round_with_a_broken_member, model, data, str(tmp_path))[::-1]
     assert not broken["result"].finite and broken["result"].samples == 0

@@ -234,6 +234,9 @@ def test_nobody_trains_more_than_it_was_given(tmp_path: Path, given: RoundResult
         (vote(1, tokens=51), "51 tokens of 50"),
         (vote(1, candidate_loss=-1.0), "sums -1"),
         (vote(1, product2=-1.0), "-1"),
+        (vote(1, outer_step=0.5), ""),
+        (vote(1, outer_step=1.5), "at 1.5 of the way"),
+        (vote(1, outer_step=math.nan), "at nan of the way"),
     ],
 )
 def test_a_vote_is_of_a_member_once_and_can_be(given: Vote, objection: str) -> None:

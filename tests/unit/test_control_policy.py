@@ -209,6 +209,8 @@ def test_an_average_that_was_no_better_halves_the_learning_rate_and_a_promotion_
         assert plan is not None and ("learning rate" in reason) == (plan.lr_scale < 1)
         scales.append(plan.lr_scale)
     assert scales == [0.5, 0.25, 0.25, 0.5, 1.0, 1.0], "a round that was not judged says nothing about it"
+    half = History().after(10.0, True, True, outer_step=0.5)
+    assert (half.lr_scale, half.completed) == (0.5, 1), "the average itself was no better"
     for _ in range(100):
         history = history.after(10.0, False, True)
     assert history.lr_scale == 1 / 64 and history.discarded_in_a_row == 100

@@ -104,6 +104,14 @@ def test_tolerance_admits_a_little_worse() -> None:
     assert decide_promotion([vote(candidate=2.21)], tolerant)[0] is None
 
 
+def test_a_candidate_at_half_of_the_way_is_promoted_as_such_and_all_members_must_have_judged_the_same() -> None:
+    short = [msgspec.structs.replace(vote(i), outer_step=0.5) for i in range(2)]
+    verdict, reason = decide_promotion(short, CONFIG)
+    assert verdict is not None and verdict.outer_step == 0.5 and "at 0.5 of the way" in reason
+    refused, reason = decide_promotion([short[0], vote(1)], CONFIG)
+    assert refused is None and "[0.5, 1.0]" in reason
+
+
 number = st.floats(allow_nan=True, allow_infinity=True)
 
 

@@ -66,14 +66,15 @@ class History:
     last_end_s: float = -math.inf
     lr_scale: float = 1.0
 
-    def after(self, now: float, committed: bool, judged: bool) -> History:
-        """The history once a round has ended; judged: the average was voted on.
+    def after(self, now: float, committed: bool, judged: bool, outer_step: float = 1.0) -> History:
+        """The history once a round has ended; judged: the average was voted on; outer_step: of what was promoted.
 
-        An average that was judged and not promoted went too far or the wrong way. The next round takes other samples,
-        by each member's cursor, and half the learning rate; each promotion doubles it again, up to train.lr.
+        An average that was judged and not promoted, or only at a part of the way, went too far or the wrong way. The
+        next round takes other samples, by each member's cursor, and half the learning rate; each promotion of an
+        average doubles it again, up to train.lr.
         """
         scale = self.lr_scale
-        if committed:
+        if committed and outer_step == 1:
             scale = min(1.0, 2 * scale)
         elif judged:
             scale = max(LEAST_LR_SCALE, scale / 2)
