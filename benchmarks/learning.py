@@ -35,7 +35,9 @@ from clif.metrics.provenance import cpu_model, git_commit
 from clif.types import TrainSample
 
 REPO = Path(__file__).resolve().parents[1]
-WAYS = ("base", "central", "iid", "client")
+WAYS = ("base", "central", "single", "iid", "client")
+"""central: PEFT on all samples; single: one replica with all samples, in steps as large as those of all replicas
+together, as if they averaged every gradient; iid and client: replicas with rows in turn, and by client."""
 REPLICAS = 2
 REPLAYS = (0.0, 0.1)
 SWEEP = tuple((lr, rank) for rank in (8, 16) for lr in (5e-4, 1e-3, 2e-3, 4e-3))
@@ -83,8 +85,12 @@ class Study:
         return Result(unit, score.loss, score.exact, detail=detail)
 
     def _learn(self, unit: Unit, task: Task) -> tuple[torch.Tensor, str]:
-        parts = [samples_of(part) for part in shares(task.train, REPLICAS, unit.way)]
-        learnt = self.bench(self._recipe).federated(parts, task.gate, unit.seed)
+        recipe, parts = self._recipe, [samples_of(task.train)]
+        if unit.way == "single":
+            recipe = replace(recipe, micro_batch=REPLICAS * recipe.micro_batch)
+        else:
+            parts = [samples_of(part) for part in shares(task.train, REPLICAS, unit.way)]
+        learnt = self.bench(recipe).federated(parts, task.gate, unit.seed)
         if unit.way == "iid":
             torch.save(learnt.adapter, self._first(unit.data, unit.seed))
         return learnt.adapter, f"{learnt.promoted} of {learnt.rounds} rounds promoted"
@@ -117,7 +123,7 @@ def samples_of(examples: Sequence[Example]) -> list[TrainSample]:
     return [example.sample for example in examples]
 
 
-def plan(names: Sequence[str], seeds: int, parts: Sequence[str]) -> list[Unit]:
+def plan(names: Sequence[str], seeds: int, parts: Sequence[str], ways: Sequence[str] = WAYS) -> list[Unit]:
     """All units, one seed after the other: a call that is cut short has whole comparisons of the first seeds.
 
     A pair of tasks comes behind the comparison of its first one, from whose adapter it goes on.
@@ -125,7 +131,7 @@ def plan(names: Sequence[str], seeds: int, parts: Sequence[str]) -> list[Unit]:
     units = []
     for seed in range(seeds):
         if "compare" in parts:
-            units += [Unit(seed, "compare", name, way) for name in names for way in WAYS]
+            units += [Unit(seed, "compare", name, way) for name in names for way in ways]
         if "forget" in parts:
             pairs = [f"{first}>{second}" for first, second in pairwise(names)]
             units += [Unit(seed, "forget", pair, f"replay {share:g}") for pair in pairs for share in REPLAYS]
@@ -150,7 +156,8 @@ def document(results: Sequence[Result], given: str, recipe: Recipe, sizes: Sizes
         f"* {REPLICAS} replicas take turns in one process, with their own moments and samples; rounds are averaged by "
         "samples, judged and scaled as in a run; central is PEFT on all samples, the best epoch by the judging rows, "
         f"in steps of {central_batch}: {REPLICAS * recipe.micro_batch / central_batch:g} times as many as a replica "
-        "takes",
+        f"takes; single is one replica with all samples, in steps of {REPLICAS * recipe.micro_batch}, and otherwise as "
+        "the replicas",
         f"* measured in {sum(result.seconds for result in results) / 60:.0f} minutes", "", *r.verdicts(results), "",
         "Loss in nats per answer token, and exact match of greedy answers, on rows that nothing else reads:", "",
         *r.compare_table(results, WAYS),
@@ -175,7 +182,11 @@ def main(
     parts: Annotated[str, typer.Option(help="of compare, forget, sweep")] = "compare,forget",
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     rows: Annotated[int, typer.Option(min=8, help="training rows of a data set")] = Sizes.train,
+    report: Annotated[int, typer.Option(min=8, help="held-out rows that are reported")] = Sizes.report,
     epochs: Annotated[int, typer.Option(min=1)] = Recipe.epochs,
+    micro_batch: Annotated[int, typer.Option(min=1, help="samples of a replica's step")] = Recipe.micro_batch,
+    local_steps: Annotated[int, typer.Option(min=1, help="a replica's steps in a round")] = Recipe.local_steps,
+    ways: Annotated[str, typer.Option(help="of the part compare")] = ",".join(WAYS),
     seconds: Annotated[float, typer.Option(help="begin no unit after so long; a further call continues")] = 1e9,
     central_batch: Annotated[int, typer.Option(min=1, help="samples of a step of PEFT")] = Recipe.micro_batch,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
@@ -183,7 +194,8 @@ def main(
     dry: Annotated[bool, typer.Option(help="a tiny random model: its figures mean nothing")] = False,
 ) -> None:
     """Train in all ways, and write a dated file."""
-    started, recipe, sizes = time.monotonic(), Recipe(epochs=epochs), Sizes(train=rows)
+    started, sizes = time.monotonic(), Sizes(train=rows, report=report)
+    recipe = Recipe(epochs=epochs, micro_batch=micro_batch, local_steps=local_steps)
     torch.set_num_threads(threads)
     if dry:
         model = f"random:{REPO / 'configs' / 'models' / 'tiny-llama.json'}"
@@ -203,7 +215,7 @@ def main(
     if not names:
         raise typer.BadParameter(f"there is no data set in {data}: give a folder with NAME.jsonl")
     log = work / "results.jsonl"
-    for unit in r.left(plan(names, seeds, parts.split(",")), r.read(log)):
+    for unit in r.left(plan(names, seeds, parts.split(","), ways.split(",")), r.read(log)):
         if time.monotonic() - started > seconds:
             print("the time is up: call again to continue")
             break

@@ -23,6 +23,7 @@ from clif.engine.jobs import Slices
 from clif.models.dual_linear import SHADOW
 from clif.models.weights.loading import LoadedModel, load_model
 from clif.training.heldout import Heldout
+from clif.training.outer_step import HALF, WHOLE, is_half_tried, outer_step
 from clif.training.train_runner import TrainRunner
 from clif.training.trainer import JobTraining, ShadowTrainer
 from clif.types import Request, Sampling, TrainSample
@@ -160,11 +161,14 @@ class Bench:
             before = copy.deepcopy([member.moments for member in members])
             steps = steps_of_round(total - done, len(members) * recipe.micro_batch, recipe.local_steps)
             average, count = self._round(trainer, members, base, scale, steps)
-            loss, done, rounds = self.gate(gate, average), done + count, rounds + 1
-            if loss <= best:
-                base, best, promoted, missed, scale = average, loss, promoted + 1, 0, min(1.0, 2 * scale)
+            candidate, loss, step = self._judged(gate, base, best, average)
+            done, rounds = done + count, rounds + 1
+            promotes = loss <= best
+            scale = min(1.0, 2 * scale) if promotes and step == WHOLE else scale / 2
+            if promotes:
+                base, best, promoted, missed = candidate, loss, promoted + 1, 0
                 continue
-            missed, scale = missed + 1, scale / 2
+            missed += 1
             for member, moments in zip(members, before, strict=True):
                 member.moments = moments
         return Learnt(base, rounds, promoted, done)
@@ -185,6 +189,18 @@ class Bench:
             total += count
             members[i] = finish(trainer.exchange(idle))
         return mean / total, total
+
+    def _judged(
+        self, gate: Sequence[Example], base: torch.Tensor, best: float, average: torch.Tensor
+    ) -> tuple[torch.Tensor, float, float]:
+        """What a round proposes, its loss, and the outer step. best: the loss of its base."""
+        loss = self.gate(gate, average)
+        if not is_half_tried(loss, best):
+            return average, loss, WHOLE
+        half = torch.lerp(base, average, HALF)
+        loss_of_half = self.gate(gate, half)
+        step = outer_step(loss, loss_of_half)
+        return (half, loss_of_half, HALF) if step == HALF else (average, loss, WHOLE)
 
     def gate(self, gate: Sequence[Example], adapter: torch.Tensor) -> float:
         """Nats per answer token of an adapter [n], which the shadow has afterwards."""

@@ -46,6 +46,7 @@ def result(part: str, data: str, way: str, loss: float, exact: float, seed: int 
 RESULTS = [
     result("compare", "one", "base", 4.0, 0.0),
     result("compare", "one", "central", 1.0, 0.8),
+    result("compare", "one", "single", 1.1, 0.8),
     result("compare", "one", "iid", 1.01, 0.8),
     result("compare", "one", "iid", 1.5, 0.9, seed=1),
     result("forget", "one>two", "replay 0", 2.0, 0.3),
@@ -103,14 +104,15 @@ def test_what_is_measured_is_read_back_and_not_measured_again(tmp_path: Path) ->
 
 
 def test_losses_and_points_are_compared_seed_by_seed() -> None:
-    iid, central = {0: RESULTS[2], 1: RESULTS[3]}, {0: RESULTS[1]}
+    iid, central = {0: RESULTS[3], 1: RESULTS[4]}, {0: RESULTS[1]}
     assert ratios(iid, central) == [pytest.approx(1.01)]
-    assert lost(iid, {0: RESULTS[4]}) == [pytest.approx(50.0)]
+    assert lost(iid, {0: RESULTS[5]}) == [pytest.approx(50.0)]
 
 
 def test_verdicts_give_the_figure_and_the_goal() -> None:
     assert [(line.split(": ")[1].split(",")[0], line.rsplit(" ", 1)[1]) for line in verdicts(RESULTS)] == [
         ("1.010", "met"),
+        ("0.918", "met"),
         ("1.000", "met"),
         ("50.000", "missed"),
     ]
@@ -119,10 +121,10 @@ def test_verdicts_give_the_figure_and_the_goal() -> None:
 
 def test_tables_have_a_line_for_each_measure_and_a_dash_for_what_is_missing() -> None:
     table = compare_table(RESULTS, ("base", "central", "iid", "client"))
-    assert table[2] == "| one | loss | 4.000 | 1.000 | 1.255 (1.010 to 1.500) | - | 1.010 |"
+    assert table[2] == "| one | loss | 4.000 | 1.000 | 1.255 (1.010 to 1.500) | - | 1.010 | 0.918 |"
     assert forget_table(RESULTS)[2:] == [
-        "| one>two | replay 0 | 80.0% | 30.0% | 50.0 | 50.0% |",
-        "| one>two | replay 0.1 | 80.0% | 79.0% | 1.0 | 50.0% |",
+        "| one>two | replay 0 | 80.0% | 30.0% | 50.0 | 1.010 | 2.000 | 50.0% |",
+        "| one>two | replay 0.1 | 80.0% | 79.0% | 1.0 | 1.010 | 1.200 | 50.0% |",
     ]
     assert sweep_table(RESULTS)[2] == "| one | lr 0.002 rank 8 | 0.550 | 1.100 | 70.0% |"
 
@@ -168,6 +170,16 @@ def test_rounds_learn_and_replicas_with_the_same_samples_are_one(bench: Bench) -
     assert torch.equal(bench.federated([samples], gate, seed=3).adapter, alone.adapter), "a run can be repeated"
     both = bench.federated([samples[:4], samples[4:]], gate, seed=3)
     assert both.samples == 32 and not torch.equal(both.adapter, alone.adapter)
+
+
+def test_a_round_goes_half_of_the_way_where_that_alone_is_better(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = torch.zeros_like(bench.bank.shadow)
+    average = torch.ones_like(base)
+    for at_half, found in ((1.0, (0.5, 1.0, 0.5)), (4.0, (1.0, 3.0, 1.0))):
+        losses = iter([3.0, at_half])
+        monkeypatch.setattr(bench, "gate", lambda *_, left=losses: next(left))
+        candidate, loss, step = bench._judged([], base, 2.0, average)
+        assert (float(candidate[0]), loss, step) == found
 
 
 def test_without_a_better_version_a_run_ends_early_and_has_what_it_began_with(
