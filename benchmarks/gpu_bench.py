@@ -37,6 +37,7 @@ from clif.engine.graphs import DecodeGraphs
 from clif.engine.jobs import Job, Slices
 from clif.engine.kv_size import resolve_kv_tokens
 from clif.kernels.paged_decode_reference import PagedDecodeReference
+from clif.kernels.paged_prefill_reference import PagedPrefillReference
 from clif.models.varlen import varlen_reference
 from clif.models.weights.loading import LoadedModel, load_model
 from clif.training.train_runner import TrainRunner
@@ -133,7 +134,9 @@ class Bench:
         if self.device.type == "cpu" and config.engine.graphs != "off":
             # In place of CUDA graphs: the same regions under the rules of a capture.
             engine.runner.paged = PagedDecodeReference()  # type: ignore[assignment]
-            engine.runner.capture(CheckedRecorder(), config.model.max_context)
+            engine.runner.prefill, recorder = PagedPrefillReference(), CheckedRecorder()
+            engine.runner.capture_prompts(recorder, config.model.max_context)
+            engine.runner.capture(recorder, config.model.max_context)
             if not engine.training_half.strategy.fuses:
                 engine.runner.train_recorder = CheckedRecorder()
                 self.base.stack.varlen = varlen_reference

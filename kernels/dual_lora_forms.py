@@ -9,12 +9,11 @@ which the host knows that no row has an adapter is the base product alone in eve
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 
 from clif.kernels.dual_lora_host import KernelLauncher
 from clif.kernels.dual_lora_reference import MergedLinear, Segment
@@ -39,8 +38,8 @@ class Call:
 
     x [rows, depth]; weight [out, depth]; bias [out] or None; a [slots, k r, depth] and b [slots, out, k r], any
     strides; hidden [rows, k r], to be filled with h. columns: tiles of y; blocks: range of the contraction of each
-    block of h. wanted: whether y is, beside h. segments: rows with an adapter, or their table on the device;
-    tables: of these segments, if there are some already.
+    block of h. product: of x with weight and bias, however these are stored. wanted: whether y is, beside h. segments:
+    rows with an adapter, or their table on the device; tables: of these segments, if there are some already.
     """
 
     launcher: KernelLauncher
@@ -55,6 +54,7 @@ class Call:
     blocks: ColumnTable
     r: int
     scale: float
+    product: Callable[[torch.Tensor], torch.Tensor]
     wanted: bool
     segments: Sequence[Segment] | RowTable
     tables: RowTables | None = None
@@ -73,8 +73,8 @@ class Call:
         return self.launcher.rows(segments, len(self.x), height, slots)
 
     def base(self) -> torch.Tensor | None:
-        """The base product by torch."""
-        return linear(self.x, self.weight, self.bias) if self.wanted else None
+        """The base product by itself."""
+        return self.product(self.x) if self.wanted else None
 
     def kernel(self, rows: RowTable, y: torch.Tensor | None) -> None:
         """Fill hidden and y, or hidden alone, in one launch or a pair of them."""
@@ -176,13 +176,13 @@ class DualLoraLinear:
         if not len(x):
             return x.new_empty(0, len(p.weight)), hidden
         if not isinstance(segments, RowTable) and not any(stop != start for start, stop, _ in segments):
-            return linear(x, p.weight, p.bias), hidden
+            return p.forward(x), hidden
         tiles = self._tiles(len(x))
         columns = self._cut(column_tiles, p.projections, tiles.block_n)
         y = FORMS[tiles.form](
             Call(
                 self._launcher, tiles, x, p.weight, p.bias, p.a, p.b, hidden, columns, self._forward_blocks, p.r,
-                p.scale, True, segments, tables,
+                p.scale, p.forward, True, segments, tables,
             )
         )  # fmt: skip
         assert y is not None
@@ -194,7 +194,13 @@ class DualLoraLinear:
 
     def _tiles(self, rows: int) -> LinearTiles:
         out, depth = self.merged.weight.shape
-        return self._launcher.tiling.linear(rows, depth, out, self.merged.r, False)
+        return self._of_shape(rows, depth, out, False)
+
+    def _of_shape(self, rows: int, depth: int, out: int, backward: bool) -> LinearTiles:
+        """The tiles of a shape, in a form that begins with the base product where a weight is not dense."""
+        tiles = self._launcher.tiling.linear(rows, depth, out, self.merged.r, backward)
+        dense = self.merged.base is None or tiles.form not in ("fused", "pair")
+        return tiles if dense else replace(tiles, form="three")
 
     def backward(
         self, grad: torch.Tensor, x: torch.Tensor, hidden: torch.Tensor, down: bool
@@ -227,14 +233,14 @@ class DualLoraLinear:
         """
         p = self.merged
         out, depth = p.weight.shape
-        tiles = self._launcher.tiling.linear(len(grad), out, depth, p.r, True)
+        tiles = self._of_shape(len(grad), out, depth, True)
         columns = self._cut(_through_tiles, (depth, p.blocks), tiles.block_n)
         grad_hidden = grad.new_empty(len(grad), p.a.shape[1])
         a, b = p.b[-1:].transpose(1, 2), p.a[-1:].transpose(1, 2)
         grad_x = FORMS[tiles.form](
             Call(
                 self._launcher, tiles, grad, p.weight.T, None, a, b, grad_hidden, columns, self._backward_blocks, p.r,
-                p.scale, down, (Segment(0, len(grad), 0),),
+                p.scale, p.backward, down, (Segment(0, len(grad), 0),),
             )
         )  # fmt: skip
         return grad_x, grad_hidden

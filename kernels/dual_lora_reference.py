@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
+from torch.nn.functional import linear
 
 SHADOW = -1
 """The shadow's slot: the last one."""
@@ -36,12 +37,25 @@ class Projection:
     block: int | None
 
 
+class Product(Protocol):
+    """A frozen weight [out, in] and its bias, however it is stored."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [rows, in] -> [rows, out]."""
+        ...
+
+    def backward(self, grad: torch.Tensor) -> torch.Tensor:
+        """Gradient of the output [rows, out] -> that of the input [rows, in]."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class MergedLinear:
     """A merged linear layer and its adapters, as the kernels read them; everything is a view, nothing is copied.
 
     weight [out, in]; bias [out] or None; a [slots, k r, in] and b [slots, out, k r] for k adapted members, b with each
-    member's factor in its own rows and columns. The last slot is the shadow's.
+    member's factor in its own rows and columns. The last slot is the shadow's. base: multiplies with a weight that is
+    not dense; `weight` then has its shape alone, and is NaN.
     """
 
     weight: torch.Tensor
@@ -51,6 +65,15 @@ class MergedLinear:
     r: int
     scale: float
     projections: tuple[Projection, ...]
+    base: Product | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The base product of x [rows, in], in fresh memory."""
+        return linear(x, self.weight, self.bias) if self.base is None else self.base.forward(x)
+
+    def backward(self, grad: torch.Tensor) -> torch.Tensor:
+        """Gradient of the output [rows, out] through the base, in fresh memory."""
+        return linear(grad, self.weight.T) if self.base is None else self.base.backward(grad)
 
     @property
     def blocks(self) -> int:

@@ -67,7 +67,7 @@ class PagedDecode:
         and out or float8_e4m3fn. One launch for each SEQUENCES that the table can hold, no wait for the device. Raises
         ValueError for tensors that the kernel cannot read.
         """
-        _check(q, cache, scale, out)
+        check_tensors(q, cache, scale, out)
         heads, d = q.shape[1:]
         kv_heads = len(cache) // 2
         group, config = heads // kv_heads, self.config(DecodeShape(heads, kv_heads, d, cache.itemsize))
@@ -97,7 +97,7 @@ def constants(kv_heads: int, head_dim: int, group: int, block_size: int, config:
     }  # fmt: skip
 
 
-def _check(q: torch.Tensor, cache: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+def check_tensors(q: torch.Tensor, cache: torch.Tensor, scale: float, out: torch.Tensor) -> None:
     (rows, heads, d), kv_heads = q.shape, len(cache) // 2
     fit = kv_heads > 0 and len(cache) % 2 == 0 and heads % kv_heads == 0 and cache.shape[2] == d
     if not fit or tuple(out.shape) != (rows, heads * d):

@@ -27,8 +27,8 @@ class PagedDecodeReference:
         # Values behind the end may hold a NaN of another request, and zero times NaN is NaN.
         v = v.masked_fill(ended[None, :, :, None], 0.0)
         sequences = torch.arange(n, device=q.device)
-        present = sequences < table.counts
-        # Sequences that the table does not hold belong to a row behind the last one.
+        present = (sequences < table.counts) & (table.lengths > 0)
+        # Sequences that the table does not hold, or without a length, belong to a row behind the last one.
         at = torch.where(present, table.rows, rows).long()
         grouped = (
             (q.index_select(0, at.clamp_max(rows - 1)) * scale).view(n, kv_heads, heads // kv_heads, d).transpose(0, 1)

@@ -22,8 +22,8 @@ class DecodeRow(NamedTuple):
 class DecodeTable:
     """The sequences of a decode batch on the device, as the kernel reads them.
 
-    counts [1]: sequences; rows and lengths [capacity]; blocks [capacity, max_blocks], each row padded with its last
-    block. All int32, all views of one tensor `words`, which its owner fills.
+    counts [1]: sequences; rows and lengths [capacity], where a length of 0 leaves a sequence out; blocks [capacity,
+    max_blocks], each row padded with its last block. All int32, all views of one tensor `words`, which its owner fills.
     """
 
     def __init__(self, words: torch.Tensor, capacity: int, max_blocks: int, block_size: int) -> None:

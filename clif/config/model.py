@@ -21,11 +21,13 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`float32`, `bfloat16`, `float16` (GPU only). `auto`: bfloat16 on a GPU that has it; on a CPU the faster of
     bfloat16 and float32 in a short measurement."""
-    weight_dtype: Literal["auto", "int8", "int4"] = "auto"
+    weight_dtype: Literal["auto", "int8", "int4", "fp8"] = "auto"
     """Type of the frozen weights of linear layers and head. `auto`: `dtype`. `int8`, `int4`: whole numbers with scales,
     by output, or by 32 inputs of one; about a half and 0.28 of the memory of 16 bits, and as much less to read for each
-    token. Activations, adapters and training stay in `dtype` and float32. Answers change, a little with `int8` and more
-    with `int4`: the start says by how much a layer's outputs differ. Weights are quantised once they are loaded."""
+    token. `fp8`: float8_e4m3fn with a scale for each output, on GPUs of compute capability 8.9 and up; on a CPU torch
+    widens it, which is slow. Activations, adapters and training stay in `dtype` and float32. Answers change, a little
+    with `int8` and more with `fp8` and `int4`: the start says by how much a layer's outputs differ. Weights are
+    quantised once they are loaded."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`cpu`, `cuda`, or `auto`: the GPU where there is one."""
     max_context: Positive = 2048
@@ -98,9 +100,9 @@ class EngineConfig(Section):
     nothing. Answers do not change; ends are seen a step later, and what a request holds is held that much longer.
     `auto`: true on a GPU."""
     graphs: Literal["auto", "off"] = "auto"
-    """Capture the steps in which all requests continue an answer, and the layers of training, as CUDA graphs when the
-    replica starts: a launch of the whole step costs as much as that of one operation. `auto`: on a GPU with the Triton
-    kernels, for replicas of one rank. `off`: for debugging. See [gpu.md](gpu.md)."""
+    """Capture serving steps, without prompts and with them, and the layers of training, as CUDA graphs when the replica
+    starts: a launch of the whole step costs as much as that of one operation. `auto`: on a GPU with the Triton kernels,
+    for replicas of one rank. `off`: for debugging. See [gpu.md](gpu.md)."""
     coserving: CoservingMode = CoservingMode.AUTO
     """`fused`: training forwards share the products of serving steps. `concurrent`: training slices run beside serving
     steps, on half of the rank's CPU threads or, on a GPU, on a stream of lower priority; for replicas of one rank.

@@ -120,11 +120,6 @@ class Config(Section):
         self._check_mode()
         self._check_training()
         self._check_emulated()
-        if self.model.weight_dtype != "auto" and self.engine.lora_kernel == "triton":
-            raise ValueError(
-                f"engine.lora_kernel triton multiplies with dense weights, and model.weight_dtype is "
-                f"{self.model.weight_dtype}: set engine.lora_kernel=auto, or model.weight_dtype=auto"
-            )
         if self.model.max_context > self.kv_tokens_bound:
             raise ValueError(
                 f"model.max_context {self.model.max_context} does not fit engine.kv_tokens {self.engine.kv_tokens}: "

@@ -16,7 +16,7 @@ import torch
 from clif.engine.prompt_rows import PromptRows
 from clif.kernels.cpu.host import HeadShape, scores_of
 from clif.kernels.cpu.host import attention as cpu_attention
-from clif.kernels.kv_types import as_cached, read_slots
+from clif.kernels.kv_types import read_slots
 from clif.kernels.paged_decode_table import DecodeRow, DecodeTable
 from clif.kernels.staging import send_ints
 from clif.kernels.step_table import StepTable
@@ -67,7 +67,8 @@ class PagedLayout:
 
     Decode rows are one launch of the paged kernel over `table`, or without it one batched product for each of `groups`;
     prompts None: the step has no rows of a prompt. step: all rows of a step, where attention on a CPU reads them in the
-    cache; then there is nothing of the others. windowed: by window, the same for layers that have one.
+    cache; then there is nothing of the others. windowed: by window, the same for layers that have one. padded: some
+    rows attend to nothing, and get zeros.
     """
 
     count: int
@@ -77,6 +78,7 @@ class PagedLayout:
     prompts: PromptRows | None
     step: StepTable | None = None
     windowed: Mapping[int, WindowRows] = field(default_factory=dict)
+    padded: bool = False
 
     def seen(self, window: int | None) -> WindowRows:
         """What the rows read in layers of this window."""
@@ -101,7 +103,9 @@ class PagedRows:
         if layout.step is not None:
             shape = HeadShape(query.shape[1], key.shape[1], query.shape[2])
             return cpu_attention(query, shape, cache, layout.step, scores_of(*scores))
-        out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
+        # What is left as it was, may not be a number.
+        make = query.new_zeros if layout.padded else query.new_empty
+        out = make(query.shape[0], query.shape[1] * query.shape[2])
         if self._paged is not None and layout.table is not None:
             self._paged.attend(query, cache, layout.table, scores.plain_scale, out)
         groups, prompts = layout.seen(scores.window)
@@ -110,8 +114,6 @@ class PagedRows:
                 return _decode(query, cache, group, scores)
             out.index_copy_(0, group.rows, _decode(query.index_select(0, group.rows), cache, group, scores))
         if prompts is not None:
-            # With their roundings in the cache: a prompt is answered alike, whether or not a part of it was reused.
-            key, value = as_cached(key, cache.dtype), as_cached(value, cache.dtype)
             return prompts.attend(query, key, value, cache, scores, out)
         return out
 

@@ -13,6 +13,7 @@ from clif.config import Config, ConfigError, EngineConfig
 from clif.distributed.collectives import TpGroup
 from clif.engine.guide import Guides
 from clif.engine.runner import ModelRunner
+from clif.kernels.cpu.host import HeadShape
 from clif.kernels.kv_types import cache_dtype
 from clif.models.backends import (
     choose_captured_kernels,
@@ -20,18 +21,20 @@ from clif.models.backends import (
     choose_decode,
     choose_kernels,
     choose_ops,
+    choose_prefill,
     choose_varlen,
 )
 from clif.models.dual_linear import LoraRows
 from clif.models.expert_linears import choose_grouped
 from clif.models.proof import PROBE, ask_ends, compare, probe_ids
-from clif.models.quantising import BITS, quantise
+from clif.models.quantising import FORMATS, assert_stored, choose_quantised, quantise
 from clif.models.spec import spec_of
 from clif.models.stack import CausalStack
 from clif.models.weights.loading import LoadedModel
 
 if TYPE_CHECKING:
     from clif.kernels.paged_decode_host import PagedDecode
+    from clif.kernels.paged_prefill_host import PagedPrefill
 
 log = logging.getLogger(__name__)
 SAME = 1e-3
@@ -52,11 +55,19 @@ class Base:
     probe_logits: torch.Tensor
     guides: Guides
     cpu_level: int | None = None
+    prefill: PagedPrefill | None = None
 
     def runner(self, config: EngineConfig) -> ModelRunner:
         """A runner with its own KV cache."""
         return ModelRunner(
-            self.stack, self.bank, config, self.loaded.device, self.loaded.dtype, self.paged, self.cpu_level
+            self.stack,
+            self.bank,
+            config,
+            self.loaded.device,
+            self.loaded.dtype,
+            self.paged,
+            self.cpu_level,
+            self.prefill,
         )
 
     def renew(self, seed: int) -> None:
@@ -75,6 +86,7 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
 
     Raises ConfigError for a model whose results would be wrong, LayoutError for one that the peers cannot share.
     """
+    assert_stored(config.model.weight_dtype, loaded.device)
     with torch.no_grad():
         # Where no rank holds the whole model, no result exists to compare with; its architecture is checked instead.
         expected = ask_ends(loaded.model, config.model.max_context) if loaded.whole else None
@@ -91,27 +103,27 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
         # The same first A on every replica: FedAvg averages factors, which makes sense from a common start only.
         torch.manual_seed(config.run.seed)
         bank = inject(stack, config.adapter)
-        bits = BITS.get(config.model.weight_dtype)
-        if bits is not None:
+        kind = config.model.weight_dtype
+        quantised = kind in FORMATS
+        if quantised:
             if expected is not None and not shared:
                 # Before it is quantised: that changes results, which is no fault of the architecture.
                 compare(stack, expected)
-            log.info("%s", quantise(stack, bits))
+            kernels = choose_quantised(kind, loaded.device, loaded.dtype)
+            log.info("%s", quantise(stack, kind, kernels))
         if stack.routed and choose_grouped(loaded.device, loaded.dtype):
             stack.group_experts()
-        if bits is None:
-            _choose_lora_kernels(stack, config, loaded)
-        else:
-            log.info("LoRA products: no Triton kernels, which read dense weights alone")
+        _choose_lora_kernels(stack, config, loaded)
         if config.engine.prepack_weights:
             stack.prepack() if cpu_level is None else stack.pack()
-        if expected is not None and not shared and bits is None:
+        if expected is not None and not shared and not quantised:
             compare(stack, expected)
     paged = choose_decode(_decode_kernel(config.engine, stack), loaded.device, loaded.dtype, kv_dtype)
+    prefill = None if paged is None or shared else _choose_prefill(stack, config.engine, loaded, kv_dtype)
     guides = Guides(loaded.tokenizer, stack.vocab_size)
     if config.online:
         guides.prepare()
-    return Base(stack, bank, loaded, paged, _probe(stack, loaded), guides, cpu_level)
+    return Base(stack, bank, loaded, paged, _probe(stack, loaded), guides, cpu_level, prefill)
 
 
 def _choose_lora_kernels(stack: CausalStack, config: Config, loaded: LoadedModel) -> None:
@@ -133,6 +145,13 @@ def _decode_kernel(config: EngineConfig, stack: CausalStack) -> Literal["auto", 
         )
     log.info("attention: no Triton kernel, for windows, caps or sinks of scores")
     return "torch"
+
+
+def _choose_prefill(
+    stack: CausalStack, config: EngineConfig, loaded: LoadedModel, kv_dtype: torch.dtype
+) -> PagedPrefill | None:
+    heads = HeadShape(stack.num_heads, stack.num_kv_heads, stack.head_dim)
+    return choose_prefill(config, loaded.device, loaded.dtype, heads, kv_dtype)
 
 
 @torch.no_grad()

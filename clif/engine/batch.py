@@ -44,7 +44,8 @@ class Batch(NamedTuple):
     where all ids are known. ends [chunks that sample]: the rows whose logits choose a token, None for all of them;
     draws: of those that are not simply greedy, None if all are; reporting: of those that report log-probabilities.
     late: some tokens can be chosen only when those of the step before are known. captured: computes it, with padding
-    behind these rows. scoring: the rows that tell a prompt's next token, for requests that want to know.
+    behind these rows, and behind the `sampling` tokens that are chosen. scoring: the rows that tell a prompt's next
+    token, for requests that want to know.
     """
 
     chunks: Seq[Chunk]
@@ -58,6 +59,7 @@ class Batch(NamedTuple):
     reporting: Reporting | None = None
     late: bool = False
     captured: Captured[Any] | None = None
+    sampling: int = 0
     scoring: PromptScoring | None = None
 
 
@@ -115,9 +117,10 @@ class BatchBuilder:
         return Batch(chunks, ids, positions, sources, ends, rows, layout, draws, reporting, late, scoring=scoring)
 
     def with_draws(self, batch: Batch) -> Batch:
-        """The batch, whose rows are filled and all sample, with the draws of its chunks."""
-        draws, late = self._fill_draws(batch.chunks)
-        return batch._replace(draws=draws, reporting=self._draws.reporting, late=late)
+        """The batch, whose rows are filled, with the draws of its chunks."""
+        sampling = [chunk for chunk in batch.chunks if chunk.needs_sampling]
+        draws, late = self._fill_draws(sampling)
+        return batch._replace(draws=draws, reporting=self._draws.reporting, late=late, sampling=len(sampling))
 
     def _fill_draws(self, sampling: Seq[Chunk]) -> tuple[Draws | None, bool]:
         """The draws of the chunks that sample, and whether they wait for the tokens of the step before."""

@@ -138,6 +138,11 @@ def is_measured(config: Config, device: torch.device, tp_group: TpGroup) -> bool
 
 def _capture(runner: ModelRunner, recorder: Recorder, max_context: int) -> None:
     try:
+        # The largest first: others fit into their memory.
+        runner.capture_prompts(recorder, max_context)
+    except CaptureError as error:
+        log.warning("no CUDA graphs of steps with prompts, which are launched kernel by kernel: %s", error)
+    try:
         runner.capture(recorder, max_context)
     except CaptureError as error:
         log.warning("no CUDA graphs, steps are launched kernel by kernel: %s", error)

@@ -12,15 +12,16 @@ import torch
 
 from clif.engine.attention import KVCache
 from clif.engine.batch import Batch
-from clif.kernels.cpu.host import rows_of, scores_of
-from clif.kernels.cpu.library import Layer, Linear, Step, load
+from clif.kernels.cpu.host import RmsNorm, rows_of, scores_of
+from clif.kernels.cpu.library import Layer, Linear, Norm, Step, load
 from clif.kernels.cpu.products import linear
 from clif.models.base_weight import Compiled
 from clif.models.cpu_ops import CpuGate, CpuNorm, CpuRotary
 from clif.models.dual_linear import DualLinear
 from clif.models.layer import DecoderLayer
-from clif.models.layer_ops import AngleTable
+from clif.models.layer_ops import AngleTable, Unnormed
 from clif.models.mlp import GatedMlp
+from clif.models.qk_norm import ProjectionNorm
 from clif.models.stack import CausalStack
 
 
@@ -29,11 +30,14 @@ class CompiledLayers:
 
     def __init__(self, stack: CausalStack, cache: KVCache, level: int) -> None:
         self._stack, self._cache, self._level = stack, cache, level
-        structs = [_layer(layer, cache.layers[layer.index]) for layer in stack.decoder_layers]
+        tables = [angles.table for angles in stack.angles if isinstance(angles, AngleTable)]
+        # Of both norms of each layer, whose weights have to live.
+        self._all = [_over_all_heads(layer) for layer in stack.decoder_layers]
+        structs = [
+            _layer(layer, cache.layers[layer.index], tables[layer.rope], norms)
+            for layer, norms in zip(stack.decoder_layers, self._all, strict=True)
+        ]
         self._layers = (Layer * len(structs))(*structs)
-        (angles,) = stack.angles
-        assert isinstance(angles, AngleTable)
-        self._angles = angles.table
         self._scratch = torch.empty(0, dtype=torch.bfloat16)
 
     @staticmethod
@@ -44,22 +48,17 @@ class CompiledLayers:
         if cache.layers[0].dtype != torch.bfloat16:
             return f"the KV cache is of {cache.layers[0].dtype}"
         for layer in stack.decoder_layers:
-            if layer.obstacle is not None:
-                return layer.obstacle
+            if not isinstance(layer.mlp, GatedMlp):
+                return "a layer has experts"
             if not all(isinstance(linear.base, Compiled) for linear in layer.linears):
                 return "its weights are not packed"
-            parts = (
-                (layer.norm, CpuNorm),
-                (layer.mlp_norm, CpuNorm),
-                (layer.rotary, CpuRotary),
-                (layer.mlp.gate, CpuGate),
-            )
-            for part, kind in parts:
+            norms = layer.norm, layer.mlp_norm, layer.post_norm, layer.post_mlp_norm
+            kinds = [*((norm, CpuNorm | Unnormed) for norm in norms if norm is not None)]
+            for part, kind in (*kinds, (layer.rotary, CpuRotary), (layer.mlp.gate, CpuGate)):
                 if not isinstance(part, kind):
                     return f"a layer has a {type(part).__name__}"
-        if len(stack.angles) > 1:
-            return "its layers have several rotary embeddings"
-        return None if isinstance(stack.angles[0], AngleTable) else "its angles are not those of positions alone"
+        tables = all(isinstance(angles, AngleTable) for angles in stack.angles)
+        return None if tables else "its angles are not those of positions alone"
 
     def __call__(self, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         """hidden [rows, hidden size], fresh memory, through all layers in place."""
@@ -70,7 +69,6 @@ class CompiledLayers:
             table.positions.data_ptr(),
             table.cache_slots.data_ptr(),
             table.adapters.data_ptr() if table.adapted else None,
-            self._angles.data_ptr(),
             self._cache.layers[0].shape[1],
         )
         load().clif_layers(
@@ -92,20 +90,36 @@ class CompiledLayers:
         return self._scratch
 
 
-def _layer(layer: DecoderLayer, cache: torch.Tensor) -> Layer:
-    norm, mlp_norm, rotary = layer.norm, layer.mlp_norm, layer.rotary
-    assert isinstance(norm, CpuNorm) and isinstance(mlp_norm, CpuNorm) and isinstance(rotary, CpuRotary)
-    assert isinstance(layer.mlp, GatedMlp)
+def _layer(layer: DecoderLayer, cache: torch.Tensor, angles: torch.Tensor, all_heads: tuple[RmsNorm, ...]) -> Layer:
+    """all_heads: norms of query and key over all heads of a row, or none."""
+    mlp, rotary = layer.mlp, layer.rotary
+    assert isinstance(rotary, CpuRotary) and isinstance(mlp, GatedMlp) and isinstance(mlp.gate, CpuGate)
     return Layer(
-        *(_linear(linear) for linear in (layer.qkv, layer.out, layer.mlp.gate_up, layer.mlp.down)),
-        norm.weight.data_ptr(),
-        mlp_norm.weight.data_ptr(),
-        norm.eps,
-        mlp_norm.eps,
+        *(_linear(linear) for linear in (layer.qkv, layer.out, mlp.gate_up, mlp.down)),
+        *(_norm(norm) for norm in (layer.norm, layer.mlp_norm, layer.post_norm, layer.post_mlp_norm)),
+        *([norm.as_struct() for norm in all_heads] or (Norm(), Norm())),
+        layer.residual_scale,
+        mlp.gate.code,
         rotary.shape.as_struct(),
         scores_of(*layer.scores),
         cache.data_ptr(),
+        angles.data_ptr(),
     )
+
+
+def _norm(norm: object) -> Norm:
+    return norm.norm.as_struct() if isinstance(norm, CpuNorm) else Norm()
+
+
+def _over_all_heads(layer: DecoderLayer) -> tuple[RmsNorm, ...]:
+    """Norms of query and key over the whole projection; none where there are none."""
+    if layer.projection_norms is None:
+        return ()
+    return tuple(_wide(norm) for norm in (layer.projection_norms.query, layer.projection_norms.key))
+
+
+def _wide(norm: ProjectionNorm) -> RmsNorm:
+    return RmsNorm(norm.weight.float(), norm.eps)
 
 
 def _linear(dual: DualLinear) -> Linear:

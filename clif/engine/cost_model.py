@@ -101,9 +101,10 @@ class Cost:
 class CostModel:
     """Predicted seconds of serving steps and of training slices, apart for each regime.
 
-    steps: by regime and whether the step is captured, from rows (FUSED: with those of the forward) and the cached
-    tokens that they read (thousands). A captured step is one launch, an eager one hundreds: they have nothing in
-    common. slices: by kind, from tokens times units (thousands) and units: layers, or rows of the head.
+    steps: by regime and whether the step is a captured one that continues answers alone, from rows (FUSED: with those
+    of the forward) and the cached tokens that they read (thousands). Such a step reads all weights for a few rows; any
+    other one has prompts, or is hundreds of launches: they have nothing in common. slices: by kind, from tokens times
+    units (thousands) and units: layers, or rows of the head.
     """
 
     steps: dict[tuple[Regime, bool], Cost] = field(default_factory=dict)

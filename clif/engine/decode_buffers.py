@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from clif.engine.adapter_tables import CapturedTables, Tables
 from clif.engine.scheduler import Chunk
 from clif.kernels.dual_lora_reference import Segment
-from clif.kernels.dual_lora_table import RowTable, most_pairs, table_parts, write_pairs
-from clif.kernels.dual_lora_table import table_words as row_table_words
 from clif.kernels.paged_decode_table import DecodeTable, parts_of, table_words
 from clif.kernels.staging import Staged, aligned
 
@@ -25,20 +24,6 @@ FIELDS = 5
 KNOWN = -1
 """The id of a row is known on the host."""
 NO_SLOT = -1
-HEIGHTS = (16, 32, 64, 128, 256)
-"""Rows of a tile for which the dual LoRA kernels may ask: all that the candidates of the tuner have."""
-
-
-@dataclass
-class Tables:
-    """The adapters of a step of `size` rows, by tile height; `used` gets each height that a layer asks for."""
-
-    tables: dict[int, RowTable]
-    used: set[int]
-
-    def of(self, block_m: int, slots: int) -> RowTable:
-        self.used.add(block_m)
-        return self.tables[block_m]
 
 
 @dataclass
@@ -69,13 +54,10 @@ class DecodeBuffers:
         self, capacity: int, max_blocks: int, block_size: int, spare: int, slots: int, device: torch.device
     ) -> None:
         self.capacity, self.max_blocks, self.block_size = capacity, max_blocks, block_size
-        self._slots, self._width, self._spare = slots, aligned(capacity), spare
-        self._used_heights: set[int] = set()
-        self._heights: tuple[int, ...] = HEIGHTS
-        sizes = [row_table_words(capacity, height, most_pairs(capacity, height, slots)) for height in HEIGHTS]
-        starts = np.cumsum([FIELDS * self._width, *sizes]).tolist()
-        self._pairs_at = dict(zip(HEIGHTS, starts[:-1], strict=True))
-        self._table_at = starts[-1]
+        self._width, self._spare = aligned(capacity), spare
+        self._adapters = CapturedTables(capacity, slots)
+        self._adapters_at = FIELDS * self._width
+        self._table_at = self._adapters_at + self._adapters.size
         words = self._table_at + table_words(capacity, max_blocks)
         self._staged = Staged.zeros(words, torch.int32, device)
         self._hosts = {host.data_ptr(): HostRows() for host in self._staged.hosts}
@@ -91,18 +73,11 @@ class DecodeBuffers:
 
     def tables(self, size: int) -> Tables:
         """The adapters of a step of this size."""
-        whole = {
-            h: RowTable(self._staged.words[at:], self.capacity, h, self._pairs(h)) for h, at in self._pairs_at.items()
-        }
-        tables = {h: table.first(size, most_pairs(size, h, self._slots)) for h, table in whole.items()}
-        return Tables(tables, self._used_heights)
-
-    def _pairs(self, height: int) -> int:
-        return most_pairs(self.capacity, height, self._slots)
+        return self._adapters.of_size(self._staged.words[self._adapters_at :], size)
 
     def keep_used_heights(self) -> None:
-        """All steps are captured: tables of a height that none of them has asked for are not filled any more."""
-        self._heights = tuple(sorted(self._used_heights))
+        """All steps are captured: see CapturedTables."""
+        self._adapters.keep_used_heights()
 
     def fits(self, chunks: Sequence[Chunk]) -> bool:
         """Whether a step of these chunks can be computed from the buffers: answers only, and not too many or long."""
@@ -118,9 +93,7 @@ class DecodeBuffers:
             fields[:, : len(chunks)] = list(zip(*map(self._row, chunks), strict=True))
         fields[:, len(chunks) : size] = [[0], [0], [self._spare * self.block_size], [KNOWN], [NO_SLOT]]
         self._fill_table(host, chunks, size)
-        for height in self._heights:
-            parts = table_parts(words[self._pairs_at[height] :], self.capacity, height, self._pairs(height))
-            write_pairs(parts, segments, size, height, self._slots)
+        self._adapters.write(words[self._adapters_at :], segments, size)
         self._staged.send()
 
     def _row(self, chunk: Chunk) -> tuple[int, int, int, int, int]:

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 class Launched(NamedTuple):
     """A step under way. fused: the training forward that it took along; start: on the engine's clock; captured: it is
-    the replay of a graph; late: the batch, if its tokens are chosen once the step before is settled."""
+    the replay of a graph without prompts; late: the batch, if its tokens are chosen once the step before is settled."""
 
     chunks: list[Chunk]
     tokens: SampledTokens
@@ -195,7 +195,9 @@ class Engine:
         tokens, fused = self._forward(batch, fused)
         regime = Regime.FUSED if fused else Regime.CONCURRENT if self.jobs.under_way else Regime.ALONE
         late = batch if batch.late else None
-        return Launched(chunks, tokens, fused, regime, start, batch.captured is not None, late)
+        # All rows of a step without prompts choose a token.
+        captured = batch.captured is not None and batch.ends is None
+        return Launched(chunks, tokens, fused, regime, start, captured, late)
 
     def _forward(self, batch: Batch, fused: Slice | None) -> tuple[SampledTokens, Slice | None]:
         """The step's tokens, and the training forward that it really took along."""

@@ -19,6 +19,7 @@ from clif.distributed.collectives import TpGroup
 from clif.engine.base import Base
 from clif.engine.capture import why_not_captured, why_training_not_captured
 from clif.engine.graphs import decode_sizes
+from clif.engine.prompt_graphs import prompt_sizes
 from clif.engine.scheduler import Chunk, Sequence
 from clif.kernels.kv_types import cache_dtype
 from clif.models.loss import head_bytes
@@ -168,8 +169,11 @@ def _captured(config: Config, base: Base, tp_size: int, peak: int) -> int:
     engine, device, held = config.engine, base.loaded.device, 0
     if not why_not_captured(engine, device, tp_size, base.paged is not None):
         # The logits of every size, and the temporaries of the largest one.
-        logits = sum(decode_sizes(engine.max_batch)) * base.stack.head.shard.size
-        held += logits * base.loaded.dtype.itemsize + peak
+        sizes = decode_sizes(engine.max_batch)
+        rows = sum(sizes)
+        if base.prefill is not None:
+            rows += sum(min(size, sizes[-1]) for size in prompt_sizes(engine.max_batch, engine.max_prefill_tokens))
+        held += rows * base.stack.head.shard.size * base.loaded.dtype.itemsize + peak
     fuses, varlen = engine.coserving == CoservingMode.FUSED, base.stack.varlen is not None
     if config.train.enabled and not why_training_not_captured(engine, device, tp_size, varlen, fuses):
         # Passes that are not captured keep as much, elsewhere.

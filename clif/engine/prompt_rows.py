@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clif.kernels.kv_types import read_slots
+from clif.kernels.kv_types import as_cached, read_slots
 from clif.kernels.staging import send_ints
 from clif.models.causal import CausalSequences
 from clif.models.scores import Scores, masked_attention
@@ -112,13 +112,18 @@ class PaddedPrompts:
     ) -> torch.Tensor:
         """See PromptRows."""
         if self.fresh is not None and self.fresh_rows is not None:
-            q, k, v = (t.index_select(0, self.fresh_rows) for t in (query, key, value))
+            q, k, v = (t.index_select(0, self.fresh_rows) for t in (query, *_as_reused(key, value, cache)))
             out.index_copy_(0, self.fresh_rows, self.fresh.attend(0, q, k, v, scores))
         for chunk in self.continued:
             past_k, past_v = read_slots(cache, chunk.context, query.dtype).chunk(2)
             rows = slice(chunk.rows.start, chunk.rows.stop)
             out[rows] = masked_attention(query[rows].transpose(0, 1), past_k, past_v, chunk.mask, scores)
         return out
+
+
+def _as_reused(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """With their roundings in the cache: a prompt is answered alike, whether or not a part of it was reused."""
+    return as_cached(key, cache.dtype), as_cached(value, cache.dtype)
 
 
 def _past_mask(chunk: PromptChunk, window: int | None, device: torch.device) -> torch.Tensor:
@@ -166,7 +171,7 @@ class VarlenPrompts:
     ) -> torch.Tensor:
         """See PromptRows."""
         if self.context is None:
-            key, value = self._chosen(key), self._chosen(value)
+            key, value = map(self._chosen, _as_reused(key, value, cache))
         else:
             key, value = read_slots(cache, self.context, query.dtype).transpose(0, 1).chunk(2, 1)
         got = self.attention(self._chosen(query), key, value, self.spans, scores.plain_scale).flatten(1)

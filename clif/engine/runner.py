@@ -19,6 +19,8 @@ from clif.engine.decode_buffers import DecodeBuffers
 from clif.engine.graphs import DecodeGraphs, decode_sizes
 from clif.engine.jobs import FusedPass
 from clif.engine.logprobs import logprobs_of
+from clif.engine.prompt_buffers import PromptBuffers
+from clif.engine.prompt_graphs import Prefill, PromptGraphs, prompt_sizes
 from clif.engine.prompt_logprobs import prompt_logprobs
 from clif.engine.sampling import SampledTokens, draw_
 from clif.engine.scheduler import Chunk
@@ -36,7 +38,8 @@ log = logging.getLogger(__name__)
 class ModelRunner:
     """The model of one rank with its adapters and KV cache, for serving.
 
-    paged: the kernel for attention of decode rows, None: torch's products. graphs: captured steps, once there are any.
+    paged: the kernel for attention of decode rows, None: torch's products. prefill: that for prompts of captured steps,
+    None: those are not captured. graphs, prompt_graphs: captured steps without and with prompts, once there are any.
     cpu_level: of the C++ kernels for CPUs; None: torch's operators. train_recorder: captures the layers of training
     passes; None: none are captured. fuses: steps may have to compute training forwards, whose passes must not be
     captured then.
@@ -51,14 +54,16 @@ class ModelRunner:
         dtype: torch.dtype,
         paged: PagedDecode | None = None,
         cpu_level: int | None = None,
+        prefill: Prefill | None = None,
     ) -> None:
         self.stack, self.bank, self.config, self.device = stack, bank, config, device
         # A spare block behind those of the sequences, for rows of padding.
         tokens = config.num_kv_tokens + config.block_size
         kv_dtype = cache_dtype(config.kv_dtype, dtype)
         self.cache = KVCache(stack.num_layers, tokens, stack.num_kv_heads, stack.head_dim, kv_dtype, device)
-        self.paged = paged
+        self.paged, self.prefill = paged, prefill
         self.graphs: DecodeGraphs | None = None
+        self.prompt_graphs: PromptGraphs | None = None
         self.train_recorder: Recorder | None = None
         self.fuses = False
         self._cpu = self._by_reference = cpu_level is not None
@@ -72,26 +77,55 @@ class ModelRunner:
 
     def capture(self, recorder: Recorder, max_context: int) -> DecodeGraphs:
         """Capture the steps in which all rows continue an answer, of contexts up to this length."""
-        block, bank = self.config.block_size, self.bank
-        spare, max_blocks = self.config.num_kv_tokens // block, -(-max_context // block)
-        slots = bank.config.serving_slots + 1
-        # A graph reads the tokens of the step before where they were when it was captured.
-        self._by_reference = False
-        self._last_tokens = torch.zeros(self.config.max_batch, dtype=torch.int64, device=self.device)
         # Larger batches are not captured.
-        most = decode_sizes(self.config.max_batch)[-1]
-        buffers = DecodeBuffers(most, max_blocks, block, spare, slots, self.device)
-        self.graphs = DecodeGraphs(self.compute, buffers, recorder)
+        most, limits = decode_sizes(self.config.max_batch)[-1], self._limits(max_context)
+        self._keep_in_place()
+        self.graphs = DecodeGraphs(self.compute, DecodeBuffers(most, *limits, self.device), recorder)
         return self.graphs
+
+    def capture_prompts(self, recorder: Recorder, max_context: int) -> PromptGraphs | None:
+        """Capture steps with prompts, before the others, which then fit into their memory; None: there is no kernel."""
+        if self.prefill is None:
+            return None
+        sequences, sizes = decode_sizes(self.config.max_batch)[-1], self._prompt_sizes()
+        stack, limits = self.stack, self._limits(max_context)
+        itemsize = stack.head.base.dtype.itemsize
+        tile = self.prefill.tile_tokens(stack.num_heads // stack.num_kv_heads, stack.head_dim, itemsize)
+        buffers = PromptBuffers(sizes[-1], sequences, *limits, tile, self.device)
+        self._keep_in_place()
+        self.prompt_graphs = PromptGraphs(self.compute, buffers, self.prefill, sizes, recorder)
+        return self.prompt_graphs
+
+    def _prompt_sizes(self) -> list[int]:
+        return prompt_sizes(self.config.max_batch, self.config.max_prefill_tokens)
+
+    def _limits(self, max_context: int) -> tuple[int, int, int, int]:
+        """Of buffers: blocks of a context, tokens of a block, the block for padding, and adapter slots."""
+        block = self.config.block_size
+        spare, max_blocks = self.config.num_kv_tokens // block, -(-max_context // block)
+        return max_blocks, block, spare, self.bank.config.serving_slots + 1
+
+    def _keep_in_place(self) -> None:
+        """A graph reads the tokens of the step before where they were when it was captured."""
+        if self._by_reference:
+            self._by_reference = False
+            self._last_tokens = torch.zeros(self.config.max_batch, dtype=torch.int64, device=self.device)
 
     def fill(self, chunks: Sequence[Chunk], fused: bool = False) -> Batch:
         """The batch of one step's chunks; valid until the next one is filled. Does not wait for the device.
 
         fused: a training forward will be in its products, so that no captured step computes it.
         """
-        if self.graphs is not None and not fused and self.graphs.can_run(chunks):
-            return self._batches.with_draws(self.graphs.fill(chunks))
-        return self._batches.fill(chunks, self.paged is not None)
+        graphs = None if fused else self._graphs_for(chunks)
+        if graphs is None:
+            return self._batches.fill(chunks, self.paged is not None)
+        return self._batches.with_draws(graphs.fill(chunks))
+
+    def _graphs_for(self, chunks: Sequence[Chunk]) -> DecodeGraphs | PromptGraphs | None:
+        for graphs in (self.graphs, self.prompt_graphs):
+            if graphs is not None and graphs.can_run(chunks):
+                return graphs
+        return None
 
     @torch.no_grad()
     def forward(self, batch: Batch, fused: FusedPass | None = None) -> SampledTokens:
@@ -133,7 +167,7 @@ class ModelRunner:
         if batch.reporting is not None:
             reported = logprobs_of(self.stack.head, logits, tokens, batch.reporting)
         # A captured step has rows of padding behind its own.
-        sampled.send(tokens if batch.captured is None else tokens[: len(batch.chunks)], reported)
+        sampled.send(tokens if batch.captured is None else tokens[: batch.sampling], reported)
 
     @torch.no_grad()
     def compute(self, batch: Batch, fused: FusedPass | None = None) -> tuple[torch.Tensor, torch.Tensor]:

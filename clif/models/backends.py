@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import linear
 
 from clif.config import ConfigError, EngineConfig
+from clif.kernels.cpu.host import HeadShape
 from clif.kernels.cpu.library import HEAD_BYTES, LEVELS, MAX_HEAD_DIM, TYPES, Absent, level
 from clif.kernels.kv_types import FP8
 from clif.kernels.tile_file import TileFile
@@ -24,6 +25,7 @@ from clif.models.varlen import Varlen, varlen_attention, varlen_fault
 if TYPE_CHECKING:
     from clif.kernels.dual_lora_host import KernelLauncher
     from clif.kernels.paged_decode_host import PagedDecode
+    from clif.kernels.paged_prefill_host import PagedPrefill
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +162,31 @@ def choose_decode(
     return PagedDecode(device, measured=measured)
 
 
+def choose_prefill(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, heads: HeadShape, kv_dtype: torch.dtype
+) -> PagedPrefill | None:
+    """The Triton kernel for attention of prompts in captured steps; None: steps with prompts are not captured.
+
+    Only where the kernel for answers was chosen, which has the same needs. Waits for the device, once.
+    """
+    if device.type != "cuda" or config.graphs == "off":
+        return None
+    from triton.errors import TritonError
+
+    from clif.kernels.paged_prefill_host import PagedPrefill, prefill_fault
+
+    prefill = PagedPrefill()
+    try:
+        fault = prefill_fault(prefill, device, dtype, heads, kv_dtype, config.block_size)
+    except (RuntimeError, ValueError, TritonError) as error:
+        fault = f"it fails: {str(error).splitlines()[0]}"
+    log.info(
+        "attention of prompts in captured steps: %s",
+        "Triton kernel" if fault is None else f"none, so that steps with prompts are not captured ({fault})",
+    )
+    return prefill if fault is None else None
+
+
 def choose_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> Varlen | None:
     """Attention of prompts and of training rows in one launch; None: padded products. Waits for the device, once."""
     if device.type != "cuda":
@@ -210,6 +237,11 @@ def assert_supported(field: str, device: torch.device, dtype: torch.dtype, r: in
     obstacle = _obstacle(device, dtype, r)
     if obstacle is not None:
         raise ConfigError(f"{field} triton: {obstacle}, or set {field}=torch")
+
+
+def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton's kernels cannot compute this type on a device; None: they can."""
+    return _obstacle(device, dtype, 1)
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype, r: int) -> str | None:

@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 from clif.kernels.cpu.arena import Arena
 from clif.kernels.cpu.products import PackedMatrix, packed_size, product
 from clif.kernels.cpu.quantised_panels import QuantisedPanels, panels_size
+from clif.kernels.quantised import QuantisedMatrix
 from clif.models.backends import Linear, prepacked_linear
 from clif.models.quantised_weight import PackedQuantisedWeight, QuantisedWeight
 
@@ -140,10 +141,11 @@ def arena_for(bases: Iterable[BaseWeight]) -> Arena:
 
 
 def packed(base: BaseWeight, arena: Arena) -> BaseWeight:
-    """The same weight as the C++ kernels read it, where it is in bfloat16, dense or quantised; otherwise as it is."""
+    """The same weight as the C++ kernels read it, in bfloat16, dense or as whole numbers; any other as it is."""
     if _packed_size(base) == 0:
         return base
     if isinstance(base, QuantisedWeight):
+        assert isinstance(base.matrix, QuantisedMatrix)
         return PackedQuantisedWeight(QuantisedPanels.of(base.matrix, arena), base.bias)
     assert isinstance(base, Dense)
     return PackedWeight(base, PackedMatrix.of(base.weight, arena))
@@ -154,7 +156,7 @@ def _packed_size(base: BaseWeight) -> int:
     if base.dtype != torch.bfloat16:
         return 0
     if isinstance(base, QuantisedWeight):
-        return panels_size(base.matrix)
+        return panels_size(base.matrix) if isinstance(base.matrix, QuantisedMatrix) else 0
     return Arena.rounded(packed_size(*base.shape)) if isinstance(base, Dense) else 0
 
 

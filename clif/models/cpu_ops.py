@@ -10,7 +10,8 @@ import torch
 from torch.nn.functional import silu
 
 from clif.kernels.cpu import host
-from clif.kernels.cpu.host import HeadNorm, HeadShape
+from clif.kernels.cpu.host import HeadShape, RmsNorm
+from clif.kernels.cpu.library import GELU, SILU
 from clif.kernels.cpu.training import TrainingKernels
 from clif.kernels.elementwise_reference import rms_norm
 from clif.models.cpu_training import LearningNorm, LearningRotary, learning_gate
@@ -27,13 +28,15 @@ from clif.models.layer_ops import (
     TorchGate,
     TorchNorm,
     TorchRotary,
+    as_offset_norm,
     as_rms_norm,
+    is_gelu,
     is_silu,
 )
 
 
 class CpuOps:
-    """Parts that the kernels compute; torch's for modules that are no plain RMSNorm, and other gates than silu's."""
+    """Parts that the kernels compute; torch's for modules that are no RMSNorm, and gates of other activations."""
 
     def __init__(self, max_context: int) -> None:
         """max_context: the positions that there are."""
@@ -44,40 +47,46 @@ class CpuOps:
         return AngleTable(TorchAngles(rotary, like), self._max_context)
 
     def norm(self, module: Any) -> Norm:
-        plain = as_rms_norm(module)
-        if plain is None:
+        norm = _norm_of(module)
+        if norm is None:
             return TorchNorm(module)
-        learns = plain[0].dtype == torch.bfloat16
-        return CpuNorm(*plain, LearningNorm(self.training, *plain) if learns else TorchNorm(module))
+        learns = module.weight.dtype == torch.bfloat16
+        return CpuNorm(norm, LearningNorm(self.training, norm) if learns else TorchNorm(module))
 
     def rotary(self, layout: HeadLayout) -> Rotary:
-        if not layout.turns_all:
-            return TorchRotary(layout)
         sizes = layout.heads, layout.kv_heads, layout.head_dim
         if layout.norms is None:
-            shape = HeadShape(*sizes)
+            shape = HeadShape(*sizes, rotary_dim=layout.rotary_dim)
             return CpuRotary(shape, LearningRotary(self.training, shape, TorchRotary(layout)))
-        query, key = (as_rms_norm(module) for module in layout.norms)
+        query, key = (_norm_of(module) for module in layout.norms)
         if query is None or key is None:
             return TorchRotary(layout)
-        return CpuRotary(HeadShape(*sizes, (HeadNorm(*query), HeadNorm(*key))), TorchRotary(layout))
+        return CpuRotary(HeadShape(*sizes, (query, key), layout.rotary_dim), TorchRotary(layout))
 
     def gate(self, activation: Activation) -> Activation:
-        return CpuGate(activation, self.training) if is_silu(activation) else TorchGate(activation)
+        for code, matches in ((SILU, is_silu), (GELU, is_gelu)):
+            if matches(activation):
+                return CpuGate(activation, code, self.training)
+        return TorchGate(activation)
+
+
+def _norm_of(module: Any) -> RmsNorm | None:
+    """What the kernels compute of a module; None where it is no RMSNorm."""
+    parts = as_rms_norm(module) or as_offset_norm(module)
+    return None if parts is None else RmsNorm(*parts)
 
 
 @dataclass(frozen=True, eq=False)
 class CpuNorm:
     """RMSNorm of rows, and the residual add before it."""
 
-    weight: torch.Tensor
-    eps: float
+    norm: RmsNorm
     learning: Norm
 
     def __call__(self, hidden: torch.Tensor, added: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         if hidden.requires_grad or (added is not None and added.requires_grad):
             return self.learning(hidden, added)
-        return host.add_rms_norm(hidden, added, self.weight, self.eps)
+        return host.add_rms_norm(hidden, added, self.norm)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,17 +111,17 @@ class CpuRotary:
 
 
 class CpuGate:
-    """silu(gate) * up of [rows, gate | up]."""
+    """activation(gate) * up of [rows, gate | up]."""
 
-    def __init__(self, activation: Activation, training: TrainingKernels | None = None) -> None:
-        """training: for rows that learn, in bfloat16; None: torch's operators."""
-        self._learning, self._training = TorchGate(activation), training
+    def __init__(self, activation: Activation, code: int = SILU, training: TrainingKernels | None = None) -> None:
+        """code: of the activation. training: for rows that learn, in bfloat16; None: torch's operators."""
+        self.code, self._learning, self._training = code, TorchGate(activation), training
 
     def __call__(self, wide: torch.Tensor) -> torch.Tensor:
         if not wide.requires_grad:
-            return host.swiglu(wide)
+            return host.gated(wide, self.code)
         if self._training is not None and wide.dtype == torch.bfloat16:
-            return learning_gate(wide, self._training)
+            return learning_gate(wide, self.code, self._training)
         return self._learning(wide)
 
 
@@ -123,7 +132,8 @@ def kernel_fault(dtype: torch.dtype) -> str | None:
     hidden, added, weight, wide = (torch.randn(n, generator=rng).to(dtype) for n in ((5, 96), (5, 96), (96,), (5, 256)))
     both = torch.randn(5, 2, 16, generator=rng).to(dtype)
     layout, rope = HeadLayout(4, 1, 16, None), Rope(both[:, :1], both[:, 1:], both)
-    kernels = CpuNorm(weight, eps, TorchNorm(None)), CpuRotary(HeadShape(4, 1, 16), TorchRotary(layout)), CpuGate(silu)
+    norm = CpuNorm(RmsNorm(weight, eps), TorchNorm(None))
+    kernels = norm, CpuRotary(HeadShape(4, 1, 16), TorchRotary(layout)), CpuGate(silu)
     torchs = TorchNorm(lambda x: rms_norm(x, weight, eps)), TorchRotary(layout), TorchGate(silu)
     for name, parts in (("norm", 0), ("rotation", 1), ("gate", 2)):
         arguments: Any = ((hidden, added), (hidden.clone(), rope, None), (wide,))[parts]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from clif.kernels.cpu import host
-from clif.kernels.cpu.host import HeadShape
+from clif.kernels.cpu.host import HeadShape, RmsNorm
 from clif.kernels.cpu.training import TrainingKernels
 from clif.kernels.staging import send_ints
 from clif.models.layer_ops import CacheRows, Rope, TorchRotary
@@ -26,8 +26,7 @@ class LearningNorm:
     """RMSNorm of rows that learn, and the residual add before it."""
 
     kernels: TrainingKernels
-    weight: torch.Tensor
-    eps: float
+    norm: RmsNorm
 
     def __call__(self, hidden: torch.Tensor, added: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         summed, normed = _AddNorm.apply(hidden, added, self)
@@ -37,10 +36,10 @@ class LearningNorm:
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, added: torch.Tensor | None, norm: LearningNorm
+        ctx: Any, hidden: torch.Tensor, added: torch.Tensor | None, learning: LearningNorm
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        summed, normed = host.add_rms_norm(hidden, added, norm.weight, norm.eps)
-        ctx.norm = norm
+        summed, normed = host.add_rms_norm(hidden, added, learning.norm)
+        ctx.learning = learning
         ctx.save_for_backward(summed)
         ctx.set_materialize_grads(False)
         return summed, normed
@@ -48,9 +47,9 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         (summed,) = ctx.saved_tensors
-        norm: LearningNorm = ctx.norm
+        learning: LearningNorm = ctx.learning
         of_sum, of_normed = gradients
-        grad = norm.kernels.rms_norm_backward(summed, norm.weight, norm.eps, of_normed, of_sum)
+        grad = learning.kernels.rms_norm_backward(summed, learning.norm, of_normed, of_sum)
         return grad, grad if ctx.needs_input_grad[1] else None, None
 
 
@@ -149,20 +148,20 @@ class _Causal(torch.autograd.Function):
         return *found, None, None, None
 
 
-def learning_gate(wide: torch.Tensor, kernels: TrainingKernels) -> torch.Tensor:
-    """silu(gate) * up [rows, n] of [rows, gate | up], both bfloat16."""
-    gated: torch.Tensor = _Gate.apply(wide, kernels)
+def learning_gate(wide: torch.Tensor, activation: int, kernels: TrainingKernels) -> torch.Tensor:
+    """activation(gate) * up [rows, n] of [rows, gate | up], both bfloat16. activation: the kernels' code for it."""
+    gated: torch.Tensor = _Gate.apply(wide, activation, kernels)
     return gated
 
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, wide: torch.Tensor, kernels: TrainingKernels) -> torch.Tensor:
-        ctx.kernels = kernels
+    def forward(ctx: Any, wide: torch.Tensor, activation: int, kernels: TrainingKernels) -> torch.Tensor:
+        ctx.activation, ctx.kernels = activation, kernels
         ctx.save_for_backward(wide)
-        return host.swiglu(wide)
+        return host.gated(wide, activation)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         (wide,) = ctx.saved_tensors
-        return ctx.kernels.swiglu_backward(wide, gradients[0]), None
+        return ctx.kernels.gate_backward(wide, gradients[0], ctx.activation), None, None

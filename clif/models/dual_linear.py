@@ -26,7 +26,7 @@ from clif.kernels.dual_lora_reference import (
     shadow_forward,
 )
 from clif.models.base_backward import base_backward, multiplies, packed_product
-from clif.models.base_weight import BaseWeight, Compiled, Dense, merged
+from clif.models.base_weight import BaseWeight, Compiled, merged
 from clif.models.lora_factors import LoraFactors, LoraModule
 from clif.models.shard import LinearShards, Shard
 
@@ -91,13 +91,13 @@ class DualLinear:
         return self.lora
 
     def use_kernels(self, launcher: KernelLauncher | None, captured: KernelLauncher | None = None) -> None:
-        """Compute base and adapters by the kernels from now on, where the layer is adapted and its base is dense.
+        """Compute adapters by the kernels from now on, where the layer is adapted; and the base, where it is dense.
 
         launcher: used if its tiling takes layers of such widths; captured: the same for rows of captured steps.
         """
         from clif.kernels.dual_lora_forms import DualLoraLinear
 
-        if self.lora is not None and isinstance(self.base, Dense):
+        if self.lora is not None:
             merged = self.lora.as_merged(self.base)
             out, depth = merged.weight.shape
             taken = launcher is not None and launcher.tiling.takes(depth, out, merged.r)

@@ -24,9 +24,9 @@ MASTER = 4
 """Bytes of a number of the shadow and of its training state: float32."""
 PACKED = 32
 """The C++ kernels for CPUs pad outputs and inputs of a packed matrix to multiples of it."""
-QUANTISED = {"int8": 8, "int4": 4}
-"""Bits of a number, by model.weight_dtype."""
-GROUP, SCALE = 32, 2
+QUANTISED = ("int8", "int4", "fp8")
+"""Values of model.weight_dtype that are not the model's type."""
+GROUP, SCALE, FP8_SCALE = 32, 2, 4
 """Numbers of 4 bits that share a scale, and bytes of one; numbers of 8 bits have one for each output."""
 Device = Literal["cpu", "cuda"]
 
@@ -122,14 +122,14 @@ def _weights(config: Config, spec: ModelSpec, tp_size: int, number: int, padded:
 
     A quantised head is no view of the embedding.
     """
-    bits, layers = QUANTISED.get(config.model.weight_dtype), spec.num_layers
+    kind, layers = config.model.weight_dtype, spec.num_layers
     shapes, head = _shapes(spec, tp_size), _head(spec, tp_size)
     # Rows of the hidden size: embedding and norms.
     rest = number * (spec.vocab_size + layers * len(spec.layer.all_norms) + 1) * spec.hidden_size
     rest += number * layers * _choosing(spec, tp_size)
-    if bits is not None:
+    if kind in QUANTISED:
         unit = PACKED if padded else 1
-        of_layer, of_head = (sum(quantised_bytes(*one, bits, unit) for one in some) for some in (shapes, [head]))
+        of_layer, of_head = (sum(quantised_bytes(*one, kind, unit) for one in some) for some in (shapes, [head]))
         return rest + layers * of_layer + of_head
     # Where the head is tied, it is a view of the embedding.
     return rest + number * (layers * sum(map(math.prod, shapes)) + (0 if spec.tied else math.prod(head)))
@@ -155,13 +155,16 @@ def _head(spec: ModelSpec, tp_size: int) -> tuple[int, int]:
     return -(-spec.vocab_size // tp_size), spec.hidden_size
 
 
-def quantised_bytes(out: int, width: int, bits: int, unit: int = 1) -> int:
-    """Bytes of a quantised matrix [out, width], both padded to multiples of `unit`, scales included.
+def quantised_bytes(out: int, width: int, kind: str, unit: int = 1) -> int:
+    """Bytes of a matrix [out, width] of one of QUANTISED, both padded to multiples of `unit`, scales included.
 
-    See clif.kernels.quantised. Least numbers, which few weights have, are not counted.
+    See clif.kernels.quantised and fp8_matrix, which has no padded form. Least numbers, which few weights have, are not
+    counted.
     """
+    if kind == "fp8":
+        return out * (width + FP8_SCALE)
     out, width = -(-out // unit) * unit, -(-width // unit) * unit
-    if bits == 8:
+    if kind == "int8":
         return out * (width + SCALE)
     return out * -(-width // GROUP) * (GROUP // 2 + SCALE)
 

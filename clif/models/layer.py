@@ -20,7 +20,7 @@ from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
 from clif.models.dual_linear import DualLinear, LoraRows
 from clif.models.expert_spec import Experts
-from clif.models.experts import RoutedMlp, routed_mlp
+from clif.models.experts import routed_mlp
 from clif.models.layer_ops import CacheRows, HeadLayout, LayerOps, Norm, Rope, Unnormed
 from clif.models.layer_spec import Features, LayerKind, LayerSpec, LinearGroup
 from clif.models.mlp import GatedMlp
@@ -157,20 +157,6 @@ class DecoderLayer:
             qkv = self.projection_norms(qkv)
         query, key, value = self.rotary(qkv, sub_batch.ropes[self.rope], plan.cache_rows(self.index))
         return plan.attend(self.index, query, key, value, self.scores)
-
-    @property
-    def obstacle(self) -> str | None:
-        """What it computes beside norms, attention and MLP, each added to the hidden state; None: nothing.
-
-        Whatever computes a whole layer at once asks first.
-        """
-        if self.post_norm is not None or self.post_mlp_norm is not None:
-            return "a layer has norms behind attention and MLP"
-        if self.residual_scale != 1.0:
-            return "a layer scales what it adds"
-        if isinstance(self.mlp, RoutedMlp):
-            return "a layer has experts"
-        return None if self.projection_norms is None else "a layer has norms over whole projections"
 
 
 def check_layer(module: Any, spec: LayerSpec) -> None:

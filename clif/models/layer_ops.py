@@ -231,16 +231,45 @@ def is_silu(activation: Activation) -> bool:
     return torch.equal(activation(probe), nn.functional.silu(probe))
 
 
+def is_gelu(activation: Activation) -> bool:
+    """Whether an activation computes GELU with tanh."""
+    probe = torch.linspace(-4, 4, 64)
+    return torch.equal(activation(probe), nn.functional.gelu(probe, approximate="tanh"))
+
+
 @torch.no_grad()
 def as_rms_norm(module: Any) -> tuple[torch.Tensor, float] | None:
     """Weight [n] and epsilon of a module that computes rms_norm; None for any other, whatever its name is."""
+    parts = _norm_parts(module)
+    return parts if parts is not None and _computes(module, *parts, parts[0].dtype) else None
+
+
+@torch.no_grad()
+def as_offset_norm(module: Any) -> tuple[torch.Tensor, float] | None:
+    """1 + weight [n], float32, and epsilon of a module that multiplies by these before it rounds; None for any other.
+
+    As transformers' norms of Gemma compute it.
+    """
+    parts = _norm_parts(module)
+    if parts is None:
+        return None
+    weight, eps = 1.0 + parts[0].float(), parts[1]
+    return (weight, eps) if _computes(module, weight, eps, parts[0].dtype) else None
+
+
+def _norm_parts(module: Any) -> tuple[torch.Tensor, float] | None:
+    """Weight [n] and epsilon of a module that may be a norm."""
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not isinstance(eps, float):
         return None
-    probe = torch.linspace(-3, 5, 2 * len(weight), device=weight.device).to(weight.dtype).view(2, -1)
+    return weight.detach(), eps
+
+
+def _computes(module: Any, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> bool:
+    """Whether a module computes rms_norm of rows of this type."""
+    probe = torch.linspace(-3, 5, 2 * len(weight), device=weight.device).to(dtype).view(2, -1)
     # The second row is so small that epsilon shows.
     probe[1] *= eps**0.5
     found, expected = module(probe), rms_norm(probe, weight, eps)
-    near = 4 * torch.finfo(weight.dtype).eps
-    same = found.dtype == expected.dtype and torch.allclose(found.float(), expected.float(), rtol=near, atol=near)
-    return (weight.detach(), eps) if same else None
+    near = 4 * torch.finfo(dtype).eps
+    return found.dtype == dtype and torch.allclose(found.float(), expected.float(), rtol=near, atol=near)

@@ -118,14 +118,19 @@ class LoraFactors:
         blocks = self.blocks(b)
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
-    def as_merged(self, base: Dense) -> MergedLinear:
-        """Base and adapters as the kernels read them: views, no copy."""
+    def as_merged(self, base: BaseWeight) -> MergedLinear:
+        """Base and adapters as the kernels read them: views, no copy. One that is not dense multiplies by itself."""
         projections, start = [], 0
         for i, module in enumerate(self.modules):
             block = self.adapted.index(i) if module.adapted else None
             projections.append(Projection(start, start + module.size, block))
             start += module.size
-        return MergedLinear(base.weight, base.bias, self.a, self.b, self.r, self.scale, tuple(projections))
+        adapters = (self.a, self.b, self.r, self.scale, tuple(projections))
+        if isinstance(base, Dense):
+            return MergedLinear(base.weight, base.bias, *adapters)
+        # What would read it as a dense weight computes NaN.
+        shape = self.a.new_full((1, self.width), torch.nan).expand(base.shape)
+        return MergedLinear(shape, None, *adapters, base)
 
     def blocks(self, b: torch.Tensor) -> list[torch.Tensor]:
         """The non-zero blocks of merged B [..., out, k r], one per adapted module."""

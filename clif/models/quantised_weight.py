@@ -1,5 +1,5 @@
-"""The frozen weight of a linear layer in 8 or 4 bits: torch's products with strips of it made dense, anywhere, and
-those of the C++ kernels on a CPU.
+"""The frozen weight of a linear layer in 8 or 4 bits, whole or FP8 numbers: torch's products with strips of it made
+dense, anywhere, those of the Triton kernels for few rows on a GPU, and those of the C++ kernels on a CPU.
 
 Invariant: no more than a strip is dense at a time, forward and backward. Activations, gradients and adapters stay in
 the type of the model.
@@ -8,14 +8,21 @@ the type of the model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch.nn.functional import linear
 
 from clif.kernels.cpu.products import product
 from clif.kernels.cpu.quantised_panels import QuantisedPanels
+from clif.kernels.fp8_matrix import Fp8Matrix
 from clif.kernels.quantised import GROUP, QuantisedMatrix, strips
 
+if TYPE_CHECKING:
+    from clif.kernels.quantised_host import QuantisedKernels
+
+Matrix: TypeAlias = QuantisedMatrix | Fp8Matrix
+"""Numbers and scales, with what they stand for."""
 STRIP = {"cpu": 1 << 19}
 """Numbers that are dense at a time, by kind of device."""
 STRIP_ELSEWHERE = 1 << 25
@@ -25,7 +32,7 @@ STRIP_ELSEWHERE = 1 << 25
 class _Strips:
     """What is the same however the numbers lie."""
 
-    matrix: QuantisedMatrix | QuantisedPanels
+    matrix: Matrix | QuantisedPanels
     bias: torch.Tensor | None
     dtype: torch.dtype
 
@@ -51,7 +58,7 @@ class _Strips:
 
     def _columns(self, columns: slice) -> torch.Tensor:
         """W [out, columns]."""
-        return self.matrix.dense(self.dtype, columns=columns)
+        raise NotImplementedError
 
     @property
     def _strip(self) -> int:
@@ -60,19 +67,33 @@ class _Strips:
 
 @dataclass(frozen=True, eq=False)
 class QuantisedWeight(_Strips):
-    """W [out, in] as whole numbers and scales. bias: [out] or None; dtype: of what goes in and comes out."""
+    """W [out, in] as numbers and scales. bias: [out] or None; dtype: of what goes in and comes out.
 
-    matrix: QuantisedMatrix
+    kernels: multiply few rows, and make strips dense; None: torch.
+    """
+
+    matrix: Matrix
     bias: torch.Tensor | None
     dtype: torch.dtype
+    kernels: QuantisedKernels | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kernels is not None and self.kernels.takes(x, self.matrix):
+            return self.kernels.product(x, self.matrix, self.bias)
         out, in_ = self.shape
         y = x.new_empty(*x.shape[:-1], out)
         for rows in strips(out, in_, self._strip):
             bias = None if self.bias is None else self.bias[rows]
-            y[..., rows] = linear(x, self.matrix.dense(self.dtype, rows), bias)
+            y[..., rows] = linear(x, self._dense(rows=rows), bias)
         return y
+
+    def _columns(self, columns: slice) -> torch.Tensor:
+        return self._dense(columns=columns)
+
+    def _dense(self, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
+        if self.kernels is not None:
+            return self.kernels.dense(self.matrix, self.dtype, rows, columns)
+        return self.matrix.dense(self.dtype, rows, columns)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clif.kernels.quantised import Bits, QuantisedMatrix
+from clif.config import ConfigError
+from clif.kernels.fp8_matrix import Fp8Matrix
+from clif.kernels.quantised import QuantisedMatrix
+from clif.models.backends import triton_obstacle
 from clif.models.base_weight import BaseWeight, Dense
 from clif.models.dual_linear import DualLinear
 from clif.models.expert_linears import ExpertLinears, FrozenLinear
 from clif.models.expert_spec import Experts
 from clif.models.experts import RoutedMlp
 from clif.models.head import Head
-from clif.models.quantised_weight import QuantisedWeight
+from clif.models.quantised_weight import Matrix, QuantisedWeight
 from clif.models.stack import CausalStack
 
+if TYPE_CHECKING:
+    from clif.kernels.quantised_host import QuantisedKernels
+
+log = logging.getLogger(__name__)
 PROBE = 32
 """Rows of normally distributed numbers that a layer's outputs are compared for."""
-BITS: dict[str, Bits] = {"int8": 8, "int4": 4}
-"""Values of model.weight_dtype that quantise."""
+NEAR = 0.02
+"""Relative difference that roundings of a product to bfloat16 account for."""
+FORMATS: dict[str, Callable[[torch.Tensor], Matrix]] = {
+    "int8": partial(QuantisedMatrix.of, bits=8),
+    "int4": partial(QuantisedMatrix.of, bits=4),
+    "fp8": Fp8Matrix.of,
+}
+"""Values of model.weight_dtype that quantise, and how."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +53,11 @@ class _Part:
 class Quantised:
     """What became of a stack's weights.
 
-    dense, bytes: what linear layers and head took, and take now; worst: the largest relative difference of a layer's
-    outputs, of the layer `where`.
+    kind: of FORMATS; dense, bytes: what linear layers and head took, and take now; worst: the largest relative
+    difference of a layer's outputs, of the layer `where`.
     """
 
-    bits: Bits
+    kind: str
     dense: int
     bytes: int
     worst: float
@@ -50,17 +65,29 @@ class Quantised:
 
     def __str__(self) -> str:
         return (
-            f"base weights of linear layers and head: int{self.bits}, {self.bytes / 2**20:,.1f} MiB in place of "
+            f"base weights of linear layers and head: {self.kind}, {self.bytes / 2**20:,.1f} MiB in place of "
             f"{self.dense / 2**20:,.1f}; on a probe a layer's outputs differ by {self.worst:.2%} at most ({self.where})"
         )
 
 
+def assert_stored(kind: str, device: torch.device) -> None:
+    """Raises ConfigError, with what to change, where weights of model.weight_dtype `kind` are not computed with."""
+    if kind != "fp8" or device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        raise ConfigError(
+            f"model.weight_dtype fp8 needs compute capability 8.9, this GPU has {major}.{minor}: set "
+            "model.weight_dtype=int8"
+        )
+
+
 @torch.no_grad()
-def quantise(stack: CausalStack, bits: Bits) -> Quantised:
-    """Quantise the linear layers and the head, this rank's parts of them, and free what was dense, layer by layer.
+def quantise(stack: CausalStack, kind: str, kernels: QuantisedKernels | None = None) -> Quantised:
+    """Store linear layers and head, this rank's parts, as one of FORMATS; what was dense is freed layer by layer.
 
     A head that is the embedding's weight is quantised beside it: the embedding stays as it is. The model that the stack
-    was made of cannot compute by itself afterwards, and no second stack can be made of it.
+    was made of cannot compute by itself afterwards, and no second stack can be made of it. kernels: multiply few rows.
     """
     dense = size = 0
     worst, where = -1.0, ""
@@ -68,15 +95,52 @@ def quantise(stack: CausalStack, bits: Bits) -> Quantised:
         for one in part.held:
             base = one.base
             assert isinstance(base, Dense), "weights are quantised before they are laid out in any other way"
-            matrix = QuantisedMatrix.of(base.weight, bits)
-            one.base = QuantisedWeight(matrix, base.bias, base.dtype)
+            matrix = FORMATS[kind](base.weight)
+            one.base = QuantisedWeight(matrix, base.bias, base.dtype, kernels)
             dense, size = dense + base.weight.nbytes, size + sum(t.nbytes for t in matrix.tensors)
             error = difference(one.base, base)
             # A NaN is the worst of all.
             if not error <= worst:
                 worst, where = error, part.name
         _free(part)
-    return Quantised(bits, dense, size, worst, where)
+    return Quantised(kind, dense, size, worst, where)
+
+
+def choose_quantised(kind: str, device: torch.device, dtype: torch.dtype) -> QuantisedKernels | None:
+    """The Triton kernels that multiply with weights of 8 and 4 bits; None: torch's products with strips made dense.
+    Waits for the device, once."""
+    if device.type != "cuda":
+        return None
+    obstacle = triton_obstacle(device, dtype) or quantised_fault(kind, device, dtype)
+    log.info("products with %s weights: %s", kind, f"torch's ({obstacle})" if obstacle else "Triton kernels")
+    return None if obstacle else _kernels(device)
+
+
+@torch.no_grad()
+def quantised_fault(kind: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with the kernels on this device; None: nothing. Waits for the device."""
+    from triton.errors import TritonError
+
+    rng = torch.Generator().manual_seed(0)
+    matrix = FORMATS[kind](torch.randn(72, 288, generator=rng).to(device, dtype))
+    dense, kernels = matrix.dense(dtype), _kernels(device)
+    try:
+        if not (kernels.dense(matrix, dtype).float() - dense.float()).norm() <= NEAR / 10 * dense.float().norm():
+            return "a kernel does not widen as torch does"
+        for rows in (5, 50, 200):
+            x = torch.randn(rows, 288, generator=rng).to(device, dtype)
+            expected = torch.nn.functional.linear(x, dense).float()
+            if not (kernels.product(x, matrix, None).float() - expected).norm() <= NEAR * expected.norm():
+                return "a kernel multiplies wrong here"
+    except (RuntimeError, ValueError, TritonError) as error:
+        return f"a kernel fails: {str(error).splitlines()[0]}"
+    return None
+
+
+def _kernels(device: torch.device) -> QuantisedKernels:
+    from clif.kernels.quantised_host import QuantisedKernels
+
+    return QuantisedKernels(device)
 
 
 def _parts(stack: CausalStack) -> Iterator[_Part]:

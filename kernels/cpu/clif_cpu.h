@@ -59,34 +59,43 @@ CLIF_API void clif_widen(const clif_linear *linear, int64_t first, int64_t tiles
 CLIF_API void clif_linear_forward(const clif_linear *linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
                                   uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int level, int threads);
 
-// y [rows, out / 2] = silu(first half) * second half of what clif_linear_forward computes, rounded as by clif_swiglu;
+// y [rows, out / 2] = activation(first half) * second half of what clif_linear_forward computes, rounded as by clif_gate;
 // each half a multiple of 16 outputs.
-CLIF_API void clif_linear_swiglu(const clif_linear *linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
+CLIF_API void clif_linear_gated(const clif_linear *linear, int activation, const uint16_t *x, int64_t x_stride, const int32_t *slots,
                                  uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int level, int threads);
 
 // ---- parts between products (elementwise.cpp) ----
 
-// sum [rows, width] = hidden + added (null: hidden alone), which may be the same memory; out = sum / rms(sum) * weight.
-// Sums of squares in float32; rounded to the type before the product with weight, as transformers' RMSNorm.
-CLIF_API void clif_rms_norm(int type, const void *hidden, const void *added, const void *weight, float eps, void *sum,
-                            void *out, int64_t rows, int64_t width, int threads);
-
-// How heads lie in a row of the merged projection: query heads, KV heads of keys, as many of values. q_norm, k_norm:
-// weights [head_dim] of RMSNorms of each head, or null.
+// RMSNorm. weight: of the rows' type, and what it multiplies is rounded before, as transformers' norm of Llama does;
+// wide: float32, and only the product is rounded, as Gemma's does. weight null: there is no norm.
 typedef struct {
-    int64_t heads, kv_heads, head_dim;
-    const void *q_norm, *k_norm;
-    float q_eps, k_eps;
+    const void *weight;
+    float eps;
+    int wide;
+} clif_norm;
+
+// sum [rows, width] = hidden + added (null: hidden alone), which may be the same memory; out = sum / rms(sum) * weight.
+// Sums of squares in float32.
+CLIF_API void clif_rms_norm(int type, const void *hidden, const void *added, const clif_norm *norm, void *sum, void *out,
+                            int64_t rows, int64_t width, int threads);
+
+// How heads lie in a row of the merged projection: query heads, KV heads of keys, as many of values. rotary_dim: numbers
+// at the front of each head that are rotated. q_norm, k_norm: of each head.
+typedef struct {
+    int64_t heads, kv_heads, head_dim, rotary_dim;
+    clif_norm q_norm, k_norm;
 } clif_heads;
 
 // Rotate the heads of qkv [rows, (heads + 2 kv_heads) * head_dim] in place and write keys and values to the cache [2 * kv_heads,
 // cache_slots, head_dim], keys first, at slots [rows]; cache null: nowhere.
-// angles [positions, 2, head_dim]: cosines and sines, the sines negative in their first half; positions [rows].
+// angles [positions, 2, rotary_dim]: cosines and sines, the sines negative in their first half; positions [rows].
 CLIF_API void clif_rotate(int type, const clif_heads *heads, void *qkv, const void *angles, const int64_t *positions,
                           void *cache, int64_t cache_slots, const int64_t *slots, int64_t rows, int threads);
 
-// out [rows, inner] = silu(gate) * up, of wide [rows, gate | up].
-CLIF_API void clif_swiglu(int type, const void *wide, void *out, int64_t rows, int64_t inner, int threads);
+// Activations of gates: x / (1 + e^-x), and GELU with tanh.
+enum { CLIF_SILU = 0, CLIF_GELU = 1 };
+// out [rows, inner] = activation(gate) * up, of wide [rows, gate | up].
+CLIF_API void clif_gate(int type, int activation, const void *wide, void *out, int64_t rows, int64_t inner, int threads);
 
 // best [rows]: the first index of the largest number of each row of logits [rows, width]; -1 where a row has a NaN or its largest is
 // not finite.
@@ -124,13 +133,17 @@ CLIF_API void clif_attention(int type, const clif_heads *heads, const void *quer
 
 // ---- decoder layers (layers.cpp), bfloat16 ----
 
+// norm, mlp_norm: before attention and MLP; post_norm, post_mlp_norm: of what they give, which is multiplied by
+// residual_scale then. q_all, k_all: of all heads of a row at once, wide. angles: as clif_rotate has them.
 typedef struct {
     clif_linear qkv, out, gate_up, down;
-    const uint16_t *norm, *mlp_norm;
-    float eps, mlp_eps;
+    clif_norm norm, mlp_norm, post_norm, post_mlp_norm, q_all, k_all;
+    float residual_scale;
+    int activation;
     clif_heads heads;
     clif_scores scores;
     uint16_t *cache;
+    const uint16_t *angles;
 } clif_layer;
 
 // What all layers of a step share. adapters [rows]: the slot of each row, -1 for none; null: none at all.
@@ -138,7 +151,6 @@ typedef struct {
     clif_rows rows;
     const int64_t *positions, *slots;
     const int32_t *adapters;
-    const uint16_t *angles;
     int64_t cache_slots;
 } clif_step;
 

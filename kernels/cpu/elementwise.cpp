@@ -30,22 +30,32 @@ float add_row(const T *hidden, const T *added, T *sum, int64_t width) {
     return _mm512_reduce_add_ps(_mm512_add_ps(squares[0], squares[1]));
 }
 
-template <class T>
-void norm_row(const T *hidden, const T *added, const T *weight, float eps, T *sum, T *out, int64_t width) {
-    const float mean = add_row(hidden, added, sum, width) / static_cast<float>(width);
-    const __m512 scale = splat(1.0f / sqrtf(mean + eps));
+// out = row * scale * weight, rounded between where the weight is of the row's type.
+template <class T, class W>
+void weigh_row(const T *row, float scale, const W *weight, T *out, int64_t width) {
     for (int64_t i = 0; i < width; i += LANES) {
         const __mmask16 mask = first_lanes(width - i);
-        const __m512 normed = rounded<T>(_mm512_mul_ps(load(sum + i, mask), scale));
+        const __m512 normed = rounded<W>(_mm512_mul_ps(load(row + i, mask), splat(scale)));
         store(out + i, _mm512_mul_ps(load(weight + i, mask), normed), mask);
     }
 }
 
-// One head in place: x cos + (its halves swapped) sin. angles: cosines, then sines.
 template <class T>
-void rotate_head(T *head, const T *angles, int64_t head_dim) {
-    const int64_t half = head_dim / 2;
-    const T *cos = angles, *sin = angles + head_dim;
+void norm_row(const T *hidden, const T *added, const clif_norm &norm, T *sum, T *out, int64_t width) {
+    const float mean = add_row(hidden, added, sum, width) / static_cast<float>(width);
+    const float scale = 1.0f / sqrtf(mean + norm.eps);
+    if (norm.wide) {
+        weigh_row(sum, scale, static_cast<const float *>(norm.weight), out, width);
+    } else {
+        weigh_row(sum, scale, static_cast<const T *>(norm.weight), out, width);
+    }
+}
+
+// The front of a head in place: x cos + (its halves swapped) sin. angles: cosines, then sines.
+template <class T>
+void rotate_head(T *head, const T *angles, int64_t rotary_dim) {
+    const int64_t half = rotary_dim / 2;
+    const T *cos = angles, *sin = angles + rotary_dim;
     for (int64_t i = 0; i < half; i += LANES) {
         const __mmask16 mask = first_lanes(half - i);
         const __m512 a = load(head + i, mask), b = load(head + half + i, mask);
@@ -60,20 +70,29 @@ void rotate_head(T *head, const T *angles, int64_t head_dim) {
 template <class T>
 void finish_head(const clif_heads &heads, int64_t at, T *head, const T *angles) {
     if (at >= heads.heads + heads.kv_heads) return;
-    const bool query = at < heads.heads;
-    const T *weight = static_cast<const T *>(query ? heads.q_norm : heads.k_norm);
-    if (weight) {
-        norm_row<T>(head, nullptr, weight, query ? heads.q_eps : heads.k_eps, head, head, heads.head_dim);
-    }
-    rotate_head(head, angles, heads.head_dim);
+    const clif_norm &norm = at < heads.heads ? heads.q_norm : heads.k_norm;
+    if (norm.weight) norm_row<T>(head, nullptr, norm, head, head, heads.head_dim);
+    rotate_head(head, angles, heads.rotary_dim);
 }
 
-template <class T>
+template <int ACTIVATION, class T>
 void gate_columns(const T *gate, const T *up, T *out, Range columns) {
     for (int64_t i = columns.begin; i < columns.end; i += LANES) {
         const __mmask16 mask = first_lanes(columns.end - i);
-        const __m512 gated = rounded<T>(silu(load(gate + i, mask)));
+        const __m512 gated = rounded<T>(activated<ACTIVATION>(load(gate + i, mask)));
         store(out + i, _mm512_mul_ps(gated, load(up + i, mask)), mask);
+    }
+}
+
+template <int ACTIVATION, class T>
+void gate_pieces(const T *wide, T *out, int64_t rows, int64_t inner, int thread, int threads) {
+    const int64_t pieces = (inner + COLUMNS - 1) / COLUMNS;
+    const Range mine = share(rows * pieces, thread, threads);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+        const int64_t row = i / pieces, begin = i % pieces * COLUMNS;
+        const T *gate = wide + row * 2 * inner;
+        gate_columns<ACTIVATION>(gate, gate + inner, out + row * inner,
+                                 {begin, begin + COLUMNS < inner ? begin + COLUMNS : inner});
     }
 }
 
@@ -114,12 +133,21 @@ void argmax(const T *logits, int64_t *best, int64_t rows, int64_t width, int thr
 }  // namespace
 
 template <class T>
-void rms_norm(const T *hidden, const T *added, const T *weight, float eps, T *sum, T *out, int64_t rows, int64_t width,
+void rms_norm(const T *hidden, const T *added, const clif_norm &norm, T *sum, T *out, int64_t rows, int64_t width,
               int thread, int threads) {
     const Range mine = share(rows, thread, threads);
     for (int64_t row = mine.begin; row < mine.end; ++row) {
         const int64_t at = row * width;
-        norm_row(hidden + at, added ? added + at : nullptr, weight, eps, sum + at, out + at, width);
+        norm_row(hidden + at, added ? added + at : nullptr, norm, sum + at, out + at, width);
+    }
+}
+
+template <class T>
+void rms_norm_in_place(T *x, int64_t stride, const clif_norm &norm, int64_t rows, int64_t width, int thread,
+                       int threads) {
+    const Range mine = share(rows, thread, threads);
+    for (T *row = x + mine.begin * stride; row < x + mine.end * stride; row += stride) {
+        norm_row<T>(row, nullptr, norm, row, row, width);
     }
 }
 
@@ -131,43 +159,41 @@ void rotate(const clif_heads &heads, T *qkv, const T *angles, const int64_t *pos
     for (int64_t i = mine.begin; i < mine.end; ++i) {
         const int64_t row = i / of_row, at = i % of_row, cached = at - heads.heads;
         T *head = qkv + i * d;
-        finish_head(heads, at, head, angles + positions[row] * 2 * d);
+        finish_head(heads, at, head, angles + positions[row] * 2 * heads.rotary_dim);
         if (cache && cached >= 0) memcpy(cache + (cached * cache_slots + slots[row]) * d, head, d * sizeof(T));
     }
 }
 
 template <class T>
-void swiglu(const T *wide, T *out, int64_t rows, int64_t inner, int thread, int threads) {
-    const int64_t pieces = (inner + COLUMNS - 1) / COLUMNS;
-    const Range mine = share(rows * pieces, thread, threads);
-    for (int64_t i = mine.begin; i < mine.end; ++i) {
-        const int64_t row = i / pieces, begin = i % pieces * COLUMNS;
-        const T *gate = wide + row * 2 * inner;
-        gate_columns(gate, gate + inner, out + row * inner, {begin, begin + COLUMNS < inner ? begin + COLUMNS : inner});
+void gated(int activation, const T *wide, T *out, int64_t rows, int64_t inner, int thread, int threads) {
+    if (activation == CLIF_SILU) {
+        gate_pieces<CLIF_SILU>(wide, out, rows, inner, thread, threads);
+    } else {
+        gate_pieces<CLIF_GELU>(wide, out, rows, inner, thread, threads);
     }
 }
 
 // Each for both types, for layers.cpp as well.
-template void rms_norm(const float *, const float *, const float *, float, float *, float *, int64_t, int64_t, int, int);
-template void rms_norm(const uint16_t *, const uint16_t *, const uint16_t *, float, uint16_t *, uint16_t *, int64_t,
-                       int64_t, int, int);
+template void rms_norm(const float *, const float *, const clif_norm &, float *, float *, int64_t, int64_t, int, int);
+template void rms_norm(const uint16_t *, const uint16_t *, const clif_norm &, uint16_t *, uint16_t *, int64_t, int64_t,
+                       int, int);
+template void rms_norm_in_place(uint16_t *, int64_t, const clif_norm &, int64_t, int64_t, int, int);
 template void rotate(const clif_heads &, float *, const float *, const int64_t *, float *, int64_t, const int64_t *,
                      int64_t, int, int);
 template void rotate(const clif_heads &, uint16_t *, const uint16_t *, const int64_t *, uint16_t *, int64_t,
                      const int64_t *, int64_t, int, int);
-template void swiglu(const float *, float *, int64_t, int64_t, int, int);
-template void swiglu(const uint16_t *, uint16_t *, int64_t, int64_t, int, int);
+template void gated(int, const float *, float *, int64_t, int64_t, int, int);
+template void gated(int, const uint16_t *, uint16_t *, int64_t, int64_t, int, int);
 
 }  // namespace clif
 
-CLIF_API void clif_rms_norm(int type, const void *hidden, const void *added, const void *weight, float eps, void *sum,
-                            void *out, int64_t rows, int64_t width, int threads) {
+CLIF_API void clif_rms_norm(int type, const void *hidden, const void *added, const clif_norm *norm, void *sum, void *out,
+                            int64_t rows, int64_t width, int threads) {
     clif::of_type(type, [&](auto number) {
         using T = decltype(number);
         clif::on_threads(threads, [&](int thread, int count) {
-            clif::rms_norm<T>(static_cast<const T *>(hidden), static_cast<const T *>(added),
-                              static_cast<const T *>(weight), eps, static_cast<T *>(sum), static_cast<T *>(out), rows,
-                              width, thread, count);
+            clif::rms_norm<T>(static_cast<const T *>(hidden), static_cast<const T *>(added), *norm,
+                              static_cast<T *>(sum), static_cast<T *>(out), rows, width, thread, count);
         });
     });
 }
@@ -183,11 +209,11 @@ CLIF_API void clif_rotate(int type, const clif_heads *heads, void *qkv, const vo
     });
 }
 
-CLIF_API void clif_swiglu(int type, const void *wide, void *out, int64_t rows, int64_t inner, int threads) {
+CLIF_API void clif_gate(int type, int activation, const void *wide, void *out, int64_t rows, int64_t inner, int threads) {
     clif::of_type(type, [&](auto number) {
         using T = decltype(number);
         clif::on_threads(threads, [&](int thread, int count) {
-            clif::swiglu<T>(static_cast<const T *>(wide), static_cast<T *>(out), rows, inner, thread, count);
+            clif::gated<T>(activation, static_cast<const T *>(wide), static_cast<T *>(out), rows, inner, thread, count);
         });
     });
 }

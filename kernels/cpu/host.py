@@ -11,36 +11,44 @@ from typing import NamedTuple
 
 import torch
 
-from clif.kernels.cpu.library import TYPES, Heads, Scores, StepRows, load
+from clif.kernels.cpu.library import SILU, TYPES, Heads, Norm, Scores, StepRows, load
 from clif.kernels.step_table import StepTable
 
 
-class HeadNorm(NamedTuple):
-    """RMSNorm of each head: weight [head_dim] and epsilon."""
+class RmsNorm(NamedTuple):
+    """weight [n], and epsilon. A weight in float32 multiplies rows of bfloat16 before they are rounded."""
 
     weight: torch.Tensor
     eps: float
+
+    def as_struct(self) -> Norm:
+        """For the library; the weight has to live as long."""
+        return Norm(self.weight.data_ptr(), self.eps, int(self.weight.dtype == torch.float32))
 
 
 @dataclass(frozen=True)
 class HeadShape:
     """How a row of the merged projection is laid out: query heads, KV heads of keys, as many of values.
 
-    norms: of the heads of query and key; None: neither has one.
+    norms: of the heads of query and key; None: neither has one. rotary_dim: numbers at the front of each head that are
+    rotated; None: all.
     """
 
     heads: int
     kv_heads: int
     head_dim: int
-    norms: tuple[HeadNorm, HeadNorm] | None = None
+    norms: tuple[RmsNorm, RmsNorm] | None = None
+    rotary_dim: int | None = None
+
+    @property
+    def turned(self) -> int:
+        """Numbers of each head that are rotated."""
+        return self.rotary_dim or self.head_dim
 
     def as_struct(self) -> Heads:
         """For the library; the norms' weights have to live as long."""
-        if self.norms is None:
-            return Heads(self.heads, self.kv_heads, self.head_dim, None, None, 0.0, 0.0)
-        query, key = self.norms
-        pointers = query.weight.data_ptr(), key.weight.data_ptr()
-        return Heads(self.heads, self.kv_heads, self.head_dim, *pointers, query.eps, key.eps)
+        norms = (Norm(), Norm()) if self.norms is None else (norm.as_struct() for norm in self.norms)
+        return Heads(self.heads, self.kv_heads, self.head_dim, self.turned, *norms)
 
 
 def rows_of(table: StepTable) -> StepRows:
@@ -55,11 +63,9 @@ def rows_of(table: StepTable) -> StepRows:
     )
 
 
-def add_rms_norm(
-    hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def add_rms_norm(hidden: torch.Tensor, added: torch.Tensor | None, norm: RmsNorm) -> tuple[torch.Tensor, torch.Tensor]:
     """hidden and added [rows, n] -> their sum, or hidden without `added`, and that divided by the root of its mean
-    square, times weight [n]."""
+    square, times the weight."""
     hidden = hidden.contiguous()
     # Kept by its name until the call ends: a copy may be made.
     added = None if added is None else added.contiguous()
@@ -69,8 +75,7 @@ def add_rms_norm(
         TYPES[hidden.dtype],
         hidden.data_ptr(),
         None if added is None else added.data_ptr(),
-        weight.data_ptr(),
-        eps,
+        ctypes.byref(norm.as_struct()),
         summed.data_ptr(),
         out.data_ptr(),
         *hidden.shape,
@@ -89,7 +94,7 @@ def rotate_(
 ) -> None:
     """Rotate the heads of qkv [rows, (heads + 2 kv_heads) * head_dim] in place, and write keys and values to the cache.
 
-    angles [some positions, 2, head_dim]; positions, slots [rows] int64; cache [2 kv_heads, all slots, head_dim].
+    angles [some positions, 2, rotary_dim]; positions, slots [rows] int64; cache [2 kv_heads, all slots, head_dim].
     """
     load().clif_rotate(
         TYPES[qkv.dtype],
@@ -105,11 +110,12 @@ def rotate_(
     )
 
 
-def swiglu(wide: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up [rows, n] of [rows, gate | up]."""
+def gated(wide: torch.Tensor, activation: int = SILU) -> torch.Tensor:
+    """activation(gate) * up [rows, n] of [rows, gate | up]."""
     wide = wide.contiguous()
     out = wide.new_empty(len(wide), wide.shape[1] // 2)
-    load().clif_swiglu(TYPES[wide.dtype], wide.data_ptr(), out.data_ptr(), *out.shape, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    load().clif_gate(TYPES[wide.dtype], activation, wide.data_ptr(), out.data_ptr(), *out.shape, threads)
     return out
 
 

@@ -55,35 +55,59 @@ class Member {
 
    private:
     void attend(const clif_layer &layer, const uint16_t *added) {
-        norm(added, layer.norm, layer.eps);
-        linear(layer.qkv, s_.normed, s_.qkv);
-        rotate<uint16_t>(layer.heads, s_.qkv, step_.angles, step_.positions, layer.cache, step_.cache_slots, step_.slots,
+        linear(layer.qkv, norm(added, layer.norm), s_.qkv);
+        if (layer.q_all.weight) norm_heads(layer);
+        rotate<uint16_t>(layer.heads, s_.qkv, layer.angles, step_.positions, layer.cache, step_.cache_slots, step_.slots,
                          rows_, thread_, threads_);
         wait();
         attention<uint16_t>(layer.heads, s_.qkv, widths_.qkv, layer.cache, step_.cache_slots, step_.rows, layer.scores,
                             s_.attended, thread_, threads_);
         wait();
         linear(layer.out, s_.attended, s_.added);
+        finish(layer.post_norm, layer.residual_scale);
     }
 
     void mlp(const clif_layer &layer) {
-        norm(s_.added, layer.mlp_norm, layer.mlp_eps);
-        gate(layer.gate_up);
+        gate(layer, norm(s_.added, layer.mlp_norm));
         linear(layer.down, s_.gated, s_.added);
+        finish(layer.post_mlp_norm, layer.residual_scale);
     }
 
-    void norm(const uint16_t *added, const uint16_t *weight, float eps) {
-        rms_norm<uint16_t>(hidden_, added, weight, eps, hidden_, s_.normed, rows_, widths_.hidden, thread_, threads_);
+    // The sum in hidden. Returns what it is normalised, or itself where there is no norm.
+    const uint16_t *norm(const uint16_t *added, const clif_norm &norm) {
+        if (norm.weight) {
+            rms_norm<uint16_t>(hidden_, added, norm, hidden_, s_.normed, rows_, widths_.hidden, thread_, threads_);
+        } else if (added) {
+            add();
+        }
+        wait();
+        return norm.weight ? s_.normed : hidden_;
+    }
+
+    void norm_heads(const clif_layer &layer) {
+        const int64_t d = layer.heads.head_dim, queries = layer.heads.heads * d, keys = layer.heads.kv_heads * d;
+        rms_norm_in_place(s_.qkv, widths_.qkv, layer.q_all, rows_, queries, thread_, threads_);
+        rms_norm_in_place(s_.qkv + queries, widths_.qkv, layer.k_all, rows_, keys, thread_, threads_);
         wait();
     }
 
-    void gate(const clif_linear &wide) {
+    // What attention or the MLP gives, as it is added. A thread has the same rows in what comes next: no barrier.
+    void finish(const clif_norm &norm, float scale) {
+        if (norm.weight) rms_norm_in_place(s_.added, widths_.hidden, norm, rows_, widths_.hidden, thread_, threads_);
+        if (scale == 1.0f) return;
+        const Range mine = share(rows_, thread_, threads_);
+        for (int64_t i = mine.begin * widths_.hidden; i < mine.end * widths_.hidden; i++)
+            s_.added[i] = narrow(widen(s_.added[i]) * scale);
+    }
+
+    void gate(const clif_layer &layer, const uint16_t *x) {
+        const clif_linear &wide = layer.gate_up;
         if (!gates_meet(wide)) {
-            linear(wide, s_.normed, s_.wide);
-            swiglu<uint16_t>(s_.wide, s_.gated, rows_, widths_.inner, thread_, threads_);
+            linear(wide, x, s_.wide);
+            gated<uint16_t>(layer.activation, s_.wide, s_.gated, rows_, widths_.inner, thread_, threads_);
         } else {
-            linear_swiglu(wide, s_.normed, wide.in, low(wide, s_.normed), s_.low, s_.gated, widths_.inner, rows_, level_,
-                          thread_, threads_);
+            linear_gated(wide, layer.activation, x, wide.in, low(wide, x), s_.low, s_.gated, widths_.inner, rows_, level_,
+                         thread_, threads_);
         }
         wait();
     }
@@ -103,8 +127,9 @@ class Member {
     }
 
     void add() {
-        const Range part = share(rows_ * widths_.hidden, thread_, threads_, 32);
-        for (int64_t i = part.begin; i < part.end; i++) hidden_[i] = narrow(widen(hidden_[i]) + widen(s_.added[i]));
+        const Range mine = share(rows_, thread_, threads_);
+        for (int64_t i = mine.begin * widths_.hidden; i < mine.end * widths_.hidden; i++)
+            hidden_[i] = narrow(widen(hidden_[i]) + widen(s_.added[i]));
     }
 
     // All threads have come this far.

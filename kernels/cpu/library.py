@@ -16,6 +16,8 @@ NONE, AVX512, AMX = 0, 1, 2
 """Levels: neither; AVX512 with bfloat16; AMX besides."""
 LEVELS = {AVX512: "AVX512 with bfloat16", AMX: "AMX"}
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
+SILU, GELU = 0, 1
+"""Activations of gates: GELU is the one with tanh."""
 SCALE_TYPES = {**TYPES, torch.float16: 2, torch.int8: 3}
 BY_OUTPUT = 62
 """clif_linear's group_shift of one group, as wide as the matrix."""
@@ -45,6 +47,12 @@ class Linear(Structure):
     ]
 
 
+class Norm(Structure):
+    """clif_norm."""
+
+    _fields_ = [("weight", c_void_p), ("eps", c_float), ("wide", c_int)]
+
+
 class Heads(Structure):
     """clif_heads."""
 
@@ -52,10 +60,9 @@ class Heads(Structure):
         ("heads", c_int64),
         ("kv_heads", c_int64),
         ("head_dim", c_int64),
-        ("q_norm", c_void_p),
-        ("k_norm", c_void_p),
-        ("q_eps", c_float),
-        ("k_eps", c_float),
+        ("rotary_dim", c_int64),
+        ("q_norm", Norm),
+        ("k_norm", Norm),
     ]
 
 
@@ -91,13 +98,18 @@ class Layer(Structure):
         ("attention_out", Linear),
         ("gate_up", Linear),
         ("down", Linear),
-        ("norm", c_void_p),
-        ("mlp_norm", c_void_p),
-        ("eps", c_float),
-        ("mlp_eps", c_float),
+        ("norm", Norm),
+        ("mlp_norm", Norm),
+        ("post_norm", Norm),
+        ("post_mlp_norm", Norm),
+        ("q_all", Norm),
+        ("k_all", Norm),
+        ("residual_scale", c_float),
+        ("activation", c_int),
         ("heads", Heads),
         ("scores", Scores),
         ("cache", c_void_p),
+        ("angles", c_void_p),
     ]
 
 
@@ -109,7 +121,6 @@ class Step(Structure):
         ("positions", c_void_p),
         ("slots", c_void_p),
         ("adapters", c_void_p),
-        ("angles", c_void_p),
         ("cache_slots", c_int64),
     ]
 
@@ -158,19 +169,19 @@ SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
         None,
         [POINTER(Linear), c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_int],
     ),
-    "clif_linear_swiglu": (
+    "clif_linear_gated": (
         None,
-        [POINTER(Linear), c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_int],
+        [POINTER(Linear), c_int, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int, c_int],
     ),
     "clif_rms_norm": (
         None,
-        [c_int, c_void_p, c_void_p, c_void_p, c_float, c_void_p, c_void_p, c_int64, c_int64, c_int],
+        [c_int, c_void_p, c_void_p, POINTER(Norm), c_void_p, c_void_p, c_int64, c_int64, c_int],
     ),
     "clif_rotate": (
         None,
         [c_int, POINTER(Heads), c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int],
     ),
-    "clif_swiglu": (None, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int]),
+    "clif_gate": (None, [c_int, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int]),
     "clif_argmax": (None, [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int]),
     "clif_attention": (
         None,
@@ -195,10 +206,10 @@ SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     ),
     "clif_rms_norm_backward": (
         None,
-        [c_void_p, c_void_p, c_float, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int],
+        [c_void_p, POINTER(Norm), c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int],
     ),
-    "clif_swiglu_backward": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int]),
-    "clif_rotate_backward": (None, [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int]),
+    "clif_gate_backward": (None, [c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int]),
+    "clif_rotate_backward": (None, [c_void_p, c_void_p, *[c_int64] * 5, c_int]),
     "clif_cross_entropy": (None, [c_void_p, c_void_p, c_float, c_void_p, c_int64, c_int64, c_int]),
     "clif_layers_scratch": (c_int64, [POINTER(Layer), c_int64]),
     "clif_layers": (None, [POINTER(Layer), c_int64, POINTER(Step), c_void_p, c_void_p, c_int, c_int]),

@@ -88,13 +88,13 @@ void linear_rest(const clif_linear &linear, const uint16_t *x, int64_t x_stride,
 
 bool gates_meet(const clif_linear &linear) { return linear.out % OUTS == 0; }
 
-void linear_swiglu(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
-                   const uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int level, int thread,
-                   int threads) {
+void linear_gated(const clif_linear &linear, int activation, const uint16_t *x, int64_t x_stride, const int32_t *slots,
+                  const uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int level, int thread,
+                  int threads) {
     if (level == CLIF_AMX)
-        swiglu_by_amx(linear, x, x_stride, slots, low, y, y_stride, rows, thread, threads);
+        gated_by_amx(linear, activation, x, x_stride, slots, low, y, y_stride, rows, thread, threads);
     else
-        rest_part<Gated, Avx512>(linear, x, x_stride, slots, low, y, y_stride, rows, thread, threads);
+        gated_part<Avx512>(linear, activation, x, x_stride, slots, low, y, y_stride, rows, thread, threads);
 }
 
 }  // namespace clif
@@ -128,9 +128,9 @@ void clif_linear_forward(const clif_linear *linear, const uint16_t *x, int64_t x
     });
 }
 
-void clif_linear_swiglu(const clif_linear *linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
-                        uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int level, int threads) {
+void clif_linear_gated(const clif_linear *linear, int activation, const uint16_t *x, int64_t x_stride,
+                       const int32_t *slots, uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int level, int threads) {
     forward(*linear, x, x_stride, slots, low, rows, level, threads, [&](int thread, int of) {
-        clif::linear_swiglu(*linear, x, x_stride, slots, low, y, y_stride, rows, level, thread, of);
+        clif::linear_gated(*linear, activation, x, x_stride, slots, low, y, y_stride, rows, level, thread, of);
     });
 }

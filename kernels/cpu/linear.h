@@ -10,8 +10,8 @@ void low_by_amx(const clif_linear &linear, const uint16_t *x, int64_t x_stride, 
                 int64_t rows, int thread, int threads);
 void rest_by_amx(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
                  const uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int thread, int threads);
-void swiglu_by_amx(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
-                   const uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int thread, int threads);
+void gated_by_amx(const clif_linear &linear, int activation, const uint16_t *x, int64_t x_stride, const int32_t *slots,
+                  const uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int thread, int threads);
 
 }  // namespace clif
 
@@ -169,13 +169,14 @@ struct Sums {
         }
     }
 
-    // silu(first panel) * second, rounded where SwiGLU of rounded numbers is.
+    // activation(first panel) * second, rounded where the gate of rounded numbers is.
+    template <int ACTIVATION>
     void gate_to(uint16_t *y, int64_t y_stride, uint32_t rows) const {
         for (; rows; rows &= rows - 1) {
             const int row = __builtin_ctz(rows);
             const __m512 gate = rounded<uint16_t>(_mm512_load_ps(numbers + row * OUTS));
             const __m512 up = rounded<uint16_t>(_mm512_load_ps(numbers + row * OUTS + PANEL));
-            store(y + row * y_stride, _mm512_mul_ps(rounded<uint16_t>(silu(gate)), up));
+            store(y + row * y_stride, _mm512_mul_ps(rounded<uint16_t>(activated<ACTIVATION>(gate)), up));
         }
     }
 };
@@ -191,12 +192,13 @@ struct Together {
 };
 
 // Gated: gates in the first half of the outputs meet what they gate in the second half.
+template <int ACTIVATION>
 struct Gated {
     static constexpr int64_t STEP = PANEL;
     static int64_t width(const clif_linear &linear) { return linear.out / 2; }
     static int64_t apart(const clif_linear &linear) { return linear.out / 2; }
     static void write(const Sums &sums, uint16_t *y, int64_t y_stride, uint32_t rows, int64_t) {
-        sums.gate_to(y, y_stride, rows);
+        sums.gate_to<ACTIVATION>(y, y_stride, rows);
     }
 };
 
@@ -333,6 +335,16 @@ void rest_part(const clif_linear &linear, const uint16_t *x, int64_t x_stride, c
                            slots ? low + row * padded(linear.rank) : nullptr, out, y + row * y_stride, y_stride, some,
                            reading.ahead(out, (row - begin) / ROWS));
             }
+    }
+}
+
+template <class Kernel>
+void gated_part(const clif_linear &linear, int activation, const uint16_t *x, int64_t x_stride, const int32_t *slots,
+                const uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int thread, int threads) {
+    if (activation == CLIF_SILU) {
+        rest_part<Gated<CLIF_SILU>, Kernel>(linear, x, x_stride, slots, low, y, y_stride, rows, thread, threads);
+    } else {
+        rest_part<Gated<CLIF_GELU>, Kernel>(linear, x, x_stride, slots, low, y, y_stride, rows, thread, threads);
     }
 }
 

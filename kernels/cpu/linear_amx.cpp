@@ -128,9 +128,9 @@ void rest_by_amx(const clif_linear &linear, const uint16_t *x, int64_t x_stride,
     rest_part<Together, Amx>(linear, x, x_stride, slots, low, y, y_stride, rows, thread, threads);
 }
 
-void swiglu_by_amx(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
-                   const uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int thread, int threads) {
-    rest_part<Gated, Amx>(linear, x, x_stride, slots, low, y, y_stride, rows, thread, threads);
+void gated_by_amx(const clif_linear &linear, int activation, const uint16_t *x, int64_t x_stride, const int32_t *slots,
+                  const uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int thread, int threads) {
+    gated_part<Amx>(linear, activation, x, x_stride, slots, low, y, y_stride, rows, thread, threads);
 }
 
 }  // namespace clif

@@ -76,22 +76,24 @@ void linear_low(const clif_linear &linear, const uint16_t *x, int64_t x_stride, 
 void linear_rest(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
                  const uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int level, int thread, int threads);
 
-// y = silu(gates) * ups of a layer gate | up, [rows, out / 2], in place of linear_rest and swiglu: the same bits, and
+// y = activation(gates) * ups of a layer gate | up, [rows, out / 2], in place of linear_rest and gated: the same bits, and
 // the wide rows are never written. Only where gates_meet: each half of the outputs is a multiple of 16.
 bool gates_meet(const clif_linear &linear);
-void linear_swiglu(const clif_linear &linear, const uint16_t *x, int64_t x_stride, const int32_t *slots,
-                   const uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int level, int thread,
-                   int threads);
+void linear_gated(const clif_linear &linear, int activation, const uint16_t *x, int64_t x_stride, const int32_t *slots,
+                  const uint16_t *low, uint16_t *y, int64_t y_stride, int64_t rows, int level, int thread, int threads);
 
 // elementwise.cpp
 template <class T>
-void rms_norm(const T *hidden, const T *added, const T *weight, float eps, T *sum, T *out, int64_t rows, int64_t width,
+void rms_norm(const T *hidden, const T *added, const clif_norm &norm, T *sum, T *out, int64_t rows, int64_t width,
               int thread, int threads);
+// The same of rows in place, so many numbers apart.
+template <class T>
+void rms_norm_in_place(T *x, int64_t stride, const clif_norm &norm, int64_t rows, int64_t width, int thread, int threads);
 template <class T>
 void rotate(const clif_heads &heads, T *qkv, const T *angles, const int64_t *positions, T *cache, int64_t cache_slots,
             const int64_t *slots, int64_t rows, int thread, int threads);
 template <class T>
-void swiglu(const T *wide, T *out, int64_t rows, int64_t inner, int thread, int threads);
+void gated(int activation, const T *wide, T *out, int64_t rows, int64_t inner, int thread, int threads);
 
 // attention.cpp
 template <class T>

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -101,6 +102,7 @@ def product(
     slots: torch.Tensor | None = None,
     *,
     gated: bool = False,
+    activation: int = library.SILU,
     low: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     level: int | None = None,
@@ -108,7 +110,7 @@ def product(
 ) -> torch.Tensor:
     """y [..., out] = x [..., in] W^T + bias + scale (x A_s^T) B_s^T, with s = slots[row] (-1: none).
 
-    gated: y [..., out / 2] = silu(gate) * up of W = gate | up, whose halves are multiples of 16, instead.
+    gated: y [..., out / 2] = activation(gate) * up of W = gate | up, whose halves are multiples of 16, instead.
     x, bias: bfloat16; slots: int32 [rows]; low: where x A_s^T goes, see empty_low; out: where y [rows, out] goes, its
     rows in any distance. level, threads: by default the machine's and torch's. Raises TypeError for other types than
     bfloat16, ValueError for a shape that does not fit.
@@ -121,9 +123,13 @@ def product(
         low = None
     elif low is None:
         low = empty_low(len(rows), factors)
-    kernels = library.load()
-    (kernels.clif_linear_swiglu if gated else kernels.clif_linear_forward)(
-        ctypes.byref(linear(packed, bias, factors)),
+    kernels, struct = library.load(), ctypes.byref(linear(packed, bias, factors))
+    compute = (
+        partial(kernels.clif_linear_gated, struct, activation)
+        if gated
+        else partial(kernels.clif_linear_forward, struct)
+    )
+    compute(
         rows.data_ptr(),
         rows.stride(0),
         None if low is None or slots is None else slots.data_ptr(),

@@ -12,7 +12,8 @@ namespace clif::training {
 namespace {
 
 // With n = x r, r = 1 / rms(x), and g = grad * weight: r (g - n mean(g n)) + grad_sum.
-void norm_row(const uint16_t *x, const uint16_t *weight, float eps, const uint16_t *grad, const uint16_t *grad_sum,
+template <class W>
+void norm_row(const uint16_t *x, const W *weight, float eps, const uint16_t *grad, const uint16_t *grad_sum,
               uint16_t *grad_x, int64_t width) {
     __m512 squares = _mm512_setzero_ps(), dots = _mm512_setzero_ps();
     for (int64_t j = 0; j < width; j += LANES) {
@@ -32,23 +33,39 @@ void norm_row(const uint16_t *x, const uint16_t *weight, float eps, const uint16
     }
 }
 
-void swiglu_row(const uint16_t *wide, const uint16_t *grad, uint16_t *grad_wide, int64_t inner) {
+// Both activations are x / (1 + e^-y): y and its slope in x.
+template <int ACTIVATION>
+void inside(__m512 x, __m512 *y, __m512 *slope) {
+    if (ACTIVATION == CLIF_SILU) {
+        *y = x, *slope = splat(1.0f);
+        return;
+    }
+    const __m512 rate = splat(GELU_RATE), cube = _mm512_mul_ps(_mm512_mul_ps(x, x), splat(GELU_CUBE));
+    *y = _mm512_mul_ps(rate, _mm512_fmadd_ps(cube, x, x));
+    *slope = _mm512_mul_ps(rate, _mm512_fmadd_ps(cube, splat(3.0f), splat(1.0f)));
+}
+
+template <int ACTIVATION>
+void gate_row(const uint16_t *wide, const uint16_t *grad, uint16_t *grad_wide, int64_t inner) {
     const __m512 one = splat(1.0f);
     for (int64_t j = 0; j < inner; j += LANES) {
         const __mmask16 mask = first_lanes(inner - j);
         const __m512 x = load(wide + j, mask), up = load(wide + inner + j, mask), g = load(grad + j, mask);
-        const __m512 gate = _mm512_div_ps(one, _mm512_add_ps(one, exp2<uint16_t>(_mm512_mul_ps(x, splat(-1.44269504f)))));
+        __m512 y, inner_slope;
+        inside<ACTIVATION>(x, &y, &inner_slope);
+        const __m512 gate = _mm512_div_ps(one, _mm512_add_ps(one, exp2<uint16_t>(_mm512_mul_ps(y, splat(-1.44269504f)))));
         const __m512 value = _mm512_mul_ps(x, gate);
         store(grad_wide + inner + j, _mm512_mul_ps(g, value), mask);
-        const __m512 slope = _mm512_fmadd_ps(value, _mm512_sub_ps(one, gate), gate);
+        const __m512 curved = ACTIVATION == CLIF_SILU ? value : _mm512_mul_ps(value, inner_slope);
+        const __m512 slope = _mm512_fmadd_ps(curved, _mm512_sub_ps(one, gate), gate);
         store(grad_wide + j, _mm512_mul_ps(_mm512_mul_ps(g, up), slope), mask);
     }
 }
 
 // The transpose of the rotation, in place.
-void turn_back(uint16_t *head, const uint16_t *angles, int64_t head_dim) {
-    const int64_t half = head_dim / 2;
-    const uint16_t *cos = angles, *sin = angles + head_dim;
+void turn_back(uint16_t *head, const uint16_t *angles, int64_t rotary_dim) {
+    const int64_t half = rotary_dim / 2;
+    const uint16_t *cos = angles, *sin = angles + rotary_dim;
     for (int64_t j = 0; j < half; j += LANES) {
         const __mmask16 mask = first_lanes(half - j);
         const __m512 a = load(head + j, mask), b = load(head + half + j, mask);
@@ -105,27 +122,35 @@ void on_rows(int64_t rows, int threads, Part part) {
 using namespace clif;
 using namespace clif::training;
 
-CLIF_API void clif_rms_norm_backward(const uint16_t *x, const uint16_t *weight, float eps, const uint16_t *grad,
+CLIF_API void clif_rms_norm_backward(const uint16_t *x, const clif_norm *norm, const uint16_t *grad,
                                      const uint16_t *grad_sum, uint16_t *grad_x, int64_t rows, int64_t width,
                                      int threads) {
     on_rows(rows, threads, [&](int64_t row) {
         const int64_t at = row * width;
-        norm_row(x + at, weight, eps, grad + at, grad_sum ? grad_sum + at : nullptr, grad_x + at, width);
+        const uint16_t *beside = grad_sum ? grad_sum + at : nullptr;
+        if (norm->wide) {
+            const float *weight = static_cast<const float *>(norm->weight);
+            norm_row(x + at, weight, norm->eps, grad + at, beside, grad_x + at, width);
+        } else {
+            const uint16_t *weight = static_cast<const uint16_t *>(norm->weight);
+            norm_row(x + at, weight, norm->eps, grad + at, beside, grad_x + at, width);
+        }
     });
 }
 
-CLIF_API void clif_swiglu_backward(const uint16_t *wide, const uint16_t *grad, uint16_t *grad_wide, int64_t rows,
-                                   int64_t inner, int threads) {
+CLIF_API void clif_gate_backward(int activation, const uint16_t *wide, const uint16_t *grad, uint16_t *grad_wide,
+                                 int64_t rows, int64_t inner, int threads) {
+    const auto backward = activation == CLIF_SILU ? gate_row<CLIF_SILU> : gate_row<CLIF_GELU>;
     on_rows(rows, threads, [&](int64_t row) {
-        swiglu_row(wide + row * 2 * inner, grad + row * inner, grad_wide + row * 2 * inner, inner);
+        backward(wide + row * 2 * inner, grad + row * inner, grad_wide + row * 2 * inner, inner);
     });
 }
 
 CLIF_API void clif_rotate_backward(uint16_t *grad, const uint16_t *angles, int64_t heads, int64_t all_heads,
-                                   int64_t head_dim, int64_t rows, int threads) {
+                                   int64_t head_dim, int64_t rotary_dim, int64_t rows, int threads) {
     on_rows(rows, threads, [&](int64_t row) {
         for (int64_t head = 0; head < heads; head++)
-            turn_back(grad + (row * all_heads + head) * head_dim, angles + row * 2 * head_dim, head_dim);
+            turn_back(grad + (row * all_heads + head) * head_dim, angles + row * 2 * rotary_dim, rotary_dim);
     });
 }
 

@@ -43,16 +43,16 @@ CLIF_API void clif_causal_backward(const clif_sequences *of, const uint16_t *out
                                    int64_t grad_stride, void *scratch, int level, int threads);
 
 // Given grad [rows, width] of x / rms(x) * weight: that of x, plus grad_sum, of what else reads x (null: nothing).
-CLIF_API void clif_rms_norm_backward(const uint16_t *x, const uint16_t *weight, float eps, const uint16_t *grad,
+CLIF_API void clif_rms_norm_backward(const uint16_t *x, const clif_norm *norm, const uint16_t *grad,
                                      const uint16_t *grad_sum, uint16_t *grad_x, int64_t rows, int64_t width,
                                      int threads);
-// Given grad [rows, inner] of silu(gate) * up: that of wide [rows, gate | up].
-CLIF_API void clif_swiglu_backward(const uint16_t *wide, const uint16_t *grad, uint16_t *grad_wide, int64_t rows,
-                                   int64_t inner, int threads);
+// Given grad [rows, inner] of activation(gate) * up: that of wide [rows, gate | up].
+CLIF_API void clif_gate_backward(int activation, const uint16_t *wide, const uint16_t *grad, uint16_t *grad_wide,
+                                 int64_t rows, int64_t inner, int threads);
 // The first `heads` heads of each row of grad [rows, all_heads * head_dim], turned back in place. angles [rows, 2,
-// head_dim]: as clif_rotate has them.
+// rotary_dim]: as clif_rotate has them.
 CLIF_API void clif_rotate_backward(uint16_t *grad, const uint16_t *angles, int64_t heads, int64_t all_heads,
-                                   int64_t head_dim, int64_t rows, int threads);
+                                   int64_t head_dim, int64_t rotary_dim, int64_t rows, int threads);
 // losses [rows]: cross-entropy in nats of targets [rows]. divisor: above 0, logits [rows, width] become their gradient of
 // (summed loss / divisor).
 CLIF_API void clif_cross_entropy(uint16_t *logits, const int64_t *targets, float divisor, double *losses, int64_t rows,

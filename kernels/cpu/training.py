@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from clif.kernels.cpu.library import Learning, Sequences, level, load
+from clif.kernels.cpu.host import RmsNorm
+from clif.kernels.cpu.library import SILU, Learning, Sequences, level, load
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,15 +149,14 @@ class TrainingKernels:
         return grads[0], grads[1], grads[2]
 
     def rms_norm_backward(
-        self, x: torch.Tensor, weight: torch.Tensor, eps: float, grad: torch.Tensor, grad_sum: torch.Tensor | None
+        self, x: torch.Tensor, norm: RmsNorm, grad: torch.Tensor, grad_sum: torch.Tensor | None
     ) -> torch.Tensor:
         """Given grad [rows, n] of x normalised, and grad_sum of what else reads x: that of x."""
         grad, grad_x = grad.contiguous(), torch.empty_like(x)
         other = None if grad_sum is None else grad_sum.contiguous()
         self._library.clif_rms_norm_backward(
             x.data_ptr(),
-            weight.data_ptr(),
-            eps,
+            ctypes.byref(norm.as_struct()),
             grad.data_ptr(),
             None if other is None else other.data_ptr(),
             grad_x.data_ptr(),
@@ -165,19 +165,21 @@ class TrainingKernels:
         )
         return grad_x
 
-    def swiglu_backward(self, wide: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        """Given grad [rows, n] of silu(gate) * up: that of wide [rows, gate | up]."""
+    def gate_backward(self, wide: torch.Tensor, grad: torch.Tensor, activation: int = SILU) -> torch.Tensor:
+        """Given grad [rows, n] of activation(gate) * up: that of wide [rows, gate | up]."""
         grad, grad_wide = grad.contiguous(), torch.empty_like(wide)
-        self._library.clif_swiglu_backward(
-            wide.data_ptr(), grad.data_ptr(), grad_wide.data_ptr(), *grad.shape, torch.get_num_threads()
+        self._library.clif_gate_backward(
+            activation, wide.data_ptr(), grad.data_ptr(), grad_wide.data_ptr(), *grad.shape, torch.get_num_threads()
         )
         return grad_wide
 
     def rotate_backward_(self, grad: torch.Tensor, angles: torch.Tensor, heads: int) -> None:
-        """Turn the first heads of grad [rows, all heads, d] back, in place. angles [rows, 2, d]: of the rotation."""
+        """Turn the first heads of grad [rows, all heads, d] back, in place. angles [rows, 2, rotary_dim]: of the
+        rotation."""
         rows, all_heads, head_dim = grad.shape
         self._library.clif_rotate_backward(
-            grad.data_ptr(), angles.data_ptr(), heads, all_heads, head_dim, rows, torch.get_num_threads()
+            *(grad.data_ptr(), angles.data_ptr(), heads, all_heads, head_dim, angles.shape[2], rows),
+            torch.get_num_threads(),
         )
 
     def cross_entropy_(self, logits: torch.Tensor, targets: torch.Tensor, divisor: float | None) -> torch.Tensor:

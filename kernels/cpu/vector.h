@@ -110,4 +110,19 @@ inline __m512 silu(__m512 x) {
     return _mm512_div_ps(x, _mm512_add_ps(splat(1.0f), exp(below)));
 }
 
+constexpr float GELU_RATE = 1.59576912f, GELU_CUBE = 0.044715f;  // 2 sqrt(2 / pi), and what x^3 counts
+
+// x (1 + tanh(y)) / 2 = x / (1 + e^-2y) with y = sqrt(2 / pi) (x + 0.044715 x^3).
+inline __m512 gelu(__m512 x) {
+    const __m512 cubed = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
+    const __m512 below = _mm512_mul_ps(_mm512_fmadd_ps(cubed, splat(GELU_CUBE), x), splat(-GELU_RATE));
+    return _mm512_div_ps(x, _mm512_add_ps(splat(1.0f), exp(below)));
+}
+
+// What multiplies the other half. ACTIVATION: as in clif_cpu.h.
+template <int ACTIVATION>
+inline __m512 activated(__m512 x) {
+    return ACTIVATION == 0 ? silu(x) : gelu(x);
+}
+
 }  // namespace clif

@@ -25,7 +25,13 @@ from typing import Literal, get_args
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import PTXASError
 
-from clif.kernels.testing import dual_lora_cases, elementwise_cases, paged_decode_cases
+from clif.kernels.testing import (
+    dual_lora_cases,
+    elementwise_cases,
+    paged_decode_cases,
+    paged_prefill_cases,
+    quantised_cases,
+)
 from clif.kernels.testing.compiling import Case, compiled
 
 Which = Literal["all", "corners", "candidates"]
@@ -40,7 +46,9 @@ def cases(which: Which = "all") -> Iterator[Case]:
     corners = which == "corners"
     yield from dual_lora_cases.dual_lora_cases(corners)
     yield from paged_decode_cases.paged_decode_cases(corners)
+    yield from paged_prefill_cases.paged_prefill_cases(corners)
     yield from elementwise_cases.elementwise_cases(corners)
+    yield from quantised_cases.quantised_cases(corners)
 
 
 @cache

@@ -87,7 +87,7 @@ def test_answers_in_bfloat16_are_near_the_best_and_samples_are_learnt(family: Fa
     assert torch.nn.functional.cosine_similarity(found, expected, 0) > (0.8 if "moe" in family.model_type else 0.97)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "fp8"])
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.name in QUANTISED], ids=lambda family: family.name)
 def test_quantised_weights_answer_and_learn_as_on_a_cpu(family: Family, drawn: str, weights: str) -> None:
     gpu, cpu = rig_of(drawn, weight_dtype=weights), make_rig(drawn, model={"weight_dtype": weights})

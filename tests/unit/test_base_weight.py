@@ -86,17 +86,20 @@ def test_a_layer_serves_and_learns_by_a_weight_that_it_knows_nothing_of(pair: Ca
         assert torch.allclose(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_the_kernels_decline_a_weight_that_is_not_dense():
+def test_the_kernels_compute_adapters_beside_a_weight_that_they_know_nothing_of():
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     from clif.kernels.dual_lora_host import KernelLauncher
     from clif.kernels.tuning import Fixed
 
-    launcher = KernelLauncher(torch.device("cpu"), Fixed())
-    eight_bit, dense = quantised()
-    for base, taken in ((eight_bit, False), (dense, True)):
+    launcher, eight_bit = KernelLauncher(torch.device("cpu"), Fixed()), quantised()[0]
+    merged = []
+    for base in quantised():
         layer = layer_with(base)
         layer.use_kernels(launcher)
-        assert (layer._kernels is not None) is taken
+        assert layer._kernels is not None
+        merged.append(layer._kernels.merged)
+    assert merged[0].base is not None and merged[1].base is None
+    assert merged[0].weight.isnan().all() and merged[0].weight.shape == eight_bit.shape, "nothing reads it as a weight"
 
 
 def test_a_prepacked_weight_serves_by_its_product_and_goes_back_by_the_dense_one(monkeypatch: pytest.MonkeyPatch):

@@ -123,5 +123,5 @@ def test_without_the_kernels_torch_serves_and_the_log_says_why(
 
 
 def test_kernels_that_compute_something_else_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clif.kernels.cpu.host.swiglu", lambda wide: wide.chunk(2, -1)[0].contiguous())
+    monkeypatch.setattr("clif.kernels.cpu.host.gated", lambda wide, _: wide.chunk(2, -1)[0].contiguous())
     assert backends.choose_cpu_kernels(EngineConfig(), torch.device("cpu"), torch.float32, 64) is None

@@ -9,6 +9,7 @@ import torch
 
 from clif.kernels.cpu import host, library
 from clif.kernels.cpu.arena import HUGE_PAGE, Arena
+from clif.kernels.cpu.library import GELU
 from clif.kernels.cpu.products import PackedFactors, PackedMatrix, pack, packed_size, product
 
 try:
@@ -140,7 +141,7 @@ def test_what_is_not_finite_stays_in_its_row_and_its_slot(level, bad):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("inner", [16, 48, 96])
-def test_a_gated_product_has_the_bits_of_the_product_and_swiglu_after_it(level, inner):
+def test_a_gated_product_has_the_bits_of_the_product_and_the_gate_after_it(level, inner):
     packed, bias = PackedMatrix.of(numbers(2 * inner, 70)), numbers(2 * inner, seed=1)
     factors = PackedFactors(numbers(2, 8, 70, seed=3), numbers(2, 2 * inner, 8, seed=4), 2.0)
     for rows, threads in itertools.product((1, 16, 45, 300), (1, 2, 3)):
@@ -149,7 +150,9 @@ def test_a_gated_product_has_the_bits_of_the_product_and_swiglu_after_it(level, 
         for layer in ((), (bias,), (bias, factors, mingled), (None, factors, torch.zeros_like(mingled))):
             wide = product(x, packed, *layer, level=level)
             gated = product(x, packed, *layer, gated=True, level=level, threads=threads)
-            assert torch.equal(gated, host.swiglu(wide))
+            assert torch.equal(gated, host.gated(wide))
+            by_gelu = product(x, packed, *layer, gated=True, activation=GELU, level=level, threads=threads)
+            assert torch.equal(by_gelu, host.gated(wide, GELU))
     with pytest.raises(ValueError, match="multiples of 16"):
         product(numbers(1, 70), PackedMatrix.of(numbers(40, 70)), gated=True)
 

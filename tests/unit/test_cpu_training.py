@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, silu
+from torch.nn.functional import cross_entropy, gelu, silu
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from clif.kernels.cpu.library import AVX512, Absent, level
+from clif.kernels.cpu.host import RmsNorm
+from clif.kernels.cpu.library import AVX512, GELU, Absent, level
 from clif.kernels.cpu.training import LearningFactors, TrainingKernels
 
 try:
@@ -152,17 +153,26 @@ def test_the_backward_of_a_norm_is_that_of_float64(threads, rows, width):
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5) * weight.double()
     normed.backward(grad.double())
     kernels = TrainingKernels()
-    assert error(kernels.rms_norm_backward(x, weight, 1e-5, grad, None), wide.grad) < ROUNDED
-    assert error(kernels.rms_norm_backward(x, weight, 1e-5, grad, beside), wide.grad + beside.double()) < ROUNDED
+    narrow, offset = (RmsNorm(one, 1e-5) for one in (weight, weight.float()))
+    assert error(kernels.rms_norm_backward(x, narrow, grad, None), wide.grad) < ROUNDED
+    found = (kernels.rms_norm_backward(x, norm, grad, beside) for norm in (narrow, offset))
+    assert torch.equal(*found)
+    assert (
+        error(kernels.rms_norm_backward(x, RmsNorm(weight, 1e-5), grad, beside), wide.grad + beside.double()) < ROUNDED
+    )
 
 
 @pytest.mark.parametrize(("rows", "inner"), [(1, 16), (33, 100), (70, 256)])
-def test_the_backward_of_swiglu_is_that_of_float64(threads, rows, inner):
+def test_the_backward_of_a_gate_is_that_of_float64(threads, rows, inner):
     x, grad = draw(rows, 2 * inner, scale=3.0), draw(rows, inner)
     wide = x.double().requires_grad_()
     gate, up = wide.chunk(2, -1)
     (silu(gate) * up).backward(grad.double())
-    assert error(TrainingKernels().swiglu_backward(x, grad), wide.grad) < ROUNDED
+    assert error(TrainingKernels().gate_backward(x, grad), wide.grad) < ROUNDED
+    wide.grad = None
+    gate, up = wide.chunk(2, -1)
+    (gelu(gate, approximate="tanh") * up).backward(grad.double())
+    assert error(TrainingKernels().gate_backward(x, grad, GELU), wide.grad) < ROUNDED
 
 
 @pytest.mark.parametrize("head_dim", [8, 64, 80])
@@ -174,6 +184,9 @@ def test_the_backward_of_a_rotation_turns_queries_and_keys_back_and_no_values(th
     found = grad.clone()
     TrainingKernels().rotate_backward_(found, angles, 3)
     assert error(found[:, :3], wide.grad) < ROUNDED and torch.equal(found[:, 3:], grad[:, 3:])
+    padded = torch.cat((grad, grad), -1)
+    TrainingKernels().rotate_backward_(padded, angles, 3)
+    assert torch.equal(padded, torch.cat((found, grad), -1))
 
 
 @pytest.mark.parametrize("width", [5, 32, 1000])

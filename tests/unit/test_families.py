@@ -210,30 +210,25 @@ def test_answers_in_bfloat16_are_as_good_whatever_kernels_compute_them(tmp_path,
         assert (behind <= 0.25 * logits.std(-1)).float().mean() > 0.9, behind
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("mistral-window", None),
-        ("qwen2-window", None),
-        ("gemma2", "a layer has norms behind attention and MLP"),
-        ("olmo2", "a layer has norms behind attention and MLP"),
-        ("granite", "a layer scales what it adds"),
-        ("smollm3", "its layers have several rotary embeddings"),
-        ("llama", None),
-    ],
-)
-def test_the_one_call_of_all_layers_says_why_it_leaves_a_family_to_others(tmp_path, name, reason):
+NO_EXPERTS = [
+    family for family in FAMILIES if not family.name.startswith(("llama-", "mixtral", "qwen3_moe", "gpt_oss"))
+]
+ROUNDED = ("olmo2", "olmo3")
+"""Families of which a part by itself is torch's."""
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_the_one_call_of_all_layers_leaves_experts_to_others(tmp_path, name):
     (family,) = (family for family in FAMILIES if family.name == name)
     rig = rig_of(family, tmp_path, model={"dtype": "bfloat16"})
     if rig.runner._cpu is False:
         pytest.skip("the C++ kernels are not built here, or this CPU has not what they need")
-    assert CompiledLayers.obstacle(rig.runner.stack, rig.runner.cache) == reason
-    assert (rig.runner._compiled is None) is (reason is not None)
+    assert CompiledLayers.obstacle(rig.runner.stack, rig.runner.cache) == "a layer has experts"
+    assert rig.runner._compiled is None
 
 
-@pytest.mark.parametrize("name", ["mistral-window", "qwen2-window", "qwen3"])
-def test_the_one_call_of_all_layers_gives_the_bits_of_its_parts(tmp_path, name):
-    (family,) = (family for family in FAMILIES if family.name == name)
+@pytest.mark.parametrize("family", NO_EXPERTS, ids=lambda family: family.name)
+def test_the_one_call_of_all_layers_gives_the_bits_of_its_parts(tmp_path, family):
     rig = rig_of(family, tmp_path, model={"dtype": "bfloat16"}, engine={"max_prefill_tokens": 128, "block_size": 16})
     if rig.runner._cpu is False:
         pytest.skip("the C++ kernels are not built here, or this CPU has not what they need")
@@ -245,7 +240,8 @@ def test_the_one_call_of_all_layers_gives_the_bits_of_its_parts(tmp_path, name):
         chunks = ([chunk_of(i, start) for i in range(len(PROMPTS))] for start in (0, 40, 75))
         steps.append([rig.runner.compute(rig.runner.fill(step))[0] for step in chunks])
     for got, wanted in zip(*steps, strict=True):
-        assert torch.equal(got, wanted)
+        near = 0.02 * wanted.float().norm() if family.name in ROUNDED else 0.0
+        assert (got.float() - wanted.float()).norm() <= near
 
 
 def chunk_of(prompt: int, start: int) -> Chunk:

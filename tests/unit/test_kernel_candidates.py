@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from clif.engine.decode_buffers import HEIGHTS
+from clif.engine.adapter_tables import HEIGHTS
 from clif.kernels.candidates import (
     AFTER_TORCH,
     FULL,

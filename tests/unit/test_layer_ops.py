@@ -32,7 +32,7 @@ from clif.models.backends import choose_ops
 from clif.models.causal import CausalSequences
 from clif.models.dual_linear import LoraRows
 from clif.models.layer import DecoderLayer
-from clif.models.layer_ops import HeadLayout, LayerOps, TorchGate, TorchNorm, TorchOps, TorchRotary
+from clif.models.layer_ops import HeadLayout, LayerOps, TorchGate, TorchNorm, TorchOps, TorchRotary, as_offset_norm
 from clif.models.stack import CausalStack
 from clif.models.triton_ops import TritonNorm, TritonOps, TritonRotary, as_rms_norm, kernel_fault, triton_gate
 from clif.models.weights.loading import load_model
@@ -119,6 +119,16 @@ def test_a_norm_is_computed_by_the_kernel_if_it_is_rms_norm_whatever_its_name_is
         rotary = TritonOps(256).rotary(HeadLayout(2, 1, 64, (plain, other)))
         assert isinstance(rotary, TorchRotary)
     assert isinstance(TritonOps(256).rotary(HeadLayout(2, 1, 64, (plain, plain))), TritonRotary)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_of_gemma_is_told_by_what_it_computes(dtype: torch.dtype) -> None:
+    offset = GemmaRMSNorm(64).to(dtype)
+    offset.weight.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    weight, eps = as_offset_norm(offset) or (None, None)
+    assert eps == offset.eps and weight is not None and torch.equal(weight, 1 + offset.weight.float())
+    for other in (Qwen3RMSNorm(64).to(dtype), nn.LayerNorm(64, dtype=dtype), nn.Identity()):
+        assert as_offset_norm(other) is None
 
 
 def test_gates_other_than_silu_s_are_torch_s() -> None:

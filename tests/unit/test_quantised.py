@@ -15,19 +15,21 @@ from helpers import Rig, answer, make_rig, random_state, request, small_config, 
 from clif.config import ConfigError, config_from_tree
 from clif.engine.engine import Engine
 from clif.engine.jobs import Job
+from clif.kernels import fp8_matrix
 from clif.kernels import quantised as quantised_module
+from clif.kernels.fp8_matrix import Fp8Matrix
 from clif.kernels.quantised import GROUP, Bits, QuantisedMatrix
 from clif.models import quantised_weight
 from clif.models.estimate import estimate, read_spec
 from clif.models.quantised_weight import QuantisedWeight
-from clif.models.quantising import BITS, quantise
+from clif.models.quantising import FORMATS, assert_stored, quantise
 from clif.models.stack import CausalStack
 from clif.models.weights.loading import load_model
 from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
 
-KINDS = list(BITS)
-WORST = {"int8": 0.015, "int4": 0.11}
+KINDS = list(FORMATS)
+WORST = {"int8": 0.015, "int4": 0.11, "fp8": 0.04}
 """Relative difference of a layer's outputs that these models stay below."""
 PROMPTS = [[7, 3, 9], [11, 5, 8, 2, 40, 41, 17], [5], list(range(20, 50)), [9, 9, 9, 1, 2, 3, 4]]
 
@@ -72,25 +74,42 @@ def test_weights_that_were_four_bits_with_least_numbers_before_keep_their_values
     assert float((matrix.dense(torch.float32) - dense).norm()) < 0.01 * float(dense.norm())
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_pieces_and_parts_of_a_matrix_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch, bits: Bits):
-    whole = QuantisedMatrix.of(weight(), bits)
-    monkeypatch.setattr(quantised_module, "PIECE", 210)
-    again = QuantisedMatrix.of(weight(), bits)
-    assert torch.equal(again.numbers, whole.numbers) and torch.equal(again.scales, whole.scales)
+def test_numbers_of_fp8_are_the_nearest_and_the_largest_of_an_output_has_the_end_of_the_range():
+    dense = weight()
+    matrix = Fp8Matrix.of(dense)
+    found, scales = matrix.dense(torch.float32), matrix.scales
+    # Half of the last of three bits, and below 2^-6 half of the smallest number, 2^-9.
+    allowed = torch.maximum(dense.abs() / 16, scales * 2**-10)
+    assert bool(((found - dense).abs() <= allowed * 1.0001).all()) and not found[3].any()
+    assert torch.allclose(found.abs().amax(1), dense.abs().amax(1))
+    assert matrix.numbers.dtype == torch.float8_e4m3fn and (matrix.out, matrix.in_) == (50, 70)
+    dense[5, 7] = torch.nan
+    assert Fp8Matrix.of(dense).dense(torch.float32)[5].isnan().all(), "a NaN is not hidden"
+    assert torch.equal(Fp8Matrix.of(dense).dense(torch.float32)[6:], found[6:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_and_parts_of_a_matrix_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch, kind: str):
+    whole = FORMATS[kind](weight())
+    for module in (quantised_module, fp8_matrix):
+        monkeypatch.setattr(module, "PIECE", 210)
+    again = FORMATS[kind](weight())
+    assert torch.equal(again.numbers.view(torch.uint8), whole.numbers.view(torch.uint8)) and torch.equal(
+        again.scales, whole.scales
+    )
     dense = whole.dense(torch.float32)
     assert torch.equal(whole.dense(torch.float32, slice(10, 31)), dense[10:31])
     for columns in (slice(32, 64), slice(64, 70), slice(0, 70)):
         assert torch.equal(whole.dense(torch.float32, columns=columns), dense[:, columns])
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("strip", [1, 300, 1 << 19])
 def test_products_are_those_of_the_dense_matrix_however_little_is_dense_at_a_time(
-    monkeypatch: pytest.MonkeyPatch, bits: Bits, strip: int
+    monkeypatch: pytest.MonkeyPatch, kind: str, strip: int
 ):
     monkeypatch.setitem(quantised_weight.STRIP, "cpu", strip)
-    base = QuantisedWeight(QuantisedMatrix.of(weight(), bits), torch.linspace(-1, 1, 50), torch.float32)
+    base = QuantisedWeight(FORMATS[kind](weight()), torch.linspace(-1, 1, 50), torch.float32)
     dense, x, grad = base.matrix.dense(torch.float32), torch.randn(6, 70), torch.randn(6, 50)
     assert torch.allclose(base.forward(x), x @ dense.T + torch.linspace(-1, 1, 50), atol=1e-5)
     assert torch.allclose(base.backward(grad), grad @ dense, atol=1e-5, rtol=1e-5)
@@ -193,7 +212,7 @@ def test_an_8b_base_takes_what_the_documentation_says():
     for kind in ("auto", *KINDS):
         model = config.model.model_copy(update={"weight_dtype": kind})
         size[kind] = estimate(config.model_copy(update={"model": model}), spec, 1, "cuda").weights / 1e9
-    assert {kind: round(gb, 1) for kind, gb in size.items()} == {"auto": 16.1, "int8": 8.6, "int4": 5.3}
+    assert {kind: round(gb, 1) for kind, gb in size.items()} == {"auto": 16.1, "int8": 8.6, "int4": 5.3, "fp8": 8.6}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -202,7 +221,7 @@ def test_the_start_says_how_far_the_outputs_of_a_layer_are_off(
 ):
     config = small_config(stories)
     stack = CausalStack(load_model(config.model, torch.device("cpu")).model)
-    done = quantise(stack, BITS[kind])
+    done = quantise(stack, kind)
     assert 0.001 < done.worst < WORST[kind] and done.where.startswith(("model.layers.", "lm_head"))
     assert done.bytes < done.dense / 3
     with caplog.at_level(logging.INFO, "clif.engine.base"):
@@ -210,25 +229,36 @@ def test_the_start_says_how_far_the_outputs_of_a_layer_are_off(
     assert f"{kind}, " in caplog.text and f"differ by {done.worst:.2%} at most ({done.where})" in caplog.text
 
 
-def test_kernels_that_read_dense_weights_are_refused_where_they_are_asked_for(stories: str):
-    with pytest.raises(
-        ConfigError, match=r"triton multiplies with dense weights, and model\.weight_dtype is int4: set"
-    ):
-        small_config(stories, engine={"lora_kernel": "triton"}, model={"weight_dtype": "int4"})
+def test_a_gpu_that_has_no_numbers_of_eight_bits_says_what_to_change(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    sentence = r"weight_dtype fp8 needs compute capability 8\.9, this GPU has 8\.0: set model\.weight_dtype=int8"
+    with pytest.raises(ConfigError, match=sentence):
+        assert_stored("fp8", torch.device("cuda"))
+    assert_stored("int8", torch.device("cuda"))
+    assert_stored("fp8", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert_stored("fp8", torch.device("cuda"))
+
+
+def test_kernels_of_adapters_may_be_asked_for_beside_weights_that_are_not_dense(stories: str):
+    config = small_config(stories, engine={"lora_kernel": "triton"}, model={"weight_dtype": "int4"})
+    assert config.engine.lora_kernel == "triton"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_quantise_their_own_parts(tiny_config: Path, kind: str):
     config = small_config(f"random:{tiny_config}")
     whole = CausalStack(load_model(config.model, torch.device("cpu"), 3).model)
-    quantise(whole, BITS[kind])
+    quantise(whole, kind)
     for rank in range(2):
         group = tp_group_of(rank, 2)
         part = CausalStack(load_model(config.model, torch.device("cpu"), 3, group).model, group)
-        quantise(part, BITS[kind])
+        quantise(part, kind)
         for mine, all_ in zip(part.linears, whole.linears, strict=True):
             base: Any = mine.base
-            assert base.shape.numel() <= all_.base.shape.numel() and base.matrix.bits == BITS[kind]
+            assert base.shape.numel() <= all_.base.shape.numel() and type(base.matrix) is type(
+                FORMATS[kind](torch.ones(1, 32))
+            )
         mine, all_ = part.linears[-1].base, whole.linears[-1].base
         columns = slice(rank * mine.shape[1], (rank + 1) * mine.shape[1])
         apart = mine.matrix.dense(torch.float32) - all_.matrix.dense(torch.float32)[:, columns]
@@ -244,7 +274,7 @@ def test_each_family_computes_with_the_weights_that_the_whole_numbers_stand_for(
     file.write_text(json.dumps(family.config))
     config = small_config(f"random:{file}")
     stacks = [CausalStack(load_model(config.model, torch.device("cpu"), 3).model) for _ in range(2)]
-    quantise(stacks[0], BITS[kind])
+    quantise(stacks[0], kind)
     for mine, other in zip(*(stack._weighed() for stack in stacks), strict=True):
         base: Any = other.base
         weight: Any = mine.base
