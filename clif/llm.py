@@ -12,12 +12,13 @@ and no network.
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -33,7 +34,7 @@ from clif.engine.engine import Engine
 from clif.errors import InputError
 from clif.models.hf_config import longest_context
 from clif.models.weights.files import locate, read_model
-from clif.models.weights.loading import load_model
+from clif.models.weights.loading import LoadedModel, load_model
 from clif.prompts import Prompt, as_list, one_for_each, prompt_ids
 from clif.text_stream import TextStream
 from clif.types import FinishReason, Request, Sampling, TokenEvent, TokenLogprob
@@ -83,7 +84,8 @@ class LLM:
 
     path: a hub name, a folder, a .gguf file or random:<config.json>. adapters: names for PEFT folders.
     model, adapter, engine: fields of these sections of the configuration, e.g. engine={"max_batch": 32}; by default the
-    longest context is the model's own, but not above 2048 tokens, and adapters have a rank of 16 at most.
+    longest context is the model's own, but not above 2048 tokens, and adapters have a rank of 16 at most. loaded: what
+    `path` names, where it was loaded before; it is taken apart, and serves no second LLM.
     Raises InputError for a model or a setting that cannot be used.
     """
 
@@ -95,10 +97,11 @@ class LLM:
         model: Section | None = None,
         adapter: Section | None = None,
         engine: Section | None = None,
+        loaded: LoadedModel | None = None,
     ) -> None:
         self._names = {name: Path(folder) for name, folder in (adapters or {}).items()}
         self.config = _config(shipped_path(str(path)), self._names, model or {}, adapter or {}, engine or {})
-        loaded = load_model(self.config.model, choose_device(self.config.model.device, 0), self.config.run.seed)
+        loaded = loaded or _load(self.config)
         self.tokenizer = loaded.tokenizer
         self._engine: Engine | None = Engine.from_config(self.config, loaded)
         self._vocab_size = self._engine.runner.stack.vocab_size
@@ -277,6 +280,22 @@ class _Answer:
         assert self.finish is not None
         ids, logprobs = tuple(self.text.ids), tuple(self.logprobs)
         return Completion(self.text.sent, ids, self.finish, self.version, self.detail, logprobs, self.prompt_logprobs)
+
+
+def load_for(config: Config, kinds: Sequence[str]) -> Iterator[tuple[Config, LoadedModel]]:
+    """The model of a configuration for an LLM with weights of each of these types, and the configuration of that LLM.
+
+    It is loaded once, since transformers takes long over a GGUF file, and copied: the model is held twice. Raises
+    ConfigError.
+    """
+    loaded = _load(config)
+    for index, kind in enumerate(kinds):
+        mine = loaded if index == len(kinds) - 1 else replace(loaded, model=copy.deepcopy(loaded.model))
+        yield config.model_copy(update={"model": config.model.model_copy(update={"weight_dtype": kind})}), mine
+
+
+def _load(config: Config) -> LoadedModel:
+    return load_model(config.model, choose_device(config.model.device, 0), config.run.seed)
 
 
 def _config(path: str, adapters: Mapping[str, Path], model: Section, adapter: Section, engine: Section) -> Config:

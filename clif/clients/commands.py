@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -63,6 +66,8 @@ def loadtest(
     from clif.clients.load_run import LoadTest, run_load_test
     from clif.storage.files import allow_connections
 
+    if json_out is not None:
+        check_writable(json_out)
     if rate is not None and trace is not None:
         raise InputError("--rate and --trace both give the arrivals: leave one of them out")
     replay = None if trace is None else {"path": trace, "format": trace_format, "speed": speed, "lengths": "trace"}
@@ -81,7 +86,10 @@ def loadtest(
 
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
-    data: Annotated[Path, typer.Option(help="JSON lines of rows with their answers.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines of rows with their answers; by default what the run's quality is measured on."),
+    ] = None,
     version: Annotated[
         list[int] | None,
         typer.Option(help="Stored version; 0: the base model. By default the base and the active one."),
@@ -91,52 +99,84 @@ def evaluate(
     ] = None,
     split: Annotated[str | None, typer.Option(help="Of the rows; by default test, or all if no row has that.")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Most rows, drawn by --seed.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, tokens.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer, tokens; by default the run's quality.max_tokens.")
+    ] = None,
+    weight_dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Type of the base's weights, several with commas: auto (as the model is), int8, int4, see "
+            "model.weight_dtype; by default the run's."
+        ),
+    ] = None,
     url: Annotated[str | None, typer.Option(help="A server of the run; by default the model is loaded here.")] = None,
     key: Key = None,
     test_command: Annotated[str | None, typer.Option(help="quality.test_command, as in a shell.")] = None,
     seed: Seed = 0,
     json_out: Annotated[Path | None, typer.Option("--json", help="File; by default eval.json in RUN.")] = None,
 ) -> None:
-    """Score stored adapter versions of a run on a file: a table version by version, and JSON."""
+    """Score stored adapter versions of a run, on its held-out rows or on a file: a table version by version, and JSON.
+
+    clif eval RUN --weight-dtype auto,int8,int4 shows what a quantised base costs in quality.
+    """
     from clif.clients.endpoint import Endpoint
-    from clif.clients.eval_answers import LibraryAnswers, ServerAnswers
+    from clif.clients.eval_answers import ServerAnswers, by_weights
     from clif.clients.evaluate import (
         Evaluation,
         choose_metrics,
         choose_rows,
         choose_versions,
+        choose_weights,
         read_run,
         with_test_command,
     )
 
-    config = read_run(run)
+    config, path = read_run(run), json_out or run / "eval.json"
+    check_writable(path)
+    if url is not None and weight_dtype:
+        raise InputError("a server has loaded its weights: leave out --weight-dtype or --url")
+    kinds = choose_weights(weight_dtype or [], config)
     if test_command is not None:
         config = with_test_command(config, test_command)
     chosen = choose_metrics(metrics or config.quality.metrics)
-    evaluation = Evaluation(
-        config, choose_rows(data, split, rows, seed), choose_versions(run, version or []), chosen, seed
-    )
+    chosen_rows, longest = choose_rows(data, config, split, rows, seed), max_tokens or config.quality.max_tokens
+    evaluation = Evaluation(config, chosen_rows, choose_versions(run, version or []), chosen, seed, longest)
     evaluation.check()
-    longest = max_tokens or config.quality.max_tokens
     if url is not None:
-        result = evaluation.run(ServerAnswers(run, config, Endpoint.of(url, key), longest))
+        result = evaluation.run([ServerAnswers(run, config, Endpoint.of(url, key), longest)])
     else:
-        with LibraryAnswers(run, config, evaluation.versions, longest) as answers:
-            result = evaluation.run(answers)
-    _print_evaluation(result)
-    asked = {"run": str(run), "data": str(data), "rows": len(evaluation.rows), "max_tokens": longest, "url": url}
-    path = json_out or run / "eval.json"
-    path.write_text(json.dumps({**asked, **_provenance(), **result}, indent=2) + "\n")
+        _show_log()
+        result = evaluation.run(by_weights(run, config, kinds, evaluation.versions, longest))
+    _print_evaluation(result, str(path))
+    asked = {"run": str(run), "data": str(data or config.data.path), "max_tokens": longest, "url": url}
+    counted = len(chosen_rows) - len(result["left_out"])
+    path.write_text(json.dumps({**asked, "rows": counted, **_provenance(), **result}, indent=2) + "\n")
     typer.echo(f"written: {path}")
 
 
-def _print_evaluation(result: dict[str, list[dict[str, object]]]) -> None:
+def check_writable(path: Path) -> None:
+    """Raises InputError if a file cannot be written there: seen before the work whose result it holds."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file in it")
+    if not path.parent.is_dir():
+        raise InputError(f"{path} cannot be written, {path.parent} is no folder: make it, or name another one")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"{path} may not be written by you: name another file with --json")
+
+
+def _show_log() -> None:
+    """What the library says of kernels and quantised weights."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+
+
+def _print_evaluation(result: dict[str, Any], file: str) -> None:
     from rich.console import Console
 
     from clif.metrics.summary_print import print_quality
 
-    print_quality(result, Console(highlight=False))
+    print_quality(result, Console(highlight=False), f"groups in {file}")
+    if result["left_out"]:
+        typer.echo(f"rows left out: {len(result['left_out'])}; {result['left_out'][0]}")
 
 
 def _with_provenance(result: dict[str, object], url: str, model: str, planned: int) -> dict[str, object]:

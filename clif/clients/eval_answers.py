@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import msgspec
@@ -15,32 +14,34 @@ import msgspec
 from clif.adapters.store import AdapterStore
 from clif.clients.endpoint import CONNECT_S, Endpoint, message_of, said
 from clif.config import Config
-from clif.data.instruct import Row, SampleRejected, encode_sample
+from clif.data.instruct import Row, encode_sample
 from clif.errors import InputError
 from clif.quality.work import Answer
 from clif.tokenizer import ChatTokenizer
 from clif.types import Sampling, TrainSample
+
+if TYPE_CHECKING:
+    from clif.llm import LLM
 
 READ = Sampling(max_tokens=1, logprobs=0, prompt_logprobs=True)
 """Of a known answer behind its prompt: nothing is answered, but the shortest answer is one token."""
 TOKENIZER_FOLDER = "tokenizer"
 AT_A_TIME = 8
 SILENT_S = 300.0
+BATCH = 32
+"""Requests of a step at least: no client waits for a single answer, and few rows take a step almost as long as many."""
 
 
 class LibraryAnswers:
-    """Answers by `clif.LLM`, with the run's model, precision and adapters. Close it, or use it in a `with` block."""
+    """Answers by `clif.LLM`, whose adapters are named by their versions. weights: type of the base's."""
 
-    def __init__(self, run: Path, config: Config, versions: Sequence[int], max_tokens: int) -> None:
-        from clif.llm import LLM
-
-        store = AdapterStore(run)
-        folders = {str(version): store.path(version) for version in versions if version}
-        model = config.model.model_dump(mode="json", exclude={"path"})
-        adapter = {**config.adapter.model_dump(mode="json"), "serving_slots": max(2, len(folders))}
-        engine = config.engine.model_dump(mode="json", exclude={"emulated"})
-        self._llm = LLM(config.model.path, adapters=folders, model=model, adapter=adapter, engine=engine)
+    def __init__(self, llm: LLM, weights: str, max_tokens: int) -> None:
+        self._llm, self.weights = llm, weights
         self._sampling = Sampling(max_tokens=max_tokens)
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        return self._llm.tokenizer
 
     def answer(self, rows: Sequence[Row], version: int, loss: bool) -> list[Answer]:
         """Raises InputError for a row that does not fit the longest context."""
@@ -50,41 +51,58 @@ class LibraryAnswers:
         return self._with_losses(answers, rows, adapter) if loss else answers
 
     def _with_losses(self, answers: list[Answer], rows: Sequence[Row], adapter: str | None) -> list[Answer]:
-        samples = known_answers(rows, self._llm.tokenizer, self._llm.config.model.max_context - 1)
-        prompts = [sample.ids for sample in samples.values()]
-        read = self._llm.generate(prompts, READ, adapter)
-        for index, one in zip(samples, read, strict=True):
-            logprobs = [None, *(token.logprob for token in one.prompt_logprobs)]
-            answers[index] = with_loss(answers[index], samples[index], logprobs)
-        return answers
+        samples = known_answers(rows, self.tokenizer, self._llm.config.model.max_context)
+        read = self._llm.generate([sample.ids for sample in samples], READ, adapter)
+        logprobs = ([None, *(token.logprob for token in one.prompt_logprobs)] for one in read)
+        return list(map(with_loss, answers, samples, logprobs))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def close(self) -> None:
         self._llm.close()
 
 
+def by_weights(
+    run: Path, config: Config, kinds: Sequence[str], versions: Sequence[int], max_tokens: int
+) -> Iterator[LibraryAnswers]:
+    """Answers by the run's model and adapters, with the base's weights in each of some types of model.weight_dtype.
+
+    The answers of a type must be taken before the next ones are asked for.
+    """
+    from clif.llm import LLM, load_for
+
+    store = AdapterStore(run)
+    folders = {str(version): store.path(version) for version in versions if version}
+    adapter = {**config.adapter.model_dump(mode="json"), "serving_slots": max(2, len(folders))}
+    engine = config.engine.model_dump(mode="json", exclude={"emulated"})
+    engine |= {"max_batch": max(BATCH, config.engine.max_batch), "kv_tokens": "auto"}
+    for typed, loaded in load_for(config, kinds):
+        model = typed.model.model_dump(mode="json", exclude={"path"})
+        llm = LLM(typed.model.path, adapters=folders, model=model, adapter=adapter, engine=engine, loaded=loaded)
+        kind = typed.model.weight_dtype
+        weights = str(loaded.dtype).removeprefix("torch.") if kind == "auto" else kind
+        with closing(LibraryAnswers(llm, weights, max_tokens)) as answers:
+            yield answers
+
+
 class ServerAnswers:
-    """Answers by a CLIF server of the run, by the names of its versions."""
+    """Answers by a CLIF server of the run, by the names of its versions. weights: None, only the server knows them."""
+
+    weights = None
 
     def __init__(self, run: Path, config: Config, endpoint: Endpoint, max_tokens: int) -> None:
         self._endpoint, self._max_tokens = endpoint, max_tokens
-        self._tokenizer, self._longest = ChatTokenizer.load(run / TOKENIZER_FOLDER), config.model.max_context - 1
+        self.tokenizer, self._longest = ChatTokenizer.load(run / TOKENIZER_FOLDER), config.model.max_context
 
     def answer(self, rows: Sequence[Row], version: int, loss: bool) -> list[Answer]:
         """Raises InputError where the server does not answer, or has not kept the version."""
         model = f"clif@v{version:04d}" if version else "base"
         timeout = httpx.Timeout(SILENT_S, connect=CONNECT_S)
         client = httpx.Client(headers=self._endpoint.headers, timeout=timeout)
-        samples = known_answers(rows, self._tokenizer, self._longest) if loss else {}
+        samples = known_answers(rows, self.tokenizer, self._longest) if loss else []
         with client, ThreadPoolExecutor(AT_A_TIME) as threads:
             texts = list(threads.map(lambda row: self._ask(client, model, row), rows))
-            read = list(threads.map(lambda sample: self._read(client, model, sample), samples.values()))
-        answers = [Answer.of(row, text) for row, text in zip(rows, texts, strict=True)]
-        for index, logprobs in zip(samples, read, strict=True):
-            answers[index] = with_loss(answers[index], samples[index], logprobs)
-        return answers
+            read = list(threads.map(lambda sample: self._read(client, model, sample), samples))
+        answers = list(map(Answer.of, rows, texts))
+        return list(map(with_loss, answers, samples, read)) if loss else answers
 
     def _ask(self, client: httpx.Client, model: str, row: Row) -> str:
         body = {"messages": row.messages, "max_tokens": self._max_tokens}
@@ -110,13 +128,10 @@ class ServerAnswers:
         return found
 
 
-def known_answers(rows: Sequence[Row], tokenizer: ChatTokenizer, longest: int) -> dict[int, TrainSample]:
-    """Prompts with their known answers, as training reads them, by their index. Those that do not fit are left out."""
-    samples = {}
-    for index, row in enumerate(rows):
-        with suppress(SampleRejected):
-            samples[index] = encode_sample(row, tokenizer, longest)
-    return samples
+def known_answers(rows: Sequence[Row], tokenizer: ChatTokenizer, max_context: int) -> list[TrainSample]:
+    """Prompts with their known answers, as training reads them. Raises DataError for one that does not fit."""
+    # READ answers with one token.
+    return [encode_sample(row, tokenizer, max_context - READ.max_tokens) for row in rows]
 
 
 def with_loss(answer: Answer, sample: TrainSample, logprobs: Sequence[float | None]) -> Answer:

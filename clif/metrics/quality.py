@@ -46,17 +46,17 @@ def score_table(lines: Iterable[Mapping[str, Any]]) -> tuple[list[str], list[lis
     It fits a terminal of 80 columns whatever the number of metrics.
     """
     shown = list(lines)
-    names = [name for name in ("group", "name") if any(name in line for line in shown)]
+    names = [name for name in ("group", "name", "version", "weights") if any(name in line for line in shown)]
     rows = [
-        [metric, *(str(line[name]) for name in names), str(line["version"]), *_texts(metric, line["scores"][metric])]
+        [metric, *(str(line[name]) for name in names), *_texts(metric, line["scores"][metric])]
         for line, metric in _by_metric(shown)
     ]
     gates = [
-        ["gate_loss", *("" for _ in names), str(line["version"]), number(line["gate_loss"]), "-", "-"]
+        ["gate_loss", *(str(line.get(name, "")) for name in names), number(line["gate_loss"]), "-", "-"]
         for line in shown
         if line.get("gate_loss") is not None
     ]
-    return ["metric", *names, "version", "value", "95 % interval", "answers"], gates + rows
+    return ["metric", *names, "value", "95 % interval", "answers"], gates + rows
 
 
 def _by_metric(lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], str]]:

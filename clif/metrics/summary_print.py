@@ -26,15 +26,15 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
             # Without markup: reasons come from other processes and may hold brackets.
             table.add_row(name, Text(text))
         console.print(table)
-    print_quality(summary["quality"], console)
+    print_quality(summary["quality"], console, "quality.groups in summary.json")
 
 
-def print_quality(figures: Mapping[str, Sequence[Mapping[str, Any]]], console: Console) -> None:
-    """Tables of `versions` and `groups`, as in the summary."""
+def print_quality(figures: Mapping[str, Sequence[Mapping[str, Any]]], console: Console, whole: str) -> None:
+    """Tables of `versions` and `groups`, as in the summary. whole: where all groups are found."""
     print_scores("Quality, version by version", figures["versions"], console)
     print_scores("Quality by class and client", figures["groups"][:MOST_GROUPS], console)
     if (more := len(figures["groups"]) - MOST_GROUPS) > 0:
-        console.print(f"and {more} more lines by class and client: quality.groups in summary.json")
+        console.print(f"and {more} more lines by class and client: {whole}")
 
 
 def print_scores(title: str, lines: Sequence[Mapping[str, Any]], console: Console) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from tiny_gguf import CONTEXT, write_gguf
 
 from clif.config import ConfigError, ModelConfig
 from clif.models.weights import gguf as unpacked
+from clif.models.weights import loading
 from clif.models.weights.files import is_gguf
 from clif.models.weights.gguf import load_gguf, remove_unpacked
 from clif.models.weights.loading import LoadedModel, load_model
@@ -190,3 +193,22 @@ def test_a_full_disk_is_said_with_what_to_change_and_leaves_nothing_to_be_read(f
 
 def test_only_gguf_files_are_unpacked():
     assert is_gguf("assets/model.gguf") and not is_gguf("org/model") and not is_gguf("random:x.json")
+
+
+def test_a_header_is_read_once_for_configuration_tokenizer_and_weights(file, monkeypatch):
+    reads = list[str]()
+    reader = gguf.GGUFReader
+
+    def counted(path, *rest):
+        reads.append(path)
+        return reader(path, *rest)
+
+    monkeypatch.setattr(gguf, "GGUFReader", counted)
+    once = load_model(ModelConfig(path=file, dtype="float32", max_context=CONTEXT), torch.device("cpu"))
+    assert reads == [file]
+    assert gguf.GGUFReader is counted, "a file that is written anew is read anew"
+    monkeypatch.setattr(loading, "read_once", lambda _: nullcontext())
+    often = load_model(ModelConfig(path=file, dtype="float32", max_context=CONTEXT), torch.device("cpu"))
+    assert len(reads) > 3, "this is worth it as long as transformers asks so often"
+    assert all(torch.equal(a, b) for a, b in zip(once.model.parameters(), often.model.parameters(), strict=True))
+    assert once.tokenizer.encode_text("a b") == often.tokenizer.encode_text("a b")

@@ -20,6 +20,7 @@ from clif.models.proof import check_architecture
 from clif.models.spec import check_family, spec_of
 from clif.models.weights.files import RANDOM, check_tensors, is_gguf, locate
 from clif.models.weights.gguf_header import read_header
+from clif.models.weights.gguf_once import read_once
 from clif.models.weights.hub import is_hub_name, snapshot
 from clif.models.weights.random_init import draw_model
 from clif.models.weights.safetensors_shard import can_slice, load_sliced
@@ -107,11 +108,12 @@ def pretrained(config: ModelConfig, dtype: torch.dtype) -> tuple[Any, ChatTokeni
     path = config.path
     # Every rank would draw its own bar over the run's progress.
     transformers.utils.logging.disable_progress_bar()
-    shape = _checked(config, path)
-    with reading(f"model.path {path}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**_source(path))
-        model = load_whole(path, config=shape, **_source(path), **_dense_gguf(path), dtype=dtype)
-        return model, from_transformers(tokenizer, _eos_ids(model))
+    with read_once(path):
+        shape = _checked(config, path)
+        with reading(f"model.path {path}"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**_source(path))
+            model = load_whole(path, config=shape, **_source(path), **_dense_gguf(path), dtype=dtype)
+            return model, from_transformers(tokenizer, _eos_ids(model))
 
 
 def load_whole(name: str, **source: Any) -> Any:
