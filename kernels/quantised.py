@@ -11,8 +11,9 @@ and Q4_0 of llama.cpp, whose largest number takes the whole range).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -64,6 +65,35 @@ class QuantisedMatrix:
             return cls(4, in_, *_joined(_by_range(_groups(piece)) for piece in pieces))
         return cls(4, in_, *_joined(_by_largest(_groups(piece)) for piece in pieces))
 
+    def to(self, device: torch.device) -> QuantisedMatrix:
+        """The same on a device."""
+        return self._each(lambda t: t.to(device))
+
+    def select(self, rows: slice | torch.Tensor) -> QuantisedMatrix:
+        """Some of the outputs, by a slice or by their numbers: views with the former."""
+        return self._each(lambda t: t[rows])
+
+    def cut(self, start: int, stop: int) -> QuantisedMatrix:
+        """Inputs [start, stop), in groups of as many as lie in it whole. Raises ValueError for groups below 16."""
+        if self.by_output:
+            return replace(self, in_=stop - start, numbers=self.numbers[:, start:stop].contiguous())
+        old = self.group or GROUP
+        group = math.gcd(old, start, old if stop == self.in_ else stop)
+        if group % 16:
+            raise ValueError(f"inputs {start} to {stop} of {self.in_} are no whole multiples of 16")
+        groups = slice(start // group, -(-stop // group))
+        part = self._each(lambda t: t if t is self.numbers else t.repeat_interleave(old // group, 1)[:, groups])
+        numbers = self.numbers[:, start:stop]
+        if self.bits == 4:
+            numbers = self.numbers[:, start // 2 : -(-stop // 2)]
+            numbers = pad(numbers, (0, -numbers.shape[1] % (GROUP // 2)))
+        return replace(part, in_=stop - start, numbers=numbers.contiguous(), group=group)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> QuantisedMatrix:
+        names = ("numbers", "scales", "least", "zeros")
+        found = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: change(t) for name, t in found.items() if t is not None})
+
     def whole(self, rows: slice) -> torch.Tensor:
         """The whole numbers of some outputs: int8 [rows, in_]; of 4 bits uint8 [rows, inputs], up to whole groups."""
         numbers = self.numbers[rows]
@@ -106,6 +136,20 @@ def two_in_a_byte(whole: torch.Tensor) -> torch.Tensor:
     """Numbers from 0 to 15, uint8 [out, inputs] -> [out, inputs / 2], with zeros up to whole multiples of GROUP."""
     whole = pad(whole, (0, -whole.shape[1] % GROUP))
     return whole[:, 0::2] | whole[:, 1::2] << 4
+
+
+def joined(matrices: Sequence[QuantisedMatrix]) -> QuantisedMatrix | None:
+    """Matrices of one form, one below the other; None where they are of several."""
+    first, kinds = matrices[0], {(m.bits, m.in_, m.group, *map(_kind, (m.scales, m.least, m.zeros))) for m in matrices}
+    if len(kinds) > 1:
+        return None
+    numbers, scales, *rest = (torch.cat(parts) for parts in zip(*(matrix.tensors for matrix in matrices), strict=True))
+    least, zeros = (rest[0] if rest and each is not None else None for each in (first.least, first.zeros))
+    return replace(first, numbers=numbers, scales=scales, least=least, zeros=zeros)
+
+
+def _kind(tensor: torch.Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
 
 
 def strips(count: int, width: int, numbers: int, unit: int = 1) -> Iterator[slice]:

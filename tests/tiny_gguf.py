@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
@@ -19,11 +20,13 @@ def write_gguf(
     window: int = 0,
     experts: int = 0,
     turned: int = HIDDEN // HEADS,
+    kinds: Mapping[str, str] | None = None,
 ) -> str:
     """A Llama with tied embeddings and a byte-level tokenizer; returns the path.
 
     freqs: with factors of its rotary frequencies, as files of Llama 3.1 have them; scaling: kind of their scaling;
-    window: of its attention, tokens; experts: how many it says that it has; turned: numbers of a head that are rotated.
+    window: of its attention, tokens; experts: how many it says that it has; turned: numbers of a head that are rotated;
+    kinds: types of weights by the middle of their names, Q8_0 by default.
     """
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
@@ -53,10 +56,9 @@ def write_gguf(
         add(257)
 
     def packed(name: str, rows: int, columns: int) -> None:
-        blocks = gguf.quants.quantize(
-            rng.normal(0, 0.1, (rows, columns)).astype(np.float32), gguf.GGMLQuantizationType.Q8_0
-        )
-        writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        kind = gguf.GGMLQuantizationType[(kinds or {}).get(name.split(".")[-2], "Q8_0")]
+        blocks = gguf.quants.quantize(rng.normal(0, 0.1, (rows, columns)).astype(np.float32), kind)
+        writer.add_tensor(name, blocks, raw_dtype=kind)
 
     def norm(name: str) -> None:
         writer.add_tensor(name, rng.normal(1, 0.1, HIDDEN).astype(np.float32))

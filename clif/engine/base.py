@@ -26,6 +26,7 @@ from clif.models.backends import (
 )
 from clif.models.dual_linear import LoraRows
 from clif.models.expert_linears import choose_grouped
+from clif.models.kept import kept
 from clif.models.proof import PROBE, ask_ends, compare, probe_ids
 from clif.models.quantising import FORMATS, assert_stored, choose_quantised, quantise
 from clif.models.spec import spec_of
@@ -111,6 +112,8 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
                 compare(stack, expected)
             kernels = choose_quantised(kind, loaded.device, loaded.dtype)
             log.info("%s", quantise(stack, kind, kernels))
+        elif (as_kept := kept(stack)) is not None:
+            log.info("%s", as_kept)
         if stack.routed and choose_grouped(loaded.device, loaded.dtype):
             stack.group_experts()
         _choose_lora_kernels(stack, config, loaded)

@@ -18,6 +18,8 @@ from clif.models.layer_spec import LinearGroup, ModelSpec
 from clif.models.spec import spec_of
 from clif.models.targets import is_target
 from clif.models.weights.files import locate, read_model
+from clif.models.weights.forms import Form
+from clif.models.weights.kept_forms import FormOf, kept_forms
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MASTER = 4
@@ -123,16 +125,32 @@ def _weights(config: Config, spec: ModelSpec, tp_size: int, number: int, padded:
     A quantised head is no view of the embedding.
     """
     kind, layers = config.model.weight_dtype, spec.num_layers
+    forms = kept_forms(config.model)
     shapes, head = _shapes(spec, tp_size), _head(spec, tp_size)
     # Rows of the hidden size: embedding and norms.
     rest = number * (spec.vocab_size + layers * len(spec.layer.all_norms) + 1) * spec.hidden_size
     rest += number * layers * _choosing(spec, tp_size)
+    if forms is not None:
+        kept = [
+            number * math.prod(shape) if form is None else form.bytes(*shape, padded)
+            for shape, form in _kept(spec, forms, tp_size)
+        ]
+        return rest + sum(kept)
     if kind in QUANTISED:
         unit = PACKED if padded else 1
         of_layer, of_head = (sum(quantised_bytes(*one, kind, unit) for one in some) for some in (shapes, [head]))
         return rest + layers * of_layer + of_head
     # Where the head is tied, it is a view of the embedding.
     return rest + number * (layers * sum(map(math.prod, shapes)) + (0 if spec.tied else math.prod(head)))
+
+
+def _kept(spec: ModelSpec, forms: FormOf, tp_size: int) -> Iterator[tuple[tuple[int, int], Form | None]]:
+    """Outputs and inputs on a rank, and form, of each linear layer and the head, unless that is a view."""
+    for name, group, i in spec.linears():
+        yield (_rows(group, tp_size)[i], _width(group, tp_size)), forms(f"{name}.weight")
+    form = forms(f"{spec.embedding if spec.tied else spec.head}.weight")
+    if form is not None or not spec.tied:
+        yield _head(spec, tp_size), form
 
 
 def _choosing(spec: ModelSpec, tp_size: int) -> int:
@@ -176,6 +194,9 @@ def _packed(config: Config, spec: ModelSpec, tp_size: int) -> int:
     weights = 0
     if config.model.weight_dtype == "auto":
         weights = spec.num_layers * sum(size(*shape) for shape in shapes) + size(*head)
+    forms = kept_forms(config.model)
+    if forms is not None:
+        weights = sum(size(*shape) for shape, form in _kept(spec, forms, tp_size) if form is None)
     if not compiled:
         return weights
     slot = 0

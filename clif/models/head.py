@@ -13,7 +13,8 @@ from torch import nn
 from clif.distributed.collectives import TpGroup
 from clif.kernels.cpu.training import TrainingKernels
 from clif.models.base_backward import base_backward
-from clif.models.base_weight import BaseWeight, Dense
+from clif.models.base_weight import BaseWeight, Dense, merged
+from clif.models.packed_linear import PackedLinear
 from clif.models.scores import cap_, cap_gradient_
 from clif.models.shard import shard_linear, uneven_shard
 from clif.types import NO_TOKEN
@@ -67,10 +68,13 @@ class Head:
         self.tp_group, self.shard = tp_group, uneven_shard(vocab_size, tp_group.rank, tp_group.size)
         if not tied:
             shard_linear(module, "out", self.shard, first=True)
+        self.training: TrainingKernels | None = None
+        if isinstance(module, PackedLinear):
+            self.base: BaseWeight = merged([module])
+            return
         rows = slice(self.shard.start, self.shard.stop) if tied else slice(None)
         bias = None if module.bias is None else module.bias.data[rows]
-        self.base: BaseWeight = Dense(module.weight.data[rows], bias)
-        self.training: TrainingKernels | None = None
+        self.base = Dense(module.weight.data[rows], bias)
 
     def __call__(self, normed: torch.Tensor) -> torch.Tensor:
         """normed [rows, hidden size] -> this rank's columns of the logits [rows, shard]."""

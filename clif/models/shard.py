@@ -180,14 +180,13 @@ def axis_of(shard_dim: ShardDim, dims: int) -> int:
 
 
 def shard_linear(linear: nn.Linear, shard_dim: ShardDim, shard: Shard, first: bool) -> None:
-    """Leave a linear layer this rank's part of its weight only, if it was loaded whole.
+    """Leave a linear layer this rank's part of its weight only, if it was loaded whole; a packed one never is.
 
     first: this rank adds the bias of summed outputs.
     """
-    weight = linear.weight.data
-    if weight.shape[0 if shard_dim == "out" else 1] != shard.size:
+    if (linear.out_features if shard_dim == "out" else linear.in_features) != shard.size:
         # Copies, so that the whole is freed.
-        linear.weight.data = shard_of(weight, shard_dim, shard).clone()
+        linear.weight.data = shard_of(linear.weight.data, shard_dim, shard).clone()
         linear.out_features, linear.in_features = linear.weight.shape
         if linear.bias is not None and shard_dim == "out":
             linear.bias.data = shard_of(linear.bias.data, shard_dim, shard).clone()

@@ -172,10 +172,10 @@ class CausalStack:
 
     def prepack(self) -> None:
         """Lay all weights out for the machine's matrix kernels where that pays."""
-        for part in self._weighed():
+        for part in self.weighed():
             part.base = prepacked(part.base)
 
-    def _weighed(self) -> list[DualLinear | FrozenLinear | Head]:
+    def weighed(self) -> list[DualLinear | FrozenLinear | Head]:
         """What multiplies with a frozen weight, in the order in which a step reads them."""
         found: list[DualLinear | FrozenLinear | Head] = []
         for layer in self.decoder_layers:
@@ -186,8 +186,8 @@ class CausalStack:
 
     def pack(self) -> None:
         """Lay all bfloat16 weights out for the C++ kernels, and the adapters' slots, which no longer move then."""
-        arena = arena_for(part.base for part in self._weighed())
-        for part in self._weighed():
+        arena = arena_for(part.base for part in self.weighed())
+        for part in self.weighed():
             part.base = packed(part.base, arena)
         for linear in self.linears:
             if linear.lora is not None and isinstance(linear.base, Compiled):

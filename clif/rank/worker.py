@@ -23,6 +23,7 @@ from clif.exit_report import last_words
 from clif.metrics.provenance import provenance
 from clif.models.weights.files import is_gguf
 from clif.models.weights.gguf import load_gguf, remove_unpacked
+from clif.models.weights.kept_forms import KEPT
 from clif.models.weights.loading import LoadedModel, load_model
 from clif.rank.control_process import Control, connect, control_process, given_secret
 from clif.rank.serve_loop import serve_until_stop
@@ -97,7 +98,8 @@ def _code_for(env: RankEnv, code: int) -> int:
 def _load(config: Config, topology: Topology, run_dir: Path, restarted: bool) -> LoadedModel:
     env, tp_group = topology.env, topology.tp_group
     # A single rank without restarts reads the file once: unpacking it to disk would not pay.
-    if is_gguf(config.model.path) and (env.world_size > 1 or restarts_left(os.environ)):
+    unpacked = is_gguf(config.model.path) and config.model.weight_dtype != KEPT
+    if unpacked and (env.world_size > 1 or restarts_left(os.environ)):
         return load_gguf(config.model, topology.store, run_dir, topology.device, tp_group, restarted)
     return load_model(config.model, topology.device, config.run.seed, tp_group)
 

@@ -275,14 +275,14 @@ def test_each_family_computes_with_the_weights_that_the_whole_numbers_stand_for(
     config = small_config(f"random:{file}")
     stacks = [CausalStack(load_model(config.model, torch.device("cpu"), 3).model) for _ in range(2)]
     quantise(stacks[0], kind)
-    for mine, other in zip(*(stack._weighed() for stack in stacks), strict=True):
+    for mine, other in zip(*(stack.weighed() for stack in stacks), strict=True):
         base: Any = other.base
         weight: Any = mine.base
         other.base = type(base)(weight.matrix.dense(torch.float32), base.bias)
     ids = torch.arange(5, 45)
     found, expected = (stack_logits(stack, ids) for stack in stacks)
     assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
-    held = sum(t.nbytes for part in stacks[0]._weighed() for t in part.base.tensors[:2])
+    held = sum(t.nbytes for part in stacks[0].weighed() for t in part.base.tensors[:2])
     held += sum(p.nbytes for p in stacks[0].model.parameters())
     whole = config.model_copy(update={"model": config.model.model_copy(update={"weight_dtype": kind})})
     assert estimate(whole, read_spec(config.model.path), 1, "cpu").weights == pytest.approx(held, rel=0.05)

@@ -78,11 +78,12 @@ def _of_adapter(folder: Path) -> str:
 
 def check_gguf(header: GgufHeader, spec: ModelSpec, name: str) -> None:
     """Raises ConfigError for a file without all tensors of a model of this spec, as far as their names are known."""
-    wanted = {_in_gguf(tensor): sizes for tensor, sizes in spec.tensors(tied=True)}
+    wanted = {gguf_name(tensor): sizes for tensor, sizes in spec.tensors(tied=True)}
     _compare({tensor: sizes for tensor, sizes in wanted.items() if tensor is not None}, header.tensors, name)
 
 
-def _in_gguf(tensor: str) -> str | None:
+def gguf_name(tensor: str) -> str | None:
+    """The name of a weight in GGUF files, where it is known."""
     *where, _ = tensor.split(".")
     block = f"blk.{where[2]}." if where[:2] == ["model", "layers"] else ""
     found = GGUF_NAMES.get(".".join(where[3:] if block else where))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from clif.errors import ConfigError
 from clif.models.hf_config import Tree, check_tree
@@ -35,12 +35,22 @@ class _DamagedError(Exception):
     """The header does not fit the file."""
 
 
+class Extent(NamedTuple):
+    """Where the numbers of a tensor lie in the file. kind: number of their type; start, size: bytes."""
+
+    kind: int
+    start: int
+    size: int
+
+
 @dataclass(frozen=True)
 class GgufHeader:
-    """values: metadata by key, None for an array; tensors: shape [out, in] by name."""
+    """values: metadata by key, None for an array; tensors: shape [out, in] by name; extents: the same for where they
+    lie."""
 
     values: dict[str, Any]
     tensors: dict[str, tuple[int, ...]]
+    extents: dict[str, Extent]
 
     def tree(self) -> Tree:
         """The fields of a config.json that the metadata gives."""
@@ -116,10 +126,11 @@ class _Reader:
         if not isinstance(step, int) or not 0 < step <= 1 << 20:
             raise _DamagedError(f"its alignment is {step}")
         start = -(-self._at // step) * step
-        for name, _, offset, size in found:
-            if start + offset + size > self._size:
-                raise _DamagedError(f"tensor {name} ends at byte {start + offset + size} of {self._size}")
-        return GgufHeader(values, {name: shape for name, shape, _, _ in found})
+        extents = {name: Extent(kind, start + offset, size) for name, _, kind, offset, size in found}
+        for name, extent in extents.items():
+            if extent.start + extent.size > self._size:
+                raise _DamagedError(f"tensor {name} ends at byte {extent.start + extent.size} of {self._size}")
+        return GgufHeader(values, {name: shape for name, shape, *_ in found}, extents)
 
     def _times(self, count: int) -> range:
         # No entry takes less than a byte.
@@ -127,8 +138,8 @@ class _Reader:
             raise _DamagedError(f"it counts {count} entries in {self._size} bytes")
         return range(count)
 
-    def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Name, shape [out, in], offset and bytes."""
+    def _tensor(self) -> tuple[str, tuple[int, ...], int, int, int]:
+        """Name, shape [out, in], kind, offset and bytes."""
         name = self._string()
         shape = tuple(self._number("Q") for _ in self._times(self._number("I")))
         kind, offset = self._number("I"), self._number("Q")
@@ -139,7 +150,7 @@ class _Reader:
         if kind not in sizes or not shape or 0 in shape:
             raise _DamagedError(f"tensor {name} of type {kind} and shape {list(shape)[:4]}")
         block, bytes_ = sizes[kind]
-        return name, shape[::-1], offset, prod(shape) // block * bytes_
+        return name, shape[::-1], kind, offset, prod(shape) // block * bytes_
 
     def _value(self, kind: int, depth: int = 0) -> Any:
         if kind == STRING:

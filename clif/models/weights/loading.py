@@ -22,6 +22,7 @@ from clif.models.weights.files import RANDOM, check_tensors, is_gguf, locate
 from clif.models.weights.gguf_header import read_header
 from clif.models.weights.gguf_once import read_once
 from clif.models.weights.hub import is_hub_name, snapshot
+from clif.models.weights.kept_forms import KEPT
 from clif.models.weights.random_init import draw_model
 from clif.models.weights.safetensors_shard import can_slice, load_sliced
 from clif.tokenizer import ChatTokenizer, from_transformers
@@ -64,6 +65,8 @@ def load_model(
     folder = snapshot(config.path) if shared and is_hub_name(config.path) else config.path
     if config.path.startswith(RANDOM):
         model, tokenizer = _random(config, dtype, seed, device, tp_group)
+    elif config.weight_dtype == KEPT:
+        model, tokenizer = _kept(config, dtype, device, tp_group)
     elif shared and can_slice(folder):
         model, tokenizer = _sliced(config, folder, dtype, device, tp_group)
     else:
@@ -114,6 +117,25 @@ def pretrained(config: ModelConfig, dtype: torch.dtype) -> tuple[Any, ChatTokeni
             tokenizer = transformers.AutoTokenizer.from_pretrained(**_source(path))
             model = load_whole(path, config=shape, **_source(path), **_dense_gguf(path), dtype=dtype)
             return model, from_transformers(tokenizer, _eos_ids(model))
+
+
+def _kept(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, tp_group: TpGroup
+) -> tuple[Any, ChatTokenizer]:
+    """A model whose weights stay as its file has them. Raises ConfigError for a file whose weights are plain."""
+    if not is_gguf(config.path):
+        raise ConfigError(
+            f"model.weight_dtype {KEPT} keeps the quantised weights of a GGUF file, and model.path {config.path} is "
+            "none: set model.weight_dtype=auto"
+        )
+    # Late: a machine that serves no GGUF file need not have the package.
+    from clif.models.weights.gguf_packed import load_packed_gguf
+
+    shape = _checked(config, config.path)
+    with reading(f"model.path {config.path}"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**_source(config.path))
+        model = load_packed_gguf(Path(config.path), shape, dtype, device, tp_group)
+        return model, from_transformers(tokenizer, _eos_ids(model))
 
 
 def load_whole(name: str, **source: Any) -> Any:

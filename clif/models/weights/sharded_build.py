@@ -15,7 +15,9 @@ from accelerate import init_empty_weights
 
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
+from clif.kernels.quantised import QuantisedMatrix
 from clif.models.expert_spec import Experts
+from clif.models.packed_linear import PackedLinear
 from clif.models.shard import Shard, ShardDim, uneven_shard
 from clif.models.spec import spec_of
 from clif.models.stack import check_model
@@ -24,13 +26,26 @@ TensorShard = tuple[ShardDim, Shard] | None
 """This rank's part of a tensor; None: all of it."""
 Source = Callable[[str, torch.Size, TensorShard], torch.Tensor]
 """(name, shape of the whole tensor, part wanted) -> that part."""
+Kept = tuple[QuantisedMatrix, torch.Tensor | None]
+"""A weight as whole numbers and scales, and the input that stands in each of its columns (None: as they are)."""
+KeptSource = Callable[[str, TensorShard], Kept | None]
+"""(name, part wanted) -> that part of a linear layer's weight; None: it is plain."""
 HEAD = "lm_head"
 
 
-def build(config: Any, source: Source, dtype: torch.dtype, device: torch.device, tp_group: TpGroup) -> Any:
+def build(
+    config: Any,
+    source: Source,
+    dtype: torch.dtype,
+    device: torch.device,
+    tp_group: TpGroup,
+    packed: KeptSource | None = None,
+) -> Any:
     """The model of a transformers configuration, with each weight from `source`. Buffers are computed, on the CPU.
 
-    Raises ConfigError for a model that cannot be cut, LayoutError for one that the peers cannot share.
+    packed: asked first for the weights of linear layers, and where the head is tied for the embedding's: a PackedLinear
+    then stands for the layer or the head. Raises ConfigError for a model that cannot be cut, LayoutError for one that
+    the peers cannot share.
     """
     with init_empty_weights(include_buffers=False):
         # Its own attention is torch's fused one, except for makes that this does not compute.
@@ -38,9 +53,14 @@ def build(config: Any, source: Source, dtype: torch.dtype, device: torch.device,
     tied = getattr(config, "tie_word_embeddings", False)
     parts = dict(_parts(model, tied, tp_group)) if tp_group.size > 1 else {}
     for name, parameter in list(model.named_parameters()):
-        if not (tied and name == f"{HEAD}.weight"):
-            _put(model, name, source(name, parameter.shape, parts.get(name)).to(device=device, dtype=dtype))
+        if tied and name == f"{HEAD}.weight":
+            continue
+        if packed is not None and _put_packed(model, name, packed, parts.get(name), dtype, device):
+            continue
+        _put(model, name, source(name, parameter.shape, parts.get(name)).to(device=device, dtype=dtype))
     model.tie_weights()
+    if tied and packed is not None:
+        _untie(model, packed, dtype, device, tp_group)
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise ConfigError(f"{type(model).__name__} ties {', '.join(left[:3])}, which is not supported: choose another")
@@ -64,6 +84,31 @@ def _parts(model: Any, tied: bool, tp_group: TpGroup) -> Iterator[tuple[str, tup
         if isinstance(spec.layer.mlp, Experts):
             for name, part in spec.layer.mlp.shards(tp_group.rank, tp_group.size).items():
                 yield f"{spec.layers}.{layer}.{name}", part
+
+
+def _put_packed(
+    model: Any, name: str, packed: KeptSource, part: TensorShard, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Let a PackedLinear stand for a linear layer whose weight is packed; returns whether it is."""
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    found = packed(name, part) if leaf == "weight" and isinstance(module, torch.nn.Linear) else None
+    if found is None:
+        return False
+    matrix, order = found
+    order = None if order is None else order.to(device)
+    model.set_submodule(parent, PackedLinear(matrix.to(device), module.bias, dtype, order))
+    return True
+
+
+def _untie(model: Any, packed: KeptSource, dtype: torch.dtype, device: torch.device, tp_group: TpGroup) -> None:
+    """Give a tied head the embedding's packed weight, if it is packed; the embedding stays dense."""
+    spec = spec_of(model.config)
+    rows = uneven_shard(spec.vocab_size, tp_group.rank, tp_group.size)
+    found = packed(f"{spec.embedding}.weight", ("out", rows) if tp_group.size > 1 else None)
+    if found is not None:
+        head = model.get_submodule(spec.head)
+        model.set_submodule(spec.head, PackedLinear(found[0].to(device), head.bias, dtype))
 
 
 def _put(model: Any, name: str, tensor: torch.Tensor) -> None:
