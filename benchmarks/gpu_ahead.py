@@ -29,15 +29,18 @@ from tune_gpu import Tuner
 from tune_plan import MODELS
 
 from clif.engine.graphs import decode_sizes
+from clif.engine.prompt_graphs import prompt_sizes
 from clif.kernels.dual_lora_forms import DualLoraLinear
 from clif.kernels.dual_lora_host import KernelLauncher
 from clif.kernels.dual_lora_reference import SHADOW
 from clif.kernels.paged_decode_host import PagedDecode
+from clif.kernels.paged_prefill_host import PagedPrefill
 from clif.kernels.quantised_host import QuantisedKernels
 from clif.kernels.testing.dual_lora_specification import computed, random_batch, random_layer
 from clif.kernels.testing.elementwise_specification import Draw, random_gate, random_heads, random_norm
 from clif.kernels.testing.elementwise_specification import computed as computed_parts
 from clif.kernels.testing.paged_decode_specification import random_decode
+from clif.kernels.testing.paged_prefill_specification import random_prefill
 from clif.kernels.tuning import Defaults, TileTable, load_table, table_path
 from clif.models.quantising import FORMATS
 
@@ -80,6 +83,25 @@ class DecodeJob:
         )
         out = batch.q.new_zeros(batch.q.shape).flatten(1)
         PagedDecode(DEVICE).attend(batch.q, batch.cache, batch.table(), batch.scale, out)
+
+
+@dataclass(frozen=True)
+class PrefillJob:
+    """Attention of prompts in captured steps, with heads of one size."""
+
+    heads: int
+    kv_heads: int
+    d: int
+    dtype: str
+
+    def __call__(self) -> None:
+        dtype = getattr(torch, self.dtype)
+        batch = random_prefill(
+            ((0, 18), (5, 22)), self.heads, self.kv_heads, self.d, 16, dtype=dtype, device=str(DEVICE)
+        )
+        kernel, q = PagedPrefill(), batch.rows.q
+        table = batch.table(kernel.tile_tokens(self.heads // self.kv_heads, self.d, q.itemsize))
+        kernel.attend(q, batch.rows.cache, table, batch.rows.scale, q.new_zeros(q.shape).flatten(1))
 
 
 @dataclass(frozen=True)
@@ -130,7 +152,7 @@ class QuantisedJob:
         kernels.dense(matrix, dtype)
 
 
-Job = LinearJob | DecodeJob | PartsJob | CaseJob | QuantisedJob
+Job = LinearJob | DecodeJob | PrefillJob | PartsJob | CaseJob | QuantisedJob
 SHAPES = {"1b": PartsJob(2048, 32, 8, 64, 8192, "bfloat16"), "8b": PartsJob(4096, 32, 8, 128, 14336, "bfloat16")}
 
 
@@ -139,6 +161,7 @@ def jobs(dry: bool) -> Iterator[Job]:
     if dry:
         yield LinearJob((32, 16), 32, 8, ((3, 0), (4, SHADOW)))
         yield DecodeJob(4, 2, 16, 4, "float32")
+        yield PrefillJob(4, 2, 16, "float32")
         yield PartsJob(32, 4, 2, 16, 48, "float32")
         yield CaseJob(DRY_CASES[0])
         yield QuantisedJob("int8", 32, 64, (3,), "float32")
@@ -150,6 +173,7 @@ def jobs(dry: bool) -> Iterator[Job]:
     # The small model in float32 of the first stage: 4 heads on 2 of 16 numbers, 64 wide.
     yield PartsJob(64, 4, 2, 16, 128, "float32")
     yield DecodeJob(4, 2, 16, 16, "float32")
+    yield PrefillJob(4, 2, 16, "float32")
     for sizes, depth in (((64, 32, 32), 64), ((64,), 64), ((128, 128), 64), ((64,), 128)):
         yield LinearJob(sizes, depth, 8, ((12, 0),), "float32")
     yield from of_model("8b")
@@ -165,10 +189,12 @@ def of_model(model: str) -> Iterator[Job]:
     parts = SHAPES[model]
     yield parts
     yield DecodeJob(parts.heads, parts.kv_heads, parts.d, 16, parts.dtype)
+    yield PrefillJob(parts.heads, parts.kv_heads, parts.d, parts.dtype)
     tiles = tiling()
     for sizes, depth in MODELS[model]:
         # One size for each way to cut rows and columns, the largest first, as they are captured.
-        by_tiles = {tiles.linear(rows, depth, sum(sizes), 8, False): rows for rows in decode_sizes(64)}
+        captured = (*decode_sizes(64), *prompt_sizes(64, 2048))
+        by_tiles = {tiles.linear(rows, depth, sum(sizes), 8, False): rows for rows in captured}
         for rows in sorted(by_tiles.values(), reverse=True):
             yield LinearJob(sizes, depth, 8, ((rows, 0),))
 

@@ -31,6 +31,7 @@ from clif.config import Config, ConfigError, config_from_tree
 from clif.distributed.collectives import TpGroup
 from clif.engine.base import build_base
 from clif.engine.build import build_engine
+from clif.engine.capture import Captured
 from clif.engine.checked_capture import CheckedRecorder, CheckedRegion
 from clif.engine.engine import Engine
 from clif.engine.graphs import DecodeGraphs
@@ -65,6 +66,8 @@ class Scale:
     buckets: tuple[tuple[int, int], ...]
     """The same for steps of one captured pass, by the tokens that it is captured for."""
     model: str = ""
+    prefill: int = 512
+    """engine.max_prefill_tokens, which decides how large captured steps with prompts are."""
 
     def shown(self, shape: str) -> str:
         """What is really measured."""
@@ -81,8 +84,9 @@ FULL = Scale(
     ((32, 512), (4, 128), (8, 512)), ((2, 128), (4, 128), (4, 256), (4, 512)),
 )  # fmt: skip
 DRY = Scale(
-    FULL.shapes, "cpu", "float32", 4, 12, 12, 0.2, 1, ((4, 16), (1, 16), (2, 16)), ((1, 16), (2, 16)), "tiny-llama"
-)
+    FULL.shapes, "cpu", "float32", 4, 12, 12, 0.2, 1, ((4, 16), (1, 16), (2, 16)), ((1, 16), (2, 16)), "tiny-llama",
+    48,
+)  # fmt: skip
 
 
 def run_stage(measure: Callable[[str, Scale], list[str]]) -> None:
@@ -301,10 +305,9 @@ def graphs_of(engine: Engine) -> DecodeGraphs:
     return engine.runner.graphs
 
 
-def graph_seconds(engine: Engine, size: int, times: int = 10) -> float:
+def graph_seconds(graph: Captured[Any], device: torch.device, times: int = 10) -> float:
     """Seconds of the device for a captured step, the mean of several replays over the same buffers."""
-    graph = graphs_of(engine).captured[size]
-    if engine.runner.device.type != "cuda":
+    if device.type != "cuda":
         start_s = time.perf_counter()
         graph.replay()
         return time.perf_counter() - start_s
@@ -380,6 +383,7 @@ def _tree(shape: str, scale: Scale, engine: dict[str, Any]) -> dict[str, Any]:
         },
         "engine": {
             "max_batch": scale.batch,
+            "max_prefill_tokens": scale.prefill,
             "kv_tokens": -(-scale.batch * longest // 16) * 16,
             "activation_mib": 8192,
             **engine,

@@ -116,7 +116,8 @@ class Decode:
         """By how much a whole step is longer than the device's part of it, with nothing overlapped."""
         engine, steps = self.bench.engine(graphs="auto", overlap=False), self.measured["auto", False]
         self.fill(engine)
-        device_s = [graph_seconds(engine, self.scale.batch) for _ in range(10)]
+        graph = graphs_of(engine).captured[self.scale.batch]
+        device_s = [graph_seconds(graph, self.bench.device) for _ in range(10)]
         self.bench.cancel_all(engine)
         outside = steps.median_s - statistics.median(device_s)
         if self.name == "1b":

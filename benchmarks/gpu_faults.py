@@ -128,15 +128,15 @@ def _answers(bench: Bench, engine: Engine) -> dict[int, list[int]]:
             found[request.id] = []
             engine.scheduler.add(request, engine.clock())
         for _ in range(ANSWER // 5):
-            _serve(engine, found)
+            serve_once(engine, found)
     engine.scheduler.cancel(1001)
     while engine.serving:
-        _serve(engine, found)
+        serve_once(engine, found)
     del found[1001]
     return found
 
 
-def _serve(engine: Engine, found: dict[int, list[int]]) -> None:
+def serve_once(engine: Engine, found: dict[int, list[int]]) -> None:
     for event in engine.step():
         found[event.request_id] += event.tokens
 

@@ -90,6 +90,7 @@ STAGES = (
     Stage("decode", "the engine's decode step, captured and eager, 1B", 50, *sized("gpu_decode", "llama-1b")),
     Stage("training", "training alone against PEFT, captured and eager, 1B", 40, *sized("gpu_training", "llama-1b")),
     Stage("coserving", "both together, in every way and at three loads, 1B", 90, *sized("gpu_coserving", "llama-1b")),
+    Stage("prompts", "captured steps with prompts: are they right, and how long they take", 75, script("gpu_prompts")),
     Stage("decode-8b", "the engine's decode step, 8B", 75, *sized("gpu_decode", "llama-8b")),
     Stage("quantised", "steps and products with weights of 8 and 4 bits, 1B", 130, *sized("gpu_quantised", "llama-1b")),
     Stage("run", "a whole run with load on one rank", 60, ranks(1), ranks(1, *ON_A_CPU)),
@@ -113,7 +114,9 @@ STAGES = (
         "kernel-tests",
         "the kernels against their specification",
         90,
-        *tests("test_gpu_elementwise", "test_gpu_dual_lora", "test_gpu_paged_decode", processes=8),
+        *tests(
+            "test_gpu_elementwise", "test_gpu_dual_lora", "test_gpu_paged_decode", "test_gpu_paged_prefill", processes=8
+        ),
     ),
     Stage(
         "families",

@@ -1,4 +1,4 @@
-"""Captured decode steps on a GPU: real graphs give the tokens of steps that are launched kernel by kernel."""
+"""Captured steps on a GPU, with prompts and without: real graphs give the tokens of steps launched kernel by kernel."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def test_replays_answer_token_for_token_as_eager_steps(model, name):
     for graphs, overlap in (("off", False), ("auto", False), ("auto", True)):
         scenario = OnGpu(**vars(SCENARIOS[name]))
         answers.append(outcome(scenario.run(model, graphs=graphs, overlap=overlap)))
-        assert (scenario.rig.runner.graphs is not None) == (graphs == "auto")
+        runner = scenario.rig.runner
+        assert (runner.graphs is not None) == (runner.prompt_graphs is not None) == (graphs == "auto")
     assert answers[0] == answers[1] == answers[2]
 
 
@@ -50,6 +51,25 @@ def test_every_size_is_captured_and_a_replay_launches_without_a_wait(model):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert batch.captured is not None and len(sampled.read()) == len(chunks)
+
+
+def test_a_step_with_prompts_is_replayed_without_a_wait(model):
+    rig = make_rig(model, engine={"max_prefill_tokens": 100, "kv_tokens": 2048, "overlap": True}, device="cuda")
+    assert rig.runner.prompt_graphs is not None and rig.runner.prompt_graphs.sizes == [64, 112]
+    rig.engine.scheduler.add(request(0, [3, 9, 4], max_tokens=9, ignore_eos=True), 0.0)
+    rig.engine.step()
+    for i in range(1, 4):
+        rig.engine.scheduler.add(request(i, [*range(30 * i)], max_tokens=5, ignore_eos=True), 0.0)
+    while rig.engine.scheduler.waiting or any(s.num_uncomputed_tokens > 1 for s in rig.engine.scheduler.running):
+        chunks = rig.engine.scheduler.schedule()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            batch = rig.runner.fill(chunks)
+            sampled = rig.runner.forward(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert batch.captured is not None
+        rig.engine.scheduler.settle(chunks, sampled.read(), 0.0)
 
 
 def test_a_nan_in_one_version_fails_its_requests_and_changes_no_other_token(model):

@@ -139,7 +139,7 @@ class Strategy:
             return FULL
         step_s = later_s = self.step_s(view, regime)
         if self.costs.captures:
-            # Prompts make the next step an eager one; those after it only continue answers.
+            # The next step may have prompts; those after it only continue answers.
             later_s = self.costs.step_s(len(view.sequences), view.context, regime, captured=True)
         slack = training_slack(view.now, step_s, view.sequences, self.slo, later_s, self.first_steps(view))
         if view.backlog is None or not view.backlog.oldest:
