@@ -58,6 +58,10 @@ QUALITY = [
     "tree-sitter-python~=0.21.0",  # the default of quality.code_language; other languages have packages like it
 ]
 
+NF4 = [
+    "bitsandbytes>=0.46",  # model.weight_dtype nf4; large, and slow to import
+]
+
 DEV = [
     *BENCH,  # what the plots show is tested
     *QUALITY,  # compared with the values that the libraries publish
@@ -123,6 +127,6 @@ setup(
     },
     ext_modules=[CPU_KERNELS] if HAS_CPU_KERNELS else [],
     install_requires=REQUIRES,
-    extras_require={"dev": DEV, "bench": BENCH, "quality": QUALITY},
+    extras_require={"dev": DEV, "bench": BENCH, "quality": QUALITY, "nf4": NF4},
     entry_points={"console_scripts": ["clif = clif.cli:main"]},
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from importlib.util import find_spec
 
 import torch
 from gpu_bench import Bench, Scale, add_lines, run_stage, spread
@@ -23,7 +24,8 @@ from clif.kernels.kv_types import FP8, FP8_MOST
 from clif.models.quantised_weight import QuantisedWeight
 from clif.models.quantising import FORMATS, choose_quantised
 
-KINDS: tuple[tuple[str, str], ...] = (("auto", "auto"), *((kind, "auto") for kind in FORMATS), ("auto", "fp8"))
+STORED = tuple(kind for kind in FORMATS if kind != "nf4" or find_spec("bitsandbytes"))
+KINDS: tuple[tuple[str, str], ...] = (("auto", "auto"), *((kind, "auto") for kind in STORED), ("auto", "fp8"))
 """model.weight_dtype and engine.kv_dtype of each measurement."""
 ROWS = (1, 64, 256, 1024)
 IN_CACHE = 256 << 20
@@ -46,9 +48,9 @@ def engine_line(shape: str, scale: Scale, kind: str, kv_dtype: str) -> str:
 def ways_of(weights: list[torch.Tensor], x: torch.Tensor) -> Iterator[tuple[str, Way]]:
     """Every way to multiply with these weights, which are one layer's and its copies."""
     yield "16 bits", lambda layer: linear(x, weights[layer])
-    for kind, of in FORMATS.items():
+    for kind in STORED:
         kernels = kernels_of(kind, x.device, x.dtype)
-        bases = [QuantisedWeight(of(weight), None, x.dtype, kernels) for weight in weights]
+        bases = [QuantisedWeight(FORMATS[kind](weight), None, x.dtype, kernels) for weight in weights]
         yield kind, partial(_forward, bases, x)
     if x.device.type == "cuda":
         yield "fp8, rows as well", partial(_scaled, [Fp8Matrix.of(weight) for weight in weights], x)
@@ -78,7 +80,7 @@ def product_line(rows: int, out: int, depth: int, scale: Scale) -> str:
     weights = [torch.randn(out, depth, device=device, dtype=dtype) for _ in range(copies)]
     x = torch.randn(rows, depth, device=device, dtype=dtype)
     found, failed = contest(dict(ways_of(weights, x)), copies, 5 if device.type == "cuda" else 1, device)
-    names = ("16 bits", *FORMATS, "fp8, rows as well")
+    names = ("16 bits", *STORED, "fp8, rows as well")
     cells = [f"{found[name].median:.1f}" if name in found else failed.get(name, "-") for name in names]
     return f"| {depth} to {out} | {rows} | {' | '.join(cells)} |"
 
@@ -95,8 +97,8 @@ def measure(shape: str, scale: Scale) -> list[str]:
         (f"weights {kind}, cache {kv}", partial(engine_line, shape, scale, kind, kv)) for kind, kv in KINDS
     ]
     add_lines(lines, work)
-    lines += ["", "| layer | rows | " + " | ".join(["16 bits, us", *FORMATS, "fp8, rows as well"]) + " |"]
-    lines.append("|---" * (3 + len(FORMATS) + 1) + "|")
+    lines += ["", "| layer | rows | " + " | ".join(["16 bits, us", *STORED, "fp8, rows as well"]) + " |"]
+    lines.append("|---" * (3 + len(STORED) + 1) + "|")
     shapes = [(64, 32)] if dry else [(3072, 2048), (16384, 2048), (28672, 4096)]
     products = [
         (f"{rows} rows, {depth} to {out}", partial(product_line, rows, out, depth, scale))

@@ -13,12 +13,12 @@ LIST = Path(__file__).resolve().parent.parent / "tests/families.py"
 
 def families_table(_: str) -> Iterator[str]:
     """One line for each way in which the models of a family are built."""
-    yield "| models | `model_type` | float | int8 | int4 | fp8 | ranks of a replica | adapters on | proved by |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "| models | `model_type` | float | int8 | int4 | fp8 | nf4 | ranks of a replica | adapters on | proved by |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for family in _families().FAMILIES:
         tp = ", ".join(map(str, family.tp)) or "as Llama"
         yield (
-            f"| {family.models} | `{family.model_type}` | yes | yes | yes | yes | {tp} | {family.targets} | "
+            f"| {family.models} | `{family.model_type}` | yes | yes | yes | yes | yes | {tp} | {family.targets} | "
             f"`-k {family.name}` |"
         )
 

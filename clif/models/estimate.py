@@ -26,10 +26,12 @@ MASTER = 4
 """Bytes of a number of the shadow and of its training state: float32."""
 PACKED = 32
 """The C++ kernels for CPUs pad outputs and inputs of a packed matrix to multiples of it."""
-QUANTISED = ("int8", "int4", "fp8")
+QUANTISED = ("int8", "int4", "fp8", "nf4")
 """Values of model.weight_dtype that are not the model's type."""
-GROUP, SCALE, FP8_SCALE = 32, 2, 4
+GROUP, SCALE = 32, 2
 """Numbers of 4 bits that share a scale, and bytes of one; numbers of 8 bits have one for each output."""
+NF4_BLOCK, WIDE_SCALE = 64, 4
+"""The same of NF4, and bytes of its scales and of those of FP8."""
 Device = Literal["cpu", "cuda"]
 
 
@@ -176,11 +178,13 @@ def _head(spec: ModelSpec, tp_size: int) -> tuple[int, int]:
 def quantised_bytes(out: int, width: int, kind: str, unit: int = 1) -> int:
     """Bytes of a matrix [out, width] of one of QUANTISED, both padded to multiples of `unit`, scales included.
 
-    See clif.kernels.quantised and fp8_matrix, which has no padded form. Least numbers, which few weights have, are not
-    counted.
+    See clif.kernels.quantised, and fp8_matrix and nf4_matrix, which have no padded forms. Least numbers, which few
+    weights have, are not counted.
     """
     if kind == "fp8":
-        return out * (width + FP8_SCALE)
+        return out * (width + WIDE_SCALE)
+    if kind == "nf4":
+        return out * -(-width // NF4_BLOCK) * (NF4_BLOCK // 2 + WIDE_SCALE)
     out, width = -(-out // unit) * unit, -(-width // unit) * unit
     if kind == "int8":
         return out * (width + SCALE)

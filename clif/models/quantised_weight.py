@@ -1,5 +1,5 @@
-"""The frozen weight of a linear layer in 8 or 4 bits, whole or FP8 numbers: torch's products with strips of it made
-dense, anywhere, those of the Triton kernels for few rows on a GPU, and those of the C++ kernels on a CPU.
+"""The frozen weight of a linear layer in 8 or 4 bits, however its numbers are made: torch's products with strips of it
+made dense, anywhere, those of the Triton kernels for few rows on a GPU, and those of the C++ kernels on a CPU.
 
 Invariant: no more than a strip is dense at a time, forward and backward. Activations, gradients and adapters stay in
 the type of the model.
@@ -17,11 +17,12 @@ from clif.kernels.cpu.products import product
 from clif.kernels.cpu.quantised_panels import QuantisedPanels
 from clif.kernels.fp8_matrix import Fp8Matrix
 from clif.kernels.quantised import GROUP, QuantisedMatrix, strips
+from clif.models.nf4_matrix import Nf4Matrix
 
 if TYPE_CHECKING:
     from clif.kernels.quantised_host import QuantisedKernels
 
-Matrix: TypeAlias = QuantisedMatrix | Fp8Matrix
+Matrix: TypeAlias = QuantisedMatrix | Fp8Matrix | Nf4Matrix
 """Numbers and scales, with what they stand for."""
 STRIP = {"cpu": 1 << 19}
 """Numbers that are dense at a time, by kind of device."""
@@ -78,8 +79,9 @@ class QuantisedWeight(_Strips):
     kernels: QuantisedKernels | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.kernels is not None and self.kernels.takes(x, self.matrix):
-            return self.kernels.product(x, self.matrix, self.bias)
+        kernels, matrix = self.kernels, self.matrix
+        if kernels is not None and not isinstance(matrix, Nf4Matrix) and kernels.takes(x, matrix):
+            return kernels.product(x, matrix, self.bias)
         out, in_ = self.shape
         y = x.new_empty(*x.shape[:-1], out)
         for rows in strips(out, in_, self._strip):
@@ -91,9 +93,10 @@ class QuantisedWeight(_Strips):
         return self._dense(columns=columns)
 
     def _dense(self, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
-        if self.kernels is not None:
-            return self.kernels.dense(self.matrix, self.dtype, rows, columns)
-        return self.matrix.dense(self.dtype, rows, columns)
+        kernels, matrix = self.kernels, self.matrix
+        if kernels is not None and not isinstance(matrix, Nf4Matrix):
+            return kernels.dense(matrix, self.dtype, rows, columns)
+        return matrix.dense(self.dtype, rows, columns)
 
 
 @dataclass(frozen=True, eq=False)

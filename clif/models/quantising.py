@@ -20,6 +20,7 @@ from clif.models.expert_linears import ExpertLinears, FrozenLinear
 from clif.models.expert_spec import Experts
 from clif.models.experts import RoutedMlp
 from clif.models.head import Head
+from clif.models.nf4_matrix import Nf4Matrix, assert_library
 from clif.models.quantised_weight import Matrix, QuantisedWeight
 from clif.models.stack import CausalStack
 
@@ -35,6 +36,7 @@ FORMATS: dict[str, Callable[[torch.Tensor], Matrix]] = {
     "int8": partial(QuantisedMatrix.of, bits=8),
     "int4": partial(QuantisedMatrix.of, bits=4),
     "fp8": Fp8Matrix.of,
+    "nf4": Nf4Matrix.of,
 }
 """Values of model.weight_dtype that quantise, and how."""
 
@@ -72,6 +74,8 @@ class Quantised:
 
 def assert_stored(kind: str, device: torch.device) -> None:
     """Raises ConfigError, with what to change, where weights of model.weight_dtype `kind` are not computed with."""
+    if kind == "nf4":
+        assert_library()
     if kind != "fp8" or device.type != "cuda":
         return
     major, minor = torch.cuda.get_device_capability(device)
@@ -111,7 +115,8 @@ def choose_quantised(kind: str, device: torch.device, dtype: torch.dtype) -> Qua
     Waits for the device, once."""
     if device.type != "cuda":
         return None
-    obstacle = triton_obstacle(device, dtype) or quantised_fault(kind, device, dtype)
+    obstacle = "bitsandbytes widens them" if kind == "nf4" else triton_obstacle(device, dtype)
+    obstacle = obstacle or quantised_fault(kind, device, dtype)
     log.info("products with %s weights: %s", kind, f"torch's ({obstacle})" if obstacle else "Triton kernels")
     return None if obstacle else _kernels(device)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from clif.models.weights.loading import load_model
 from clif.training.trainer import ShadowTrainer
 from clif.types import TrainSample
 
-KINDS = list(FORMATS)
-WORST = {"int8": 0.015, "int4": 0.11, "fp8": 0.04}
+KINDS = [kind for kind in FORMATS if kind != "nf4" or find_spec("bitsandbytes")]
+"""bitsandbytes is optional, and comes with no other extra."""
+WORST = {"int8": 0.015, "int4": 0.11, "fp8": 0.04, "nf4": 0.12}
 """Relative difference of a layer's outputs that these models stay below."""
 PROMPTS = [[7, 3, 9], [11, 5, 8, 2, 40, 41, 17], [5], list(range(20, 50)), [9, 9, 9, 1, 2, 3, 4]]
 
@@ -212,7 +214,8 @@ def test_an_8b_base_takes_what_the_documentation_says():
     for kind in ("auto", *KINDS):
         model = config.model.model_copy(update={"weight_dtype": kind})
         size[kind] = estimate(config.model_copy(update={"model": model}), spec, 1, "cuda").weights / 1e9
-    assert {kind: round(gb, 1) for kind, gb in size.items()} == {"auto": 16.1, "int8": 8.6, "int4": 5.3, "fp8": 8.6}
+    said = {"auto": 16.1, "int8": 8.6, "int4": 5.3, "fp8": 8.6, "nf4": 5.3}
+    assert {kind: round(gb, 1) for kind, gb in size.items()} == {kind: said[kind] for kind in size}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -238,6 +241,13 @@ def test_a_gpu_that_has_no_numbers_of_eight_bits_says_what_to_change(monkeypatch
     assert_stored("fp8", torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     assert_stored("fp8", torch.device("cuda"))
+
+
+def test_a_library_that_is_missing_gives_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("clif.models.nf4_matrix.find_spec", lambda name: None)
+    sentence = r"nf4 needs bitsandbytes: python -m pip install .*, or set model\.weight_dtype=int4"
+    with pytest.raises(ConfigError, match=sentence):
+        assert_stored("nf4", torch.device("cpu"))
 
 
 def test_kernels_of_adapters_may_be_asked_for_beside_weights_that_are_not_dense(stories: str):
