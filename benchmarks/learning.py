@@ -93,7 +93,8 @@ class Study:
         learnt = self.bench(recipe).federated(parts, task.gate, unit.seed)
         if unit.way == "iid":
             torch.save(learnt.adapter, self._first(unit.data, unit.seed))
-        return learnt.adapter, f"{learnt.promoted} of {learnt.rounds} rounds promoted"
+        detail = f"{learnt.promoted} of {learnt.rounds} rounds promoted, {learnt.halved} at half of the way"
+        return learnt.adapter, detail
 
     def _first(self, data: str, seed: int) -> Path:
         return self._folder / f"iid-{data}-{seed}.pt"

@@ -60,11 +60,15 @@ class Score:
 
 @dataclass(frozen=True)
 class Learnt:
-    """An adapter [n], as the bank's shadow has it, after so many rounds, of which some made a better version."""
+    """An adapter [n], as the bank's shadow has it, after so many rounds, of which some made a better version.
+
+    halved: better versions at half of the way.
+    """
 
     adapter: torch.Tensor
     rounds: int
     promoted: int
+    halved: int
     samples: int
 
 
@@ -155,7 +159,7 @@ class Bench:
         trainer = ShadowTrainer(self.runner, bank, [], self.config.train)
         members = [trainer.fresh(list(part), seed + i, "") for i, part in enumerate(parts)]
         best, total, done = self.gate(gate, base), recipe.epochs * sum(map(len, parts)), 0
-        rounds = promoted = missed = 0
+        rounds = promoted = halved = missed = 0
         scale = 1.0
         while done < total and missed < recipe.patience:
             before = copy.deepcopy([member.moments for member in members])
@@ -167,11 +171,12 @@ class Bench:
             scale = min(1.0, 2 * scale) if promotes and step == WHOLE else scale / 2
             if promotes:
                 base, best, promoted, missed = candidate, loss, promoted + 1, 0
+                halved += step == HALF
                 continue
             missed += 1
             for member, moments in zip(members, before, strict=True):
                 member.moments = moments
-        return Learnt(base, rounds, promoted, done)
+        return Learnt(base, rounds, promoted, halved, done)
 
     def _round(
         self, trainer: ShadowTrainer, members: list[JobTraining], base: torch.Tensor, scale: float, steps: int
