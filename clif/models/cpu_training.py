@@ -121,7 +121,7 @@ class PackedSequences:
         parts = query, key, value
         if len({part.stride(0) for part in parts}) > 1 or any(p.stride(1) != p.shape[2] for p in parts):
             query, key, value = torch.cat(parts, 1).split([part.shape[1] for part in parts], 1)
-        out: torch.Tensor = _Causal.apply(query, key, value, self._ends, scores.plain_scale, self._kernels)
+        out: torch.Tensor = _Causal.apply(query, key, value, self._ends, scores, self._kernels)
         return out
 
 
@@ -133,18 +133,19 @@ class _Causal(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         ends: torch.Tensor,
-        scale: float,
+        scores: Scores,
         kernels: TrainingKernels,
     ) -> torch.Tensor:
-        out, log_sums = kernels.causal(query, key, value, ends, scale)
-        ctx.scale, ctx.kernels = scale, kernels
+        out, log_sums = kernels.causal(query, key, value, ends, host.scores_of(*scores))
+        ctx.scores, ctx.kernels = scores, kernels
         ctx.save_for_backward(query, key, value, ends, out, log_sums)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         query, key, value, ends, out, log_sums = ctx.saved_tensors
-        found = ctx.kernels.causal_backward(query, key, value, ends, ctx.scale, out, log_sums, gradients[0])
+        scores = host.scores_of(*ctx.scores)
+        found = ctx.kernels.causal_backward(query, key, value, ends, scores, out, log_sums, gradients[0])
         return *found, None, None, None
 
 

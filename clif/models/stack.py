@@ -65,8 +65,6 @@ class CausalStack:
             linear.training = self._training
         for experts in (linears for mlp in self.routed for linears in mlp.linears):
             experts.training = self._training
-        # Attention of rows that learn is another kernel's where scores are plain.
-        self._attending = self._training if self.plain else None
         like = inner.embed_tokens.weight
         rotary = _twice(inner.rotary_emb) if spec.layer.attention.angles == "once" else inner.rotary_emb
         self.angles = tuple(ops.angles(_rotary(rotary, rope), like) for rope in spec.ropes)
@@ -127,8 +125,8 @@ class CausalStack:
 
     def sequences(self, lengths: Sequence[int]) -> AttentionPlan:
         """The plan of packed rows that attend within their sequences. Does not wait for the device."""
-        if self._attending is not None:
-            return PackedSequences(lengths, self._attending)
+        if self._training is not None:
+            return PackedSequences(lengths, self._training)
         if self.varlen is None:
             return CausalSequences(lengths, self.device)
         return VarlenSequences(SequenceSpans.of(lengths, lengths, self.device), self.varlen)
@@ -136,12 +134,12 @@ class CausalStack:
     @property
     def keeps_squares(self) -> bool:
         """Whether the backward of attention keeps probabilities of each pair of tokens."""
-        return self.varlen is None and self._attending is None
+        return self.varlen is None and self._training is None
 
     def attention_work(self, length: int) -> int:
         """Bytes that attention's backward works in, for one sequence of this length, beside rows of heads."""
-        if self._attending is not None:
-            return self._attending.causal_scratch(self.num_heads, self.num_kv_heads, self.head_dim, length)
+        if self._training is not None:
+            return self._training.causal_scratch(self.num_heads, self.num_kv_heads, self.head_dim, length)
         return block_bytes(self.num_heads, length) if self.device.type == "cpu" else 0
 
     def layers(

@@ -50,16 +50,45 @@ struct Task {
     int64_t begin, length, kv_head;
 };
 
-// Queries of a task at hand: rows [first, first + count) of the sequence, padded to `height`, which see `seen` keys, the
-// last of them masked.
+// Queries of a task at hand: rows [first, first + count) of the sequence, padded to `height`, which see `width` keys from
+// number `from` on, the last of them masked, and with a window the first.
 struct Block {
-    Block(int64_t first, int64_t length)
+    Block(int64_t first, int64_t length, int64_t window)
         : first(first),
           count(length - first < QUERIES ? length - first : QUERIES),
           height(padded(count)),
-          seen(first + height) {}
-    int64_t first, count, height, seen;
+          window(window),
+          from(first_seen(0) / 32 * 32),
+          width(first + height - from) {}
+
+    // The keys that query i sees, [begin, end) of the sequence.
+    int64_t first_seen(int64_t i) const { return window > 0 && first + i + 1 > window ? first + i + 1 - window : 0; }
+    Range seen(int64_t i) const { return {first_seen(i) - from, first + i + 1 - from}; }
+
+    int64_t first, count, height, window, from, width;
 };
+
+// Lanes of the 16 keys from j on that lie in a range.
+inline __mmask16 lanes_in(const Range &seen, int64_t j) {
+    const __mmask16 below = seen.begin > j ? first_lanes(seen.begin - j) : 0;
+    return j < seen.end ? first_lanes(seen.end - j) & ~below : 0;
+}
+
+// Scores become tanh(scale / softcap * score), in place; where there is no cap they stay. Returns what the softmax
+// multiplies them by, to base 2.
+float cap(const clif_scores &scores, const Block &b, float *s) {
+    if (!(scores.softcap > 0)) return scores.scale * LOG2_E;
+    const __m512 rate = splat(scores.scale / scores.softcap);
+    for (int64_t j = 0; j < b.height * b.width; j += LANES) {
+        _mm512_storeu_ps(s + j, tanh(_mm512_mul_ps(_mm512_loadu_ps(s + j), rate)));
+    }
+    return scores.softcap * LOG2_E;
+}
+
+// The score of a head that takes its share of each softmax; minus infinity where there is none.
+float sink_of(const clif_scores &scores, int64_t head) {
+    return scores.sinks ? widen(static_cast<const uint16_t *>(scores.sinks)[head]) : -INFINITY;
+}
 
 // Rows of `from` [count, d] as [height, padded(d)], zeros behind rows and columns.
 void copy_padded(const uint16_t *from, int64_t stride, int64_t count, int64_t d, uint16_t *to, int64_t height) {
@@ -78,24 +107,25 @@ void pack_transposed(const uint16_t *from, int64_t stride, int64_t tokens, int64
     __builtin_memset(panels + done * deep, 0, rest * deep * sizeof *panels);
 }
 
-// p = 2^(s - most) of the first `seen` of `count` scores, times log2(e) scale, zeros behind. Returns the sum of p in
-// float32, and in log_sum the log of that of e^score.
-float weigh(const float *s, int64_t seen, int64_t count, float scale, uint16_t *p, float *log_sum) {
-    const __m512 factor = splat(scale * LOG2_E);
-    __m512 most = splat(-INFINITY), total = _mm512_setzero_ps();
-    for (int64_t j = 0; j < seen; j += LANES) {
-        const __mmask16 mask = first_lanes(seen - j);
+// p = 2^(factor s - most) of the `seen` of `count` scores, zeros elsewhere. Returns the sum of p in float32, that of the
+// sink among them, and in log_sum the log of that of e^score.
+float weigh(const float *s, const Range &seen, int64_t count, float base, float sink, uint16_t *p, float *log_sum) {
+    const __m512 factor = splat(base);
+    __m512 most = splat(sink * LOG2_E), total = _mm512_setzero_ps();
+    for (int64_t j = seen.begin / LANES * LANES; j < seen.end; j += LANES) {
+        const __mmask16 mask = lanes_in(seen, j);
         // A NaN is the second argument, which is taken then.
         most = _mm512_mask_max_ps(most, mask, most, _mm512_mul_ps(load(s + j, mask), factor));
     }
     const float top = _mm512_reduce_max_ps(most);
     for (int64_t j = 0; j < count; j += LANES) {
-        const __mmask16 mask = j < seen ? first_lanes(seen - j) : 0;
+        const __mmask16 mask = lanes_in(seen, j);
         const __m512 x = _mm512_maskz_mov_ps(mask, exp2<uint16_t>(_mm512_fmsub_ps(load(s + j), factor, splat(top))));
         total = _mm512_add_ps(total, x);
         store(p + j, x);
     }
-    const float sum = _mm512_reduce_add_ps(total);
+    float sum = _mm512_reduce_add_ps(total);
+    if (sink != -INFINITY) sum += expf(sink - top * LN_2);
     *log_sum = top * LN_2 + logf(sum);
     return sum;
 }
@@ -109,16 +139,19 @@ void forward(const clif_sequences &of, const Task &task, const Own &own, const T
     pack_rows(of.value + at, of.stride, task.length, d, own.values);
     for (int64_t head = task.kv_head * group; head < (task.kv_head + 1) * group; head++)
         for (int64_t first = 0; first < task.length; first += QUERIES) {
-            const Block b(first, task.length);
+            const Block b(first, task.length, of.scores.window);
             const int64_t row = task.begin + first;
             float *log_sum = log_sums + head * all + row, totals[QUERIES];
             copy_padded(of.query + row * of.stride + head * d, of.stride, b.count, d, own.q, b.height);
-            multiply(tiles, own.q, d32, own.keys_t, d32 * 16, own.scores, b.seen, b.height, b.seen, d32, false);
+            multiply(tiles, own.q, d32, own.keys_t + b.from * d32, d32 * 16, own.scores, b.width, b.height, b.width, d32,
+                     false);
+            const float factor = cap(of.scores, b, own.scores);
             for (int64_t i = 0; i < b.count; i++)
-                totals[i] = weigh(own.scores + i * b.seen, first + i + 1, b.seen, of.scale, own.rows + i * b.seen,
-                                  log_sum + i);
-            __builtin_memset(own.rows + b.count * b.seen, 0, (b.height - b.count) * b.seen * sizeof *own.rows);
-            multiply(tiles, own.rows, b.seen, own.values, tokens * 16, own.sums, d16, b.height, d16, b.seen, false);
+                totals[i] = weigh(own.scores + i * b.width, b.seen(i), b.width, factor, sink_of(of.scores, head),
+                                  own.rows + i * b.width, log_sum + i);
+            __builtin_memset(own.rows + b.count * b.width, 0, (b.height - b.count) * b.width * sizeof *own.rows);
+            multiply(tiles, own.rows, b.width, own.values + b.from * 16, tokens * 16, own.sums, d16, b.height, d16,
+                     b.width, false);
             for (int64_t i = 0; i < b.count; i++)
                 for (int64_t j = 0; j < d; j += LANES) {
                     const __m512 x = _mm512_mul_ps(load(own.sums + i * d16 + j), splat(1.0f / totals[i]));
@@ -140,20 +173,24 @@ void row_dots(const uint16_t *grad, const uint16_t *out, int64_t stride, int64_t
 }
 
 // From scores and gradients of probabilities: panels of probabilities and of gradients of scores, and rows of the latter.
-void score_gradients(const Own &own, const Block &b, float scale, const float *log_sums, const float *dots) {
-    const __m512 factor = splat(scale * LOG2_E);
+// factor: of scores, as cap() returns it. CAPPED: they are tanh(x), whose slope is 1 - tanh(x)^2.
+template <bool CAPPED>
+void score_gradients(const Own &own, const Block &b, float scale, float base, const float *log_sums, const float *dots) {
+    const __m512 factor = splat(base);
     for (int64_t i = 0; i < b.height; i += 2)
-        for (int64_t j = 0; j < b.seen; j += LANES) {
+        for (int64_t j = 0; j < b.width; j += LANES) {
             __m512 p[2], ds[2];
             for (int64_t k = 0; k < 2; k++) {
-                const int64_t row = i + k, left = b.first + row + 1 - j, at = row * b.seen + j;
+                const int64_t row = i + k, at = row * b.width + j;
+                const __mmask16 mask = row < b.count ? lanes_in(b.seen(row), j) : 0;
                 p[k] = ds[k] = _mm512_setzero_ps();
-                if (row < b.count && left > 0) {
-                    const __mmask16 mask = first_lanes(left);
-                    const __m512 x = _mm512_fmsub_ps(load(own.scores + at), factor, splat(log_sums[row] * LOG2_E));
+                if (mask) {
+                    const __m512 s = load(own.scores + at);
+                    const __m512 x = _mm512_fmsub_ps(s, factor, splat(log_sums[row] * LOG2_E));
                     p[k] = _mm512_maskz_mov_ps(mask, exp2<uint16_t>(x));
                     const __m512 apart = _mm512_sub_ps(load(own.slopes + at), splat(dots[row]));
                     ds[k] = _mm512_maskz_mul_ps(mask, _mm512_mul_ps(p[k], splat(scale)), apart);
+                    if (CAPPED) ds[k] = _mm512_mul_ps(ds[k], _mm512_fnmadd_ps(s, s, splat(1.0f)));
                 }
                 store(own.rows + at, ds[k]);
             }
@@ -193,26 +230,30 @@ void backward(const clif_sequences &of, const Task &task, const Own &own, const 
     __builtin_memset(own.dv_t, 0, d16 * tokens * sizeof *own.dv_t);
     for (int64_t head = task.kv_head * group; head < (task.kv_head + 1) * group; head++)
         for (int64_t first = 0; first < task.length; first += QUERIES) {
-            const Block b(first, task.length);
+            const Block b(first, task.length, of.scores.window);
             const int64_t row = task.begin + first, side = row * wide + head * d;
             float dots[QUERIES];
             copy_padded(of.query + row * of.stride + head * d, of.stride, b.count, d, own.q, b.height);
             copy_padded(grad + side, wide, b.count, d, own.g, b.height);
-            multiply(tiles, own.q, d32, own.keys_t, d32 * 16, own.scores, b.seen, b.height, b.seen, d32, false);
-            multiply(tiles, own.g, d32, own.values_t, d32 * 16, own.slopes, b.seen, b.height, b.seen, d32, false);
+            multiply(tiles, own.q, d32, own.keys_t + b.from * d32, d32 * 16, own.scores, b.width, b.height, b.width, d32,
+                     false);
+            multiply(tiles, own.g, d32, own.values_t + b.from * d32, d32 * 16, own.slopes, b.width, b.height, b.width,
+                     d32, false);
             row_dots(grad + side, out + side, wide, b.count, d, dots);
-            score_gradients(own, b, of.scale, log_sums + head * all + row, dots);
-            multiply(tiles, own.rows, b.seen, own.keys, tokens * 16, own.sums, d16, b.height, d16, b.seen, false);
+            const auto gradients = of.scores.softcap > 0 ? score_gradients<true> : score_gradients<false>;
+            gradients(own, b, of.scores.scale, cap(of.scores, b, own.scores), log_sums + head * all + row, dots);
+            multiply(tiles, own.rows, b.width, own.keys + b.from * 16, tokens * 16, own.sums, d16, b.height, d16, b.width,
+                     false);
             for (int64_t i = 0; i < b.count; i++)
                 for (int64_t j = 0; j < d; j += LANES)
                     store(to.query + (row + i) * to.stride + head * d + j, load(own.sums + i * d16 + j),
                           first_lanes(d - j));
             transpose(own.q, d32, b.height, d, own.q_t);
             transpose(own.g, d32, b.height, d, own.g_t);
-            multiply(tiles, own.q_t, b.height, own.ds_panels, b.height * 16, own.dk_t, tokens, d16, b.seen, b.height,
-                     true);
-            multiply(tiles, own.g_t, b.height, own.p_panels, b.height * 16, own.dv_t, tokens, d16, b.seen, b.height,
-                     true);
+            multiply(tiles, own.q_t, b.height, own.ds_panels, b.height * 16, own.dk_t + b.from, tokens, d16, b.width,
+                     b.height, true);
+            multiply(tiles, own.g_t, b.height, own.p_panels, b.height * 16, own.dv_t + b.from, tokens, d16, b.width,
+                     b.height, true);
         }
     put_transposed(own.dk_t, tokens, task.length, d, to.key + to_at, to.stride);
     put_transposed(own.dv_t, tokens, task.length, d, to.value + to_at, to.stride);

@@ -155,7 +155,7 @@ class Sequences(Structure):
         ("key", c_void_p),
         ("value", c_void_p),
         ("stride", c_int64),
-        ("scale", c_float),
+        ("scores", Scores),
     ]
 
 

@@ -30,11 +30,12 @@ typedef struct {
     const int32_t *ends;
     const uint16_t *query, *key, *value;
     int64_t stride;
-    float scale;
+    clif_scores scores;
 } clif_sequences;
 
 CLIF_API int64_t clif_causal_scratch(const clif_sequences *of, int backward, int threads);
-// out [rows, heads * head_dim]; log_sums [heads, rows]: of e^score of each row, which the backward reads.
+// out [rows, heads * head_dim]; log_sums [heads, rows]: of e^score of each row, its head's sink among them, which the
+// backward reads.
 CLIF_API void clif_causal(const clif_sequences *of, uint16_t *out, float *log_sums, void *scratch, int level,
                           int threads);
 // Given grad [rows, heads * head_dim]: the gradients of query, key and value, rows grad_stride numbers apart.

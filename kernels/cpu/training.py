@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from clif.kernels.cpu.host import RmsNorm
-from clif.kernels.cpu.library import SILU, Learning, Sequences, level, load
+from clif.kernels.cpu.host import RmsNorm, scores_of
+from clif.kernels.cpu.library import SILU, Learning, Scores, Sequences, level, load
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,11 +97,11 @@ class TrainingKernels:
         )
 
     def causal(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, scale: float
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, scores: Scores
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """query [rows, heads, d], key and value [rows, kv_heads, d], all parts of the same rows -> out [rows, heads *
         d], log_sums [heads, rows] float32. ends [sequences + 1]: int32, the first row of each, and the last's end."""
-        heads, struct, threads = query.shape[1], _sequences(query, key, value, ends, scale), torch.get_num_threads()
+        heads, struct, threads = query.shape[1], _sequences(query, key, value, ends, scores), torch.get_num_threads()
         out = query.new_empty(len(query), heads * query.shape[2])
         log_sums = query.new_empty(heads, len(query), dtype=torch.float32)
         memory = self._memory(self._library.clif_causal_scratch(ctypes.byref(struct), 0, threads))
@@ -116,7 +116,7 @@ class TrainingKernels:
             (heads, kv_heads, kv_heads), 1
         )
         ends = torch.tensor([0, length], dtype=torch.int32)
-        struct = _sequences(query, key, value, ends, 1.0)
+        struct = _sequences(query, key, value, ends, scores_of(1.0))
         return int(self._library.clif_causal_scratch(ctypes.byref(struct), 1, torch.get_num_threads()))
 
     def causal_backward(
@@ -125,13 +125,13 @@ class TrainingKernels:
         key: torch.Tensor,
         value: torch.Tensor,
         ends: torch.Tensor,
-        scale: float,
+        scores: Scores,
         out: torch.Tensor,
         log_sums: torch.Tensor,
         grad: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Given grad [rows, heads * d]: those of query, key and value, parts of the same fresh rows, in this order."""
-        struct, threads, grad = _sequences(query, key, value, ends, scale), torch.get_num_threads(), grad.contiguous()
+        struct, threads, grad = _sequences(query, key, value, ends, scores), torch.get_num_threads(), grad.contiguous()
         sizes = [query.shape[1], key.shape[1], value.shape[1]]
         rows = query.new_empty(len(query), sum(sizes), query.shape[2])
         grads = rows.split(sizes, 1)
@@ -205,10 +205,10 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _sequences(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, scores: Scores
 ) -> Sequences:
     """The struct. Raises ValueError for rows in different distances."""
     if not query.stride(0) == key.stride(0) == value.stride(0) or not query.stride(1) == query.shape[2]:
         raise ValueError("query, key and value are not parts of the same rows")
     pointers = (one.data_ptr() for one in (ends, query, key, value))
-    return Sequences(query.shape[1], key.shape[1], query.shape[2], len(ends) - 1, *pointers, query.stride(0), scale)
+    return Sequences(query.shape[1], key.shape[1], query.shape[2], len(ends) - 1, *pointers, query.stride(0), scores)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES
 from helpers import Rig, finish, make_rig
 
 from clif.kernels.cpu.library import Absent, level
@@ -64,7 +65,10 @@ def rig_of(config: Path, dtype: str, cpu_kernels: str) -> Rig:
 
 @pytest.mark.parametrize("config", ["tiny_config", "even_config"])
 def test_gradients_in_bfloat16_are_as_near_to_those_of_float32_as_torchs(config, request) -> None:
-    file = request.getfixturevalue(config)
+    compare_with_float32(request.getfixturevalue(config))
+
+
+def compare_with_float32(file: Path) -> None:
     exact, torchs, ours = (
         rig_of(file, *kind) for kind in (("float32", "off"), ("bfloat16", "off"), ("bfloat16", "auto"))
     )
@@ -78,6 +82,13 @@ def test_gradients_in_bfloat16_are_as_near_to_those_of_float32_as_torchs(config,
     assert isinstance(ours.runner.stack.sequences([3]), PackedSequences)
     assert not isinstance(torchs.runner.stack.sequences([3]), PackedSequences)
     assert apart["ours"] < 1.1 * apart["torch"] < 0.3, apart
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "gemma2", "gemma3", "olmo3", "granite", "phi3-partial"])
+def test_gradients_of_families_in_bfloat16_are_as_near_to_those_of_float32_as_torchs(name: str, tmp_path: Path) -> None:
+    (family,) = (family for family in FAMILIES if family.name == name)
+    (tmp_path / "config.json").write_text(json.dumps(family.config))
+    compare_with_float32(tmp_path / "config.json")
 
 
 def test_gradients_are_the_same_in_every_run_and_on_any_number_of_threads(even_config: Path) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch.nn.functional import cross_entropy, gelu, silu
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from clif.kernels.cpu.host import RmsNorm
+from clif.kernels.cpu.host import RmsNorm, scores_of
 from clif.kernels.cpu.library import AVX512, GELU, Absent, level
 from clif.kernels.cpu.training import LearningFactors, TrainingKernels
+from clif.models.scores import Scores
 
 try:
     level()
@@ -118,8 +119,8 @@ def test_causal_attention_and_its_backward_are_those_of_float64(kernels, threads
     qkv, grad = draw(sum(lengths), sum(sizes), head_dim), draw(sum(lengths), heads * head_dim)
     ends = torch.tensor([sum(lengths[:i]) for i in range(len(lengths) + 1)], dtype=torch.int32)
     scale = head_dim**-0.5
-    out, log_sums = kernels.causal(*qkv.split(sizes, 1), ends, scale)
-    grads = kernels.causal_backward(*qkv.split(sizes, 1), ends, scale, out, log_sums, grad)
+    out, log_sums = kernels.causal(*qkv.split(sizes, 1), ends, scores_of(scale))
+    grads = kernels.causal_backward(*qkv.split(sizes, 1), ends, scores_of(scale), out, log_sums, grad)
     wide = qkv.double().requires_grad_()
     expected = torch.cat([by_float64(part, sizes) for part in wide.split(lengths)])
     expected.backward(grad.double())
@@ -133,6 +134,38 @@ def by_float64(qkv: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     return sdpa(q, k, v, is_causal=True, enable_gqa=True).transpose(0, 1).flatten(1)
 
 
+@pytest.mark.parametrize("window", [None, 1, 24, 70])
+@pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (1.5, False), (None, True), (2.0, True)])
+def test_scores_of_every_kind_and_their_gradients_are_those_of_float64(kernels, window, softcap, sinks):
+    sizes, lengths, d = [4, 2, 2], [5, 1, 33, 130, 200], 32
+    scores = Scores(0.3, window, softcap, torch.tensor([-1e4, 0.5, 2.0, 30.0], dtype=BF16) if sinks else None)
+    qkv, grad = draw(sum(lengths), sum(sizes), d), draw(sum(lengths), 4 * d)
+    ends = torch.tensor([sum(lengths[:i]) for i in range(len(lengths) + 1)], dtype=torch.int32)
+    struct, parts = scores_of(*scores), qkv.split(sizes, 1)
+    out, log_sums = kernels.causal(*parts, ends, struct)
+    grads = kernels.causal_backward(*parts, ends, struct, out, log_sums, grad)
+    wide = qkv.double().requires_grad_()
+    expected = torch.cat([masked_by_float64(part, sizes, scores) for part in wide.split(lengths)])
+    expected.backward(grad.double())
+    # A sink that takes nearly all leaves roundings of small numbers.
+    assert error(out, expected.detach()) < 2 * ROUNDED
+    for found, wanted in zip(grads, wide.grad.split(sizes, 1), strict=True):
+        assert error(found, wanted) < 3 * ROUNDED or float(wanted.norm()) < 1e-9
+
+
+def masked_by_float64(qkv: torch.Tensor, sizes: list[int], scores: Scores) -> torch.Tensor:
+    at = torch.arange(len(qkv))
+    ago = at[:, None] - at
+    seen = (ago >= 0) & (ago < (scores.window or len(qkv)))
+    q, k, v = (one.transpose(0, 1) for one in qkv.split(sizes, 1))
+    # Out of place: this is differentiated.
+    products = (q.unflatten(0, (len(k), -1)) * scores.scale) @ k.transpose(-1, -2).unsqueeze(1)
+    if scores.softcap is not None:
+        products = scores.softcap * torch.tanh(products / scores.softcap)
+    weights = scores.softmax(products.masked_fill(~seen, -torch.inf), 1, 0)
+    return (weights @ v.unsqueeze(1)).flatten(0, 1).transpose(0, 1).flatten(1)
+
+
 def test_a_sequence_that_is_not_finite_leaves_the_others_as_they_are(kernels):
     sizes, ends = [4, 2, 2], torch.tensor([0, 40, 75], dtype=torch.int32)
     clean, grad = draw(75, 8, 32), draw(75, 128)
@@ -140,8 +173,9 @@ def test_a_sequence_that_is_not_finite_leaves_the_others_as_they_are(kernels):
     bad[:40] = torch.nan
     results = []
     for qkv in (clean, bad):
-        out, log_sums = kernels.causal(*qkv.split(sizes, 1), ends, 0.2)
-        results.append((out, *kernels.causal_backward(*qkv.split(sizes, 1), ends, 0.2, out, log_sums, grad)))
+        scores = scores_of(0.2)
+        out, log_sums = kernels.causal(*qkv.split(sizes, 1), ends, scores)
+        results.append((out, *kernels.causal_backward(*qkv.split(sizes, 1), ends, scores, out, log_sums, grad)))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one[40:], other[40:]) and other[:40].isnan().all(1).any()
 
