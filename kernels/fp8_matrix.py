@@ -51,6 +51,10 @@ class Fp8Matrix:
             numbers[rows] = (piece / scale).clamp_(-FP8_MOST, FP8_MOST).to(FP8).view(torch.uint8)
         return cls(numbers.view(FP8), scales)
 
+    def select(self, rows: slice) -> Fp8Matrix:
+        """A view of some outputs."""
+        return Fp8Matrix(self.numbers[rows], self.scales[rows])
+
     def dense(self, dtype: torch.dtype, rows: slice = slice(None), columns: slice = slice(None)) -> torch.Tensor:
         """W [rows, columns], each number rounded once to dtype."""
         return self.numbers[rows, columns].float().mul_(self.scales[rows]).to(dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,8 +74,10 @@ class QuantisedKernels:
 
     def takes(self, x: torch.Tensor, matrix: Matrix) -> bool:
         """Whether these are rows, few enough to be multiplied here, and groups divide the steps of the contraction."""
-        if x.dim() != 2 or x.stride(1) != 1 or len(x) > FEW:
-            return False
+        return x.dim() == 2 and x.stride(1) == 1 and len(x) <= FEW and self.reads(x, matrix)
+
+    def reads(self, x: torch.Tensor, matrix: Matrix) -> bool:
+        """Whether groups divide the steps of the contraction."""
         return isinstance(matrix, Fp8Matrix) or matrix.by_output or block_k(x.itemsize) % (matrix.group or GROUP) == 0
 
     def product(self, x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
@@ -95,8 +97,33 @@ class QuantisedKernels:
         tickets = space.take_tickets(targets if split else 1)
         quantised_product[(targets * tiles.split,)](
             x, numbers, scales, scales if added is None else added, x if bias is None else bias, y, planes, tickets,
-            rows, out, depth, x.stride(0), numbers.stride(0), scales.stride(0), y.stride(0),
+            tickets, rows, out, depth, x.stride(0), numbers.stride(0), scales.stride(0), y.stride(0),
             **product_constants(matrix, tiles, bias is not None), **OPTIONS, num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )  # fmt: skip
+        return y
+
+    def grouped(self, x: torch.Tensor, matrix: Matrix, ends: torch.Tensor) -> torch.Tensor:
+        """x [pairs, in], grouped by expert -> [pairs, out], each row with its expert's W. Waits for nothing.
+
+        matrix: those of all experts, one below the other; ends [experts] int32: where the rows of each end. Raises
+        ValueError as product() does.
+        """
+        _check(x, matrix)
+        pairs, experts, depth = len(x), len(ends), matrix.in_
+        y = x.new_empty(pairs, matrix.out // experts)
+        if not pairs:
+            return y
+        # Twice the rows that an expert has on average.
+        usual = min(-(-2 * pairs // experts), 64)
+        wanted = self._tiles or product_tiles(usual, y.shape[1], depth, _bits(matrix), self._programs, x.itemsize)
+        tiles = replace(wanted, split=1)
+        targets = (-(-pairs // tiles.block_m) + experts) * -(-y.shape[1] // tiles.block_n)
+        numbers, scales, added, space = matrix.numbers, matrix.scales, _added(matrix), self.workspace()
+        quantised_product[(targets,)](
+            x, numbers, scales, scales if added is None else added, x, y, space.planes, space.tickets, ends, pairs,
+            y.shape[1], depth, x.stride(0), numbers.stride(0), scales.stride(0), y.stride(0),
+            **product_constants(matrix, tiles, False, experts), **OPTIONS, num_warps=tiles.warps,
             num_stages=tiles.stages,
         )  # fmt: skip
         return y
@@ -116,11 +143,11 @@ class QuantisedKernels:
         return found
 
 
-def product_constants(matrix: Matrix, tiles: ProductTiles, biased: bool) -> dict[str, Any]:
+def product_constants(matrix: Matrix, tiles: ProductTiles, biased: bool, experts: int = 0) -> dict[str, Any]:
     """What quantised_product is compiled for."""
     return {
         **_constants(matrix), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k,
-        "SPLIT": tiles.split, "HAS_BIAS": biased,
+        "SPLIT": tiles.split, "HAS_BIAS": biased, "EXPERTS": experts,
     }  # fmt: skip
 
 

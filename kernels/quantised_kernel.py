@@ -1,6 +1,6 @@
 """Products with weights of 8 and 4 bits, which are widened in registers, and what these weights stand for (Triton).
 
-    quantised_product    y = x W^T + bias for few rows: W is read once, as it is stored
+    quantised_product    y = x W^T + bias for few rows: W is read once, as it is stored; or each row with its expert's W
     quantised_dense      W, or a part of it, in another type: for many rows, where torch's product reads it again
 
 `QuantisedMatrix` and `Fp8Matrix` are the specification. Numbers with one scale for each output are multiplied as they
@@ -59,21 +59,46 @@ def _group_tile(values, cols, k, row, out, end, EACH: tl.constexpr, BLOCK_N: tl.
     return tl.reshape(wide, [BLOCK_N, GROUPS * EACH])
 
 
+@triton.jit
+def _expert_tile(tile, ends, out, rows, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr):
+    """First row of a row tile, the end of its expert's rows, and the expert's first output; no rows: an end of 0."""
+    each = tl.arange(0, triton.next_power_of_2(EXPERTS))
+    stops = tl.load(ends + each, mask=each < EXPERTS, other=0)
+    starts = tl.load(ends + each - 1, mask=(each > 0) & (each < EXPERTS), other=0)
+    tiles = tl.where(each < EXPERTS, tl.cdiv(stops - starts, BLOCK_M), 0)
+    expert = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
+    before = tl.sum(tl.where(each < expert, tiles, 0), 0)
+    own = each == expert
+    row = tl.sum(tl.where(own, starts, 0), 0) + (tile - before) * BLOCK_M
+    # Beyond the last expert nothing is its own.
+    stop = tl.sum(tl.where(own & (each < EXPERTS), stops, 0), 0)
+    return row, stop, tl.minimum(expert, EXPERTS - 1).to(tl.int64) * out
+
+
 @triton.jit(do_not_specialize=["rows"])
 def quantised_product(
-    x, numbers, scales, added, bias, y, planes, tickets, rows, out, depth, x_row, numbers_row, scales_row, y_row,
+    x, numbers, scales, added, bias, y, planes, tickets, ends, rows, out, depth, x_row, numbers_row, scales_row, y_row,
     BITS: tl.constexpr, BY_OUTPUT: tl.constexpr, GROUP: tl.constexpr, ADDED: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, INTERPRET: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One part of the contraction of a tile of y [rows, out]; the last one finishes it.
 
     x [rows, depth]; numbers [out, depth], of 4 bits [out, depth / 2] up to multiples of 32 inputs; scales and added
     [out, groups], see _scaled; BY_OUTPUT: scales [out]. BLOCK_K is a multiple of GROUP. Grid: parts of each tile, row
     tiles fastest, then parts, then column tiles.
+
+    EXPERTS: how many matrices lie below each other in numbers and scales, each for the rows before its entry in `ends`
+    [EXPERTS] that no other has; 0: one for all rows. Of row tiles there are as many as the rows may need, whatever the
+    ends; those that are left over store nothing.
     """
-    row_tiles = tl.cdiv(rows, BLOCK_M)
+    row_tiles = tl.cdiv(rows, BLOCK_M) + EXPERTS
     program = tl.program_id(0)
     row = (program % row_tiles) * BLOCK_M
+    # The first output of this matrix among all.
+    first = tl.zeros([], dtype=tl.int64)
+    if EXPERTS > 0:
+        row, rows, first = _expert_tile(program % row_tiles, ends, out, rows, BLOCK_M, EXPERTS)
     part = (program // row_tiles) % SPLIT
     column_tile = program // (row_tiles * SPLIT)
     tile = column_tile * row_tiles + program % row_tiles
@@ -83,7 +108,9 @@ def quantised_product(
     steps = tl.cdiv(tl.cdiv(depth, BLOCK_K), SPLIT)
     begin = part * steps * BLOCK_K
     end = tl.minimum(begin + steps * BLOCK_K, depth)
-    lines = numbers + cols.to(tl.int64)[:, None] * numbers_row
+    lines = numbers + (first + cols)[:, None] * numbers_row
+    scales += first * scales_row
+    added += first * scales_row
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     groups: tl.constexpr = 1 if BY_OUTPUT else BLOCK_K // GROUP
     zero: tl.constexpr = 8 if BITS == 4 else 0

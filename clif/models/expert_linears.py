@@ -13,15 +13,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from clif.kernels.fp8_matrix import Fp8Matrix
+from clif.kernels.quantised import GROUP, QuantisedMatrix, strips
 from clif.models.base_backward import base_backward
 from clif.models.base_weight import BaseWeight, Dense
 
 if TYPE_CHECKING:
     from clif.kernels.cpu.training import TrainingKernels
+    from clif.kernels.quantised_host import QuantisedKernels
 
 log = logging.getLogger(__name__)
 ALIGNED = 16
 """Bytes that rows of grouped products are multiples of."""
+STRIP = 1 << 25
+"""Numbers of experts in 8 or 4 bits that are dense at a time."""
 NEAR = 0.02
 """Relative difference that two orders of sums account for in bfloat16."""
 
@@ -62,22 +67,45 @@ class FrozenLinear:
     base: BaseWeight
 
 
+@dataclass(frozen=True, eq=False)
+class StoredExperts:
+    """The matrices of all experts in 8 or 4 bits, one below the other, as the Triton kernels read them."""
+
+    matrix: QuantisedMatrix | Fp8Matrix
+    count: int
+    kernels: QuantisedKernels
+
+    def forward(self, groups: Groups, x: torch.Tensor) -> torch.Tensor:
+        return self.kernels.grouped(x, self.matrix, groups.ends)
+
+    def backward(self, groups: Groups, grad: torch.Tensor) -> torch.Tensor:
+        # Strips of inputs, as of one matrix: each number of the result is one product's.
+        of_input = grad.new_empty(len(grad), self.matrix.in_)
+        for columns in strips(self.matrix.in_, self.matrix.out, STRIP, GROUP):
+            dense = self.kernels.dense(self.matrix, grad.dtype, columns=columns).unflatten(0, (self.count, -1))
+            of_input[:, columns] = torch.nn.functional.grouped_mm(grad, dense, offs=groups.ends)
+        return of_input
+
+
 class ExpertLinears:
     """y = x W_e^T + b_e, with e the expert of a pair. weights [count, out, in], views; biases [count, out] or None.
 
     training: what computes products with gradients, in bfloat16 on a CPU; None: torch. grouped: all experts are one
-    product of torch's, which waits for nothing.
+    product, which waits for nothing: of torch's, or of the kernels for those that are `stored` in 8 or 4 bits.
     """
 
     def __init__(self, weights: torch.Tensor, biases: torch.Tensor | None) -> None:
         self.each = [FrozenLinear(Dense(one, None)) for one in weights]
         self.weights, self.biases = weights, biases
         self.training: TrainingKernels | None = None
+        self.stored: StoredExperts | None = None
         self.grouped = False
 
     def forward(self, groups: Groups, x: torch.Tensor) -> torch.Tensor:
         """x [pairs, in] -> [pairs, out]."""
-        if self.grouped:
+        if self.grouped and self.stored is not None:
+            y = self.stored.forward(groups, x)
+        elif self.grouped:
             y = torch.nn.functional.grouped_mm(x, self.weights.transpose(1, 2), offs=groups.ends)
         else:
             y = torch.cat([base.forward(part) for base, part in self._parts(groups, x)])
@@ -85,6 +113,8 @@ class ExpertLinears:
 
     def backward(self, groups: Groups, grad: torch.Tensor) -> torch.Tensor:
         """Gradient of y [pairs, out] -> that of x [pairs, in]."""
+        if self.grouped and self.stored is not None:
+            return self.stored.backward(groups, grad)
         if self.grouped:
             return torch.nn.functional.grouped_mm(grad, self.weights, offs=groups.ends)
         return torch.cat([base_backward(base, part, self.training) for base, part in self._parts(groups, grad)])
@@ -98,7 +128,10 @@ class ExpertLinears:
 
     @property
     def can_group(self) -> bool:
-        """Whether torch's grouped products take these weights."""
+        """Whether grouped products take these weights."""
+        if self.stored is not None:
+            matrix = self.stored.matrix
+            return matrix.in_ % GROUP == 0 and matrix.out // self.stored.count % ALIGNED == 0
         if not all(isinstance(one.base, Dense) for one in self.each):
             return False
         return not any(size * self.weights.itemsize % ALIGNED for size in self.weights.shape[1:])

@@ -16,7 +16,7 @@ from clif.kernels.quantised import QuantisedMatrix
 from clif.models.backends import triton_obstacle
 from clif.models.base_weight import BaseWeight, Dense
 from clif.models.dual_linear import DualLinear
-from clif.models.expert_linears import ExpertLinears, FrozenLinear
+from clif.models.expert_linears import ExpertLinears, FrozenLinear, StoredExperts
 from clif.models.expert_spec import Experts
 from clif.models.experts import RoutedMlp
 from clif.models.head import Head
@@ -96,10 +96,9 @@ def quantise(stack: CausalStack, kind: str, kernels: QuantisedKernels | None = N
     dense = size = 0
     worst, where = -1.0, ""
     for part in _parts(stack):
-        for one in part.held:
+        for one, matrix in zip(part.held, _matrices(part, kind, kernels), strict=True):
             base = one.base
             assert isinstance(base, Dense), "weights are quantised before they are laid out in any other way"
-            matrix = FORMATS[kind](base.weight)
             one.base = QuantisedWeight(matrix, base.bias, base.dtype, kernels)
             dense, size = dense + base.weight.nbytes, size + sum(t.nbytes for t in matrix.tensors)
             error = difference(one.base, base)
@@ -108,6 +107,21 @@ def quantise(stack: CausalStack, kind: str, kernels: QuantisedKernels | None = N
                 worst, where = error, part.name
         _free(part)
     return Quantised(kind, dense, size, worst, where)
+
+
+def _matrices(part: _Part, kind: str, kernels: QuantisedKernels | None) -> Iterator[Matrix]:
+    """Those of what is held, one after the other; of experts views of one matrix, where kernels multiply with all."""
+    experts, make = part.experts, FORMATS[kind]
+    if experts is not None and kernels is not None:
+        whole, count = make(experts.weights.flatten(0, 1)), len(experts.weights)
+        assert not isinstance(whole, Nf4Matrix), "bitsandbytes widens NF4"
+        experts.stored = StoredExperts(whole, count, kernels)
+        each = whole.out // count
+        yield from (whole.select(slice(e * each, (e + 1) * each)) for e in range(count))
+        return
+    for one in part.held:
+        assert isinstance(one.base, Dense), "weights are quantised before they are laid out in any other way"
+        yield make(one.base.weight)
 
 
 def choose_quantised(kind: str, device: torch.device, dtype: torch.dtype) -> QuantisedKernels | None:
@@ -137,6 +151,12 @@ def quantised_fault(kind: str, device: torch.device, dtype: torch.dtype) -> str 
             expected = torch.nn.functional.linear(x, dense).float()
             if not (kernels.product(x, matrix, None).float() - expected).norm() <= NEAR * expected.norm():
                 return "a kernel multiplies wrong here"
+        # x of 200 rows: of three experts, one of which has none.
+        ends = torch.tensor([130, 130, 200], dtype=torch.int32, device=device)
+        own = dense.unflatten(0, (3, -1))
+        expected = torch.cat((x[:130] @ own[0].T, x[130:] @ own[2].T)).float()
+        if not (kernels.grouped(x, matrix, ends).float() - expected).norm() <= NEAR * expected.norm():
+            return "a kernel multiplies with other experts here"
     except (RuntimeError, ValueError, TritonError) as error:
         return f"a kernel fails: {str(error).splitlines()[0]}"
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from clif.kernels.quantised import GROUP
 from clif.kernels.quantised_host import DENSE_BLOCK, product_tiles
@@ -20,14 +21,24 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def product_case(
-    kind: str, rows: int, out: int, depth: int, *, capability: int = 90, dtype: str = "bf16", least: bool = False
+    kind: str,
+    rows: int,
+    out: int,
+    depth: int,
+    *,
+    capability: int = 90,
+    dtype: str = "bf16",
+    least: bool = False,
+    experts: int = 0,
 ) -> Case:
     """quantised_product as `kernels/quantised_host.py` launches it."""
     bits, (numbers, scales) = (4 if kind == "int4" else 8), KINDS[kind]
     tiles = product_tiles(rows, out, depth, bits, 132, BYTES[dtype])
+    tiles = replace(tiles, split=1) if experts else tiles
     made = {
         "BITS": bits, "BY_OUTPUT": bits == 8, "GROUP": GROUP, "ADDED": int(least), "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "SPLIT": tiles.split, "HAS_BIAS": False, "INTERPRET": False,
+        "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "SPLIT": tiles.split, "HAS_BIAS": False, "EXPERTS": experts,
+        "INTERPRET": False,
     }  # fmt: skip
     depth_bytes = tiles.block_k * bits // 8
     operands = {
@@ -37,9 +48,10 @@ def product_case(
     }
     types = {
         **dict.fromkeys(("x", "bias", "y"), f"*{dtype}"), "numbers": f"*{numbers}", "planes": "*fp32",
-        "tickets": "*i32", **dict.fromkeys(("scales", "added"), f"*{scales}"),
+        "tickets": "*i32", "ends": "*i32", **dict.fromkeys(("scales", "added"), f"*{scales}"),
     }  # fmt: skip
     name = f"{kind}{' with least numbers' if least else ''}, {rows} rows, {depth} to {out}, {dtype}"
+    name += f", {experts} experts" if experts else ""
     return Case(
         name, quantised_product, capability, made, types, tiles.warps, tiles.stages, frozenset({"rows"}),
         products=dtype != "fp32", wide=dtype != "fp32", operands=operands,
@@ -73,5 +85,6 @@ def quantised_cases(corners: bool = False) -> Iterator[Case]:
                     yield product_case(kind, rows, *shape, capability=capability)
             yield product_case(kind, 256, *SHAPES[0], capability=capability)
             yield product_case(kind, 16, *SHAPES[0], capability=capability, dtype="fp32")
+            yield product_case(kind, 16, 1536, 2048, capability=capability, experts=128)
             if capability >= 90:
                 yield product_case(kind, 64, *SHAPES[0], capability=capability, dtype="fp16")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
 from helpers import Rig, answer, make_rig, request
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
@@ -15,6 +17,7 @@ from clif.kernels.fp8_matrix import Fp8Matrix
 from clif.kernels.quantised import QuantisedMatrix
 from clif.kernels.quantised_host import FEW, QuantisedKernels
 from clif.models.estimate import estimate, read_spec
+from clif.models.expert_linears import Groups
 from clif.models.quantising import FORMATS, quantised_fault
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
@@ -71,6 +74,31 @@ def test_captured_steps_give_the_answers_of_plain_ones(kind: str, tiny_config: P
     same = sum(a == b for one, other in zip(found, expected, strict=True) for a, b in zip(one, other, strict=True))
     # In bfloat16 a token of a random model may be a tie.
     assert same >= 0.75 * 12 * len(PROMPTS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_are_one_launch_and_their_steps_are_captured(kind: str, tmp_path: Path) -> None:
+    (family,) = (one for one in FAMILIES if one.name == "qwen3_moe")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(family.config))
+    captured, plain = rig_of(file, kind), rig_of(file, kind, graphs="off")
+    stack = captured.runner.stack
+    linears = [one for mlp in stack.routed for one in mlp.linears]
+    assert linears and all(one.grouped and one.stored is not None for one in linears)
+    assert captured.runner.graphs is not None
+    found, expected = answers(captured), answers(plain)
+    same = sum(a == b for one, other in zip(found, expected, strict=True) for a, b in zip(one, other, strict=True))
+    assert same >= 0.75 * 12 * len(PROMPTS)
+    groups = Groups(torch.arange(40, device=DEVICE)[:, None] * 3 % 8, 8)
+    for one in linears[:2]:
+        x = torch.randn(40, one.stored.matrix.in_, device=DEVICE).bfloat16()
+        grad = torch.randn(40, one.stored.matrix.out // 8, device=DEVICE).bfloat16()
+        together = one.forward(groups, x), one.backward(groups, grad)
+        one.grouped = False
+        apart = one.forward(groups, x), one.backward(groups, grad)
+        one.grouped = True
+        for a, b in zip(together, apart, strict=True):
+            assert (a.float() - b.float()).norm() <= 0.01 * b.float().norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)

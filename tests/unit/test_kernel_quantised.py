@@ -25,6 +25,8 @@ from clif.kernels.tiles import LinearTiles
 from clif.kernels.tuning import Fixed
 from clif.models import quantising
 from clif.models.dual_linear import DualLinear, LoraRows
+from clif.models.expert_linears import ExpertLinears, Groups, StoredExperts
+from clif.models.nf4_matrix import Nf4Matrix
 from clif.models.quantised_weight import QuantisedWeight
 from clif.models.quantising import FORMATS
 
@@ -163,6 +165,41 @@ def test_adapters_beside_a_weight_that_is_not_dense_serve_and_learn(kind: str, f
         found.append([first, second, learnt.grad, layer.lora.shadow_a.grad, layer.lora.shadow_b.grad])
     for expected, got in zip(*found, strict=True):
         assert torch.allclose(got, expected, atol=1e-4, rtol=1e-4)
+
+
+# --- experts
+
+
+@pytest.mark.parametrize("ends", [(3, 3, 25, 25, 30), (30, 30, 30, 30, 30), (0, 0, 0, 17, 30)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_row_is_multiplied_with_its_expert_s_matrix(kind: str, ends: tuple[int, ...]):
+    torch.manual_seed(0)
+    matrix, x = FORMATS[kind](torch.randn(5 * 72, 96)), torch.randn(30, 96)
+    assert not isinstance(matrix, Nf4Matrix)
+    found = kernels().grouped(x, matrix, torch.tensor(ends, dtype=torch.int32))
+    each = matrix.dense(torch.float32).unflatten(0, (5, -1))
+    expected = [x[start:stop] @ each[e].T for e, (start, stop) in enumerate(zip((0, *ends), ends, strict=False))]
+    assert torch.allclose(found, torch.cat(expected), atol=1e-4)
+    assert torch.equal(matrix.select(slice(72, 144)).dense(torch.float32), each[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_in_one_product_serve_and_learn_as_one_after_the_other(kind: str):
+    torch.manual_seed(0)
+    weights, biases = torch.randn(4, 48, 64).bfloat16(), torch.randn(4, 48).bfloat16()
+    matrix, found = FORMATS[kind](weights.flatten(0, 1)), kernels()
+    assert not isinstance(matrix, Nf4Matrix)
+    linears = ExpertLinears(weights, biases)
+    for e, one in enumerate(linears.each):
+        one.base = QuantisedWeight(matrix.select(slice(48 * e, 48 * e + 48)), None, torch.bfloat16)
+    groups = Groups(torch.tensor([[3, 0]] * 9 + [[0, 1]] * 4), 4)
+    x, grad = torch.randn(26, 64).bfloat16(), torch.randn(26, 48).bfloat16()
+    expected = linears.forward(groups, x), linears.backward(groups, grad)
+    linears.stored = StoredExperts(matrix, 4, found)
+    linears.grouped = linears.can_group
+    assert linears.grouped
+    for got, wanted in zip((linears.forward(groups, x), linears.backward(groups, grad)), expected, strict=True):
+        assert apart(got, wanted.double()) < 0.01
 
 
 # --- in engines
