@@ -33,9 +33,10 @@ REPO = Path(__file__).resolve().parents[1]
 MODES = ("clif", "serve_only", "time_slice", "split")
 """In the order of a repeat: time_slice is given the training that clif reached."""
 RANKS = 2
-"""Replicas in every mode, each with its share of the cores, so that modes and days compare. Two with half of the
-threads served more than one with all of them before there were C++ kernels (639 against 393 tokens/s); with them one
-serves more, since it reads the weights once (766 against 664, engine-peers-instances-2026-11-28.md)."""
+"""Replicas in every mode unless --ranks says otherwise, each with its share of the cores, so that modes and days
+compare. Two with half of the threads served more than one with all of them before there were C++ kernels (639 against
+393 tokens/s); with them one serves more, since it reads the weights once (766 against 664,
+engine-peers-instances-2026-11-28.md)."""
 LOAD, LIGHT_LOADS = 0.7, (0.3, 0.05)
 SATURATING_RPS = 1000
 TRAINING_ROUNDS = 4
@@ -53,10 +54,11 @@ class Plan:
     saturating_requests: int
     modes: tuple[str, ...]
     loads: tuple[float, ...]
+    ranks: int = RANKS
 
     @property
     def threads_per_rank(self) -> int:
-        return max(1, self.threads // RANKS)
+        return max(1, self.threads // self.ranks)
 
 
 @dataclass
@@ -126,8 +128,10 @@ def command(plan: Plan, mode: str, name: str, seed: int, extra: list[str]) -> li
     own = {"serve_only": ["train.enabled=false"], "train_only": ["load.kind=none"]}.get(mode, [])
     where = [f"run.out_dir={plan.folder}", f"run.name={name}", f"run.seed={seed}", f"run.mode={mode}"]
     threads = f"dist.threads_per_rank={plan.threads_per_rank}"
-    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    return [*torchrun, "launch/run.py", "--config", str(plan.config), *where, threads, *own, *extra]
+    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    torchrun.append(str(plan.ranks))
+    layout = f"layout.replicas={plan.ranks}"
+    return [*torchrun, "launch/run.py", "--config", str(plan.config), *where, threads, layout, *own, *extra]
 
 
 def launch(plan: Plan, mode: str, name: str, seed: int, extra: list[str]) -> RunData:
@@ -166,7 +170,8 @@ def _provenance(comparison: Comparison) -> list[str]:
         f"versions: Python {platform.python_version()}, {versions}; commit {git_commit() or 'unknown'}",
         f"{len(comparison.results.capacities)} repeats, modes in turns; {plan.load_s:g} s of load each; full load is "
         f"{comparison.rate_rps:.2f} requests/s",
-        f"layout: {RANKS} replicas with {plan.threads_per_rank} threads each; split: half of them serve, half train",
+        f"layout: {plan.ranks} replicas with {plan.threads_per_rank} threads each"
+        + ("; split: half of them serve, half train" if "split" in plan.modes else ""),
         "all modes answer with a rank-8 adapter from the first request on",
     ]
 
@@ -187,6 +192,7 @@ def main(
     threads: Annotated[int, typer.Option(min=2, help="CPU threads of the machine to use")] = max(
         2, os.cpu_count() or 1
     ),
+    ranks: Annotated[int, typer.Option(min=1, help="replicas; 1 has all threads, and no split")] = RANKS,
     config: Annotated[Path, typer.Option(help="YAML file of all runs")] = REPO / "configs" / "bench.yaml",
     out: Annotated[Path, typer.Option(help="folder for the dated files")] = REPO / "benchmarks",
     runs: Annotated[Path, typer.Option(help="folder for the folders of all runs")] = REPO / "runs",
@@ -196,7 +202,10 @@ def main(
 ) -> None:
     """Compare CLIF with serving alone, training alone, time slices and a split, and write a dated report."""
     now, requests = datetime.datetime.now(), 160
-    stem = f"coserving-{now.date().isoformat()}"
+    chosen = tuple(mode for mode in _modes(modes) if ranks > 1 or mode != "split")
+    if not chosen:
+        raise typer.BadParameter("split needs two replicas: raise --ranks, or choose another mode")
+    stem = f"coserving-{now.date().isoformat()}" + ("" if ranks == RANKS else f"-ranks{ranks}")
     if smoke:
         # One thread: with so small a model more threads only wait for each other, forever beside other programs.
         threads, repeats, load_s, requests = 1, 1, min(load_s, 4.0), 64
@@ -206,7 +215,7 @@ def main(
     folder.mkdir(parents=True)
     # Before the runs: they take minutes, and their report is written last.
     out.mkdir(parents=True, exist_ok=True)
-    plan = Plan(config, folder, threads, load_s, requests, _modes(modes), LIGHT_LOADS if light else ())
+    plan = Plan(config, folder, threads, load_s, requests, chosen, LIGHT_LOADS if light else (), ranks)
     comparison = Comparison(plan)
     for number in range(1, repeats + 1):
         comparison.repeat(number)

@@ -11,8 +11,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
-# torch would set this to 1 as well, but with a warning; dist.threads_per_rank sets the threads that count.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# For several ranks torch would set this to 1 as well, but with a warning; the ranks share the cores in any case. A
+# single rank takes it for a wish, and without it all cores.
+[ "${RANKS:-2}" = 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 if [ "${HOSTS:-1}" = 1 ]; then
     meet=(--standalone)

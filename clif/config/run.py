@@ -106,7 +106,9 @@ class DistConfig(Section):
     ranks_per_gpu: Annotated[int, Field(gt=0, le=256)] = 1
     """[ranks] Ranks that share a GPU and its memory equally. More than one needs gloo: NCCL wants a GPU per rank."""
     threads_per_rank: Annotated[int, Field(gt=0, le=4096)] | None = None
-    """[threads] CPU threads of a rank. `null`: the host's cores divided by its ranks."""
+    """[threads] CPU threads of a rank. `null`: the user's `OMP_NUM_THREADS` (a 1 that torchrun sets does not count),
+    otherwise the physical cores that the ranks of the host may use, by binding and quota, divided by them; see
+    [cpu.md](cpu.md#threads-and-replicas)."""
     control_host: str | None = None
     """[address] Where the control process listens. `null`: loopback on one host, otherwise the address of rank 0's host
     that others reach, see launching.md."""

@@ -30,6 +30,7 @@ from clif.rank.serve_loop import serve_until_stop
 from clif.rank.shared_folder import agree_on_folder, resuming
 from clif.rank.signals import SignalWatcher
 from clif.rank.supervisor import ReplicaSupervisor
+from clif.rank.threads import choose_threads, read_machine
 from clif.replica.build import build_replica, load_data
 from clif.replica.records import RankRecords
 from clif.replica.replica import Replica
@@ -45,7 +46,9 @@ def run_rank(config: Config, env: RankEnv) -> int:
 
     Raises InputError before any work, and ReportedExit once its error is shown.
     """
-    torch.set_num_threads(config.dist.threads_per_rank or _threads(env))
+    threads, why = choose_threads(config.dist.threads_per_rank, os.environ, env, read_machine())
+    torch.set_num_threads(threads)
+    log.info("CPU threads of a rank: %d (%s)", threads, why)
     signals = SignalWatcher(config.run.drain_s)
     # First of all: a wrong file is refused before anything that takes time.
     given_secret(config)
@@ -102,14 +105,6 @@ def _load(config: Config, topology: Topology, run_dir: Path, restarted: bool) ->
     if unpacked and (env.world_size > 1 or restarts_left(os.environ)):
         return load_gguf(config.model, topology.store, run_dir, topology.device, tp_group, restarted)
     return load_model(config.model, topology.device, config.run.seed, tp_group)
-
-
-def _threads(env: RankEnv) -> int:
-    """This rank's share of the host's cores, at most those that the launcher has bound it to (mpirun, Slurm)."""
-    cores = os.cpu_count() or 1
-    # Not every system can bind processes to cores.
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    return max(1, min(cores // env.local_world_size, bound))
 
 
 def _serve(

@@ -236,3 +236,6 @@ def test_every_mode_has_the_same_cores_and_replicas() -> None:
     plan = Plan(Path("c.yaml"), Path("runs"), 8, 5.0, 10, MODES, ())
     lines = [command(plan, mode, "x", 1, []) for mode in MODES]
     assert all("dist.threads_per_rank=4" in line and line[line.index("--nproc-per-node") + 1] == "2" for line in lines)
+    alone = command(replace(plan, ranks=1), "clif", "x", 1, [])
+    assert {"dist.threads_per_rank=8", "layout.replicas=1"} <= {*alone}
+    assert alone[alone.index("--nproc-per-node") + 1] == "1"
