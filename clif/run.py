@@ -27,7 +27,7 @@ from clif.errors import ConfigError, InputError
 from clif.exit_report import ReportedExit, last_words
 from clif.quality.check import check_scoring
 from clif.rank.dry_run import plan_lines
-from clif.rank.preflight import check_access, check_gpu, check_model, check_room, device_of, prove, room_of
+from clif.rank.preflight import check_access, check_gpu, check_model, check_room, cpu_flags, device_of, prove, room_of
 from clif.storage.api_keys import hash_variable
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def _check(settings: Config, layout: Layout, inputs: bool = True) -> None:
 def _print(settings: Config, layout: Layout, env: RankEnv) -> int:
     device, ranks = device_of(settings), env.local_world_size if env.world_size > 1 else layout.world_size
     check_device(settings, device)
-    for line in plan_lines(settings, layout, device, room_of(settings, device, ranks)):
+    for line in plan_lines(settings, layout, device, room_of(settings, device, ranks), cpu_flags()):
         print(line)
     check_gpu(settings)
     print(prove(settings))

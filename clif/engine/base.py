@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from clif.adapters.bank import AdapterBank, inject
-from clif.config import Config, ConfigError, EngineConfig
+from clif.config import Config, EngineConfig
 from clif.distributed.collectives import TpGroup
 from clif.engine.guide import Guides
 from clif.engine.runner import ModelRunner
@@ -24,6 +24,7 @@ from clif.models.backends import (
     choose_prefill,
     choose_varlen,
 )
+from clif.models.decode_kernel import decode_kernel_of
 from clif.models.dual_linear import LoraRows
 from clif.models.expert_linears import choose_grouped
 from clif.models.kept import kept
@@ -121,7 +122,9 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
             stack.prepack() if cpu_level is None else stack.pack()
         if expected is not None and not shared and not quantised:
             compare(stack, expected)
-    paged = choose_decode(_decode_kernel(config.engine, stack), loaded.device, loaded.dtype, kv_dtype)
+    if not stack.plain:
+        log.info("attention: no Triton kernel, for windows, caps or sinks of scores")
+    paged = choose_decode(decode_kernel_of(config.engine, stack.spec), loaded.device, loaded.dtype, kv_dtype)
     prefill = None if paged is None or shared else _choose_prefill(stack, config.engine, loaded, kv_dtype)
     guides = Guides(loaded.tokenizer, stack.vocab_size)
     if config.online:
@@ -135,19 +138,6 @@ def _choose_lora_kernels(stack: CausalStack, config: Config, loaded: LoadedModel
     captured = choose_captured_kernels(config.engine, loaded.device, loaded.dtype, config.adapter.r)
     for linear in stack.linears if launcher or captured else ():
         linear.use_kernels(launcher, captured)
-
-
-def _decode_kernel(config: EngineConfig, stack: CausalStack) -> Literal["auto", "torch", "triton"]:
-    """engine.decode_kernel, where the model's attention is what the kernel computes. Raises ConfigError otherwise."""
-    if stack.plain:
-        return config.decode_kernel
-    if config.decode_kernel == "triton":
-        raise ConfigError(
-            "engine.decode_kernel triton computes no windows, caps or sinks of scores, which this model has: set "
-            "engine.decode_kernel=torch"
-        )
-    log.info("attention: no Triton kernel, for windows, caps or sinks of scores")
-    return "torch"
 
 
 def _choose_prefill(

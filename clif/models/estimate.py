@@ -7,7 +7,7 @@ a GPU, its context.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
@@ -33,6 +33,8 @@ GROUP, SCALE = 32, 2
 NF4_BLOCK, WIDE_SCALE = 64, 4
 """The same of NF4, and bytes of its scales and of those of FP8."""
 Device = Literal["cpu", "cuda"]
+BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16"})
+"""CPU instructions, as Linux names them, that multiply numbers of bfloat16."""
 
 
 class EstimateError(InputError):
@@ -84,19 +86,22 @@ def read_spec(path: str) -> ModelSpec:
         raise EstimateError(f"{local} is not that of a Llama-style model ({error})") from error
 
 
-def dtype_of(config: Config, device: Device) -> str:
-    """The dtype to count with. On a CPU auto may become bfloat16, which takes as much with its prepacked copy."""
+def dtype_of(config: Config, device: Device, flags: Collection[str] = ()) -> str:
+    """The dtype to count with. flags: of the host's CPU.
+
+    On a CPU a start measures what auto becomes: bfloat16 where the CPU multiplies it by itself.
+    """
     if config.model.dtype != "auto":
         return config.model.dtype
-    return "bfloat16" if device == "cuda" else "float32"
+    return "bfloat16" if device == "cuda" or not BFLOAT16.isdisjoint(flags) else "float32"
 
 
-def estimate(config: Config, spec: ModelSpec, tp_size: int, device: Device) -> Memory:
+def estimate(config: Config, spec: ModelSpec, tp_size: int, device: Device, flags: Collection[str] = ()) -> Memory:
     """Bytes of a rank of a replica of tp_size ranks, which share linear layers, KV heads and the output head.
 
     engine.kv_tokens auto counts as one request of full length, the least with which a replica starts.
     """
-    dtype, kv_tokens = dtype_of(config, device), config.engine.kv_tokens
+    dtype, kv_tokens = dtype_of(config, device, flags), config.engine.kv_tokens
     if kv_tokens == "auto":
         kv_tokens = config.model.max_context
     # A spare block, for rows of padding.

@@ -226,6 +226,12 @@ class ModelSpec:
         windows = [kind.window for kind in self.kinds if kind.window is not None]
         return max(windows) if len(windows) == self.num_layers else None
 
+    @property
+    def plain(self) -> bool:
+        """Whether the scores of all layers are products times a scale, of all tokens before a row."""
+        attention = self.layer.attention
+        return self.window is None and attention.softcap is None and attention.sinks is None
+
     def within(self, max_context: int) -> ModelSpec:
         """The same without windows that no row of this context looks beyond."""
         wide = tuple(

@@ -76,7 +76,7 @@ class CausalStack:
     @property
     def plain(self) -> bool:
         """Whether all layers compute plain attention, which most kernels are for."""
-        return all(layer.scores.plain for layer in self.decoder_layers)
+        return self.spec.plain
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 
 from clif.config import Config
@@ -11,17 +11,19 @@ from clif.distributed.roles import role_of
 from clif.models.estimate import Device, EstimateError, Room, dtype_of, estimate, read_spec
 
 
-def plan_lines(config: Config, layout: Layout, device: Device, room: Room | None = None) -> Iterator[str]:
+def plan_lines(
+    config: Config, layout: Layout, device: Device, room: Room | None = None, flags: Collection[str] = ()
+) -> Iterator[str]:
     """The layout, the groups and the estimate, a line each. device: of the ranks of this host.
 
-    room: the memory of this host; None if it is unknown.
+    room: the memory of this host; None if it is unknown. flags: of its CPU.
     """
     for replica, ranks in enumerate(layout.replicas):
         role = role_of(replica, len(layout.replicas), config.run)
         only = "" if role.serves and role.trains else f", only {'serves' if role.serves else 'trains'}"
         yield f"replica {replica}: ranks {list(ranks)}, leader {ranks[0]}{only}"
     yield from group_lines(config, layout)
-    yield from memory_lines(config, layout, device, room)
+    yield from memory_lines(config, layout, device, room, flags)
 
 
 def group_lines(config: Config, layout: Layout) -> Iterator[str]:
@@ -36,7 +38,9 @@ def group_lines(config: Config, layout: Layout) -> Iterator[str]:
         yield f"federation group of tp_rank {tp_rank}, all members: ranks {group}"
 
 
-def memory_lines(config: Config, layout: Layout, device: Device, room: Room | None = None) -> Iterator[str]:
+def memory_lines(
+    config: Config, layout: Layout, device: Device, room: Room | None = None, flags: Collection[str] = ()
+) -> Iterator[str]:
     """An estimate for a rank of each size of replica, or why there is none; activations count as their budget.
 
     Raises LayoutError for a model that a replica's ranks cannot share.
@@ -48,14 +52,19 @@ def memory_lines(config: Config, layout: Layout, device: Device, room: Room | No
         return
     for tp_size in sorted({len(ranks) for ranks in layout.replicas}):
         spec.check_divisible(tp_size)
-        memory = estimate(config, spec, tp_size, device)
+        memory = estimate(config, spec, tp_size, device, flags)
         share = f", 1 of {tp_size} of its replica" if tp_size > 1 else ""
         where = "a GPU" if device == "cuda" else "the CPU"
-        yield f"memory of a rank{share}, {dtype_of(config, device)} on {where}: about {_mib(memory.total)}"
+        dtype = f"{dtype_of(config, device, flags)} on {where}{_measured(config, device)}"
+        yield f"memory of a rank{share}, {dtype}: about {_mib(memory.total)}"
         for name, size in asdict(memory).items():
             if size:
                 yield f"  {name.replace('_', ' '):<18}{_mib(size):>12}{_at_least(name, config)}"
         yield _fits(memory.total, device, room)
+
+
+def _measured(config: Config, device: Device) -> str:
+    return " (model.dtype auto: a start measures)" if config.model.dtype == "auto" and device == "cpu" else ""
 
 
 def _at_least(name: str, config: Config) -> str:

@@ -15,6 +15,7 @@ from clif.config import Config
 from clif.distributed.layout import Layout
 from clif.errors import ConfigError
 from clif.metrics.provenance import gpu_bytes, gpu_names
+from clif.models.decode_kernel import decode_kernel_of
 from clif.models.estimate import Device, Room, estimate
 from clif.models.hf_config import Tree, check_tree
 from clif.models.layer_spec import ModelSpec
@@ -23,6 +24,8 @@ from clif.models.targets import check_targets
 from clif.models.weights.files import check_gguf, check_weights, is_gguf, locate, read_model
 from clif.models.weights.gguf_header import read_header
 from clif.storage.api_keys import keys_at
+
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 def check_access(config: Config) -> None:
@@ -53,6 +56,7 @@ def check_model(config: Config, layout: Layout) -> Tree | None:
     spec = _spec(tree)
     if spec is not None:
         check_targets(config.adapter, spec)
+        decode_kernel_of(config.engine, spec.within(config.model.max_context))
         for size in {len(ranks) for ranks in layout.replicas}:
             spec.check_divisible(size)
     if header is not None and spec is not None:
@@ -98,6 +102,15 @@ def room_of(config: Config, device: Device, ranks: int) -> Room | None:
         return Room(psutil.virtual_memory().total, ranks)
     least = min(gpu_bytes(), default=None)
     return None if least is None else Room(least, config.dist.ranks_per_gpu)
+
+
+def cpu_flags() -> frozenset[str]:
+    """Names of this host's CPU instructions, as Linux has them; none where the system does not say."""
+    try:
+        lines = CPU_INFO.read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
 
 
 def prove(config: Config) -> str:

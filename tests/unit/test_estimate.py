@@ -14,7 +14,7 @@ from clif.config import Config, config_from_tree
 from clif.distributed.layout import make_layout
 from clif.engine.engine import Engine
 from clif.kernels.cpu.library import Absent, level
-from clif.models.estimate import EstimateError, Memory, estimate, read_spec
+from clif.models.estimate import EstimateError, Memory, dtype_of, estimate, read_spec
 from clif.models.weights.loading import load_model
 from clif.rank.dry_run import group_lines, plan_lines
 from clif.training.train_runner import TrainRunner
@@ -91,6 +91,19 @@ def test_bfloat16_counts_what_the_cpus_kernels_pack(tiny_config, tmp_path, targe
     held += [numbers for packed in factors for numbers in (packed.a, packed.b)]
     memory = estimate(config, read_spec(config.model.path), 1, "cpu")
     assert memory.prepacked_weights == sum(numbers.nbytes for numbers in held)
+
+
+def test_a_dtype_that_a_start_chooses_is_that_of_the_cpus_instructions(tiny_config):
+    auto = configured("", model={"path": f"random:{tiny_config}", "max_context": 64})
+    spec = read_spec(auto.model.path)
+    for flags, dtype in (({"fma", "avx512_bf16"}, "bfloat16"), ({"amx_bf16"}, "bfloat16"), ({"avx512f"}, "float32")):
+        model = auto.model.model_copy(update={"dtype": dtype})
+        expected = estimate(auto.model_copy(update={"model": model}), spec, 1, "cpu")
+        assert estimate(auto, spec, 1, "cpu", flags) == expected
+        (line,) = [one for one in plan_lines(auto, make_layout(1), "cpu", None, flags) if one.startswith("memory")]
+        assert f"{dtype} on the CPU (model.dtype auto: a start measures)" in line
+    assert dtype_of(auto, "cuda") == "bfloat16"
+    assert dtype_of(in_bfloat16(tiny_config), "cpu") == "bfloat16", "what is asked for is not chosen"
 
 
 def test_llama_8b_has_the_parameters_it_is_named_after():

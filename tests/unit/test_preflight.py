@@ -27,7 +27,7 @@ from clif.models.weights.gguf_header import read_header
 from clif.models.weights.loading import load_model
 from clif.rank import preflight
 from clif.rank.dry_run import plan_lines
-from clif.rank.preflight import check_model, check_room, prove, room_of
+from clif.rank.preflight import check_model, check_room, cpu_flags, prove, room_of
 
 REPO = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -211,6 +211,25 @@ def test_names_of_layers_and_shares_are_checked_without_torch(folder):
     check_model(configured(folder, adapter={"target_modules": r".*\.1\.mlp\.(gate|up)_proj"}), make_layout(1))
     with pytest.raises(LayoutError, match="3 ranks cannot share"):
         check_model(configured(folder), make_layout(3, tp_size=3))
+
+
+def test_a_kernel_that_does_not_compute_a_models_attention_is_refused_by_a_dry_run_too(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**SMALL, "model_type": "mistral", "sliding_window": 32}))
+    path, kernel = f"random:{tmp_path}", {"decode_kernel": "triton"}
+    for choose in ({"max_context": 64}, {"max_context": 32}):
+        check_model(configured(path, model=choose), make_layout(1))
+    with pytest.raises(
+        ConfigError, match=r"decode_kernel triton computes no windows.*: set engine\.decode_kernel=torch"
+    ):
+        check_model(configured(path, engine=kernel), make_layout(1))
+    check_model(configured(path, engine=kernel, model={"max_context": 32}), make_layout(1))
+
+
+def test_the_instructions_of_a_cpu_are_those_that_linux_lists(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "CPU_INFO", tmp_path / "cpuinfo")
+    assert cpu_flags() == frozenset()
+    (tmp_path / "cpuinfo").write_text("model name\t: X\nflags\t\t: fma amx_bf16\nprocessor\t: 1\nflags\t\t: fma\n")
+    assert cpu_flags() == {"fma", "amx_bf16"}
 
 
 def gguf(folder: Path, change: Callable[[bytearray], None]) -> Path:
