@@ -40,7 +40,7 @@ NEAR = 1.125
 def prompt_sizes(max_batch: int, max_prefill_tokens: int) -> list[int]:
     """Rows of captured steps with prompts; the largest holds any step that is not above MOST_ROWS."""
     most = min(max_batch + max_prefill_tokens, MOST_ROWS)
-    return [*(size for size in STEPS if size * NEAR <= most), -(-most // 16) * 16]
+    return [*(size for size in STEPS if size * NEAR < most), -(-most // 16) * 16]
 
 
 class Prefill(Protocol):

@@ -56,7 +56,7 @@ class ModelRunner:
         cpu_level: int | None = None,
         prefill: Prefill | None = None,
     ) -> None:
-        self.stack, self.bank, self.config, self.device = stack, bank, config, device
+        self.stack, self.bank, self.config, self.device, self.dtype = stack, bank, config, device, dtype
         # A spare block behind those of the sequences, for rows of padding.
         tokens = config.num_kv_tokens + config.block_size
         kv_dtype = cache_dtype(config.kv_dtype, dtype)
@@ -89,8 +89,8 @@ class ModelRunner:
             return None
         sequences, sizes = decode_sizes(self.config.max_batch)[-1], self._prompt_sizes()
         stack, limits = self.stack, self._limits(max_context)
-        itemsize = stack.head.base.dtype.itemsize
-        tile = self.prefill.tile_tokens(stack.num_heads // stack.num_kv_heads, stack.head_dim, itemsize)
+        group = stack.num_heads // stack.num_kv_heads
+        tile = self.prefill.tile_tokens(group, stack.head_dim, self.dtype.itemsize)
         buffers = PromptBuffers(sizes[-1], sequences, *limits, tile, self.device)
         self._keep_in_place()
         self.prompt_graphs = PromptGraphs(self.compute, buffers, self.prefill, sizes, recorder)

@@ -42,7 +42,7 @@ def test_the_engine_s_comparison_runs_dry_with_all_contenders(tmp_path):
     ("name", "says"),
     [
         pytest.param("gpu_faults", [": 0 of 12 fail"], marks=pytest.mark.slow),
-        pytest.param("gpu_prompts", [": 0 of 3 fail", "FIGURE prompt-1b"], marks=pytest.mark.slow),
+        pytest.param("gpu_prompts", [": 0 of 4 fail", "FIGURE prompt-1b"], marks=pytest.mark.slow),
         pytest.param("gpu_regressions", [": 0 of 8 fail"], marks=pytest.mark.slow),
         pytest.param("gpu_decode", ["FIGURE decode-1b", "FIGURE generate-1b"], marks=pytest.mark.slow),
         ("gpu_training", ["FIGURE train-16384", "FIGURE train-512"]),
