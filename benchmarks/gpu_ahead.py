@@ -169,7 +169,7 @@ def jobs(dry: bool) -> Iterator[Job]:
     yield from of_model("1b")
     for sizes, depth in (*MODELS["1b"], ((128256,), 2048)):
         for kind in ("int8", "int4", "fp8"):
-            yield QuantisedJob(kind, sum(sizes), depth, (64, 32, 1), "bfloat16")
+            yield QuantisedJob(kind, sum(sizes), depth, (64,), "bfloat16")
     # The small model in float32 of the first stage: 4 heads on 2 of 16 numbers, 64 wide.
     yield PartsJob(64, 4, 2, 16, 128, "float32")
     yield DecodeJob(4, 2, 16, 16, "float32")
