@@ -29,7 +29,7 @@ from clif.models.dual_linear import LoraRows
 from clif.models.expert_linears import choose_grouped
 from clif.models.kept import kept
 from clif.models.proof import PROBE, ask_ends, compare, probe_ids
-from clif.models.quantising import FORMATS, assert_stored, choose_quantised, quantise
+from clif.models.quantising import FORMATS, assert_stored, choose_quantised, quantise, use_kernels
 from clif.models.spec import spec_of
 from clif.models.stack import CausalStack
 from clif.models.weights.loading import LoadedModel
@@ -115,6 +115,9 @@ def build_base(config: Config, loaded: LoadedModel, tp_group: TpGroup | None = N
             log.info("%s", quantise(stack, kind, kernels))
         elif (as_kept := kept(stack)) is not None:
             log.info("%s", as_kept)
+            kernels = choose_quantised(kind, loaded.device, loaded.dtype)
+            if kernels is not None:
+                use_kernels(stack, kernels)
         if stack.routed and choose_grouped(loaded.device, loaded.dtype):
             stack.group_experts()
         _choose_lora_kernels(stack, config, loaded)

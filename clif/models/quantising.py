@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from clif.config import ConfigError
 from clif.kernels.fp8_matrix import Fp8Matrix
 from clif.kernels.quantised import QuantisedMatrix
 from clif.models.backends import triton_obstacle
-from clif.models.base_weight import BaseWeight, Dense
+from clif.models.base_weight import BaseWeight, Dense, Permuted, Stacked
 from clif.models.dual_linear import DualLinear
 from clif.models.expert_linears import ExpertLinears, FrozenLinear, StoredExperts
 from clif.models.expert_spec import Experts
@@ -126,11 +126,12 @@ def _matrices(part: _Part, kind: str, kernels: QuantisedKernels | None) -> Itera
 
 def choose_quantised(kind: str, device: torch.device, dtype: torch.dtype) -> QuantisedKernels | None:
     """The Triton kernels that multiply with weights of 8 and 4 bits; None: torch's products with strips made dense.
-    Waits for the device, once."""
+    Waits for the device, once. kind: of FORMATS; any other: whole numbers of both sizes, as checkpoints have them."""
     if device.type != "cuda":
         return None
     obstacle = "bitsandbytes widens them" if kind == "nf4" else triton_obstacle(device, dtype)
-    obstacle = obstacle or quantised_fault(kind, device, dtype)
+    for one in (kind,) if kind in FORMATS else ("int8", "int4"):
+        obstacle = obstacle or quantised_fault(one, device, dtype)
     log.info("products with %s weights: %s", kind, f"torch's ({obstacle})" if obstacle else "Triton kernels")
     return None if obstacle else _kernels(device)
 
@@ -160,6 +161,24 @@ def quantised_fault(kind: str, device: torch.device, dtype: torch.dtype) -> str 
     except (RuntimeError, ValueError, TritonError) as error:
         return f"a kernel fails: {str(error).splitlines()[0]}"
     return None
+
+
+def use_kernels(stack: CausalStack, kernels: QuantisedKernels) -> None:
+    """Multiply few rows by the kernels, with weights that are as their file has them."""
+    for part in stack.weighed():
+        part.base = _by_kernels(part.base, kernels)
+
+
+def _by_kernels(base: BaseWeight, kernels: QuantisedKernels) -> BaseWeight:
+    if isinstance(base, QuantisedWeight):
+        return replace(base, kernels=kernels)
+    if isinstance(base, Permuted):
+        return replace(base, inner=_by_kernels(base.inner, kernels))
+    return (
+        replace(base, parts=tuple(_by_kernels(one, kernels) for one in base.parts))
+        if isinstance(base, Stacked)
+        else base
+    )
 
 
 def _kernels(device: torch.device) -> QuantisedKernels:

@@ -4,6 +4,7 @@ for, beside adapters, in engines and under the rules of captured steps."""
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from clif.kernels.quantised_host import INTERPRET, Matrix, ProductTiles, Quantis
 from clif.kernels.tiles import LinearTiles
 from clif.kernels.tuning import Fixed
 from clif.models import quantising
+from clif.models.base_weight import Dense, Permuted, Stacked
 from clif.models.dual_linear import DualLinear, LoraRows
 from clif.models.expert_linears import ExpertLinears, Groups, StoredExperts
 from clif.models.nf4_matrix import Nf4Matrix
@@ -127,6 +129,17 @@ def test_tiles_cover_few_rows_once_and_split_short_outputs(bits: int):
                 tiles.split > 1
             )
     assert product_tiles(64, 3072, 2048, bits, 132).split > 1 == product_tiles(64, 28672, 4096, bits, 132).split
+
+
+def test_weights_as_their_file_has_them_get_the_kernels_in_whatever_they_are_wrapped():
+    torch.manual_seed(0)
+    plain = QuantisedWeight(FORMATS["int4"](torch.randn(64, 96)), None, torch.float32)
+    whole = Stacked((Permuted(plain, torch.randperm(96)), Dense(torch.randn(8, 96), None)))
+    part = SimpleNamespace(base=whole)
+    quantising.use_kernels(SimpleNamespace(weighed=lambda: [part]), kernels())  # type: ignore[arg-type]
+    assert part.base.parts[0].inner.kernels is not None and part.base.parts[1] is whole.parts[1]
+    x = torch.randn(3, 96)
+    assert torch.allclose(part.base.forward(x), whole.forward(x), atol=1e-5)
 
 
 # --- with adapters
