@@ -12,7 +12,7 @@ from clif import __version__, cli_keys
 from clif.clients import admin, commands
 from clif.errors import InputError
 from clif.exit_report import sentence_of
-from clif.run import OVERRIDE_HELP, DryRun, LocalRank, start
+from clif.run import CONFIG_HELP, OVERRIDE_HELP, DryRun, LocalRank, start
 from clif.storage.files import keep_private
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="CLIF: serve a model and fine-tune it.",
+    help="Serve a language model, and fine-tune it with LoRA in the idle time of the same machines. To begin: "
+    "clif fetch, then clif run demo; or clif serve MODEL.",
 )
 
 app.add_typer(cli_keys.app, name="keys")
@@ -48,9 +49,9 @@ def _top(
 @app.command()
 def run(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG] [OVERRIDES]", help=f"demo, and {OVERRIDE_HELP}")
+        list[str] | None, typer.Argument(metavar="[CONFIG] [OVERRIDES]", help=f"{CONFIG_HELP}; then {OVERRIDE_HELP}")
     ] = None,
-    config: Annotated[str | None, typer.Option(help="YAML file, or the name of one that CLIF brings.")] = None,
+    config: Annotated[str | None, typer.Option(help=f"{CONFIG_HELP}. The same as CONFIG.")] = None,
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Ranks on this host; by default what CONFIG asks for.")
     ] = None,
@@ -68,7 +69,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the server; 0: any free one.")] = 8000,
     host: Annotated[str, typer.Option(help="Address of the server.")] = "127.0.0.1",
     data: Annotated[Path | None, typer.Option(help="Instruction data to train on from the start.")] = None,
-    config: Annotated[str, typer.Option(help="YAML file, or the name of one that CLIF brings.")] = "serve",
+    config: Annotated[str, typer.Option(help=f"{CONFIG_HELP}.")] = "serve",
     ranks: Annotated[int | None, typer.Option(min=1, help="Ranks on this host; by default one replica.")] = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -99,7 +100,7 @@ def collect(run: RunDir) -> None:
 
 @app.command()
 def report(run: RunDir) -> None:
-    """Write RUN/summary.json and print it."""
+    """Sum up a run: requests, latencies, training, quality by version. Printed, and written to RUN/summary.json."""
     _check_folder(run)
     _check_alone()
     from clif.metrics.summary import write_summary

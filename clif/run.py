@@ -27,12 +27,23 @@ from clif.errors import ConfigError, InputError
 from clif.exit_report import ReportedExit, last_words
 from clif.quality.check import check_scoring
 from clif.rank.dry_run import plan_lines
-from clif.rank.preflight import check_access, check_gpu, check_model, check_room, cpu_flags, device_of, prove, room_of
+from clif.rank.preflight import (
+    check_access,
+    check_dtype,
+    check_gpu,
+    check_model,
+    check_room,
+    cpu_flags,
+    device_of,
+    prove,
+    room_of,
+)
 from clif.storage.api_keys import hash_variable
 
 log = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-OVERRIDE_HELP = "section.key=value, e.g. load.rate_rps=3"
+OVERRIDE_HELP = "any fields as section.key=value, e.g. load.rate_rps=3 (docs/configuration.md)"
+CONFIG_HELP = "A YAML file, or the name of one that CLIF brings, e.g. demo"
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Check configuration and data, print layout, groups and memory, start nothing."),
@@ -158,6 +169,7 @@ def _check(settings: Config, layout: Layout, inputs: bool = True) -> None:
 def _print(settings: Config, layout: Layout, env: RankEnv) -> int:
     device, ranks = device_of(settings), env.local_world_size if env.world_size > 1 else layout.world_size
     check_device(settings, device)
+    check_dtype(settings, device)
     for line in plan_lines(settings, layout, device, room_of(settings, device, ranks), cpu_flags()):
         print(line)
     check_gpu(settings)

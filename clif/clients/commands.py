@@ -92,12 +92,17 @@ def evaluate(
     ] = None,
     version: Annotated[
         list[int] | None,
-        typer.Option(help="Stored version; 0: the base model. By default the base and the active one."),
+        typer.Option(
+            help="Stored version, may be repeated; 0: the base model. By default the base and the active one."
+        ),
     ] = None,
     metrics: Annotated[
-        list[str] | None, typer.Option(help="Names, also with commas; by default those of the run's configuration.")
+        list[str] | None,
+        typer.Option(help="Names with commas, e.g. loss,exact_match,chrf; by default the run's quality.metrics."),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Of the rows; by default test, or all if no row has that.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of the rows to score; by default test, or all rows if none has it.")
+    ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Most rows, drawn by --seed.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer, tokens; by default the run's quality.max_tokens.")
@@ -111,9 +116,13 @@ def evaluate(
     ] = None,
     url: Annotated[str | None, typer.Option(help="A server of the run; by default the model is loaded here.")] = None,
     key: Key = None,
-    test_command: Annotated[str | None, typer.Option(help="quality.test_command, as in a shell.")] = None,
-    seed: Seed = 0,
-    json_out: Annotated[Path | None, typer.Option("--json", help="File; by default eval.json in RUN.")] = None,
+    test_command: Annotated[
+        str | None, typer.Option(help="Command that may run tests of answers, as quality.test_command.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws --rows, and the intervals.")] = 0,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="File for all figures; by default eval.json in RUN.")
+    ] = None,
 ) -> None:
     """Score stored adapter versions of a run, on its held-out rows or on a file: a table version by version, and JSON.
 

@@ -96,6 +96,12 @@ def check_gpu(config: Config) -> None:
         )
 
 
+def check_dtype(config: Config, device: Device) -> None:
+    """Raises ConfigError for a type that the device does not compute in."""
+    if config.model.dtype == "float16" and device == "cpu":
+        raise ConfigError("model.dtype float16 is for GPUs: use bfloat16, float32 or auto on a CPU")
+
+
 def room_of(config: Config, device: Device, ranks: int) -> Room | None:
     """The memory that `ranks` ranks of this host share, or those of one of its GPUs; None where there is no GPU."""
     if device == "cpu":
@@ -123,7 +129,7 @@ def prove(config: Config) -> str:
         return f"model {config.model.path} is not here yet: it is checked when a start has downloaded its config.json"
     make = read_model(local)["model_type"]
     check_family(make, f"model.path {config.model.path}")
-    return f"model {config.model.path} is of a make that is computed rightly: {make}"
+    return f"model {config.model.path} is of the family {make}, which CLIF computes"
 
 
 def device_of(config: Config) -> Device:

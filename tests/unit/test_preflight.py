@@ -343,6 +343,11 @@ def test_a_dry_run_refuses_a_family_that_is_not_known_and_names_the_known_ones(t
     assert done.returncode == 2 and "is of the family stablelm, which is not supported: choose one of " in done.stderr
 
 
+def test_a_dry_run_refuses_what_a_cpu_does_not_compute_in():
+    done = dry_run("model.dtype=float16", "model.device=cpu")
+    assert done.returncode == 2 and "model.dtype float16 is for GPUs: use bfloat16, float32 or auto" in done.stderr
+
+
 def test_a_dry_run_of_a_model_that_is_not_there_is_an_error():
     done = dry_run("model.path=./nowhere")
     assert done.returncode == 2 and "error: model.path ./nowhere is not a folder: correct it" in done.stderr
