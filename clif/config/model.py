@@ -15,21 +15,22 @@ from clif.types import CoservingMode
 class ModelConfig(Section):
     path: str
     """A hub name, a local folder, a `.gguf` file, or `random:` and a folder or `config.json`. With `layout.tp_size`
-    above 1 each rank loads its part only, except of models without safetensors. Weights must be plain and complete, and
-    code of a model's own (`auto_map`) is not run. A GGUF file is unpacked by one rank of each host, in the run's
-    folder, which needs room for it, and read by all."""
+    above 1 each rank loads its part only, except of models without safetensors. Weights must be complete, and plain or
+    packed as docs/models.md says, and code of a model's own (`auto_map`) is not run. A GGUF file is unpacked by one
+    rank of each host, in the run's folder, which needs room for it, and read by all."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """`float32`, `bfloat16`, `float16` (GPU only). `auto`: bfloat16 on a GPU that has it; on a CPU the faster of
     bfloat16 and float32 in a short measurement."""
     weight_dtype: Literal["auto", "file", "int8", "int4", "fp8", "nf4"] = "auto"
-    """Type of the frozen weights of linear layers and head. `auto`: `dtype`. `file`: the whole numbers and scales of a
-    GGUF file, which is not unpacked then: no answer changes. `int8`, `int4`: whole numbers with scales,
-    by output, or by 32 inputs of one; about a half and 0.28 of the memory of 16 bits, and as much less to read for each
-    token. `fp8`: float8_e4m3fn with a scale for each output, on GPUs of compute capability 8.9 and up; on a CPU torch
-    widens it, which is slow. `nf4`: NormalFloat of 4 bits with a scale for 64 inputs, by bitsandbytes, which must be
-    installed; each product widens them first, so that they save memory and no time. Activations, adapters and training
-    stay in `dtype` and float32. Answers change, a little with `int8` and more with `fp8`, `nf4` and `int4`: the start
-    says by how much a layer's outputs differ. Weights are quantised once they are loaded."""
+    """Type of the frozen weights of linear layers and head. `auto`: `dtype`, but for folders that are quantised (GPTQ,
+    AWQ, compressed-tensors), which stay packed. `file`: what the file has, of a GGUF file as well, which is not
+    unpacked then: its numbers are the same. `int8`, `int4`: whole numbers with scales, by output, or by 32 inputs of
+    one; about a half and 0.28 of the memory of 16 bits, and as much less to read for each token. `fp8`: float8_e4m3fn
+    with a scale for each output, on GPUs of compute capability 8.9 and up; on a CPU torch widens it, which is slow.
+    `nf4`: NormalFloat of 4 bits with a scale for 64 inputs, by bitsandbytes, which must be installed; each product
+    widens them first, so that they save memory and no time. Activations, adapters and training stay in `dtype` and
+    float32. Answers change, a little with `int8` and more with `fp8`, `nf4` and `int4`: the start says by how much a
+    layer's outputs differ. Weights are quantised once they are loaded."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`cpu`, `cuda`, or `auto`: the GPU where there is one."""
     max_context: Positive = 2048

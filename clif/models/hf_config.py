@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clif.errors import ConfigError, InputError
+from clif.models.checkpoint_scheme import UnreadSchemeError, scheme_of
 
 Tree = dict[str, Any]
 LARGEST = {
@@ -63,19 +64,13 @@ def _code_and_weights(tree: Tree) -> Iterator[str]:
             "names code of its own (auto_map in its config.json), and CLIF runs no code from model folders: if "
             "transformers' own model is meant, remove auto_map"
         )
-    for field in ("quantization_config", "compression_config"):
-        if tree.get(field):
-            yield (
-                f"holds quantised weights ({_method(tree[field])}), which CLIF does not compute with: choose the model "
-                "with plain weights, or as a GGUF file, which is unpacked"
-            )
-
-
-def _method(quantisation: Any) -> str:
-    """The name of a quantisation method, from a mapping or one of transformers' objects."""
-    found = quantisation if isinstance(quantisation, dict) else getattr(quantisation, "__dict__", {})
-    method = found.get("quant_method")
-    return str(getattr(method, "value", method) or "of a method that is not named")[:40]
+    try:
+        scheme_of(tree)
+    except UnreadSchemeError as error:
+        yield (
+            f"holds quantised weights ({error}), which CLIF does not compute with: choose the model "
+            "with plain weights, or as a GGUF file, which is unpacked"
+        )
 
 
 def _sizes(tree: Tree) -> Iterator[str]:

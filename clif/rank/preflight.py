@@ -15,6 +15,7 @@ from clif.config import Config
 from clif.distributed.layout import Layout
 from clif.errors import ConfigError
 from clif.metrics.provenance import gpu_bytes, gpu_names
+from clif.models.checkpoint_scheme import scheme_of
 from clif.models.decode_kernel import decode_kernel_of
 from clif.models.estimate import Device, Room, estimate
 from clif.models.hf_config import Tree, check_tree
@@ -23,6 +24,7 @@ from clif.models.spec import check_family, spec_of
 from clif.models.targets import check_targets
 from clif.models.weights.files import check_gguf, check_weights, is_gguf, locate, read_model
 from clif.models.weights.gguf_header import read_header
+from clif.models.weights.kept_forms import check_kept
 from clif.storage.api_keys import keys_at
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -53,6 +55,8 @@ def check_model(config: Config, layout: Layout) -> Tree | None:
     else:
         check_tree(tree, path, config.model.max_context)
         check_family(tree["model_type"], f"model.path {path}")
+    scheme = scheme_of(tree)
+    check_kept(config.model, scheme)
     spec = _spec(tree)
     if spec is not None:
         check_targets(config.adapter, spec)
@@ -62,7 +66,7 @@ def check_model(config: Config, layout: Layout) -> Tree | None:
     if header is not None and spec is not None:
         check_gguf(header, spec, path)
     elif here and local.is_dir():
-        check_weights(local, spec, tree.get("tie_word_embeddings"))
+        check_weights(local, spec, tree.get("tie_word_embeddings"), scheme)
     return tree
 
 

@@ -127,5 +127,5 @@ def test_ranks_that_would_cut_a_scale_are_told():
 
 
 def test_a_file_of_plain_weights_has_none_to_keep(stories: str):
-    with pytest.raises(ConfigError, match=r"keeps the quantised weights of a GGUF file.*set model\.weight_dtype=auto"):
+    with pytest.raises(ConfigError, match=r"keeps quantised weights, .* are plain: set model\.weight_dtype=auto"):
         load_model(small_config(stories, model={"weight_dtype": "file"}).model, CPU)

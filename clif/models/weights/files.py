@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from clif.errors import ConfigError
+from clif.models.checkpoint_scheme import MARKS, Scheme
+from clif.models.expert_spec import Experts
 from clif.models.hf_config import Tree, read_tree
 from clif.models.layer_spec import ModelSpec
 from clif.models.weights.gguf_header import GgufHeader, read_header
@@ -17,7 +19,9 @@ from clif.models.weights.gguf_header import GgufHeader, read_header
 RANDOM = "random:"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-PLAIN = ("F64", "F32", "F16", "BF16")
+PACKED = "packed"
+"""Stands for the dtype of a weight that is whole numbers and scales."""
+PLAIN = ("F64", "F32", "F16", "BF16", PACKED)
 INDEX_BYTES = 64 << 20
 DERIVED = re.compile(r"rotary_emb\.|\.masked_bias$")
 """Tensors of older files that are computed, not loaded."""
@@ -90,15 +94,18 @@ def gguf_name(tensor: str) -> str | None:
     return None if found is None else f"{block}{found}.weight"
 
 
-def check_weights(folder: Path, spec: ModelSpec | None, tied: bool | None) -> None:
+def check_weights(folder: Path, spec: ModelSpec | None, tied: bool | None, scheme: Scheme | None = None) -> None:
     """Raises ConfigError for a folder without all weights of a Llama-style model of this spec.
 
     spec: None where it is not known; then files and headers are looked at alone. tied: whether the head is the
-    embedding; None: not known. Pickled weights are not looked into.
+    embedding; None: not known. scheme: of weights that are packed. Pickled weights are not looked into.
     """
-    found = dict(_tensors(folder))
+    found = dict(tensors_of(folder))
     if not found or spec is None:
         return
+    if scheme is not None:
+        check_packed(spec, str(folder))
+        found = dict(as_plain(found, scheme))
     packed = sorted({f"{tensor} in {dtype}" for tensor, (dtype, _) in found.items() if dtype not in PLAIN})
     if packed:
         raise ConfigError(f"{folder} holds quantised weights ({packed[0]}): choose the model with plain ones")
@@ -106,6 +113,31 @@ def check_weights(folder: Path, spec: ModelSpec | None, tied: bool | None) -> No
     inner = "embed_tokens.weight" in found
     have = {f"model.{tensor}" if inner else tensor: sizes for tensor, (_, sizes) in found.items()}
     _compare(dict(spec.file_shapes(tied is not False, have)), have, str(folder))
+
+
+def check_packed(spec: ModelSpec, name: str) -> None:
+    """Raises ConfigError for a model whose packed weights are not read."""
+    if isinstance(spec.layer.mlp, Experts):
+        raise ConfigError(f"{name} holds quantised weights of experts, which CLIF does not read: choose plain ones")
+
+
+def as_plain(found: Mapping[str, tuple[str, Sizes]], scheme: Scheme) -> Iterator[tuple[str, tuple[str, Sizes]]]:
+    """Dtypes and shapes of a folder's tensors, by name, with a weight in the place of each packed one."""
+    fit, marks = 32 // scheme.bits, MARKS[scheme.method]
+    for tensor, (dtype, sizes) in found.items():
+        module, _, mark = tensor.rpartition(".")
+        if mark == "qweight":
+            rows, columns = sizes
+            yield (
+                f"{module}.weight",
+                (PACKED, (columns, rows * fit) if scheme.method == "gptq" else (columns * fit, rows)),
+            )
+        elif mark == "weight_packed":
+            yield f"{module}.weight", (PACKED, (sizes[0], sizes[1] * fit))
+        elif mark == "weight" and f"{module}.weight_scale" in found:
+            yield tensor, (PACKED, sizes)
+        elif mark not in marks or mark == "weight":
+            yield tensor, (dtype, sizes)
 
 
 def check_tensors(name: str, missing: Sequence[str], unexpected: Sequence[str]) -> None:
@@ -137,7 +169,7 @@ def _compare(wanted: dict[str, Sizes], have: dict[str, Sizes], name: str) -> Non
             )
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, tuple[str, Sizes]]]:
+def tensors_of(folder: Path) -> Iterator[tuple[str, tuple[str, Sizes]]]:
     """Dtype and shape of each tensor of a folder's safetensors, by name; none where the weights are pickled."""
     indexed = read_index(folder)
     if indexed is None:

@@ -6,25 +6,30 @@ from dataclasses import dataclass
 
 PADDED = 32
 """The C++ kernels for CPUs pad outputs and inputs of a matrix to multiples of it; 4 bits lie in as long rows anyway."""
+ORDER = 8
+"""Bytes of the number of an input."""
 
 
 @dataclass(frozen=True)
 class Form:
     """Whole numbers of `bits` with a scale for each `group` inputs; None: one for all inputs of an output.
 
-    scale, added: bytes of a scale, and of the least number or zero point beside it.
+    scale, added: bytes of a scale, and of the least number or zero point beside it. ordered: columns stand in another
+    order than the inputs.
     """
 
     bits: int
     group: int | None
     scale: int = 2
     added: int = 0
+    ordered: bool = False
 
     def bytes(self, out: int, width: int, padded: bool) -> int:
         """Of a matrix [out, width]. padded: as the C++ kernels read it."""
         long = -(-width // PADDED) * PADDED
         out, long = (-(-out // PADDED) * PADDED, long) if padded else (out, long if self.bits == 4 else width)
-        return out * (long * self.bits // 8 + self._groups(width, padded) * (self.scale + self.added))
+        order = ORDER * width if self.ordered else 0
+        return order + out * (long * self.bits // 8 + self._groups(width, padded) * (self.scale + self.added))
 
     def _groups(self, width: int, padded: bool) -> int:
         if self.group is None or self.group >= width:
@@ -34,10 +39,6 @@ class Form:
         # The kernels' groups are halves of a tile, tiles, or 2, 4, 8 of them.
         unit = self.group & -self.group
         return 2 * -(-width // PADDED) if unit < PADDED else -(-width // unit)
-
-    def __str__(self) -> str:
-        zero = " and something added" if self.added else ""
-        return f"{self.bits} bits by {self.group or 'output'}{zero}"
 
 
 GGUF_FORMS = {

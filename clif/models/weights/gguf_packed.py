@@ -51,12 +51,13 @@ class GgufWeights:
             empty = transformers.AutoModelForCausalLM.from_config(config)
         self._names = {name: ours for ours, name in get_gguf_hf_weights_map(empty, self._order).items()}
 
-    def packed(self, name: str, part: TensorShard) -> Kept | None:
+    def packed(self, name: str, shape: torch.Size, part: TensorShard) -> Kept | None:
         """This rank's part of a weight whose blocks a packed form holds."""
         tensor, kind = self._found(name)
         if kind not in GGUF_FORMS:
             return None
-        out, in_ = self._header.tensors[tensor]
+        self._check(tensor, self._header.tensors[tensor], shape)
+        out, in_ = shape
         rows = self._rows(tensor, out)
         if part is not None and part[0] == "out":
             rows = part[1].take(rows, 0)
@@ -70,9 +71,12 @@ class GgufWeights:
         # Names do not matter to what the library returns for one tensor.
         plain = self._order.process(weights=found.reshape(self._header.tensors[tensor]), name=tensor).weights
         whole = torch.from_numpy(np.copy(plain))
-        if whole.shape != shape:
-            raise ConfigError(f"{self._file}: {tensor} has shape {list(whole.shape)}, and {list(shape)} by its sizes")
+        self._check(tensor, tuple(whole.shape), shape)
         return whole if part is None else shard_of(whole, *part).clone()
+
+    def _check(self, tensor: str, found: tuple[int, ...], shape: torch.Size) -> None:
+        if found != tuple(shape):
+            raise ConfigError(f"{self._file}: {tensor} has shape {list(found)}, and {list(shape)} by its sizes")
 
     def _found(self, name: str) -> tuple[str, str]:
         """A tensor's name in the file, and its type."""

@@ -14,6 +14,7 @@ import transformers
 from clif.config import ConfigError, ModelConfig
 from clif.distributed.collectives import TpGroup
 from clif.models.bytes_tokenizer import byte_tokenizer
+from clif.models.checkpoint_scheme import Scheme, UnreadSchemeError, scheme_of
 from clif.models.guard import reading
 from clif.models.hf_config import check_tree, read_tree
 from clif.models.proof import check_architecture
@@ -22,7 +23,7 @@ from clif.models.weights.files import RANDOM, check_tensors, is_gguf, locate
 from clif.models.weights.gguf_header import read_header
 from clif.models.weights.gguf_once import read_once
 from clif.models.weights.hub import is_hub_name, snapshot
-from clif.models.weights.kept_forms import KEPT
+from clif.models.weights.kept_forms import KEPT, check_kept
 from clif.models.weights.random_init import draw_model
 from clif.models.weights.safetensors_shard import can_slice, load_sliced
 from clif.tokenizer import ChatTokenizer, from_transformers
@@ -63,12 +64,18 @@ def load_model(
     shared = tp_group.size > 1
     # A hub name is a folder, too, once it is here.
     folder = snapshot(config.path) if shared and is_hub_name(config.path) else config.path
+    scheme = _scheme(folder)
+    check_kept(config, scheme)
+    if scheme is not None and is_hub_name(folder):
+        folder = snapshot(folder)
+    if scheme is not None and not can_slice(folder):
+        raise ConfigError(f"model.path {config.path} holds quantised weights that are not in safetensors: get those")
     if config.path.startswith(RANDOM):
         model, tokenizer = _random(config, dtype, seed, device, tp_group)
-    elif config.weight_dtype == KEPT:
-        model, tokenizer = _kept(config, dtype, device, tp_group)
-    elif shared and can_slice(folder):
-        model, tokenizer = _sliced(config, folder, dtype, device, tp_group)
+    elif config.weight_dtype == KEPT and is_gguf(config.path):
+        model, tokenizer = _kept_gguf(config, dtype, device, tp_group)
+    elif (shared or scheme is not None) and can_slice(folder):
+        model, tokenizer = _sliced(config, folder, dtype, device, tp_group, scheme)
     else:
         model, tokenizer = pretrained(config, dtype)
     model.eval().requires_grad_(False).to(device)
@@ -119,15 +126,10 @@ def pretrained(config: ModelConfig, dtype: torch.dtype) -> tuple[Any, ChatTokeni
             return model, from_transformers(tokenizer, _eos_ids(model))
 
 
-def _kept(
+def _kept_gguf(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, tp_group: TpGroup
 ) -> tuple[Any, ChatTokenizer]:
-    """A model whose weights stay as its file has them. Raises ConfigError for a file whose weights are plain."""
-    if not is_gguf(config.path):
-        raise ConfigError(
-            f"model.weight_dtype {KEPT} keeps the quantised weights of a GGUF file, and model.path {config.path} is "
-            "none: set model.weight_dtype=auto"
-        )
+    """A GGUF file whose weights stay packed."""
     # Late: a machine that serves no GGUF file need not have the package.
     from clif.models.weights.gguf_packed import load_packed_gguf
 
@@ -136,6 +138,21 @@ def _kept(
         tokenizer = transformers.AutoTokenizer.from_pretrained(**_source(config.path))
         model = load_packed_gguf(Path(config.path), shape, dtype, device, tp_group)
         return model, from_transformers(tokenizer, _eos_ids(model))
+
+
+def _scheme(path: str) -> Scheme | None:
+    """How the weights that model.path names are quantised in its files. Raises ConfigError."""
+    if path.startswith(RANDOM) or is_gguf(path):
+        return None
+    locate(path)
+    with reading(f"model.path {path}"):
+        tree = transformers.PretrainedConfig.get_config_dict(path)[0]
+    try:
+        # A file that holds no fields is said to be none where it is read.
+        return scheme_of(tree) if isinstance(tree, dict) else None
+    except UnreadSchemeError:
+        # Said with all that is wrong with the model.
+        return None
 
 
 def load_whole(name: str, **source: Any) -> Any:
@@ -148,12 +165,17 @@ def load_whole(name: str, **source: Any) -> Any:
 
 
 def _sliced(
-    config: ModelConfig, folder: str, dtype: torch.dtype, device: torch.device, tp_group: TpGroup
+    config: ModelConfig,
+    folder: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    tp_group: TpGroup,
+    scheme: Scheme | None,
 ) -> tuple[Any, ChatTokenizer]:
     shape = _checked(config, folder)
     with reading(folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = load_sliced(folder, shape, dtype, device, tp_group)
+        model = load_sliced(folder, shape, dtype, device, tp_group, scheme)
         return model, from_transformers(tokenizer, _eos_ids(model))
 
 

@@ -14,10 +14,12 @@ from safetensors import SafetensorError, safe_open
 
 from clif.config import ConfigError
 from clif.distributed.collectives import TpGroup
+from clif.models.checkpoint_scheme import Scheme
 from clif.models.expert_spec import Pieces
 from clif.models.shard import Shard, axis_of
 from clif.models.spec import spec_of
-from clif.models.weights.files import INDEX, SINGLE, check_tensors, read_index
+from clif.models.weights.files import INDEX, SINGLE, check_packed, check_tensors, read_index
+from clif.models.weights.packed_files import PackedFiles
 from clif.models.weights.sharded_build import TensorShard, build
 
 Read = Callable[[str, Sequence[int], TensorShard], torch.Tensor]
@@ -30,11 +32,18 @@ def can_slice(path: str) -> bool:
     return folder.is_dir() and any((folder / name).is_file() for name in (INDEX, SINGLE))
 
 
-def load_sliced(path: str, config: Any, dtype: torch.dtype, device: torch.device, tp_group: TpGroup) -> Any:
+def load_sliced(
+    path: str,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    tp_group: TpGroup,
+    scheme: Scheme | None = None,
+) -> Any:
     """A model whose linear layers and head have this rank's weights only. It cannot run by itself.
 
-    config: of the transformers model. Raises ConfigError when a tensor is missing or has another shape, LayoutError
-    when the peers cannot share it.
+    config: of the transformers model. scheme: of its weights; those of linear layers then stay packed. Raises
+    ConfigError when a tensor is missing or has another shape, LayoutError when the peers cannot share it.
     """
     folder = Path(path)
     with ExitStack() as stack:
@@ -54,8 +63,15 @@ def load_sliced(path: str, config: Any, dtype: torch.dtype, device: torch.device
             return _read(files[name], name, shape, part).to(as_type)
 
         pieces = spec_of(config).pieces()
-        model = build(config, read, dtype, device, tp_group)
-        used = model.state_dict().keys() | {one for all in pieces.values() for below in all for one in below}
+        if scheme is not None:
+            check_packed(spec_of(config), str(folder))
+        packed = None if scheme is None else PackedFiles(folder, scheme, files)
+        model = build(config, read, dtype, device, tp_group, packed)
+        used = (
+            (set() if packed is None else packed.used)
+            | model.state_dict().keys()
+            | {one for all in pieces.values() for below in all for one in below}
+        )
         check_tensors(str(folder), (), sorted(files.keys() - used))
     if (folder / "generation_config.json").is_file():
         # End-of-sequence tokens and the like.

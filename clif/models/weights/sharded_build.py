@@ -27,9 +27,9 @@ TensorShard = tuple[ShardDim, Shard] | None
 Source = Callable[[str, torch.Size, TensorShard], torch.Tensor]
 """(name, shape of the whole tensor, part wanted) -> that part."""
 Kept = tuple[QuantisedMatrix, torch.Tensor | None]
-"""A weight as whole numbers and scales, and the input that stands in each of its columns (None: as they are)."""
-KeptSource = Callable[[str, TensorShard], Kept | None]
-"""(name, part wanted) -> that part of a linear layer's weight; None: it is plain."""
+"""A weight as whole numbers and scales, and the input that stands in each of its columns (None: as they lie)."""
+KeptSource = Callable[[str, torch.Size, TensorShard], Kept | None]
+"""(name, shape of the whole weight, part wanted) -> that part of a linear layer's weight; None: it is plain."""
 HEAD = "lm_head"
 
 
@@ -92,7 +92,8 @@ def _put_packed(
     """Let a PackedLinear stand for a linear layer whose weight is packed; returns whether it is."""
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
-    found = packed(name, part) if leaf == "weight" and isinstance(module, torch.nn.Linear) else None
+    linear = leaf == "weight" and isinstance(module, torch.nn.Linear)
+    found = packed(name, module.weight.shape, part) if linear else None
     if found is None:
         return False
     matrix, order = found
@@ -105,7 +106,8 @@ def _untie(model: Any, packed: KeptSource, dtype: torch.dtype, device: torch.dev
     """Give a tied head the embedding's packed weight, if it is packed; the embedding stays dense."""
     spec = spec_of(model.config)
     rows = uneven_shard(spec.vocab_size, tp_group.rank, tp_group.size)
-    found = packed(f"{spec.embedding}.weight", ("out", rows) if tp_group.size > 1 else None)
+    shape = torch.Size((spec.vocab_size, spec.hidden_size))
+    found = packed(f"{spec.embedding}.weight", shape, ("out", rows) if tp_group.size > 1 else None)
     if found is not None:
         head = model.get_submodule(spec.head)
         model.set_submodule(spec.head, PackedLinear(found[0].to(device), head.bias, dtype))
