@@ -11,7 +11,7 @@ import torch
 from helpers import SMALL, Rig, make_rig, request
 from scenarios import DRAWN, SCENARIOS, Scenario, outcome, recorded
 
-from clif.engine import prompt_graphs
+from clif.engine import build, prompt_graphs
 from clif.engine.checked_capture import CheckedRecorder
 from clif.engine.decode_buffers import KNOWN, NO_SLOT
 from clif.engine.prompt_buffers import PromptBuffers
@@ -21,7 +21,7 @@ from clif.kernels.dual_lora_reference import SHADOW, Segment
 from clif.kernels.paged_decode_reference import PagedDecodeReference
 from clif.kernels.paged_prefill_reference import PagedPrefillReference
 from clif.kernels.paged_prefill_table import most_tiles
-from clif.types import FinishReason, Request
+from clif.types import FinishReason, Regime, Request
 
 CPU = torch.device("cpu")
 CONTEXT = 256
@@ -166,6 +166,28 @@ def test_without_a_kernel_for_prompts_no_step_with_prompts_is_captured(tiny_conf
     rig, recorder = make_rig(f"random:{tiny_config}"), CheckedRecorder()
     rig.runner.paged = PagedDecodeReference()
     assert rig.runner.capture_prompts(recorder, CONTEXT) is None and not recorder.regions
+
+
+class Reading(PagedPrefillReference):
+    """Breaks the rules of a capture."""
+
+    def attend(self, q, cache, table, scale, out):
+        int(table.counts)
+
+
+def test_where_prompts_cannot_be_captured_other_steps_still_are(tiny_config, caplog):
+    rig = make_rig(f"random:{tiny_config}")
+    rig.runner.paged, rig.runner.prefill = PagedDecodeReference(), Reading()
+    build._capture(rig.runner, CheckedRecorder(), CONTEXT)
+    assert rig.runner.graphs is not None and rig.runner.prompt_graphs is None
+    assert "no CUDA graphs of steps with prompts, which are launched kernel by kernel" in caplog.text
+    assert [e.finish for e in rig.run([request(0, [5, 6, 7], max_tokens=3, ignore_eos=True)])[0]][-1] == "length"
+
+
+def test_replays_with_prompts_are_no_measurements_of_steps_that_continue_answers(tiny_config):
+    rig = captured_rig(f"random:{tiny_config}")
+    rig.run([request(0, [5] * 9, max_tokens=3, ignore_eos=True)])
+    assert replays(rig) == 1 and set(rig.engine.cost_model.steps) == {(Regime.ALONE, False)}
 
 
 @pytest.mark.parametrize(("batch", "budget"), [(16, 512), (64, 2048), (1, 2), (8, 40), (256, 100_000)])
