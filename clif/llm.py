@@ -34,6 +34,7 @@ from clif.engine.engine import Engine
 from clif.errors import InputError
 from clif.models.hf_config import longest_context
 from clif.models.weights.files import locate, read_model
+from clif.models.weights.kept_forms import KEPT
 from clif.models.weights.loading import LoadedModel, load_model
 from clif.prompts import Prompt, as_list, one_for_each, prompt_ids
 from clif.text_stream import TextStream
@@ -285,13 +286,18 @@ class _Answer:
 def load_for(config: Config, kinds: Sequence[str]) -> Iterator[tuple[Config, LoadedModel]]:
     """The model of a configuration for an LLM with weights of each of these types, and the configuration of that LLM.
 
-    It is loaded once, since transformers takes long over a GGUF file, and copied: the model is held twice. Raises
-    ConfigError.
+    What is quantised here is a copy of the plain weights, since transformers takes long over a GGUF file: the model is
+    held twice. Weights as their file has them are loaded by themselves. Raises ConfigError.
     """
-    loaded = _load(config)
-    for index, kind in enumerate(kinds):
-        mine = loaded if index == len(kinds) - 1 else replace(loaded, model=copy.deepcopy(loaded.model))
-        yield config.model_copy(update={"model": config.model.model_copy(update={"weight_dtype": kind})}), mine
+    plain: LoadedModel | None = None
+    copied = [kind for kind in kinds if kind != KEPT]
+    for kind in kinds:
+        typed = config.model_copy(update={"model": config.model.model_copy(update={"weight_dtype": kind})})
+        if kind == KEPT:
+            yield typed, _load(typed)
+            continue
+        plain = plain or _load(typed)
+        yield typed, plain if kind == copied[-1] else replace(plain, model=copy.deepcopy(plain.model))
 
 
 def _load(config: Config) -> LoadedModel:

@@ -183,7 +183,11 @@ def _print_evaluation(result: dict[str, Any], file: str) -> None:
 
     from clif.metrics.summary_print import print_quality
 
-    print_quality(result, Console(highlight=False), f"groups in {file}")
+    shown = dict(result)
+    if len({line.get("weights") for line in result["versions"]}) > 1:
+        # What weights cost is read from all rows: a class or client has too few.
+        shown["groups"] = []
+    print_quality(shown, Console(highlight=False), f"groups in {file}")
     if result["left_out"]:
         typer.echo(f"rows left out: {len(result['left_out'])}; {result['left_out'][0]}")
 

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import finish, make_rig, random_state
 from http_run import HttpRun, http_config
 from typer.testing import CliRunner
 
+from clif import llm
 from clif.adapters.peft_io import config_json, write_weights
 from clif.adapters.store import AdapterStore
 from clif.cli import app
@@ -25,6 +27,7 @@ from clif.data.heldout import heldout_parts, probe_rows, read_data
 from clif.data.instruct import DataError, encode_samples, read_rows
 from clif.errors import InputError
 from clif.llm import LLM
+from clif.models.weights import loading
 from clif.types import AdapterVersion, Sampling
 
 RUNNER = CliRunner()
@@ -148,6 +151,19 @@ def test_the_base_is_judged_with_weights_of_each_type_on_the_same_rows(stored: P
     assert RUNNER.invoke(app, command).exit_code == 0
     alone = json.loads((stored / "eval.json").read_text())["versions"]
     assert alone == [lines[0], lines[3]], "the model that was loaded once is whole for each type"
+
+
+def test_weights_as_their_file_has_them_are_loaded_by_themselves(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+
+    def load(config: Any) -> Any:
+        asked.append(config.model.weight_dtype)
+        return loading.load_model(config.model.model_copy(update={"weight_dtype": "auto"}), torch.device("cpu"))
+
+    monkeypatch.setattr(llm, "_load", load)
+    pairs = list(llm.load_for(read_run(stored), ["auto", "file", "int8", "int4"]))
+    assert asked == ["auto", "file"] and len({id(loaded.model) for _, loaded in pairs}) == 4
+    assert [config.model.weight_dtype for config, _ in pairs] == ["auto", "file", "int8", "int4"]
 
 
 def test_a_row_that_does_not_fit_is_left_out_and_told(stored: Path, tmp_path: Path) -> None:
