@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from clif.engine.prompt_rows import PromptRows
+from clif.kernels.cpu.arena import Arena
 from clif.kernels.cpu.host import HeadShape, scores_of
 from clif.kernels.cpu.host import attention as cpu_attention
 from clif.kernels.kv_types import read_slots
@@ -30,14 +31,21 @@ if TYPE_CHECKING:
 class KVCache:
     """Keys and values of all sequences: one tensor [2 * kv_heads, slots, head_dim] per layer, keys first.
 
-    One tensor, so that a step writes once and gathers once per layer.
+    One tensor, so that a step writes once and gathers once per layer. On a CPU those of bfloat16 lie in huge pages, if
+    the system gives them: attention reads blocks from all over the cache.
     """
 
     def __init__(
         self, layers: int, tokens: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (2 * kv_heads, tokens, head_dim)
-        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        if device.type == "cpu" and dtype == torch.bfloat16:
+            # Zeros that take no memory before they are touched.
+            numbers = Arena.rounded(2 * kv_heads * tokens * head_dim)
+            arena = Arena(layers * numbers)
+            self.layers = [arena.cut(2 * kv_heads * tokens * head_dim).view(shape) for _ in range(layers)]
+        else:
+            self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
 
     @property
     def bytes(self) -> int:
