@@ -71,6 +71,7 @@ DEV = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.7",  # `make test` in two lanes, one for each core
     "hypothesis>=6.100",
+    "compressed-tensors>=0.20",  # what packed checkpoints are compared with; CLIF reads them without it
     "openai>=2",  # the client that users have: what the server answers is read by it
     "schemathesis>=4",  # requests made from the server's own OpenAPI document
     "ruff>=0.12",
