@@ -1,6 +1,7 @@
 """Compiles the kernels of later GPU stages, in parallel and without launching them: Triton caches the result.
 
     python benchmarks/gpu_ahead.py            # started by gpu_stages.py beside the first stages
+    python benchmarks/gpu_ahead.py --quantised  # those of gpu_quantised.py alone, which starts it
     python benchmarks/gpu_ahead.py --dry      # in the interpreter, tiny shapes: shows that every job reaches its kernel
 
 A job builds and calls the same objects as a stage, so that each kernel is compiled for exactly the same arguments. Its
@@ -143,6 +144,7 @@ class QuantisedJob:
     depth: int
     rows: tuple[int, ...]
     dtype: str
+    experts: int = 0
 
     def __call__(self) -> None:
         dtype, kernels = getattr(torch, self.dtype), QuantisedKernels(DEVICE)
@@ -150,6 +152,9 @@ class QuantisedJob:
         for rows in self.rows:
             kernels.product(torch.ones(rows, self.depth, dtype=dtype, device=DEVICE), matrix, None)
         kernels.dense(matrix, dtype)
+        if self.experts:
+            ends = torch.zeros(self.experts, dtype=torch.int32, device=DEVICE)
+            kernels.grouped(torch.ones(self.rows[-1], self.depth, dtype=dtype, device=DEVICE), matrix, ends)
 
 
 Job = LinearJob | DecodeJob | PrefillJob | PartsJob | CaseJob | QuantisedJob
@@ -167,9 +172,7 @@ def jobs(dry: bool) -> Iterator[Job]:
         yield QuantisedJob("int8", 32, 64, (3,), "float32")
         return
     yield from of_model("1b")
-    for sizes, depth in (*MODELS["1b"], ((128256,), 2048)):
-        for kind in ("int8", "int4", "fp8"):
-            yield QuantisedJob(kind, sum(sizes), depth, (64,), "bfloat16")
+    yield from quantised()
     # The small model in float32 of the first stage: 4 heads on 2 of 16 numbers, 64 wide.
     yield PartsJob(64, 4, 2, 16, 128, "float32")
     yield DecodeJob(4, 2, 16, 16, "float32")
@@ -182,6 +185,14 @@ def jobs(dry: bool) -> Iterator[Job]:
     yield LinearJob((4096,), 4096, 16, ((48, 0), (16, 1)))
     yield DecodeJob(21, 7, 80, 12, "float32")
     yield from map(CaseJob, CASES)
+
+
+def quantised() -> Iterator[QuantisedJob]:
+    """Products of a full batch of the 1B shape, and of the check of a start."""
+    for kind in ("int8", "int4", "fp8"):
+        yield QuantisedJob(kind, 72, 288, (5, 50, 200), "bfloat16", experts=3)
+        for sizes, depth in (*MODELS["1b"], ((128256,), 2048)):
+            yield QuantisedJob(kind, sum(sizes), depth, (64,), "bfloat16")
 
 
 def of_model(model: str) -> Iterator[Job]:
@@ -225,8 +236,9 @@ def _work(job: Job) -> float:
 
 
 def main() -> int:
-    wanted = list(jobs(DRY_RUN))
-    processes = max(1, (os.cpu_count() or 2) // 2)
+    alone = "--quantised" in sys.argv
+    wanted: list[Job] = list(quantised()) if alone and not DRY_RUN else list(jobs(DRY_RUN))
+    processes = max(1, (os.cpu_count() or 2) // (1 if alone else 2))
     context, failed = multiprocessing.get_context("spawn"), 0
     with ProcessPoolExecutor(min(processes, len(wanted)), context, initializer=compile_only) as pool:
         running = {pool.submit(_work, job): job for job in wanted}

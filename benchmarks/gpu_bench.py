@@ -114,12 +114,12 @@ def scale_of(arguments: list[str]) -> Scale:
 class Bench:
     """One model shape: a base whose engines share the model and the adapters, and serve an adapter as version 1."""
 
-    def __init__(self, shape: str, scale: Scale, weight_dtype: str = "auto", **engine: Any) -> None:
+    def __init__(self, shape: str, scale: Scale, weights: str = "auto", loaded: Any = None, **engine: Any) -> None:
         self.scale, self.device = scale, torch.device(scale.device)
         self._tree = _tree(shape, scale, engine)
-        self._tree["model"]["weight_dtype"] = weight_dtype
+        self._tree["model"]["weight_dtype"] = weights
         self.config = _config(self._tree)
-        self.loaded: LoadedModel = load_model(self.config.model, self.device)
+        self.loaded: LoadedModel = loaded or load_model(self.config.model, self.device)
         self.base = build_base(self.config, self.loaded)
         self.bank = self.base.bank
         state = {name: torch.randn_like(factor) * 0.01 for name, factor in self.bank.shadow_state().items()}
