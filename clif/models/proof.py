@@ -8,7 +8,8 @@ begin all over the context: a dependence on the position or on the rest of the b
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,11 +82,26 @@ def _run(model: Any, ids: torch.Tensor, positions: torch.Tensor) -> tuple[list[t
 
     hooks = [layer.register_forward_hook(seen, with_kwargs=True) for layer in model.model.layers]
     try:
-        logits = model(ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False).logits[0]
+        with _capped_attention(model):
+            logits = model(ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False).logits[0]
     finally:
         for hook in hooks:
             hook.remove()
     return hidden, logits
+
+
+@contextmanager
+def _capped_attention(model: Any) -> Iterator[None]:
+    """Some releases of transformers (5.17) leave the soft cap of scores out of torch's fused attention."""
+    chosen = model.config._attn_implementation
+    if getattr(model.config, "attn_logit_softcapping", None) is None or chosen == "eager":
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(chosen)
 
 
 @torch.no_grad()

@@ -43,7 +43,11 @@ def rig_of(folder: str, **model: object) -> Rig:
 
 def own_model(rig: Rig) -> transformers.PreTrainedModel:
     """transformers' own model with the same weights, on the GPU in float32."""
-    return load_model(rig.config.model, torch.device("cpu")).model.float().cuda()
+    model = load_model(rig.config.model, torch.device("cpu")).model.float().cuda()
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+        # Some releases leave the soft cap out of their fused attention.
+        model.set_attn_implementation("eager")
+    return model
 
 
 def behind_the_best(model: torch.nn.Module, ids: list[int], got: list[int]) -> torch.Tensor:
