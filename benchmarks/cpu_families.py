@@ -46,12 +46,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "query_pre_attn_scalar": 256,
         "sliding_window": 256,
     },
+    "llama": {
+        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3,
+    },
     "qwen3": {
         "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 14,
         "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
     },
 }  # fmt: skip
-"""What a config.json says: SmolLM2-135M with windows, Gemma 3 270M, and half of the layers of Qwen 3 0.6B."""
+"""What a config.json says: SmolLM2-135M with windows and without, Gemma 3 270M, half of the layers of Qwen 3 0.6B."""
 ONE_CALL, PARTS, BEFORE = "one call", "part by part", "before"
 
 
