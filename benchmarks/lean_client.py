@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-END = b"0\r\n\r\n"
+END = b"\r\n0\r\n\r\n"
 
 
 @dataclass
@@ -77,6 +77,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._exchange: Exchange | None = None
         self._ended: asyncio.Future[None] | None = None
+        self._tail = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's is none of asyncio's classes.
@@ -86,7 +87,9 @@ class Connection(asyncio.Protocol):
         now = time.monotonic()
         if self._exchange is not None:
             self._exchange.pieces.append((now, data))
-            whole = data.endswith(END) or _is_whole(self._exchange.pieces)
+            # The end may come in a piece of its own, and a head may end like it: "max=100", of another's server.
+            self._tail = (self._tail + data)[-len(END) :]
+            whole = self._tail == END or _is_whole(self._exchange.pieces)
             if whole and self._ended is not None and not self._ended.done():
                 self._ended.set_result(None)
 
@@ -98,6 +101,7 @@ class Connection(asyncio.Protocol):
     async def ask(self, exchange: Exchange, request: bytes) -> Exchange:
         """Send a request and wait for the end of its answer, which must be chunked."""
         assert self._transport is not None
+        self._tail = b""
         self._exchange, self._ended = exchange, asyncio.get_running_loop().create_future()
         exchange.sent_s = time.monotonic()
         self._transport.write(request)
