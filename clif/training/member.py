@@ -230,14 +230,9 @@ class Member:
         return self.topology.tp_group.all_true(flag)
 
     def _vote(
-        self,
-        plan: RoundPlan,
-        tokens: int,
-        losses: tuple[float, float],
-        error: tuple[float, float] | None,
-        outer_step: float,
+        self, plan: RoundPlan, tokens: int, losses: tuple[float, float], error: tuple[float, float] | None, step: float
     ) -> Vote:
-        """losses: of the base version and the candidate, summed; error: as _average returns it."""
+        """losses: of the base version and the candidate, summed; error: as _average returns it; step: of judge_half."""
         (active, candidate), (apart, product) = losses, error or (None, None)
         return Vote(
             round_id=plan.round_id,
@@ -248,7 +243,7 @@ class Member:
             tokens=tokens,
             error2=apart,
             product2=product,
-            outer_step=outer_step,
+            outer_step=step,
         )
 
     def _promote(self, settle: Settle, adapter: str, job: JobState, candidate: float) -> Slices[None]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from helpers import Rig, answer, finish, make_rig, random_state, request, small_config, tp_group_of
+from helpers import Rig, make_rig, small_config, tp_group_of
+from packed_answers import PROMPTS, answers, step
 from tiny_gguf import write_gguf
 
 from clif.config import ConfigError
@@ -20,11 +20,8 @@ from clif.models.shard import Shard
 from clif.models.stack import CausalStack
 from clif.models.weights.loading import load_model
 from clif.models.weights.part import columns_of
-from clif.training.trainer import ShadowTrainer
-from clif.types import TrainSample
 
 CPU, F32 = torch.device("cpu"), torch.float32
-PROMPTS = [[7, 3, 9], [11, 5, 8, 2, 40, 41, 17], [5], list(range(20, 50)), [9, 9, 9, 1, 2, 3, 4]]
 FILES: dict[str, dict[str, str]] = {
     "8 bits": {},
     "4 bits": dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"), "Q4_1"),
@@ -39,22 +36,6 @@ def file(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def rig_of(file: str, kind: str, dtype: str = "float32") -> Rig:
     return make_rig(file, model={"weight_dtype": kind, "dtype": dtype, "max_context": 96})
-
-
-def answers(rig: Rig, **options: Any) -> list[list[int]]:
-    requests = [request(i, prompt, max_tokens=9, ignore_eos=True) for i, prompt in enumerate(PROMPTS)]
-    events = rig.run(requests, **options)
-    return [answer(events[i]) for i in range(len(PROMPTS))]
-
-
-def step(rig: Rig) -> tuple[float, torch.Tensor]:
-    """Loss and gradient of a training step."""
-    samples = [TrainSample(id=i, ids=tuple(range(5 + i, 40 + 2 * i)), target_start=12) for i in range(3)]
-    rig.bank.set_shadow(random_state(rig.bank, 5))
-    config = rig.config.train.model_copy(update={"enabled": True, "lr": 0.01})
-    trainer = ShadowTrainer(rig.train_runner, rig.bank, samples, config)
-    loss = finish(trainer.step(2, 2)).loss
-    return loss, rig.bank.gradient.clone()
 
 
 def test_tokens_losses_and_gradients_are_those_of_the_unpacked_file(file: str):

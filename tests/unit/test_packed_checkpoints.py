@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Rig, answer, finish, make_rig, random_state, request, small_config, tp_group_of
+from helpers import make_rig, small_config, tp_group_of
+from packed_answers import PROMPTS, answers, step
 from packed_checkpoints import CHECKPOINTS, Checkpoint, write_checkpoint
 from safetensors.torch import load_file
 
@@ -23,11 +24,8 @@ from clif.models.stack import CausalStack
 from clif.models.weights import loading
 from clif.models.weights.files import check_weights
 from clif.models.weights.loading import load_model
-from clif.training.trainer import ShadowTrainer
-from clif.types import TrainSample
 
 CPU = torch.device("cpu")
-PROMPTS = [[7, 3, 9], [11, 5, 8, 2, 40, 41, 17], list(range(20, 50)), [9, 9, 9, 1, 2, 3, 4]]
 by_name = pytest.mark.parametrize("one", CHECKPOINTS, ids=lambda one: one.name)
 
 
@@ -36,21 +34,6 @@ def no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The folders have none."""
     monkeypatch.setattr(loading.transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: None)
     monkeypatch.setattr(loading, "from_transformers", lambda *_: byte_tokenizer(300))
-
-
-def answers(rig: Rig, **options: Any) -> list[list[int]]:
-    requests = [request(i, prompt, max_tokens=9, ignore_eos=True) for i, prompt in enumerate(PROMPTS)]
-    events = rig.run(requests, **options)
-    return [answer(events[i]) for i in range(len(PROMPTS))]
-
-
-def step(rig: Rig) -> tuple[float, torch.Tensor]:
-    """Loss and gradient of a training step."""
-    samples = [TrainSample(id=i, ids=tuple(range(5 + i, 40 + 2 * i)), target_start=12) for i in range(3)]
-    rig.bank.set_shadow(random_state(rig.bank, 5))
-    config = rig.config.train.model_copy(update={"enabled": True, "lr": 0.01})
-    loss = finish(ShadowTrainer(rig.train_runner, rig.bank, samples, config).step(2, 2)).loss
-    return loss, rig.bank.gradient.clone()
 
 
 @by_name
